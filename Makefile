@@ -1,0 +1,75 @@
+# mm_sharp: `make` lists the targets. Without make: the README gives the same steps in plain commands.
+VENV ?= .venv
+# The first Python of a supported version (3.10 to 3.12) on the PATH; or say `make PYTHON=/path/to/python`.
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python; do \
+	if $$p -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$p; break; fi; done)
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+
+DEMO := data/demo
+DEMO_CONFIG := configs/demo/simcc_res18-half_sam_demo-128x96.py
+WORK_DIR := work_dirs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint format types lock doctor dist clean
+
+help: ## list the targets
+	@echo 'mm_sharp: sharpness-aware training for OpenMMLab. Targets:'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1@\2/p' Makefile | awk -F@ '{ printf "%-16s %s\n", $$1, $$2 }'
+
+install: $(INSTALLED) ## create .venv and install everything, pinned
+
+# Three steps, because no single resolution gives this stack: torch brings the libraries of its own build; everything else
+# comes exactly as pinned; mmpose asks for a package that no longer builds and that training never imports.
+$(INSTALLED): requirements/torch.txt requirements/dev.txt requirements/mmpose.txt pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then \
+		echo 'mm_sharp needs Python 3.10, 3.11 or 3.12, and none is on the PATH: install one, or say make PYTHON=/path/to/python' >&2; exit 2; fi
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c requirements/dev.txt -r requirements/torch.txt
+	$(PIP) install -q --no-deps -r requirements/dev.txt -r requirements/mmpose.txt
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DEMO)/meta.json: | $(INSTALLED)
+	$(PY) tools/make_demo_data.py --out $(DEMO) --train 2048 --val 256 --seed 0
+
+train: $(INSTALLED) $(DEMO)/meta.json ## make the demo data, train a keypoint model with SAM on it, evaluate it, draw its keypoints
+	$(PY) tools/train.py $(DEMO_CONFIG) --work-dir $(WORK_DIR) $(ARGS)
+	$(PY) tools/test.py $(DEMO_CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --work-dir $(WORK_DIR)/test \
+		--out $(WORK_DIR)/metrics.json --show-dir ../pictures
+	@echo
+	@echo 'Trained with SAM. Metrics on held-out people ($(WORK_DIR)/metrics.json):'
+	@$(PY) -m json.tool $(WORK_DIR)/metrics.json
+	@echo 'Checkpoint, log and curves:  $(WORK_DIR)'
+	@echo 'Predicted keypoints, drawn:  $(WORK_DIR)/pictures'
+
+test: $(INSTALLED) lint types ## lint, check the types and run the whole test suite
+	$(PY) -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## ruff: lint and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(INSTALLED) ## ruff: mend what can be mended
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(INSTALLED) ## mypy, strict
+	$(VENV)/bin/mypy
+
+doctor: $(INSTALLED) ## print versions, active fixes, and what is broken
+	$(PY) -m mm_sharp.doctor
+
+dist: $(INSTALLED) ## build the wheel and the source archive into dist/
+	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+
+# uv resolves for Python 3.10 to 3.12 at once; torch and the libraries of its build stay out (see requirements/torch.txt).
+lock: ## compile requirements/dev.in into requirements/dev.txt (needs uv)
+	uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header requirements/dev.in \
+		| grep -vE '^(torch|opencv-python|nvidia-.*|cuda-.*|triton)==' > requirements/dev.txt
+
+clean: ## remove caches and builds (not .venv, data or work_dirs)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,105 @@
+"""Log the sharpness that training sees (ours)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.optim import OptimWrapperDict
+from mmengine.registry import HOOKS
+
+from mm_sharp.two_pass import StepRecord, TwoPassOptimWrapper
+from mm_sharp.validation import check_positive_int
+
+
+@HOOKS.register_module()
+class SharpnessHook(Hook):  # type: ignore[misc]
+    """Log what each step finds anyway, at the logger's interval: no extra pass, no extra wait.
+
+    The scalars go to MMEngine's message hub, and so to the console, the JSON log and TensorBoard:
+
+    ==============  =================================================================================
+    ``L_w``         L(w), the batch loss before the perturbation
+    ``L_w_e``       L(w + e), the loss of the second pass
+    ``sharpness``   L(w + e) - L(w)
+    ``g_norm``      norm of the first gradient (ASAM: of T g), without loss scaling
+    ``pass2_share`` fraction of the step's time spent in the second forward and backward pass
+    ==============  =================================================================================
+
+    All are of the one iteration that is logged, and of rank 0. (Their names avoid those that MMEngine's log processor
+    smooths over a window: it would mix values that are many iterations apart.) With several optimizer wrappers the
+    names are prefixed by the wrapper's.
+
+    Args:
+        interval: Iterations between two entries; by default the ``LoggerHook``'s.
+
+    Raises:
+        ValueError: ``interval`` is not a positive integer, or (when training starts) no wrapper of ours is used.
+    """
+
+    priority = 'NORMAL'  # before LoggerHook, which reads the message hub
+
+    def __init__(self, interval: int | None = None) -> None:
+        if interval is not None:
+            check_positive_int('SharpnessHook', 'interval', interval, example='50')
+        self.interval = interval
+        self._interval = interval or 1
+        self._wrappers: dict[str, TwoPassOptimWrapper] = {}
+
+    def before_train(self, runner: Any) -> None:
+        """Find the wrappers and the logger's interval."""
+        self._wrappers = _two_pass_wrappers(runner.optim_wrapper)
+        if not self._wrappers:
+            raise ValueError(
+                f'SharpnessHook needs a sharpness-aware optimizer wrapper, but the config uses '
+                f"{type(runner.optim_wrapper).__name__}: write optim_wrapper = dict(type='SAMOptimWrapper', ...), or "
+                'take SharpnessHook out of custom_hooks'
+            )
+        if self.interval is None:
+            loggers = [hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)]
+            self._interval = loggers[0] if loggers else 10
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Have the step timed if it is going to be logged."""
+        due = self._is_due(runner, batch_idx)
+        for wrapper in self._wrappers.values():
+            wrapper.record_timing = due
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Write the step's values to the message hub, if it is going to be logged."""
+        if not self._is_due(runner, batch_idx):
+            return
+        for prefix, wrapper in self._wrappers.items():
+            if wrapper.last_step is not None:
+                for name, value in _scalars(wrapper.last_step).items():
+                    runner.message_hub.update_scalar(f'train/{prefix}{name}', value)
+
+    def _is_due(self, runner: Any, batch_idx: int) -> bool:
+        # As LoggerHook decides, which logs the last iteration of an epoch too.
+        return bool(
+            self.every_n_inner_iters(batch_idx, self._interval) or self.end_of_epoch(runner.train_dataloader, batch_idx)
+        )
+
+
+def _two_pass_wrappers(optim_wrapper: Any) -> dict[str, TwoPassOptimWrapper]:
+    """Our wrappers by log prefix."""
+    if isinstance(optim_wrapper, TwoPassOptimWrapper):
+        return {'': optim_wrapper}
+    if isinstance(optim_wrapper, OptimWrapperDict):
+        members = optim_wrapper.items()
+        return {f'{k}.': w for k, w in members if isinstance(w, TwoPassOptimWrapper)}
+    return {}
+
+
+def _scalars(step: StepRecord) -> dict[str, float]:
+    loss, perturbed = float(step.loss), float(step.perturbed_loss)
+    scalars = {
+        'L_w': loss,
+        'L_w_e': perturbed,
+        'sharpness': perturbed - loss,
+        'g_norm': float(step.grad_norm),
+    }
+    if step.timer is not None:
+        seconds = step.timer.seconds()
+        scalars['pass2_share'] = seconds['pass2'] / sum(seconds.values())
+    return scalars

@@ -1,0 +1,138 @@
+"""Which parameters are perturbed: the ``perturb`` argument (ours).
+
+What is left out is still trained; it only stays where it is during the second pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+_SWITCHES = ('norm', 'bias', 'quantizer_scale')
+_PATTERNS = ('include', 'exclude')
+_EXAMPLE = (
+    "perturb='all', perturb='weights' (no norm layers, biases or quantizer scales) or "
+    "perturb=dict(norm=False, bias=True, quantizer_scale=False, include=['^backbone'], exclude=['head'])"
+)
+
+
+class ParameterSelector:
+    """Selects the parameters of an optimizer that take part in the perturbation.
+
+    Args:
+        owner: Class that takes the argument, for error messages.
+        perturb: ``'all'``; ``'weights'``, which leaves out normalisation layers, biases and the scales of
+            quantizers; or a dict with any of the switches ``norm``, ``bias`` and ``quantizer_scale`` (all True unless
+            given) and of ``include`` and ``exclude``, regular expressions (one or a list) searched in parameter names:
+            a parameter must match one of ``include``, if given, and none of ``exclude``.
+
+    Raises:
+        ValueError: ``perturb`` has another form.
+    """
+
+    def __init__(self, owner: str, perturb: str | Mapping[str, object]) -> None:
+        self._owner = owner
+        self._perturb = perturb
+        if perturb == 'all':
+            perturb = {}
+        elif perturb == 'weights':
+            perturb = dict.fromkeys(_SWITCHES, False)
+        if not isinstance(perturb, Mapping):
+            raise self._error('it must be a string of these or a dict')
+        unknown = set(perturb) - {*_SWITCHES, *_PATTERNS}
+        if unknown:
+            raise self._error(f'unknown keys {sorted(map(str, unknown))}')
+        self._switches = {name: self._switch(name, perturb.get(name, True)) for name in _SWITCHES}
+        self._include = self._compile('include', perturb.get('include'))
+        self._exclude = self._compile('exclude', perturb.get('exclude'))
+        self._cached_for: tuple[int, ...] = ()
+        self._selected: list[nn.Parameter] = []
+
+    def select(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """The members of ``parameters`` that are perturbed, in order.
+
+        Args:
+            model: Module whose parameter names and layer types the rules speak of.
+            parameters: The optimizer's parameters. One that ``model`` does not hold has no name: only ``include``
+                can leave it out.
+
+        Raises:
+            ValueError: A pattern matches no parameter, or nothing is left to perturb.
+        """
+        key = (id(model), *map(id, parameters))
+        if key != self._cached_for:
+            self._selected = self._apply(model, parameters)
+            self._cached_for = key
+        return self._selected
+
+    def _apply(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        kinds = _kinds(model)
+        for key, patterns in (('include', self._include), ('exclude', self._exclude)):
+            for pattern in patterns:
+                if not any(pattern.search(name) for name in names.values()):
+                    raise self._error(f'{key} pattern {pattern.pattern!r} matches no parameter of the model')
+        selected = []
+        for parameter in parameters:
+            kind, name = kinds.get(id(parameter)), names.get(id(parameter), '')
+            if kind is not None and not self._switches[kind]:
+                continue
+            if self._include and not _matches(self._include, name):
+                continue
+            if not _matches(self._exclude, name):
+                selected.append(parameter)
+        if not selected:
+            raise self._error('it leaves no parameter to perturb')
+        return selected
+
+    def _switch(self, name: str, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise self._error(f'{name}={value!r} must be True or False')
+        return value
+
+    def _compile(self, name: str, value: object) -> list[re.Pattern[str]]:
+        if value is None:
+            return []
+        patterns = [value] if isinstance(value, str) else value
+        if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+            raise self._error(f'{name}={value!r} must be a regular expression or a list of them')
+        try:
+            return [re.compile(pattern) for pattern in patterns]
+        except re.error as error:
+            raise self._error(f'{name}={value!r} is not a regular expression ({error})') from error
+
+    def _error(self, reason: str) -> ValueError:
+        return ValueError(f'{self._owner}: perturb={self._perturb!r} is not allowed: {reason}. Write {_EXAMPLE}')
+
+
+def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
+    return any(pattern.search(name) for pattern in patterns)
+
+
+def _kinds(model: nn.Module) -> dict[int, str]:
+    """Switch that governs a parameter, by its ``id``; parameters that no switch governs are absent."""
+    kinds: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        norm = is_norm_layer(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            # Brevitas keeps the learned scales of every quantizer below a module called `tensor_quant`.
+            if 'tensor_quant' in f'{prefix}.{name}':
+                kinds[id(parameter)] = 'quantizer_scale'
+            elif norm:
+                kinds[id(parameter)] = 'norm'
+            elif name == 'bias' or name.endswith('_bias'):
+                kinds[id(parameter)] = 'bias'
+    return kinds
+
+
+def is_norm_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a normalisation layer.
+
+    torch's own classes share no base class, and OpenMMLab adds some (``LayerNorm2d``, ``ScaleNorm``, ``GRN``):
+    besides the batch and instance norms, a layer counts by its class's name.
+    """
+    names = (cls.__name__ for cls in type(module).__mro__)
+    return isinstance(module, _NormBase) or any(n.endswith(('Norm', 'Norm2d')) or n == 'GRN' for n in names)

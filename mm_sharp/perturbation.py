@@ -1,0 +1,196 @@
+"""The perturbation of sharpness-aware minimization, as pure functions over lists of tensors.
+
+SAM (Foret et al. 2021, arXiv 2010.01412, eq. 2), with ``g`` the gradient of the batch loss::
+
+    e = rho * g / (||g||_2 + eps)
+
+ASAM (Kwon et al. 2021, arXiv 2102.11600, eq. 9), with ``T = |w| + eta`` element by element::
+
+    e = rho * T^2 g / (||T g||_2 + eps)
+
+The norm is taken over all perturbed tensors together. Deviations, all ours: ``eps`` is added to the norm, so that
+a zero gradient gives no perturbation and not a division by zero; ASAM uses ``T`` for every tensor, biases included;
+a gradient that is not finite gives ``e = 0``.
+
+The weights come back by copying (:class:`TensorBackup`), never by subtracting ``e``: floating-point subtraction
+does not undo an addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def group_by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of ``tensors`` that one ``torch._foreach_*`` call may take together.
+
+    Args:
+        tensors: Any tensors.
+
+    Returns:
+        Index lists, each over one device and one dtype, in order of first appearance.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+    return list(groups.values())
+
+
+def foreach_copy_(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy every source into its destination, in as few kernels as devices and dtypes allow.
+
+    Args:
+        destinations: Tensors to write.
+        sources: As many tensors, each of its destination's shape and dtype.
+    """
+    for group in group_by_device_and_dtype(destinations):
+        torch._foreach_copy_([destinations[i] for i in group], [sources[i] for i in group])
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all tensors taken as one vector, in at least float32.
+
+    Args:
+        tensors: At least one dense tensor; devices and dtypes may be mixed.
+
+    Returns:
+        A scalar on the device of the first tensor. No host synchronisation.
+    """
+    norms: list[Tensor] = []
+    for group in group_by_device_and_dtype(tensors):
+        members = [tensors[i] for i in group]
+        if members[0].dtype in _LOW_PRECISION:
+            # The squares of half-precision gradients overflow or vanish long before the gradients do.
+            norms += [torch.linalg.vector_norm(member, dtype=torch.float32) for member in members]
+        else:
+            norms += torch._foreach_norm(members, 2)
+    device = norms[0].device
+    dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device=device, dtype=dtype) for n in norms]))
+    return total
+
+
+@torch.no_grad()
+def climb(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    rho: float,
+    *,
+    adaptive: bool = False,
+    eta: float = 0.01,
+    eps: float = 1e-12,
+    scale: float = 1.0,
+    inverse_grad_scale: Tensor | None = None,
+) -> Tensor:
+    """Add the perturbation ``e`` to the parameters in place.
+
+    Args:
+        parameters: Tensors ``w`` to perturb; they keep their storage.
+        gradients: Their gradients ``g``, of the same shapes. Overwritten: they are scratch memory afterwards.
+        rho: Radius of the perturbation, in the units of the weights' norm (ASAM: of the scaled weights').
+        adaptive: ASAM instead of SAM.
+        eta: ASAM's additive constant in ``T = |w| + eta``.
+        eps: Added to the norm.
+        scale: Factor on ``e`` (ESAM's 1 / beta).
+        inverse_grad_scale: Scalar by which ``gradients`` are to be multiplied to undo loss scaling, or None.
+
+    Returns:
+        ``||g||_2`` (ASAM: ``||T g||_2``) without loss scaling, a scalar on the first gradient's device. Where it is
+        not finite, the parameters are left exactly as they were.
+    """
+    stretches = [parameter.abs().add_(eta) for parameter in parameters] if adaptive else None
+    if stretches is not None:
+        torch._foreach_mul_(list(gradients), stretches)
+    norm = global_norm(gradients)
+    factor = rho * scale
+    if inverse_grad_scale is not None:
+        inverse = inverse_grad_scale.to(device=norm.device, dtype=norm.dtype)
+        norm = norm * inverse
+        step = factor * inverse / (norm + eps)
+    else:
+        step = factor / (norm + eps)
+    if stretches is not None:
+        torch._foreach_mul_(list(gradients), stretches)
+    finite = torch.isfinite(norm)
+    for group in group_by_device_and_dtype(gradients):
+        members = [parameters[i] for i in group]
+        steps = [gradients[i] for i in group]
+        device = steps[0].device
+        _add_if(finite.to(device), members, steps, step.to(device))
+    return norm
+
+
+def _add_if(finite: Tensor, parameters: list[Tensor], gradients: list[Tensor], step: Tensor) -> None:
+    """``parameters += step * gradients`` where ``finite``; otherwise nothing, without asking the device."""
+    if finite.device.type == 'cpu':
+        if finite:
+            torch._foreach_mul_(gradients, step.to(gradients[0].dtype))
+            torch._foreach_add_(parameters, gradients)
+        return
+    torch._foreach_mul_(gradients, step.to(gradients[0].dtype))
+    for gradient in gradients:
+        # 0 * inf is nan, so that a zero step cannot stand for "no step"; and asking would stall the host.
+        torch.where(finite, gradient, torch.zeros_like(gradient), out=gradient)
+    torch._foreach_add_(parameters, gradients)
+
+
+class TensorBackup:
+    """An exact copy of some tensors, in memory that is allocated once and used again every step (ours).
+
+    One backup at a time: :meth:`save`, then :meth:`restore` or :meth:`drop`. Restoring twice, or without saving, does
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        # Weak: memory for a tensor that is gone goes with it.
+        self._memory: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._tensors: list[Tensor] = []
+
+    @property
+    def saved(self) -> bool:
+        """Whether tensors are kept that have not been restored."""
+        return bool(self._tensors)
+
+    @torch.no_grad()
+    def save(self, tensors: Sequence[Tensor]) -> None:
+        """Copy ``tensors``.
+
+        Args:
+            tensors: What to keep; the backup holds on to them until :meth:`restore` or :meth:`drop`.
+
+        Raises:
+            RuntimeError: An earlier backup is still kept, and would be lost.
+        """
+        if self.saved:
+            raise RuntimeError('The tensors of an earlier backup have not been restored')
+        copies = [self._copy_of(tensor) for tensor in tensors]
+        foreach_copy_(copies, tensors)
+        self._tensors = list(tensors)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the copies back, bit for bit, into the storage they were taken from."""
+        foreach_copy_(self._tensors, [self._memory[tensor] for tensor in self._tensors])
+        self._tensors = []
+
+    def drop(self) -> None:
+        """Forget the backup; the memory stays for the next one."""
+        self._tensors = []
+
+    def _copy_of(self, tensor: Tensor) -> Tensor:
+        memory = self._memory.get(tensor)
+        if (
+            memory is None
+            or memory.shape != tensor.shape
+            or memory.dtype != tensor.dtype
+            or memory.device != tensor.device
+        ):
+            memory = torch.empty_like(tensor, requires_grad=False)
+            self._memory[tensor] = memory
+        return memory

@@ -1,0 +1,83 @@
+"""The random state of this process, taken and put back as a whole (ours).
+
+With it the second pass draws the same dropout and DropPath masks as the first, so that the difference of the two
+losses measures the perturbation and not the masks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """State of the global generators: torch on the CPU and on devices, NumPy, Python.
+
+    Taking it costs no device synchronisation.
+
+    Args:
+        cpu: torch's CPU generator, (n,) uint8.
+        devices: State of each device's generator, by the device's name.
+        numpy: NumPy's legacy generator, as ``numpy.random.get_state`` gives it.
+        python: ``random.getstate()``.
+    """
+
+    cpu: Tensor
+    devices: dict[str, Tensor]
+    numpy: tuple[Any, ...]
+    python: tuple[Any, ...]
+
+    @classmethod
+    def capture(cls, devices: Iterable[torch.device] = ()) -> RandomState:
+        """The state now, of the CPU and of ``devices``."""
+        states = {str(device): _module(device).get_rng_state(device) for device in devices if device.type != 'cpu'}
+        return cls(torch.get_rng_state(), states, tuple(np.random.get_state()), random.getstate())
+
+    def restore(self) -> None:
+        """Put every generator back to this state."""
+        torch.set_rng_state(self.cpu)
+        for name, state in self.devices.items():
+            device = torch.device(name)
+            _module(device).set_rng_state(state, device)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in tensors and plain types, which load under ``weights_only=True``."""
+        name, keys, *rest = self.numpy
+        version, internal, gauss = self.python
+        return {
+            'cpu': self.cpu,
+            'devices': dict(self.devices),
+            'numpy': [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+            'python': [version, list(internal), gauss],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> RandomState:
+        """The inverse of :meth:`state_dict`.
+
+        Generators of devices that this machine lacks are left out. Tensors may have been loaded onto any device.
+        """
+        name, keys, *rest = state['numpy']
+        version, internal, gauss = state['python']
+        devices = {n: s.cpu() for n, s in state['devices'].items() if _available(torch.device(n))}
+        numpy_state = (name, keys.cpu().numpy().astype(np.uint32), *rest)
+        return cls(state['cpu'].cpu(), devices, numpy_state, (version, tuple(internal), gauss))
+
+
+def _module(device: torch.device) -> Any:
+    """torch's module for a device type: ``torch.cuda`` and the like."""
+    return getattr(torch, device.type)
+
+
+def _available(device: torch.device) -> bool:
+    module = getattr(torch, device.type, None)
+    return module is not None and module.is_available() and (device.index or 0) < module.device_count()

@@ -1,0 +1,161 @@
+"""Capture one training forward of a model, and run it again.
+
+MMEngine's ``train_step`` runs ``optim_context(model)`` around pre-processing and forward and then hands over a
+scalar. The hooks here see the model call itself, after pre-processing, so that both passes work on the same augmented
+batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mmengine.model import is_model_wrapper
+from torch import Tensor, nn
+
+from mm_sharp.random_state import RandomState
+
+
+@dataclass
+class ModelCall:
+    """One call ``output = model(*args, **kwargs)``.
+
+    Args:
+        model: The module that was called: the DDP wrapper where there is one.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        random_state: The random state just before the call.
+        output: What the call returned.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: RandomState
+    output: Any = field(default=None)
+
+    def replay(self) -> Any:
+        """Call the model again with the same arguments.
+
+        Returns:
+            The new output. Lists and dicts among the arguments are fresh copies, so that a model that empties them
+            (``inputs.pop(...)``) can be called any number of times.
+        """
+        args, kwargs = _copy_containers((self.args, self.kwargs))
+        return self.model(*args, **kwargs)
+
+
+ChooseBatch = Callable[[ModelCall], ModelCall]
+
+
+class CallRecorder:
+    """Records the one call of a model within a context.
+
+    After the context, :attr:`call` is the recorded call, or None if the model was not called.
+    """
+
+    def __init__(self) -> None:
+        self.call: ModelCall | None = None
+
+    @contextmanager
+    def record(
+        self,
+        model: nn.Module,
+        devices: tuple[torch.device, ...],
+        on_call: Callable[[ModelCall], ModelCall],
+    ) -> Iterator[None]:
+        """Record the call of ``model`` in this context.
+
+        Args:
+            model: The module that is going to be called.
+            devices: Devices whose random state is recorded.
+            on_call: Sees the call before it runs, and returns the call that runs instead: the same, or one on a part
+                of the batch.
+
+        Raises:
+            RuntimeError: ``model`` is called a second time (on the call).
+        """
+        self.call = None
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.call is not None:
+                raise RuntimeError(
+                    f'{type(unwrap(model)).__name__} was called twice in one optim_context: a second pass could not '
+                    'tell which call the loss comes from. Put everything that the loss needs into one forward '
+                    '(model(..., mode="loss")), or use one optim_context and update_params for each call:\n'
+                    '    with optim_wrapper.optim_context(model):\n        losses = model(inputs, data_samples, '
+                    "mode='loss')\n    optim_wrapper.update_params(model.parse_losses(losses)[0])"
+                )
+            random_state = RandomState.capture(devices)
+            self.call = on_call(ModelCall(model, args, kwargs, random_state))
+            # The model gets containers of its own: what it does to them must not reach the replay.
+            return _copy_containers((self.call.args, self.call.kwargs))
+
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            assert self.call is not None
+            self.call.output = _copy_containers(output)
+
+        handles = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            yield
+        except BaseException:
+            if self.call is not None:
+                self.call.random_state.restore()
+                self.call = None
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take(self) -> ModelCall | None:
+        """The recorded call, which is then forgotten here."""
+        call, self.call = self.call, None
+        return call
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's model inside DDP and the like."""
+    while is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
+
+
+def loss_of(call: ModelCall, output: Any) -> Tensor:
+    """The scalar that ``train_step`` makes of a model's output.
+
+    Args:
+        call: The call that gave ``output``.
+        output: A dict of losses, which the model's ``parse_losses`` adds up, or a tensor, which is averaged.
+
+    Raises:
+        TypeError: ``output`` is neither.
+    """
+    if isinstance(output, Tensor):
+        return output.mean()
+    model = unwrap(call.model)
+    parse_losses = getattr(model, 'parse_losses', None)
+    if isinstance(output, dict) and callable(parse_losses):
+        loss: Tensor = parse_losses(output)[0]
+        return loss
+    raise TypeError(
+        f'{type(model).__name__} returned {type(output).__name__} within optim_context: a second pass needs a loss '
+        "that can be computed again. Return a dict of losses (mode='loss') from a model that derives from "
+        'mmengine.model.BaseModel, or the loss itself as a tensor.'
+    )
+
+
+def _copy_containers(value: Any) -> Any:
+    """``value`` with fresh dicts, lists and tuples; everything in them is shared."""
+    if type(value) is dict:
+        return {key: _copy_containers(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy_containers(item) for item in value)
+    return value

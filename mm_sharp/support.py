@@ -1,0 +1,73 @@
+"""What a two-pass step cannot handle, found early and said clearly (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mm_sharp.replay import ModelCall, loss_of, unwrap
+
+
+def check_model(owner: str, model: nn.Module) -> None:
+    """Refuse models whose parameters are sharded over ranks.
+
+    Args:
+        owner: Class that asks, for the message.
+        model: The model handed to ``optim_context``.
+
+    Raises:
+        NotImplementedError: ``model`` is wrapped by FSDP.
+    """
+    if any(cls.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for cls in type(model).__mro__):
+        raise NotImplementedError(
+            f'{owner} does not support FSDP: each rank holds a shard of the parameters, and the perturbation needs the '
+            "gradient norm over all of them. Train with DDP: model_wrapper_cfg=dict(type='MMDistributedDataParallel')"
+        )
+
+
+def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
+    """Make sure that the second pass can compute the loss that the first was handed.
+
+    Args:
+        owner: Class that asks, for the message.
+        call: The captured forward.
+        loss: The scalar handed to ``update_params``.
+
+    Raises:
+        ValueError: ``loss`` is not what ``parse_losses`` makes of the captured output.
+    """
+    with torch.no_grad():
+        expected = loss_of(call, call.output).to(loss.device, loss.dtype)
+    tolerance = 1e-4 if loss.dtype in (torch.float32, torch.float64) else 1e-2
+    if loss.shape != expected.shape or not torch.allclose(
+        loss.detach(), expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True
+    ):
+        name = type(unwrap(call.model)).__name__
+        raise ValueError(
+            f'{owner}: update_params was given a loss of {loss.detach().tolist()}, but parse_losses of the captured '
+            f"forward of {name} gives {expected.tolist()}. The second pass can repeat only the model's own forward and "
+            f'parse_losses: move what {name}.train_step does to the loss afterwards (weights, further terms) into '
+            'its forward(..., mode="loss") or its parse_losses.'
+        )
+
+
+def check_perturbed(owner: str, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Refuse gradients that have no dense perturbation.
+
+    Args:
+        owner: Class that asks, for the message.
+        model: Module that names the parameters.
+        parameters: Parameters with a gradient.
+
+    Raises:
+        NotImplementedError: A gradient is sparse.
+    """
+    sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout != torch.strided}
+    if sparse:
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in sparse]
+        raise NotImplementedError(
+            f'{owner}: the gradients of {names} are sparse, which the perturbation does not support. Build the layer '
+            "with sparse=False, or leave it out: perturb=dict(exclude=['^NAME'])"
+        )

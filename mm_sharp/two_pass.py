@@ -1,0 +1,329 @@
+"""The order of a sharpness-aware step, written in one place.
+
+::
+
+    forward            the model's own, inside ``optim_context``; captured           L(w)
+    first backward     gradients of this micro-batch alone                           g
+    climb              w <- w + e(g), after an exact copy of w was taken
+    second forward     the captured call again, same random state                    L(w + e)
+    second backward    accumulates onto earlier micro-batches' gradients
+    restore            w, buffers, counters and random state as after the first pass
+    step               clipping and the base optimizer, if this micro-batch ends a cycle
+
+Methods choose *what* runs in each place and never *when*: :meth:`~TwoPassOptimWrapper.choose_first_batch`,
+:meth:`~TwoPassOptimWrapper.choose_perturbed` and :meth:`~TwoPassOptimWrapper.choose_second_batch`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mm_sharp.gradients import GradientsAside
+from mm_sharp.module_state import ModuleStateBackup
+from mm_sharp.parameters import ParameterSelector
+from mm_sharp.perturbation import TensorBackup, climb
+from mm_sharp.precision import Precision
+from mm_sharp.random_state import RandomState
+from mm_sharp.replay import CallRecorder, ModelCall, loss_of, unwrap
+from mm_sharp.support import check_loss, check_model, check_perturbed
+from mm_sharp.timing import StepTimer
+from mm_sharp.validation import check_bool, check_number, check_positive_int
+from mm_sharp.wrapper_state import load_state, pack_state
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step found, kept on the device until somebody asks.
+
+    Args:
+        loss: L(w), scalar.
+        perturbed_loss: L(w + e) on the batch of the second pass, scalar.
+        grad_norm: ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling.
+        timer: Times of the phases, where timing was asked for.
+    """
+
+    loss: Tensor
+    perturbed_loss: Tensor
+    grad_norm: Tensor
+    timer: StepTimer | None = None
+
+
+class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
+    """Base of the sharpness-aware optimizer wrappers: two forward-backward passes a step.
+
+    Args:
+        optimizer: The base optimizer.
+        rho: Radius of the perturbation, >= 0. With 0 the step is the base optimizer's, bit for bit, provided that
+            ``replay_rng`` is on.
+        adaptive: ASAM's perturbation instead of SAM's.
+        eta: ASAM's additive constant, >= 0.
+        eps: Added to the gradient norm, > 0.
+        perturb: Which parameters are perturbed: ``'all'``, ``'weights'`` or a dict; see
+            :class:`mm_sharp.parameters.ParameterSelector`.
+        sync_perturbation: Under DDP, perturb by the gradient averaged over all ranks, at the price of a second
+            all-reduce a step; otherwise every rank perturbs by its own.
+        replay_rng: Dropout and DropPath draw the same masks in both passes.
+        dtype: Autocast dtype, ``None``, ``'float16'`` (with loss scaling) or ``'bfloat16'``.
+        loss_scale: ``'dynamic'``, a number > 0, or a dict of ``GradScaler``'s arguments.
+        accumulative_counts: Micro-batches per optimizer step; each is perturbed by its own gradient.
+        clip_grad: As :class:`mmengine.optim.OptimWrapper` takes it; it acts on the final gradient only.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        eta: float = 0.01,
+        eps: float = 1e-12,
+        perturb: str | Mapping[str, object] = 'all',
+        sync_perturbation: bool = False,
+        replay_rng: bool = True,
+        dtype: str | torch.dtype | None = None,
+        loss_scale: str | float | Mapping[str, Any] = 'dynamic',
+        accumulative_counts: int = 1,
+        clip_grad: Mapping[str, Any] | None = None,
+    ) -> None:
+        name = type(self).__name__
+        check_positive_int(name, 'accumulative_counts', accumulative_counts, example='4')
+        if clip_grad is not None and not (isinstance(clip_grad, Mapping) and set(clip_grad) - {'type'}):
+            raise ValueError(
+                f'{name}: clip_grad={clip_grad!r} is not allowed: it must be None or a dict of the arguments of '
+                'torch.nn.utils.clip_grad_norm_. Write for example: clip_grad=dict(max_norm=1.0) or '
+                "clip_grad=dict(type='value', clip_value=0.5)"
+            )
+        # MMEngine pops 'type' from the dict that it is given; the caller's stays whole.
+        super().__init__(optimizer, accumulative_counts, copy.deepcopy(clip_grad))
+        self.rho = check_number(name, 'rho', rho, example='0.05')
+        self.adaptive = check_bool(name, 'adaptive', adaptive)
+        self.eta = check_number(name, 'eta', eta, example='0.01')
+        self.eps = check_number(name, 'eps', eps, low_open=True, example='1e-12')
+        self.sync_perturbation = check_bool(name, 'sync_perturbation', sync_perturbation)
+        self.replay_rng = check_bool(name, 'replay_rng', replay_rng)
+        self.selector = ParameterSelector(name, perturb)
+        self.device = self._parameters()[0].device
+        self.precision = Precision(name, dtype, loss_scale, self.device)
+        self.record_timing = False
+        self.last_step: StepRecord | None = None
+        self._recorder = CallRecorder()
+        self._weights = TensorBackup()
+        self._state_before = ModuleStateBackup()
+        self._state_between = ModuleStateBackup()
+        self._timer: StepTimer | None = None
+        self._loss_is_checked = False
+
+    # ---------------------------------------------------------------- what a method chooses
+    def choose_first_batch(self, call: ModelCall) -> ModelCall:
+        """The call that runs as first pass: the whole batch, or a part of it."""
+        return call
+
+    def choose_perturbed(self, parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], float]:
+        """The tensors among ``parameters`` to perturb in this step, and the factor on the perturbation."""
+        return parameters, 1.0
+
+    def choose_second_batch(self, call: ModelCall) -> ModelCall:
+        """The call that runs as second pass, given the first."""
+        return call
+
+    # ---------------------------------------------------------------- MMEngine's interface
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """The context of a training forward: autocast, gradient synchronisation, and capture of the model call.
+
+        Args:
+            model: The module that is called inside, exactly once.
+
+        Raises:
+            NotImplementedError: ``model`` is of a kind whose perturbation cannot be right (sharded parameters).
+            RuntimeError: ``model`` is called twice inside.
+        """
+        check_model(type(self).__name__, model)
+        try:
+            with (
+                self._no_sync(model, not self.sync_perturbation),
+                self.precision.autocast(),
+                self._recorder.record(model, self._devices(), self._on_call),
+            ):
+                yield
+        except BaseException:
+            self._state_before.restore()
+            raise
+
+    def update_params(
+        self,
+        loss: Tensor,
+        step_kwargs: dict[str, Any] | None = None,
+        zero_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Run the rest of the step: first backward, perturbation, second pass, restoration and, where due, the step.
+
+        Whatever happens, the weights before the optimizer's own step are bit for bit those before the call. If an
+        exception passes through, buffers, gradients and random state too are as before the forward.
+
+        Args:
+            loss: The scalar that the model's ``parse_losses`` made of the captured forward's output.
+            step_kwargs: Arguments of the optimizer's ``step``.
+            zero_kwargs: Arguments of the optimizer's ``zero_grad``.
+
+        Raises:
+            RuntimeError: No forward was captured.
+            ValueError: ``loss`` is not what the captured forward's output gives.
+        """
+        call = self._recorder.take()
+        if call is None:
+            raise RuntimeError(
+                f'{type(self).__name__}.update_params needs the forward pass that gave the loss, to run it again. Call '
+                'the model inside optim_context, once for each update_params:\n'
+                '    with optim_wrapper.optim_context(model):\n'
+                "        losses = model(inputs, data_samples, mode='loss')\n"
+                '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+            )
+        gradients = GradientsAside(self._all_parameters(call.model))
+        try:
+            self._check_loss(call, loss)
+            self._run_passes(call, loss, gradients)
+        except BaseException:
+            gradients.undo()
+            self._state_before.restore()
+            call.random_state.restore()
+            raise
+        self._state_before.drop()
+        if self.should_update():
+            self.step(**(step_kwargs or {}))
+            self.zero_grad(**(zero_kwargs or {}))
+        self._mark('step')
+        self._timer = None
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Back-propagate the (scaled) loss and count one micro-batch."""
+        self.precision.scale(loss).backward(**kwargs)
+        self._inner_count += 1
+
+    def step(self, **kwargs: Any) -> None:
+        """Clip the final gradient, if asked to, and step the base optimizer."""
+        if self.clip_grad_kwargs:
+            self.precision.unscale(self.optimizer)
+            self._clip_grad()
+        self.precision.step(self.optimizer, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state under MMEngine's keys, the loss scaler's, and ``'mm_sharp'`` for our own.
+
+        It loads under ``torch.load(weights_only=True)``, and into a plain ``OptimWrapper``.
+        """
+        return pack_state(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, or the state of a plain ``OptimWrapper``.
+
+        In a process of its own (not distributed) the global random state is put back too.
+
+        Raises:
+            ValueError: The state was written by a newer version of mm_sharp.
+        """
+        super().load_state_dict(load_state(self, state_dict))
+
+    # ---------------------------------------------------------------- the order
+    def _run_passes(self, call: ModelCall, loss: Tensor, gradients: GradientsAside) -> None:
+        """Everything from the first backward to the restoration."""
+        module = unwrap(call.model)
+        random_after_first = RandomState.capture(self._devices())
+        try:
+            self.precision.scale(loss).backward()
+            self._mark('pass1')
+            norm = self._climb(module)
+            gradients.resume()
+            self._mark('climb')
+            self._state_between.save(module)
+            second = self._second_loss(self.choose_second_batch(call))
+            self.backward(self.scale_loss(second))
+            self._mark('pass2')
+        finally:
+            self._weights.restore()
+            self._state_between.restore()
+            torch.clear_autocast_cache()
+            if self.replay_rng:
+                random_after_first.restore()
+            self._mark('restore')
+        self.last_step = StepRecord(loss.detach(), second.detach(), norm, self._timer)
+
+    def _climb(self, module: nn.Module) -> Tensor:
+        """Perturb the chosen parameters by their gradients; returns the norm."""
+        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        selected, scale = self.choose_perturbed(self.selector.select(module, trained))
+        perturbed = [parameter for parameter in selected if parameter.grad is not None]
+        check_perturbed(type(self).__name__, module, perturbed)
+        if not perturbed:
+            return torch.zeros((), device=self.device)
+        self._weights.save(perturbed)
+        return climb(
+            perturbed,
+            [parameter.grad for parameter in perturbed if parameter.grad is not None],
+            self.rho,
+            adaptive=self.adaptive,
+            eta=self.eta,
+            eps=self.eps,
+            scale=scale,
+            inverse_grad_scale=self.precision.inverse_scale(),
+        )
+
+    def _second_loss(self, call: ModelCall) -> Tensor:
+        """The loss of ``call`` at the perturbed weights, with the first pass's random draws."""
+        # Casts of the weights that an enclosing autocast region cached are those of the unperturbed weights.
+        torch.clear_autocast_cache()
+        if self.replay_rng:
+            call.random_state.restore()
+        with self._no_sync(call.model, not self.should_sync()), self.precision.autocast():
+            output = call.replay()
+        return loss_of(call, output)
+
+    # ---------------------------------------------------------------- helpers
+    def _on_call(self, call: ModelCall) -> ModelCall:
+        """Runs just before the model's forward."""
+        self._timer = StepTimer(self.device) if self.record_timing else None
+        self._mark('start')
+        self._state_before.drop()
+        self._state_before.save(unwrap(call.model))
+        return self.choose_first_batch(call)
+
+    def _check_loss(self, call: ModelCall, loss: Tensor) -> None:
+        """Compare the loss with the captured output's: always on the CPU, once where it stalls the host."""
+        if loss.device.type == 'cpu' or not self._loss_is_checked:
+            check_loss(type(self).__name__, call, loss)
+            self._loss_is_checked = True
+
+    @staticmethod
+    def _no_sync(model: nn.Module, active: bool) -> AbstractContextManager[Any]:
+        """The context in which DDP leaves gradients alone, if ``active``.
+
+        DDP decides in the forward whether the backward that follows is synchronised.
+        """
+        no_sync = getattr(model, 'no_sync', None)
+        return no_sync() if active and callable(no_sync) else nullcontext()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group['params']]
+
+    def _all_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """The optimizer's parameters and the model's: all that a backward pass may write gradients to."""
+        members = {id(p): p for p in (*self._parameters(), *model.parameters())}
+        return list(members.values())
+
+    def _devices(self) -> tuple[torch.device, ...]:
+        return tuple(dict.fromkeys(parameter.device for parameter in self._parameters()))
+
+    def _mark(self, phase: str) -> None:
+        if self._timer is not None:
+            self._timer.mark(phase)

@@ -1,0 +1,76 @@
+"""A wrapper's part of a checkpoint: plain types and tensors only (ours)."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from mmengine.dist import get_world_size
+from mmengine.logging import print_log
+
+from mm_sharp.random_state import RandomState
+
+if TYPE_CHECKING:
+    from mm_sharp.two_pass import TwoPassOptimWrapper
+
+_KEY = 'mm_sharp'
+_VERSION = 1
+
+
+def pack_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str, Any]:
+    """Add the loss scaler's state and our own to the base optimizer's.
+
+    Args:
+        wrapper: The wrapper that is saved.
+        state: What ``OptimWrapper.state_dict`` gave.
+
+    Returns:
+        ``state`` with ``'loss_scaler'`` (float16 only, as MMEngine names it) and ``'mm_sharp'``. A plain
+        ``OptimWrapper`` ignores both. The random state is that of this process, and is left out where there are
+        several: only rank 0 writes checkpoints.
+    """
+    packed = dict(state)
+    if wrapper.precision.scaler is not None:
+        packed['loss_scaler'] = wrapper.precision.scaler.state_dict()
+    own: dict[str, Any] = {'version': _VERSION, 'wrapper': type(wrapper).__name__}
+    if get_world_size() == 1:
+        own['random_state'] = RandomState.capture(wrapper._devices()).state_dict()
+    packed[_KEY] = own
+    return packed
+
+
+def load_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str, Any]:
+    """Load our part of ``state``.
+
+    Args:
+        wrapper: The wrapper that is loaded.
+        state: What :func:`pack_state` gave, or the state of MMEngine's own wrappers. Not changed.
+
+    Returns:
+        The rest, for ``OptimWrapper.load_state_dict``.
+
+    Raises:
+        ValueError: The state's version is newer than this package's.
+    """
+    rest = dict(state)
+    own, scaler_state = rest.pop(_KEY, None), rest.pop('loss_scaler', None)
+    if own is None:
+        _say(f'The checkpoint holds no state of mm_sharp: {type(wrapper).__name__} starts with its own anew')
+    elif own['version'] > _VERSION:
+        raise ValueError(
+            f"The checkpoint's optimizer state has version {own['version']}, and this mm_sharp reads up to {_VERSION}: "
+            'install the mm_sharp that wrote it, or a newer one'
+        )
+    elif own['wrapper'] != type(wrapper).__name__:
+        _say(f'The checkpoint was written by {own["wrapper"]}, and is loaded by {type(wrapper).__name__}')
+    if wrapper.precision.scaler is not None and scaler_state:
+        wrapper.precision.scaler.load_state_dict(scaler_state)
+    elif wrapper.precision.scaler is not None:
+        _say('The checkpoint holds no loss scale: dynamic scaling starts anew')
+    if own is not None and 'random_state' in own and get_world_size() == 1:
+        RandomState.from_state_dict(own['random_state']).restore()
+    return rest
+
+
+def _say(message: str) -> None:
+    print_log(message, logger='current', level=logging.WARNING)

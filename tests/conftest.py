@@ -1,0 +1,25 @@
+"""Fixtures that every test file shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> Path:
+    """The folder with a few real COCO and MPII images; the test is skipped where it is absent."""
+    folder = ROOT.parent / 'shared' / 'data'
+    if not (folder / 'coco' / 'test_coco.json').is_file():
+        pytest.skip(f'no real images: {folder} is absent (it is not part of the project)')
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same global random state."""
+    torch.manual_seed(0)
