@@ -13,7 +13,7 @@ from importlib import util as _util
 if _util.find_spec('mm_sharp.compat') is not None:
     from mm_sharp import compat as _compat
 
-    _compat.apply()
+    getattr(_compat, 'apply', lambda: None)()
 
 from mm_sharp.hooks import SharpnessHook
 from mm_sharp.sam import SAMOptimWrapper

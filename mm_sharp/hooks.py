@@ -8,7 +8,8 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 
-from mm_sharp.two_pass import StepRecord, TwoPassOptimWrapper
+from mm_sharp.step_record import StepRecord
+from mm_sharp.two_pass import TwoPassOptimWrapper
 from mm_sharp.validation import check_positive_int
 
 

@@ -27,6 +27,27 @@ def check_model(owner: str, model: nn.Module) -> None:
         )
 
 
+def require_call(owner: str, call: ModelCall | None) -> ModelCall:
+    """Return ``call``, or say how the forward pass is to be run.
+
+    Args:
+        owner: Class that asks, for the message.
+        call: What was captured within ``optim_context``.
+
+    Raises:
+        RuntimeError: Nothing was.
+    """
+    if call is None:
+        raise RuntimeError(
+            f'{owner}.update_params needs the forward pass that gave the loss, to run it again. Call the model '
+            'that was handed to optim_context inside it, once for each update_params:\n'
+            '    with optim_wrapper.optim_context(model):\n'
+            "        losses = model(inputs, data_samples, mode='loss')\n"
+            '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+        )
+    return call
+
+
 def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
     """Make sure that the second pass can compute the loss that the first was handed.
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,27 +33,10 @@ from mm_sharp.perturbation import TensorBackup, climb
 from mm_sharp.precision import Precision
 from mm_sharp.random_state import RandomState
 from mm_sharp.replay import CallRecorder, ModelCall, loss_of, unwrap
-from mm_sharp.support import check_loss, check_model, check_perturbed
-from mm_sharp.timing import StepTimer
-from mm_sharp.validation import check_bool, check_number, check_positive_int
+from mm_sharp.step_record import StepRecord, StepTimer
+from mm_sharp.support import check_loss, check_model, check_perturbed, require_call
+from mm_sharp.validation import check_bool, check_clip_grad, check_number, check_positive_int
 from mm_sharp.wrapper_state import load_state, pack_state
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step found, kept on the device until somebody asks.
-
-    Args:
-        loss: L(w), scalar.
-        perturbed_loss: L(w + e) on the batch of the second pass, scalar.
-        grad_norm: ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling.
-        timer: Times of the phases, where timing was asked for.
-    """
-
-    loss: Tensor
-    perturbed_loss: Tensor
-    grad_norm: Tensor
-    timer: StepTimer | None = None
 
 
 class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
@@ -98,12 +80,7 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
     ) -> None:
         name = type(self).__name__
         check_positive_int(name, 'accumulative_counts', accumulative_counts, example='4')
-        if clip_grad is not None and not (isinstance(clip_grad, Mapping) and set(clip_grad) - {'type'}):
-            raise ValueError(
-                f'{name}: clip_grad={clip_grad!r} is not allowed: it must be None or a dict of the arguments of '
-                'torch.nn.utils.clip_grad_norm_. Write for example: clip_grad=dict(max_norm=1.0) or '
-                "clip_grad=dict(type='value', clip_value=0.5)"
-            )
+        check_clip_grad(name, clip_grad)
         # MMEngine pops 'type' from the dict that it is given; the caller's stays whole.
         super().__init__(optimizer, accumulative_counts, copy.deepcopy(clip_grad))
         self.rho = check_number(name, 'rho', rho, example='0.05')
@@ -181,15 +158,7 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
             RuntimeError: No forward was captured.
             ValueError: ``loss`` is not what the captured forward's output gives.
         """
-        call = self._recorder.take()
-        if call is None:
-            raise RuntimeError(
-                f'{type(self).__name__}.update_params needs the forward pass that gave the loss, to run it again. Call '
-                'the model inside optim_context, once for each update_params:\n'
-                '    with optim_wrapper.optim_context(model):\n'
-                "        losses = model(inputs, data_samples, mode='loss')\n"
-                '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
-            )
+        call = require_call(type(self).__name__, self._recorder.take())
         gradients = GradientsAside(self._all_parameters(call.model))
         try:
             self._check_loss(call, loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 
 def check_number(
@@ -72,6 +72,20 @@ def check_positive_int(owner: str, name: str, value: object, *, example: str) ->
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(_message(owner, name, value, 'an integer of at least 1', example))
     return value
+
+
+def check_clip_grad(owner: str, value: object) -> None:
+    """Raise unless ``value`` has the form that MMEngine's ``clip_grad`` has.
+
+    Raises:
+        ValueError: It is neither None nor a dict with an argument for the clipping function.
+    """
+    kinds = ('norm', 'value')
+    if value is None:
+        return
+    if not isinstance(value, Mapping) or not set(value) - {'type'} or value.get('type', 'norm') not in kinds:
+        allowed = f"None or a dict of a clipping function's arguments, with type one of {kinds}"
+        raise ValueError(_message(owner, 'clip_grad', value, allowed, 'dict(max_norm=1.0)'))
 
 
 def _message(owner: str, name: str, value: object, allowed: str, example: str) -> str:

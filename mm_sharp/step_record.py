@@ -1,12 +1,14 @@
-"""Where the time of a two-pass step goes (ours)."""
+"""What one step found, and where its time went (ours)."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PHASES = ('pass1', 'climb', 'pass2', 'restore', 'step')
 
@@ -48,3 +50,20 @@ class StepTimer:
             return float(self._marks[end] - self._marks[start])
         self._marks[end].synchronize()
         return float(self._marks[start].elapsed_time(self._marks[end])) / 1e3
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step found, kept on the device until somebody asks.
+
+    Args:
+        loss: L(w), scalar.
+        perturbed_loss: L(w + e) on the batch of the second pass, scalar.
+        grad_norm: ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling.
+        timer: Times of the phases, where timing was asked for.
+    """
+
+    loss: Tensor
+    perturbed_loss: Tensor
+    grad_norm: Tensor
+    timer: StepTimer | None = None

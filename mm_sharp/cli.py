@@ -1,0 +1,216 @@
+"""What the command lines in ``tools/`` share: their options, and errors of one line that say what to do (ours).
+
+A mistake of the user's (no such file, no such option) is raised as :class:`UsageError`, printed as one line and ends
+the program with exit code 2; ``--debug`` shows the traceback too. Everything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.runner import Runner
+
+# Top-level keys that MMEngine's Runner and MMPose's tools read from the config without being arguments of the Runner.
+_OTHER_KEYS = {
+    'activation_checkpointing',
+    'compile',
+    'custom_imports',
+    'efficient_conv_bn_eval',
+    'find_unused_parameters',
+    'model_wrapper_cfg',
+    'preprocess_cfg',
+    'sync_bn',
+}
+
+
+class UsageError(Exception):
+    """Something that the user can put right; its message says how."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are :class:`UsageError` instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f'{message} (all options: {self.prog} --help)')
+
+
+class CfgOptions(DictAction):  # type: ignore[misc]
+    """MMEngine's ``KEY=VALUE`` action; a wrong form is an error of one line."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        for item in values:
+            if not re.fullmatch(r'[^.=\s]+(\.[^.=\s]+)*=.*', item, flags=re.DOTALL):
+                parser.error(f'{option_string}: {item!r} is not of the form KEY=VALUE, as optim_wrapper.rho=0.1')
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (AssertionError, ValueError) as error:
+            parser.error(f'{option_string}: {error}')
+
+
+def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
+    """Run a tool on the command line's arguments.
+
+    Args:
+        tool: Its ``main``, given the arguments without the program's name.
+
+    Returns:
+        The exit code: 0, or 2 after a :class:`UsageError`, which is printed to stderr (once a node) as one line.
+    """
+    arguments = sys.argv[1:]
+    try:
+        tool(arguments)
+    except UsageError as error:
+        if '--debug' in arguments:
+            raise
+        if os.environ.get('LOCAL_RANK', '0') == '0':
+            sys.stderr.write(f'{Path(sys.argv[0]).name}: error: {" ".join(str(error).split())}\n')
+        return 2
+    return 0
+
+
+def common_parser(description: str) -> OneLineParser:
+    """A parser with the options that training and testing share."""
+    parser = OneLineParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder for logs and results (default: ./work_dirs/<name of the config>)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=CfgOptions,
+        default={},
+        metavar='KEY=VALUE',
+        help='change the config: optim_wrapper.rho=0.1, or a list without blanks: key="[a,b]"',
+    )
+    parser.add_argument('--show', action='store_true', help='show predictions in a window')
+    parser.add_argument(
+        '--show-dir', help='save predictions as pictures; a relative folder is made inside WORK_DIR/<time>/'
+    )
+    parser.add_argument('--wait-time', type=float, default=1.0, help='seconds that --show leaves a picture open')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    # torchrun sets LOCAL_RANK in the environment; older launchers pass one of these.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load checkpoints that can run code while loading; only for files whose source you trust',
+    )
+    parser.add_argument('--debug', action='store_true', help='show the traceback of usage errors')
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config file and apply the options that training and testing share.
+
+    Args:
+        args: Parsed arguments of :func:`common_parser`.
+
+    Raises:
+        UsageError: The file is missing, cannot be read, or an option does not fit it.
+    """
+    if not Path(args.config).is_file():
+        raise UsageError(f"no config file '{args.config}' in {Path.cwd()}")
+    try:
+        cfg = Config.fromfile(args.config)
+    except Exception as error:  # a config is code of the user's: whatever it raises is theirs to put right
+        raise UsageError(f"cannot read the config '{args.config}': {_reason(error)}") from error
+    _check_keys(cfg, args.cfg_options)
+    try:
+        cfg.merge_from_dict(args.cfg_options)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UsageError(f'--cfg-options does not fit the config: {_reason(error)}') from error
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    if cfg.get('preprocess_cfg'):
+        cfg.model.setdefault('data_preprocessor', cfg.preprocess_cfg)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    _launch(cfg, args.launcher)
+    if args.trust_checkpoint:
+        from mm_sharp.compat import trust_checkpoints
+
+        trust_checkpoints()
+    return cfg
+
+
+def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Switch on MMPose's visualization hook if ``--show`` or ``--show-dir`` asks for it."""
+    if not args.show and args.show_dir is None:
+        return
+    cfg.setdefault('default_hooks', {})
+    hook = cfg.default_hooks.setdefault('visualization', {'type': 'mmpose.PoseVisualizationHook'})
+    hook.update(enable=True, show=args.show, out_dir=args.show_dir)
+    if args.show:
+        hook.wait_time = args.wait_time
+    if cfg.get('visualizer') is None:
+        cfg.visualizer = {'type': 'mmpose.PoseLocalVisualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}
+
+
+def run_with_checkpoint(run: Callable[[], Any]) -> Any:
+    """Call ``run``, and say what to do if a checkpoint in it is refused by ``torch.load(weights_only=True)``."""
+    try:
+        return run()
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f'the checkpoint holds more than plain data ({_reason(error)}): if you trust where it comes from, '
+            'add --trust-checkpoint'
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom of a chain of exceptions, with a hint where one is known."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    text = str(root).strip().strip('"\'')
+    line = text.splitlines()[0] if text else ''
+    if 'Duplicate key is not allowed among bases' in line:
+        line += "; keep one of these entries of _base_, and write the other's value in the config itself"
+    return f'{type(root).__name__}: {line}'
+
+
+def _check_keys(cfg: Config, options: dict[str, Any]) -> None:
+    """Refuse options whose first key nothing reads: MMEngine would take a typing error for a new variable."""
+    known = {*cfg.keys(), *signature(Runner.__init__).parameters, *_OTHER_KEYS} - {'self', 'cfg'}
+    for option in options:
+        key = option.split('.')[0]
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f'did you mean {close[0]!r}?' if close else f'its keys: {", ".join(sorted(cfg.keys()))}'
+            raise UsageError(f'--cfg-options {option}=…: the config has no {key!r}; {hint}')
+
+
+def _launch(cfg: Config, launcher: str) -> None:
+    """Set the launcher; on the CPU, start the process group here, since MMEngine's start needs a GPU.
+
+    Raises:
+        UsageError: A launcher other than torchrun's on a machine without an accelerator.
+    """
+    cfg.launcher = launcher
+    if launcher == 'none' or get_device() != 'cpu':
+        return
+    if launcher != 'pytorch':
+        raise UsageError(f'--launcher {launcher} needs GPUs; on the CPU use --launcher pytorch (tools/dist_train.sh)')
+    if 'RANK' not in os.environ:
+        raise UsageError('--launcher pytorch: start it with tools/dist_train.sh or torchrun')
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = cfg.setdefault('model_wrapper_cfg', {})
+    wrapper.setdefault('type', 'MMDistributedDataParallel')
+    wrapper.setdefault('broadcast_buffers', False)
+    wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
+    wrapper.setdefault('device_ids', None)

@@ -1,0 +1,216 @@
+"""Checks of a config before anything is built: wrapper, data set and checkpoint (ours).
+
+MMEngine finds these mistakes as well, but after building the model, and says so in a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from copy import deepcopy
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+
+from mm_sharp.cli import UsageError
+from mm_sharp.two_pass import TwoPassOptimWrapper
+
+
+def wrapper_configs(cfg: Config) -> dict[str, Any]:
+    """The config of each optimizer wrapper by its dotted key: one, or several for an ``OptimWrapperDict``.
+
+    Raises:
+        UsageError: There is none.
+    """
+    top = cfg.get('optim_wrapper')
+    if not top:
+        raise UsageError("the config has no optim_wrapper: write optim_wrapper = dict(type='SAMOptimWrapper', …)")
+    if 'optimizer' in top or 'type' in top:
+        return {'optim_wrapper': top}
+    members = {f'optim_wrapper.{key}': value for key, value in top.items() if isinstance(value, dict)}
+    return {key: value for key, value in members.items() if 'optimizer' in value or 'type' in value}
+
+
+def wrapper_class(cfg: Config, key: str, wrapper: dict[str, Any]) -> type[OptimWrapper]:
+    """The class that MMEngine will build for an optimizer wrapper's config.
+
+    Raises:
+        UsageError: Its type is not registered.
+    """
+    name = wrapper.get('type', 'OptimWrapper')
+    if not isinstance(name, str):
+        return name  # type: ignore[no-any-return]
+    scope = wrapper.get('_scope_') or cfg.get('default_scope', 'mmengine')
+    with OPTIM_WRAPPERS.switch_scope_and_registry(scope) as registry:
+        found = registry.get(name)
+        names = sorted({*registry.module_dict, *OPTIM_WRAPPERS.module_dict})
+    if found is None:
+        close = get_close_matches(name, names, n=1)
+        hint = f'did you mean {close[0]!r}?' if close else 'import its module in custom_imports.'
+        raise UsageError(f'{key}.type: no optimizer wrapper {name!r}; {hint} Registered: {", ".join(names)}')
+    return found  # type: ignore[no-any-return]
+
+
+def check_wrappers(cfg: Config) -> None:
+    """Build every optimizer wrapper of ours or MMEngine's once, around a single number.
+
+    Raises:
+        UsageError: Unknown type or wrong argument, or a fragment of ours that the config inherits and does not use.
+    """
+    classes = []
+    for key, wrapper in wrapper_configs(cfg).items():
+        cls = wrapper_class(cfg, key, wrapper)
+        classes.append(cls)
+        if not cls.__module__.startswith(('mm_sharp.', 'mmengine.')):
+            continue  # others may want a real optimizer
+        not_theirs = ('type', '_scope_', 'optimizer', 'constructor', 'paramwise_cfg')
+        arguments = {name: deepcopy(value) for name, value in wrapper.items() if name not in not_theirs}
+        try:
+            cls(optimizer=torch.optim.SGD([_weight()], lr=1.0), **arguments)
+        except (TypeError, ValueError, AssertionError, ImportError) as error:
+            hint = '' if issubclass(cls, TwoPassOptimWrapper) else _theirs_hint(cls, arguments)
+            raise UsageError(f'{key} (type {cls.__name__}): {error}{hint}') from error
+    if cfg.get('sharp_optim_wrapper') and not any(issubclass(cls, TwoPassOptimWrapper) for cls in classes):
+        raise UsageError(
+            'the config inherits a fragment of mm_sharp, but trains without it: '
+            'add the line `optim_wrapper = _base_.sharp_optim_wrapper`'
+        )
+
+
+def enable_amp(cfg: Config) -> None:
+    """Train in mixed precision: our wrappers get a dtype, MMEngine's plain one becomes its ``AmpOptimWrapper``.
+
+    A dtype that the config sets stays.
+
+    Raises:
+        UsageError: A wrapper for which there is no way.
+    """
+    for key, wrapper in wrapper_configs(cfg).items():
+        cls = wrapper_class(cfg, key, wrapper)
+        if issubclass(cls, TwoPassOptimWrapper):
+            if wrapper.get('dtype') is None:
+                wrapper['dtype'] = 'float16'
+        elif cls in (OptimWrapper, AmpOptimWrapper):
+            if get_device() == 'cpu':
+                raise UsageError("--amp: MMEngine's AmpOptimWrapper needs a GPU; on the CPU, SAMOptimWrapper can do it")
+            wrapper['type'] = 'AmpOptimWrapper'
+            wrapper.setdefault('loss_scale', 'dynamic')
+        else:
+            raise UsageError(f'--amp cannot change {key}.type={cls.__name__}: set its precision in the config')
+
+
+def check_data(cfg: Config, *splits: str) -> None:
+    """Check that the files of the data sets are there.
+
+    Args:
+        cfg: The whole config.
+        *splits: Of ``'train'``, ``'val'`` and ``'test'``, those that will be read.
+
+    Raises:
+        UsageError: A file or folder is missing.
+    """
+    for split in splits:
+        for where, path in _data_paths(cfg, split):
+            if '://' in path or Path(path).exists():
+                continue
+            key = re.sub(r'(ann_file|data_prefix\..*)$', 'data_root', where) if '.dataset' in where else where
+            hint = cfg.get('data_hint') or f'put the data set there, or say where it is: --cfg-options {key}=…'
+            raise UsageError(f"no data: '{path}' ({where}) does not exist in {Path.cwd()}; {hint}")
+
+
+def check_checkpoint(path: str, source: str) -> None:
+    """Check that a checkpoint is there and was written to its end.
+
+    Args:
+        path: The file; URLs are left to MMEngine.
+        source: The option or key that names it.
+
+    Raises:
+        UsageError: It is missing or cut off.
+    """
+    if '://' in path:
+        return
+    if not Path(path).is_file():
+        raise UsageError(f"{source}: no checkpoint '{path}' in {Path.cwd()}")
+    if not _is_complete(Path(path)):
+        raise UsageError(f"{source}: the checkpoint '{path}' is cut off; take an earlier one")
+
+
+def last_checkpoint(work_dir: str) -> str | None:
+    """The newest checkpoint of a training run that can be resumed, or None.
+
+    ``last_checkpoint`` in the work directory names it. Where that file is torn, or names one that is gone or cut off (a
+    run can be killed at any time, and a folder moved), the newest complete one in the folder is taken.
+    """
+    folder = Path(work_dir)
+    pointer = folder / 'last_checkpoint'
+    named = pointer.read_text().strip() if pointer.is_file() else ''
+    found = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
+    candidates = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
+    if named:
+        candidates = [Path(named), folder / Path(named).name, *candidates]
+    return next((str(file) for file in candidates if file.is_file() and _is_complete(file)), None)
+
+
+def _is_complete(file: Path) -> bool:
+    """Whether a checkpoint has its end: torch writes a zip archive, whose directory comes last."""
+    with file.open('rb') as stream:
+        start = stream.read(2)
+    return zipfile.is_zipfile(file) if start == b'PK' else bool(start)
+
+
+def _theirs_hint(cls: type[OptimWrapper], arguments: dict[str, Any]) -> str:
+    """Advice for arguments of our wrappers that were given to another: a recipe's own ``type`` was left standing."""
+    theirs = {name for base in cls.__mro__ for name in signature(base.__init__).parameters}
+    ours = [name for name in arguments if name in signature(TwoPassOptimWrapper).parameters and name not in theirs]
+    return f"; {', '.join(ours)}: meant for type='SAMOptimWrapper'?" if ours else ''
+
+
+def _weight() -> torch.nn.Parameter:
+    """A parameter on the device that training will use, since what AMP allows depends on it."""
+    device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if get_device() == 'cuda' else 'cpu'
+    return torch.nn.Parameter(torch.zeros(1, device=device))
+
+
+def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str]]:
+    """Dotted key and path of everything that a split reads."""
+    dataloader = cfg.get(f'{split}_dataloader')
+    if dataloader:
+        yield from _dataset_paths(f'{split}_dataloader.dataset', dataloader.get('dataset'))
+    evaluators = cfg.get(f'{split}_evaluator') or []
+    if isinstance(evaluators, dict):
+        evaluators = [evaluators]
+    for metric in evaluators:
+        if metric.get('ann_file'):
+            yield f'{split}_evaluator.ann_file', metric['ann_file']
+
+
+def _dataset_paths(where: str, dataset: Any) -> Iterator[tuple[str, str]]:
+    """The same for a data set and those that it wraps (combined, repeated, concatenated)."""
+    if not isinstance(dataset, dict):
+        return
+    root = dataset.get('data_root') or ''
+    if dataset.get('ann_file'):
+        yield f'{where}.ann_file', _join(root, dataset['ann_file'])
+        for name, prefix in (dataset.get('data_prefix') or {}).items():
+            if '://' not in root:
+                yield f'{where}.data_prefix.{name}', _join(root, prefix)
+    for name in ('bbox_file', 'headbox_file'):
+        if dataset.get(name):
+            yield f'{where}.{name}', dataset[name]
+    yield from _dataset_paths(f'{where}.dataset', dataset.get('dataset'))
+    for i, member in enumerate(dataset.get('datasets') or []):
+        yield from _dataset_paths(f'{where}.datasets.{i}', member)
+
+
+def _join(root: str, path: str) -> str:
+    return path if '://' in path else os.path.join(root, path)

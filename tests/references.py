@@ -1,0 +1,86 @@
+"""Sharpness-aware steps written out by hand, in plain torch: what the wrappers are compared with.
+
+Nothing here uses the package, MMEngine's optimizer wrappers, ``torch._foreach_*`` or hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+LossFunction = Callable[[], Tensor]
+
+
+def gradients_of(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The gradient of ``loss``, tensor by tensor."""
+    return list(torch.autograd.grad(loss, parameters))
+
+
+def sam_perturbation(gradients: list[Tensor], rho: float, eps: float = 1e-12) -> list[Tensor]:
+    """SAM, eq. 2: e = rho * g / (||g|| + eps)."""
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    return [gradient * (rho / (norm + eps)) for gradient in gradients]
+
+
+def asam_perturbation(
+    weights: list[Tensor], gradients: list[Tensor], rho: float, eta: float = 0.01, eps: float = 1e-12
+) -> list[Tensor]:
+    """ASAM, eq. 9: e = rho * T^2 g / (||T g|| + eps), T = |w| + eta."""
+    stretches = [weight.abs() + eta for weight in weights]
+    stretched = [gradient * stretch for gradient, stretch in zip(gradients, stretches, strict=True)]
+    norm = torch.stack([tensor.norm() for tensor in stretched]).norm()
+    return [tensor * stretch * (rho / (norm + eps)) for tensor, stretch in zip(stretched, stretches, strict=True)]
+
+
+def sam_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss_function: LossFunction,
+    rho: float,
+    adaptive: bool = False,
+    factor: float = 1.0,
+) -> list[Tensor]:
+    """One whole SAM (or ASAM) step: both passes and the optimizer's step.
+
+    Args:
+        model: Its buffers end as the first pass left them.
+        optimizer: The base optimizer over all parameters of ``model``.
+        loss_function: The batch loss at the current weights.
+        rho: Radius.
+        adaptive: ASAM.
+        factor: On the final gradient.
+
+    Returns:
+        The final gradients.
+    """
+    final = sam_gradients(model, loss_function, rho, adaptive)
+    for parameter, gradient in zip(model.parameters(), final, strict=True):
+        parameter.grad = gradient * factor if factor != 1.0 else gradient
+    optimizer.step()
+    optimizer.zero_grad()
+    return final
+
+
+def sam_gradients(model: nn.Module, loss_function: LossFunction, rho: float, adaptive: bool = False) -> list[Tensor]:
+    """The gradient at the perturbed weights; weights and buffers end as after the first pass."""
+    parameters = list(model.parameters())
+    gradients = gradients_of(loss_function(), parameters)
+    weights = [parameter.detach().clone() for parameter in parameters]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    if adaptive:
+        perturbation = asam_perturbation(weights, gradients, rho)
+    else:
+        perturbation = sam_perturbation(gradients, rho)
+    with torch.no_grad():
+        for parameter, step in zip(parameters, perturbation, strict=True):
+            parameter.add_(step)
+    final = gradients_of(loss_function(), parameters)
+    with torch.no_grad():
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.copy_(weight)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return final

@@ -1,0 +1,337 @@
+"""The contracts that every wrapper keeps (DESIGN: restoration, side effects, accumulation, errors, replay)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from tests.toys import CountingNet, NaNSecond, ToyNet, batches, make, same_bits, same_state
+from tests.wrappers import WRAPPERS, build, momentum_sgd
+
+pytestmark = pytest.mark.parametrize('name', WRAPPERS)
+
+
+class Watch:
+    """Copies of the weights as each forward pass saw them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: list[list[Tensor]] = []
+        self.handle = model.register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        self.seen.append([p.detach().clone() for p in module.parameters()])
+
+
+# ------------------------------------------------------------------ 1. restoration
+def test_weights_are_restored_exactly_before_the_step(name: str) -> None:
+    model = make()
+    wrapper = build(name, model, SGD(model.parameters(), lr=0.0))
+    before = make()
+    pointers = [p.data_ptr() for p in model.parameters()]
+    watch = Watch(model)
+    for batch in batches(5):
+        model.train_step(batch, wrapper)
+    for left, right in zip(model.parameters(), before.parameters(), strict=True):
+        assert same_bits(left, right)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert len(watch.seen) == 10
+    first, second = watch.seen[:2]
+    assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True)), 'nothing was perturbed'
+
+
+class Interrupting(ToyNet):
+    """Raises in the forward or backward pass of a chosen number."""
+
+    def __init__(self, error: BaseException, where: str) -> None:
+        super().__init__()
+        self.error, self.where, self.forwards = error, where, []
+
+    def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'loss') -> Any:
+        self.forwards.append(None)
+        losses = super().forward(inputs, targets, mode)
+        stage = {1: 'first', 2: 'second'}[len(self.forwards)]
+        if self.where == f'{stage} forward':
+            raise self.error
+        if self.where == f'{stage} backward':
+            losses['loss_size'].register_hook(self.fail)
+        return losses
+
+    def fail(self, gradient: Tensor) -> Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize('where', ['first forward', 'first backward', 'second forward', 'second backward'])
+@pytest.mark.parametrize('error', [ValueError('broken'), KeyboardInterrupt()], ids=['error', 'interrupt'])
+def test_an_exception_anywhere_leaves_everything_as_it_was(name: str, where: str, error: BaseException) -> None:
+    model = make(Interrupting, error=error, where=where)
+    wrapper = build(name, model, accumulative_counts=4)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    hooks = len(model._forward_pre_hooks), len(model._forward_hooks)
+    random_state = torch.get_rng_state()
+    with pytest.raises(type(error)):
+        model.train_step(batches(1)[0], wrapper)
+    assert all(same_bits(value, state[key]) for key, value in model.state_dict().items())
+    assert all(same_bits(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == hooks
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert wrapper.inner_count == 0
+    # The next step works, and is the step of a wrapper that never failed.
+    model.where, model.forwards = 'nowhere', []
+    other = make(Interrupting, error=error, where='nowhere')
+    reference = build(name, other, accumulative_counts=4)
+    for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    model.train_step(batches(1)[0], wrapper)
+    other.train_step(batches(1)[0], reference)
+    assert same_state(model, other)
+    assert all(same_bits(p.grad, q.grad) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class HalfUsed(ToyNet):
+    """Uses one parameter in the first pass only, another in the second only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        self.forwards: list[None] = []
+
+    def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'loss') -> Any:
+        self.forwards.append(None)
+        losses = super().forward(inputs, targets, mode)
+        used = self.first if len(self.forwards) % 2 else self.second
+        losses['loss_size'] = losses['loss_size'] + 0.1 * used.square().sum()
+        return losses
+
+    def parse_losses(self, losses: dict[str, Tensor]) -> Any:
+        return super().parse_losses(losses)
+
+
+def test_parameters_without_a_gradient_in_one_pass_are_restored(name: str) -> None:
+    model = make(HalfUsed)
+    wrapper = build(name, model, SGD(model.parameters(), lr=0.0))
+    model.train_step(batches(1)[0], wrapper)
+    assert same_bits(model.first, torch.ones(3))
+    assert same_bits(model.second, torch.ones(3))
+
+
+# ------------------------------------------------------------------ 2. rho = 0
+@pytest.mark.parametrize('accumulative_counts', [1, 3])
+@pytest.mark.parametrize('with_cp', [False, True], ids=['plain', 'checkpointed'])
+def test_rho_zero_is_the_base_optimizer_bit_for_bit(name: str, accumulative_counts: int, with_cp: bool) -> None:
+    ours, theirs = make(dropout=0.4, with_cp=with_cp), make(dropout=0.4, with_cp=with_cp)
+    kwargs = dict(accumulative_counts=accumulative_counts, clip_grad=dict(max_norm=0.5))
+    wrapper = build(name, ours, rho=0.0, **kwargs)
+    base = OptimWrapper(momentum_sgd(theirs), **{**kwargs, 'clip_grad': dict(max_norm=0.5)})
+    for model, optim_wrapper in ((ours, wrapper), (theirs, base)):
+        torch.manual_seed(3)
+        optim_wrapper.initialize_count_status(model, 0, 7)
+        for batch in batches(7):
+            model.train_step(batch, optim_wrapper)
+    assert same_state(ours, theirs)
+    assert wrapper.inner_count == base.inner_count == 7
+
+
+# ------------------------------------------------------------------ 3. side effects
+@pytest.mark.parametrize('kind', [ToyNet, CountingNet])
+@pytest.mark.parametrize('accumulative_counts', [1, 2])
+def test_the_second_pass_leaves_no_trace(name: str, kind: type[ToyNet], accumulative_counts: int) -> None:
+    """With a learning rate of 0 only forward passes change anything: as many as the base optimizer runs."""
+    ours, theirs = make(kind), make(kind)
+    wrapper = build(name, ours, SGD(ours.parameters(), lr=0.0), accumulative_counts=accumulative_counts)
+    base = OptimWrapper(SGD(theirs.parameters(), lr=0.0), accumulative_counts=accumulative_counts)
+    pointers = [b.data_ptr() for b in ours.norm.buffers()]
+    for batch in batches(6):
+        ours.train_step(batch, wrapper)
+        theirs.train_step(batch, base)
+        assert same_state(ours, theirs)
+    assert ours.norm.num_batches_tracked.item() == 6
+    assert getattr(ours, 'calls', 6) == 6
+    assert [b.data_ptr() for b in ours.norm.buffers()] == pointers
+
+
+def test_checkpointed_recomputation_in_the_second_backward_leaves_no_trace(name: str) -> None:
+    ours, theirs = make(with_cp=True), make(with_cp=True)
+    wrapper = build(name, ours, SGD(ours.parameters(), lr=0.0))
+    base = OptimWrapper(SGD(theirs.parameters(), lr=0.0))
+    for batch in batches(3):
+        ours.train_step(batch, wrapper)
+        theirs.train_step(batch, base)
+    assert same_state(ours, theirs)
+
+
+def test_batch_norm_uses_batch_statistics_in_the_second_pass(name: str) -> None:
+    model = make()
+    modes: list[bool] = []
+    model.norm.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    model.train_step(batches(1)[0], build(name, model))
+    assert modes == [True, True]
+
+
+def test_the_caller_sees_the_losses_of_the_first_pass(name: str) -> None:
+    ours, theirs = make(), make()
+    (batch,) = batches(1)
+    logged = ours.train_step(batch, build(name, ours))
+    expected = theirs.train_step(batch, OptimWrapper(momentum_sgd(theirs)))
+    assert {k: v.item() for k, v in logged.items()} == {k: v.item() for k, v in expected.items()}
+
+
+# ------------------------------------------------------------------ 4. accumulation
+def test_the_inner_count_advances_by_one(name: str) -> None:
+    model = make()
+    wrapper = build(name, model, accumulative_counts=2)
+    watch = Watch(model)
+    for count, batch in enumerate(batches(5), start=1):
+        before = [p.detach().clone() for p in model.parameters()]
+        model.train_step(batch, wrapper)
+        assert wrapper.inner_count == count
+        stepped = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        assert stepped == (count % 2 == 0)
+    assert len(watch.seen) == 10
+
+
+def test_first_gradients_never_reach_accumulated_ones(name: str) -> None:
+    """Accumulated over a cycle of two equal micro-batches, the gradient is that of one (half each)."""
+    (batch,) = batches(1)
+    one, two = make(norm=False), make(norm=False)
+    single, double = build(name, one, accumulative_counts=4), build(name, two, accumulative_counts=4)
+    one.train_step(batch, single)
+    two.train_step(batch, double)
+    first = [p.grad.clone() for p in two.parameters()]
+    two.train_step(batch, double)
+    for left, middle, right in zip(one.parameters(), first, two.parameters(), strict=True):
+        assert same_bits(left.grad, middle)
+        torch.testing.assert_close(right.grad, 2 * left.grad)
+
+
+def test_the_last_incomplete_cycle_is_scaled_and_stepped(name: str) -> None:
+    """5 iterations in cycles of 3: the last cycle has 2, as MMEngine's OptimWrapper counts."""
+    ours, theirs = make(norm=False), make(norm=False)
+    wrapper = build(name, ours, rho=0.0, accumulative_counts=3)
+    base = OptimWrapper(momentum_sgd(theirs), accumulative_counts=3)
+    for model, optim_wrapper in ((ours, wrapper), (theirs, base)):
+        optim_wrapper.initialize_count_status(model, 0, 5)
+        for batch in batches(5):
+            model.train_step(batch, optim_wrapper)
+    assert same_state(ours, theirs)
+    assert all(p.grad is None for p in ours.parameters())
+
+
+# ------------------------------------------------------------------ 5. non-finite values (AMP: test_amp.py)
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_a_first_gradient_that_is_not_finite_means_no_perturbation(name: str, bad: float) -> None:
+    ours = make(NaNSecond, factors={0: bad})
+    watch = Watch(ours)
+    wrapper = build(name, ours)
+    (batch,) = batches(1)
+    ours.train_step(batch, wrapper)
+    first, second = watch.seen
+    assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+    # The second pass, finite and at the unperturbed weights, is then the base optimizer's gradient.
+    theirs = make(NaNSecond, factors={})
+    theirs.train_step(batch, OptimWrapper(momentum_sgd(theirs)))
+    assert all(same_bits(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------ 9. errors
+def test_update_params_without_a_forward(name: str) -> None:
+    model = make()
+    wrapper = build(name, model)
+    loss = model.parse_losses(model(**batches(1)[0]))[0]
+    with pytest.raises(RuntimeError, match=r'needs the forward pass(.|\n)*with optim_wrapper.optim_context\(model\)'):
+        wrapper.update_params(loss)
+
+
+def test_update_params_twice_for_one_forward(name: str) -> None:
+    model = make()
+    wrapper = build(name, model)
+    with wrapper.optim_context(model):
+        losses = model(**batches(1)[0])
+    wrapper.update_params(model.parse_losses(losses)[0])
+    with pytest.raises(RuntimeError, match='needs the forward pass'):
+        wrapper.update_params(model.parse_losses(losses)[0])
+
+
+def test_a_model_called_twice_in_one_context(name: str) -> None:
+    model = make()
+    wrapper = build(name, model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    (batch,) = batches(1)
+    with (
+        pytest.raises(RuntimeError, match='ToyNet was called twice in one optim_context'),
+        wrapper.optim_context(model),
+    ):
+        model(**batch)
+        model(**batch)
+    assert all(same_bits(value, state[key]) for key, value in model.state_dict().items())
+    model.train_step(batch, wrapper)
+
+
+def test_a_loss_that_the_second_pass_could_not_repeat(name: str) -> None:
+    model = make()
+    wrapper = build(name, model)
+    with wrapper.optim_context(model):
+        losses = model(**batches(1)[0])
+    loss = model.parse_losses(losses)[0]
+    with pytest.raises(ValueError, match=r'ToyNet(.|\n)*parse_losses'):
+        wrapper.update_params(2 * loss)
+
+
+def test_an_output_without_a_loss(name: str) -> None:
+    model = make()
+    wrapper = build(name, model)
+    model.forward = lambda inputs, targets, mode='loss': [inputs]  # type: ignore[method-assign]
+    with wrapper.optim_context(model):
+        model(**batches(1)[0])
+    with pytest.raises(TypeError, match='ToyNet returned list'):
+        wrapper.update_params(torch.zeros((), requires_grad=True))
+
+
+def test_the_callers_config_is_not_changed(name: str) -> None:
+    model = make()
+    clip_grad = dict(type='norm', max_norm=1.0)
+    perturb: dict[str, object] = dict(norm=False, exclude=['head'])
+    build(name, model, clip_grad=clip_grad, perturb=perturb)
+    assert clip_grad == dict(type='norm', max_norm=1.0)
+    assert perturb == dict(norm=False, exclude=['head'])
+
+
+# ------------------------------------------------------------------ 10. random replay
+class MaskWatch:
+    """The dropout masks of each forward pass."""
+
+    def __init__(self, model: ToyNet) -> None:
+        self.masks: list[Tensor] = []
+        model.dropout.register_forward_hook(
+            lambda _, inputs, output: self.masks.append((output == 0) & (inputs[0] != 0))
+        )
+
+
+@pytest.mark.parametrize('replay_rng', [True, False])
+def test_dropout_masks_are_replayed(name: str, replay_rng: bool) -> None:
+    model = make(dropout=0.5)
+    watch = MaskWatch(model)
+    model.train_step(batches(1)[0], build(name, model, replay_rng=replay_rng))
+    first, second = watch.masks
+    # ReLU's zeros depend on the weights, so that only positions active in both passes can be compared.
+    assert first.any()
+    agreement = (first == second).float().mean().item()
+    assert agreement > 0.97 if replay_rng else agreement < 0.9
+
+
+def test_random_numbers_after_the_step_do_not_depend_on_the_second_pass(name: str) -> None:
+    ours, theirs = make(dropout=0.5), make(dropout=0.5)
+    torch.manual_seed(5)
+    ours.train_step(batches(1)[0], build(name, ours))
+    after = torch.rand(4)
+    torch.manual_seed(5)
+    theirs.train_step(batches(1)[0], OptimWrapper(momentum_sgd(theirs)))
+    assert torch.equal(after, torch.rand(4))

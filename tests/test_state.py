@@ -1,0 +1,179 @@
+"""What is kept in a checkpoint: round trips, plain wrappers in both directions, resume equal to an uninterrupted run."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.optim import OptimWrapper
+
+from mm_sharp.module_state import ModuleStateBackup
+from mm_sharp.random_state import RandomState
+from tests.toys import CountingNet, batches, make, same_state
+from tests.wrappers import WRAPPERS, build, momentum_sgd
+
+everywhere = pytest.mark.parametrize('name', WRAPPERS)
+
+
+def through_disk(state: dict[str, Any]) -> dict[str, Any]:
+    """Saved, and loaded as only trusted-by-construction data may be."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+@everywhere
+@pytest.mark.parametrize('dtype', [None, 'float16'])
+@pytest.mark.parametrize('accumulative_counts', [1, 2])
+def test_resuming_equals_never_having_stopped(name: str, dtype: str | None, accumulative_counts: int) -> None:
+    data = batches(10)
+    kwargs = dict(dtype=dtype, accumulative_counts=accumulative_counts)
+    straight, stopped, resumed = (make(dropout=0.3) for _ in range(3))
+    torch.manual_seed(11)
+    wrapper = build(name, straight, **kwargs)
+    for batch in data:
+        straight.train_step(batch, wrapper)
+
+    torch.manual_seed(11)
+    first = build(name, stopped, **kwargs)
+    for batch in data[:6]:
+        stopped.train_step(batch, first)
+    saved = through_disk({'optimizer': first.state_dict(), 'model': stopped.state_dict()})
+
+    torch.manual_seed(99)
+    second = build(name, resumed, **kwargs)
+    resumed.load_state_dict(saved['model'])
+    second.load_state_dict(saved['optimizer'])
+    second.initialize_count_status(resumed, 6, 10)
+    for batch in data[6:]:
+        resumed.train_step(batch, second)
+    assert same_state(straight, resumed)
+
+
+@everywhere
+def test_a_plain_checkpoint_loads_with_a_warning(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make()
+    base = OptimWrapper(momentum_sgd(model))
+    for batch in batches(2):
+        model.train_step(batch, base)
+    state = through_disk(base.state_dict())
+    wrapper = build(name, model)
+    wrapper.load_state_dict(state)
+    assert 'holds no state of mm_sharp' in capsys.readouterr().out
+    momentum = wrapper.optimizer.state[model.head.weight]['momentum_buffer']
+    assert torch.equal(momentum, base.optimizer.state[model.head.weight]['momentum_buffer'])
+
+
+@everywhere
+@pytest.mark.parametrize('dtype', [None, 'float16'])
+def test_our_checkpoint_loads_into_a_plain_wrapper(name: str, dtype: str | None) -> None:
+    model = make()
+    wrapper = build(name, model, dtype=dtype)
+    model.train_step(batches(1)[0], wrapper)
+    base = OptimWrapper(momentum_sgd(model))
+    base.load_state_dict(through_disk(wrapper.state_dict()))
+    model.train_step(batches(1)[0], base)
+
+
+@everywhere
+def test_loading_does_not_change_the_callers_dict(name: str) -> None:
+    model = make()
+    wrapper = build(name, model, dtype='float16')
+    model.train_step(batches(1)[0], wrapper)
+    state = wrapper.state_dict()
+    keys = set(state)
+    build(name, model, dtype='float16').load_state_dict(state)
+    assert set(state) == keys
+    assert {'state', 'param_groups', 'loss_scaler', 'mm_sharp'} <= keys
+
+
+@everywhere
+def test_the_scale_is_resumed(name: str) -> None:
+    model = make()
+    wrapper = build(name, model, dtype='float16', loss_scale=dict(init_scale=128.0))
+    model.train_step(batches(1)[0], wrapper)
+    other = build(name, model, dtype='float16')
+    other.load_state_dict(wrapper.state_dict())
+    assert other.precision.scaler.get_scale() == 128.0
+
+
+@everywhere
+def test_a_newer_version_is_refused(name: str) -> None:
+    wrapper = build(name, make())
+    state = wrapper.state_dict()
+    state['mm_sharp'] = {**state['mm_sharp'], 'version': 999}
+    with pytest.raises(ValueError, match='version 999'):
+        wrapper.load_state_dict(state)
+
+
+@everywhere
+def test_another_wrappers_checkpoint_is_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wrapper = build(name, make())
+    state = wrapper.state_dict()
+    state['mm_sharp'] = {**state['mm_sharp'], 'wrapper': 'OtherOptimWrapper'}
+    wrapper.load_state_dict(state)
+    assert 'written by OtherOptimWrapper' in capsys.readouterr().out
+
+
+def test_random_state_round_trip() -> None:
+    def draw() -> tuple[Any, ...]:
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1)
+
+    random.gauss(0, 1)
+    saved = through_disk(RandomState.capture().state_dict())
+    expected = draw()
+    assert draw() != expected
+    RandomState.from_state_dict(saved).restore()
+    assert draw() == expected
+
+
+def test_random_state_of_a_device_that_is_not_here_is_left_out() -> None:
+    state = RandomState.capture().state_dict()
+    state['devices'] = {'cuda:63': torch.zeros(16, dtype=torch.uint8)}
+    assert RandomState.from_state_dict(state).devices == {}
+
+
+def test_module_state_comes_back_with_its_storage() -> None:
+    model, before = make(CountingNet), make(CountingNet)
+    pointer = model.average.data_ptr()
+    backup = ModuleStateBackup()
+    backup.save(model)
+    (batch,) = batches(1)
+    model(**batch)
+    assert not same_state(model, before)
+    assert model.calls == 1
+    backup.restore()
+    assert same_state(model, before)
+    assert model.calls == 0
+    assert model.average.data_ptr() == pointer
+    model(**batch)
+    backup.restore()
+    assert model.calls == 1, 'a second restore must do nothing'
+
+
+def test_module_state_with_shared_memory_and_empty_buffers() -> None:
+    module = torch.nn.Module()
+    module.register_buffer('shared', torch.zeros(1, 3).expand(4, 3))
+    module.register_buffer('none', None)
+    module.register_buffer('empty', torch.zeros(0))
+    backup = ModuleStateBackup()
+    backup.save(module)
+    module.shared = torch.ones(4, 3)
+    backup.restore()
+    assert module.shared.sum() == 0
+
+
+def test_checkpoint_files_load_without_unpickling_code(tmp_path: Path) -> None:
+    model = make()
+    wrapper = build('sam', model)
+    model.train_step(batches(1)[0], wrapper)
+    torch.save(wrapper.state_dict(), tmp_path / 'state.pth')
+    loaded = torch.load(tmp_path / 'state.pth', weights_only=True)
+    assert loaded['mm_sharp']['wrapper'] == 'SAMOptimWrapper'

@@ -1,0 +1,107 @@
+"""Small models and batches that the tests train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Batch = dict[str, Tensor]
+
+
+class ToyNet(BaseModel):
+    """A small convolutional regressor: convolution, BatchNorm, dropout, linear; mean squared error.
+
+    Args:
+        norm: Whether there is a BatchNorm layer.
+        dropout: Dropout probability.
+        with_cp: Recompute the convolution in the backward pass (re-entrant checkpointing, as MMPose's ``with_cp``).
+    """
+
+    def __init__(self, norm: bool = True, dropout: float = 0.0, with_cp: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3)
+        self.norm = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(6 * 4 * 4, 3)
+        self.with_cp = with_cp
+
+    def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'loss') -> Any:
+        if self.with_cp and inputs.requires_grad is False:
+            inputs = inputs.clone().requires_grad_()
+        features = checkpoint(self.features, inputs, use_reentrant=True) if self.with_cp else self.features(inputs)
+        output = self.head(self.dropout(features).flatten(1))
+        if mode != 'loss':
+            return output
+        return {'loss_square': (output - targets).square().mean(), 'loss_size': 0.01 * output.abs().mean()}
+
+    def features(self, inputs: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(inputs)))
+
+
+class CountingNet(ToyNet):
+    """Changes everything that a forward pass can change: a number, a buffer in place, and a buffer that is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.register_buffer('seen', torch.zeros((), dtype=torch.long))
+        self.register_buffer('average', torch.zeros(3))
+
+    def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'loss') -> Any:
+        self.calls += 1
+        self.seen += 1
+        self.average = 0.9 * self.average + 0.1 * targets.mean(0)
+        return super().forward(inputs, targets, mode)
+
+
+class NaNSecond(ToyNet):
+    """Multiplies the loss of chosen forward passes (counted from 0 over all passes) by a number, such as nan."""
+
+    def __init__(self, factors: dict[int, float]) -> None:
+        super().__init__()
+        self.factors, self.forwards = factors, []
+
+    def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'loss') -> Any:
+        losses = super().forward(inputs, targets, mode)
+        # A list, because the wrapper takes numbers back after the second pass.
+        factor = self.factors.get(len(self.forwards), 1.0)
+        self.forwards.append(factor)
+        return {name: loss * factor for name, loss in losses.items()}
+
+
+def batches(count: int, size: int = 8, seed: int = 0) -> list[Batch]:
+    """``count`` random batches of ``size`` samples."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            'inputs': torch.randn(size, 2, 6, 6, generator=generator),
+            'targets': torch.randn(size, 3, generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def make(kind: type[ToyNet] = ToyNet, seed: int = 0, **kwargs: Any) -> ToyNet:
+    """A model with weights that ``seed`` determines, in training mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind(**kwargs).train()
+
+
+def same_state(left: nn.Module, right: nn.Module) -> bool:
+    """Whether all weights and buffers are equal, bit for bit."""
+    states = left.state_dict(), right.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        same_bits(states[0][name], states[1][name]) for name in states[0]
+    )
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit: nan equals itself, and -0.0 is not 0.0."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return left.detach().contiguous().numpy().tobytes() == right.detach().contiguous().numpy().tobytes()
