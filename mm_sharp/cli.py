@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.runner import Runner
+
+from mm_sharp.compat import explain_load_error, trust_checkpoints
 
 # Top-level keys that MMEngine's Runner and MMPose's tools read from the config without being arguments of the Runner.
 _OTHER_KEYS = {
@@ -33,6 +36,9 @@ _OTHER_KEYS = {
     'preprocess_cfg',
     'sync_bn',
 }
+
+# Warnings of MMEngine's and MMPose's that no user can do anything about.
+_HARMLESS = ('pkg_resources is deprecated', 'The metainfo config file .* does not exist')
 
 
 class UsageError(Exception):
@@ -71,6 +77,8 @@ def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
         The exit code: 0, or 2 after a :class:`UsageError`, which is printed to stderr (once a node) as one line.
     """
     arguments = sys.argv[1:]
+    for harmless in _HARMLESS:
+        warnings.filterwarnings('ignore', message=harmless)
     try:
         tool(arguments)
     except UsageError as error:
@@ -140,10 +148,6 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.model.setdefault('data_preprocessor', cfg.preprocess_cfg)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     _launch(cfg, args.launcher)
-    if args.trust_checkpoint:
-        from mm_sharp.compat import trust_checkpoints
-
-        trust_checkpoints()
     return cfg
 
 
@@ -160,15 +164,24 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
         cfg.visualizer = {'type': 'mmpose.PoseLocalVisualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}
 
 
-def run_with_checkpoint(run: Callable[[], Any]) -> Any:
-    """Call ``run``, and say what to do if a checkpoint in it is refused by ``torch.load(weights_only=True)``."""
-    try:
-        return run()
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f'the checkpoint holds more than plain data ({_reason(error)}): if you trust where it comes from, '
-            'add --trust-checkpoint'
-        ) from error
+def run_with_checkpoint(run: Callable[[], Any], trust: bool) -> Any:
+    """Call ``run``, which loads a checkpoint.
+
+    Args:
+        run: ``train`` or ``test`` of a Runner.
+        trust: Load checkpoints that are more than plain data, too.
+
+    Raises:
+        UsageError: Such a checkpoint was refused.
+    """
+    with trust_checkpoints() if trust else nullcontext():
+        try:
+            return run()
+        except Exception as error:
+            advice = explain_load_error(error)
+            if advice is None:
+                raise
+            raise UsageError(advice) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -57,8 +57,8 @@ class SharpnessHook(Hook):  # type: ignore[misc]
                 'take SharpnessHook out of custom_hooks'
             )
         if self.interval is None:
-            loggers = [hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)]
-            self._interval = loggers[0] if loggers else 10
+            loggers = [hook for hook in runner.hooks if isinstance(hook, LoggerHook)]
+            self._interval = loggers[0].interval if loggers else 10
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Have the step timed if it is going to be logged."""
@@ -76,10 +76,9 @@ class SharpnessHook(Hook):  # type: ignore[misc]
                     runner.message_hub.update_scalar(f'train/{prefix}{name}', value)
 
     def _is_due(self, runner: Any, batch_idx: int) -> bool:
-        # As LoggerHook decides, which logs the last iteration of an epoch too.
-        return bool(
-            self.every_n_inner_iters(batch_idx, self._interval) or self.end_of_epoch(runner.train_dataloader, batch_idx)
-        )
+        # LoggerHook may log the last iteration of an epoch too: values must be there, and of that iteration.
+        last = self.end_of_epoch(runner.train_dataloader, batch_idx)
+        return bool(self.every_n_inner_iters(batch_idx, self._interval) or last)
 
 
 def _two_pass_wrappers(optim_wrapper: Any) -> dict[str, TwoPassOptimWrapper]:

@@ -142,7 +142,7 @@ def check_checkpoint(path: str, source: str) -> None:
     if not Path(path).is_file():
         raise UsageError(f"{source}: no checkpoint '{path}' in {Path.cwd()}")
     if not _is_complete(Path(path)):
-        raise UsageError(f"{source}: the checkpoint '{path}' is cut off; take an earlier one")
+        raise UsageError(f"{source}: '{path}' is cut off, or no checkpoint of torch's; take another")
 
 
 def last_checkpoint(work_dir: str) -> str | None:
@@ -162,15 +162,15 @@ def last_checkpoint(work_dir: str) -> str | None:
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether a checkpoint has its end: torch writes a zip archive, whose directory comes last."""
+    """Whether a file is a checkpoint to its end: a zip archive, whose directory comes last, or torch's old pickle."""
     with file.open('rb') as stream:
         start = stream.read(2)
-    return zipfile.is_zipfile(file) if start == b'PK' else bool(start)
+    return zipfile.is_zipfile(file) if start == b'PK' else start.startswith(b'\x80')
 
 
 def _theirs_hint(cls: type[OptimWrapper], arguments: dict[str, Any]) -> str:
     """Advice for arguments of our wrappers that were given to another: a recipe's own ``type`` was left standing."""
-    theirs = {name for base in cls.__mro__ for name in signature(base.__init__).parameters}
+    theirs = {name for base in cls.__mro__[:-1] for name in signature(base).parameters}
     ours = [name for name in arguments if name in signature(TwoPassOptimWrapper).parameters and name not in theirs]
     return f"; {', '.join(ours)}: meant for type='SAMOptimWrapper'?" if ours else ''
 

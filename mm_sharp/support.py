@@ -10,20 +10,28 @@ from torch import Tensor, nn
 from mm_sharp.replay import ModelCall, loss_of, unwrap
 
 
-def check_model(owner: str, model: nn.Module) -> None:
-    """Refuse models whose parameters are sharded over ranks.
+def check_model(owner: str, model: nn.Module, sync_perturbation: bool) -> None:
+    """Refuse model wrappers under which the first pass would be wrong or fail.
 
     Args:
         owner: Class that asks, for the message.
         model: The model handed to ``optim_context``.
+        sync_perturbation: Whether the first pass averages gradients over the ranks.
 
     Raises:
-        NotImplementedError: ``model`` is wrapped by FSDP.
+        NotImplementedError: ``model`` is wrapped by FSDP, or by DDP with ``static_graph`` while the first pass is not
+            synchronised.
     """
     if any(cls.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for cls in type(model).__mro__):
         raise NotImplementedError(
             f'{owner} does not support FSDP: each rank holds a shard of the parameters, and the perturbation needs the '
             "gradient norm over all of them. Train with DDP: model_wrapper_cfg=dict(type='MMDistributedDataParallel')"
+        )
+    if getattr(model, 'static_graph', False) and not sync_perturbation:
+        # DDP learns the static graph in its first backward pass, and fails if that one runs under no_sync().
+        raise NotImplementedError(
+            f'{owner}: DDP with static_graph=True cannot run the first pass without synchronisation. Take '
+            'static_graph=True out of model_wrapper_cfg, or set sync_perturbation=True (one more all-reduce a step)'
         )
 
 

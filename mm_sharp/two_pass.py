@@ -123,10 +123,11 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
             model: The module that is called inside, exactly once.
 
         Raises:
-            NotImplementedError: ``model`` is of a kind whose perturbation cannot be right (sharded parameters).
+            NotImplementedError: ``model`` is wrapped by FSDP, or by DDP with ``static_graph`` while
+                ``sync_perturbation`` is off.
             RuntimeError: ``model`` is called twice inside.
         """
-        check_model(type(self).__name__, model)
+        check_model(type(self).__name__, model, self.sync_perturbation)
         try:
             with (
                 self._no_sync(model, not self.sync_perturbation),

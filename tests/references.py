@@ -70,10 +70,7 @@ def sam_gradients(model: nn.Module, loss_function: LossFunction, rho: float, ada
     gradients = gradients_of(loss_function(), parameters)
     weights = [parameter.detach().clone() for parameter in parameters]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    if adaptive:
-        perturbation = asam_perturbation(weights, gradients, rho)
-    else:
-        perturbation = sam_perturbation(gradients, rho)
+    perturbation = asam_perturbation(weights, gradients, rho) if adaptive else sam_perturbation(gradients, rho)
     with torch.no_grad():
         for parameter, step in zip(parameters, perturbation, strict=True):
             parameter.add_(step)

@@ -265,12 +265,14 @@ def test_a_model_called_twice_in_one_context(name: str) -> None:
     wrapper = build(name, model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     (batch,) = batches(1)
-    with (
-        pytest.raises(RuntimeError, match='ToyNet was called twice in one optim_context'),
-        wrapper.optim_context(model),
-    ):
-        model(**batch)
-        model(**batch)
+
+    def call_twice() -> None:
+        with wrapper.optim_context(model):
+            model(**batch)
+            model(**batch)
+
+    with pytest.raises(RuntimeError, match='ToyNet was called twice in one optim_context'):
+        call_twice()
     assert all(same_bits(value, state[key]) for key, value in model.state_dict().items())
     model.train_step(batch, wrapper)
 

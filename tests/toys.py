@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset
 
 Batch = dict[str, Tensor]
 
 
+@MODELS.register_module()
 class ToyNet(BaseModel):
     """A small convolutional regressor: convolution, BatchNorm, dropout, linear; mean squared error.
 
@@ -71,6 +75,45 @@ class NaNSecond(ToyNet):
         factor = self.factors.get(len(self.forwards), 1.0)
         self.forwards.append(factor)
         return {name: loss * factor for name, loss in losses.items()}
+
+
+@DATASETS.register_module()
+class ToySamples(Dataset[Batch]):
+    """``count`` random samples for :class:`ToyNet`."""
+
+    def __init__(self, count: int) -> None:
+        (batch,) = batches(1, count)
+        self.rows = [{key: value[i] for key, value in batch.items()} for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.rows[index]
+
+
+def toy_config(work_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A Runner's config: two epochs of 5 iterations of SAM on :class:`ToyNet`, logged every 2 iterations."""
+    config: dict[str, Any] = dict(
+        model=dict(type='ToyNet'),
+        work_dir=str(work_dir),
+        train_dataloader=dict(
+            dataset=dict(type='ToySamples', count=20),
+            batch_size=4,
+            num_workers=0,
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(type='DefaultSampler', shuffle=True),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=2),
+        optim_wrapper=dict(type='SAMOptimWrapper', rho=0.05, optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=2)),
+        custom_hooks=[dict(type='SharpnessHook')],
+        # MMEngine keeps loggers and message hubs by this name for as long as the process lives.
+        experiment_name='-'.join(work_dir.parts[-2:]),
+        log_level='WARNING',
+        randomness=dict(seed=0),
+    )
+    return {**config, **changes}
 
 
 def batches(count: int, size: int = 8, seed: int = 0) -> list[Batch]:

@@ -1,0 +1,349 @@
+"""The stand-in for xtcocotools gives xtcocotools' numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import mm_sharp  # noqa: F401  # the repairs of the stack, without which mmpose doesn't import here
+
+pytest.importorskip('faster_coco_eval')
+
+from mm_sharp.compat.coco_eval_stand_in import COCOeval, Params
+from mm_sharp.compat.coco_stand_in import COCO
+
+PARTS = {'foot': 6, 'face': 68, 'lefthand': 21, 'righthand': 21}
+CROWD_TYPE = 'keypoints_crowd'
+
+
+@pytest.fixture(scope='session')
+def real() -> Any:
+    """The real xtcocotools; there is none for Python 3.12."""
+    pytest.importorskip('xtcocotools._mask', reason='the real xtcocotools is not installed', exc_type=ImportError)
+    import xtcocotools.coco
+    import xtcocotools.cocoeval
+
+    return xtcocotools
+
+
+def _keypoints(rng: np.random.Generator, count: int, box: list[float]) -> list[float]:
+    points = np.zeros((count, 3))
+    points[:, 0] = box[0] + rng.random(count) * box[2]
+    points[:, 1] = box[1] + rng.random(count) * box[3]
+    points[:, 2] = rng.choice([0, 1, 2], count, p=[0.3, 0.2, 0.5])
+    points[points[:, 2] == 0] = 0
+    return [round(float(value), 2) for value in points.reshape(-1)]
+
+
+def make_truth(
+    seed: int, images: int = 12, categories: int = 1, whole_body: bool = False, first_id: int = 0
+) -> dict[str, Any]:
+    """Annotated people of all sizes: crowd regions, people without visible keypoints, empty images."""
+    rng = np.random.default_rng(seed)
+    people = []
+    for image in range(images):
+        for _ in range(int(rng.integers(0, 7))):
+            size = float(np.exp(rng.uniform(np.log(15), np.log(400))))
+            box = [*rng.uniform(0, 300, 2).round(1).tolist(), round(size, 1), round(size * 1.6, 1)]
+            keypoints = _keypoints(rng, 17, box)
+            if rng.random() < 0.15:
+                keypoints = [0.0] * 51
+            person = {
+                'id': first_id + len(people),
+                'image_id': 100 + 7 * image,
+                'category_id': int(rng.integers(1, categories + 1)),
+                'bbox': box,
+                'area': round(box[2] * box[3] * float(rng.uniform(0.3, 0.9)), 2),
+                'iscrowd': int(rng.random() < 0.1),
+                'keypoints': keypoints,
+                'num_keypoints': sum(v > 0 for v in keypoints[2::3]),
+            }
+            if whole_body:
+                for part, count in PARTS.items():
+                    person[f'{part}_kpts'] = _keypoints(rng, count, box)
+            people.append(person)
+    return {
+        'images': [
+            {'id': 100 + 7 * i, 'height': 700, 'width': 700, 'crowdIndex': float(rng.random())} for i in range(images)
+        ],
+        'annotations': people,
+        'categories': [{'id': c, 'name': str(c), 'supercategory': 'x'} for c in range(1, categories + 1)],
+    }
+
+
+def make_detections(seed: int, truth: dict[str, Any], with_box: bool = False) -> list[dict[str, Any]]:
+    """Noisy copies of the people (some twice, some not at all) and false alarms; many equal scores."""
+    rng = np.random.default_rng([seed, 1])
+    found = []
+    for person in truth['annotations']:
+        for _ in range(int(rng.choice([0, 1, 1, 1, 2]))):
+            noise = float(rng.choice([0.0, 0.02, 0.1, 0.3])) * person['bbox'][2]
+            found.append(_detection(rng, person, noise, with_box))
+    for person in truth['annotations'][::3]:
+        stranger = copy.deepcopy(person)
+        stranger['image_id'] = int(rng.choice([image['id'] for image in truth['images']]))
+        found.append(_detection(rng, stranger, 200.0, with_box))
+    return found
+
+
+def _detection(rng: np.random.Generator, person: dict[str, Any], noise: float, with_box: bool) -> dict[str, Any]:
+    detection = {key: person[key] for key in ('image_id', 'category_id')}
+    for key in ('keypoints', *(f'{part}_kpts' for part in PARTS)):
+        if key in person:
+            points = np.reshape(person[key], (-1, 3)).astype(float)
+            points[:, :2] += rng.normal(0, 1, (len(points), 2)) * noise
+            points[:, 2] = 0 if rng.random() < 0.05 else rng.random(len(points)).round(1)
+            detection[key] = points.reshape(-1).round(2).tolist()
+    detection['score'] = round(float(rng.random()), 1)
+    if with_box:
+        detection['bbox'] = person['bbox']
+    return detection
+
+
+def evaluate(api: Any, truth: dict[str, Any], found: list[dict[str, Any]], **kwargs: Any) -> np.ndarray:
+    """The summary's numbers by ``api``, a pair (COCO, COCOeval)."""
+    coco_class, eval_class = api
+    path = kwargs.pop('path', None)
+    coco = coco_class(str(path)) if path else coco_class('in memory', ann_data=copy.deepcopy(truth))
+    evaluation = eval_class(coco, coco.loadRes(copy.deepcopy(found)), **kwargs)
+    evaluation.params.useSegm = None
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return np.array(evaluation.stats, dtype=float)
+
+
+def assert_equal(real: Any, truth: dict[str, Any], found: list[dict[str, Any]], **kwargs: Any) -> np.ndarray:
+    expected = evaluate((real.coco.COCO, real.cocoeval.COCOeval), truth, found, **kwargs)
+    got = evaluate((COCO, COCOeval), truth, found, **kwargs)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+    return got
+
+
+@pytest.mark.parametrize('with_box', [False, True])
+@pytest.mark.parametrize('seed', range(8))
+def test_ten_numbers(real: Any, seed: int, with_box: bool) -> None:
+    truth = make_truth(seed, images=30)
+    stats = assert_equal(real, truth, make_detections(seed, truth, with_box), sigmas=None)
+    assert stats.shape == (10,)
+    assert 0 < stats[0] < 1, 'the data must be neither trivial nor hopeless'
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    images=st.integers(1, 8),
+    categories=st.integers(1, 3),
+    use_area=st.booleans(),
+    first_id=st.sampled_from([0, 1, 1000]),
+)
+def test_ten_numbers_of_anything(
+    real: Any, seed: int, images: int, categories: int, use_area: bool, first_id: int
+) -> None:
+    truth = make_truth(seed, images, categories, first_id=first_id)
+    assert_equal(real, truth, make_detections(seed, truth), use_area=use_area)
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('part', ['body', 'foot', 'face', 'lefthand', 'righthand', 'wholebody'])
+def test_parts_of_the_whole_body(real: Any, part: str, seed: int) -> None:
+    truth = make_truth(seed, whole_body=True)
+    found = make_detections(seed, truth)
+    if part != 'body':
+        for detection in found:
+            detection[f'{part}_score'] = 1 - detection['score']
+    count = {'body': 17, 'wholebody': 133, **PARTS}[part]
+    sigmas = np.random.default_rng(seed).uniform(0.02, 0.1, count)
+    assert_equal(real, truth, found, iouType=f'keypoints_{part}', sigmas=sigmas)
+
+
+@pytest.mark.filterwarnings("ignore:.*not found, use 'score' instead")
+def test_part_without_its_own_score(real: Any) -> None:
+    truth = make_truth(3, whole_body=True)
+    found = make_detections(3, truth)
+    assert_equal(real, truth, found, iouType='keypoints_face', sigmas=np.full(68, 0.05))
+    with pytest.warns(UserWarning, match="'face_score' not found"):
+        evaluate((COCO, COCOeval), truth, found, iouType='keypoints_face', sigmas=np.full(68, 0.05))
+
+
+@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')  # xtcocotools leaves it open
+@pytest.mark.parametrize('seed', range(4))
+def test_crowd_pose(real: Any, seed: int, tmp_path: Path) -> None:
+    truth = make_truth(seed, images=30)
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(truth))
+    stats = assert_equal(
+        real,
+        truth,
+        make_detections(seed, truth),
+        path=path,
+        iouType=CROWD_TYPE,
+        use_area=False,
+        sigmas=np.full(17, 0.07),
+    )
+    assert stats.shape == (9,)
+
+
+@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
+def test_crowd_pose_without_hard_images(real: Any, tmp_path: Path) -> None:
+    truth = make_truth(0)
+    for image in truth['images']:
+        image['crowdIndex'] = 0.1
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(truth))
+    stats = assert_equal(real, truth, make_detections(0, truth), path=path, iouType=CROWD_TYPE)
+    assert stats[7] == stats[8] == -1
+
+
+def test_more_detections_than_count(real: Any) -> None:
+    truth = make_truth(5, images=3)
+    found = [d for seed in range(12) for d in make_detections(seed, truth)]
+    assert max(np.bincount([d['image_id'] for d in found])) > 20
+    assert_equal(real, truth, found)
+
+
+@pytest.mark.parametrize('empty', ['annotations', 'detections'])
+def test_nothing_to_match(real: Any, empty: str) -> None:
+    truth = make_truth(1)
+    found = make_detections(1, truth)
+    if empty == 'annotations':
+        truth['annotations'] = []
+    else:
+        found = [d for d in found if d['image_id'] == 0]
+    stats = assert_equal(real, truth, found)
+    assert set(stats) == ({-1.0} if empty == 'annotations' else {0.0})
+
+
+def test_annotations_without_counts_and_crowd_flags(real: Any) -> None:
+    truth = make_truth(2)
+    for person in truth['annotations']:
+        del person['num_keypoints'], person['iscrowd']
+    assert assert_equal(real, truth, make_detections(2, truth))[0] > 0
+
+
+def test_real_annotations(real: Any, shared_data: Path) -> None:
+    truth = json.loads((shared_data / 'coco' / 'test_coco.json').read_text())
+    perfect = [
+        {
+            **{key: person[key] for key in ('image_id', 'category_id', 'keypoints')},
+            'score': 1.0,
+        }
+        for person in truth['annotations']
+        if person['num_keypoints']
+    ]
+    assert assert_equal(real, truth, perfect)[0] == pytest.approx(1.0)
+    for seed in range(5):
+        assert_equal(real, truth, make_detections(seed, truth))
+
+
+def test_real_whole_body_annotations(real: Any, shared_data: Path) -> None:
+    truth = json.loads((shared_data / 'coco' / 'test_coco_wholebody.json').read_text())
+    found = make_detections(0, truth)
+    for detection in found:
+        detection['wholebody_score'] = detection['score']
+    assert_equal(real, truth, found, iouType='keypoints_wholebody', sigmas=np.full(133, 0.05))
+
+
+def test_same_answers_to_queries(real: Any, shared_data: Path) -> None:
+    path = str(shared_data / 'coco' / 'test_coco.json')
+    theirs, ours = real.coco.COCO(path), COCO(path)
+    images = sorted(theirs.getImgIds(), reverse=True)
+    for kwargs in (
+        {},
+        {'imgIds': images},
+        {'imgIds': images[0]},
+        {'imgIds': images, 'catIds': [1]},
+        {'imgIds': images, 'iscrowd': False},
+        {'imgIds': images[1], 'iscrowd': True},
+        {'areaRng': [0, 32**2]},
+        {'catIds': 99},
+    ):
+        assert ours.getAnnIds(**kwargs) == theirs.getAnnIds(**kwargs), kwargs
+    assert ours.loadCats(ours.getCatIds()) == theirs.loadCats(theirs.getCatIds())
+    assert ours.loadImgs(images[0]) == theirs.loadImgs(images[0])
+    assert (ours.imgs, ours.anns, ours.dataset) == (theirs.imgs, theirs.anns, theirs.dataset)
+    assert ours.anno_file == theirs.anno_file
+
+
+@pytest.mark.parametrize('with_box', [False, True])
+def test_same_results_object(real: Any, with_box: bool) -> None:
+    truth = make_truth(4)
+    found = make_detections(4, truth, with_box)
+    theirs = real.coco.COCO('x', ann_data=copy.deepcopy(truth)).loadRes(copy.deepcopy(found))
+    ours = COCO('x', ann_data=copy.deepcopy(truth)).loadRes(copy.deepcopy(found))
+    for number, expected in theirs.anns.items():
+        expected.pop('segmentation', None)  # a rectangle that keypoints don't need
+        assert ours.anns[number] == expected
+
+
+def test_test_index(real: Any) -> None:
+    truth = make_truth(6)
+    theirs = real.coco.COCO('x', test_index=[0, 5], ann_data=copy.deepcopy(truth))
+    assert COCO('x', test_index=[0, 5], ann_data=copy.deepcopy(truth)).anns == theirs.anns
+
+
+def test_crowd_masks_of_bottom_up_training(real: Any) -> None:
+    import xtcocotools.mask as theirs
+    from faster_coco_eval.core import mask as ours
+
+    polygon = [[10.0, 10.0, 60.0, 12.0, 55.0, 70.0, 8.0, 64.0]]
+    masks = [api.decode(api.merge(api.frPyObjects(polygon, 80, 90))) for api in (theirs, ours)]
+    assert masks[0].any()
+    np.testing.assert_array_equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize('kind', ['bbox', 'segm', 'keypoint', ''])
+def test_unsupported_type(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"iouType='{kind}' must be one of .*keypoints_wholebody"):
+        Params(kind)
+
+
+def test_bad_input() -> None:
+    truth = make_truth(0)
+    with pytest.raises(ValueError, match='must hold a JSON object'):
+        COCO('x', ann_data=[])  # type: ignore[arg-type]
+    coco = COCO('x', ann_data=truth)
+    with pytest.raises(ValueError, match=r'not annotated: \[3\]'):
+        coco.loadRes([{'image_id': 3, 'keypoints': [0, 0, 1]}])
+    with pytest.raises(ValueError, match='must hold a list of detections, got a dict'):
+        coco.loadRes({})
+    with pytest.raises(ValueError, match='needs bbox or keypoints'):
+        coco.loadRes([{'image_id': 100, 'segmentation': {}}])
+    evaluation = COCOeval(coco, coco.loadRes([]))
+    with pytest.raises(RuntimeError, match=r'call evaluate\(\) before'):
+        evaluation.accumulate()
+    with pytest.raises(RuntimeError, match=r'call evaluate\(\) and accumulate\(\)'):
+        evaluation.summarize()
+    evaluation.params.useSegm = 1  # type: ignore[assignment]
+    with pytest.raises(ValueError, match='useSegm=1'):
+        evaluation.evaluate()
+
+
+def test_missing_area_names_the_setting() -> None:
+    truth = make_truth(0)
+    for person in truth['annotations']:
+        del person['area']
+    found = make_detections(0, truth)
+    with pytest.raises(ValueError, match=r'annotation \d+ has no area.*use_area=False'):
+        evaluate((COCO, COCOeval), truth, found)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert evaluate((COCO, COCOeval), truth, found, use_area=False)[0] > 0
+
+
+def test_input_is_left_alone() -> None:
+    truth = make_truth(7)
+    coco = COCO('x', ann_data=copy.deepcopy(truth))
+    found = coco.loadRes(make_detections(7, truth))
+    before = copy.deepcopy((coco.dataset, found.dataset))
+    evaluation = COCOeval(coco, found)
+    evaluation.evaluate()
+    assert (coco.dataset, found.dataset) == before

@@ -1,0 +1,183 @@
+"""Two gloo processes under MMEngine's DDP, against references in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mmengine.model import MMDistributedDataParallel
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from tests.distributed import run
+from tests.references import sam_gradients, sam_step
+from tests.toys import Batch, ToyNet, batches, make
+from tests.wrappers import WRAPPERS, build, momentum_sgd
+
+STEPS = 4
+Arrays = list[np.ndarray]
+
+
+def shard(batch: Batch, rank: int, processes: int) -> Batch:
+    """The part of the batch that ``rank`` sees."""
+    size = len(batch['inputs']) // processes
+    return {key: value[rank * size : (rank + 1) * size] for key, value in batch.items()}
+
+
+# Every case by name: (wrapper, options). All run in one pair of processes, since starting them takes seconds.
+PLAIN = dict(norm=False)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    'synced sam': ('sam', dict(model=PLAIN, sync_perturbation=True)),
+    'synced asam': ('asam', dict(model=PLAIN, sync_perturbation=True)),
+    'per rank': ('sam', dict(model=PLAIN)),
+    'accumulated per rank': ('sam', dict(model=PLAIN, accumulative_counts=2)),
+    'accumulated synced': ('sam', dict(model=PLAIN, accumulative_counts=2, sync_perturbation=True)),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    'unused': dict(ddp=dict(find_unused_parameters=True), sync_perturbation=True),
+    'buckets': dict(ddp=dict(broadcast_buffers=True, gradient_as_bucket_view=True), accumulative_counts=2),
+    'fp16': dict(ddp=dict(broadcast_buffers=True), sync_perturbation=True, dtype='float16'),
+    'anomalous': dict(ddp=dict(detect_anomalous_params=True), dtype='bfloat16', clip_grad=dict(max_norm=0.5)),
+    'static synced': dict(ddp=dict(static_graph=True), sync_perturbation=True),
+}
+CASES.update({f'{option} {name}': (name, OPTIONS[option]) for option in OPTIONS for name in WRAPPERS})
+
+
+def train_all(rank: int, processes: int) -> dict[str, Any]:
+    """Every case, one after the other, and the keys of a wrapper's own state."""
+    results: dict[str, Any] = {case: train(rank, processes, *CASES[case]) for case in CASES}
+    try:
+        train(rank, processes, 'sam', dict(ddp=dict(static_graph=True)))
+    except NotImplementedError as error:
+        results['static error'] = str(error)
+    results['state keys'] = sorted(build('sam', make()).state_dict()['mm_sharp'])
+    return results
+
+
+@pytest.fixture(scope='module')
+def ranks() -> list[dict[str, Any]]:
+    """What each of two ranks reports, by case."""
+    return run(train_all, 2)
+
+
+def arrays(model: nn.Module) -> Arrays:
+    return [value.numpy().copy() for value in model.state_dict().values()]
+
+
+def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Train the toy on this rank's shards and report its weights and collectives."""
+    options = dict(options)
+    model_options, ddp_options = options.pop('model', {}), options.pop('ddp', {})
+    model = MMDistributedDataParallel(make(**model_options), **ddp_options)
+    wrapper = build(name, model, momentum_sgd(model), **options)
+    wrapper.initialize_count_status(model, 0, STEPS)
+    reduced: list[int] = []
+    # How many bytes DDP averages over the ranks, and when.
+    model.register_comm_hook(reduced, counting_all_reduce)
+    counts = []
+    for batch in batches(STEPS, size=8):
+        model.train_step(shard(batch, rank, processes), wrapper)
+        counts.append(sum(reduced))
+        reduced.clear()
+    record = wrapper.last_step
+    return {
+        'state': arrays(model.module),
+        'weights': [parameter.detach().numpy().copy() for parameter in model.parameters()],
+        'reduced': counts,
+        'norm': record.grad_norm.item(),
+    }
+
+
+# DDP compares the annotations themselves, and here they would be strings.
+def counting_all_reduce(reduced, bucket):  # type: ignore[no-untyped-def]
+    reduced.append(bucket.buffer().numel())
+    return allreduce_hook(None, bucket)
+
+
+def loss_of(model: ToyNet, batch: Batch) -> Tensor:
+    return model.parse_losses(model(**batch))[0]
+
+
+def assert_close(left: Arrays, right: Arrays, tolerance: float = 1e-6) -> None:
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def assert_identical(left: Arrays, right: Arrays) -> None:
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(left, right, strict=True))
+
+
+PARAMETERS = sum(p.numel() for p in make(norm=False).parameters())
+
+
+@pytest.mark.parametrize('name', ['sam', 'asam'])
+def test_synced_perturbation_equals_one_process_with_the_joint_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    first, second = (rank[f'synced {name}'] for rank in ranks)
+    model = make(norm=False)
+    optimizer = momentum_sgd(model)
+    rho = WRAPPERS[name][1]['rho']
+    for batch in batches(STEPS, size=8):
+        sam_step(model, optimizer, lambda batch=batch: loss_of(model, batch), rho, adaptive=name == 'asam')
+    assert_identical(first['state'], second['state'])
+    assert_close(first['state'], arrays(model))
+    assert first['norm'] == second['norm']
+    assert first['reduced'] == [2 * PARAMETERS] * STEPS, 'one all-reduce for each pass'
+
+
+def test_per_rank_perturbation_equals_its_own_reference(ranks: list[dict[str, Any]]) -> None:
+    """Each rank climbs by its own gradient; the final gradients are averaged."""
+    first, second = (rank['per rank'] for rank in ranks)
+    model = make(norm=False)
+    optimizer = momentum_sgd(model)
+    for batch in batches(STEPS, size=8):
+        shards = [shard(batch, rank, 2) for rank in range(2)]
+        final = [sam_gradients(model, lambda part=part: loss_of(model, part), 0.05) for part in shards]
+        for parameter, *parts in zip(model.parameters(), *final, strict=True):
+            parameter.grad = sum(parts) / 2
+        optimizer.step()
+    assert_identical(first['state'], second['state'])
+    assert_close(first['state'], arrays(model))
+    assert first['norm'] != second['norm'], 'the ranks share a perturbation'
+    assert first['reduced'] == [PARAMETERS] * STEPS, 'the first pass communicates'
+
+
+@pytest.mark.parametrize('synced', [False, True])
+def test_accumulation_communicates_once_a_cycle(ranks: list[dict[str, Any]], synced: bool) -> None:
+    case = f'accumulated {"synced" if synced else "per rank"}'
+    first, second = (rank[case] for rank in ranks)
+    model = make(norm=False)
+    optimizer = momentum_sgd(model)
+    data = batches(STEPS, size=8)
+    for start in range(0, STEPS, 2):
+        final = []
+        for batch in data[start : start + 2]:
+            parts = [batch] if synced else [shard(batch, rank, 2) for rank in range(2)]
+            each = [sam_gradients(model, lambda part=part: loss_of(model, part), 0.05) for part in parts]
+            final.append([sum(g) / len(parts) for g in zip(*each, strict=True)])
+        for parameter, *gradients in zip(model.parameters(), *final, strict=True):
+            parameter.grad = sum(gradients) / 2
+        optimizer.step()
+    assert_identical(first['state'], second['state'])
+    assert_close(first['state'], arrays(model))
+    pass1 = PARAMETERS if synced else 0
+    assert first['reduced'] == [pass1, pass1 + PARAMETERS] * (STEPS // 2)
+
+
+@pytest.mark.parametrize('name', WRAPPERS)
+@pytest.mark.parametrize('option', OPTIONS)
+def test_ddp_options_keep_the_ranks_equal(ranks: list[dict[str, Any]], option: str, name: str) -> None:
+    results = [rank[f'{option} {name}'] for rank in ranks]
+    assert_identical(*(result['weights'] for result in results))
+    assert all(np.isfinite(array).all() for result in results for array in result['state'])
+    start = arrays(make())
+    assert any((a != b).any() for a, b in zip(results[0]['state'], start, strict=True))
+
+
+def test_a_static_graph_needs_a_synchronised_first_pass(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert 'set sync_perturbation=True' in rank['static error']
+
+
+def test_checkpoints_of_several_processes_hold_no_random_state(ranks: list[dict[str, Any]]) -> None:
+    assert [rank['state keys'] for rank in ranks] == [['version', 'wrapper']] * 2

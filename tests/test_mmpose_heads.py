@@ -1,0 +1,81 @@
+"""Our one line in MMPose's shipped configs, one for each head type."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mm_sharp.compat import MissingOperatorError
+from tests.mmpose_cases import CASES, NEED_OPERATORS, Case, build
+from tests.toys import same_bits, same_state
+
+# Warnings of the dependencies' own, raised while their modules are imported and their models built and run.
+pytestmark = [
+    pytest.mark.filterwarnings(f'ignore:{message}')
+    for message in (
+        '.*MultiScaleDeformableAttention.* has been moved',
+        'In MMCV v1.4.4, we modified the default value',
+        '.*torch.cuda.amp.autocast.* is deprecated',
+        'The metainfo config file .* does not exist',
+        'torch.meshgrid. in an upcoming release',
+        'The arguments `dropout` in MultiheadAttention has been deprecated',
+        'The shape of value will convert from',
+    )
+]
+
+
+@pytest.fixture(autouse=True)
+def _as_in_training() -> None:
+    """What a Runner sets up and some models read: the default scope, and the epoch in the message hub."""
+    init_default_scope('mmpose')
+    hub = MessageHub.get_current_instance()
+    hub.update_info_dict({'epoch': 0, 'max_epochs': 10, 'iter': 0, 'max_iters': 100})
+
+
+def train_step(model: nn.Module, cfg: Config, batch: dict[str, Any], **changes: Any) -> Any:
+    """One training step with the recipe's optimizer; ``changes`` go into its ``optim_wrapper``."""
+    wrapper = build_optim_wrapper(model, {**cfg.optim_wrapper, **changes})
+    torch.manual_seed(1)
+    model.train_step(copy.deepcopy(batch), wrapper)
+    return wrapper
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+def test_our_line_trains_the_recipe(case: Case) -> None:
+    cfg = case.config()
+    start = build(cfg)
+    batch = case.batch(cfg)
+    base, zero, sam = (copy.deepcopy(start) for _ in range(3))
+    train_step(base, cfg, batch, type='OptimWrapper')
+    train_step(zero, cfg, batch, type='SAMOptimWrapper', rho=0.0)
+    wrapper = train_step(sam, cfg, batch, type='SAMOptimWrapper', rho=0.05)
+
+    # rho = 0: nothing that the model does in a forward pass makes the second one differ from the first.
+    assert same_state(zero, base)
+
+    changed = [not torch.equal(old, new) for old, new in zip(start.parameters(), sam.parameters(), strict=True)]
+    assert any(changed)
+    assert all(bool(value.isfinite().all()) for value in sam.state_dict().values())
+    # The second pass leaves running statistics and counters alone.
+    assert all(same_bits(old, new) for old, new in zip(base.buffers(), sam.buffers(), strict=True))
+    assert not same_state(sam, base)
+    assert wrapper.last_step.loss != wrapper.last_step.perturbed_loss
+
+
+@pytest.mark.parametrize('case', NEED_OPERATORS, ids=lambda case: case.name)
+def test_a_missing_operator_is_named(case: Case) -> None:
+    """These models call a compiled operator of the full MMCV; there, they belong to the cases above."""
+    cfg = case.config()
+    model, batch = build(cfg), case.batch(cfg)
+    before = copy.deepcopy(model)
+    with pytest.raises(MissingOperatorError, match='deform_conv'):
+        train_step(model, cfg, batch, type='SAMOptimWrapper', rho=0.05)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
