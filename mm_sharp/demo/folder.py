@@ -1,0 +1,124 @@
+"""The folder of a data set: whose it is, whether it is complete, and clearing what is ours in it.
+
+``unfinished.json`` is the first file that a generation writes, ``meta.json`` the last. So a folder with
+``meta.json`` is complete, a folder with only the other was interrupted, and one with neither is not ours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mm_sharp.demo.settings import SPLITS
+
+GENERATOR = 'mm_sharp.demo'
+META, UNFINISHED, PREVIEW = 'meta.json', 'unfinished.json', 'preview.png'
+MPII_GROUND_TRUTH = 'mpii/mpii_gt_val.mat'
+
+
+def coco_path(split: str) -> str:
+    """Where the COCO annotations of a split are, relative to the folder."""
+    return f'annotations/person_keypoints_{split}.json'
+
+
+def mpii_path(split: str) -> str:
+    """Where the MPII annotations of a split are, relative to the folder."""
+    return f'mpii/mpii_{split}.json'
+
+
+_FILES = (
+    *(coco_path(split) for split in SPLITS),
+    *(mpii_path(split) for split in SPLITS),
+    MPII_GROUND_TRUTH,
+)
+_OURS = re.compile('|'.join((*(rf'{split}/\d{{6}}\.png' for split in SPLITS), *map(re.escape, (*_FILES, PREVIEW)))))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON so that a file of this name is always whole: under another name first."""
+    part = path.with_name(path.name + '.part')
+    part.write_text(json.dumps(content) + '\n', encoding='utf-8')
+    part.replace(path)
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """The content of our ``meta.json``; None if there is none, or one that isn't ours."""
+    return _read_own(folder / META)
+
+
+def claim_folder(folder: Path, request: dict[str, Any], *, force: bool = False) -> bool:
+    """Make a folder ready for a generation, unless what is asked for is there already.
+
+    Args:
+        folder: need not exist.
+        request: what identifies the data set, in JSON's types; the part of ``meta.json`` to compare.
+        force: replace another data set of ours.
+
+    Returns:
+        False if the data set is there, complete; True if it has to be generated: the folder then holds
+        ``unfinished.json`` and none of our other files.
+
+    Raises:
+        FileExistsError: if the folder holds something else. Nothing was changed then.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f'{folder} is a file: choose another folder with --out')
+    meta = read_meta(folder)
+    interrupted = _read_own(folder / UNFINISHED) is not None
+    if meta is None and not interrupted and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f'{folder} holds other files than a demo data set: choose another folder with --out')
+    if meta is not None:
+        same = {key: meta.get(key) for key in request} == request
+        if same and _is_whole(folder, request['arguments']):
+            (folder / UNFINISHED).unlink(missing_ok=True)
+            return False
+        if not same and not force:
+            raise FileExistsError(
+                f'{folder} holds a demo data set made with {_describe(meta)}, not {_describe(request)}: '
+                'pass --force to replace it, or choose another folder with --out'
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / UNFINISHED, {'generator': GENERATOR, **request})
+    _clear(folder)
+    return True
+
+
+def finish_folder(folder: Path, meta: dict[str, Any]) -> None:
+    """Declare a data set complete."""
+    write_json(folder / META, {'generator': GENERATOR, **meta})
+    (folder / UNFINISHED).unlink()
+
+
+def _read_own(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(content, dict) and content.get('generator') == GENERATOR
+    return content if ours else None
+
+
+def _is_whole(folder: Path, arguments: dict[str, int]) -> bool:
+    """Whether every file is there (a user may have removed some)."""
+    images = (f'{split}/{i + 1:06d}.png' for split in SPLITS for i in range(arguments[split]))
+    return all((folder / name).is_file() for name in (*_FILES, *images))
+
+
+def _describe(meta: dict[str, Any]) -> str:
+    arguments = meta.get('arguments', {})
+    words = [f'--{name} {value}' for name, value in arguments.items()]
+    return ' '.join([*words, f'(generator version {meta.get("generator_version")})'])
+
+
+def _clear(folder: Path) -> None:
+    """Remove our files, and the folders that are empty then; nothing else."""
+    (folder / META).unlink(missing_ok=True)  # first: what follows is no complete data set
+    for path in sorted(folder.rglob('*'), reverse=True):  # files come before their folders
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            if name in (*SPLITS, 'annotations', 'mpii') and not any(path.iterdir()):
+                path.rmdir()
+        elif _OURS.fullmatch(name.removesuffix('.part')):
+            path.unlink()

@@ -1,0 +1,186 @@
+"""One picture: people before a camera, what hides them, light; and what can be said about each person.
+
+``draw_scene(seed, split, index)`` is a pure function: the picture and its annotations follow from these
+three numbers and the settings alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mm_sharp.demo.backdrop import draw_backdrop, draw_occluders
+from mm_sharp.demo.body import body_capsules, draw_outfit
+from mm_sharp.demo.camera import Camera
+from mm_sharp.demo.exact import Draws, Vector, rotate, rotation
+from mm_sharp.demo.person import Figure, Person, judge
+from mm_sharp.demo.pose import draw_pose
+from mm_sharp.demo.render import Layer, Light, draw_capsule
+from mm_sharp.demo.settings import HEIGHT, SETTINGS, SPLITS, WIDTH, Settings
+from mm_sharp.demo.skeleton import (
+    Points,
+    Proportions,
+    body_points,
+    draw_proportions,
+)
+
+#: A person counts if at least this many keypoints are seen and pixels are left; else the scene is redrawn.
+MIN_SEEN_KEYPOINTS, MIN_AREA = 5, 400
+_ATTEMPTS = 200
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture (H, W, 3), RGB, uint8; its people; (H, W) number of the person seen, else -1."""
+
+    image: npt.NDArray[np.uint8]
+    people: tuple[Person, ...]
+    owner: npt.NDArray[np.int16]
+
+
+def draw_scene(seed: int, split: str, index: int, settings: Settings = SETTINGS) -> Scene:
+    """Draw picture number ``index`` of a split.
+
+    Args:
+        seed: of the data set, 0 <= seed < 2^32.
+        split: 'train' or 'val'.
+        index: from 0.
+        settings: how scenes vary.
+
+    Returns:
+        The scene, with every person at least partly in view.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        RuntimeError: if the settings hardly ever leave a person in view.
+    """
+    if split not in SPLITS:
+        raise ValueError(f'split={split!r} must be one of {SPLITS}')
+    draws = Draws(seed, SPLITS.index(split), index)
+    for _ in range(_ATTEMPTS):
+        scene = _attempt(draws, settings)
+        if all(_in_view(person) for person in scene.people):
+            return scene
+    raise RuntimeError(
+        f'settings leave nobody in view in {_ATTEMPTS} attempts (image {index} of {split}): lower '
+        'truncation, second_person_chance or occluder_chance'
+    )
+
+
+def _in_view(person: Person) -> bool:
+    return sum(flag == 2 for _, _, flag in person.keypoints) >= MIN_SEEN_KEYPOINTS and person.area >= MIN_AREA
+
+
+def _attempt(draws: Draws, settings: Settings) -> Scene:
+    light = _draw_light(draws, settings)
+    backdrop = draw_backdrop(draws, light, settings)
+    camera, figures = _draw_figures(draws, light, settings)
+    occluders = draw_occluders(draws, light, settings)
+    colour, owner = backdrop.colour, np.full((HEIGHT, WIDTH), -1, np.int16)
+    nearest = np.full((HEIGHT, WIDTH), np.inf)
+    for number, figure in enumerate(figures):
+        shown = figure.layer.depth < nearest
+        nearest[shown] = figure.layer.depth[shown]
+        colour[shown] = figure.layer.colour[shown]
+        owner[shown] = number
+    colour[occluders.mask] = occluders.colour[occluders.mask]
+    owner[occluders.mask] = -1
+    people = tuple(judge(figure, owner == i, camera) for i, figure in enumerate(figures))
+    return Scene(_develop(colour, draws, settings), people, owner)
+
+
+def _draw_light(draws: Draws, settings: Settings) -> Light:
+    """Light from above, from the viewer's side of the scene."""
+    across, up = draws.uniform((-1.0, 1.0)), draws.uniform((0.2, 1.0))
+    length = math.sqrt(across * across + up * up + 0.5 * 0.5)
+    return Light(
+        direction=(across / length, -up / length, -0.5 / length),
+        ambient=draws.uniform(settings.ambient),
+        diffuse=draws.uniform(settings.diffuse),
+    )
+
+
+def _draw_figures(draws: Draws, light: Light, settings: Settings) -> tuple[Camera, list[Figure]]:
+    """One or two people, and the camera that frames the first of them."""
+    front = settings.frontal_degrees if draws.chance(settings.frontal_share) else 180
+    body = draw_proportions(draws)
+    points = body_points(body, draw_pose(draws, settings))
+    camera = Camera(
+        azimuth=draws.angle((-front, front)),
+        elevation=draws.angle(settings.elevation),
+        roll=draws.angle(settings.roll),
+        distance=draws.uniform(settings.distance),
+    )
+    seen = camera.view(points)
+    camera = _frame(draws, camera, seen, settings)
+    figures = [draw_figure(draws, light, settings, camera, seen, body)]
+    if draws.chance(settings.second_person_chance):
+        body = draw_proportions(draws)
+        points = body_points(body, draw_pose(draws, settings))
+        # Beside and behind the first person as the camera sees it: nobody stands inside another.
+        side = draws.choice((-1, 1)) * draws.uniform((0.35, 0.8))
+        offset = rotate(rotation('y', camera.azimuth), (side, 0.0, -draws.uniform((0.5, 1.5))))
+        heading = rotation('y', draws.angle((-180, 180)))
+        points = {name: _place(heading, point, offset) for name, point in points.items()}
+        seen = camera.view(points)
+        figures.append(draw_figure(draws, light, settings, camera, seen, body))
+    return camera, figures
+
+
+def _place(heading: tuple[Vector, Vector, Vector], point: Vector, offset: Vector) -> Vector:
+    x, y, z = rotate(heading, point)
+    return (x + offset[0], y + offset[1], z + offset[2])
+
+
+def _frame(draws: Draws, camera: Camera, seen: Points, settings: Settings) -> Camera:
+    """Zoom and shift, so that the person fills a random part of the image, or leaves it partly."""
+    fill = draws.uniform(settings.fill)
+    slack = (WIDTH * (1 - fill) / 2, HEIGHT * (1 - fill) / 2)
+    shift = [slack[i] * draws.uniform((-1.0, 1.0)) for i in (0, 1)]
+    if draws.chance(settings.truncation_chance):
+        axis = draws.choice((0, 1, 1))
+        sign = draws.choice((-1, 1))
+        shift[axis] = sign * (slack[axis] + (WIDTH, HEIGHT)[axis] * draws.uniform(settings.truncation))
+    middle = ((WIDTH - 1) / 2 + shift[0], (HEIGHT - 1) / 2 + shift[1])
+    return camera.framing(seen, (WIDTH * fill, HEIGHT * fill), middle)
+
+
+def draw_figure(
+    draws: Draws,
+    light: Light,
+    settings: Settings,
+    camera: Camera,
+    seen: Points,
+    body: Proportions,
+) -> Figure:
+    """Dress a person and draw it into a layer of its own."""
+    layer = Layer.empty(WIDTH, HEIGHT)
+    for capsule in body_capsules(seen, body, draw_outfit(draws, settings)):
+        draw_capsule(layer, capsule, camera, light)
+    return Figure(seen, layer, body.girth)
+
+
+def _develop(colour: npt.NDArray[np.uint8], draws: Draws, settings: Settings) -> npt.NDArray[np.uint8]:
+    """Soften edges, then exposure, contrast and noise."""
+    image = _blur(colour)
+    if draws.chance(settings.blur_chance):
+        image = _blur(image)
+    contrast = draws.uniform(settings.contrast)
+    brightness = draws.integer(*settings.brightness)
+    noise = draws.integer(*settings.noise)
+    grain = draws.array(HEIGHT, WIDTH, 3) * (2.0 * noise) - noise
+    exposed = (image - 128.0) * contrast + (128.0 + brightness) + grain
+    clipped: npt.NDArray[np.float64] = np.minimum(np.maximum(exposed, 0.0), 255.0)
+    return clipped.astype(np.uint8)
+
+
+def _blur(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The kernel (1 2 1)/4 along rows and columns, in whole numbers."""
+    wide = np.pad(image.astype(np.uint16), ((1, 1), (1, 1), (0, 0)), mode='edge')
+    rows = wide[:-2] + 2 * wide[1:-1] + wide[2:]
+    both = rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]
+    blurred: npt.NDArray[np.uint8] = ((both + 8) // 16).astype(np.uint8)
+    return blurred

@@ -1,0 +1,60 @@
+"""Draws the demo data set: articulated people with keypoints, in COCO and in MPII format.
+
+    python tools/make_demo_data.py --out data/demo --train 2048 --val 256 --seed 0
+
+The same arguments give the same pictures on every machine. See ``mm_sharp/demo``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mm_sharp.demo import make_dataset, write_preview
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description='Draw the demo data set (COCO keypoints and MPII format).',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument('--out', type=Path, default=Path('data/demo'), help='folder to write')
+    parser.add_argument('--train', type=int, default=2048, help='number of training images')
+    parser.add_argument('--val', type=int, default=256, help='number of validation images')
+    parser.add_argument('--seed', type=int, default=0, help='of all random choices')
+    parser.add_argument('--workers', type=int, help='processes that draw; default: one per CPU core')
+    parser.add_argument('--force', action='store_true', help='replace a demo data set made with other arguments')
+    parser.add_argument(
+        '--preview',
+        type=int,
+        metavar='N',
+        help='also write OUT/preview.png: the first N training images with their keypoints',
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse_arguments(arguments)
+    try:
+        if args.preview is not None and args.preview < 1:
+            raise ValueError(f'preview={args.preview} must be at least 1')
+        drawn = make_dataset(args.out, args.train, args.val, args.seed, workers=args.workers, force=args.force)
+        there = f'{args.out}: {args.train} training and {args.val} validation images'
+        print(f'{there} drawn' if drawn else f'{there} are already there')
+        if args.preview is not None:
+            print(f'preview: {write_preview(args.out, args.preview)}')
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f'make_demo_data: error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f'make_demo_data: interrupted; run it again to finish {args.out}', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
