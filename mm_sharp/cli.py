@@ -155,11 +155,12 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     """Switch on MMPose's visualization hook if ``--show`` or ``--show-dir`` asks for it."""
     if not args.show and args.show_dir is None:
         return
-    cfg.setdefault('default_hooks', {})
-    hook = cfg.default_hooks.setdefault('visualization', {'type': 'mmpose.PoseVisualizationHook'})
+    hooks = cfg.get('default_hooks') or {}
+    hook = dict(hooks.get('visualization') or {'type': 'mmpose.PoseVisualizationHook'})
     hook.update(enable=True, show=args.show, out_dir=args.show_dir)
     if args.show:
-        hook.wait_time = args.wait_time
+        hook['wait_time'] = args.wait_time
+    cfg.default_hooks = {**hooks, 'visualization': hook}
     if cfg.get('visualizer') is None:
         cfg.visualizer = {'type': 'mmpose.PoseLocalVisualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}
 
@@ -222,8 +223,10 @@ def _launch(cfg: Config, launcher: str) -> None:
         raise UsageError('--launcher pytorch: start it with tools/dist_train.sh or torchrun')
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
-    wrapper = cfg.setdefault('model_wrapper_cfg', {})
-    wrapper.setdefault('type', 'MMDistributedDataParallel')
-    wrapper.setdefault('broadcast_buffers', False)
-    wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
-    wrapper.setdefault('device_ids', None)
+    defaults = {
+        'type': 'MMDistributedDataParallel',
+        'broadcast_buffers': False,
+        'find_unused_parameters': cfg.get('find_unused_parameters', False),
+        'device_ids': None,
+    }
+    cfg.model_wrapper_cfg = {**defaults, **(cfg.get('model_wrapper_cfg') or {})}

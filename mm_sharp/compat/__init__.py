@@ -1,0 +1,77 @@
+"""What is broken on today's stack, and how it is mended.
+
+``apply`` runs when ``mm_sharp`` is imported. A fix is active only where the real thing is missing or broken,
+never over a working install; none changes how a config behaves that doesn't use this package. Each lives in
+a file of its own, whose docstring names the cause, the repair and the version that makes it unnecessary:
+
+=====================  ======================================================================================
+``torchvision_ops``    torchvision beside a CPU torch: ``import torchvision`` works
+``mmcv_ops``           mmcv-lite: ``mmcv.ops`` imports, a missing operator raises when it is called
+``xtcocotools_names``  xtcocotools missing or built for another numpy: faster-coco-eval stands in
+``matplotlib_canvas``  matplotlib from 3.10 on: MMPose's 3-D visualizer draws
+``package_lookup``     no ``pkg_resources``: MMEngine finds installed packages without it
+``config_scope``       ``mm_sharp::…`` in configs
+``checkpoint_hook``    checkpoints that load with ``torch.load(weights_only=True)``
+=====================  ======================================================================================
+
+The first four wait for the import of what they repair (``import_hook``): importing mm_sharp must not import
+MMPose, MMCV, torchvision or matplotlib, and must work without them. The others concern MMEngine, which we need
+anyway, and are installed at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+from . import (
+    checkpoint_hook,
+    config_scope,
+    matplotlib_canvas,
+    mmcv_ops,
+    package_lookup,
+    torchvision_ops,
+    xtcocotools_names,
+)
+from .checkpoint_hook import PlainCheckpointHook
+from .fix import Fix
+from .mmcv_ops import MissingOperatorError
+from .trust import explain_load_error, trust_checkpoints
+
+__all__ = [
+    'Fix',
+    'MissingOperatorError',
+    'PlainCheckpointHook',
+    'apply',
+    'explain_load_error',
+    'fixes',
+    'trust_checkpoints',
+]
+
+_FIXES = (
+    *(torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas),
+    *(package_lookup, config_scope, checkpoint_hook),
+)  # fmt: skip
+_REPAIRED_AT_IMPORT = ('torchvision', 'mmcv.ops', 'xtcocotools.mask', 'mmpose.visualization')
+
+
+def apply() -> None:
+    """Install all fixes. Cheap, and a second call changes nothing."""
+    for fix in _FIXES:
+        fix.install()
+
+
+def fixes() -> list[Fix]:
+    """The state of every fix, for ``python -m mm_sharp.doctor``.
+
+    Imports what is repaired at import, since only then it shows whether a repair is needed; what doesn't
+    import even so is left to the doctor to report.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for name in _REPAIRED_AT_IMPORT:
+            try:
+                importlib.import_module(name)
+            except Exception:  # whatever is wrong with it, the doctor's own check says it
+                continue
+    return [fix.describe() for fix in _FIXES]

@@ -1,0 +1,159 @@
+"""Rewrite checkpoints while a Runner saves and loads them (ours; cause and format: ``plain_checkpoint``).
+
+The hook is added by itself to every Runner that uses this package, and to no other: whether the config has
+our ``optim_wrapper`` or one of our hooks shows only when a Runner is built, so ``Runner.register_hooks`` is
+wrapped. That works in MMPose's own ``tools/train.py``, too, where nothing but ``custom_imports`` loads us.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS, Registry
+from mmengine.runner import FlexibleRunner, Runner
+
+from .fix import Fix
+from .plain_checkpoint import from_plain, missing_statistics, to_plain
+
+_NAME = 'plain checkpoints'
+_ENDS = 'an mmengine that saves plain checkpoints (none as of 0.10.7)'
+_PACKAGE = __name__.partition('.')[0]
+
+
+@HOOKS.register_module()
+class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no types
+    """Save checkpoints in plain types and rebuild MMEngine's objects when one is loaded.
+
+    Added by itself to runs that use mm_sharp; in the config of any other run, add
+    ``custom_hooks = [dict(type='PlainCheckpointHook')]``.
+
+    A checkpoint that was saved without this hook is loaded unchanged. One that was saved with it can be
+    tested and its weights loaded without it, too; resuming without it starts an empty log.
+    """
+
+    # Saving: after all hooks that add to the checkpoint. Loading: RestoreCheckpointHook goes first.
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Rewrite every entry of ``checkpoint``; warn once of each object that has no plain form."""
+        left: list[str] = []
+        for key in list(checkpoint):
+            checkpoint[key] = to_plain(checkpoint[key], f'checkpoint[{key!r}]', left)
+        for line in left:
+            if line not in self._told:
+                self._told.add(line)
+                print_log(
+                    f'{line} has no plain form and is saved as it is: this checkpoint will not load with '
+                    'torch.load(weights_only=True), but only with --trust-checkpoint',
+                    logger='current',
+                    level=logging.WARNING,
+                )
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Rebuild what ``before_save_checkpoint`` rewrote."""
+        missing = missing_statistics(checkpoint.get('message_hub'))
+        if missing:
+            print_log(
+                f'the log in this checkpoint used the statistics {sorted(missing)}, which are not registered: '
+                'import the module that defines them, e.g. by custom_imports',
+                logger='current',
+                level=logging.WARNING,
+            )
+        for key in list(checkpoint):
+            checkpoint[key] = from_plain(checkpoint[key], f'checkpoint[{key!r}]')
+
+
+class RestoreCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no types
+    """Lets ``PlainCheckpointHook`` rebuild a checkpoint before other hooks read it.
+
+    A hook has one priority, but what is done last when saving must be undone first when loading.
+    """
+
+    priority = 'HIGHEST'
+
+    def __init__(self, hook: PlainCheckpointHook) -> None:
+        self._hook = hook
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """As ``PlainCheckpointHook.after_load_checkpoint``, which then finds nothing left to do."""
+        self._hook.after_load_checkpoint(runner, checkpoint)
+
+
+def install() -> None:
+    """Wrap ``register_hooks`` of MMEngine's runners; a second call changes nothing."""
+    for runner_class in (Runner, FlexibleRunner):
+        if not hasattr(runner_class.register_hooks, '__wrapped__'):
+            runner_class.register_hooks = _with_our_hook(runner_class.register_hooks)
+
+
+def describe() -> Fix:
+    """Always active, for runs that use this package."""
+    reason = (
+        'runs that use mm_sharp save checkpoints in plain types, which torch.load(weights_only=True), the '
+        'default from torch 2.6 on, accepts'
+    )
+    return Fix(_NAME, hasattr(Runner.register_hooks, '__wrapped__'), reason, _ENDS)
+
+
+def _with_our_hook(register_hooks: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(register_hooks)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        register_hooks(self, *args, **kwargs)
+        if not uses_mm_sharp(self):
+            return
+        hook = next((hook for hook in self.hooks if isinstance(hook, PlainCheckpointHook)), None)
+        if hook is None:
+            hook = PlainCheckpointHook()
+            self.register_hook(hook)
+        self.register_hook(RestoreCheckpointHook(hook))
+
+    return wrapper
+
+
+def uses_mm_sharp(runner: Any) -> bool:
+    """Whether a Runner has an optimizer wrapper or a hook of this package, or a subclass of one.
+
+    Args:
+        runner: a Runner whose hooks have been registered; its ``optim_wrapper`` may still be a config.
+    """
+    if any(_is_ours(type(hook)) for hook in runner.hooks):
+        return True
+    return any(_is_ours(wrapper) for wrapper in _wrapper_classes(runner.optim_wrapper))
+
+
+def _wrapper_classes(wrapper: Any) -> Iterator[type]:
+    """The classes that a config, an optimizer wrapper or a dict of several may refer to."""
+    if isinstance(wrapper, OptimWrapperDict):
+        wrapper = dict(wrapper.items())
+    if isinstance(wrapper, Mapping):
+        kind = wrapper.get('type')
+        if isinstance(kind, str):
+            yield from _classes_named(kind.rpartition('.')[2], OPTIM_WRAPPERS)
+        elif isinstance(kind, type):
+            yield kind
+        for item in wrapper.values():  # several wrappers, by name
+            yield from _wrapper_classes(item)
+    elif not isinstance(wrapper, (str, type(None))):
+        yield type(wrapper)
+
+
+def _classes_named(name: str, registry: Registry) -> Iterator[type]:
+    """Classes registered as ``name`` here or in a child; unlike ``Registry.get``, this imports nothing."""
+    found = registry._module_dict.get(name)
+    if isinstance(found, type):
+        yield found
+    for child in registry._children.values():
+        yield from _classes_named(name, child)
+
+
+def _is_ours(cls: type) -> bool:
+    return any(base.__module__.partition('.')[0] == _PACKAGE for base in cls.__mro__)

@@ -1,0 +1,240 @@
+"""The fixes in the installed environment: what they mend works, what is whole they leave alone."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.runner import FlexibleRunner, Runner
+from mmengine.utils.dl_utils import mmcv_full_available
+
+from mm_sharp import compat
+from mm_sharp.compat import (
+    MissingOperatorError,
+    import_hook,
+    mmcv_ops,
+    torchvision_ops,
+)
+from mm_sharp.compat.import_hook import FINDER, before_import, is_present
+
+FIXES = {fix.name: fix for fix in compat.fixes()}
+
+
+def test_apply_twice_changes_nothing() -> None:
+    before = (list(sys.meta_path), dict(FINDER.repairs), Config._get_cfg_path)
+    before += (Runner.register_hooks, FlexibleRunner.register_hooks, dict(MODULE2PACKAGE))
+    compat.apply()
+    after = (list(sys.meta_path), dict(FINDER.repairs), Config._get_cfg_path)
+    after += (Runner.register_hooks, FlexibleRunner.register_hooks, dict(MODULE2PACKAGE))
+    assert after == before
+    assert sys.meta_path.count(FINDER) <= 1
+
+
+def test_every_fix_says_why_and_until_when() -> None:
+    assert len(FIXES) == len(compat.fixes()) == 7
+    assert all(fix.reason and fix.ends_with for fix in FIXES.values())
+
+
+# The import hook
+
+
+@pytest.fixture
+def hooked() -> Any:
+    """Registers repairs for names that are forgotten afterwards."""
+    names: list[str] = []
+
+    def hook(name: str, repair: Any) -> None:
+        names.append(name)
+        before_import(name, repair)
+
+    yield hook
+    for name in names:
+        FINDER.repairs.pop(name, None)
+        sys.modules.pop(name, None)
+
+
+def test_repair_runs_before_the_import(hooked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'repaired_module.py').write_text('import prepared_module')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, 'prepared_module', raising=False)
+    calls = []
+
+    def repair(name: str) -> None:
+        calls.append(name)
+        monkeypatch.setitem(sys.modules, 'prepared_module', ModuleType('prepared_module'))
+
+    hooked('repaired_module', repair)
+    assert calls == [], 'nothing happens until the import'
+    importlib.import_module('repaired_module')
+    importlib.import_module('repaired_module')
+    assert calls == ['repaired_module']
+
+
+def test_repair_may_hand_out_a_stand_in(hooked: Any) -> None:
+    class Loader(importlib.abc.Loader):
+        def create_module(self, spec: ModuleSpec) -> None:
+            return None
+
+        def exec_module(self, module: ModuleType) -> None:
+            module.answer = 42  # type: ignore[attr-defined]
+
+    hooked('no_such_module_1', lambda name: ModuleSpec(name, Loader()))
+    assert importlib.import_module('no_such_module_1').answer == 42
+
+
+def test_repair_that_does_nothing(hooked: Any) -> None:
+    hooked('no_such_module_2', lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match='no_such_module_2'):
+        importlib.import_module('no_such_module_2')
+
+
+def test_repair_may_look_for_the_module_itself(hooked: Any) -> None:
+    seen = []
+    hooked('no_such_module_3', lambda name: seen.append(is_present(name)))
+    assert not is_present('no_such_module_3')
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module('no_such_module_3')
+    assert seen == [False]
+
+
+def test_module_that_is_there_is_left_alone(hooked: Any) -> None:
+    hooked('json', pytest.fail)
+    assert 'json' not in FINDER.repairs
+
+
+@pytest.mark.parametrize(
+    ('name', 'present'), [('json', True), ('no_such', False), ('no_such.part', False), ('json.decoder', True)]
+)
+def test_is_present(name: str, present: bool) -> None:
+    assert is_present(name) is present
+
+
+def test_module_without_a_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'specless', ModuleType('specless'))
+    monkeypatch.setattr(sys.modules['specless'], '__spec__', None)
+    assert not is_present('specless')
+
+
+def test_finder_is_only_asked_about_its_names() -> None:
+    assert import_hook.FINDER.find_spec('json') is None
+
+
+# torchvision
+
+
+def test_missing_torchvision_operator_raises_when_called() -> None:
+    pytest.importorskip('torchvision')
+    if not FIXES['torchvision operators'].active:
+        pytest.skip("torchvision's own operators load here")
+    boxes, scores = torch.zeros(1, 4), torch.zeros(1)
+    for operator in (torch.ops.torchvision.nms, torch.ops.torchvision.qnms):
+        with pytest.raises(RuntimeError, match=r'torchvision::q?nms is compiled code.*Install the torchvision wheel'):
+            operator(boxes, scores, 0.5)
+
+
+@pytest.mark.parametrize(
+    ('has_operators', 'cuda', 'hip', 'defined'),
+    [(False, None, None, True), (True, None, None, False), (False, '12.8', None, False), (False, None, '6.2', False)],
+)
+def test_operators_are_defined_only_where_needed(
+    monkeypatch: pytest.MonkeyPatch, has_operators: bool, cuda: str | None, hip: str | None, defined: bool
+) -> None:
+    made = []
+
+    class Library:
+        def __init__(self, *arguments: str) -> None:
+            made.append(self)
+
+        def define(self, schema: str) -> None:
+            assert 'float iou_threshold' in schema
+
+        def impl(self, *arguments: Any) -> None:
+            pass
+
+    monkeypatch.setattr(torch.library, 'Library', Library)
+    monkeypatch.setattr(torch.version, 'cuda', cuda)
+    monkeypatch.setattr(torch.version, 'hip', hip)
+    monkeypatch.setattr(torchvision_ops, '_library', None)
+    extension = SimpleNamespace(_has_ops=lambda: has_operators)
+    monkeypatch.setitem(sys.modules, 'torchvision.extension', extension)  # type: ignore[arg-type]
+    torchvision_ops._repair('torchvision._meta_registrations')
+    torchvision_ops._repair('torchvision._meta_registrations')
+    assert len(made) == int(defined)
+    assert (torchvision_ops._library is not None) is defined
+
+
+# mmcv
+
+
+@pytest.fixture
+def lite() -> None:
+    pytest.importorskip('mmcv')
+    if not FIXES['mmcv operators'].active:
+        pytest.skip('a full mmcv is installed')
+
+
+@pytest.mark.usefixtures('lite')
+def test_missing_operator_raises_when_called() -> None:
+    from mmcv.ops import DeformConv2d, batched_nms
+
+    with pytest.raises(MissingOperatorError, match=r"'nms' is compiled code.*mmcv-lite.*pip uninstall -y mmcv-lite"):
+        batched_nms(torch.rand(3, 4), torch.rand(3), torch.zeros(3), {'type': 'nms', 'iou_threshold': 0.5})
+    layer = DeformConv2d(3, 4, 3, padding=1)
+    with pytest.raises(MissingOperatorError, match="'deform_conv_forward'"):
+        layer(torch.rand(1, 3, 8, 8), torch.zeros(1, 18, 8, 8))
+
+
+@pytest.mark.usefixtures('lite')
+def test_operators_are_not_pretended() -> None:
+    importlib.import_module('mmcv.ops')
+    assert not mmcv_full_available()
+    assert 'mmcv._ext' not in sys.modules
+
+
+@pytest.mark.usefixtures('lite')
+def test_report_of_the_environment() -> None:
+    from mmcv.utils import collect_env
+
+    assert collect_env()['MMCV Compiler'] == 'n/a'
+
+
+@pytest.mark.parametrize(
+    ('error', 'cause'),
+    [
+        (ModuleNotFoundError("No module named 'mmcv._ext'"), 'mmcv-lite has no compiled operators'),
+        (ImportError('_ext.so: undefined symbol: x\nmore'), r"don't load (_ext.so: undefined symbol: x)"),
+        (None, None),
+    ],
+)
+def test_load_ext_is_replaced_only_where_needed(
+    monkeypatch: pytest.MonkeyPatch, error: ImportError | None, cause: str | None
+) -> None:
+    original = object()
+    loader = SimpleNamespace(load_ext=original)
+
+    def load(name: str) -> Any:
+        if name == 'mmcv._ext' and error is not None:
+            raise error
+        return loader
+
+    monkeypatch.setattr(mmcv_ops, 'importlib', SimpleNamespace(import_module=load))
+    monkeypatch.setattr(mmcv_ops, '_cause', None)
+    mmcv_ops._repair('mmcv.ops')
+    if cause is None:
+        assert mmcv_ops._cause is None
+        assert loader.load_ext is original
+        return
+    assert cause in (mmcv_ops._cause or '')
+    extension = loader.load_ext('_ext', ['nms', 'get_compiler_version'])  # type: ignore[operator]
+    assert extension.get_compiler_version() == 'n/a'
+    with pytest.raises(MissingOperatorError, match="operator 'nms'"):
+        extension.nms(1, offset=2)
+    assert not hasattr(extension, 'roi_align'), 'only what was asked for'

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Train on a Slurm cluster:
+#   GPUS=16 tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [options of tools/train.py]
+set -euo pipefail
+
+if [ "$#" -lt 4 ]; then
+    echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [options of tools/train.py]" >&2
+    exit 2
+fi
+partition=$1
+job_name=$2
+config=$3
+work_dir=$4
+shift 4
+
+gpus=${GPUS:-8}
+gpus_per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
+
+# SRUN_ARGS is a list of options, so it is split into words on purpose.
+# shellcheck disable=SC2086
+exec srun -p "$partition" \
+    --job-name="$job_name" \
+    --gres="gpu:$gpus_per_node" \
+    --ntasks="$gpus" \
+    --ntasks-per-node="$gpus_per_node" \
+    --cpus-per-task="${CPUS_PER_TASK:-5}" \
+    --kill-on-bad-exit=1 \
+    ${SRUN_ARGS:-} \
+    "${PYTHON:-python}" -u "$(dirname "$0")/train.py" "$config" --work-dir "$work_dir" --launcher slurm "$@"
