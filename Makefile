@@ -38,7 +38,7 @@ $(DEMO)/meta.json: | $(INSTALLED)
 train: $(INSTALLED) $(DEMO)/meta.json ## make the demo data, train a keypoint model with SAM on it, evaluate it, draw its keypoints
 	$(PY) tools/train.py $(DEMO_CONFIG) --work-dir $(WORK_DIR) $(ARGS)
 	$(PY) tools/test.py $(DEMO_CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --work-dir $(WORK_DIR)/test \
-		--out $(WORK_DIR)/metrics.json --show-dir ../pictures
+		--out $(WORK_DIR)/metrics.json --show-dir "$(CURDIR)/$(WORK_DIR)/pictures"
 	@echo
 	@echo 'Trained with SAM. Metrics on held-out people ($(WORK_DIR)/metrics.json):'
 	@$(PY) -m json.tool $(WORK_DIR)/metrics.json

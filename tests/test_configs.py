@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +73,10 @@ class Losses(Hook):
         self.values.append(outputs['loss'].item())
 
 
-def without_albumentations(steps: Any) -> Any:
-    """A pipeline without the transforms of a package that MMPose itself treats as optional."""
-    return [step for step in steps if step['type'] != 'Albumentation' or find_spec('albumentations')]
-
-
 def two_steps(cfg: Config, folder: Path) -> Runner:
     """A Runner for two steps of one epoch, without validation."""
     use_data(cfg, folder / 'data')
     without_pretrained(cfg._cfg_dict)
-    cfg.train_dataloader.dataset.pipeline = without_albumentations(cfg.train_dataloader.dataset.pipeline)
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
     cfg.train_cfg.max_epochs = 1

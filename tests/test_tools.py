@@ -111,6 +111,16 @@ def test_training_writes_checkpoints_and_logs(trained: Path) -> None:
     assert Config.fromfile(trained / 'sam.py').optim_wrapper.type == 'SAMOptimWrapper'
 
 
+def test_a_run_with_the_base_optimizer_is_tested_and_resumed_without_trust(tiny: Path) -> None:
+    """A comparison run started by our tool is served by our tools, though its config uses nothing of ours."""
+    run('tools/train.py', 'plain.py', '--no-validate', cwd=tiny)
+    run('tools/test.py', 'plain.py', tiny / 'work_dirs' / 'plain' / 'epoch_1.pth', cwd=tiny)
+    done = run(
+        'tools/train.py', 'plain.py', '--no-validate', '--resume', '--cfg-options', 'train_cfg.max_epochs=2', cwd=tiny
+    )
+    assert 'resumed epoch: 1' in done.stdout + done.stderr
+
+
 def test_resuming_goes_on_from_the_last_checkpoint(trained: Path, tiny: Path) -> None:
     work_dir = tiny / 'resumed'
     shutil.copytree(trained, work_dir)  # moved: last_checkpoint names a file in the old folder

@@ -19,6 +19,7 @@ from mmengine.runner import Runner
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
 from mm_sharp import cli, preflight
+from mm_sharp.compat import save_plain_checkpoints
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -99,6 +100,7 @@ def _resume(cfg: Config, resume: str | None) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Train."""
     args = parse_arguments(arguments)
+    save_plain_checkpoints()
     runner = Runner.from_cfg(configure(args))
     cli.run_with_checkpoint(runner.train, args.trust_checkpoint)
     if runner.rank == 0:

@@ -33,7 +33,7 @@ from . import (
     torchvision_ops,
     xtcocotools_names,
 )
-from .checkpoint_hook import PlainCheckpointHook
+from .checkpoint_hook import PlainCheckpointHook, save_plain_checkpoints
 from .fix import Fix
 from .mmcv_ops import MissingOperatorError
 from .trust import explain_load_error, trust_checkpoints
@@ -45,6 +45,7 @@ __all__ = [
     'apply',
     'explain_load_error',
     'fixes',
+    'save_plain_checkpoints',
     'trust_checkpoints',
 ]
 

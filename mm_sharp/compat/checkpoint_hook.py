@@ -24,6 +24,7 @@ from .plain_checkpoint import from_plain, missing_statistics, to_plain
 _NAME = 'plain checkpoints'
 _ENDS = 'an mmengine that saves plain checkpoints (none as of 0.10.7)'
 _PACKAGE = __name__.partition('.')[0]
+_in_every_run = False
 
 
 @HOOKS.register_module()
@@ -95,6 +96,16 @@ def install() -> None:
             runner_class.register_hooks = _with_our_hook(runner_class.register_hooks)
 
 
+def save_plain_checkpoints() -> None:
+    """From now on, every Runner of this process saves plain checkpoints, whatever its config uses.
+
+    For command lines: a run that ``tools/train.py`` started can then be resumed and tested by our tools, a comparison
+    run with the base optimizer included.
+    """
+    global _in_every_run
+    _in_every_run = True
+
+
 def describe() -> Fix:
     """Always active, for runs that use this package."""
     reason = (
@@ -108,7 +119,7 @@ def _with_our_hook(register_hooks: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(register_hooks)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         register_hooks(self, *args, **kwargs)
-        if not uses_mm_sharp(self):
+        if not (_in_every_run or uses_mm_sharp(self)):
             return
         hook = next((hook for hook in self.hooks if isinstance(hook, PlainCheckpointHook)), None)
         if hook is None:
