@@ -127,16 +127,20 @@ def climb(
 
 
 def _add_if(finite: Tensor, parameters: list[Tensor], gradients: list[Tensor], step: Tensor) -> None:
-    """``parameters += step * gradients`` where ``finite``; otherwise nothing, without asking the device."""
-    if finite.device.type == 'cpu':
-        if finite:
-            torch._foreach_mul_(gradients, step.to(gradients[0].dtype))
-            torch._foreach_add_(parameters, gradients)
-        return
+    """``parameters += step * gradients`` where ``finite``; otherwise nothing. All on one device, of one dtype."""
+    if finite.device.type != 'cpu':
+        _add_where(finite, parameters, gradients, step)
+    elif finite:
+        torch._foreach_mul_(gradients, step.to(gradients[0].dtype))
+        torch._foreach_add_(parameters, gradients)
+
+
+def _add_where(finite: Tensor, parameters: list[Tensor], gradients: list[Tensor], step: Tensor) -> None:
+    """The same without asking the device, which would stall the host."""
     torch._foreach_mul_(gradients, step.to(gradients[0].dtype))
     for gradient in gradients:
-        # 0 * inf is nan, so that a zero step cannot stand for "no step"; and asking would stall the host.
-        torch.where(finite, gradient, torch.zeros_like(gradient), out=gradient)
+        # 0 * inf is nan, so that a zero step cannot stand for "no step".
+        gradient.copy_(torch.where(finite, gradient, torch.zeros_like(gradient)))
     torch._foreach_add_(parameters, gradients)
 
 

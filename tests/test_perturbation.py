@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mm_sharp.perturbation import TensorBackup, climb, global_norm, group_by_device_and_dtype
+from mm_sharp.perturbation import TensorBackup, _add_if, _add_where, climb, global_norm, group_by_device_and_dtype
 from tests.references import asam_perturbation, sam_perturbation
 from tests.toys import same_bits
 
@@ -78,6 +78,20 @@ def test_a_gradient_that_is_not_finite_leaves_every_weight(bad: float, adaptive:
     norm = climb(weights, gradients, 0.05, adaptive=adaptive)
     assert not torch.isfinite(norm)
     assert all(same_bits(w, b) for w, b in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize('bad', [None, math.nan, math.inf])
+def test_the_branch_for_other_devices_agrees_with_the_cpus(bad: float | None) -> None:
+    weights, gradients = tensors(0, *SHAPES), tensors(1, *SHAPES)
+    if bad is not None:
+        gradients[0][0, 0] = bad
+    finite, step = torch.isfinite(global_norm(gradients)), torch.tensor(0.3)
+    results = []
+    for branch in (_add_if, _add_where):
+        results.append([w.clone() for w in weights])
+        branch(finite, results[-1], [g.clone() for g in gradients], step)
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
+    assert torch.equal(results[0][1], weights[1]) == (bad is not None)
 
 
 @pytest.mark.parametrize('loss_scale', [2.0**16, 0.25, 1000.0])

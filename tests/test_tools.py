@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from mmengine.runner.checkpoint import load_checkpoint
 
 from mm_sharp import cli, preflight
 from tests.conftest import ROOT
+from tests.distributed import free_port
 from tests.tiny_data import draw_coco
 
 SAM = ROOT / 'configs' / 'demo' / 'simcc_res18-half_sam_demo-128x96.py'
@@ -154,18 +154,12 @@ def test_two_processes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run(
         'tools/dist_train.sh', 'sam.py', 2, '--amp', '--auto-scale-lr', '--no-validate', '--work-dir', 'two', cwd=tiny
     )
-    assert 'batch size of 64 and the current batch size is 8' in done.stdout
+    assert 'batch size of 16 and the current batch size is 8' in done.stdout
     assert 'Epoch(val)' not in done.stdout
     assert [line['step'] for line in logged(tiny / 'two')] == [1]  # 8 pictures, 4 a process
     assert 'scaler' in str(torch.load(tiny / 'two' / 'epoch_1.pth')['optimizer'].keys())
     run('tools/dist_test.sh', 'sam.py', 'two/epoch_1.pth', 2, '--out', 'two.json', cwd=tiny)
     assert 'PCK' in json.loads((tiny / 'two.json').read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        return int(listener.getsockname()[1])
 
 
 def test_an_error_is_one_line(tiny: Path) -> None:

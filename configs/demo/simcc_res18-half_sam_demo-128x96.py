@@ -1,5 +1,12 @@
-# The same training with SAM.
+# SAM on the same model and data, at equal compute: a step costs two of the base optimizer's, so half the epochs.
 _base_ = ['./simcc_res18-half_demo-128x96.py', '../_base_/sam.py']
+
+max_epochs = 5
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+param_scheduler = [
+    _base_.param_scheduler[0],
+    dict(_base_.param_scheduler[1], end=max_epochs, T_max=max_epochs),
+]
 
 optim_wrapper = _base_.sharp_optim_wrapper
 custom_hooks = [*_base_.custom_hooks, _base_.sharp_hook]
