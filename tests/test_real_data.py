@@ -22,7 +22,7 @@ def real_config(shared_data: Path, work_dir: Path, epochs: int) -> Config:
     config = Config.fromfile(ROOT / 'configs/demo/simcc_res18-half_sam_demo-128x96.py')
     annotations = str(shared_data / 'coco' / 'test_coco.json')
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-        loader.update(num_workers=0, persistent_workers=False, batch_size=14)
+        loader.update(num_workers=0, persistent_workers=False, batch_size=14, drop_last=False)
         loader.dataset.update(data_root='', ann_file=annotations, data_prefix=dict(img=str(shared_data / 'coco') + '/'))
     augmentations = ('RandomFlip', 'RandomBBoxTransform')
     pipeline = config.train_dataloader.dataset.pipeline
