@@ -46,7 +46,7 @@ def test_values_belong_to_the_logged_iteration(entries: tuple[Runner, list[dict[
         assert entry['sharpness'] == pytest.approx(entry['L_w_e'] - entry['L_w'])
         assert entry['sharpness'] > 0
         assert entry['g_norm'] > 0
-        assert 0.05 < entry['pass2_share'] < 0.95
+        assert 0 < entry['pass2_share'] < 1
     last = runner.optim_wrapper.last_step
     assert logged[-1]['L_w'] == last.loss.item()
     assert logged[-1]['L_w_e'] == last.perturbed_loss.item()
