@@ -15,8 +15,9 @@ PACKAGE = ROOT / 'mm_sharp'
 
 # Each module may import from its own layer's left, never from its right or from its own.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({'compat', 'perturbation', 'parameters', 'random_state', 'validation', 'demo'}),
-    frozenset({'gradients', 'module_state', 'precision', 'step_record', 'replay'}),
+    frozenset({'compat', 'perturbation', 'parameters', 'random_state', 'validation', 'demo', 'sample_table'}),
+    frozenset({'gradients', 'module_state', 'precision', 'step_record', 'replay', 'sampling', 'sample_history'}),
+    frozenset({'per_sample_loss'}),
     frozenset({'support', 'wrapper_state'}),
     frozenset({'two_pass'}),
     frozenset({'sam', 'hooks'}),
