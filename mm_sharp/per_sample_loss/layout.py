@@ -1,0 +1,133 @@
+"""Which arguments of a loss have a row for every sample, and the arguments of one sample (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Number
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of the ``index``-th batched value within nested containers."""
+
+    index: int
+
+
+@dataclass
+class Layout:
+    """The arguments of one call of a loss, taken apart into rows and the rest.
+
+    Args:
+        size: Samples in the batch, N.
+        shared: Paths of tensors that are known to have no row for every sample; grows by what this call shows. A
+            vector over 17 keypoints is thus no batch when a batch has 17 samples.
+        lists_of_samples: Whether every list of N items holds one item for each sample. Otherwise a list of tensors
+            that each have N rows, such as SimCC's x and y, holds whole batches.
+    """
+
+    size: int
+    shared: set[str] = field(default_factory=set)
+    lists_of_samples: bool = False
+    template: Any = None
+    rows: list[Tensor | Sequence[Any]] = field(default_factory=list)
+
+    def split(self, value: Any, path: str = '') -> Any:
+        """``value`` with a :class:`Slot` in the place of everything batched, which goes to :attr:`rows`."""
+        if isinstance(value, Tensor):
+            batched = value.ndim > 0 and value.shape[0] == self.size
+            if self.size > 1 and not batched:
+                self.shared.add(path)  # a single sample shows nothing: its masks may have one row for all
+            return self._slot(value) if batched and path not in self.shared else value
+        if type(value) in (list, tuple):
+            if self._is_list_of_samples(value):
+                return self._slot(value)
+            return type(value)(self.split(item, f'{path}.{i}') for i, item in enumerate(value))
+        if isinstance(value, dict):
+            return {key: self.split(item, f'{path}.{key}') for key, item in value.items()}
+        return value
+
+    @property
+    def all_tensors(self) -> bool:
+        """Whether everything batched is a tensor."""
+        return all(isinstance(row, Tensor) for row in self.rows)
+
+    def sample(self, number: int) -> list[Any]:
+        """The rows of sample ``number`` as a batch of one."""
+        return [row[number : number + 1] for row in self.rows]
+
+    def _slot(self, value: Tensor | Sequence[Any]) -> Slot:
+        self.rows.append(value)
+        return Slot(len(self.rows) - 1)
+
+    def _is_list_of_samples(self, value: Sequence[Any]) -> bool:
+        if len(value) != self.size or any(item is None or isinstance(item, (Number, str)) for item in value):
+            return False
+        return self.lists_of_samples or not any(self._has_batch(item) for item in value)
+
+    def _has_batch(self, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return value.ndim > 0 and value.shape[0] == self.size
+        return type(value) in (list, tuple) and any(self._has_batch(item) for item in value)
+
+
+def fill(template: Any, values: Sequence[Any]) -> Any:
+    """``template`` with ``values`` in the places of its slots."""
+    if isinstance(template, Slot):
+        return values[template.index]
+    if type(template) in (list, tuple):
+        return type(template)(fill(item, values) for item in template)
+    if isinstance(template, dict):
+        return {key: fill(item, values) for key, item in template.items()}
+    return template
+
+
+def tensors_of(value: Any) -> tuple[Any, list[Tensor]]:
+    """A template of ``value``, which :func:`fill` takes, and the tensors in it, in order."""
+    found: list[Tensor] = []
+
+    def visit(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            found.append(item)
+            return Slot(len(found) - 1)
+        if type(item) in (list, tuple):
+            return type(item)(visit(part) for part in item)
+        if isinstance(item, dict):
+            return {key: visit(part) for key, part in item.items()}
+        return item
+
+    return visit(value), found
+
+
+def slots_of(template: Any) -> list[int]:
+    """The numbers of the slots in (a part of) a template."""
+    if isinstance(template, Slot):
+        return [template.index]
+    parts = template.values() if isinstance(template, dict) else template
+    return [number for part in parts for number in slots_of(part)] if type(template) in (list, tuple, dict) else []
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The number of samples that a model is called with.
+
+    Returns:
+        The length of ``data_samples`` where there is such a list, else the rows of the first argument that is a tensor,
+        else the length of the first list, else the rows of the first tensor anywhere; None if there is none of them.
+    """
+    samples = kwargs.get('data_samples')
+    if isinstance(samples, (list, tuple)):
+        return len(samples)
+    values = [*args, *kwargs.values()]
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value.shape[0]
+    for value in values:
+        if type(value) in (list, tuple) and len(value) > 0 and not isinstance(value[0], (Number, str)):
+            return len(value)  # images of different sizes, or data samples
+        for tensor in tensors_of(value)[1]:
+            if tensor.ndim > 0:
+                return tensor.shape[0]
+    return None

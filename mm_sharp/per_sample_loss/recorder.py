@@ -1,0 +1,202 @@
+"""The hooks that record every sample's loss while a model computes its batch's (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm_sharp.per_sample_loss.evaluate import same_random_state, shadow
+from mm_sharp.per_sample_loss.facts import LossFacts, autocast_on, first_tensor
+from mm_sharp.per_sample_loss.find import LossModule, PerSampleLossError, find_losses
+from mm_sharp.per_sample_loss.layout import batch_size, fill, slots_of, tensors_of
+from mm_sharp.per_sample_loss.record import LossRecord, LossTerm, Verified
+from mm_sharp.per_sample_loss.reduction import Reduction
+from mm_sharp.replay import unwrap
+
+
+class PerSampleLoss:
+    """Records the loss of every sample of a model's batches.
+
+    One instance serves a model's whole training: it remembers what it found out about each loss module.
+
+    Args:
+        model: Any model; its loss modules are looked up now. A DDP wrapper is looked through.
+
+    Raises:
+        PerSampleLossError: The model has a head for which there are no losses of samples.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrap(model)
+        self.losses = find_losses(self.model)
+        self._facts = {id(loss.module): LossFacts(loss.module) for loss in self.losses}
+        self._verified = Verified()
+
+    @property
+    def looped(self) -> dict[str, Exception]:
+        """The loss modules that are evaluated in a loop because ``torch.func.vmap`` failed, and its error."""
+        errors = {loss.name: self._facts[id(loss.module)].evaluator.vmap_error for loss in self.losses}
+        return {name: error for name, error in errors.items() if error is not None}
+
+    @contextmanager
+    def record(self, weights: Tensor | None = None, full_size: int | None = None) -> Iterator[LossRecord]:
+        """Record the model's forward pass in this context; without arguments, the model's output is untouched.
+
+        Args:
+            weights: Weights w_i of the K samples of this forward, (K,). Every loss then becomes sum_i w_i l_i where it
+                is a mean over the batch, and ``full_size`` * sum_i w_i l_i where it is a sum, with gradient. See
+                :meth:`Reduction.combine`.
+            full_size: The number of samples N from which the K in this forward were drawn, N >= K; K if None. Losses
+                that are sums are scaled by N/K, also without weights. The record's values are never scaled.
+
+        Raises:
+            ValueError: ``weights`` or ``full_size`` do not fit the batch (in the forward).
+            PerSampleLossError: A loss has no form for single samples (in the forward).
+        """
+        record = LossRecord(type(self.model).__name__, verified=self._verified)
+        hooks = _Hooks(self.model, self._facts, record, weights, full_size)
+        handles = []
+        try:
+            handles.append(self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
+            handles.append(self.model.register_forward_hook(hooks.after_model))
+            for loss in self.losses:
+                handles.append(loss.module.register_forward_pre_hook(hooks.before_loss, with_kwargs=True))
+                after = hooks.after_loss(loss)
+                handles.append(loss.module.register_forward_hook(after, with_kwargs=True))
+            yield record
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Hooks:
+    """The hooks of one forward pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        facts: dict[int, LossFacts],
+        record: LossRecord,
+        weights: Tensor | None,
+        full_size: int | None,
+    ) -> None:
+        self.model, self.facts, self.record = model, facts, record
+        self.weights, self.full_size = weights, full_size
+        # Loss modules that are running, their shadows, and the versions of the tensors they were called with.
+        self.open: list[tuple[nn.Module, nn.Module, list[int]]] = []
+
+    def before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.open.clear()
+        self.record.terms.clear()
+        self.record.size = None
+        size = batch_size(args, kwargs)
+        if size is not None:
+            self._set_size(size)
+
+    def before_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The copy is made now, because the module may count the call that is about to happen. A loss that runs inside
+        # another one is part of it.
+        if not self.open:
+            self.open.append((module, shadow(module), _versions(args, kwargs)))
+
+    def after_loss(self, loss: LossModule) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not self.open or self.open[-1][0] is not module:
+                return None
+            _, twin, versions = self.open[-1]
+            try:
+                if versions != _versions(args, kwargs):
+                    raise ValueError('it changes its arguments in place, so that it cannot be evaluated a second time')
+                return self._record_call(loss, twin, args, kwargs, output)
+            except Exception as error:  # whatever a loss of anyone's raises on a batch of one
+                raise PerSampleLossError(f'{loss.name}: {error}.') from error
+            finally:
+                self.open.pop()  # only now: what the evaluation calls is part of it
+
+        return after
+
+    def after_model(self, _: nn.Module, args: Any, output: Any) -> Any:
+        """Take the losses of shape (N,) that a model returns as they are."""
+        size = self.record.size
+        if size is None or (size == 1 and self.record.terms):
+            return None  # one sample: what looks like (N,) may be a hooked loss with one dimension more
+        template, tensors = tensors_of({'loss': output} if isinstance(output, Tensor) else output)
+        if not isinstance(template, dict):
+            return None
+        replaced = list(tensors)
+        for name, part in template.items():
+            for slot in slots_of(part) if 'loss' in name else []:
+                value = tensors[slot]
+                if value.shape == (size,):
+                    replaced[slot] = self._add(f"{self.record.owner}'s {name}", value, Reduction.MEAN, 1.0, value)
+        if self.weights is None or all(new is old for new, old in zip(replaced, tensors, strict=True)):
+            return None
+        return replaced[0] if isinstance(output, Tensor) else fill(template, replaced)
+
+    def _set_size(self, size: int) -> None:
+        weights, full_size = self.weights, self.full_size
+        if weights is not None and weights.shape != (size,):
+            raise ValueError(f'weights of shape {tuple(weights.shape)} do not fit the batch: it must be ({size},)')
+        if full_size is not None and full_size < size:
+            raise ValueError(f'full_size={full_size} is not allowed: it must be at least the batch size, {size}')
+        self.record.size = size
+
+    def _record_call(
+        self, loss: LossModule, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        template, outputs = tensors_of(output)
+        if not outputs or not any(value.is_floating_point() for value in outputs):
+            return None  # such as a loss that is not switched on yet
+        facts = self.facts[id(loss.module)]
+        if self.record.size is None and (first := first_tensor(args, kwargs)) is not None:
+            self._set_size(first.shape[0])  # the loss is called outside of the model's own forward
+        size = self.record.size
+        if size is None:
+            raise ValueError('none of its arguments is a batch')
+        if any(value.ndim > 0 and value.shape[0] == size > 1 for value in outputs):
+            return None  # reduction='none': the model goes on with it, and may return it as it is
+        if facts.known is Reduction.NEITHER:
+            raise ValueError(
+                'it divides by a count over the whole batch, or compares samples with each other, so that it is '
+                'neither the sum nor the mean of its samples'
+            )
+        layout = facts.layout(size, args, kwargs)
+        self.record.half |= autocast_on(outputs[0].device) or outputs[0].dtype.itemsize == 2
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights is not None), same_random_state():
+            samples = facts.evaluator(twin, layout)
+        if len(samples) != len(outputs) or any(values.shape != (size,) for values in samples):
+            raise ValueError(f'for one sample it gives {len(samples)} losses, for the batch {len(outputs)}')
+        for index, values in enumerate(samples):
+            returned = outputs[index].detach().reshape(())
+            reduction = facts.reduction(twin, layout, index, values.detach(), returned, self.record.half)
+            factor = loss.outside_factor(self.model, index)
+            outputs[index] = self._add(loss.name, values, reduction, factor, outputs[index])
+        return fill(template, outputs) if self.weights is not None or self.full_size is not None else None
+
+    def _add(self, name: str, values: Tensor, reduction: Reduction, factor: float, output: Tensor) -> Tensor:
+        """Record a term.
+
+        Returns:
+            What the loss is to return in place of ``output``: the same, if nothing is weighted.
+        """
+        weights, full_size = self.weights, self.full_size
+        detached = values.detach().float()
+        combined = reduction.combine(detached, weights, full_size)
+        # The products are new tensors: heads add later stages' losses into the first one's.
+        self.record.terms.append(LossTerm(name, detached * factor, reduction, combined * factor))
+        if weights is not None:
+            if output.numel() == values.numel() > 1:
+                return (values * weights.to(values) * values.numel()).to(output.dtype)  # its mean is sum_i w_i l_i
+            return reduction.combine(values, weights, full_size).to(output.dtype).reshape(output.shape)
+        if full_size is not None and reduction is Reduction.SUM:
+            return output * reduction.subset_factor(values.numel(), full_size)
+        return output
+
+
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """How often each tensor among the arguments was changed in place."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors_of((args, kwargs))[1]]

@@ -1,0 +1,111 @@
+"""Whether a batch's loss is the sum of its samples' losses, their mean, or neither (ours)."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Reduction(Enum):
+    """What a loss of N samples is of their losses as batches of one, l_i."""
+
+    SUM = 'sum'
+    MEAN = 'mean'
+    NEITHER = 'neither'
+
+    def subset_factor(self, kept: int, of: int) -> float:
+        """The factor that makes a loss on ``kept`` of ``of`` samples as large as one on all of them: N/K or 1.
+
+        Raises:
+            ValueError: Neither sum nor mean, or the counts are out of range.
+        """
+        if not 1 <= kept <= of:
+            raise ValueError(f'kept={kept} of of={of} samples is not allowed: it must be 1 <= kept <= of')
+        if self is Reduction.NEITHER:
+            raise ValueError('a loss that is neither sum nor mean of its samples has no factor for a subset')
+        return of / kept if self is Reduction.SUM else 1.0
+
+    def combine(self, values: Tensor, weights: Tensor | None = None, full_size: int | None = None) -> Tensor:
+        """The loss that the module stands for.
+
+        With weights w_i it is sum_i w_i l_i for means and ``full_size`` * sum_i w_i l_i for sums. Without weights,
+        w_i = 1/K for each of the K values, so that ``full_size`` = K gives what the module itself returns.
+
+        Args:
+            values: The losses l_i, (K,).
+            weights: (K,); ``1 / (N * pi_i)`` (Horvitz-Thompson) for K samples drawn from N with inclusion
+                probabilities pi_i, which makes the result an unbiased estimate of the module's loss on all N.
+            full_size: N, the samples from which these K were drawn; K if None.
+        """
+        values = values.float() if values.dtype.itemsize == 2 else values  # sums in 16 bits would be rounded
+        count = values.numel()
+        full_size = count if full_size is None else full_size
+        if weights is None:
+            return values.mean() if self is Reduction.MEAN else values.sum() * (full_size / count)
+        total = (values * weights.to(values)).sum()
+        return total if self is Reduction.MEAN else total * full_size
+
+
+def known_reduction(module: nn.Module) -> Reduction | None:
+    """What is known of a loss without evaluating it.
+
+    Returns:
+        NEITHER for losses that divide by a count over the batch or compare samples with each other; on a batch where
+        the counts are equal they look like a mean. Otherwise what the class or its arguments say, or None.
+    """
+    if any(_is_neither(member) for member in module.modules()):
+        return Reduction.NEITHER
+    if _is_class(module, 'KLDiscretLoss', 'AssociativeEmbeddingLoss'):
+        return Reduction.SUM
+    reduction: Any = getattr(module, 'reduction', None)
+    if reduction == 'sum' or getattr(module, 'size_average', None) is False:
+        return Reduction.SUM
+    if reduction in ('mean', 'batchmean') or getattr(module, 'size_average', None) is True:
+        return Reduction.MEAN
+    return None
+
+
+def compared(values: Tensor, returned: Tensor, tolerance: float) -> Reduction | None:
+    """Compare a batch's loss with its samples' losses.
+
+    Args:
+        values: l_i, (N,), N >= 2.
+        returned: The batch's loss, ().
+        tolerance: Largest allowed relative difference, as a fraction of the sum (mean) of \\|l_i\\|.
+
+    Returns:
+        What it is; None where the values cannot tell: all zero, or not all finite.
+    """
+    values, returned = values.double(), returned.double()
+    size = values.abs().sum()
+    sums = torch.stack([values.sum(), values.mean()])
+    scale = torch.stack([size, size / values.numel()])
+    # One transfer for all that is asked.
+    *equal, known = [
+        *((returned - sums).abs() <= tolerance * scale),
+        (size > 0) & size.isfinite() & returned.isfinite(),
+    ]
+    is_sum, is_mean, usable = torch.stack([*equal, known]).tolist()
+    if not usable or (is_sum and is_mean):
+        return None
+    if is_sum:
+        return Reduction.SUM
+    return Reduction.MEAN if is_mean else Reduction.NEITHER
+
+
+def _is_neither(module: nn.Module) -> bool:
+    if _is_class(module, 'BoneLoss', 'FocalHeatmapLoss', 'SemiSupervisionLoss', 'InfoNCELoss'):
+        return True
+    if _is_class(module, 'SoftWeightSmoothL1Loss'):
+        return bool(module.use_target_weight) and not module.supervise_empty
+    if isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        return module.weight is not None and module.reduction == 'mean'
+    return False
+
+
+def _is_class(module: nn.Module, *names: str) -> bool:
+    """Whether ``module`` is of one of MMPose's classes, or of one derived from them."""
+    return any(cls.__name__ in names and cls.__module__.startswith('mmpose.') for cls in type(module).__mro__)
