@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mmengine.registry import Registry
 
-from mm_sharp.compat import (
-    matplotlib_canvas,
-)
+from mm_sharp.compat import bfloat16_arrays, matplotlib_canvas
 
 
 @pytest.fixture(scope='module')
@@ -142,6 +141,35 @@ def test_canvas_is_changed_only_where_needed(monkeypatch: pytest.MonkeyPatch, mi
     matplotlib_canvas._repair('mmpose.visualization.local_visualizer_3d')
     assert (Canvas.tostring_rgb != 'original') is missing  # type: ignore[attr-defined]
     assert matplotlib_canvas.describe().active is missing
+
+
+def test_arrays_of_bfloat16(mmpose: Any) -> None:
+    heads = importlib.import_module('mmpose.models.heads.coord_cls_heads.simcc_head')
+    low, high = torch.tensor([0.5, -2.0], dtype=torch.bfloat16), torch.tensor([3.0])
+    single = heads.to_numpy(low)
+    assert (single.dtype, single.tolist()) == (np.dtype('float32'), [0.5, -2.0])
+    pair, device = heads.to_numpy((low, high), return_device=True)
+    assert ([array.tolist() for array in pair], device.type) == ([[0.5, -2.0], [3.0]], 'cpu')
+    ((first, second),) = heads.to_numpy((low[None], high[None]), unzip=True)
+    assert (first.tolist(), second.tolist()) == ([[0.5, -2.0]], [[3.0]])
+    array = np.ones(2)
+    assert heads.to_numpy(array) is array
+    with pytest.raises(ValueError, match='Invalid input type'):
+        heads.to_numpy('text')
+
+
+@pytest.mark.parametrize('works', [True, False])
+def test_to_numpy_is_replaced_only_where_it_fails(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+    def to_numpy(x: torch.Tensor, return_device: bool = False, unzip: bool = False) -> Any:
+        return (x.float() if works else x).numpy()
+
+    module = SimpleNamespace(to_numpy=to_numpy)
+    monkeypatch.setattr(bfloat16_arrays, 'importlib', SimpleNamespace(import_module=lambda name: module))
+    monkeypatch.setattr(bfloat16_arrays, '_active', False)
+    bfloat16_arrays._repair('mmpose.models')
+    assert (module.to_numpy is to_numpy) is works
+    assert bfloat16_arrays.describe().active is not works
+    assert module.to_numpy(torch.ones(1, dtype=torch.bfloat16)).tolist() == [1.0]
 
 
 def test_visualizer_in_three_dimensions(mmpose: Any) -> None:

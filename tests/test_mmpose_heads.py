@@ -70,6 +70,28 @@ def test_our_line_trains_the_recipe(case: Case) -> None:
     assert wrapper.last_step.loss != wrapper.last_step.perturbed_loss
 
 
+# The heads of the recipes in configs/sam/.
+AMP_HEADS = ('HeatmapHead', 'SimCCHead', 'RTMCCHead', 'RLEHead')
+AMP_CASES = [case for case in CASES if case.name in AMP_HEADS]
+
+
+def test_all_heads_of_our_recipes_are_tried_in_mixed_precision() -> None:
+    assert {case.name for case in AMP_CASES} == set(AMP_HEADS)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('case', AMP_CASES, ids=lambda case: case.name)
+def test_our_line_trains_the_recipe_in_mixed_precision(case: Case, dtype: str) -> None:
+    cfg = case.config()
+    model = build(cfg)
+    start = copy.deepcopy(model)
+    wrapper = train_step(model, cfg, case.batch(cfg), type='SAMOptimWrapper', rho=0.05, dtype=dtype, loss_scale=8.0)
+    assert not same_state(model, start)
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+    assert wrapper.last_step.loss.isfinite()
+    assert wrapper.last_step.loss != wrapper.last_step.perturbed_loss
+
+
 @pytest.mark.parametrize('case', NEED_OPERATORS, ids=lambda case: case.name)
 def test_a_missing_operator_is_named(case: Case) -> None:
     """These models call a compiled operator of the full MMCV; there, they belong to the cases above."""

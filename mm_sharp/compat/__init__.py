@@ -9,12 +9,13 @@ a file of its own, whose docstring names the cause, the repair and the version t
 ``mmcv_ops``           mmcv-lite: ``mmcv.ops`` imports, a missing operator raises when it is called
 ``xtcocotools_names``  xtcocotools missing or built for another numpy: faster-coco-eval stands in
 ``matplotlib_canvas``  matplotlib from 3.10 on: MMPose's 3-D visualizer draws
+``bfloat16_arrays``    MMPose's heads log their accuracy under bfloat16 autocast
 ``package_lookup``     no ``pkg_resources``: MMEngine finds installed packages without it
 ``config_scope``       ``mm_sharp::…`` in configs
 ``checkpoint_hook``    checkpoints that load with ``torch.load(weights_only=True)``
 =====================  ======================================================================================
 
-The first four wait for the import of what they repair (``import_hook``): importing mm_sharp must not import
+The first five wait for the import of what they repair (``import_hook``): importing mm_sharp must not import
 MMPose, MMCV, torchvision or matplotlib, and must work without them. The others concern MMEngine, which we need
 anyway, and are installed at once.
 """
@@ -25,6 +26,7 @@ import importlib
 import warnings
 
 from . import (
+    bfloat16_arrays,
     checkpoint_hook,
     config_scope,
     matplotlib_canvas,
@@ -50,10 +52,10 @@ __all__ = [
 ]
 
 _FIXES = (
-    *(torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas),
+    *(torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas, bfloat16_arrays),
     *(package_lookup, config_scope, checkpoint_hook),
 )  # fmt: skip
-_REPAIRED_AT_IMPORT = ('torchvision', 'mmcv.ops', 'xtcocotools.mask', 'mmpose.visualization')
+_REPAIRED_AT_IMPORT = ('torchvision', 'mmcv.ops', 'xtcocotools.mask', 'mmpose.visualization', 'mmpose.models')
 
 
 def apply() -> None:
