@@ -39,7 +39,9 @@ def test_apply_twice_changes_nothing() -> None:
 
 
 def test_every_fix_says_why_and_until_when() -> None:
-    assert len(FIXES) == len(compat.fixes()) == 7
+    folder = Path(compat.__file__).parent
+    files = [path for path in folder.glob('*.py') if '\ndef describe() -> Fix:' in path.read_text()]
+    assert len(FIXES) == len(compat.fixes()) == len(files) > 0
     assert all(fix.reason and fix.ends_with for fix in FIXES.values())
 
 
