@@ -31,16 +31,17 @@ class ModuleStateBackup:
 
     def save(self, module: nn.Module) -> None:
         """Keep the state of ``module`` and all its submodules."""
+        members = list(module.modules())
         self._buffers = [
             (member, name, buffer)
-            for member in module.modules()
+            for member in members
             for name, buffer in member._buffers.items()
             if buffer is not None and not is_lazy(buffer)
         ]
         self._backup.save([buffer for *_, buffer in self._buffers if _writable(buffer)])
         self._numbers = [
             (member, {k: v for k, v in vars(member).items() if type(v) in _PLAIN_NUMBERS})
-            for member in module.modules()
+            for member in members
             if not type(member).__module__.startswith('torch.')
         ]
 

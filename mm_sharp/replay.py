@@ -65,7 +65,7 @@ class CallRecorder:
         self,
         model: nn.Module,
         devices: tuple[torch.device, ...],
-        on_call: Callable[[ModelCall], ModelCall],
+        on_call: ChooseBatch,
     ) -> Iterator[None]:
         """Record the call of ``model`` in this context.
 

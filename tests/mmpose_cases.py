@@ -13,9 +13,11 @@ from typing import Any
 
 import mmpose
 import numpy as np
+import pytest
 from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.logging import MessageHub
 from mmpose.registry import MODELS, TRANSFORMS
 from torch import nn
 
@@ -329,3 +331,23 @@ NEED_OPERATORS = (
         sample=crowd_sample,
     ),
 )
+
+# Warnings of the dependencies' own, raised while their modules are imported and their models built and run.
+QUIET = [
+    pytest.mark.filterwarnings(f'ignore:{message}')
+    for message in (
+        '.*MultiScaleDeformableAttention.* has been moved',
+        'In MMCV v1.4.4, we modified the default value',
+        '.*torch.cuda.amp.autocast.* is deprecated',
+        'The metainfo config file .* does not exist',
+        'torch.meshgrid. in an upcoming release',
+        'The arguments `dropout` in MultiheadAttention has been deprecated',
+        'The shape of value will convert from',
+    )
+]
+
+
+def set_epoch(epoch: int) -> None:
+    """Set the epoch that some models read from the message hub."""
+    hub = MessageHub.get_current_instance()
+    hub.update_info_dict({'epoch': epoch, 'max_epochs': 10, 'iter': 0, 'max_iters': 100})

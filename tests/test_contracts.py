@@ -111,9 +111,6 @@ class HalfUsed(ToyNet):
         losses['loss_size'] = losses['loss_size'] + 0.1 * used.square().sum()
         return losses
 
-    def parse_losses(self, losses: dict[str, Tensor]) -> Any:
-        return super().parse_losses(losses)
-
 
 def test_parameters_without_a_gradient_in_one_pass_are_restored(name: str) -> None:
     model = make(HalfUsed)

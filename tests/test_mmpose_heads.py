@@ -8,36 +8,22 @@ from typing import Any
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from torch import nn
 
 from mm_sharp.compat import MissingOperatorError
-from tests.mmpose_cases import CASES, NEED_OPERATORS, Case, build
+from tests.mmpose_cases import CASES, NEED_OPERATORS, QUIET, Case, build, set_epoch
 from tests.toys import same_bits, same_state
 
-# Warnings of the dependencies' own, raised while their modules are imported and their models built and run.
-pytestmark = [
-    pytest.mark.filterwarnings(f'ignore:{message}')
-    for message in (
-        '.*MultiScaleDeformableAttention.* has been moved',
-        'In MMCV v1.4.4, we modified the default value',
-        '.*torch.cuda.amp.autocast.* is deprecated',
-        'The metainfo config file .* does not exist',
-        'torch.meshgrid. in an upcoming release',
-        'The arguments `dropout` in MultiheadAttention has been deprecated',
-        'The shape of value will convert from',
-    )
-]
+pytestmark = QUIET
 
 
 @pytest.fixture(autouse=True)
 def _as_in_training() -> None:
     """What a Runner sets up and some models read: the default scope, and the epoch in the message hub."""
     init_default_scope('mmpose')
-    hub = MessageHub.get_current_instance()
-    hub.update_info_dict({'epoch': 0, 'max_epochs': 10, 'iter': 0, 'max_iters': 100})
+    set_epoch(0)
 
 
 def train_step(model: nn.Module, cfg: Config, batch: dict[str, Any], **changes: Any) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
 from mmengine.registry import init_default_scope
 from mmpose.registry import MODELS
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from mm_sharp.per_sample_loss.evaluate import Evaluator, shadow
 from mm_sharp.per_sample_loss.layout import Layout
 from mm_sharp.per_sample_loss.reduction import known_reduction
 from tests import mmpose_cases
-from tests.mmpose_cases import CASES, Case, build
+from tests.mmpose_cases import CASES, QUIET, Case, build, set_epoch
 from tests.toys import same_bits
 
 TABLE = Path(__file__).parents[1] / 'docs' / 'per_sample_losses.md'
@@ -31,19 +30,7 @@ REFUSED = ('CIDHead', 'YOLOXPoseHead', 'RTMOHead')
 SUPPORTED = [case for case in CASES if case.name not in REFUSED]
 N = 3  # not 2: SimCC has two tensors in a list, which are no samples
 
-# Warnings of the dependencies' own, raised while their modules are imported and their models built and run.
-pytestmark = [
-    pytest.mark.filterwarnings(f'ignore:{message}')
-    for message in (
-        '.*MultiScaleDeformableAttention.* has been moved',
-        'In MMCV v1.4.4, we modified the default value',
-        '.*torch.cuda.amp.autocast.* is deprecated',
-        'The metainfo config file .* does not exist',
-        'torch.meshgrid. in an upcoming release',
-        'The arguments `dropout` in MultiheadAttention has been deprecated',
-        'The shape of value will convert from',
-    )
-]
+pytestmark = QUIET
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +41,6 @@ def _as_in_training(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(mmpose_cases, 'BATCH', N)
     yield
     set_epoch(0)
-
-
-def set_epoch(epoch: int) -> None:
-    hub = MessageHub.get_current_instance()
-    hub.update_info_dict({'epoch': epoch, 'max_epochs': 10, 'iter': 0, 'max_iters': 100})
 
 
 def prepared(case: Case) -> tuple[nn.Module, dict[str, Any]]:

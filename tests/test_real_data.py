@@ -86,7 +86,6 @@ def test_resuming_equals_never_having_stopped(
     assert all(same_bits(left[name], right[name]) for name in left)
 
 
-@pytest.mark.usefixtures('shared_data')
 def test_predictions_are_drawn(straight: tuple[Runner, dict[str, Any]], tmp_path: Path, shared_data: Path) -> None:
     runner, _ = straight
     config = real_config(shared_data, tmp_path / 'drawn', EPOCHS)
