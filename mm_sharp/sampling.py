@@ -113,8 +113,24 @@ def inclusion_probabilities(scores: npt.ArrayLike, k: int, s_min: float = 0.3, s
         raise _refusal('s_min', s_min, 'a finite number > 0')
     if not (_is_number(s_max) and s_min <= s_max < math.inf):
         raise _refusal('s_max', s_max, f'a finite number of at least s_min ({s_min!r})')
-    normalised = s_min + (s_max - s_min) * _min_max(values)
+    normalised = s_min + (s_max - s_min) * normalised_scores(values)
     return _capped_shares(normalised, int(k))
+
+
+def normalised_scores(scores: FloatArray) -> FloatArray:
+    """``z`` in [0, 1]: 0 for the smallest score, 1 for the largest, for the unknown, and where all are equal.
+
+    Args:
+        scores: Shape (N,), NaN where never seen; an infinite score counts as the largest finite number.
+    """
+    unknown = np.isnan(scores)
+    # Halved, so that the distance of two finite scores is finite.
+    halves = np.clip(scores, -_LARGEST, _LARGEST) * 0.5
+    low, high = (halves[~unknown].min(), halves[~unknown].max()) if not unknown.all() else (0.0, 0.0)
+    if not low < high:
+        return np.ones_like(scores)
+    z: FloatArray = np.where(unknown, 1.0, (halves - low) / (high - low))
+    return z
 
 
 def systematic_sample(pi: npt.ArrayLike, generator: torch.Generator) -> IntArray:
@@ -197,18 +213,6 @@ def horvitz_thompson_weights(pi: npt.ArrayLike, chosen: npt.ArrayLike) -> FloatA
         raise _refusal('pi[chosen]', drawn, 'in (0, 1]')
     weights: FloatArray = 1.0 / (total * drawn)
     return weights
-
-
-def _min_max(scores: FloatArray) -> FloatArray:
-    """``z`` in [0, 1]: 0 for the smallest score, 1 for the largest, for the unknown, and where all are equal."""
-    unknown = np.isnan(scores)
-    # Halved, so that the distance of two finite scores is finite.
-    halves = np.clip(scores, -_LARGEST, _LARGEST) * 0.5
-    low, high = (halves[~unknown].min(), halves[~unknown].max()) if not unknown.all() else (0.0, 0.0)
-    if not low < high:
-        return np.ones_like(scores)
-    z: FloatArray = np.where(unknown, 1.0, (halves - low) / (high - low))
-    return z
 
 
 def _capped_shares(sizes: FloatArray, k: int) -> FloatArray:
