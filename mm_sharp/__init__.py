@@ -1,9 +1,12 @@
-"""Sharpness-aware training for OpenMMLab: SAM and ASAM as MMEngine optimizer wrappers.
+"""Sharpness-aware training for OpenMMLab: SAM, ASAM, ESAM and AUSAM as MMEngine optimizer wrappers.
 
 Importing the package registers, in MMEngine's root registries:
 
-- ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`
-- ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.compat.PlainCheckpointHook`
+- ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`
+- ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.history_hook.SampleHistoryHook`,
+  :class:`mm_sharp.compat.PlainCheckpointHook`
+- ``DATA_SAMPLERS``: :class:`AUSAMSampler`
+- ``DATASETS``: :class:`IndexedDataset`
 
 and lets :mod:`mm_sharp.compat` mend what is broken on the installed stack. Nothing else happens at import.
 """
@@ -11,7 +14,15 @@ and lets :mod:`mm_sharp.compat` mend what is broken on the installed stack. Noth
 import sys as _sys
 
 __version__ = '0.1.0'
-__all__ = ['SAMOptimWrapper', 'SharpnessHook', '__version__']
+__all__ = [
+    'AUSAMOptimWrapper',
+    'AUSAMSampler',
+    'ESAMOptimWrapper',
+    'IndexedDataset',
+    'SAMOptimWrapper',
+    'SharpnessHook',
+    '__version__',
+]
 
 # The doctor must run where torch or MMEngine is missing or broken: it imports what it can by itself.
 if 'mm_sharp.doctor' not in _sys.orig_argv:
@@ -19,5 +30,12 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
 
     _compat.apply()
 
+    from mm_sharp.ausam import AUSAMOptimWrapper
+    from mm_sharp.ausam_sampler import AUSAMSampler
+    from mm_sharp.esam import ESAMOptimWrapper
+    from mm_sharp.history_hook import SampleHistoryHook as _SampleHistoryHook
     from mm_sharp.hooks import SharpnessHook
+    from mm_sharp.indexed_dataset import IndexedDataset
     from mm_sharp.sam import SAMOptimWrapper
+
+    _compat.add_to_our_runs(_SampleHistoryHook)

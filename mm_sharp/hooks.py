@@ -19,13 +19,23 @@ class SharpnessHook(Hook):  # type: ignore[misc]
 
     The scalars go to MMEngine's message hub, and so to the console, the JSON log and TensorBoard:
 
-    ==============  =================================================================================
-    ``L_w``         L(w), the batch loss before the perturbation
-    ``L_w_e``       L(w + e), the loss of the second pass
-    ``sharpness``   L(w + e) - L(w)
-    ``g_norm``      norm of the first gradient (ASAM: of T g), without loss scaling
-    ``pass2_share`` fraction of the step's time spent in the second forward and backward pass
-    ==============  =================================================================================
+    ====================  ===========================================================================
+    ``L_w``               L(w), the loss of the first pass
+    ``L_w_e``             L(w + e), the loss of the second pass
+    ``sharpness``         L(w + e) - L(w)
+    ``g_norm``            norm of the first gradient (ASAM: of T g), without loss scaling
+    ``pass2_share``       fraction of the step's time spent in the second forward and backward pass
+
+    ESAM and AUSAM
+    ``mean_difference``   mean of l_i(w + e) - l_i(w) over the samples that they were measured of
+    ``sampling_entropy``  how even the samples' chances (AUSAM), or loss differences (ESAM), are, from 0 to 1
+    ``large_scores``      share of the batch whose score is above the middle between smallest and largest
+    ``share_seen``        share of the training set in the history of loss differences
+    ====================  ===========================================================================
+
+    AUSAM's losses are those of the samples drawn, estimates of the whole batch's. ESAM's ``L_w_e`` is that of the whole
+    batch where the step measured it (``selection='exact'``, or a step that refreshes the history), else that of the
+    samples selected, which makes ``sharpness`` larger than the batch's.
 
     All are of the one iteration that is logged, and of rank 0. (Their names avoid those that MMEngine's log processor
     smooths over a window: it would mix values that are many iterations apart.) With several optimizer wrappers the
@@ -72,7 +82,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
             return
         for prefix, wrapper in self._wrappers.items():
             if wrapper.last_step is not None:
-                for name, value in _scalars(wrapper.last_step).items():
+                for name, value in {**_scalars(wrapper.last_step), **wrapper.log_scalars()}.items():
                     runner.message_hub.update_scalar(f'train/{prefix}{name}', value)
 
     def _is_due(self, runner: Any, batch_idx: int) -> bool:
@@ -99,6 +109,8 @@ def _scalars(step: StepRecord) -> dict[str, float]:
         'sharpness': perturbed - loss,
         'g_norm': float(step.grad_norm),
     }
+    if step.figures is not None:
+        scalars.update(step.figures())
     if step.timer is not None:
         seconds = step.timer.seconds()
         scalars['pass2_share'] = seconds['pass2'] / sum(seconds.values())

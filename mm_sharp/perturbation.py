@@ -12,6 +12,10 @@ The norm is taken over all perturbed tensors together. Deviations, all ours: ``e
 a zero gradient gives no perturbation and not a division by zero; ASAM uses ``T`` for every tensor, biases included;
 a gradient that is not finite gives ``e = 0``.
 
+ESAM's stochastic weight perturbation (Du et al. 2022, arXiv 2110.03141, section 3.1) takes each tensor with probability
+``beta`` (:func:`weight_mask`) and scales ``e`` by ``1 / beta``. As in the authors' code the norm is that of the tensors
+taken.
+
 The weights come back by copying (:class:`TensorBackup`), never by subtracting ``e``: floating-point subtraction
 does not undo an addition.
 """
@@ -142,6 +146,26 @@ def _add_where(finite: Tensor, parameters: list[Tensor], gradients: list[Tensor]
         # 0 * inf is nan, so that a zero step cannot stand for "no step".
         gradient.copy_(torch.where(finite, gradient, torch.zeros_like(gradient)))
     torch._foreach_add_(parameters, gradients)
+
+
+def weight_mask(count: int, beta: float, generator: torch.Generator) -> list[bool]:
+    """Which of ``count`` tensors take part in the perturbation (ESAM's SWP).
+
+    Args:
+        count: Number of tensors, at least 1.
+        beta: Probability of each, in (0, 1].
+        generator: Source of the draws, on the CPU.
+
+    Returns:
+        At least one is True: where none was drawn, one is taken at random (ours).
+    """
+    mask = torch.rand(count, generator=generator, dtype=torch.float64) < beta
+    # Drawn in any case, so that later draws of the same generator do not depend on this one's outcome.
+    spare = int(torch.randint(count, (), generator=generator))
+    if not mask.any():
+        mask[spare] = True
+    chosen: list[bool] = mask.tolist()
+    return chosen
 
 
 class TensorBackup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -61,9 +62,11 @@ class StepRecord:
         perturbed_loss: L(w + e) on the batch of the second pass, scalar.
         grad_norm: ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling.
         timer: Times of the phases, where timing was asked for.
+        figures: Computes further scalars for the log, by name; may wait for the device.
     """
 
     loss: Tensor
     perturbed_loss: Tensor
     grad_norm: Tensor
     timer: StepTimer | None = None
+    figures: Callable[[], dict[str, float]] | None = None

@@ -10,15 +10,17 @@
     restore            w, buffers, counters and random state as after the first pass
     step               clipping and the base optimizer, if this micro-batch ends a cycle
 
-Methods choose *what* runs in each place and never *when*: :meth:`~TwoPassOptimWrapper.choose_first_batch`,
-:meth:`~TwoPassOptimWrapper.choose_perturbed` and :meth:`~TwoPassOptimWrapper.choose_second_batch`.
+Methods choose *what* runs in each place and never *when*: :meth:`~TwoPassOptimWrapper.choose_first_batch` and
+:meth:`~TwoPassOptimWrapper.choose_perturbed` just before the forward, :meth:`~TwoPassOptimWrapper.second_loss` after
+the climb. :meth:`~TwoPassOptimWrapper.recording` is a context around the first forward.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,13 +28,15 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mm_sharp.gradients import GradientsAside
+from mm_sharp.grad_switch import GradSwitch
+from mm_sharp.gradients import GradientsAside, average_gradients
 from mm_sharp.module_state import ModuleStateBackup
 from mm_sharp.parameters import ParameterSelector
 from mm_sharp.perturbation import TensorBackup, climb
 from mm_sharp.precision import Precision
 from mm_sharp.random_state import RandomState
 from mm_sharp.replay import CallRecorder, ModelCall, loss_of, unwrap
+from mm_sharp.sample_keys import without_keys
 from mm_sharp.step_record import StepRecord, StepTimer
 from mm_sharp.support import check_loss, check_model, check_perturbed, require_call
 from mm_sharp.validation import check_bool, check_clip_grad, check_number, check_positive_int
@@ -95,13 +99,26 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
         self.record_timing = False
         self.last_step: StepRecord | None = None
         self._recorder = CallRecorder()
+        self._perturbed: list[nn.Parameter] = []
+        self._scale = 1.0
+        self._without_gradient = GradSwitch()
         self._weights = TensorBackup()
         self._state_before = ModuleStateBackup()
         self._state_between = ModuleStateBackup()
         self._timer: StepTimer | None = None
+        self._figures: Callable[[], dict[str, float]] | None = None
         self._loss_is_checked = False
 
     # ---------------------------------------------------------------- what a method chooses
+    @property
+    def skips_gradients(self) -> bool:
+        """Whether the first pass computes the gradients of the perturbed parameters only."""
+        return False
+
+    def recording(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context around the first forward of ``model`` (the DDP wrapper, where there is one)."""
+        return nullcontext()
+
     def choose_first_batch(self, call: ModelCall) -> ModelCall:
         """The call that runs as first pass: the whole batch, or a part of it."""
         return call
@@ -110,9 +127,30 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
         """The tensors among ``parameters`` to perturb in this step, and the factor on the perturbation."""
         return parameters, 1.0
 
-    def choose_second_batch(self, call: ModelCall) -> ModelCall:
-        """The call that runs as second pass, given the first."""
-        return call
+    def second_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the second forward, at the perturbed weights.
+
+        Args:
+            call: The first pass's call.
+            loss: L(w), the scalar that the first pass differentiated.
+            norm: The norm of the first gradient; where it is not finite, there is no perturbation.
+
+        Returns:
+            The scalar to differentiate, and L(w + e) for the log, detached.
+        """
+        second = self.forward_again(call)
+        return second, second.detach()
+
+    def own_state(self) -> dict[str, Any]:
+        """What a method adds to a checkpoint: tensors and plain types."""
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Load what :meth:`own_state` gave, or another method's state, or an empty one."""
+
+    def log_scalars(self) -> dict[str, float]:
+        """What a method adds to the log, besides what the step's record holds."""
+        return {}
 
     # ---------------------------------------------------------------- MMEngine's interface
     @contextmanager
@@ -127,15 +165,19 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
                 ``sync_perturbation`` is off.
             RuntimeError: ``model`` is called twice inside.
         """
-        check_model(type(self).__name__, model, self.sync_perturbation)
+        # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
+        synced = self.sync_perturbation and not self.skips_gradients
+        check_model(type(self).__name__, model, synced)
         try:
             with (
-                self._no_sync(model, not self.sync_perturbation),
+                self._no_sync(model, not synced),
                 self.precision.autocast(),
                 self._recorder.record(model, self._devices(), self._on_call),
+                self.recording(model),
             ):
                 yield
         except BaseException:
+            self._without_gradient.on()
             self._state_before.restore()
             raise
 
@@ -165,6 +207,7 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
             self._check_loss(call, loss)
             self._run_passes(call, loss, gradients)
         except BaseException:
+            self._without_gradient.on()
             gradients.undo()
             self._state_before.restore()
             call.random_state.restore()
@@ -211,13 +254,13 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
         module = unwrap(call.model)
         random_after_first = RandomState.capture(self._devices())
         try:
-            self.precision.scale(loss).backward()
+            self._first_backward(call, loss)
             self._mark('pass1')
             norm = self._climb(module)
             gradients.resume()
             self._mark('climb')
             self._state_between.save(module)
-            second = self._second_loss(self.choose_second_batch(call))
+            second, perturbed_loss = self.second_loss(call, loss, norm)
             self.backward(self.scale_loss(second))
             self._mark('pass2')
         finally:
@@ -227,13 +270,22 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
             if self.replay_rng:
                 random_after_first.restore()
             self._mark('restore')
-        self.last_step = StepRecord(loss.detach(), second.detach(), norm, self._timer)
+        self.last_step = StepRecord(loss.detach(), perturbed_loss, norm, self._timer, self._figures)
+
+    def _first_backward(self, call: ModelCall, loss: Tensor) -> None:
+        """The gradients that the climb needs."""
+        scaled = self.precision.scale(loss)
+        # With gradients switched off, nothing may be left that the loss depends on.
+        if scaled.requires_grad or not self._without_gradient.active:
+            scaled.backward()
+        # Not earlier: checkpointed layers run again in the backward pass.
+        self._without_gradient.on()
+        if self.sync_perturbation and self.skips_gradients and hasattr(call.model, 'no_sync'):
+            average_gradients(self._perturbed)
 
     def _climb(self, module: nn.Module) -> Tensor:
         """Perturb the chosen parameters by their gradients; returns the norm."""
-        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
-        selected, scale = self.choose_perturbed(self.selector.select(module, trained))
-        perturbed = [parameter for parameter in selected if parameter.grad is not None]
+        perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
         check_perturbed(type(self).__name__, module, perturbed)
         if not perturbed:
             return torch.zeros((), device=self.device)
@@ -245,13 +297,13 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
             adaptive=self.adaptive,
             eta=self.eta,
             eps=self.eps,
-            scale=scale,
+            scale=self._scale,
             inverse_grad_scale=self.precision.inverse_scale(),
         )
 
-    def _second_loss(self, call: ModelCall) -> Tensor:
-        """The loss of ``call`` at the perturbed weights, with the first pass's random draws."""
-        # Casts of the weights that an enclosing autocast region cached are those of the unperturbed weights.
+    def forward_again(self, call: ModelCall) -> Tensor:
+        """The loss of ``call`` at the weights as they are now, with the first pass's random draws."""
+        # Casts of the weights that an enclosing autocast region cached are those of other weights.
         torch.clear_autocast_cache()
         if self.replay_rng:
             call.random_state.restore()
@@ -259,14 +311,33 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
             output = call.replay()
         return loss_of(call, output)
 
+    def loss_without_gradient(self, call: ModelCall) -> Tensor:
+        """As :meth:`forward_again`, leaving no trace: not in the buffers, nor by communication."""
+        module = unwrap(call.model)
+        with torch.no_grad(), self._no_sync(call.model, True):
+            loss = self.forward_again(call)
+        self._state_between.restore()
+        self._state_between.save(module)
+        return loss
+
     # ---------------------------------------------------------------- helpers
     def _on_call(self, call: ModelCall) -> ModelCall:
         """Runs just before the model's forward."""
         self._timer = StepTimer(self.device) if self.record_timing else None
         self._mark('start')
+        module = unwrap(call.model)
+        self._figures = None
+        self._without_gradient.on()  # an earlier forward may have been left without update_params
         self._state_before.drop()
-        self._state_before.save(unwrap(call.model))
-        return self.choose_first_batch(call)
+        self._state_before.save(module)
+        call = self.choose_first_batch(call)
+        args, kwargs = without_keys(call.model, call.args, call.kwargs)
+        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        self._perturbed, self._scale = self.choose_perturbed(self.selector.select(module, trained))
+        if self.skips_gradients:
+            perturbed = set(map(id, self._perturbed))
+            self._without_gradient.off(p for p in trained if id(p) not in perturbed)
+        return replace(call, args=args, kwargs=kwargs)
 
     def _check_loss(self, call: ModelCall, loss: Tensor) -> None:
         """Compare the loss with the captured output's: always on the CPU, once where it stalls the host."""

@@ -14,6 +14,7 @@ def check_number(
     low: float = 0.0,
     high: float = math.inf,
     low_open: bool = False,
+    high_open: bool = False,
     example: str,
 ) -> float:
     """Return ``value`` as a float, or raise.
@@ -25,17 +26,18 @@ def check_number(
         low: Smallest allowed value.
         high: Largest allowed value.
         low_open: Whether ``low`` itself is refused.
+        high_open: Whether ``high`` itself is refused.
         example: A right value, as it is written in a config.
 
     Raises:
         ValueError: ``value`` is not a finite number (``bool`` counts as none) within the range.
     """
     left = '(' if low_open else '['
-    allowed = f'a finite number in {left}{low:g}, {high:g}{")" if math.isinf(high) else "]"}'
+    allowed = f'a finite number in {left}{low:g}, {high:g}{")" if high_open or math.isinf(high) else "]"}'
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if ok:
         assert isinstance(value, (int, float))
-        ok = (low < value if low_open else low <= value) and value <= high
+        ok = (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
     if not ok:
         raise ValueError(_message(owner, name, value, allowed, example))
     return float(value)  # type: ignore[arg-type]

@@ -35,6 +35,7 @@ def pack_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str,
     own: dict[str, Any] = {'version': _VERSION, 'wrapper': type(wrapper).__name__}
     if get_world_size() == 1:
         own['random_state'] = RandomState.capture(wrapper._devices()).state_dict()
+    own.update(wrapper.own_state())
     packed[_KEY] = own
     return packed
 
@@ -69,6 +70,7 @@ def load_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str,
         _say('The checkpoint holds no loss scale: dynamic scaling starts anew')
     if own is not None and 'random_state' in own and get_world_size() == 1:
         RandomState.from_state_dict(own['random_state']).restore()
+    wrapper.load_own_state(own or {})
     return rest
 
 

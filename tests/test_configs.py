@@ -2,26 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 
 import mm_sharp  # noqa: F401  (makes `mm_sharp::` known)
-from mm_sharp import SAMOptimWrapper
 from mm_sharp.cli import UsageError
 from mm_sharp.preflight import check_wrappers
+from mm_sharp.two_pass import TwoPassOptimWrapper
 from tests.conftest import ROOT
 from tests.mmpose_cases import without_pretrained
 from tests.tiny_data import draw_coco, draw_mpii
 
-CONFIGS = sorted(path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts)
+FOLDER = ROOT / 'configs'
+# Those of another package are tested in a file of their own.
+CONFIGS = sorted(path for path in FOLDER.rglob('*.py') if not {'_base_', 'classification'} & {*path.parts})
+METHODS = ('sam', 'esam', 'ausam')
+RECIPES = [path for path in CONFIGS if path.parent.name in METHODS and 'loader' not in path.stem]
+(LOADER,) = (path for path in CONFIGS if 'loader' in path.stem)
+DEMOS = [path for path in CONFIGS if path.parent.name == 'demo']
+# Seconds each, and nothing in them that SAM's recipe and the same head's other recipe do not have.
+TOO_LONG = [path for path in CONFIGS if 'hrnet' in path.stem and path.parent.name != 'sam']
+# Class and what it sets, by fragment; the name ends what is the fragment's part of a config's name.
+FRAGMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    'sam': ('SAMOptimWrapper', {'rho': 0.05}),
+    'asam': ('SAMOptimWrapper', {'rho': 0.5, 'adaptive': True, 'eta': 0.01}),
+    'esam': ('ESAMOptimWrapper', {'rho': 0.05, 'beta': 0.6, 'gamma': 0.5}),
+    'esam_history': (
+        'ESAMOptimWrapper',
+        {'rho': 0.05, 'beta': 0.6, 'gamma': 0.5, 'selection': 'history', 'refresh': 10},
+    ),
+    'ausam': ('AUSAMOptimWrapper', {'rho': 0.05, 'sampling_ratio': 0.6, 's_min': 0.3, 's_max': 1.0}),
+}
+# Samples in each forward pass of the first two steps on four people.
+PASSES = {
+    '': [4, 4],
+    'sam': [4, 4, 4, 4],
+    'esam': [4, 4, 2, 4, 4, 2],  # the one in the middle selects
+    'esam_history': [4, 4, 2, 4, 2],  # selects in the first step only
+    'ausam': [3, 3, 3, 3],  # ceil(0.6 * 4)
+}
 RECIPE = 'mmpose::body_2d_keypoint/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py'
 VITPOSE = 'mmpose::body_2d_keypoint/topdown_heatmap/coco/td-hm_ViTPose-small_8xb64-210e_coco-256x192.py'
 OWN = {'optim_wrapper', 'custom_hooks', 'custom_imports', 'sharp_optim_wrapper', 'sharp_hook'}

@@ -35,7 +35,7 @@ from . import (
     torchvision_ops,
     xtcocotools_names,
 )
-from .checkpoint_hook import PlainCheckpointHook, save_plain_checkpoints
+from .checkpoint_hook import PlainCheckpointHook, add_to_our_runs, save_plain_checkpoints
 from .fix import Fix
 from .mmcv_ops import MissingOperatorError
 from .trust import explain_load_error, trust_checkpoints
@@ -44,6 +44,7 @@ __all__ = [
     'Fix',
     'MissingOperatorError',
     'PlainCheckpointHook',
+    'add_to_our_runs',
     'apply',
     'explain_load_error',
     'fixes',

@@ -25,6 +25,7 @@ _NAME = 'plain checkpoints'
 _ENDS = 'an mmengine that saves plain checkpoints (none as of 0.10.7)'
 _PACKAGE = __name__.partition('.')[0]
 _in_every_run = False
+_run_hooks: list[type[Hook]] = []
 
 
 @HOOKS.register_module()
@@ -106,6 +107,17 @@ def save_plain_checkpoints() -> None:
     _in_every_run = True
 
 
+def add_to_our_runs(hook: type[Hook]) -> type[Hook]:
+    """Have a hook, made without arguments, added to every Runner whose config uses mm_sharp.
+
+    Args:
+        hook: Its class; a Runner that has one already gets no second.
+    """
+    if hook not in _run_hooks:
+        _run_hooks.append(hook)
+    return hook
+
+
 def describe() -> Fix:
     """Always active, for runs that use this package."""
     reason = (
@@ -119,7 +131,11 @@ def _with_our_hook(register_hooks: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(register_hooks)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         register_hooks(self, *args, **kwargs)
-        if not (_in_every_run or uses_mm_sharp(self)):
+        ours = uses_mm_sharp(self)
+        for kind in _run_hooks if ours else ():
+            if not any(isinstance(hook, kind) for hook in self.hooks):
+                self.register_hook(kind())
+        if not (_in_every_run or ours):
             return
         hook = next((hook for hook in self.hooks if isinstance(hook, PlainCheckpointHook)), None)
         if hook is None:

@@ -51,6 +51,8 @@ class LossRecord:
         verified: Whether an earlier record of this model passed its check. The first check allows a relative
             difference of 1e-5; later ones allow 1e-3, since a sum that cancels is no reason to stop a training, and
             are made on the CPU only: on an accelerator they would wait for the device.
+        weights: Weights of the samples, (N,), or None; see :meth:`PerSampleLoss.record`.
+        full_size: The number of samples from which these were drawn, or None.
     """
 
     owner: str
@@ -58,6 +60,8 @@ class LossRecord:
     terms: list[LossTerm] = field(default_factory=list)
     half: bool = False
     verified: Verified = field(default_factory=Verified)
+    weights: Tensor | None = None
+    full_size: int | None = None
 
     def losses(self, total: Tensor) -> Tensor:
         """The loss of every sample, as the model would return it for this sample alone.

@@ -53,16 +53,19 @@ class PerSampleLoss:
             full_size: The number of samples N from which the K in this forward were drawn, N >= K; K if None. Losses
                 that are sums are scaled by N/K, also without weights. The record's values are never scaled.
 
+        Both may also be set on the record until the forward begins, where only the batch itself tells them.
+
         Raises:
             ValueError: ``weights`` or ``full_size`` do not fit the batch (in the forward).
             PerSampleLossError: A loss has no form for single samples (in the forward).
         """
-        record = LossRecord(type(self.model).__name__, verified=self._verified)
-        hooks = _Hooks(self.model, self._facts, record, weights, full_size)
+        record = LossRecord(type(self.model).__name__, verified=self._verified, weights=weights, full_size=full_size)
+        hooks = _Hooks(self.model, self._facts, record)
         handles = []
         try:
             handles.append(self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
-            handles.append(self.model.register_forward_hook(hooks.after_model))
+            # First of the model's hooks: others are to see the losses that it returns.
+            handles.append(self.model.register_forward_hook(hooks.after_model, prepend=True))
             for loss in self.losses:
                 handles.append(loss.module.register_forward_pre_hook(hooks.before_loss, with_kwargs=True))
                 after = hooks.after_loss(loss)
@@ -76,18 +79,18 @@ class PerSampleLoss:
 class _Hooks:
     """The hooks of one forward pass."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        facts: dict[int, LossFacts],
-        record: LossRecord,
-        weights: Tensor | None,
-        full_size: int | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, facts: dict[int, LossFacts], record: LossRecord) -> None:
         self.model, self.facts, self.record = model, facts, record
-        self.weights, self.full_size = weights, full_size
         # Loss modules that are running, their shadows, and the versions of the tensors they were called with.
         self.open: list[tuple[nn.Module, nn.Module, list[int]]] = []
+
+    @property
+    def weights(self) -> Tensor | None:
+        return self.record.weights
+
+    @property
+    def full_size(self) -> int | None:
+        return self.record.full_size
 
     def before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.open.clear()

@@ -1,0 +1,130 @@
+"""From times to medians, paired ratios and a table (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mm_sharp.benchmark.methods import StepLimit
+
+
+class Quartiles(NamedTuple):
+    """Lower quartile, median and upper quartile."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found about one method.
+
+    Args:
+        label: The method, and which of its steps.
+        steps: How many were timed.
+        seconds: Of a step.
+        ratio: Of a step to the base optimizer's in the same round.
+        limit: What the ratio would be by arithmetic.
+        images_per_second: At the median.
+    """
+
+    label: str
+    steps: int
+    seconds: Quartiles
+    ratio: Quartiles
+    limit: float
+    images_per_second: float
+
+    @property
+    def distance(self) -> float:
+        """How far the ratio is above the limit, in percent of the limit."""
+        return 100 * (self.ratio.median / self.limit - 1)
+
+
+def compare(
+    times: Mapping[str, Sequence[float]],
+    limits: Mapping[str, StepLimit],
+    batch_size: int,
+    steps_before: int = 0,
+    base: str = 'base',
+) -> list[Row]:
+    """One row a method; two for one that makes costlier steps at intervals: its other steps, and whole cycles.
+
+    A cycle's quartiles are means over its steps: ``refresh - 1`` times the quartile of its common steps and once that of
+    its costlier one. (A median of few whole cycles would take in every disturbance.)
+
+    Args:
+        times: Seconds of each round's step by method; as many for each method.
+        limits: By arithmetic, by method.
+        batch_size: Samples a step.
+        steps_before: Steps that each method had made before: of a cycle, the first step is the costlier one.
+        base: The method that the others are compared with.
+
+    Raises:
+        ValueError: The methods have different numbers of times, or none; or fewer than a cycle takes.
+    """
+    if len({len(steps) for steps in times.values()}) != 1 or not times[base]:
+        raise ValueError('compare needs the same number of times for every method, and at least one')
+    rows = []
+    for name, steps in times.items():
+        seconds, limit = np.asarray(steps, np.float64), limits[name]
+        ratios = seconds / np.asarray(times[base], np.float64)
+        if limit.refresh == 1:
+            rows.append(_row(name, len(seconds), quartiles(seconds), quartiles(ratios), limit.step, batch_size))
+            continue
+        if len(seconds) < limit.refresh:
+            raise ValueError(f'{name}: {len(seconds)} steps are less than a cycle of {limit.refresh}')
+        costly = (steps_before + np.arange(len(seconds))) % limit.refresh == 0
+        between = quartiles(seconds[~costly]), quartiles(ratios[~costly])
+        cycle = (
+            _mean(limit.refresh, between[0], quartiles(seconds[costly])),
+            _mean(limit.refresh, between[1], quartiles(ratios[costly])),
+        )
+        rows.append(_row(f'{name}, between refreshes', int((~costly).sum()), *between, limit.step, batch_size))
+        rows.append(_row(f'{name}, cycle of {limit.refresh}', len(seconds), *cycle, limit.cycle, batch_size))
+    return rows
+
+
+def quartiles(values: Sequence[float] | np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Quartiles:
+    """Of at least one number, interpolated between neighbours."""
+    return Quartiles(*(float(q) for q in np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75))))
+
+
+def _mean(cycle: int, common: Quartiles, costly: Quartiles) -> Quartiles:
+    return Quartiles(*(((cycle - 1) * a + b) / cycle for a, b in zip(common, costly, strict=True)))
+
+
+def _row(label: str, steps: int, seconds: Quartiles, ratio: Quartiles, limit: float, batch_size: int) -> Row:
+    return Row(label, steps, seconds, ratio, limit, batch_size / seconds.median)
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    head = ('method', 'step, ms', 'quartiles', 'ratio', 'quartiles', 'limit', 'distance', 'images/s')
+    lines = [
+        (
+            row.label,
+            f'{1e3 * row.seconds.median:.2f}',
+            f'{1e3 * row.seconds.low:.2f} to {1e3 * row.seconds.high:.2f}',
+            f'{row.ratio.median:.3f}',
+            f'{row.ratio.low:.3f} to {row.ratio.high:.3f}',
+            f'{row.limit:.3f}',
+            f'{row.distance:+.1f} %',
+            f'{row.images_per_second:.1f}',
+        )
+        for row in rows
+    ]
+    return columns([head, *lines])
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Cells under each other: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return '\n'.join(
+        '  '.join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

@@ -1,0 +1,102 @@
+"""Training steps of several methods side by side, timed in interleaved rounds (ours).
+
+A machine's speed drifts, and other programs take their share of it: in every round each method makes one step, on the
+same batch, so that what slows one slows all. The order is rotated from round to round.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mm_sharp.cli import UsageError
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method with a model and an optimizer wrapper of its own."""
+
+    name: str
+    model: Any
+    optim_wrapper: Any
+
+    def step(self, batch: Any) -> dict[str, Any]:
+        """One whole training step; returns what there is to log."""
+        log: dict[str, Any] = self.model.train_step(batch, self.optim_wrapper)
+        return log
+
+
+def measure_rounds(
+    contestants: Sequence[Contestant], batches: Sequence[Any], rounds: int, warmup: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Time the steps.
+
+    Args:
+        contestants: The methods, at least one.
+        batches: Taken in turn; the same one for all methods in a round.
+        rounds: Timed steps of each method.
+        warmup: Steps of each method before, not timed; at least 1.
+        device: Where they run.
+
+    Returns:
+        Seconds of the timed steps of each method, by name, in their order.
+
+    Raises:
+        UsageError: A loss is not finite: a step that breaks off early would be timed.
+    """
+    for number in range(warmup):
+        for contestant in contestants:
+            log = contestant.step(batches[number % len(batches)])
+            _check_loss(contestant.name, log)
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for number in range(rounds):
+        batch = batches[(warmup + number) % len(batches)]
+        first = number % len(contestants)
+        with _no_collection():
+            for contestant in (*contestants[first:], *contestants[:first]):
+                times[contestant.name].append(seconds_of(lambda c=contestant: c.step(batch), device))
+    return times
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Time of a call, from an idle device to the end of the work that the call left on it."""
+    if device.type == 'cuda':
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    # Other accelerators have a module of torch with the same function.
+    wait = (lambda: None) if device.type == 'cpu' else getattr(torch, device.type).synchronize
+    wait()
+    begin = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - begin
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector, which runs when it likes, out of the times."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _check_loss(name: str, log: dict[str, Any]) -> None:
+    loss = float(log['loss']) if 'loss' in log else 0.0
+    if not abs(loss) < float('inf'):
+        raise UsageError(f'{name}: the loss at the initial weights is {loss}, so no whole step can be measured')

@@ -1,0 +1,161 @@
+"""The model, the optimizer wrappers and the batches of a training config (ours).
+
+The model starts from random weights (nothing is downloaded), the same for every method. Learning rates are set to 0: the
+arithmetic of a step stays what it is, while no method trains away from the others, or out of the numbers' range on the
+few batches that it sees again and again.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MessageHub
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner, set_random_seed
+from torch import nn
+
+from mm_sharp.benchmark.steps import Contestant, measure_rounds
+from mm_sharp.cli import UsageError
+
+# Options of a data loader that is asked for a few batches, in this process.
+_LOADER = {'num_workers': 0, 'persistent_workers': False, 'pin_memory': False, 'drop_last': True}
+_DROPPED = ('prefetch_factor', 'num_batch_per_epoch', 'batch_sampler', 'timeout', 'multiprocessing_context')
+
+
+class Ready(nn.Module):
+    """Stands in for a model's data preprocessor: the batches have been through it."""
+
+    def forward(self, data: Any, training: bool = False) -> Any:
+        return data
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Args:
+        model: With its weights, in training mode, without a data preprocessor of its own.
+        batches: Pre-processed and on the model's device; each has exactly the batch size.
+        device: Where the model is.
+        scope: Default scope of the config.
+    """
+
+    model: nn.Module
+    batches: list[Any]
+    device: torch.device
+    scope: str
+
+    def measure(self, settings: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int) -> dict[str, list[float]]:
+        """Time ``rounds`` steps of each method, side by side, after ``warmup`` steps of each.
+
+        Args:
+            settings: Config of the optimizer wrapper of each method, by name.
+            rounds: At least 1.
+            warmup: At least 1.
+
+        Returns:
+            Seconds of the steps of each method, by name, in their order.
+
+        Raises:
+            UsageError: A loss is not finite.
+        """
+        with prepared(self.scope):
+            contestants = [self._contestant(name, own) for name, own in settings.items()]
+            return measure_rounds(contestants, self.batches, rounds, warmup, self.device)
+
+    def _contestant(self, name: str, settings: Mapping[str, Any]) -> Contestant:
+        """A copy of the model with an optimizer wrapper of its own."""
+        model = copy.deepcopy(self.model)
+        wrapper = build_optim_wrapper(model, copy.deepcopy(dict(settings)))
+        for group in wrapper.optimizer.param_groups:
+            group['lr'] = group['lr'] * 0  # a number, or a tensor for capturable optimizers
+        return Contestant(name, model, wrapper)
+
+
+def load_subject(cfg: Config, batch_size: int, most_batches: int = 4) -> Subject:
+    """Build the model and load the batches of a training config.
+
+    Args:
+        cfg: The whole config, whose data files are there.
+        batch_size: Samples a batch.
+        most_batches: Batches to load, fewer where the data set is smaller.
+
+    Raises:
+        UsageError: The data set has fewer samples than a batch.
+    """
+    scope = cfg.get('default_scope') or 'mmengine'
+    device = torch.device(get_device())
+    torch.backends.cudnn.benchmark = bool((cfg.get('env_cfg') or {}).get('cudnn_benchmark', False))
+    seed = (cfg.get('randomness') or {}).get('seed') or 0
+    with prepared(scope):
+        set_random_seed(seed)
+        model = _build_model(cfg).to(device).train()
+        loaded = _load_batches(cfg, batch_size, most_batches, seed)
+        batches = [model.data_preprocessor(batch, True) for batch in loaded]
+    model.data_preprocessor = Ready()
+    return Subject(model, batches, device, scope)
+
+
+@contextmanager
+def prepared(scope: str) -> Iterator[None]:
+    """What a Runner does before a model is built or run: the default scope, and progress that models ask for.
+
+    MMEngine's remarks below a warning are left out: without a log file, it prints how each weight is initialised.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with DefaultScope.overwrite_default_scope(scope):
+            hub = MessageHub.get_current_instance()
+            for counter in ('epoch', 'iter'):
+                hub.update_info(counter, 0)
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _build_model(cfg: Config) -> Any:
+    config = _without_downloads(cfg.model)
+    if cfg.get('data_preprocessor'):
+        config.setdefault('data_preprocessor', cfg.data_preprocessor)
+    model = MODELS.build(config)
+    if hasattr(model, 'init_weights'):
+        model.init_weights()
+    # One process: a Runner does the same.
+    return revert_sync_batchnorm(model)
+
+
+def _without_downloads(value: Any) -> Any:
+    """A copy of a model's config without weights to load: the numbers do not matter here."""
+    if isinstance(value, dict):
+        kept = {key: _without_downloads(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if key != 'init_cfg' or not _loads(item)}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_downloads(item) for item in value)
+    return value
+
+
+def _loads(init_cfg: Any) -> bool:
+    members = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    return any(isinstance(member, dict) and member.get('type') == 'Pretrained' for member in members)
+
+
+def _load_batches(cfg: Config, batch_size: int, most: int, seed: int) -> list[Any]:
+    options = {key: value for key, value in cfg.train_dataloader.items() if key not in _DROPPED}
+    loader = Runner.build_dataloader({**options, **_LOADER, 'batch_size': batch_size}, seed=seed)
+    samples = len(loader.dataset)
+    if samples < batch_size:
+        raise UsageError(f'--batch-size {batch_size}: the training data has {samples} samples only')
+    # A sampler without end would give the same samples again.
+    return list(islice(loader, min(most, samples // batch_size)))

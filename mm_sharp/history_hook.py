@@ -1,0 +1,129 @@
+"""What the sample history needs of a Runner: the data set, the ranks, the data loader (ours).
+
+The hook is added by itself to every Runner that uses this package, so that one line in a config is enough; it does
+nothing where no optimizer wrapper keeps a history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.dist import get_rank
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
+
+from mm_sharp.ausam import AUSAMOptimWrapper
+from mm_sharp.ausam_sampler import AUSAMSampler
+from mm_sharp.dataset_keys import DatasetKeys
+from mm_sharp.per_sample_pass import PerSampleOptimWrapper
+
+
+@HOOKS.register_module()
+class SampleHistoryHook(Hook):  # type: ignore[misc]
+    """Keep the history of loss differences in step with data set, ranks and data loader.
+
+    - Before training: samples of a loaded history that are not in the data set any more are dropped, and new ones start
+      unseen; the log says how many. Combined data sets whose samples would share a history are refused. An
+      ``AUSAMSampler`` in the training data loader gets the wrapper that it draws for.
+    - With several ranks, the histories are exchanged at the end of every epoch (in iteration-based training, after as
+      many iterations as an epoch has), before validation and before a checkpoint that ``CheckpointHook`` writes.
+    """
+
+    priority = 'LOW'  # before CheckpointHook
+
+    def __init__(self) -> None:
+        self._wrappers: list[PerSampleOptimWrapper] = []
+        self._epoch_length = 1
+        self._exchanged = True
+
+    def before_train(self, runner: Any) -> None:
+        """Bring together wrapper, data set and data loader.
+
+        Raises:
+            ValueError: There is an ``AUSAMSampler`` without exactly one ``AUSAMOptimWrapper``.
+            SampleIdError: Samples of several data sets would share a history, or have no id.
+        """
+        loader = runner.train_dataloader
+        self._epoch_length = len(loader)
+        wrappers = list(_per_sample_wrappers(runner.optim_wrapper))
+        self._wrappers = [wrapper for wrapper in wrappers if wrapper.uses_history]
+        sampler = getattr(loader, 'batch_sampler', None)
+        if isinstance(sampler, AUSAMSampler):
+            _check_sampler(runner.optim_wrapper, wrappers)
+        if not self._wrappers:
+            return
+        keys = DatasetKeys(loader.dataset)
+        keys.check_collisions()
+        for wrapper in self._wrappers:
+            wrapper.dataset_size = _unrepeated_length(loader.dataset)
+            if len(wrapper.history):
+                _reconcile(wrapper, keys)
+            if isinstance(sampler, AUSAMSampler) and isinstance(wrapper, AUSAMOptimWrapper):
+                wrapper.attach_sampler(sampler, keys, get_rank())
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """In iteration-based training: exchange as often as an epoch is long, and before checkpoints."""
+        self._exchanged = False
+        ends = (runner.iter + 1) % self._epoch_length == 0 or self.is_last_train_iter(runner)
+        if _checkpoint_is_due(runner) or (ends and isinstance(runner.train_loop, IterBasedTrainLoop)):
+            self._exchange()
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Exchange at the end of every epoch."""
+        self._exchange()
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """The best checkpoint may be written after validation."""
+        self._exchange()
+
+    def _exchange(self) -> None:
+        # Ranks go through the same hooks, so that all of them come here or none.
+        if not self._exchanged:
+            for wrapper in self._wrappers:
+                wrapper.exchange_history()
+        self._exchanged = True
+
+
+def _per_sample_wrappers(optim_wrapper: Any) -> Iterator[PerSampleOptimWrapper]:
+    members = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
+    for member in members:
+        if isinstance(member, PerSampleOptimWrapper):
+            yield member
+
+
+def _check_sampler(optim_wrapper: Any, wrappers: list[PerSampleOptimWrapper]) -> None:
+    found = sum(isinstance(wrapper, AUSAMOptimWrapper) for wrapper in wrappers)
+    if found != 1:
+        uses = f'{found} of them' if found else type(optim_wrapper).__name__
+        raise ValueError(
+            f'AUSAMSampler draws the batches for one AUSAMOptimWrapper, but the config uses {uses}: write '
+            "optim_wrapper = dict(type='AUSAMOptimWrapper', ...), or take batch_sampler=dict(type='AUSAMSampler') out "
+            'of train_dataloader'
+        )
+
+
+def _unrepeated_length(dataset: Any) -> int:
+    """Samples in a data set, those that ``RepeatDataset`` repeats counted once."""
+    while hasattr(dataset, 'times') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    return len(dataset)
+
+
+def _reconcile(wrapper: PerSampleOptimWrapper, keys: DatasetKeys) -> None:
+    """Fit a loaded history to the data set."""
+    kept, dropped, unseen = wrapper.history.reconcile(keys.ids_by_name())
+    print_log(
+        f'Sample history: {kept} samples of the data set have been seen, {unseen} not yet'
+        + (f'; {dropped} that are not in the data set any more were dropped' if dropped else ''),
+        logger='current',
+    )
+
+
+def _checkpoint_is_due(runner: Any) -> bool:
+    """Whether ``CheckpointHook`` writes a checkpoint after this iteration."""
+    hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
+    return any(hook.every_n_train_iters(runner, hook.interval, hook.save_begin) for hook in hooks)

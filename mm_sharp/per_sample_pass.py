@@ -1,0 +1,133 @@
+"""What ESAM and AUSAM share: per-sample losses, a history of them, draws that a checkpoint can go on with (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.dist import all_gather_object, get_rank, get_world_size
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mm_sharp.draws import Draw, generator_at, shared_seed
+from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
+from mm_sharp.replay import ModelCall, unwrap
+from mm_sharp.sample_history import SampleHistory
+from mm_sharp.sample_keys import keys_of
+from mm_sharp.two_pass import TwoPassOptimWrapper
+from mm_sharp.validation import check_number
+from mm_sharp.visits import Visits
+
+
+class PerSampleOptimWrapper(TwoPassOptimWrapper):
+    """Base of the wrappers that look at the loss of every sample.
+
+    Args:
+        optimizer: The base optimizer.
+        history_momentum: Weight of the past in an exponential average of the loss differences, in [0, 1); None for the
+            average over all visits.
+        kwargs: The other arguments of :class:`mm_sharp.two_pass.TwoPassOptimWrapper`.
+
+    Attributes:
+        history: Average loss difference of every sample seen.
+        visits: The last step's loss differences, on their way into the history.
+        steps: Steps (micro-batches) taken so far.
+        dataset_size: Samples in the training set, where known: for the log.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, history_momentum: float | None = None, **kwargs: Any) -> None:
+        if history_momentum is not None:
+            name = type(self).__name__
+            check_number(name, 'history_momentum', history_momentum, high=1.0, high_open=True, example='0.9')
+        super().__init__(optimizer, **kwargs)
+        self.history = SampleHistory(history_momentum, distributed=get_world_size() > 1)
+        self.visits = Visits(self.history)
+        self.steps = 0
+        self.dataset_size: int | None = None
+        self._seed: int | None = None
+        self._per_sample: PerSampleLoss | None = None
+        self._record: LossRecord | None = None
+
+    # ---------------------------------------------------------------- what a method uses
+    @property
+    def uses_history(self) -> bool:
+        """Whether the method keeps a history at all."""
+        return True
+
+    @property
+    def seed(self) -> int:
+        """The seed of all draws, the same on all ranks; settled when it is first asked for, which all ranks must do."""
+        if self._seed is None:
+            self._seed = shared_seed()
+        return self._seed
+
+    def generator(self, kind: Draw, *, shared: bool = False) -> torch.Generator:
+        """A generator for a draw of this step; with ``shared`` all ranks draw the same."""
+        return generator_at(self.seed, kind, *(() if shared else (get_rank(),)), self.steps)
+
+    def keys(self, call: ModelCall, size: int) -> list[tuple[str, int]]:
+        """The keys of the ``size`` samples in a call.
+
+        Raises:
+            SampleIdError: The samples have no id; the message shows how to give them one.
+        """
+        return keys_of(call.args, call.kwargs, size, type(self).__name__)
+
+    def record(self) -> LossRecord:
+        """What was recorded of the first pass."""
+        assert self._record is not None, 'recording() is around every forward'
+        return self._record
+
+    def losses_of(self, model: nn.Module) -> PerSampleLoss:
+        """The recorder of a model's per-sample losses; one for the whole training.
+
+        Raises:
+            PerSampleLossError: The model has a head for which there are none.
+        """
+        if self._per_sample is None or self._per_sample.model is not unwrap(model):
+            self._per_sample = PerSampleLoss(model)
+        return self._per_sample
+
+    def differences(self, before: Tensor, after: Tensor, norm: Tensor) -> Tensor:
+        """``l_i(w + e) - l_i(w)``, (N,), float32; NaN, which is no visit, where there was no perturbation."""
+        finite = torch.isfinite(norm).to(before.device)
+        return torch.where(finite, after - before, torch.nan)
+
+    # ---------------------------------------------------------------- TwoPassOptimWrapper's interface
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """Record the losses of the first pass."""
+        with self.losses_of(model).record() as self._record:
+            yield
+
+    def update_params(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """See :meth:`TwoPassOptimWrapper.update_params`; a step that fails draws the same again."""
+        super().update_params(loss, *args, **kwargs)
+        self.steps += 1
+
+    def own_state(self) -> dict[str, Any]:
+        """Seed and number of the draws, and the history with the last step's differences in it."""
+        self.visits.flush()
+        return {'seed': self._seed, 'steps': self.steps, 'history': self.history.state_dict()}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with the draws and the history of a checkpoint; of a method without them, begin anew."""
+        self.visits.forget()
+        self._seed, self.steps = state.get('seed'), state.get('steps', 0)
+        empty = SampleHistory(self.history.momentum).state_dict()
+        self.history.load_state_dict(state.get('history', empty))
+
+    def log_scalars(self) -> dict[str, float]:
+        """``share_seen``: share of the training set's samples in the history, where the set's size is known."""
+        if not self.uses_history or self.dataset_size is None:
+            return {}
+        return {'share_seen': len(self.history) / self.dataset_size}
+
+    # ---------------------------------------------------------------- ranks
+    def exchange_history(self) -> None:
+        """Bring the history up to date and, with several ranks, to the same state on all: all of them must call it."""
+        self.visits.flush()
+        if self.uses_history and self.history.distributed:
+            self.history.merge(all_gather_object(self.history.pending()))

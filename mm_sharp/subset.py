@@ -1,0 +1,80 @@
+"""A captured model call on some of its samples only (ours)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm_sharp.per_sample_loss.layout import Layout, batch_size, fill
+from mm_sharp.replay import ModelCall, unwrap
+from mm_sharp.sampling import IntArray
+from mm_sharp.transfer import to_device
+
+
+def call_size(owner: str, call: ModelCall) -> int:
+    """The number of samples in a call, N.
+
+    Args:
+        owner: Class that asks, for the message.
+        call: The call.
+
+    Raises:
+        ValueError: None of the arguments is a batch, or the batch is empty.
+    """
+    size = batch_size(call.args, call.kwargs)
+    if not size:
+        found = [type(value).__name__ for value in (*call.args, *call.kwargs.values())]
+        raise ValueError(
+            f'{owner} found no batch among the arguments ({", ".join(found)}) that {type(unwrap(call.model)).__name__} '
+            'was called with: one must be a tensor or a list with a row for every sample, at least one'
+        )
+    return size
+
+
+def subset(call: ModelCall, rows: IntArray | Tensor, size: int) -> ModelCall:
+    """The call on the samples ``rows`` alone.
+
+    What counts as batched among the arguments: tensors with N rows, lists of N things that are not themselves batches,
+    such as data samples, and both within dicts, lists and tuples. Everything else is shared by all samples.
+
+    Args:
+        call: A call on N samples.
+        rows: Rows to keep, (K,), on the host or on a device. Rows on a device cost a synchronisation where a Python
+            list is among the arguments.
+        size: N.
+    """
+    # Beside a list of data samples, a list of N tensors holds the pictures (of different sizes, say); elsewhere it may
+    # hold N inputs of N samples each, which the tensors' shapes tell.
+    samples = call.kwargs.get('data_samples')
+    layout = Layout(size, lists_of_samples=isinstance(samples, (list, tuple)))
+    args = [layout.split(value) for value in call.args]
+    kwargs = {name: layout.split(value) for name, value in call.kwargs.items()}
+    picked = _Picker(rows)
+    values = [picked(value) for value in layout.rows]
+    return replace(call, args=tuple(fill(args, values)), kwargs=fill(kwargs, values), output=None)
+
+
+class _Picker:
+    """Takes the chosen rows out of tensors and lists."""
+
+    def __init__(self, rows: IntArray | Tensor) -> None:
+        self._given = rows
+        self._on: dict[torch.device, Tensor] = {}
+        self._listed: list[int] | None = None
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.index_select(0, self._indices(value.device))
+        if self._listed is None:
+            self._listed = [int(row) for row in self._given.tolist()]
+        return type(value)(value[row] for row in self._listed)
+
+    def _indices(self, device: torch.device) -> Tensor:
+        if device not in self._on:
+            rows = self._given
+            self._on[device] = to_device(rows, device) if isinstance(rows, np.ndarray) else rows.to(device)
+        return self._on[device]

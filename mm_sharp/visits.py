@@ -1,0 +1,41 @@
+"""Loss differences on their way from the device into the history (ours)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mm_sharp.sample_history import Keys, SampleHistory
+from mm_sharp.transfer import HostCopy
+
+
+class Visits:
+    """Brings each step's loss differences to the host without waiting, and writes them when the next step begins.
+
+    Args:
+        history: Where they go.
+    """
+
+    def __init__(self, history: SampleHistory) -> None:
+        self.history = history
+        self._under_way: tuple[Keys, HostCopy] | None = None
+
+    def add(self, keys: Keys, differences: Tensor) -> None:
+        """Start copying.
+
+        Args:
+            keys: K pairs of a data set's name and a sample's id.
+            differences: ``l_i(w + e) - l_i(w)``, (K,); those that are not finite are no visits.
+        """
+        self.flush()
+        self._under_way = (keys, HostCopy(differences))
+
+    def flush(self) -> None:
+        """Write what is under way into the history; waits for the device only if the copy is not there yet."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            keys, copy = under_way
+            self.history.update(keys, copy.numpy())
+
+    def forget(self) -> None:
+        """Drop what is under way."""
+        self._under_way = None

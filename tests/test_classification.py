@@ -1,0 +1,214 @@
+"""MMPretrain: the configs on CIFAR train, every sample's loss is right, and its identity survives to the model."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import Runner
+from torch.nn import functional as F  # noqa: N812
+
+import mm_sharp
+from mm_sharp.per_sample_loss import PerSampleLoss, Reduction
+from mm_sharp.sample_keys import keys_of
+from tests.conftest import ROOT
+from tests.test_configs import Losses
+from tests.tiny_cifar import PER_FILE, draw_cifar10, draw_cifar100
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec('mmpretrain') is None,
+        reason='MMPretrain is not installed: pip install "mm_sharp[classification]"',
+    ),
+    pytest.mark.filterwarnings('ignore:.*MultiScaleDeformableAttention.* has been moved'),  # mmcv 2.1.0
+]
+
+WRAPPERS = {
+    'sgd': 'OptimWrapper',
+    'sam': 'SAMOptimWrapper',
+    'esam': 'ESAMOptimWrapper',
+    'ausam': 'AUSAMOptimWrapper',
+}
+CLASSES = (10, 100)
+BATCH = 8
+MIXUP = {'augments': [{'type': 'Mixup', 'alpha': 0.8}]}
+
+
+@pytest.fixture(scope='module')
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Path]]:
+    """Folders with tiny data sets, by the number of classes; MMPretrain takes their MD5 sums for the right ones."""
+    from mmpretrain.datasets import CIFAR10, CIFAR100
+
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for classes, kind, draw in ((10, CIFAR10, draw_cifar10), (100, CIFAR100, draw_cifar100)):
+            folders[classes] = tmp_path_factory.mktemp(f'cifar{classes}')
+            sums = draw(folders[classes])
+            for files in ('train_list', 'test_list'):
+                patch.setattr(kind, files, [[name, sums[name]] for name, _ in getattr(kind, files)])
+        yield folders
+
+
+def config(method: str, classes: int, folder: Path) -> Config:
+    """A config of ours on the data in ``folder``, in this process, with two batches of eight pictures."""
+    cfg = Config.fromfile(ROOT / f'configs/classification/resnet18_{method}_b128-200e_cifar{classes}.py')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(batch_size=BATCH, num_workers=0, persistent_workers=False)
+        loader.dataset.update(data_root=str(folder), download=False)
+    cfg.train_dataloader.dataset.indices = 2 * BATCH
+    # A quarter of its width: eight steps a run would take half a minute.
+    cfg.model.backbone.base_channels = 16
+    cfg.model.head.in_channels = 128
+    return cfg
+
+
+def build(cfg: Config, **preprocessing: Any) -> torch.nn.Module:
+    """The config's model alone, as the Runner builds it."""
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    return MODELS.build({**cfg.model, 'data_preprocessor': {**cfg.data_preprocessor, **preprocessing}}).train()
+
+
+def batch(cfg: Config) -> dict[str, Any]:
+    """The first eight training pictures."""
+    init_default_scope('mmpretrain')
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    return pseudo_collate([dataset[index] for index in range(BATCH)])
+
+
+@pytest.mark.parametrize('classes', CLASSES)
+@pytest.mark.parametrize('method', WRAPPERS)
+def test_two_training_steps_and_an_evaluation(
+    method: str, classes: int, cifar: dict[int, Path], tmp_path: Path
+) -> None:
+    cfg = config(method, classes, cifar[classes])
+    cfg.train_cfg.max_epochs = 1
+    cfg.default_hooks.logger.interval = 1
+    cfg.work_dir = str(tmp_path)
+    cfg.experiment_name = cfg.visualizer.name = tmp_path.name  # MMEngine keeps one message hub for each name
+    runner = Runner.from_cfg(cfg)
+    before = {name: value.clone() for name, value in runner.model.state_dict().items()}
+    losses = Losses()
+    runner.register_hook(losses)
+    runner.train()
+
+    assert type(runner.optim_wrapper).__name__ == WRAPPERS[method]
+    assert len(losses.values) == 2
+    assert all(math.isfinite(loss) for loss in losses.values)
+    after = runner.model.state_dict()
+    assert all(bool(value.isfinite().all()) for value in after.values())
+    still = [name for name, _ in runner.model.named_parameters() if torch.equal(before[name], after[name])]
+    assert not still, 'not trained'
+    logged = {key.rpartition('/')[2] for key in runner.message_hub.log_scalars}
+    assert ('sharpness' in logged) == (method != 'sgd')
+    assert runner.message_hub.get_scalar('val/accuracy/top1').current() == pytest.approx(accuracy(runner))
+
+
+def accuracy(runner: Runner) -> float:
+    """Right answers on the test pictures, in percent, counted by hand."""
+    model = runner.model.eval()
+    right = total = 0
+    for data in runner.val_dataloader:
+        pictures = torch.stack(data['inputs']).float()
+        mean, std = (torch.tensor(runner.cfg.data_preprocessor[key])[:, None, None] for key in ('mean', 'std'))
+        answers = model((pictures - mean) / std).argmax(1)
+        right += sum(answer == sample.gt_label for answer, sample in zip(answers, data['data_samples'], strict=True))
+        total += len(answers)
+    assert total == PER_FILE
+    return 100 * int(right) / total
+
+
+@pytest.mark.parametrize('method', WRAPPERS)
+def test_the_data_sets_differ_in_nothing_but_the_data(method: str) -> None:
+    ten, hundred = (config(method, classes, Path('data')).to_dict() for classes in CLASSES)
+    for cfg, classes in ((ten, 10), (hundred, 100)):
+        assert cfg['model']['head'].pop('num_classes') == cfg['data_preprocessor']['num_classes'] == classes
+    named = ('dataset_type', 'data_preprocessor', 'train_dataloader', 'val_dataloader', 'test_dataloader')
+    assert {k: v for k, v in ten.items() if k not in named} == {k: v for k, v in hundred.items() if k not in named}
+
+
+@pytest.mark.parametrize('classes', CLASSES)
+@pytest.mark.parametrize('method', [method for method in WRAPPERS if method != 'sgd'])
+def test_the_methods_differ_in_nothing_but_the_wrapper(method: str, classes: int) -> None:
+    ours, plain = (config(name, classes, Path('data')).to_dict() for name in (method, 'sgd'))
+    added = {'optim_wrapper', 'custom_hooks', 'custom_imports', 'sharp_optim_wrapper', 'sharp_hook'}
+    assert {k: v for k, v in ours.items() if k not in added} == {k: v for k, v in plain.items() if k != 'optim_wrapper'}
+    assert ours['optim_wrapper']['type'] == WRAPPERS[method]
+    assert ours['optim_wrapper']['optimizer'] == plain['optim_wrapper']['optimizer']
+
+
+@pytest.mark.parametrize('method', WRAPPERS)
+def test_written_and_read_again_it_is_the_same(method: str, tmp_path: Path) -> None:
+    cfg = config(method, 10, Path('data'))
+    cfg.dump(tmp_path / 'copy.py')
+    assert Config.fromfile(tmp_path / 'copy.py').to_dict() == cfg.to_dict()
+
+
+def test_the_papers_hyperparameters() -> None:
+    cfg = config('esam', 10, Path('data'))
+    wrapper = cfg.optim_wrapper
+    assert (wrapper.rho, wrapper.beta, wrapper.gamma) == (0.05, 0.6, 0.5)
+    assert wrapper.optimizer == {'type': 'SGD', 'lr': 0.05, 'momentum': 0.9, 'weight_decay': 1e-3}
+    assert cfg.train_cfg.max_epochs == cfg.param_scheduler.T_max == 200
+    assert cfg.auto_scale_lr.base_batch_size == 128
+
+
+LOSSES = {
+    'cross entropy': ({'type': 'CrossEntropyLoss'}, {}),
+    'cross entropy, weighted': ({'type': 'CrossEntropyLoss', 'loss_weight': 0.3}, {}),
+    'label smoothing': ({'type': 'LabelSmoothLoss', 'label_smooth_val': 0.1}, {}),
+    'mixup': ({'type': 'CrossEntropyLoss', 'use_soft': True}, {'batch_augments': MIXUP}),
+    'mixup and label smoothing': ({'type': 'LabelSmoothLoss', 'label_smooth_val': 0.1}, {'batch_augments': MIXUP}),
+}
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('classes', CLASSES)
+@pytest.mark.parametrize('loss', LOSSES)
+def test_the_losses_of_samples_are_torchs(
+    loss: str, classes: int, dtype: torch.dtype | None, cifar: dict[int, Path]
+) -> None:
+    cfg = config('esam', classes, cifar[classes])
+    cfg.model.head.loss, preprocessing = LOSSES[loss]
+    model = build(cfg, **preprocessing)
+    scores: list[torch.Tensor] = []
+    model.head.fc.register_forward_hook(lambda *call: scores.append(call[2].detach().float()))
+    data = model.data_preprocessor(batch(cfg), training=True)
+    per_sample = PerSampleLoss(model)
+    with torch.autocast('cpu', dtype, enabled=dtype is not None), per_sample.record() as record:
+        total, _ = model.parse_losses(model(**data, mode='loss'))
+
+    samples = data['data_samples']
+    mixed = 'batch_augments' in preprocessing
+    target = torch.stack([s.gt_score for s in samples]) if mixed else torch.cat([s.gt_label for s in samples])
+    expected = F.cross_entropy(
+        scores[0], target, reduction='none', label_smoothing=cfg.model.head.loss.get('label_smooth_val', 0.0)
+    ) * cfg.model.head.loss.get('loss_weight', 1.0)
+    tolerance = 1e-5 if dtype is None else 2e-2
+    torch.testing.assert_close(record.losses(total), expected, rtol=tolerance, atol=0)
+    torch.testing.assert_close(total.detach().float(), expected.mean(), rtol=tolerance, atol=0)
+    assert record.reduction is Reduction.MEAN
+
+
+@pytest.mark.parametrize('augments', [None, MIXUP], ids=['alone', 'mixup'])
+def test_the_model_is_told_which_samples_it_sees(augments: dict[str, Any] | None, cifar: dict[int, Path]) -> None:
+    """With Mixup a row keeps its own picture's index, whatever was mixed into it."""
+    cfg = config('ausam', 10, cifar[10])
+    data = build(cfg, batch_augments=augments).data_preprocessor(batch(cfg), training=True)
+    numbers = [number for _, number in keys_of((), data, BATCH, 'the test')]
+    assert numbers == list(range(BATCH))
+
+
+def test_a_damaged_file_is_not_trained_on(tmp_path: Path, cifar: dict[int, Path]) -> None:
+    """The MD5 sums that the other tests put in MMPretrain's place are compared."""
+    draw_cifar10(tmp_path, seed=1)
+    with pytest.raises(RuntimeError, match='Cannot find CIFAR10 dataset'):
+        batch(config('sgd', 10, tmp_path))
