@@ -131,7 +131,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         with self.losses_of(call.model).record(first.weights, first.full_size) as record:
             second = self.forward_again(call)
         differences = self.differences(first.losses(loss), record.losses(second), norm)
-        self.visits.add(self._keys, differences)
+        self.visit(self._keys, differences)
         self._figures = lambda: {'mean_difference': differences.mean().item(), **draw.scalars()}
         return second, second.detach()
 

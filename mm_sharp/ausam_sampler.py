@@ -12,9 +12,10 @@ checkpoint holds it: the history has changed since those draws were made, so a r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from mmengine.registry import DATA_SAMPLERS
+from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import BatchSampler, Sampler
 
 from mm_sharp.batch_draw import BatchDraw, BatchDrawer
@@ -30,6 +31,15 @@ class IndexKeys(Protocol):
 
     def keys(self, indices: Sequence[int], /) -> Keys:
         """The key of each data set index: the data set's name and the sample's id."""
+
+
+class _Source(NamedTuple):
+    """What :meth:`AUSAMSampler.attach` is given."""
+
+    drawer: BatchDrawer
+    keys: IndexKeys
+    seed: int
+    rank: int
 
 
 @DATA_SAMPLERS.register_module()
@@ -77,10 +87,11 @@ class AUSAMSampler(BatchSampler):
         self._detach()
 
     def _detach(self) -> None:
-        self._source: tuple[BatchDrawer, IndexKeys, int, int] | None = None
+        self._source: _Source | None = None
         self._queue = DrawQueue()
         self._resumed: dict[tuple[int, int], LoaderDraw] = {}
         self._asked_too_early = False
+        self._to_skip = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {'sampler': self.sampler, 'batch_size': self.batch_size, 'drop_last': self.drop_last}
@@ -104,23 +115,26 @@ class AUSAMSampler(BatchSampler):
             seed: The run's seed, >= 0.
             rank: This process's rank.
         """
-        self._source = (drawer, keys, seed, rank)
+        self._source = _Source(drawer, keys, seed, rank)
 
-    def restart(self, loop: Any) -> None:
-        """Let a train loop of MMEngine begin its iteration anew, if it began before :meth:`attach`.
+    def follow(self, loop: Any) -> None:
+        """Fit MMEngine's iteration-based train loop; other loops need nothing.
 
-        The iteration-based loop starts its workers when it is built, before there is a wrapper: they could not be told
-        what to load. To be called once all is attached and loaded, and before the loop's first batch.
+        That loop starts its workers when it is built, before there is a wrapper, so that they could not be told what to
+        load: it begins its iteration anew. And a resumed one skips the batches that were trained already: nobody will
+        take these. To be called once all is attached and loaded, and before the loop's first batch.
 
         Args:
-            loop: ``runner.train_loop``, of any kind; only one with a ``dataloader_iterator`` is changed.
+            loop: ``runner.train_loop``.
         """
-        iterator = getattr(loop, 'dataloader_iterator', None)
-        if iterator is None or not self._asked_too_early or not self.attached:
+        if not isinstance(loop, IterBasedTrainLoop):
             return
-        loop.dataloader_iterator = None  # its workers end before the new ones start
-        loop.dataloader_iterator = type(iterator)(loop.dataloader)
-        self._asked_too_early = False
+        self._to_skip = loop.iter
+        if self._asked_too_early and self.attached:
+            again = type(loop.dataloader_iterator)
+            loop.dataloader_iterator = None  # its workers end before the new ones start
+            loop.dataloader_iterator = again(loop.dataloader)
+            self._asked_too_early = False
 
     # ---------------------------------------------------------------- the data loader's side
     def __iter__(self) -> Iterator[list[int]]:
@@ -128,7 +142,7 @@ class AUSAMSampler(BatchSampler):
 
         If it is not :attr:`attached`, there is one batch, whose indices nobody can read: whoever loads it, a worker or
         not, gets a ``RuntimeError``, and so does who asks the data loader for it. An error right here would stop
-        iteration-based loops when they are built, too early to know (see :meth:`restart`).
+        iteration-based loops when they are built, too early to know (see :meth:`follow`).
         """
         if self._source is None:
             self._asked_too_early = True
@@ -138,19 +152,20 @@ class AUSAMSampler(BatchSampler):
         self._resumed = {place: draw for place, draw in self._resumed.items() if place[0] >= epoch}
         for position, indices in enumerate(super().__iter__()):
             drawn = self._draw(self._source, epoch, position, indices)
-            append(drawn)
+            if self._to_skip > 0:
+                self._to_skip -= 1
+            else:
+                append(drawn)
             yield [indices[row] for row in drawn.draw.chosen]
 
-    def _draw(
-        self, source: tuple[BatchDrawer, IndexKeys, int, int], epoch: int, position: int, indices: Sequence[int]
-    ) -> LoaderDraw:
-        drawer, index_keys, seed, rank = source
-        keys = [(str(name), int(number)) for name, number in index_keys.keys(indices)]
+    def _draw(self, source: _Source, epoch: int, position: int, indices: Sequence[int]) -> LoaderDraw:
+        keys = [(str(name), int(number)) for name, number in source.keys.keys(indices)]
         resumed = self._resumed.pop((epoch, position), None)
         # Another batch size or data set since the checkpoint: its draws are of no use.
         if resumed is not None and resumed.fits(keys):
             return resumed
-        draw = drawer.draw(keys, generator_at(seed, Draw.SAMPLES_IN_LOADER, rank, epoch, position))
+        generator = generator_at(source.seed, Draw.SAMPLES_IN_LOADER, source.rank, epoch, position)
+        draw = source.drawer.draw(keys, generator)
         return LoaderDraw(epoch, position, draw, [keys[row] for row in draw.chosen])
 
     # ---------------------------------------------------------------- the wrapper's side
@@ -215,7 +230,7 @@ class _Unreadable(list[int]):
     def __reduce__(self) -> tuple[type[_Unreadable], tuple[()]]:
         return _Unreadable, ()
 
-    def __iter__(self) -> NoReturn:
+    def __iter__(self, _: object = None) -> NoReturn:
         raise RuntimeError(
             'AUSAMSampler draws by the history of AUSAMOptimWrapper, which was not attached to it before the first '
             'batch was loaded. The two belong together, and no other optimizer wrapper works with this sampler:\n'
@@ -224,18 +239,14 @@ class _Unreadable(list[int]):
             "    train_dataloader = dict(batch_sampler=dict(type='AUSAMSampler'), ...)"
         )
 
-    def __getitem__(self, index: Any) -> NoReturn:
-        iter(self)
-        raise AssertionError('unreachable')
+    __getitem__ = __iter__
 
 
 def _check_arguments(sampler: object, batch_size: object, drop_last: object) -> None:
     """Raise a ValueError that names the argument unless all are as described in :class:`AUSAMSampler`."""
     iterable = hasattr(sampler, '__iter__') or hasattr(sampler, '__getitem__')
     if not iterable or isinstance(sampler, (str, bytes, Mapping, BatchSampler)):
-        example = (
-            "dict(sampler=dict(type='DefaultSampler', shuffle=True), batch_sampler=dict(type='AUSAMSampler'), ...)"
-        )
+        example = "dict(sampler=dict(type='DefaultSampler'), batch_sampler=dict(type='AUSAMSampler'), ...)"
         raise _refusal('sampler', sampler, "a sampler that yields the data set's indices", example)
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         example = "dict(batch_size=32, batch_sampler=dict(type='AUSAMSampler'), ...)"

@@ -156,7 +156,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             whole = self.loss_without_gradient(call)
         differences = self.differences(before, record.losses(whole), norm)
         if self.uses_history:
-            self.visits.add(self._keys, differences)
+            self.visit(self._keys, differences)
         return differences, whole
 
     def _choose_by_history(self, count: int) -> tuple[IntArray, FloatArray]:

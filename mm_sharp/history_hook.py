@@ -20,6 +20,7 @@ from mm_sharp.ausam import AUSAMOptimWrapper
 from mm_sharp.ausam_sampler import AUSAMSampler
 from mm_sharp.dataset_keys import DatasetKeys
 from mm_sharp.per_sample_pass import PerSampleOptimWrapper
+from mm_sharp.sample_keys import SampleIdError
 
 
 @HOOKS.register_module()
@@ -64,6 +65,7 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
                 _reconcile(wrapper, keys)
             if isinstance(sampler, AUSAMSampler) and isinstance(wrapper, AUSAMOptimWrapper):
                 wrapper.attach_sampler(sampler, keys, get_rank())
+                sampler.follow(runner.train_loop)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """In iteration-based training: exchange as often as an epoch is long, and before checkpoints."""
@@ -114,13 +116,19 @@ def _unrepeated_length(dataset: Any) -> int:
 
 
 def _reconcile(wrapper: PerSampleOptimWrapper, keys: DatasetKeys) -> None:
-    """Fit a loaded history to the data set."""
-    kept, dropped, unseen = wrapper.history.reconcile(keys.ids_by_name())
-    print_log(
-        f'Sample history: {kept} samples of the data set have been seen, {unseen} not yet'
-        + (f'; {dropped} that are not in the data set any more were dropped' if dropped else ''),
-        logger='current',
-    )
+    """Fit a loaded history to the data set, and say so."""
+    try:
+        known = keys.ids_by_name()
+    except SampleIdError:
+        message = (
+            f'{len(wrapper.history)} samples have been seen; the data set cannot tell the ids of its samples '
+            'beforehand, so that it is not known whether all of them are still in it'
+        )
+    else:
+        kept, dropped, unseen = wrapper.history.reconcile(known)
+        message = f'{kept} samples of the data set have been seen, {unseen} not yet'
+        message += f'; {dropped} that are not in the data set any more were dropped' if dropped else ''
+    print_log(f'Sample history: {message}', logger='current')
 
 
 def _checkpoint_is_due(runner: Any) -> bool:

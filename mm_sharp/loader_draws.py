@@ -16,7 +16,7 @@ import torch
 from mm_sharp.batch_draw import BatchDraw
 from mm_sharp.sample_history import Keys
 
-# Far more than workers load ahead. It bounds what piles up while a resumed run skips batches, which nobody takes.
+# Far more than workers load ahead: it bounds what piles up where batches are loaded that nobody takes.
 _MOST_ON_THE_WAY = 1024
 # So many batches in a row without one expected sample are no chance: the keys are wrong.
 _MOST_STRANGE = 8
@@ -64,9 +64,9 @@ class LoaderDraw:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f'The state of a draw is damaged: {error!r}') from error
         rows = np.unique(chosen)
-        inside = 0 < len(rows) <= len(pi) and rows[0] >= 0 and rows[-1] < len(pi)
-        if not inside or not np.array_equal(rows, chosen) or pi.shape != scores.shape or len(keys) != len(chosen):
-            found = f'{len(pi)} probabilities, {len(scores)} scores, {len(keys)} keys, rows {chosen.tolist()}'
+        inside = pi.ndim == 1 and rows.size > 0 and rows[0] >= 0 and rows[-1] < len(pi)
+        if not inside or not np.array_equal(rows, chosen) or pi.shape != scores.shape or len(keys) != len(rows):
+            found = f'pi of shape {pi.shape}, scores of {scores.shape}, {len(keys)} keys, rows {chosen.tolist()}'
             raise ValueError(f'The state of a draw is damaged, its parts do not belong together: {found}')
         return cls(*place, BatchDraw(chosen, pi, scores), keys)
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from mm_sharp.draws import Draw, generator_at, shared_seed
 from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
 from mm_sharp.replay import ModelCall, unwrap
-from mm_sharp.sample_history import SampleHistory
+from mm_sharp.sample_history import Keys, SampleHistory
 from mm_sharp.sample_keys import keys_of
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from mm_sharp.validation import check_number
@@ -49,6 +49,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         self._seed: int | None = None
         self._per_sample: PerSampleLoss | None = None
         self._record: LossRecord | None = None
+        self._measured: tuple[Keys, Tensor] | None = None
 
     # ---------------------------------------------------------------- what a method uses
     @property
@@ -67,7 +68,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         """A generator for a draw of this step; with ``shared`` all ranks draw the same."""
         return generator_at(self.seed, kind, *(() if shared else (get_rank(),)), self.steps)
 
-    def keys(self, call: ModelCall, size: int) -> list[tuple[str, int]]:
+    def keys(self, call: ModelCall, size: int) -> Keys:
         """The keys of the ``size`` samples in a call.
 
         Raises:
@@ -90,6 +91,10 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
             self._per_sample = PerSampleLoss(model)
         return self._per_sample
 
+    def visit(self, keys: Keys, differences: Tensor) -> None:
+        """Have the history take up the loss differences of ``keys`` if the step comes to its end."""
+        self._measured = keys, differences
+
     def differences(self, before: Tensor, after: Tensor, norm: Tensor) -> Tensor:
         """``l_i(w + e) - l_i(w)``, (N,), float32; NaN, which is no visit, where there was no perturbation."""
         finite = torch.isfinite(norm).to(before.device)
@@ -104,8 +109,11 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     def update_params(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """See :meth:`TwoPassOptimWrapper.update_params`; a step that fails draws the same again."""
+        self._measured = None
         super().update_params(loss, *args, **kwargs)
         self.steps += 1
+        if self._measured is not None:
+            self.visits.add(*self._measured)
 
     def own_state(self) -> dict[str, Any]:
         """Seed and number of the draws, and the history with the last step's differences in it."""

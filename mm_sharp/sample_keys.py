@@ -75,7 +75,7 @@ class SampleKey(str):
 class Fields(Protocol):
     """What is known of a sample: a data sample's meta information, or a dict."""
 
-    def get(self, key: str, default: Any = None, /) -> Any: ...
+    def get(self, key: str, /) -> Any: ...
 
 
 def key_of(fields: Fields) -> Key:
@@ -100,12 +100,31 @@ def key_of(fields: Fields) -> Key:
     name = fields.get('dataset_name') or ''
     if not isinstance(name, str):
         raise SampleIdError(f'dataset_name={name!r} is no string')
-    field, number = 'id', fields.get('id')
+    field = id_field(fields)
+    return name, _integer(field, fields.get(field))
+
+
+def id_field(fields: Fields) -> str:
+    """Where :func:`key_of` finds the id if there is no ``sample_key``: ``'id'``, ``'img_id'`` or ``'sample_idx'``."""
+    number = fields.get('id')
     if number is None or isinstance(number, (list, tuple)) or (isinstance(number, np.ndarray) and number.ndim):
-        field, number = 'img_id', fields.get('img_id')
-        if number is None or isinstance(number, str):
-            field, number = 'sample_idx', fields.get('sample_idx')
-    return name, _integer(field, number)
+        number = fields.get('img_id')
+        return 'sample_idx' if number is None or isinstance(number, str) else 'img_id'
+    return 'id'
+
+
+def unidentified(owner: str, found: str, reason: object) -> SampleIdError:
+    """The error with both corrections.
+
+    Args:
+        owner: Who needs the keys.
+        found: What it found instead.
+        reason: What is wrong with that.
+    """
+    return SampleIdError(
+        f'{owner} keeps a score for every sample and needs to know each again, but found {found}: {reason}. '
+        + _CORRECTIONS
+    )
 
 
 def keys_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, owner: str) -> list[Key]:
@@ -143,10 +162,7 @@ def keys_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, owner: 
         if len(keys) != size:
             raise SampleIdError(f'there are {len(keys)} of them for a batch of {size} samples')
     except SampleIdError as error:
-        raise SampleIdError(
-            f'{owner} keeps a score for every sample and needs to know them again, but found {found}: {error}. '
-            + _CORRECTIONS
-        ) from error
+        raise unidentified(owner, found, error) from error
     return keys
 
 

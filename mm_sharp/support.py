@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from mm_sharp.replay import ModelCall, loss_of, unwrap
 
 
-def check_model(owner: str, model: nn.Module, sync_perturbation: bool) -> None:
+def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = True) -> None:
     """Refuse model wrappers under which the first pass would be wrong or fail.
 
     Args:
         owner: Class that asks, for the message.
         model: The model handed to ``optim_context``.
-        sync_perturbation: Whether the first pass averages gradients over the ranks.
+        synced: Whether DDP averages the first pass's gradients over the ranks.
+        can_sync: Whether an argument would make it do so.
 
     Raises:
         NotImplementedError: ``model`` is wrapped by FSDP, or by DDP with ``static_graph`` while the first pass is not
@@ -27,11 +28,12 @@ def check_model(owner: str, model: nn.Module, sync_perturbation: bool) -> None:
             f'{owner} does not support FSDP: each rank holds a shard of the parameters, and the perturbation needs the '
             "gradient norm over all of them. Train with DDP: model_wrapper_cfg=dict(type='MMDistributedDataParallel')"
         )
-    if getattr(model, 'static_graph', False) and not sync_perturbation:
+    if getattr(model, 'static_graph', False) and not synced:
         # DDP learns the static graph in its first backward pass, and fails if that one runs under no_sync().
+        way_out = ', or set sync_perturbation=True (one more all-reduce a step)' if can_sync else ''
         raise NotImplementedError(
             f'{owner}: DDP with static_graph=True cannot run the first pass without synchronisation. Take '
-            'static_graph=True out of model_wrapper_cfg, or set sync_perturbation=True (one more all-reduce a step)'
+            f'static_graph=True out of model_wrapper_cfg{way_out}'
         )
 
 

@@ -167,7 +167,7 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
         """
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
         synced = self.sync_perturbation and not self.skips_gradients
-        check_model(type(self).__name__, model, synced)
+        check_model(type(self).__name__, model, synced, can_sync=not self.skips_gradients)
         try:
             with (
                 self._no_sync(model, not synced),

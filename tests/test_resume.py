@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import signal
@@ -19,6 +20,18 @@ from tests.conftest import ROOT
 from tests.toys import same_bits, toy_config
 
 EPOCHS, ITERATIONS = 6, 5
+SGD = dict(type='SGD', lr=0.01, momentum=0.9)
+AUSAM = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, reweight=True, history_momentum=0.7, optimizer=SGD)
+LOADER = dict(num_workers=2, persistent_workers=True, batch_sampler=dict(type='AUSAMSampler'))
+# Checkpoints in the middle of an epoch, whose 5 iterations 3 does not divide.
+BY_ITERATION = dict(
+    train_cfg=dict(by_epoch=False, max_iters=EPOCHS * ITERATIONS),
+    default_hooks=dict(
+        logger=dict(type='LoggerHook', interval=1),
+        checkpoint=dict(type='CheckpointHook', interval=3, by_epoch=False, max_keep_ckpts=2),
+    ),
+    log_processor=dict(by_epoch=False),
+)
 CASES: dict[str, dict[str, Any]] = {
     'sam': {},
     'asam, dropout, float16, accumulation': dict(
@@ -33,6 +46,10 @@ CASES: dict[str, dict[str, Any]] = {
             optimizer=dict(type='AdamW', lr=1e-3),
         ),
     ),
+    'esam by history': dict(optim_wrapper=dict(type='ESAMOptimWrapper', selection='history', refresh=3, optimizer=SGD)),
+    'ausam, dropout, in mid-epoch': dict(model=dict(type='ToyNet', dropout=0.3), optim_wrapper=AUSAM, **BY_ITERATION),
+    'ausam, sampler in a loader with workers': dict(optim_wrapper=AUSAM, loader=LOADER),
+    'ausam, sampler in a loader with workers, in mid-epoch': dict(optim_wrapper=AUSAM, loader=LOADER, **BY_ITERATION),
 }
 
 
@@ -40,7 +57,6 @@ def write_config(path: Path, case: str) -> Path:
     """A config of :data:`CASES` as a file."""
     config = toy_config(
         path.parent / 'unused',
-        **CASES[case],
         train_cfg=dict(by_epoch=True, max_epochs=EPOCHS),
         custom_imports=dict(imports=['mm_sharp', 'tests.toys']),
         default_hooks=dict(
@@ -49,6 +65,10 @@ def write_config(path: Path, case: str) -> Path:
         ),
         log_level='INFO',
     )
+    config.update(copy.deepcopy(CASES[case]))
+    config['train_dataloader'].update(config.pop('loader', {}))
+    if not config['train_cfg']['by_epoch']:
+        config['train_dataloader']['sampler'] = dict(type='InfiniteSampler', shuffle=True)
     del config['work_dir'], config['experiment_name']
     Config(config).dump(str(path))
     return path
@@ -73,7 +93,7 @@ def kill_after(process: subprocess.Popen[str], lines: int) -> None:
     assert process.stdout is not None
     seen = 0
     for line in process.stdout:
-        seen += 'Epoch(train)' in line
+        seen += '(train)' in line
         if seen == lines:
             break
     # Somewhere within the next iterations, or the writing of a checkpoint.
@@ -84,7 +104,7 @@ def kill_after(process: subprocess.Popen[str], lines: int) -> None:
 
 
 def final_state(work_dir: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(work_dir / f'epoch_{EPOCHS}.pth', weights_only=True)
+    state: dict[str, Any] = torch.load((work_dir / 'last_checkpoint').read_text().strip(), weights_only=True)
     return state
 
 
@@ -95,16 +115,28 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path: Path, case: str) -> N
     killed = start(config, tmp_path / 'killed')
     # After the first checkpoint, and early enough that the run is still going when the signal arrives.
     kill_after(killed, random.SystemRandom().randint(ITERATIONS + 2, (EPOCHS - 2) * ITERATIONS))
-    saved = sorted(path.name for path in (tmp_path / 'killed').glob('epoch_*.pth'))
+    saved = {path.stem for path in (tmp_path / 'killed').glob('*.pth')}
     assert saved, 'killed before the first checkpoint'
-    assert f'epoch_{EPOCHS}.pth' not in saved
+    assert not saved & {f'epoch_{EPOCHS}', f'iter_{EPOCHS * ITERATIONS}'}
     output = finish(start(config, tmp_path / 'killed', '--resume'))
     assert 'resumed' in output
     finish(straight)
     left, right = final_state(tmp_path / 'straight'), final_state(tmp_path / 'killed')
     assert all(same_bits(left['state_dict'][key], right['state_dict'][key]) for key in left['state_dict'])
+    assert len(left['optimizer']['state']) == 6
     for index, state in left['optimizer']['state'].items():
         for name, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(right['optimizer']['state'][index][name]))
     assert left['optimizer'].get('loss_scaler') == right['optimizer'].get('loss_scaler')
-    assert torch.equal(*(s['optimizer']['mm_sharp']['random_state']['cpu'] for s in (left, right)))
+    assert left['meta']['iter'] == right['meta']['iter'] == EPOCHS * ITERATIONS
+    own = [s['optimizer']['mm_sharp'] for s in (left, right)]
+    assert own[0].get('steps') == own[1].get('steps')
+    assert_same_history(*(state.get('history', {}).get('data_sets', {}) for state in own))
+    if 'loader' not in CASES[case]:  # starting workers takes a number from torch's generator
+        assert torch.equal(*(state['random_state']['cpu'] for state in own))
+
+
+def assert_same_history(left: dict[str, dict[str, torch.Tensor]], right: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert all(torch.equal(left[name][column], right[name][column]) for column in left[name])

@@ -106,8 +106,8 @@ class ToyPair(BaseModel):
         super().__init__()
         self.left, self.right = make(seed=1), make(seed=2)
 
-    def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'loss') -> Any:
-        return self.left(inputs, targets, mode)
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        return self.left(inputs, targets, mode=mode)
 
     def train_step(self, data: dict[str, Tensor], optim_wrapper: OptimWrapperDict) -> dict[str, Tensor]:
         logged: dict[str, Tensor] = {}

@@ -15,9 +15,18 @@ from torch.utils.data import Dataset
 Batch = dict[str, Tensor]
 
 
+class SizeLoss(nn.Module):
+    """A small penalty on large outputs."""
+
+    def forward(self, output: Tensor) -> Tensor:
+        return 0.01 * output.abs().mean()
+
+
 @MODELS.register_module()
 class ToyNet(BaseModel):
     """A small convolutional regressor: convolution, BatchNorm, dropout, linear; mean squared error.
+
+    Its batches have ``sample_idx``, the samples' ids, which the forward takes and does not use.
 
     Args:
         norm: Whether there is a BatchNorm layer.
@@ -32,15 +41,16 @@ class ToyNet(BaseModel):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(6 * 4 * 4, 3)
         self.with_cp = with_cp
+        self.square_loss, self.size_loss = nn.MSELoss(), SizeLoss()
 
-    def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'loss') -> Any:
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         if self.with_cp and inputs.requires_grad is False:
             inputs = inputs.clone().requires_grad_()
         features = checkpoint(self.features, inputs, use_reentrant=True) if self.with_cp else self.features(inputs)
         output = self.head(self.dropout(features).flatten(1))
         if mode != 'loss':
             return output
-        return {'loss_square': (output - targets).square().mean(), 'loss_size': 0.01 * output.abs().mean()}
+        return {'loss_square': self.square_loss(output, targets), 'loss_size': self.size_loss(output)}
 
     def features(self, inputs: Tensor) -> Tensor:
         return torch.relu(self.norm(self.conv(inputs)))
@@ -55,11 +65,11 @@ class CountingNet(ToyNet):
         self.register_buffer('seen', torch.zeros((), dtype=torch.long))
         self.register_buffer('average', torch.zeros(3))
 
-    def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'loss') -> Any:
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         self.calls += 1
         self.seen += 1
         self.average = 0.9 * self.average + 0.1 * targets.mean(0)
-        return super().forward(inputs, targets, mode)
+        return super().forward(inputs, targets, sample_idx, mode)
 
 
 class NaNSecond(ToyNet):
@@ -69,8 +79,8 @@ class NaNSecond(ToyNet):
         super().__init__()
         self.factors, self.forwards = factors, []
 
-    def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'loss') -> Any:
-        losses = super().forward(inputs, targets, mode)
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        losses = super().forward(inputs, targets, sample_idx, mode)
         # A list, because the wrapper takes numbers back after the second pass.
         factor = self.factors.get(len(self.forwards), 1.0)
         self.forwards.append(factor)
@@ -87,6 +97,9 @@ class ToySamples(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def get_data_info(self, index: int) -> dict[str, int]:
+        return {'sample_idx': index}
 
     def __getitem__(self, index: int) -> Batch:
         return self.rows[index]
@@ -117,14 +130,15 @@ def toy_config(work_dir: Path, **changes: Any) -> dict[str, Any]:
 
 
 def batches(count: int, size: int = 8, seed: int = 0) -> list[Batch]:
-    """``count`` random batches of ``size`` samples."""
+    """``count`` random batches of ``size`` samples, whose ids go on from batch to batch."""
     generator = torch.Generator().manual_seed(seed)
     return [
         {
             'inputs': torch.randn(size, 2, 6, 6, generator=generator),
             'targets': torch.randn(size, 3, generator=generator),
+            'sample_idx': torch.arange(number * size, (number + 1) * size),
         }
-        for _ in range(count)
+        for number in range(count)
     ]
 
 

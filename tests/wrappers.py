@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from mm_sharp import SAMOptimWrapper
+from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, SAMOptimWrapper
 from mm_sharp.two_pass import TwoPassOptimWrapper
+from tests.toys import same_state
 
 WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'sam': (SAMOptimWrapper, {'rho': 0.05}),
     'asam': (SAMOptimWrapper, {'rho': 0.5, 'adaptive': True}),
     'sam-weights': (SAMOptimWrapper, {'rho': 0.05, 'perturb': 'weights'}),
+    'esam': (ESAMOptimWrapper, {'rho': 0.05}),
+    'esam-history': (ESAMOptimWrapper, {'rho': 0.05, 'selection': 'history', 'refresh': 2}),
+    'ausam': (AUSAMOptimWrapper, {'rho': 0.05}),
+    'ausam-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True, 'history_momentum': 0.8}),
+}
+# Options with which all samples go through both passes.
+WHOLE: dict[str, dict[str, Any]] = {
+    'esam': {'gamma': 1.0},
+    'esam-history': {'gamma': 1.0},
+    'ausam': {'sampling_ratio': 1.0},
+    'ausam-reweight': {'sampling_ratio': 1.0},
 }
 
 
@@ -22,7 +35,20 @@ def momentum_sgd(model: nn.Module, lr: float = 0.05) -> Optimizer:
     return SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
 
 
-def build(name: str, model: nn.Module, optimizer: Optimizer | None = None, **kwargs: Any) -> TwoPassOptimWrapper:
-    """The wrapper called ``name`` around ``model``, with ``kwargs`` on top of its own arguments."""
+def build(
+    name: str, model: nn.Module, optimizer: Optimizer | None = None, *, whole: bool = False, **kwargs: Any
+) -> TwoPassOptimWrapper:
+    """The wrapper called ``name`` around ``model``, with ``kwargs`` on top of its own arguments.
+
+    With ``whole`` no sample is left out, so that what it does can be compared with the base optimizer's step.
+    """
     kind, own = WRAPPERS[name]
-    return kind(optimizer or momentum_sgd(model), **{**own, **kwargs})
+    return kind(optimizer or momentum_sgd(model), **{**own, **(WHOLE.get(name, {}) if whole else {}), **kwargs})
+
+
+def same_weights(name: str, left: nn.Module, right: nn.Module, tolerance: float = 1e-4) -> bool:
+    """Whether all weights and buffers are equal: bit for bit, but for weighted means, which are sums of other order."""
+    if not name.endswith('reweight'):
+        return same_state(left, right)
+    pairs = zip(left.state_dict().values(), right.state_dict().values(), strict=True)
+    return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance / 100) for a, b in pairs)

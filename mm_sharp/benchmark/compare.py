@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
 from mm_sharp.benchmark.methods import StepLimit
 
 
-class Quartiles(NamedTuple):
+@dataclass(frozen=True)
+class Quartiles:
     """Lower quartile, median and upper quartile."""
 
     low: float
@@ -54,8 +54,8 @@ def compare(
 ) -> list[Row]:
     """One row a method; two for one that makes costlier steps at intervals: its other steps, and whole cycles.
 
-    A cycle's quartiles are means over its steps: ``refresh - 1`` times the quartile of its common steps and once that of
-    its costlier one. (A median of few whole cycles would take in every disturbance.)
+    A cycle's quartiles are means over its steps: ``refresh - 1`` times the common steps' quartile and once that of the
+    costlier ones. (A median of few whole cycles would take in every disturbance.)
 
     Args:
         times: Seconds of each round's step by method; as many for each method.
@@ -95,7 +95,8 @@ def quartiles(values: Sequence[float] | np.ndarray[tuple[int, ...], np.dtype[np.
 
 
 def _mean(cycle: int, common: Quartiles, costly: Quartiles) -> Quartiles:
-    return Quartiles(*(((cycle - 1) * a + b) / cycle for a, b in zip(common, costly, strict=True)))
+    pairs = zip(astuple(common), astuple(costly), strict=True)
+    return Quartiles(*(((cycle - 1) * a + b) / cycle for a, b in pairs))
 
 
 def _row(label: str, steps: int, seconds: Quartiles, ratio: Quartiles, limit: float, batch_size: int) -> Row:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mm_sharp.sample_table import IntArray
 NAME = 'benchmark'
 BATCH_SIZES = (32, 64, 256)
 _REPEATS = 200
-# The odd number nearest to 2**64 over the golden ratio: multiples of it, modulo 2**64, differ and lie all over the range.
+# Odd, and about 2**64 over the golden ratio: its multiples, modulo 2**64, differ and lie all over the range.
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -67,8 +68,8 @@ def measure_history(samples: int, ids: str, seed: int = 0) -> HistoryCost:
     for size in BATCH_SIZES:
         batches = [[(NAME, int(i)) for i in rng.choice(numbers, size)] for _ in range(_REPEATS)]
         differences = rng.exponential(size=size)
-        look_up[size] = quartiles([_seconds(lambda b=batch: history.scores(b)) for batch in batches])
-        update[size] = quartiles([_seconds(lambda b=batch, d=differences: history.update(b, d)) for batch in batches])
+        look_up[size] = quartiles([_seconds(partial(history.scores, batch)) for batch in batches])
+        update[size] = quartiles([_seconds(partial(history.update, batch, differences)) for batch in batches])
     file_bytes, save, load = _save_and_load(history, numbers[:1000])
     return HistoryCost(ids, samples, history.nbytes, build, look_up, update, file_bytes, save, load)
 
@@ -125,5 +126,4 @@ def history_table(costs: Sequence[HistoryCost]) -> str:
 
 
 def _microseconds(values: Quartiles) -> str:
-    low, median, high = (1e6 * value for value in values)
-    return f'{median:.0f} ({low:.0f} to {high:.0f})'
+    return f'{1e6 * values.median:.0f} ({1e6 * values.low:.0f} to {1e6 * values.high:.0f})'

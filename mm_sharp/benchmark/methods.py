@@ -24,6 +24,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 
 from mm_sharp.cli import UsageError
@@ -104,8 +105,8 @@ def _parse_method(name: str) -> Method:
 def wrapper_settings(cfg: Config, method: Method) -> dict[str, Any]:
     """The config of a method's optimizer wrapper.
 
-    The config's own arguments are kept as far as the method has them, so ``--cfg-options optim_wrapper.rho=0.1`` reaches
-    every method. Its precision holds for the base optimizer too.
+    The config's own arguments are kept as far as the method has them, so the ``rho`` of a config for SAM reaches every
+    sharpness-aware method. The config's precision holds for the base optimizer too.
 
     Args:
         cfg: The whole training config.
@@ -123,6 +124,11 @@ def wrapper_settings(cfg: Config, method: Method) -> dict[str, Any]:
     own = {key: value for key, value in {**given, **mixed}.items() if key in _arguments(kind)}
     settings = {'type': method.type, **own, **method.arguments}
     if kind is OptimWrapper and mixed:
+        if get_device() == 'cpu':
+            raise UsageError(
+                "MMEngine's mixed precision needs a GPU, so there is no base optimizer to compare with: "
+                '--cfg-options optim_wrapper.dtype=None'
+            )
         # bfloat16 needs no loss scaling, and our wrappers do none.
         scaling = mixed['loss_scale'] if mixed['dtype'] == 'float16' else {'enabled': False}
         settings.update(type='AmpOptimWrapper', dtype=mixed['dtype'], loss_scale=scaling)
@@ -171,9 +177,7 @@ def limit_of(kind: str, settings: Mapping[str, Any], batch_size: int) -> StepLim
         return StepLimit(1.0, 1.0)
     share = sample_count(settings['gamma'], batch_size) / batch_size
     units = 2 + settings['beta'] + 3 * share
-    if settings['selection'] == 'exact':
-        return StepLimit((units + 1) / 3, (units + 1) / 3)
-    refresh = settings['refresh']
-    # Where every step refreshes, that is what a step costs.
-    step = units if refresh > 1 else units + 1
-    return StepLimit(step / 3, (units + 1 / refresh) / 3, refresh)
+    # Where all samples are taken, nothing is selected; and a selection by history with refresh=1 is an exact one.
+    refresh = 1 if share == 1 or settings['selection'] == 'exact' else settings['refresh']
+    selection = 0 if share == 1 else 1
+    return StepLimit((units + (selection if refresh == 1 else 0)) / 3, (units + selection / refresh) / 3, refresh)

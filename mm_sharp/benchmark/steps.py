@@ -7,15 +7,19 @@ same batch, so that what slows one slows all. The order is rotated from round to
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from mm_sharp.cli import UsageError
+from mm_sharp.per_sample_loss import PerSampleLossError
+from mm_sharp.sample_keys import SampleIdError
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,18 @@ def measure_rounds(
         Seconds of the timed steps of each method, by name, in their order.
 
     Raises:
-        UsageError: A loss is not finite: a step that breaks off early would be timed.
+        UsageError: A method does not work with this model, or a loss is not finite, so that steps end early.
     """
     for number in range(warmup):
         for contestant in contestants:
-            log = contestant.step(batches[number % len(batches)])
-            _check_loss(contestant.name, log)
+            _check_step(contestant, batches[number % len(batches)])
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for number in range(rounds):
         batch = batches[(warmup + number) % len(batches)]
         first = number % len(contestants)
         with _no_collection():
             for contestant in (*contestants[first:], *contestants[:first]):
-                times[contestant.name].append(seconds_of(lambda c=contestant: c.step(batch), device))
+                times[contestant.name].append(seconds_of(partial(contestant.step, batch), device))
     return times
 
 
@@ -96,7 +99,12 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _check_loss(name: str, log: dict[str, Any]) -> None:
-    loss = float(log['loss']) if 'loss' in log else 0.0
-    if not abs(loss) < float('inf'):
-        raise UsageError(f'{name}: the loss at the initial weights is {loss}, so no whole step can be measured')
+def _check_step(contestant: Contestant, batch: Any) -> None:
+    """Make one step and see whether it can be measured."""
+    try:
+        log = contestant.step(batch)
+    except (PerSampleLossError, SampleIdError) as error:
+        raise UsageError(f'{error} (Or leave {contestant.name} out of --methods.)') from error
+    loss = float(torch.as_tensor(log.get('loss', 0.0)).detach())
+    if not math.isfinite(loss):
+        raise UsageError(f'{contestant.name}: the loss at the initial weights is {loss}: no whole step can be measured')

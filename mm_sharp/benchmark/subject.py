@@ -1,8 +1,8 @@
 """The model, the optimizer wrappers and the batches of a training config (ours).
 
-The model starts from random weights (nothing is downloaded), the same for every method. Learning rates are set to 0: the
-arithmetic of a step stays what it is, while no method trains away from the others, or out of the numbers' range on the
-few batches that it sees again and again.
+The model starts from random weights (nothing is downloaded), the same for every method. Learning rates are set to 0:
+the arithmetic of a step stays what it is, while no method trains away from the others, or out of the numbers' range on
+the few batches that it sees again and again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Subject:
             Seconds of the steps of each method, by name, in their order.
 
         Raises:
-            UsageError: A loss is not finite.
+            UsageError: A method does not work with this model, or a loss is not finite.
         """
         with prepared(self.scope):
             contestants = [self._contestant(name, own) for name, own in settings.items()]

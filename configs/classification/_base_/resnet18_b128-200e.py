@@ -1,4 +1,4 @@
-# ResNet-18 for 32x32 pictures, and a schedule of 200 epochs with batches of 128: all that the configs in this folder share.
+# ResNet-18 for 32x32 pictures, and a schedule of 200 epochs with batches of 128: what all configs in this folder share.
 #
 # Where the numbers are from: the ESAM paper's authors train ResNet-18 on CIFAR-10 and CIFAR-100 with SGD, momentum 0.9,
 # a learning rate of 0.05 that falls along a cosine to 0 once an epoch, weight decay 1e-3, and 200 epochs of batches of

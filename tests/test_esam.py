@@ -1,0 +1,143 @@
+"""ESAM equals a hand-written reference given the same random draws, bit for bit on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mm_sharp import ESAMOptimWrapper
+from mm_sharp.draws import Draw, generator_at
+from mm_sharp.perturbation import weight_mask
+from tests.references_esam import ReferenceESAM, ToyLoss
+from tests.toys import Batch, ToyNet, batches, make, same_bits, same_state
+from tests.wrappers import momentum_sgd
+
+
+class SizeSum(nn.Module):
+    """The penalty on large outputs as a sum over the batch."""
+
+    def forward(self, output: Tensor) -> Tensor:
+        return 0.01 * output.abs().sum()
+
+
+def toy(loss: ToyLoss = ToyLoss(), **kwargs: Any) -> ToyNet:
+    """A ``ToyNet`` with the loss modules that ``loss`` has by formula."""
+    model = make(**kwargs)
+    if loss.square_sum:
+        model.square_loss = nn.MSELoss(reduction='sum')
+    if loss.size_sum:
+        model.size_loss = SizeSum()
+    return model
+
+
+def pool_batches(count: int, size: int = 8, pool: int = 24) -> list[Batch]:
+    """``count`` batches of ``size`` distinct samples out of ``pool``, so that samples come again."""
+    (samples,) = batches(1, pool)
+    generator = torch.Generator().manual_seed(7)
+    rows = [torch.randperm(pool, generator=generator)[:size] for _ in range(count)]
+    return [{name: value[chosen] for name, value in samples.items()} for chosen in rows]
+
+
+def draws(wrapper: ESAMOptimWrapper, model: nn.Module, step: int, size: int) -> tuple[list[bool], list[int]]:
+    """What the wrapper draws in a step: which tensors are perturbed, and the order of samples with equal history."""
+    mask = weight_mask(len(list(model.parameters())), wrapper.beta, generator_at(wrapper.seed, Draw.MASK, step))
+    return mask, torch.randperm(size, generator=generator_at(wrapper.seed, Draw.TIES, 0, step)).tolist()
+
+
+def pair(
+    loss: ToyLoss = ToyLoss(), *, lr: float = 0.05, refresh: int | None = None, **kwargs: Any
+) -> tuple[ToyNet, ESAMOptimWrapper, ReferenceESAM]:
+    """A model with ESAM around it, and the reference around its twin; ``refresh`` makes it ``'history'``."""
+    ours, theirs = toy(loss), toy(loss)
+    selection = dict(selection='history', refresh=refresh) if refresh else dict(selection='exact')
+    wrapper = ESAMOptimWrapper(momentum_sgd(ours, lr), **selection, **kwargs)
+    return ours, wrapper, ReferenceESAM(theirs, momentum_sgd(theirs, lr), refresh=refresh, loss=loss, **kwargs)
+
+
+def train_both(ours: ToyNet, wrapper: ESAMOptimWrapper, reference: ReferenceESAM, data: list[Batch]) -> None:
+    """Train both, comparing weights, buffers, momenta and what the second pass ran on after every step."""
+    seen: list[list[int]] = []
+    handle = ours.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs['sample_idx'].tolist()), with_kwargs=True
+    )
+    for step, batch in enumerate(data):
+        ours.train_step(batch, wrapper)
+        reference.step(batch, *draws(wrapper, ours, step, len(batch['targets'])))
+        assert same_state(ours, reference.model)
+        assert seen[-1] == batch['sample_idx'][reference.rows[-1]].tolist()
+    handle.remove()
+    for left, right in zip(ours.parameters(), reference.model.parameters(), strict=True):
+        momenta = wrapper.optimizer.state[left], reference.optimizer.state[right]
+        assert same_bits(momenta[0]['momentum_buffer'], momenta[1]['momentum_buffer'])
+
+
+@pytest.mark.parametrize('refresh', [None, 10], ids=['exact', 'history'])
+@pytest.mark.parametrize('gamma', [0.3, 0.5, 1.0])
+@pytest.mark.parametrize('beta', [0.2, 0.6, 1.0])
+def test_fifty_steps_equal_the_reference_bit_for_bit(refresh: int | None, gamma: float, beta: float) -> None:
+    ours, wrapper, reference = pair(refresh=refresh, gamma=gamma, beta=beta)
+    train_both(ours, wrapper, reference, pool_batches(50))
+    assert ours.norm.num_batches_tracked.item() == wrapper.steps == 50
+    assert not same_state(ours, toy())
+
+
+@pytest.mark.parametrize('refresh', [None, 10], ids=['exact', 'history'])
+def test_with_asam_too(refresh: int | None) -> None:
+    train_both(*pair(refresh=refresh, adaptive=True, rho=0.5), pool_batches(50))
+
+
+@pytest.mark.parametrize('refresh', [None, 10], ids=['exact', 'history'])
+@pytest.mark.parametrize(
+    'loss', [ToyLoss(True, True), ToyLoss(True, False), ToyLoss(False, True)], ids=['sum', 'sum + mean', 'mean + sum']
+)
+def test_a_summed_loss_is_scaled_by_n_over_k(refresh: int | None, loss: ToyLoss) -> None:
+    train_both(*pair(loss, lr=0.002, refresh=refresh, gamma=0.3), pool_batches(50))
+
+
+def test_the_history_equals_the_references() -> None:
+    ours, wrapper, reference = pair(refresh=10)
+    train_both(ours, wrapper, reference, pool_batches(50))
+    wrapper.visits.flush()
+    ids = sorted(reference.history)
+    assert sum(visits for _, visits in reference.history.values()) == 5 * 8
+    assert max(visits for _, visits in reference.history.values()) > 1
+    assert len(wrapper.history) == len(ids)
+    scores = wrapper.history.scores([('', i) for i in ids])
+    assert scores == pytest.approx([reference.history[i][0] for i in ids], rel=1e-6)
+    # The comparison above covered samples with and without a history, and selections that the increase would not make.
+    kinds = {0 < sum(score is None for score in scores) < 8 for scores in reference.scores}
+    assert kinds == {True, False}
+
+
+def test_both_selections_and_every_option_differ() -> None:
+    """The comparisons above could not fail if an option had no effect."""
+    ends = []
+    for options in ({}, {'refresh': 10}, {'refresh': 1}, {'gamma': 0.3}, {'beta': 0.9}, {'adaptive': True}):
+        ours, wrapper, _ = pair(**options)
+        for batch in pool_batches(12):
+            ours.train_step(batch, wrapper)
+        ends.append(ours)
+    exact, history, measured_always, *others = ends
+    # Measured in every step, the history decides nothing.
+    assert same_state(exact, measured_always)
+    assert not any(same_state(exact, other) for other in (history, *others))
+
+
+@pytest.mark.parametrize('refresh', [None, 2], ids=['exact', 'history'])
+def test_accumulation_draws_and_selects_anew_for_every_micro_batch(refresh: int | None) -> None:
+    ours, single, reference = pair(refresh=refresh)
+    wrapper = ESAMOptimWrapper(
+        momentum_sgd(ours), accumulative_counts=3, selection=single.selection, refresh=single.refresh
+    )
+    data = pool_batches(3)
+    for batch in data:
+        ours.train_step(batch, wrapper)
+    final = [reference.gradients(batch, *draws(wrapper, ours, step, 8)) for step, batch in enumerate(data)]
+    for parameter, *parts in zip(reference.model.parameters(), *final, strict=True):
+        parameter.grad = sum(parts) / 3
+    reference.optimizer.step()
+    for left, right in zip(ours.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
