@@ -40,7 +40,7 @@ def run(function: Callable[..., Any], processes: int, *args: Any) -> list[Any]:
 def _worker(
     rank: int, function: Callable[..., Any], processes: int, port: int, folder: str, args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS='1')
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), LOCAL_RANK=str(rank), OMP_NUM_THREADS='1')
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=processes)
     try:

@@ -183,9 +183,9 @@ class ReferenceAUSAM:
         for number, difference in zip(ids, differences, strict=True):
             average, visits = self.history.get(number, (0.0, 0))
             if self.history_momentum is None:
-                average = (visits * average + abs(difference)) / (visits + 1)
-            else:  # m * v + (1 - m) * x from 0 on, divided by the weight 1 - m**n that all n visits have together
-                m = self.history_momentum
-                past = m * average * (1 - m**visits)
-                average = (past + (1 - m) * abs(difference)) / (1 - m ** (visits + 1))
+                past, new = float(visits), 1.0
+            else:  # m * v + (1 - m) * x from 0 on, divided by the weight 1 - m**n that n visits have together
+                past, new = self.history_momentum * (1 - self.history_momentum**visits), 1 - self.history_momentum
+            # In this order of operations, so that it rounds to the same float32.
+            average = past / (past + new) * average + new / (past + new) * abs(difference)
             self.history[number] = (rounded(average), visits + 1)

@@ -57,7 +57,7 @@ def test_there_is_an_example() -> None:
 def test_config_examples_load_and_use_a_wrapper_of_ours(block: str, tmp_path: Path) -> None:
     (tmp_path / 'example.py').write_text(block)
     config = Config.fromfile(tmp_path / 'example.py')
-    assert config.optim_wrapper.type == 'SAMOptimWrapper'
+    assert config.optim_wrapper.type in ('SAMOptimWrapper', 'ESAMOptimWrapper', 'AUSAMOptimWrapper')
     assert 'mm_sharp' in config.custom_imports.imports
     assert config.optim_wrapper.optimizer.type, "the recipe's optimizer is gone"
 

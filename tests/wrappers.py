@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
 from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, SAMOptimWrapper
+from mm_sharp.batch_draw import BatchDraw
+from mm_sharp.sample_history import Keys
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from tests.toys import same_state
 
@@ -20,6 +23,8 @@ WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'esam-history': (ESAMOptimWrapper, {'rho': 0.05, 'selection': 'history', 'refresh': 2}),
     'ausam': (AUSAMOptimWrapper, {'rho': 0.05}),
     'ausam-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True, 'history_momentum': 0.8}),
+    'ausam-loader': (AUSAMOptimWrapper, {'rho': 0.05}),
+    'ausam-loader-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True}),
 }
 # Options with which all samples go through both passes.
 WHOLE: dict[str, dict[str, Any]] = {
@@ -27,7 +32,24 @@ WHOLE: dict[str, dict[str, Any]] = {
     'esam-history': {'gamma': 1.0},
     'ausam': {'sampling_ratio': 1.0},
     'ausam-reweight': {'sampling_ratio': 1.0},
+    'ausam-loader': {'sampling_ratio': 1.0},
+    'ausam-loader-reweight': {'sampling_ratio': 1.0},
 }
+
+
+class DrawnInLoader:
+    """Stands in for an ``AUSAMSampler``: every batch that arrives was drawn from one of its size over the ratio."""
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+
+    def take(self, keys: Keys) -> BatchDraw:
+        total = round(len(keys) / self.ratio)
+        share = np.linspace(0.9, 1.1, total) if total > len(keys) else np.ones(total)
+        return BatchDraw(np.arange(len(keys)), share * len(keys) / total, np.full(total, np.nan))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {'version': 1, 'draws': []}
 
 
 def momentum_sgd(model: nn.Module, lr: float = 0.05) -> Optimizer:
@@ -43,7 +65,12 @@ def build(
     With ``whole`` no sample is left out, so that what it does can be compared with the base optimizer's step.
     """
     kind, own = WRAPPERS[name]
-    return kind(optimizer or momentum_sgd(model), **{**own, **(WHOLE.get(name, {}) if whole else {}), **kwargs})
+    options = {**own, **(WHOLE.get(name, {}) if whole else {}), **kwargs}
+    wrapper = kind(optimizer or momentum_sgd(model), **options)
+    if 'loader' in name:
+        assert isinstance(wrapper, AUSAMOptimWrapper)
+        wrapper.sampler = DrawnInLoader(options.get('sampling_ratio', 0.6))  # type: ignore[assignment]
+    return wrapper
 
 
 def same_weights(name: str, left: nn.Module, right: nn.Module, tolerance: float = 1e-4) -> bool:

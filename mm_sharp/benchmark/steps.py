@@ -58,10 +58,11 @@ def measure_rounds(
         for contestant in contestants:
             _check_step(contestant, batches[number % len(batches)])
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    for number in range(rounds):
-        batch = batches[(warmup + number) % len(batches)]
-        first = number % len(contestants)
-        with _no_collection():
+    with _collection_between_rounds() as collect:
+        for number in range(rounds):
+            batch = batches[(warmup + number) % len(batches)]
+            first = number % len(contestants)
+            collect()
             for contestant in (*contestants[first:], *contestants[:first]):
                 times[contestant.name].append(seconds_of(partial(contestant.step, batch), device))
     return times
@@ -87,14 +88,16 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python's garbage collector, which runs when it likes, out of the times."""
-    gc.collect()
+def _collection_between_rounds() -> Iterator[Callable[[], object]]:
+    """Keep Python's garbage collector, which runs when it likes, out of the times; gives the function that runs it."""
     enabled = gc.isenabled()
     gc.disable()
+    # What is there already stays: a collection need not look at it.
+    gc.freeze()
     try:
-        yield
+        yield gc.collect
     finally:
+        gc.unfreeze()
         if enabled:
             gc.enable()
 

@@ -1,0 +1,344 @@
+"""ESAM where there is little to choose from, where a loss is odd, and where an argument or a model is refused."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim import SGD
+
+import mm_sharp.esam
+from mm_sharp import ESAMOptimWrapper
+from mm_sharp.per_sample_loss import PerSampleLossError
+from mm_sharp.perturbation import weight_mask
+from mm_sharp.sample_keys import SampleIdError
+from tests.test_esam import pair, pool_batches, train_both
+from tests.toys import Batch, ToyNet, batches, make, same_bits, same_state
+from tests.wrappers import momentum_sgd
+
+both = pytest.mark.parametrize('refresh', [None, 3], ids=['exact', 'history'])
+
+
+class Rows:
+    """The ids of the samples that each forward pass with gradients ran on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ids: list[list[int]] = []
+        model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            self.ids.append(kwargs['sample_idx'].tolist())
+
+
+class LineNet(BaseModel):
+    """Returns losses of shape (N,), w * x_i, so that the increases are e * x_i; or, of a kind, -log(1 - w * x_i)."""
+
+    def __init__(self, log: bool = False) -> None:
+        super().__init__()
+        self.weight, self.log = nn.Parameter(torch.zeros(())), log
+
+    def forward(self, inputs: Tensor, sample_idx: Any = None, mode: str = 'loss') -> dict[str, Tensor]:
+        products = self.weight * inputs
+        return {'loss': -torch.log(1 - products) if self.log else products}
+
+
+def line(values: list[float], first_id: int = 0) -> Batch:
+    return {'inputs': torch.tensor(values), 'sample_idx': torch.arange(first_id, first_id + len(values))}
+
+
+# ------------------------------------------------------------------ little to choose from
+@both
+@pytest.mark.parametrize(
+    ('size', 'options'),
+    [(1, {}), (1, {'gamma': 0.01}), (2, {}), (8, {'gamma': 1e-9}), (8, {'gamma': 0.01}), (8, {'beta': 0.02})],
+    ids=str,
+)
+def test_one_sample_or_one_tensor_is_left(refresh: int | None, size: int, options: dict[str, float]) -> None:
+    ours, wrapper, reference = pair(lr=0.01, refresh=refresh, **options)
+    train_both(ours, wrapper, reference, pool_batches(12, size, pool=12))
+    assert all(p.isfinite().all() for p in ours.parameters())
+    assert {len(rows) for rows in reference.rows} == {math.ceil(options.get('gamma', 0.5) * size)}
+
+
+@both
+def test_a_last_batch_that_is_smaller(refresh: int | None) -> None:
+    train_both(*pair(refresh=refresh), [*pool_batches(4), *pool_batches(1, 3), *pool_batches(2, 1), *pool_batches(2)])
+
+
+class Unused(ToyNet):
+    """Has a parameter that its loss does not depend on, first of all."""
+
+    def __init__(self, with_cp: bool = False) -> None:
+        super().__init__(with_cp=with_cp)
+        self.unused = nn.Parameter(torch.ones(3))
+
+
+@both
+@pytest.mark.parametrize('with_cp', [False, True], ids=['plain', 'checkpointed'])
+def test_a_mask_of_a_tensor_that_the_loss_does_not_depend_on(
+    refresh: int | None, with_cp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mm_sharp.esam, 'weight_mask', lambda count, beta, generator: [True] + [False] * (count - 1))
+    model, twin = make(Unused, with_cp=with_cp), make(Unused)
+    assert next(model.parameters()) is model.unused
+    selection = dict(selection='history', refresh=refresh) if refresh else {}
+    wrapper = ESAMOptimWrapper(momentum_sgd(model), **selection)
+    rows, optimizer = Rows(model), momentum_sgd(twin)
+    for batch in batches(4):
+        model.train_step(batch, wrapper)
+        assert wrapper.last_step.grad_norm.item() == 0.0
+        assert all(p.requires_grad for p in model.parameters())
+        twin.parse_losses(twin(**batch))
+        buffers = [buffer.clone() for buffer in twin.buffers()]
+        chosen = torch.tensor(rows.ids[-1]) - batch['sample_idx'][0]
+        assert len(chosen) == 4
+        part = {name: value[chosen] for name, value in batch.items()}
+        twin.parse_losses(twin(**part))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, kept in zip(twin.buffers(), buffers, strict=True):
+                buffer.copy_(kept)
+        assert same_state(model, twin)
+    # Without a perturbation there is no difference to remember.
+    wrapper.visits.flush()
+    assert len(wrapper.history) == 0
+
+
+# ------------------------------------------------------------------ selection
+def test_the_samples_with_the_largest_increase_are_kept() -> None:
+    """By brute force: every sample's loss by itself, at the weights that each pass saw."""
+    model = make()
+    twin, rows = deepcopy(model), Rows(model)
+    weights: list[dict[str, Tensor]] = []
+    model.register_forward_pre_hook(lambda module, _: weights.append(deepcopy(module.state_dict())))
+    wrapper = ESAMOptimWrapper(momentum_sgd(model), gamma=0.3)
+
+    def losses(state: dict[str, Tensor], batch: Batch) -> list[float]:
+        twin.load_state_dict(state)
+        outputs = twin(**batch, mode='tensor').detach()
+        pairs = [(outputs[i : i + 1], batch['targets'][i : i + 1]) for i in range(len(outputs))]
+        return [(twin.square_loss(output, target) + twin.size_loss(output)).item() for output, target in pairs]
+
+    for step, batch in enumerate(batches(10)):
+        model.train_step(batch, wrapper)
+        before, after = (losses(state, batch) for state in weights[3 * step : 3 * step + 2])
+        order = sorted(range(8), key=lambda i: before[i] - after[i])  # noqa: B023 (used up at once)
+        assert rows.ids[-1] == batch['sample_idx'][sorted(order[:3])].tolist()
+        assert wrapper.last_step.perturbed_loss.item() == pytest.approx(sum(after) / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('gamma', 'kept'), [(0.25, [1, 2]), (0.5, [1, 2, 4, 6]), (0.625, [1, 2, 3, 4, 6]), (0.75, [0, 1, 2, 3, 4, 6])]
+)
+def test_of_equal_increases_the_first_are_kept_and_none_is_lost(gamma: float, kept: list[int]) -> None:
+    """On a model that returns losses of shape (N,): no loss module, no hook."""
+    model = LineNet()
+    rows = Rows(model)
+    wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=1.0), beta=1.0, gamma=gamma)
+    values = [1.0, 3, 3, 2, 3, 1, 3, 0]
+    model.train_step(line(values), wrapper)
+    assert rows.ids == [list(range(8)), kept]
+    assert model.weight.item() == pytest.approx(-sum(values[i] for i in kept) / len(kept))
+
+
+@both
+def test_all_samples_equal(refresh: int | None) -> None:
+    model = LineNet()
+    rows = Rows(model)
+    selection = dict(selection='history', refresh=refresh) if refresh else {}
+    wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.1), beta=1.0, **selection)
+    for _ in range(4):
+        model.train_step(line([2.0] * 8), wrapper)
+        assert wrapper.last_step.figures()['sampling_entropy'] == pytest.approx(1.0)
+    assert rows.ids[1] == [0, 1, 2, 3]
+    assert all(len(set(ids)) == 4 for ids in rows.ids[1::2])
+    # Equal histories are taken at random, equal increases in order.
+    assert (rows.ids[3] == rows.ids[5] == rows.ids[1]) == (refresh is None)
+
+
+@both
+def test_a_loss_that_is_nan_after_the_climb_is_not_selected(refresh: int | None) -> None:
+    model = LineNet(log=True)
+    rows = Rows(model)
+    selection = dict(selection='history', refresh=refresh) if refresh else {}
+    wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.01), beta=1.0, gamma=0.9, **selection)
+    batch = line([1.0, 2, 100, 3, 0, 1, 5, 2])  # 1 - 0.05 * 100 has no logarithm
+    model.train_step({**batch, 'inputs': torch.cat([batch['inputs'], torch.tensor([])])}, wrapper)
+    assert rows.ids[1] == list(range(8))
+    model = LineNet(log=True)
+    rows = Rows(model)
+    wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.01), beta=1.0, gamma=0.8, **selection)
+    model.train_step(batch, wrapper)
+    assert rows.ids[1] == [0, 1, 3, 4, 5, 6, 7]
+    assert model.weight.isfinite()
+    wrapper.visits.flush()
+    assert len(wrapper.history) == (7 if refresh else 0)
+    assert math.isfinite(wrapper.last_step.figures()['mean_difference'])
+
+
+@both
+def test_a_loss_that_is_nan_before_the_climb(refresh: int | None) -> None:
+    """The gradient is then not finite: no perturbation, no differences, and the first K samples train."""
+    model = make()
+    rows, start = Rows(model), make()
+    selection = dict(selection='history', refresh=refresh) if refresh else {}
+    wrapper = ESAMOptimWrapper(momentum_sgd(model), **selection)
+    (batch,) = batches(1)
+    batch['targets'][6] = math.nan
+    model.train_step(batch, wrapper)
+    assert rows.ids[1] == [0, 1, 2, 3]
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not same_bits(model.head.weight, start.head.weight)
+    wrapper.visits.flush()
+    assert len(wrapper.history) == 0
+    assert wrapper.last_step.figures() == {}
+
+
+# ------------------------------------------------------------------ weight_mask
+@pytest.mark.parametrize(('count', 'beta'), [(1, 0.3), (3, 0.1), (6, 0.6), (20, 0.6), (40, 0.01)])
+def test_each_tensor_is_taken_with_probability_beta_and_one_at_least(count: int, beta: float) -> None:
+    generator, draws = torch.Generator().manual_seed(0), 20_000
+    taken = torch.tensor([weight_mask(count, beta, generator) for _ in range(draws)], dtype=torch.float64)
+    assert taken.sum(1).min() >= 1
+    # With no tensor drawn, which happens once in so many, each is as likely as the others.
+    expected = beta + (1 - beta) ** count / count
+    error = (expected * (1 - expected) / draws) ** 0.5
+    assert ((taken.mean(0) - expected).abs() <= 4 * error).all()
+    if count > 1:
+        together = (taken[:, 0] * taken[:, 1]).mean().item()
+        assert abs(together - beta**2) <= 4 * (beta**2 * (1 - beta**2) / draws) ** 0.5, 'not independent'
+
+
+@given(st.integers(1, 50), st.floats(0, 1, exclude_min=True), st.integers(0, 2**60))
+def test_the_same_generator_draws_the_same_mask(count: int, beta: float, seed: int) -> None:
+    first, second = (torch.Generator().manual_seed(seed) for _ in range(2))
+    mask = weight_mask(count, beta, first)
+    assert mask == weight_mask(count, beta, second)
+    # What comes after does not depend on the outcome either.
+    assert torch.equal(first.get_state(), second.get_state())
+    other = torch.Generator().manual_seed(seed)
+    assert weight_mask(count, 1.0, other) == [True] * count
+    assert torch.equal(first.get_state(), other.get_state())
+    assert len(mask) == count
+    assert any(mask)
+    assert all(type(taken) is bool for taken in mask)
+
+
+# ------------------------------------------------------------------ arguments
+BAD: list[tuple[str, Any, str]] = [
+    *(('beta', value, '0.6') for value in (0, -0.1, 1.1, math.nan, '0.5', None, True)),
+    *(('gamma', value, '0.5') for value in (0, -0.1, 1.1, math.nan, '0.5', None, True)),
+    *(('selection', value, "'exact'") for value in ('Exact', None, 'random')),
+    *(('refresh', value, '10') for value in (0, -1, 2.5, True, '10')),
+]
+
+
+@pytest.mark.parametrize(('argument', 'value', 'example'), BAD, ids=[f'{n}={v!r}' for n, v, _ in BAD])
+def test_a_bad_value_is_refused(argument: str, value: Any, example: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        ESAMOptimWrapper(momentum_sgd(make()), **{argument: value})
+    message = str(caught.value)
+    assert message.startswith(f'ESAMOptimWrapper: {argument}={value!r} is not allowed')
+    assert f"optim_wrapper = dict(type='ESAMOptimWrapper', {argument}={example}, ...)" in message
+
+
+@given(st.floats(0, 1, exclude_min=True), st.floats(0, 1, exclude_min=True), st.integers(1))
+def test_every_value_in_range_is_accepted(beta: float, gamma: float, refresh: int) -> None:
+    wrapper = ESAMOptimWrapper(momentum_sgd(make()), beta=beta, gamma=gamma, refresh=refresh, selection='history')
+    assert (wrapper.beta, wrapper.gamma, wrapper.refresh, wrapper.selection) == (beta, gamma, refresh, 'history')
+
+
+# ------------------------------------------------------------------ models and batches that are refused
+class Functional(ToyNet):
+    """Computes its loss by a function, which no hook can see."""
+
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        return {'loss': F.mse_loss(super().forward(inputs, targets, sample_idx, 'tensor'), targets)}
+
+
+@both
+def test_a_loss_without_a_form_for_samples_is_refused_at_the_first_step(refresh: int | None) -> None:
+    model, start = make(Functional), make(Functional)
+    selection = dict(selection='history', refresh=refresh) if refresh else {}
+    wrapper = ESAMOptimWrapper(momentum_sgd(model), **selection)
+    with pytest.raises(PerSampleLossError, match=r"Functional(.|\n)*dict\(type='SAMOptimWrapper'"):
+        model.train_step(batches(1)[0], wrapper)
+    assert same_state(model, start)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert wrapper.inner_count == wrapper.steps == 0
+
+
+def test_samples_without_an_id() -> None:
+    model, start = make(), make()
+    (batch,) = batches(1)
+    del batch['sample_idx']
+    with pytest.raises(SampleIdError, match=r"ESAMOptimWrapper(.|\n)*type='IndexedDataset'"):
+        model.train_step(batch, ESAMOptimWrapper(momentum_sgd(model), selection='history'))
+    assert same_state(model, start)
+    assert all(p.requires_grad for p in model.parameters())
+    # The exact selection needs none.
+    wrapper = ESAMOptimWrapper(momentum_sgd(model))
+    model.train_step(batch, wrapper)
+    assert not same_state(model, start)
+    assert len(wrapper.history) == 0
+
+
+# ------------------------------------------------------------------ figures for the log
+VALUES = [1.0, 3, -1, 2, 4, 1, 3, 0]  # the increases are 0.05 of these; the middle between -1 and 4 is 1.5
+
+
+def entropy(sizes: list[float]) -> float:
+    shares = [size / sum(sizes) for size in sizes if size]
+    return -sum(share * math.log(share) for share in shares) / math.log(len(sizes))
+
+
+def test_figures_of_the_exact_selection() -> None:
+    model = LineNet()
+    wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.0), rho=0.05, beta=1.0)
+    model.train_step(line(VALUES), wrapper)
+    assert wrapper.last_step.figures() == {
+        'mean_difference': pytest.approx(0.05 * 13 / 8),
+        'sampling_entropy': pytest.approx(entropy([1, 3, 1, 2, 4, 1, 3, 0])),
+        'large_scores': 4 / 8,
+    }
+    assert wrapper.last_step.perturbed_loss.item() == pytest.approx(0.05 * 13 / 8)  # of the whole batch
+    assert wrapper.log_scalars() == {}
+
+
+def test_figures_of_the_history() -> None:
+    """Of averages, which are absolute, and of the samples that have one."""
+    model = LineNet()
+    wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.0), rho=0.05, beta=1.0, gamma=0.3, selection='history')
+    wrapper.dataset_size = 16
+    model.train_step(line(VALUES), wrapper)
+    assert wrapper.last_step.figures()['mean_difference'] == pytest.approx(0.05 * 13 / 8)
+    model.train_step(line(VALUES, first_id=3), wrapper)  # 2, 4, 1, 3 and 0 were measured of the first five
+    assert wrapper.last_step.figures() == {
+        'mean_difference': pytest.approx(0.05 * 10 / 5),
+        'sampling_entropy': pytest.approx(entropy([2, 4, 1, 3, 0])),
+        'large_scores': 2 / 5,
+    }
+    assert wrapper.last_step.perturbed_loss.item() != pytest.approx(0.05 * 13 / 8)  # of the selected samples
+    assert wrapper.log_scalars() == {'share_seen': 0.5}
+    model.train_step(line(VALUES, first_id=100), wrapper)  # none was measured
+    assert wrapper.last_step.figures() == {}
+
+
+@pytest.mark.parametrize('batch', [line(VALUES), line([1.0])], ids=['gamma = 1', 'one sample'])
+def test_without_a_selection_there_are_no_figures(batch: Batch) -> None:
+    model = LineNet()
+    gamma = 1.0 if len(batch['inputs']) > 1 else 0.5
+    wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.0), beta=1.0, gamma=gamma)
+    model.train_step(batch, wrapper)
+    assert wrapper.last_step.figures is None
+    assert wrapper.last_step.perturbed_loss.item() == pytest.approx(0.05 * batch['inputs'].mean().item())
