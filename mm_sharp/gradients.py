@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from mmengine.dist import all_reduce_params
 from torch import Tensor, nn
 
 
@@ -34,17 +32,3 @@ class GradientsAside:
         """Put the gradients back as they were before the step."""
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-
-
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the gradients of ``parameters`` by their averages over all ranks, in one all-reduce a dtype.
-
-    Args:
-        parameters: The same on all ranks; a missing gradient counts as zero.
-    """
-    gradients: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    all_reduce_params(gradients, coalesce=True, op='mean')

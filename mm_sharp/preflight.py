@@ -21,7 +21,11 @@ from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
+from mm_sharp.ausam import AUSAMOptimWrapper
+from mm_sharp.ausam_sampler import AUSAMSampler
 from mm_sharp.cli import UsageError
+from mm_sharp.esam import ESAMOptimWrapper
+from mm_sharp.sam import SAMOptimWrapper
 from mm_sharp.two_pass import TwoPassOptimWrapper
 
 
@@ -83,6 +87,30 @@ def check_wrappers(cfg: Config) -> None:
         raise UsageError(
             'the config inherits a fragment of mm_sharp, but trains without it: '
             'add the line `optim_wrapper = _base_.sharp_optim_wrapper`'
+        )
+
+
+def check_sampler(cfg: Config) -> None:
+    """Check that an ``AUSAMSampler`` in the training data loader has what it needs.
+
+    Raises:
+        UsageError: There is no AUSAMOptimWrapper to draw for, or ``drop_last`` stands where torch refuses it.
+    """
+    loader = cfg.get('train_dataloader') or {}
+    batch_sampler = loader.get('batch_sampler') or {}
+    if batch_sampler.get('type') not in ('AUSAMSampler', AUSAMSampler):
+        return
+    classes = [wrapper_class(cfg, key, wrapper) for key, wrapper in wrapper_configs(cfg).items()]
+    if sum(issubclass(cls, AUSAMOptimWrapper) for cls in classes) != 1:
+        found = ', '.join(cls.__name__ for cls in classes)
+        raise UsageError(
+            'train_dataloader.batch_sampler: AUSAMSampler draws for one AUSAMOptimWrapper, and the config has '
+            f"{found}: write optim_wrapper = dict(type='AUSAMOptimWrapper', …), or take batch_sampler out"
+        )
+    if loader.get('drop_last'):
+        raise UsageError(
+            'train_dataloader.drop_last=True does not go with a batch_sampler, which has its own: write '
+            "train_dataloader = dict(drop_last=False, batch_sampler=dict(type='AUSAMSampler', drop_last=True))"
         )
 
 
@@ -171,8 +199,12 @@ def _is_complete(file: Path) -> bool:
 def _theirs_hint(cls: type[OptimWrapper], arguments: dict[str, Any]) -> str:
     """Advice for arguments of our wrappers that were given to another: a recipe's own ``type`` was left standing."""
     theirs = {name for base in cls.__mro__[:-1] for name in signature(base).parameters}
-    ours = [name for name in arguments if name in signature(TwoPassOptimWrapper).parameters and name not in theirs]
-    return f"; {', '.join(ours)}: meant for type='SAMOptimWrapper'?" if ours else ''
+    left = [name for name in arguments if name not in theirs]
+    for ours, kind in ((TwoPassOptimWrapper, SAMOptimWrapper), (ESAMOptimWrapper,) * 2, (AUSAMOptimWrapper,) * 2):
+        meant = [name for name in left if name in signature(ours).parameters]
+        if meant and {*meant} >= {*left} - {*signature(TwoPassOptimWrapper).parameters}:
+            return f"; {', '.join(meant)}: meant for type='{kind.__name__}'?"
+    return ''
 
 
 def _weight() -> torch.nn.Parameter:

@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mm_sharp.grad_switch import GradSwitch
-from mm_sharp.gradients import GradientsAside, average_gradients
+from mm_sharp.gradients import GradientsAside
 from mm_sharp.module_state import ModuleStateBackup
 from mm_sharp.parameters import ParameterSelector
 from mm_sharp.perturbation import TensorBackup, climb
 from mm_sharp.precision import Precision
 from mm_sharp.random_state import RandomState
+from mm_sharp.ranks import average_gradients
 from mm_sharp.replay import CallRecorder, ModelCall, loss_of, unwrap
 from mm_sharp.sample_keys import without_keys
 from mm_sharp.step_record import StepRecord, StepTimer

@@ -163,9 +163,7 @@ class ReferenceAUSAM:
                 tensor.copy_(copy)
         return final, (after - before).tolist()
 
-    def _losses(
-        self, inputs: Tensor, targets: Tensor, weights: list[float] | None, size: int
-    ) -> tuple[Tensor, Tensor]:
+    def _losses(self, inputs: Tensor, targets: Tensor, weights: list[float] | None, size: int) -> tuple[Tensor, Tensor]:
         """l_i of each sample, (K,), and the loss to differentiate."""
         losses = self.formula(self.model(inputs, targets, mode='tensor'), targets)
         values = torch.stack([term.values.detach() for term in losses]).sum(0)

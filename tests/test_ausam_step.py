@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,5 +86,100 @@ def history_of(wrapper: AUSAMOptimWrapper) -> dict[int, tuple[float, int]]:
     return {number: (average, visits) for number, average, visits in columns}
 
 
-def assert_same_history(wrapper: AUSAMOptimWrapper, reference: ReferenceAUSAM) -> None:
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    'plain': ('mean', {}),
+    'reweight': ('mean', {'reweight': True}),
+    'momentum': ('mean', {'history_momentum': 0.8, 's_min': 0.1, 's_max': 2.0}),
+    'adaptive': ('mean', {'adaptive': True, 'rho': 0.5}),
+    'sum': ('sum', {}),
+    'sum, reweight': ('sum', {'reweight': True}),
+    'sum and mean': ('sum and mean', {'history_momentum': 0.8}),
+    'sum and mean, reweight': ('sum and mean', {'reweight': True, 'adaptive': True, 'rho': 0.5}),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_fifty_steps_equal_the_reference_bit_for_bit(case: str) -> None:
+    net, options = CASES[case]
+    ours, theirs, wrapper, reference = train_both(net, **options)
+    assert same_state(ours, theirs)
+    assert not same_state(ours, make(NETS[net][0]))
+    assert ours.norm.num_batches_tracked.item() == 50
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    for own, their in pairs:
+        momentum = reference.optimizer.state[their]['momentum_buffer']
+        assert same_bits(wrapper.optimizer.state[own]['momentum_buffer'], momentum)
     assert history_of(wrapper) == reference.history
+    assert sum(visits for _, visits in reference.history.values()) == 50 * 5
+
+
+@pytest.mark.parametrize('net', NETS)
+@pytest.mark.parametrize('reweight', [False, True])
+def test_one_sample_of_each_batch(net: str, reweight: bool) -> None:
+    """Of one sample alone, sum and mean are the same, and still the sum is scaled by N."""
+    ours, theirs, wrapper, reference = train_both(net, steps=12, sampling_ratio=0.05, reweight=reweight)
+    assert same_state(ours, theirs)
+    assert history_of(wrapper) == reference.history
+
+
+def test_sums_of_batches_of_changing_size() -> None:
+    """N / K is that of each batch: ceil(0.6 * 3) of 3, and 1 of the last, which has one sample."""
+    ours, theirs = make(SumNet), make(SumNet)
+    wrapper = AUSAMOptimWrapper(momentum_sgd(ours, 0.002))
+    reference = ReferenceAUSAM(theirs, momentum_sgd(theirs, 0.002), NETS['sum and mean'][1])
+    (whole,) = batches(1, 20)
+    for size, expected in ((8, 5), (3, 2), (5, 3), (1, 1), (8, 5), (3, 2)):
+        batch = {name: value[:size] for name, value in whole.items()}
+        ours.train_step(batch, wrapper)
+        rows = wrapper._draw.chosen.tolist()
+        assert len(rows) == expected
+        assert wrapper._draw.pi == pytest.approx(reference.step(batch, rows), rel=1e-12, abs=0)
+    assert same_state(ours, theirs)
+    assert history_of(wrapper) == reference.history
+
+
+def test_every_option_changes_the_steps() -> None:
+    """The comparisons above could not fail if an option had no effect."""
+    results = [train_both('mean', steps=15, **options) for net, options in CASES.values() if net == 'mean']
+    for number, (ours, _, wrapper, _) in enumerate(results):
+        for other, _, second, _ in results[:number]:
+            assert not same_state(ours, other)
+            assert history_of(wrapper) != history_of(second)
+
+
+def test_draws_differ_from_step_to_step_and_follow_the_history() -> None:
+    model = make()
+    wrapper = AUSAMOptimWrapper(momentum_sgd(model))
+    draws = []
+    for batch in [*batches(1) * 12]:
+        model.train_step(batch, wrapper)
+        draws.append(wrapper._draw)
+    assert len({tuple(draw.chosen) for draw in draws}) > 4
+    assert np.isnan(draws[0].scores).all()
+    assert draws[0].pi.tolist() == [5 / 8] * 8  # of samples never seen, none is likelier
+    assert not np.isnan(draws[-1].scores).any()
+    assert draws[-1].pi.max() > 1.5 * draws[-1].pi.min()
+
+
+def test_the_reference_differs_from_sam_on_the_same_samples_only_by_its_scores() -> None:
+    """Uniform draws with all samples in them are SAM's steps: AUSAM's reference ends where SAM's wrapper does."""
+    ours, theirs = make(), make()
+    sam = build('sam', ours)
+    reference = ReferenceAUSAM(theirs, momentum_sgd(theirs), NETS['mean'][1])
+    for batch in epochs(5):
+        ours.train_step(batch, sam)
+        reference.step(batch, range(SIZE))
+    assert same_state(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ('scores', 'k', 'expected'),
+    [
+        ([None, None, None, None], 2, [0.5] * 4),
+        ([0.0, 1.0, None, 0.5], 1, [0.3 / 2.95, 1 / 2.95, 1 / 2.95, 0.65 / 2.95]),
+        ([0.0, 0.0, 0.0, 1.0], 2, [1 / 3, 1 / 3, 1 / 3, 1.0]),  # 2 / 1.9 > 1: capped
+        ([0.0, 1.0], 2, [1.0, 1.0]),
+    ],
+)
+def test_the_references_probabilities_worked_by_hand(scores: list[float | None], k: int, expected: list[float]) -> None:
+    assert inclusion_probabilities(scores, k, 0.3, 1.0) == pytest.approx(expected, rel=1e-12)

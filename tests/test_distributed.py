@@ -182,7 +182,7 @@ def test_ddp_options_keep_the_ranks_equal(ranks: list[dict[str, Any]], option: s
 def test_a_static_graph_needs_a_synchronised_first_pass(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert 'set sync_perturbation=True' in rank['static error']
-        assert "Take static_graph=True out of model_wrapper_cfg" in rank['esam static error']
+        assert 'Take static_graph=True out of model_wrapper_cfg' in rank['esam static error']
         assert 'sync_perturbation' not in rank['esam static error']
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ _numbers = itertools.count()
 class CountingSamples(ToySamples):
     """Notes every sample that is loaded; the ids may begin elsewhere than at 0."""
 
-    metainfo: dict[str, Any] = {}
+    metainfo: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, count: int, first: int = 0, told: bool = True) -> None:
         super().__init__(count)
@@ -162,9 +162,7 @@ def resumed(tmp_path: Path, first: Runner, dataset: dict[str, Any]) -> Runner:
     return Runner.from_cfg(config)
 
 
-def test_samples_that_are_gone_are_dropped_and_new_ones_unseen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_that_are_gone_are_dropped_and_new_ones_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = trained(tmp_path, dict(AUSAM, sampling_ratio=1.0))
     before = first.optim_wrapper.history.scores_of('', np.arange(20))
     said = Said(monkeypatch)

@@ -195,6 +195,24 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (['sam.py', '--cfg-options', 'optim_wrapper.rho=-1'], 'rho=-1 is not allowed'),
         (['sam.py', '--cfg-options', 'optim_wrapper.type=OptimWrapper'], "rho: meant for type='SAMOptimWrapper'"),
         (['sam.py', '--cfg-options', 'optim_wrapper.rhoo=1'], 'rhoo'),
+        (
+            ['sam.py', '--cfg-options', 'optim_wrapper.type=OptimWrapper', 'optim_wrapper.sampling_ratio=0.5'],
+            "rho, sampling_ratio: meant for type='AUSAMOptimWrapper'",
+        ),
+        (['sam.py', '--cfg-options', 'optim_wrapper.type=ESAMOptimWrapper', 'optim_wrapper.beta=0'], 'beta=0 is not'),
+        (
+            ['sam.py', '--cfg-options', 'train_dataloader.batch_sampler.type=AUSAMSampler'],
+            'AUSAMSampler draws for one AUSAMOptimWrapper, and the config has SAMOptimWrapper',
+        ),
+        (
+            [
+                'sam.py',
+                '--cfg-options',
+                'train_dataloader.batch_sampler.type=AUSAMSampler',
+                'optim_wrapper.type=AUSAMOptimWrapper',
+            ],
+            "drop_last=False, batch_sampler=dict(type='AUSAMSampler', drop_last=True)",
+        ),
         (['sam.py', '--cfg-options', 'train_dataloader.dataset.ann_file=no.json'], 'no.json'),
         (['sam.py', '--cfg-options', 'val_evaluator.0.ann_file=no.json'], 'val_evaluator.ann_file'),
         (['sam.py', '--cfg-options', 'load_from=no.pth'], "load_from: no checkpoint 'no.pth'"),

@@ -65,6 +65,7 @@ def configure(args: argparse.Namespace) -> Config:
     cli.show_predictions(cfg, args)
     _draw_in_validation(cfg, args)
     preflight.check_wrappers(cfg)
+    preflight.check_sampler(cfg)
     preflight.check_data(cfg, 'train', *(() if cfg.get('val_cfg') is None else ('val',)))
     _resume(cfg, args.resume)
     return cfg

@@ -9,7 +9,7 @@ _base_ = ['mmpretrain::_base_/models/resnet18_cifar.py', 'mmpretrain::_base_/def
 max_epochs = 200
 
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-3))
-param_scheduler = dict(type='CosineAnnealingLR', T_max=max_epochs, eta_min=0, by_epoch=True)
+param_scheduler = dict(type='CosineAnnealingLR', T_max=max_epochs, end=max_epochs, eta_min=0, by_epoch=True)
 
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)
 val_cfg = dict()
