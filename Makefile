@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 DEMO := data/demo
-DEMO_CONFIG := configs/demo/simcc_res18-half_sam_demo-128x96.py
+DEMO_CONFIG := configs/demo/simcc_res18-half_ausam_demo-128x96.py
 WORK_DIR := work_dirs/demo
 
 .DEFAULT_GOAL := help
@@ -35,12 +35,12 @@ $(INSTALLED): requirements/torch.txt requirements/dev.txt requirements/mmpose.tx
 $(DEMO)/meta.json: | $(INSTALLED)
 	$(PY) tools/make_demo_data.py --out $(DEMO) --train 2048 --val 256 --seed 0
 
-train: $(INSTALLED) $(DEMO)/meta.json ## make the demo data, train a keypoint model with SAM on it, evaluate it, draw its keypoints
+train: $(INSTALLED) $(DEMO)/meta.json ## make the demo data, train a keypoint model with AUSAM on it, evaluate it, draw its keypoints
 	$(PY) tools/train.py $(DEMO_CONFIG) --work-dir $(WORK_DIR) $(ARGS)
 	$(PY) tools/test.py $(DEMO_CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --work-dir $(WORK_DIR)/test \
 		--out $(WORK_DIR)/metrics.json --show-dir "$(CURDIR)/$(WORK_DIR)/pictures"
 	@echo
-	@echo 'Trained with SAM. Metrics on held-out people ($(WORK_DIR)/metrics.json):'
+	@echo 'Trained with AUSAM. Metrics on held-out people ($(WORK_DIR)/metrics.json):'
 	@$(PY) -m json.tool $(WORK_DIR)/metrics.json
 	@echo 'Checkpoint, log and curves:  $(WORK_DIR)'
 	@echo 'Predicted keypoints, drawn:  $(WORK_DIR)/pictures'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from mmengine.dataset import ClassBalancedDataset, RepeatDataset
@@ -84,11 +85,21 @@ class IndexedDataset(Dataset[Any]):
         """The key of sample ``index``; nothing is loaded."""
         index = operator.index(index)
         index += len(self) if index < 0 else 0
+        for repeating in self._repeating():
+            index = repeating._get_ori_dataset_idx(index)
+        return SampleKey.of(self.name, index)
+
+    @property
+    def source(self) -> Any:
+        """The data set whose indices are the ids: without those around it that repeat its samples."""
+        repeating = list(self._repeating())
+        return repeating[-1].dataset if repeating else self.dataset
+
+    def _repeating(self) -> Iterator[Any]:
         dataset = self.dataset
         while isinstance(dataset, (RepeatDataset, ClassBalancedDataset)):
-            index = dataset._get_ori_dataset_idx(index)
+            yield dataset
             dataset = dataset.dataset
-        return SampleKey.of(self.name, index)
 
     def __getattr__(self, name: str) -> Any:
         # Python's own protocols (pickling, copying, __getitems__) must find what this class has, and only that.

@@ -331,6 +331,13 @@ def test_batches_of_another_length_are_refused(size: int) -> None:
     assert pending(sampler) == keys, 'nothing is changed'
 
 
+def test_a_batch_that_could_only_be_a_later_one_by_its_length_is_refused() -> None:
+    sampler = make(range(6), 4)
+    assert [len(batch) for batch in sampler] == [2, 1]
+    with pytest.raises(RuntimeError, match='a batch of 1 samples arrived where 2 were drawn'):
+        sampler.take([stranger()])
+
+
 def test_keys_that_never_agree_are_refused() -> None:
     """Eight batches in a row may be replaced altogether, but not nine."""
     sampler, keys = on_the_way(30)
@@ -397,6 +404,21 @@ def resumable(workers: int, prefetch: int | None = 2) -> tuple[AUSAMSampler, Sam
     sampler = make(InfiniteSampler(range(12), seed=0), history=history)
     options = {'num_workers': workers, 'prefetch_factor': prefetch} if workers else {}
     return sampler, history, DataLoader(Numbers(12), batch_sampler=sampler, **options)
+
+
+def test_in_epochs_loading_ahead_changes_no_draw() -> None:
+    """Each sample comes once an epoch, so its score cannot change between its draw and its step."""
+    logs = []
+    for options in ({}, {'num_workers': 2, 'prefetch_factor': 3, 'persistent_workers': True}):
+        history, log = SampleHistory(), []
+        sampler = make(40, history=history)
+        loader = DataLoader(Numbers(40), batch_sampler=sampler, **options)
+        for epoch in range(3):
+            sampler.sampler.set_epoch(epoch)
+            log += train(sampler, history, iter(loader), len(loader))
+        logs.append(log)
+    assert logs[0] == logs[1]
+    assert len({tuple(pi) for _, _, pi in logs[0]}) > 10, 'the probabilities do change'
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -506,6 +528,8 @@ def test_without_a_wrapper_the_first_batch_says_what_is_missing(workers: int) ->
         message = error_of(iter(DataLoader(data, batch_sampler=sampler, num_workers=workers)))
         assert "optim_wrapper = dict(type='AUSAMOptimWrapper'" in message
         assert "train_dataloader = dict(batch_sampler=dict(type='AUSAMSampler')" in message
+    with pytest.raises(RuntimeError, match='AUSAMOptimWrapper'):
+        next(iter(sampler))[0]
     assert int(dataset.reads.sum()) == 0
     untouched = InfiniteSampler(dataset, seed=0)
     assert [*itertools.islice(source, 20)] == [*itertools.islice(untouched, 20)], 'no index is lost'

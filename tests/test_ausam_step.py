@@ -161,8 +161,7 @@ def test_draws_differ_from_step_to_step_and_follow_the_history() -> None:
     assert draws[-1].pi.max() > 1.5 * draws[-1].pi.min()
 
 
-def test_the_reference_differs_from_sam_on_the_same_samples_only_by_its_scores() -> None:
-    """Uniform draws with all samples in them are SAM's steps: AUSAM's reference ends where SAM's wrapper does."""
+def test_the_reference_on_all_samples_is_sam() -> None:
     ours, theirs = make(), make()
     sam = build('sam', ours)
     reference = ReferenceAUSAM(theirs, momentum_sgd(theirs), NETS['mean'][1])

@@ -149,6 +149,8 @@ def test_mmpose_s_combined_data_sets(pictures: Path) -> None:
     expected = [('n0', i) for i in range(5)] + [('n1', i) for i in range(7)]
     assert agreed(combined(*indexed, pipeline=packing('sample_key', 'id'))) == expected
     assert agreed({'type': 'IndexedDataset', 'dataset': data}) == [('dataset', i) for i in range(12)]
+    # What packs is the outermost pipeline that packs at all.
+    assert agreed(combined({**data, 'pipeline': []}, pipeline=packing('id'))) == [('', i) for _, i in keys]
 
 
 def test_mmpose_s_data_sets_that_pack_before_they_are_combined(pictures: Path) -> None:

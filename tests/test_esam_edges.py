@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import SGD
@@ -20,44 +18,9 @@ from mm_sharp import ESAMOptimWrapper
 from mm_sharp.per_sample_loss import PerSampleLossError
 from mm_sharp.perturbation import weight_mask
 from mm_sharp.sample_keys import SampleIdError
-from tests.test_esam import pair, pool_batches, train_both
+from tests.test_esam import LineNet, Rows, both, line, pair, pool_batches, selecting, train_both
 from tests.toys import Batch, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import momentum_sgd
-
-both = pytest.mark.parametrize('refresh', [None, 3], ids=['exact', 'history'])
-
-
-class Rows:
-    """The ids of the samples that each forward pass with gradients ran on."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.ids: list[list[int]] = []
-        model.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
-            self.ids.append(kwargs['sample_idx'].tolist())
-
-
-def selecting(refresh: int | None) -> dict[str, Any]:
-    """The wrapper's arguments: the exact selection, or the history's with its ``refresh``."""
-    return dict(selection='history', refresh=refresh) if refresh else {}
-
-
-class LineNet(BaseModel):
-    """Returns losses of shape (N,), w * x_i, so that the increases are e * x_i; or, of a kind, -log(1 - w * x_i)."""
-
-    def __init__(self, log: bool = False) -> None:
-        super().__init__()
-        self.weight, self.log = nn.Parameter(torch.zeros(())), log
-
-    def forward(self, inputs: Tensor, sample_idx: Any = None, mode: str = 'loss') -> dict[str, Tensor]:
-        products = self.weight * inputs
-        return {'loss': -torch.log(1 - products) if self.log else products}
-
-
-def line(values: list[float], first_id: int = 0) -> Batch:
-    return {'inputs': torch.tensor(values), 'sample_idx': torch.arange(first_id, first_id + len(values))}
 
 
 # ------------------------------------------------------------------ little to choose from
@@ -131,57 +94,7 @@ def test_without_a_perturbation_there_is_no_difference_to_remember() -> None:
     assert len(wrapper.history) == 0
 
 
-# ------------------------------------------------------------------ selection
-def test_the_samples_with_the_largest_increase_are_kept() -> None:
-    """By brute force: every sample's loss by itself, at the weights that each pass saw."""
-    model = make()
-    twin, rows = deepcopy(model), Rows(model)
-    weights: list[dict[str, Tensor]] = []
-    model.register_forward_pre_hook(lambda module, _: weights.append(deepcopy(module.state_dict())))
-    wrapper = ESAMOptimWrapper(momentum_sgd(model), gamma=0.3)
-
-    def losses(state: dict[str, Tensor], batch: Batch) -> list[float]:
-        twin.load_state_dict(state)
-        outputs = twin(**batch, mode='tensor').detach()
-        pairs = [(outputs[i : i + 1], batch['targets'][i : i + 1]) for i in range(len(outputs))]
-        return [(twin.square_loss(output, target) + twin.size_loss(output)).item() for output, target in pairs]
-
-    for step, batch in enumerate(batches(10)):
-        model.train_step(batch, wrapper)
-        before, after = (losses(state, batch) for state in weights[3 * step : 3 * step + 2])
-        order = sorted(range(8), key=lambda i: before[i] - after[i])  # noqa: B023 (used up at once)
-        assert rows.ids[-1] == batch['sample_idx'][sorted(order[:3])].tolist()
-        assert wrapper.last_step.perturbed_loss.item() == pytest.approx(sum(after) / 8, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ('gamma', 'kept'), [(0.25, [1, 2]), (0.5, [1, 2, 4, 6]), (0.625, [1, 2, 3, 4, 6]), (0.75, [0, 1, 2, 3, 4, 6])]
-)
-def test_of_equal_increases_the_first_are_kept_and_none_is_lost(gamma: float, kept: list[int]) -> None:
-    """On a model that returns losses of shape (N,): no loss module, no hook."""
-    model = LineNet()
-    rows = Rows(model)
-    wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=1.0), beta=1.0, gamma=gamma)
-    values = [1.0, 3, 3, 2, 3, 1, 3, 0]
-    model.train_step(line(values), wrapper)
-    assert rows.ids == [list(range(8)), kept]
-    assert model.weight.item() == pytest.approx(-sum(values[i] for i in kept) / len(kept))
-
-
-@both
-def test_all_samples_equal(refresh: int | None) -> None:
-    model = LineNet()
-    rows = Rows(model)
-    wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.1), beta=1.0, **selecting(refresh))
-    for _ in range(4):
-        model.train_step(line([2.0] * 8), wrapper)
-        assert wrapper.last_step.figures()['sampling_entropy'] == pytest.approx(1.0)
-    assert rows.ids[1] == [0, 1, 2, 3]
-    assert all(len(set(ids)) == 4 for ids in rows.ids[1::2])
-    # Equal histories are taken at random, equal increases in order.
-    assert (rows.ids[3] == rows.ids[5] == rows.ids[1]) == (refresh is None)
-
-
+# ------------------------------------------------------------------ odd losses
 @both
 def test_a_loss_that_is_nan_after_the_climb_is_not_selected(refresh: int | None) -> None:
     model = LineNet(log=True)

@@ -16,14 +16,12 @@ PACKAGE = ROOT / 'mm_sharp'
 # Each module may import from its own layer's left, never from its right or from its own.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({'compat', 'perturbation', 'parameters', 'random_state', 'validation', 'demo', 'sample_table'}),
-    frozenset(
-        {'draws', 'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay', 'transfer', 'ranks'}
-    ),
-    frozenset({'sampling', 'sample_history'}),
+    frozenset({'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
+    frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
     frozenset({'support', 'wrapper_state', 'subset', 'indexed_dataset', 'loader_draws'}),
-    frozenset({'two_pass', 'dataset_tree'}),
-    frozenset({'per_sample_pass', 'dataset_keys'}),
+    frozenset({'two_pass', 'dataset_keys'}),
+    frozenset({'per_sample_pass'}),
     frozenset({'sam', 'esam', 'ausam', 'hooks', 'ausam_sampler'}),
     frozenset({'history_hook'}),
 )

@@ -14,7 +14,7 @@ import torch
 from mmengine.dataset import BaseDataset, Compose, RepeatDataset, default_collate, pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.structures import BaseDataElement
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from mm_sharp.indexed_dataset import IndexedDataset
 from mm_sharp.sample_keys import SampleIdError, SampleKey, keys_of
@@ -147,13 +147,16 @@ def test_attributes_are_the_data_set_s() -> None:
 
 
 def test_a_data_set_of_torch_needs_none_of_mmengine_s_attributes() -> None:
-    data = IndexedDataset(TensorDataset(torch.arange(3), torch.arange(3)))
+    inner = Subset(TensorDataset(torch.arange(3), torch.arange(3)), [2, 0])
+    data = IndexedDataset(inner)
     data.full_init()
     assert data.metainfo == {}
     assert not hasattr(data, 'get_data_info')
-    # torch's fetcher would load past this wrapper.
-    assert not hasattr(data, '__getitems__')
     assert data[1][2].key == ('dataset', 1)
+    # By this method torch would load past the wrapper.
+    assert hasattr(inner, '__getitems__')
+    ((_, _, keys),) = DataLoader(data, batch_size=2)
+    assert [key.key for key in keys] == [('dataset', 0), ('dataset', 1)]
 
 
 @pytest.mark.parametrize('carry', [copy.copy, copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))])

@@ -1,9 +1,4 @@
-"""The keys of a data set's samples by their index, before any picture is loaded (ours).
-
-What a batch will show of a sample is known beforehand: its annotation, ``get_data_info(index)``, as far as the pipeline
-packs it (the ``meta_keys`` of ``PackPoseInputs`` and the like; without such a transform, ``sample_idx``). The rule that
-reads the keys of batches, :func:`mm_sharp.sample_keys.key_of`, reads that as well, so both give the same key.
-"""
+"""Keys by index, and which combined data sets would share keys (ours)."""
 
 from __future__ import annotations
 
@@ -14,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from mm_sharp.dataset_tree import IntArray, Leaf, TreeBuilder
-from mm_sharp.indexed_dataset import IndexedDataset
+from mm_sharp.dataset_keys.leaves import IntArray, Leaf
+from mm_sharp.dataset_keys.tree import TreeBuilder
 from mm_sharp.sample_keys import Key, SampleIdError
 
 
 class DatasetKeys:
-    """Keys of the samples of a data set, each read once, on first demand, and remembered in 12 bytes.
+    """Keys of the samples of a data set, each read once, on first demand, and remembered.
 
     It knows :class:`mm_sharp.indexed_dataset.IndexedDataset`, MMEngine's ``ConcatDataset``, ``RepeatDataset`` and
     ``ClassBalancedDataset``, MMPose's ``CombinedDataset``, torch's ``Subset`` and ``ConcatDataset``, one in another at
@@ -122,8 +117,7 @@ def _same_samples(one: Leaf, other: Leaf) -> bool:
 
 def _origin(leaf: Leaf) -> tuple[object, ...]:
     """What the ids of a data set count."""
-    field = leaf.id_field()
-    dataset = leaf.dataset.dataset if isinstance(leaf.dataset, IndexedDataset) else leaf.dataset
+    field, dataset = leaf.id_field(), leaf.dataset
     file = getattr(dataset, 'ann_file', None)
     if not isinstance(file, (str, Path)) or not str(file):
         return field, id(dataset)
