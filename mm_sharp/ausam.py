@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from mmengine.dist import get_world_size
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor
 from torch.optim import Optimizer
@@ -86,7 +87,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         super().__init__(optimizer, history_momentum=history_momentum, rho=rho, **kwargs)
         self.drawer = BatchDrawer(self.history, float(sampling_ratio), float(s_min), float(s_max))
         self.sampler: AUSAMSampler | None = None
-        self._sampler_state: dict[str, Any] | None = None
+        self._sampler_states: list[Any] = []
         self._draw: BatchDraw | None = None
         self._keys: Keys = []
 
@@ -99,9 +100,10 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             rank: This process's rank.
         """
         sampler.attach(self.drawer, dataset_keys, self.seed, rank)
-        if self._sampler_state is not None:
-            sampler.load_state_dict(self._sampler_state)
-        self.sampler, self._sampler_state = sampler, None
+        # With another number of ranks the batches are others.
+        if len(self._sampler_states) == get_world_size() and self._sampler_states[rank] is not None:
+            sampler.load_state_dict(self._sampler_states[rank])
+        self.sampler, self._sampler_states = sampler, []
 
     def choose_first_batch(self, call: ModelCall) -> ModelCall:
         """The call on the samples that are drawn.
@@ -139,13 +141,17 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         """The history and the draws, those of the data loader's batches that are under way included."""
         state = super().own_state()
         if self.sampler is not None:
-            state['sampler'] = self.sampler.state_dict()
+            state['samplers'] = self.rank_states or [self.rank_state()]
         return state
+
+    def rank_state(self) -> Any:
+        """The draws of this rank's batches that are under way."""
+        return None if self.sampler is None else self.sampler.state_dict()
 
     def load_own_state(self, state: Any) -> None:
         """See :meth:`PerSampleOptimWrapper.load_own_state`."""
         super().load_own_state(state)
-        self._sampler_state = state.get('sampler')
+        self._sampler_states = state.get('samplers', [])
 
     def _weigh(self) -> None:
         """Have the loss modules of both passes scale, or weight, their samples."""

@@ -22,6 +22,8 @@ from mm_sharp.dataset_keys import DatasetKeys
 from mm_sharp.per_sample_pass import PerSampleOptimWrapper
 from mm_sharp.sample_keys import SampleIdError
 
+_ITERATIONS_OF_ENDLESS_EPOCHS = 1000
+
 
 @HOOKS.register_module()
 class SampleHistoryHook(Hook):  # type: ignore[misc]
@@ -45,16 +47,17 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         """Bring together wrapper, data set and data loader.
 
         Raises:
-            ValueError: There is an ``AUSAMSampler`` without exactly one ``AUSAMOptimWrapper``.
+            ValueError: There is an ``AUSAMSampler`` without exactly one ``AUSAMOptimWrapper``, or in a data loader
+                that delivers batches out of order.
             SampleIdError: Samples of several data sets would share a history, or have no id.
         """
         loader = runner.train_dataloader
-        self._epoch_length = len(loader)
+        self._epoch_length = _epoch_length(loader)
         wrappers = list(_per_sample_wrappers(runner.optim_wrapper))
         self._wrappers = [wrapper for wrapper in wrappers if wrapper.uses_history]
         sampler = getattr(loader, 'batch_sampler', None)
         if isinstance(sampler, AUSAMSampler):
-            _check_sampler(runner.optim_wrapper, wrappers)
+            _check_sampler(loader, runner.optim_wrapper, wrappers)
         if not self._wrappers:
             return
         keys = DatasetKeys(loader.dataset)
@@ -97,7 +100,14 @@ def _per_sample_wrappers(optim_wrapper: Any) -> Iterator[PerSampleOptimWrapper]:
             yield member
 
 
-def _check_sampler(optim_wrapper: Any, wrappers: list[PerSampleOptimWrapper]) -> None:
+def _epoch_length(loader: Any) -> int:
+    try:
+        return max(1, len(loader))
+    except TypeError:  # a sampler without end
+        return _ITERATIONS_OF_ENDLESS_EPOCHS
+
+
+def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[PerSampleOptimWrapper]) -> None:
     found = sum(isinstance(wrapper, AUSAMOptimWrapper) for wrapper in wrappers)
     if found != 1:
         uses = f'{found} of them' if found else type(optim_wrapper).__name__
@@ -105,6 +115,11 @@ def _check_sampler(optim_wrapper: Any, wrappers: list[PerSampleOptimWrapper]) ->
             f'AUSAMSampler draws the batches for one AUSAMOptimWrapper, but the config uses {uses}: write '
             "optim_wrapper = dict(type='AUSAMOptimWrapper', ...), or take batch_sampler=dict(type='AUSAMSampler') out "
             'of train_dataloader'
+        )
+    if not getattr(loader, 'in_order', True):
+        raise ValueError(
+            'train_dataloader.in_order=False is not allowed: AUSAMSampler must know which draw a batch is from. Take it '
+            'out of train_dataloader'
         )
 
 

@@ -34,6 +34,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         history: Average loss difference of every sample seen.
         visits: The last step's loss differences, on their way into the history.
         steps: Steps (micro-batches) taken so far.
+        rank_states: Each rank's :meth:`rank_state` when the history was exchanged last; empty in a single process.
         dataset_size: Samples in the training set, where known: for the log.
     """
 
@@ -45,6 +46,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         self.history = SampleHistory(history_momentum, distributed=get_world_size() > 1)
         self.visits = Visits(self.history)
         self.steps = 0
+        self.rank_states: list[Any] = []
         self.dataset_size: int | None = None
         self._seed: int | None = None
         self._per_sample: PerSampleLoss | None = None
@@ -116,13 +118,17 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
             self.visits.add(*self._measured)
 
     def own_state(self) -> dict[str, Any]:
-        """Seed and number of the draws, and the history with the last step's differences in it."""
-        self.visits.flush()
-        return {'seed': self._seed, 'steps': self.steps, 'history': self.history.state_dict()}
+        """Seed and number of the draws, the history, and the last step's differences on their way into it."""
+        return {
+            'seed': self._seed,
+            'steps': self.steps,
+            'history': self.history.state_dict(),
+            'visits': self.visits.state_dict(),
+        }
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Go on with the draws and the history of a checkpoint; of a method without them, begin anew."""
-        self.visits.forget()
+        self.visits.load_state_dict(state.get('visits', {}))
         self._seed, self.steps = state.get('seed'), state.get('steps', 0)
         empty = SampleHistory(self.history.momentum).state_dict()
         self.history.load_state_dict(state.get('history', empty))
@@ -138,4 +144,10 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         """Bring the history up to date and, with several ranks, to the same state on all: all of them must call it."""
         self.visits.flush()
         if self.uses_history and self.history.distributed:
-            self.history.merge(all_gather_object(self.history.pending()))
+            gathered = all_gather_object((self.history.pending(), self.rank_state()))
+            self.history.merge([pending for pending, _ in gathered])
+            self.rank_states = [state for _, state in gathered]
+
+    def rank_state(self) -> Any:
+        """What a checkpoint, which rank 0 writes, must hold of every rank; brought together with the history."""
+        return None

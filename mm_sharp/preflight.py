@@ -98,6 +98,12 @@ def check_sampler(cfg: Config) -> None:
     """
     loader = cfg.get('train_dataloader') or {}
     batch_sampler = loader.get('batch_sampler') or {}
+    if (loader.get('sampler') or {}).get('type') in ('AUSAMSampler', AUSAMSampler):
+        raise UsageError(
+            'train_dataloader.sampler: AUSAMSampler is a batch sampler, which works on top of a sampler: write '
+            "train_dataloader = dict(sampler=dict(type='DefaultSampler', shuffle=True), "
+            "batch_sampler=dict(type='AUSAMSampler'))"
+        )
     if batch_sampler.get('type') not in ('AUSAMSampler', AUSAMSampler):
         return
     classes = [wrapper_class(cfg, key, wrapper) for key, wrapper in wrapper_configs(cfg).items()]

@@ -10,9 +10,8 @@
     restore            w, buffers, counters and random state as after the first pass
     step               clipping and the base optimizer, if this micro-batch ends a cycle
 
-Methods choose *what* runs in each place and never *when*: :meth:`~TwoPassOptimWrapper.choose_first_batch` and
-:meth:`~TwoPassOptimWrapper.choose_perturbed` just before the forward, :meth:`~TwoPassOptimWrapper.second_loss` after
-the climb. :meth:`~TwoPassOptimWrapper.recording` is a context around the first forward.
+Methods (:class:`mm_sharp.method.Method`) choose *what* runs in each place and never *when*: ``choose_first_batch`` and
+``choose_perturbed`` just before the forward, ``second_loss`` after the climb; ``recording`` is around the forward.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from torch.optim import Optimizer
 
 from mm_sharp.grad_switch import GradSwitch
 from mm_sharp.gradients import GradientsAside
+from mm_sharp.method import Method
 from mm_sharp.module_state import ModuleStateBackup
 from mm_sharp.parameters import ParameterSelector
 from mm_sharp.perturbation import TensorBackup, climb
@@ -44,7 +44,7 @@ from mm_sharp.validation import check_bool, check_clip_grad, check_number, check
 from mm_sharp.wrapper_state import load_state, pack_state
 
 
-class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
+class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     """Base of the sharpness-aware optimizer wrappers: two forward-backward passes a step.
 
     Args:
@@ -109,49 +109,6 @@ class TwoPassOptimWrapper(OptimWrapper):  # type: ignore[misc]
         self._timer: StepTimer | None = None
         self._figures: Callable[[], dict[str, float]] | None = None
         self._loss_is_checked = False
-
-    # ---------------------------------------------------------------- what a method chooses
-    @property
-    def skips_gradients(self) -> bool:
-        """Whether the first pass computes the gradients of the perturbed parameters only."""
-        return False
-
-    def recording(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """A context around the first forward of ``model`` (the DDP wrapper, where there is one)."""
-        return nullcontext()
-
-    def choose_first_batch(self, call: ModelCall) -> ModelCall:
-        """The call that runs as first pass: the whole batch, or a part of it."""
-        return call
-
-    def choose_perturbed(self, parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], float]:
-        """The tensors among ``parameters`` to perturb in this step, and the factor on the perturbation."""
-        return parameters, 1.0
-
-    def second_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the second forward, at the perturbed weights.
-
-        Args:
-            call: The first pass's call.
-            loss: L(w), the scalar that the first pass differentiated.
-            norm: The norm of the first gradient; where it is not finite, there is no perturbation.
-
-        Returns:
-            The scalar to differentiate, and L(w + e) for the log, detached.
-        """
-        second = self.forward_again(call)
-        return second, second.detach()
-
-    def own_state(self) -> dict[str, Any]:
-        """What a method adds to a checkpoint: tensors and plain types."""
-        return {}
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Load what :meth:`own_state` gave, or another method's state, or an empty one."""
-
-    def log_scalars(self) -> dict[str, float]:
-        """What a method adds to the log, besides what the step's record holds."""
-        return {}
 
     # ---------------------------------------------------------------- MMEngine's interface
     @contextmanager

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from mm_sharp.sample_history import Keys, SampleHistory
@@ -29,13 +33,22 @@ class Visits:
         self.flush()
         self._under_way = (keys, HostCopy(differences))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is under way, in plain types and tensors: writing it early would change the draws that come before."""
+        if self._under_way is None:
+            return {}
+        keys, copy = self._under_way
+        return {'keys': [tuple(key) for key in keys], 'differences': torch.tensor(copy.numpy())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace what is under way by what :meth:`state_dict` gave."""
+        self._under_way = None
+        if state:
+            self.add([(str(name), int(number)) for name, number in state['keys']], state['differences'].cpu())
+
     def flush(self) -> None:
         """Write what is under way into the history; waits for the device only if the copy is not there yet."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             keys, copy = under_way
             self.history.update(keys, copy.numpy())
-
-    def forget(self) -> None:
-        """Drop what is under way."""
-        self._under_way = None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -95,7 +96,8 @@ def build(cfg: Config, **preprocessing: Any) -> torch.nn.Module:
 
 
 def batch(cfg: Config) -> dict[str, Any]:
-    """The first eight training pictures."""
+    """The first eight training pictures, always cropped and flipped in the same way."""
+    np.random.seed(0)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
     return pseudo_collate([dataset[index] for index in range(BATCH)])
@@ -245,10 +247,10 @@ def test_the_losses_of_samples_are_torchs(
     expected = F.cross_entropy(
         scores[0], target, reduction='none', label_smoothing=cfg.model.head.loss.get('label_smooth_val', 0.0)
     ) * cfg.model.head.loss.get('loss_weight', 1.0)
-    # On the CPU, autocast leaves the loss itself in bfloat16, which rounds to 2^-9, three times or so.
-    tolerance = 1e-6 if dtype is None else 1e-2
-    torch.testing.assert_close(record.losses(total), expected, rtol=tolerance, atol=0)
-    torch.testing.assert_close(total.detach().float(), expected.mean(), rtol=tolerance, atol=0)
+    # Under autocast a part of the loss is in bfloat16, which rounds to 2^-9.
+    tolerance = {'rtol': 1e-5, 'atol': 0} if dtype is None else {'rtol': 1e-2, 'atol': 1e-2}
+    torch.testing.assert_close(record.losses(total), expected, **tolerance)
+    torch.testing.assert_close(total.detach().float(), expected.mean(), **tolerance)
     assert record.reduction is Reduction.MEAN
 
 

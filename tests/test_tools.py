@@ -213,6 +213,10 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
             ],
             "drop_last=False, batch_sampler=dict(type='AUSAMSampler', drop_last=True)",
         ),
+        (
+            ['sam.py', '--cfg-options', 'train_dataloader.sampler.type=AUSAMSampler'],
+            'train_dataloader.sampler: AUSAMSampler is a batch sampler',
+        ),
         (['sam.py', '--cfg-options', 'train_dataloader.dataset.ann_file=no.json'], 'no.json'),
         (['sam.py', '--cfg-options', 'val_evaluator.0.ann_file=no.json'], 'val_evaluator.ann_file'),
         (['sam.py', '--cfg-options', 'load_from=no.pth'], "load_from: no checkpoint 'no.pth'"),

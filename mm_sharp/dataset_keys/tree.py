@@ -130,7 +130,7 @@ class TreeBuilder:
 
 
 def _renamed(leaf: Leaf, dataset: Any) -> Node:
-    """``leaf``, seen through the data sets around ``leaf.dataset`` that repeat its samples: ``dataset`` is the outer."""
+    """``leaf``, seen through the data sets around ``leaf.dataset`` that repeat its samples, down from ``dataset``."""
     if dataset is leaf.dataset:
         return leaf
     return Renamed(_renamed(leaf, dataset.dataset), _rename(dataset))
