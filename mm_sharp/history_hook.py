@@ -118,8 +118,8 @@ def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[PerSampleOpti
         )
     if not getattr(loader, 'in_order', True):
         raise ValueError(
-            'train_dataloader.in_order=False is not allowed: AUSAMSampler must know which draw a batch is from. Take it '
-            'out of train_dataloader'
+            'train_dataloader.in_order=False is not allowed: AUSAMSampler must know which draw a batch is from. Take '
+            'it out of train_dataloader'
         )
 
 

@@ -280,7 +280,9 @@ def through_disk(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def history_of(wrapper: Any) -> dict[str, dict[str, list[Any]]]:
-    data_sets = wrapper.state_dict()['mm_sharp']['history']['data_sets']
+    """All of it, the last step's visits included."""
+    wrapper.exchange_history()
+    data_sets = wrapper.history.state_dict()['data_sets']
     return {name: {field: column.tolist() for field, column in fields.items()} for name, fields in data_sets.items()}
 
 
@@ -333,8 +335,9 @@ def test_a_checkpoint_without_a_history_loads_with_a_warning(name: str, other: s
     before = OptimWrapper(momentum_sgd(model)) if other == 'plain' else build(other, model)
     model.train_step(batches(1)[0], before)
     wrapper = build(name, model)
-    train(model, wrapper, batches(2))  # what it had gathered belongs to another training
+    train(model, wrapper, batches(2))  # what it has gathered, or is about to, belongs to another training
     wrapper.load_state_dict(through_disk(before.state_dict()))
+    wrapper.exchange_history()
     expected = 'holds no state of mm_sharp' if other == 'plain' else 'was written by SAMOptimWrapper'
     assert [expected in message for message in warnings] == [True]
     assert len(wrapper.history) == 0
@@ -359,10 +362,9 @@ def test_our_checkpoint_loads_into_sam(name: str, warnings: list[str]) -> None:
 def test_a_history_goes_over_from_one_method_to_the_other(warnings: list[str]) -> None:
     """ESAM's history is of the same differences, so that AUSAM goes on with it."""
     model = make()
-    esam = build('esam-history', model)
+    esam, wrapper = build('esam-history', model), build('ausam', model)
     for batch in batches(2):
         model.train_step(batch, esam)
-    wrapper = build('ausam', model)
     wrapper.load_state_dict(through_disk(esam.state_dict()))
     assert ['was written by ESAMOptimWrapper' in message for message in warnings] == [True]
     assert history_of(wrapper) == history_of(esam)

@@ -79,8 +79,9 @@ def train_both(
 
 
 def history_of(wrapper: AUSAMOptimWrapper) -> dict[int, tuple[float, int]]:
-    """The wrapper's history as the reference keeps it."""
-    ((name, fields),) = wrapper.state_dict()['mm_sharp']['history']['data_sets'].items()
+    """The wrapper's history, the last step's visits included, as the reference keeps it."""
+    wrapper.exchange_history()
+    ((name, fields),) = wrapper.history.state_dict()['data_sets'].items()
     assert name == ''
     columns = zip(*(fields[column].tolist() for column in ('ids', 'averages', 'visits')), strict=True)
     return {number: (average, visits) for number, average, visits in columns}

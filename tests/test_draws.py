@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
@@ -189,11 +190,31 @@ def test_visits_keep_the_values_of_their_moment() -> None:
     assert scores_of(history, 2) == [1.0, 2.0]
 
 
-def test_forgotten_visits_are_never_written() -> None:
+def test_visits_under_way_go_with_a_checkpoint() -> None:
+    """And writing one leaves them under way: early in the history, they would change what is drawn before."""
+    history, other = SampleHistory(), SampleHistory()
+    visits, loaded = Visits(history), Visits(other)
+    assert visits.state_dict() == {}
+    visits.add(keys(2), torch.tensor([0.5, NAN]))
+    state = visits.state_dict()
+    assert len(history) == 0
+    loaded.add(keys(1, first=5), torch.tensor([9.0]))  # replaced
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    assert len(other) == 0
+    for either in (visits, loaded):
+        either.flush()
+        assert scores_of(either.history, 1) == [0.5]
+        assert len(either.history) == 1
+
+
+def test_an_empty_state_drops_what_is_under_way() -> None:
     history = SampleHistory()
     visits = Visits(history)
     visits.add(keys(1), torch.tensor([1.0]))
-    visits.forget()
+    visits.load_state_dict({})
     visits.flush()
     assert len(history) == 0
 

@@ -206,4 +206,5 @@ def missing_statistics(value: Any) -> set[str]:
     for log in logs.values():
         if isinstance(log, dict) and log.get(TAG) == _HISTORY:
             names.update(log.get('statistics', []))
+    HistoryBuffer()  # MMEngine registers its own statistics when the first one is made
     return names - set(HistoryBuffer._statistics_methods)

@@ -57,6 +57,8 @@ class Evaluator:
             ValueError: The module draws random numbers, or gives no single number for one sample.
             Exception: Whatever the module raises on a batch of one.
         """
+        # Under vmap autocast misses operations that are made of others (cross entropy), which it computes in float32.
+        layout.rows = [_at_least_float32(row) for row in layout.rows]
         analytic = _analytic(module)
         if analytic is not None:
             return [analytic(module, *fill(layout.template[0], layout.rows), **fill(layout.template[1], layout.rows))]
@@ -102,6 +104,11 @@ def run(module: nn.Module, layout: Layout, rows: list[Any], count: int) -> list[
     if any(output.numel() != 1 for output in outputs):
         raise ValueError(f'for one sample it gives {[tuple(o.shape) for o in outputs]} instead of one number')
     return [output.reshape(()) for output in outputs]
+
+
+def _at_least_float32(row: Any) -> Any:
+    half = isinstance(row, Tensor) and row.is_floating_point() and row.dtype.itemsize == 2
+    return row.float() if half else row
 
 
 def _batch_of_one(module: nn.Module, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
