@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from mm_sharp import AUSAMOptimWrapper
 from mm_sharp.sample_keys import SampleIdError
 from tests.references_ausam import ReferenceAUSAM, mean_sizes, mean_squares, terms
 from tests.toys import NaNSecond, ToyNet, batches, make, same_bits, same_state

@@ -139,6 +139,24 @@ def test_sums_of_batches_of_changing_size() -> None:
     assert history_of(wrapper) == reference.history
 
 
+@pytest.mark.parametrize('reweight', [False, True])
+def test_accumulated_micro_batches_have_draws_and_perturbations_of_their_own(reweight: bool) -> None:
+    ours, theirs = make(SumNet), make(SumNet)
+    wrapper = AUSAMOptimWrapper(momentum_sgd(ours, 0.002), accumulative_counts=3, reweight=reweight)
+    reference = ReferenceAUSAM(theirs, momentum_sgd(theirs, 0.002), NETS['sum and mean'][1], reweight=reweight)
+    finals = []
+    for batch in batches(3):
+        ours.train_step(batch, wrapper)
+        rows = wrapper._draw.chosen.tolist()
+        weights = [1 / (8 * 5 / 8)] * 5 if reweight else None
+        finals.append(reference._passes(batch['inputs'][rows], batch['targets'][rows], weights, 8)[0])
+    for parameter, *parts in zip(theirs.parameters(), *finals, strict=True):
+        parameter.grad = sum(parts) / 3
+    reference.optimizer.step()
+    for left, right in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
+
+
 def test_every_option_changes_the_steps() -> None:
     """The comparisons above could not fail if an option had no effect."""
     results = [train_both('mean', steps=15, **options) for net, options in CASES.values() if net == 'mean']

@@ -28,6 +28,8 @@ from tests.toys import same_bits
 TABLE = Path(__file__).parents[1] / 'docs' / 'per_sample_losses.md'
 REFUSED = ('CIDHead', 'YOLOXPoseHead', 'RTMOHead')
 SUPPORTED = [case for case in CASES if case.name not in REFUSED]
+# RLE's flow multiplies matrices, which 16 bits round differently for one sample than for all.
+BFLOAT16 = {'RLEHead': 1e-3}
 N = 3  # not 2: SimCC has two tensors in a list, which are no samples
 
 pytestmark = QUIET
@@ -91,7 +93,7 @@ def test_the_samples_losses_make_the_batchs(case: Case) -> None:
     assert row in documented(), 'for a new table, run: python -m tests.test_per_sample_loss_heads'
 
     with torch.autocast('cpu', torch.bfloat16):
-        check_identity(*recorded(PerSampleLoss(model), data), 1e-2)
+        check_identity(*recorded(PerSampleLoss(model), data), BFLOAT16.get(case.name, 1e-5))
 
     # Each sample's loss is what the whole model gives for this sample alone, and recording changes no bit.
     model.eval()

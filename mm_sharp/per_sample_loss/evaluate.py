@@ -42,6 +42,7 @@ class Evaluator:
 
     def __init__(self) -> None:
         self.vmap_error: Exception | None = None
+        self._upcast = False
 
     def __call__(self, module: nn.Module, layout: Layout) -> list[Tensor]:
         """The losses of each sample.
@@ -57,8 +58,6 @@ class Evaluator:
             ValueError: The module draws random numbers, or gives no single number for one sample.
             Exception: Whatever the module raises on a batch of one.
         """
-        # Under vmap autocast misses operations that are made of others (cross entropy), which it computes in float32.
-        layout.rows = [_at_least_float32(row) for row in layout.rows]
         analytic = _analytic(module)
         if analytic is not None:
             return [analytic(module, *fill(layout.template[0], layout.rows), **fill(layout.template[1], layout.rows))]
@@ -67,14 +66,23 @@ class Evaluator:
                 with warnings.catch_warnings():
                     # Single operations without a batched form (kl_div) run one by one: slower, and right.
                     warnings.filterwarnings('ignore', message='There is a performance drop')
-                    # A buffer that one sample's call changed belongs to vmap from then on, hence a copy.
-                    one = _batch_of_one(shadow(module), layout)
-                    return list(torch.func.vmap(one, randomness='error')(*layout.rows))
+                    return self._vectorised(module, layout)
             except Exception as error:
                 if 'randomness' in str(error):
                     raise ValueError('it draws random numbers, which a sample alone does not repeat') from error
                 self.vmap_error = error
         return self._loop(module, layout)
+
+    def _vectorised(self, module: nn.Module, layout: Layout) -> list[Tensor]:
+        rows = [_at_least_float32(row) for row in layout.rows] if self._upcast else layout.rows
+        # A buffer that one sample's call changed belongs to vmap from then on, hence a copy.
+        values = list(torch.func.vmap(_batch_of_one(shadow(module), layout), randomness='error')(*rows))
+        if not self._upcast and any(value.dtype.itemsize == 2 for value in values):
+            # Under vmap autocast misses operations that are made of others, such as cross entropy, which it would
+            # compute in float32.
+            self._upcast = True
+            return self._vectorised(module, layout)
+        return values
 
     def _loop(self, module: nn.Module, layout: Layout) -> list[Tensor]:
         samples = [run(shadow(module), layout, layout.sample(i), 1) for i in range(layout.size)]
