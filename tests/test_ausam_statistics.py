@@ -231,3 +231,5 @@ def test_equal_bounds_draw_uniformly() -> None:
     run = many_steps(('rows',), 600, sampling_ratio=0.3, s_min=0.8, s_max=0.8)
     assert run.draws[0].pi.tolist() == [3 / 8] * 8
     assert_frequencies(run)
+    # In a fixed order the frequencies would be the same, but few of the 56 subsets would ever be drawn.
+    assert len({tuple(draw.chosen.tolist()) for draw in run.draws}) == math.comb(8, 3)

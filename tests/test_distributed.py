@@ -6,12 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mmengine.model import MMDistributedDataParallel
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from mm_sharp import AUSAMOptimWrapper
+from mm_sharp.draws import Draw, generator_at
+from mm_sharp.perturbation import weight_mask
 from tests.distributed import run
 from tests.references import sam_gradients, sam_step
+from tests.references_esam import ReferenceESAM
 from tests.toys import Batch, ToyNet, batches, make
 from tests.wrappers import WRAPPERS, build, momentum_sgd
 
@@ -33,6 +38,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     'per rank': ('sam', dict(model=PLAIN)),
     'accumulated per rank': ('sam', dict(model=PLAIN, accumulative_counts=2)),
     'accumulated synced': ('sam', dict(model=PLAIN, accumulative_counts=2, sync_perturbation=True)),
+    'esam per rank': ('esam', dict(model=PLAIN)),
+    'esam synced': ('esam', dict(model=PLAIN, sync_perturbation=True)),
+    'ausam': ('ausam', dict(model=PLAIN)),
+    'ausam synced': ('ausam', dict(model=PLAIN, sync_perturbation=True)),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     'unused': dict(ddp=dict(find_unused_parameters=True), sync_perturbation=True),
@@ -81,17 +90,21 @@ def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict
     reduced: list[int] = []
     # How many bytes DDP averages over the ranks, and when.
     model.register_comm_hook(reduced, counting_all_reduce)
-    counts = []
+    counts, drawn = [], []
     for batch in batches(STEPS, size=8):
         model.train_step(shard(batch, rank, processes), wrapper)
         counts.append(sum(reduced))
         reduced.clear()
+        if isinstance(wrapper, AUSAMOptimWrapper):
+            drawn.append(wrapper._draw.chosen.tolist())
     record = wrapper.last_step
     return {
         'state': arrays(model.module),
         'weights': [parameter.detach().numpy().copy() for parameter in model.parameters()],
         'reduced': counts,
         'norm': record.grad_norm.item(),
+        'seed': getattr(wrapper, 'seed', None),
+        'drawn': drawn,
     }
 
 
@@ -168,6 +181,70 @@ def test_accumulation_communicates_once_a_cycle(ranks: list[dict[str, Any]], syn
     assert_close(first['state'], arrays(model))
     pass1 = PARAMETERS if synced else 0
     assert first['reduced'] == [pass1, pass1 + PARAMETERS] * (STEPS // 2)
+
+
+@pytest.mark.parametrize('synced', [False, True])
+def test_esam_on_ranks_equals_its_reference(ranks: list[dict[str, Any]], synced: bool) -> None:
+    """The ranks perturb the same tensors; each selects from its own shard."""
+    first, second = (rank[f'esam {"synced" if synced else "per rank"}'] for rank in ranks)
+    assert first['seed'] == second['seed']
+    model = make(norm=False)
+    optimizer = momentum_sgd(model)
+    references = [ReferenceESAM(model, optimizer) for _ in range(2)]
+    parameters = list(model.parameters())
+    for step, batch in enumerate(batches(STEPS, size=8)):
+        mask = weight_mask(len(parameters), 0.6, generator_at(first['seed'], Draw.MASK, step))
+        shards = [shard(batch, rank, 2) for rank in range(2)]
+        climbs = [batch, batch] if synced else shards
+        final = [
+            esam_gradients(reference, climb, part, mask)
+            for reference, climb, part in zip(references, climbs, shards, strict=True)
+        ]
+        for parameter, *parts in zip(parameters, *final, strict=True):
+            parameter.grad = sum(parts) / 2
+        optimizer.step()
+    assert_identical(first['state'], second['state'])
+    assert_close(first['state'], arrays(model))
+    assert (first['norm'] == second['norm']) == synced
+    assert first['reduced'] == [PARAMETERS] * STEPS, "DDP's own averaging takes part in the first pass"
+
+
+def esam_gradients(reference: ReferenceESAM, climb: Batch, part: Batch, mask: list[bool]) -> list[Tensor]:
+    """ESAM's final gradient on ``part``, the perturbation being that of the batch ``climb``."""
+    model = reference.model
+    parameters = list(model.parameters())
+    chosen = [parameter for parameter, taken in zip(parameters, mask, strict=True) if taken]
+    weights = [parameter.detach().clone() for parameter in parameters]
+    before = model(**part, mode='tensor').detach()
+    reference._climb(chosen, list(torch.autograd.grad(loss_of(model, climb), chosen)))
+    rows = reference._select(part, before, range(len(before)))
+    final = list(torch.autograd.grad(loss_of(model, {k: v[rows] for k, v in part.items()}), parameters))
+    with torch.no_grad():
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.copy_(weight)
+    return final
+
+
+@pytest.mark.parametrize('synced', [False, True])
+def test_ausam_on_ranks_equals_sam_on_what_each_draws(ranks: list[dict[str, Any]], synced: bool) -> None:
+    first, second = (rank[f'ausam{" synced" if synced else ""}'] for rank in ranks)
+    assert first['drawn'] != second['drawn'], 'the ranks share their draws'
+    model = make(norm=False)
+    optimizer = momentum_sgd(model)
+    for step, batch in enumerate(batches(STEPS, size=8)):
+        shards = [shard(batch, rank, 2) for rank in range(2)]
+        drawn = [
+            {key: value[result['drawn'][step]] for key, value in part.items()}
+            for part, result in zip(shards, (first, second), strict=True)
+        ]
+        joint = {key: torch.cat([part[key] for part in drawn]) for key in batch}
+        parts = [joint] if synced else drawn
+        final = [sam_gradients(model, lambda part=part: loss_of(model, part), 0.05) for part in parts]
+        for parameter, *gradients in zip(model.parameters(), *final, strict=True):
+            parameter.grad = sum(gradients) / len(parts)
+        optimizer.step()
+    assert_identical(first['state'], second['state'])
+    assert_close(first['state'], arrays(model))
 
 
 @pytest.mark.parametrize(('option', 'name'), PAIRS)

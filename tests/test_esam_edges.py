@@ -43,6 +43,18 @@ def test_batches_of_different_sizes(refresh: int | None) -> None:
     train_both(*pair(refresh=refresh), [batch for size in sizes for batch in pool_batches(1, size)])
 
 
+@both
+def test_the_second_pass_starts_from_the_state_that_the_first_left(refresh: int | None) -> None:
+    """Of the forward that selects nothing is left, neither after the step nor before the second pass."""
+    model = make()
+    counts: list[int] = []
+    model.register_forward_pre_hook(lambda *_: counts.append(model.norm.num_batches_tracked.item()))
+    wrapper = ESAMOptimWrapper(momentum_sgd(model), **selecting(refresh))
+    for batch in batches(2):
+        model.train_step(batch, wrapper)
+    assert counts == ([0, 1, 1, 1, 2] if refresh else [0, 1, 1, 1, 2, 2])
+
+
 class Unused(ToyNet):
     """Has a parameter that its loss does not depend on, first of all."""
 
