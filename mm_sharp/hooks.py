@@ -35,7 +35,8 @@ class SharpnessHook(Hook):  # type: ignore[misc]
 
     AUSAM's losses are those of the samples drawn, estimates of the whole batch's. ESAM's ``L_w_e`` is that of the whole
     batch where the step measured it (``selection='exact'``, or a step that refreshes the history), else that of the
-    samples selected, which makes ``sharpness`` larger than the batch's.
+    samples selected, which makes ``sharpness`` larger than the batch's. In the steps between, its figures are those of
+    the averages that the samples are selected by, which have no sign.
 
     All are of the one iteration that is logged, and of rank 0. (Their names avoid those that MMEngine's log processor
     smooths over a window: it would mix values that are many iterations apart.) With several optimizer wrappers the

@@ -99,8 +99,8 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     def differences(self, before: Tensor, after: Tensor, norm: Tensor) -> Tensor:
         """``l_i(w + e) - l_i(w)``, (N,), float32; NaN, which is no visit, where there was no perturbation."""
-        finite = torch.isfinite(norm).to(before.device)
-        return torch.where(finite, after - before, torch.nan)
+        perturbed = (torch.isfinite(norm) & (norm > 0)).to(before.device)
+        return torch.where(perturbed, after - before, torch.nan)
 
     # ---------------------------------------------------------------- TwoPassOptimWrapper's interface
     @contextmanager

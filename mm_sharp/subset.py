@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.structures import BaseDataElement
 from torch import Tensor
 
 from mm_sharp.per_sample_loss.layout import Layout, batch_size, fill
@@ -49,10 +50,11 @@ def subset(call: ModelCall, rows: IntArray | Tensor, size: int) -> ModelCall:
     """
     # Beside a list of data samples, a list of N tensors holds the pictures (of different sizes, say); elsewhere it may
     # hold N inputs of N samples each, which the tensors' shapes tell.
-    samples = call.kwargs.get('data_samples')
-    layout = Layout(size, lists_of_samples=isinstance(samples, (list, tuple)))
-    args = [layout.split(value) for value in call.args]
-    kwargs = {name: layout.split(value) for name, value in call.kwargs.items()}
+    samples = any(_are_data_samples(value) for value in (*call.args, *call.kwargs.values()))
+    layout = Layout(size, lists_of_samples=samples, plain_values=True)
+    # Each argument has a path of its own: a tensor that is shared must not hide those after it.
+    args = [layout.split(value, str(number)) for number, value in enumerate(call.args)]
+    kwargs = {name: layout.split(value, name) for name, value in call.kwargs.items()}
     picked = _Picker(rows)
     values = [picked(value) for value in layout.rows]
     return replace(call, args=tuple(fill(args, values)), kwargs=fill(kwargs, values), output=None)
@@ -78,3 +80,7 @@ class _Picker:
             rows = self._given
             self._on[device] = to_device(rows, device) if isinstance(rows, np.ndarray) else rows.to(device)
         return self._on[device]
+
+
+def _are_data_samples(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], BaseDataElement)

@@ -138,10 +138,7 @@ def test_both_passes_run_on_the_samples_drawn_and_nothing_else(kind: str, count:
         'list',
         'nested',
         'rows',
-        pytest.param(
-            'rows and more',
-            marks=pytest.mark.xfail(strict=True, reason="one sample: a returned (1,) is taken for a loss module's"),
-        ),
+        'rows and more',
     ],
 )
 def test_one_sample_of_a_batch(kind: str, reweight: bool) -> None:

@@ -13,10 +13,13 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mm_sharp.compat import MissingOperatorError
+from mm_sharp.per_sample_loss import PerSampleLossError
+from tests import mmpose_cases
 from tests.mmpose_cases import CASES, NEED_OPERATORS, QUIET, Case, build, set_epoch
 from tests.toys import same_bits, same_state
 
 pytestmark = QUIET
+REFUSED = ('CIDHead', 'YOLOXPoseHead', 'RTMOHead')
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +57,37 @@ def test_our_line_trains_the_recipe(case: Case) -> None:
     assert all(same_bits(old, new) for old, new in zip(base.buffers(), sam.buffers(), strict=True))
     assert not same_state(sam, base)
     assert wrapper.last_step.loss != wrapper.last_step.perturbed_loss
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+def test_the_samples_are_chosen_in_the_recipe(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ESAM runs its second pass on 2 of 3 samples, AUSAM both; heads without losses of samples are refused."""
+    monkeypatch.setattr(mmpose_cases, 'BATCH', 3)
+    cfg = case.config()
+    start = build(cfg)
+    batch = case.batch(cfg)
+    for number, sample in enumerate(batch['data_samples']):
+        sample.set_metainfo({'id': number, 'dataset_name': 'drawn'})
+    for changes in (dict(type='ESAMOptimWrapper', gamma=0.5), dict(type='AUSAMOptimWrapper', reweight=True)):
+        model = copy.deepcopy(start)
+        sizes: list[int] = []
+        model.register_forward_hook(
+            lambda _, args, kwargs, output, sizes=sizes: sizes.append(len(kwargs['data_samples'])), with_kwargs=True
+        )
+        if case.name in REFUSED:
+            with pytest.raises(PerSampleLossError, match='rows of its losses are anchors or people'):
+                train_step(model, cfg, batch, **changes)
+            assert same_state(model, start)
+            continue
+        wrapper = train_step(model, cfg, batch, **changes)
+        assert sizes == ([3, 3, 2] if changes['type'] == 'ESAMOptimWrapper' else [2, 2])
+        assert not same_state(model, start)
+        assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+        assert wrapper.last_step.figures()['mean_difference'] != 0.0
+        assert all(
+            old.requires_grad == new.requires_grad
+            for old, new in zip(start.parameters(), model.parameters(), strict=True)
+        )
 
 
 # The heads of the recipes in configs/sam/.

@@ -71,7 +71,6 @@ def test_pictures_without_data_samples() -> None:
     assert torch.equal(part.args[1], targets[ROWS])
 
 
-@pytest.mark.xfail(strict=True, reason='only data_samples passed by keyword tell that a list holds pictures')
 def test_positional_data_samples_beside_as_many_channels_as_samples() -> None:
     inputs = pictures(channels=N)
     part = subset(call(inputs, data_samples()), np.array(ROWS), N)
@@ -116,7 +115,6 @@ def test_what_has_no_row_for_every_sample_is_shared() -> None:
 
 
 @pytest.mark.parametrize('value', [torch.tensor(2.0), torch.ones(N + 1)], ids=['number', 'vector'])
-@pytest.mark.xfail(strict=True, reason='all arguments have one name in Layout: what is shared hides what comes after')
 def test_a_shared_tensor_before_a_batched_one(value: Tensor) -> None:
     inputs, targets = numbered(2), numbered(3)
     part = subset(call(inputs=inputs, scale=value, targets=targets), np.array(ROWS), N)
@@ -126,7 +124,6 @@ def test_a_shared_tensor_before_a_batched_one(value: Tensor) -> None:
     assert torch.equal(part.args[2]['scale'], targets[ROWS])
 
 
-@pytest.mark.xfail(strict=True, reason='Layout, made for the arguments of losses, never splits a list of plain values')
 @pytest.mark.parametrize('values', [list(range(N)), [f'picture {row}' for row in range(N)]], ids=['numbers', 'strings'])
 def test_lists_of_plain_values_hold_samples(values: list[Any]) -> None:
     """Labels as MMEngine's default collate function gives them: N numbers in a list."""

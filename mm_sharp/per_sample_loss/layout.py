@@ -27,11 +27,13 @@ class Layout:
             vector over 17 keypoints is thus no batch when a batch has 17 samples.
         lists_of_samples: Whether every list of N items holds one item for each sample. Otherwise a list of tensors
             that each have N rows, such as SimCC's x and y, holds whole batches.
+        plain_values: Whether a list of N numbers or strings holds one for each sample.
     """
 
     size: int
     shared: set[str] = field(default_factory=set)
     lists_of_samples: bool = False
+    plain_values: bool = False
     template: Any = None
     rows: list[Tensor | Sequence[Any]] = field(default_factory=list)
 
@@ -64,8 +66,10 @@ class Layout:
         return Slot(len(self.rows) - 1)
 
     def _is_list_of_samples(self, value: Sequence[Any]) -> bool:
-        if len(value) != self.size or any(item is None or isinstance(item, (Number, str)) for item in value):
+        if len(value) != self.size:
             return False
+        if any(item is None or isinstance(item, (Number, str)) for item in value):
+            return self.plain_values
         return self.lists_of_samples or not any(self._has_batch(item) for item in value)
 
     def _has_batch(self, value: Any) -> bool:

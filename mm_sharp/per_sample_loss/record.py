@@ -83,8 +83,7 @@ class LossRecord:
                 'losses of shape (N,), one for each sample.'
             )
         if not self.verified.once or total.device.type == 'cpu':
-            self._check(total.detach())
-            self.verified.once = True
+            self.verified.once |= self._check(total.detach())
         return torch.stack([term.values for term in self.terms]).sum(0)
 
     @property
@@ -105,7 +104,8 @@ class LossRecord:
             raise ValueError(f'{self.owner} has no one factor for a subset ({kinds}): use record(full_size={of})')
         return self.reduction.subset_factor(kept, of)
 
-    def _check(self, total: Tensor) -> None:
+    def _check(self, total: Tensor) -> bool:
+        """Compare with the total; returns whether there was anything to compare with."""
         parts = torch.stack([term.combined for term in self.terms]).to(total.device, torch.float64)
         sizes = [term.values.abs() for term in self.terms]
         scales = [s.sum() if t.reduction is Reduction.SUM else s.mean() for s, t in zip(sizes, self.terms, strict=True)]
@@ -122,3 +122,4 @@ class LossRecord:
                 f'{expected:.6g}. Something scales, drops or adds a loss outside of the loss modules; a weight belongs '
                 "into the loss's own config (loss_weight=...), and a further term into a loss module."
             )
+        return math.isfinite(expected)

@@ -83,6 +83,7 @@ class _Hooks:
         self.model, self.facts, self.record = model, facts, record
         # Loss modules that are running, their shadows, and the versions of the tensors they were called with.
         self.open: list[tuple[nn.Module, nn.Module, list[int]]] = []
+        self.long_outputs = False  # whether a loss module gave a tensor with a dimension
 
     @property
     def weights(self) -> Tensor | None:
@@ -94,6 +95,7 @@ class _Hooks:
 
     def before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.open.clear()
+        self.long_outputs = False
         self.record.terms.clear()
         self.record.size = None
         size = batch_size(args, kwargs)
@@ -125,7 +127,7 @@ class _Hooks:
     def after_model(self, _: nn.Module, args: Any, output: Any) -> Any:
         """Take the losses of shape (N,) that a model returns as they are."""
         size = self.record.size
-        if size is None or (size == 1 and self.record.terms):
+        if size is None or (size == 1 and self.long_outputs):
             return None  # one sample: what looks like (N,) may be a hooked loss with one dimension more
         template, tensors = tensors_of({'loss': output} if isinstance(output, Tensor) else output)
         if not isinstance(template, dict):
@@ -154,6 +156,7 @@ class _Hooks:
         template, outputs = tensors_of(output)
         if not outputs or not any(value.is_floating_point() for value in outputs):
             return None  # such as a loss that is not switched on yet
+        self.long_outputs |= any(value.ndim > 0 for value in outputs)
         facts = self.facts[id(loss.module)]
         if self.record.size is None and (first := first_tensor(args, kwargs)) is not None:
             self._set_size(first.shape[0])  # the loss is called outside of the model's own forward
