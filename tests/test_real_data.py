@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,24 @@ def test_resuming_equals_never_having_stopped(
     assert losses(resumed) == losses(runner)
     left, right = runner.model.state_dict(), resumed.model.state_dict()
     assert all(same_bits(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize('in_loader', [False, True], ids=['in the wrapper', 'in the loader'])
+def test_ausam_keeps_scores_of_real_people(shared_data: Path, tmp_path: Path, in_loader: bool) -> None:
+    config = real_config(shared_data, tmp_path / 'ausam', 3)
+    config.optim_wrapper.update(type='AUSAMOptimWrapper', sampling_ratio=0.5)
+    config.train_dataloader.batch_size = 5
+    if in_loader:
+        config.train_dataloader.batch_sampler = dict(type='AUSAMSampler')
+    runner = Runner.from_cfg(config)
+    runner.train()
+    with (shared_data / 'coco' / 'test_coco.json').open() as file:
+        people = {annotation['id'] for annotation in json.load(file)['annotations']}
+    state = runner.optim_wrapper.history.state_dict()['data_sets']
+    assert state.keys() == {'coco'}
+    assert set(state['coco']['ids'].tolist()) <= people
+    assert state['coco']['visits'].sum() == 3 * (3 + 3 + 2), 'half of 5, 5 and 4 people, rounded up, in 3 epochs'
+    assert (state['coco']['averages'] > 0).all()
 
 
 def test_predictions_are_drawn(straight: tuple[Runner, dict[str, Any]], tmp_path: Path, shared_data: Path) -> None:

@@ -51,7 +51,11 @@ class LossFacts:
             if average is not None and float(average) != size:
                 raise ValueError(f'avg_factor={float(average):g} is not the number of samples, {size}')
         layout = Layout(size, self._shared, self._by_sample)
-        layout.template = (layout.split(args, 'args'), layout.split(kwargs, 'kwargs'))
+        # Each argument by itself: as many arguments as samples are no list of samples.
+        layout.template = (
+            tuple(layout.split(value, f'args.{number}') for number, value in enumerate(args)),
+            {name: layout.split(value, f'kwargs.{name}') for name, value in kwargs.items()},
+        )
         return layout
 
     def reduction(
