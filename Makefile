@@ -46,7 +46,7 @@ train: $(INSTALLED) $(DEMO)/meta.json ## make the demo data, train a keypoint mo
 	@echo 'Predicted keypoints, drawn:  $(WORK_DIR)/pictures'
 
 test: $(INSTALLED) lint types ## lint, check the types and run the whole test suite
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED) ## ruff: lint and formatting
 	$(VENV)/bin/ruff check .

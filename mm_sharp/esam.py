@@ -139,6 +139,8 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             rows = top_k(differences, count)
             self._figures = lambda: _figures(differences.cpu().numpy().astype(np.float64))
         else:
+            if not self._reductions:  # no step was measured yet: say now if the losses of samples cannot be told
+                self.record().losses(loss)
             rows, scores = self._choose_by_history(count)
             self._figures = lambda: _figures(scores)
         second = self._loss_on(call, rows, count)

@@ -19,6 +19,12 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _one_thread() -> None:
+    """The tests' models are too small for several threads, and each core has a test process of its own."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Every test starts from the same global random state."""

@@ -28,6 +28,8 @@ def make_environment(folder: Path, without: Sequence[str] = (), files: Mapping[s
         files: path in the folder -> content, for packages to fake.
     """
     folder.mkdir()
+    # Some packages install a top-level `tests`, which would hide ours.
+    without = [*without, 'tests']
     for entry in INSTALLED.iterdir():
         name = entry.name.lower().partition('-')[0].removesuffix('.libs').removesuffix('.py')
         if entry.suffix != '.pth' and name not in without and name != '__pycache__':
