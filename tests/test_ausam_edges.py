@@ -288,7 +288,11 @@ def test_samples_without_an_id_are_refused_and_everything_restored(name: str) ->
     assert sum(visits_of(wrapper).values()) == 10
 
 
-@pytest.mark.parametrize('ids', [torch.arange(7), torch.rand(8), torch.arange(8.0), torch.zeros(8, 2).long()], ids=str)
+@pytest.mark.parametrize(
+    'ids',
+    [torch.arange(7), torch.linspace(0, 1, 8), torch.arange(8.0), torch.zeros(8, 2).long()],
+    ids=['too few', 'fractions', 'floats', 'two columns'],
+)
 def test_ids_that_are_none(ids: Tensor) -> None:
     model = make()
     (batch,) = batches(1)

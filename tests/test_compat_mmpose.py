@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import Registry
+from mmengine.registry import Registry, init_default_scope
 
 from mm_sharp.compat import bfloat16_arrays, matplotlib_canvas
 
@@ -22,7 +22,9 @@ def mmpose() -> Any:
     package = pytest.importorskip('mmpose')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', ImportWarning)  # mmcv's, about a name that moved
-        importlib.import_module('mmpose.utils').register_all_modules()
+        # Runs of other tests in this process may have left another scope, of which it would warn.
+        importlib.import_module('mmpose.utils').register_all_modules(init_default_scope=False)
+    init_default_scope('mmpose')
     return package
 
 

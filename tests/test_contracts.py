@@ -71,10 +71,11 @@ class Interrupting(ToyNet):
 )
 @pytest.mark.parametrize('error', [ValueError('broken'), KeyboardInterrupt()], ids=['error', 'interrupt'])
 def test_an_exception_anywhere_leaves_everything_as_it_was(name: str, where: str, error: BaseException) -> None:
-    if where == 'selecting forward' and not name.startswith('esam'):
-        pytest.skip('only ESAM has a forward that selects samples')
     model = make(Interrupting, error=error, where=where)
     wrapper = build(name, model, accumulative_counts=4)
+    if where == 'selecting forward' and not name.startswith('esam'):
+        model.train_step(batches(1)[0], wrapper)  # there is no such forward, and so no error
+        return
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
