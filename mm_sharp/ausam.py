@@ -12,7 +12,8 @@ gradient norm, which the difference of its loss before and after the perturbatio
 Only the paper's abstract and public summaries of it were at hand. Ours, as they leave it open: samples never seen take
 ``s_max``; ``s_min``'s default; the cap; systematic sampling, which gives exactly these probabilities and exactly K
 samples; ``history_momentum``; drawing in the data loader; and ``reweight``, which weights sample i by 1 / (N * pi_i)
-(Horvitz-Thompson), so that both gradients are unbiased estimates of the whole batch's.
+(Horvitz-Thompson), so that at fixed weights the drawn samples' gradient is an unbiased estimate of the whole batch's.
+The first pass's is; the second's is taken at a point that depends on the draw.
 
 A loss that is the sum of its samples' is scaled by N / K, so that a step is as long as on the whole batch.
 """
@@ -52,7 +53,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         s_min: Normalised score of the smallest, > 0. ``s_max / s_min`` bounds how much likelier one sample is drawn
             than another; with ``s_min == s_max`` the draw is uniform.
         s_max: Normalised score of the largest, >= ``s_min``.
-        reweight: Weight the samples by 1 / (N * pi_i), which makes the gradients unbiased (ours).
+        reweight: Weight the samples by 1 / (N * pi_i), which makes their gradient at given weights an unbiased estimate
+            of the whole batch's (ours).
         history_momentum: Weight of the past in an exponential average of the loss differences, in [0, 1); by default
             the average over all visits (ours).
         kwargs: The other arguments of :class:`mm_sharp.two_pass.TwoPassOptimWrapper`.
@@ -134,7 +136,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             second = self.forward_again(call)
         differences = self.differences(first.losses(loss), record.losses(second), norm)
         self.visit(self._keys, differences)
-        self._figures = lambda: {'mean_difference': differences.mean().item(), **draw.scalars()}
+        self._figures = lambda: {'mean_difference': differences.nanmean().item(), **draw.scalars()}
         return second, second.detach()
 
     def own_state(self) -> dict[str, Any]:

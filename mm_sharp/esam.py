@@ -52,10 +52,12 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         rho: Radius of the perturbation; 0.05 is the paper's.
         beta: Probability of each parameter tensor to be perturbed, in (0, 1]; 0.6 is the paper's for CIFAR.
         gamma: Share of the samples in the second pass, in (0, 1]; K = ceil(gamma * N). 0.5 is the paper's for CIFAR.
+            With 1 nothing is selected, and no losses of samples are needed.
         selection: ``'exact'``, by the loss increase measured in this step (the paper's; on a GPU the host waits for it
             once a step), or ``'history'``, by the average loss difference of earlier steps (ours).
         refresh: With ``'history'``, one step in so many selects exactly and writes the history (ours).
-        kwargs: The other arguments of :class:`mm_sharp.two_pass.TwoPassOptimWrapper`.
+        kwargs: The other arguments of :class:`mm_sharp.two_pass.TwoPassOptimWrapper`, and ``history_momentum``, which
+            is that of :class:`mm_sharp.ausam.AUSAMOptimWrapper` (ours).
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
@@ -92,8 +94,8 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     @property
     def uses_history(self) -> bool:
-        """Only ``selection='history'`` does."""
-        return self.selection == 'history'
+        """Only ``selection='history'`` does, and where all samples are kept it has nothing to select."""
+        return self.selection == 'history' and self.gamma < 1.0
 
     @property
     def skips_gradients(self) -> bool:
@@ -120,7 +122,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Record the losses of the first pass, where this step needs them."""
-        if not self._measures and self._reductions:
+        if self.gamma == 1.0 or (not self._measures and self._reductions):
             yield
             return
         with super().recording(model):

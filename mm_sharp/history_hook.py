@@ -6,6 +6,7 @@ nothing where no optimizer wrapper keeps a history.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,12 +59,12 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         sampler = getattr(loader, 'batch_sampler', None)
         if isinstance(sampler, AUSAMSampler):
             _check_sampler(loader, runner.optim_wrapper, wrappers)
-        if not self._wrappers:
-            return
+        if not self._wrappers or not hasattr(loader.dataset, '__len__'):
+            return  # a data set that only iterates: its samples are known when they arrive
         keys = DatasetKeys(loader.dataset)
         keys.check_collisions()
         for wrapper in self._wrappers:
-            wrapper.dataset_size = _unrepeated_length(loader.dataset)
+            wrapper.dataset_size = keys.count()
             if len(wrapper.history):
                 _reconcile(wrapper, keys)
             if isinstance(sampler, AUSAMSampler) and isinstance(wrapper, AUSAMOptimWrapper):
@@ -109,8 +110,9 @@ def _epoch_length(loader: Any) -> int:
 
 def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[PerSampleOptimWrapper]) -> None:
     found = sum(isinstance(wrapper, AUSAMOptimWrapper) for wrapper in wrappers)
-    if found != 1:
-        uses = f'{found} of them' if found else type(optim_wrapper).__name__
+    # Another member of an OptimWrapperDict would train on the samples drawn without knowing of it.
+    if found != 1 or (isinstance(optim_wrapper, OptimWrapperDict) and len(optim_wrapper) > 1):
+        uses = f'{found} of them' if found > 1 else type(optim_wrapper).__name__
         raise ValueError(
             f'AUSAMSampler draws the batches for one AUSAMOptimWrapper, but the config uses {uses}: write '
             "optim_wrapper = dict(type='AUSAMOptimWrapper', ...), or take batch_sampler=dict(type='AUSAMSampler') out "
@@ -123,15 +125,9 @@ def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[PerSampleOpti
         )
 
 
-def _unrepeated_length(dataset: Any) -> int:
-    """Samples in a data set, those that ``RepeatDataset`` repeats counted once."""
-    while hasattr(dataset, 'times') and hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset
-    return len(dataset)
-
-
 def _reconcile(wrapper: PerSampleOptimWrapper, keys: DatasetKeys) -> None:
     """Fit a loaded history to the data set, and say so."""
+    level = logging.INFO
     try:
         known = keys.ids_by_name()
     except SampleIdError:
@@ -142,11 +138,17 @@ def _reconcile(wrapper: PerSampleOptimWrapper, keys: DatasetKeys) -> None:
     else:
         kept, dropped, unseen = wrapper.history.reconcile(known)
         message = f'{kept} samples of the data set have been seen, {unseen} not yet'
-        message += f'; {dropped} that are not in the data set any more were dropped' if dropped else ''
-    print_log(f'Sample history: {message}', logger='current')
+        if dropped:
+            level = logging.WARNING
+            message += f'; {dropped} that are not in the data set any more were dropped'
+    print_log(f'Sample history: {message}', logger='current', level=level)
 
 
 def _checkpoint_is_due(runner: Any) -> bool:
     """Whether ``CheckpointHook`` writes a checkpoint after this iteration."""
     hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
-    return any(hook.every_n_train_iters(runner, hook.interval, hook.save_begin) for hook in hooks)
+    return any(
+        hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
+        or (hook.save_last and hook.is_last_train_iter(runner))
+        for hook in hooks
+    )

@@ -16,6 +16,7 @@ from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
 from mm_sharp.replay import ModelCall, unwrap
 from mm_sharp.sample_history import Keys, SampleHistory
 from mm_sharp.sample_keys import keys_of
+from mm_sharp.transfer import HostCopy
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from mm_sharp.validation import check_number
 from mm_sharp.visits import Visits
@@ -51,7 +52,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         self._seed: int | None = None
         self._per_sample: PerSampleLoss | None = None
         self._record: LossRecord | None = None
-        self._measured: tuple[Keys, Tensor] | None = None
+        self._measured: tuple[Keys, HostCopy] | None = None
 
     # ---------------------------------------------------------------- what a method uses
     @property
@@ -95,7 +96,8 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     def visit(self, keys: Keys, differences: Tensor) -> None:
         """Have the history take up the loss differences of ``keys`` if the step comes to its end."""
-        self._measured = keys, differences
+        # Copied now: behind the second backward pass, the next step would wait for all of this one.
+        self._measured = keys, HostCopy(differences)
 
     def differences(self, before: Tensor, after: Tensor, norm: Tensor) -> Tensor:
         """``l_i(w + e) - l_i(w)``, (N,), float32; NaN, which is no visit, where there was no perturbation."""
@@ -128,7 +130,8 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Go on with the draws and the history of a checkpoint; of a method without them, begin anew."""
-        self.visits.load_state_dict(state.get('visits', {}))
+        # Rank 0's, as far as they were not exchanged: on every rank they would count as often.
+        self.visits.load_state_dict(state.get('visits', {}) if get_rank() == 0 else {})
         self._seed, self.steps = state.get('seed'), state.get('steps', 0)
         empty = SampleHistory(self.history.momentum).state_dict()
         self.history.load_state_dict(state.get('history', empty))

@@ -22,6 +22,7 @@ class StepTimer:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._cuda = device.type == 'cuda'
         self._marks: dict[str, Any] = {}
 
@@ -29,7 +30,7 @@ class StepTimer:
         """Note that ``name`` ('start' or a member of ``PHASES``) ends now."""
         if self._cuda:
             event: Any = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._marks[name] = event
         else:
             self._marks[name] = time.perf_counter()

@@ -39,15 +39,21 @@ def call_size(owner: str, call: ModelCall) -> int:
 def subset(call: ModelCall, rows: IntArray | Tensor, size: int) -> ModelCall:
     """The call on the samples ``rows`` alone.
 
-    What counts as batched among the arguments: tensors with N rows, lists of N things that are not themselves batches,
-    such as data samples, and both within dicts, lists and tuples. Everything else is shared by all samples.
+    What counts as batched among the arguments: tensors and arrays with N rows, lists of N things that are not
+    themselves batches, such as data samples, and both within dicts, lists and tuples. Everything else is shared by all
+    samples.
 
     Args:
         call: A call on N samples.
-        rows: Rows to keep, (K,), on the host or on a device. Rows on a device cost a synchronisation where a Python
-            list is among the arguments.
+        rows: Rows to keep, (K,), on the host or on a device. Rows on a device cost a synchronisation where there is a
+            Python list, an array or a tensor on the host among the arguments.
         size: N.
+
+    Raises:
+        TypeError: An argument is a collection of N things of a kind that is not known here.
     """
+    for value in (*call.args, *call.kwargs.values()):
+        _check_kind(value, size)
     # Beside a list of data samples, a list of N tensors holds the pictures (of different sizes, say); elsewhere it may
     # hold N inputs of N samples each, which the tensors' shapes tell.
     samples = any(_are_data_samples(value) for value in (*call.args, *call.kwargs.values()))
@@ -73,6 +79,8 @@ class _Picker:
             return value.index_select(0, self._indices(value.device))
         if self._listed is None:
             self._listed = [int(row) for row in self._given.tolist()]
+        if isinstance(value, np.ndarray):
+            return value[self._listed]
         return type(value)(value[row] for row in self._listed)
 
     def _indices(self, device: torch.device) -> Tensor:
@@ -80,6 +88,26 @@ class _Picker:
             rows = self._given
             self._on[device] = to_device(rows, device) if isinstance(rows, np.ndarray) else rows.to(device)
         return self._on[device]
+
+
+def _check_kind(value: Any, size: int) -> None:
+    """Refuse what would silently keep N rows beside K."""
+    if type(value) in (list, tuple, dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            # The things in a list of samples may be anything.
+            if len(value) != size or isinstance(part, (dict, list, tuple)):
+                _check_kind(part, size)
+        return
+    if isinstance(value, tuple):  # a named one; torch.Size and the like hold plain numbers
+        unknown = any(isinstance(part, (Tensor, np.ndarray)) and part.ndim and len(part) == size for part in value)
+    else:
+        known = (Tensor, np.ndarray, str, bytes)
+        unknown = not isinstance(value, known) and hasattr(value, '__len__') and len(value) == size
+    if unknown:
+        raise TypeError(
+            f'ESAM and AUSAM do not know how to take samples out of a {type(value).__name__} of {size}: call the model '
+            'with tensors, arrays, lists, tuples or dicts of them'
+        )
 
 
 def _are_data_samples(value: Any) -> bool:

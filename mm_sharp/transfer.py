@@ -33,8 +33,8 @@ class HostCopy:
         if source.device.type == 'cuda':
             self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             self._host.copy_(source, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            # Of the tensor's device, which need not be the current one.
+            self._event = torch.cuda.current_stream(source.device).record_event()
         else:
             self._host = source.cpu().clone()
 

@@ -102,6 +102,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._recorder = CallRecorder()
         self._perturbed: list[nn.Parameter] = []
         self._scale = 1.0
+        self._skipped: list[nn.Parameter] = []
         self._without_gradient = GradSwitch()
         self._weights = TensorBackup()
         self._state_before = ModuleStateBackup()
@@ -126,6 +127,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
         synced = self.sync_perturbation and not self.skips_gradients
         check_model(type(self).__name__, model, synced, can_sync=not self.skips_gradients)
+        self._state_before.drop()  # an earlier forward may have been left without update_params
         try:
             with (
                 self._no_sync(model, not synced),
@@ -135,9 +137,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             ):
                 yield
         except BaseException:
-            self._without_gradient.on()
             self._state_before.restore()
             raise
+        finally:
+            self._without_gradient.on()
 
     def update_params(
         self,
@@ -232,11 +235,13 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
 
     def _first_backward(self, call: ModelCall, loss: Tensor) -> None:
         """The gradients that the climb needs."""
-        scaled = self.precision.scale(loss)
+        # The loss scale is fitted to the second pass's loss, which accumulation divides.
+        scaled = self.precision.scale(loss if self.precision.scaler is None else self.scale_loss(loss))
+        # Checkpointed layers run again in the backward pass.
+        self._without_gradient.off(self._skipped)
         # With gradients switched off, nothing may be left that the loss depends on.
         if scaled.requires_grad or not self._without_gradient.active:
             scaled.backward()
-        # Not earlier: checkpointed layers run again in the backward pass.
         self._without_gradient.on()
         if self.sync_perturbation and self.skips_gradients and hasattr(call.model, 'no_sync'):
             average_gradients(self._perturbed)
@@ -256,8 +261,13 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             eta=self.eta,
             eps=self.eps,
             scale=self._scale,
-            inverse_grad_scale=self.precision.inverse_scale(),
+            inverse_grad_scale=self._inverse_grad_scale(),
         )
+
+    def _inverse_grad_scale(self) -> Tensor | None:
+        """What undoes, in the first gradient, the loss scale and the division by the accumulated micro-batches."""
+        inverse = self.precision.inverse_scale()
+        return None if inverse is None else inverse / self.scale_loss(1.0)
 
     def forward_again(self, call: ModelCall) -> Tensor:
         """The loss of ``call`` at the weights as they are now, with the first pass's random draws."""
@@ -285,16 +295,14 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._mark('start')
         module = unwrap(call.model)
         self._figures = None
-        self._without_gradient.on()  # an earlier forward may have been left without update_params
-        self._state_before.drop()
         self._state_before.save(module)
         call = self.choose_first_batch(call)
         args, kwargs = without_keys(call.model, call.args, call.kwargs)
         trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
         self._perturbed, self._scale = self.choose_perturbed(self.selector.select(module, trained))
-        if self.skips_gradients:
-            perturbed = set(map(id, self._perturbed))
-            self._without_gradient.off(p for p in trained if id(p) not in perturbed)
+        perturbed = set(map(id, self._perturbed))
+        self._skipped = [p for p in trained if id(p) not in perturbed] if self.skips_gradients else []
+        self._without_gradient.off(self._skipped)
         return replace(call, args=args, kwargs=kwargs)
 
     def _check_loss(self, call: ModelCall, loss: Tensor) -> None:

@@ -23,15 +23,17 @@ class Visits:
         self.history = history
         self._under_way: tuple[Keys, HostCopy] | None = None
 
-    def add(self, keys: Keys, differences: Tensor) -> None:
-        """Start copying.
+    def add(self, keys: Keys, differences: Tensor | HostCopy) -> None:
+        """Take up a step's visits.
 
         Args:
             keys: K pairs of a data set's name and a sample's id.
-            differences: ``l_i(w + e) - l_i(w)``, (K,); those that are not finite are no visits.
+            differences: ``l_i(w + e) - l_i(w)``, (K,), or their copy, if it is under way already; those that are not
+                finite are no visits.
         """
         self.flush()
-        self._under_way = (keys, HostCopy(differences))
+        copy = differences if isinstance(differences, HostCopy) else HostCopy(differences)
+        self._under_way = (keys, copy)
 
     def state_dict(self) -> dict[str, Any]:
         """What is under way, in plain types and tensors: writing it early would change the draws that come before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -117,6 +118,37 @@ def test_a_scale_that_overflows_every_gradient(name: str) -> None:
         assert all(p.isfinite().all() for p in model.parameters())
         steps += 1
     assert 1 < steps < 10
+
+
+@everywhere
+@pytest.mark.parametrize('accumulative_counts', [2, 4])
+def test_a_dynamic_scale_under_accumulation_still_perturbs(name: str, accumulative_counts: int) -> None:
+    """The scale grows to what the second pass bears, whose loss is divided: the first pass must bear it, too."""
+    model = make()
+    growth = dict(init_scale=2.0**16, growth_interval=1, growth_factor=1.2)
+    wrapper = build(name, model, dtype='float16', loss_scale=growth, accumulative_counts=accumulative_counts)
+    norms = []
+    for batch in batches(160):
+        model.train_step(batch, wrapper)
+        norms.append(wrapper.last_step.grad_norm.item())
+    # At this growth the scale is at its limit for most of the last steps, and over it in some.
+    finite = sum(math.isfinite(norm) for norm in norms[-80:])
+    assert finite >= 40
+    if getattr(wrapper, 'uses_history', False):
+        wrapper.visits.flush()
+        assert len(wrapper.history) > 0
+
+
+@everywhere
+@pytest.mark.parametrize('accumulative_counts', [1, 3])
+def test_the_recorded_norm_is_that_of_the_whole_loss_under_accumulation(name: str, accumulative_counts: int) -> None:
+    norms = []
+    for dtype in ('float16', None):
+        model = make()
+        wrapper = build(name, model, dtype=dtype, loss_scale=8.0, accumulative_counts=accumulative_counts)
+        model.train_step(batches(1)[0], wrapper)
+        norms.append(wrapper.last_step.grad_norm.item())
+    assert norms[0] == pytest.approx(norms[1], rel=2e-2)
 
 
 @everywhere

@@ -128,6 +128,20 @@ def test_parameters_without_a_gradient_in_one_pass_are_restored(name: str) -> No
     assert same_bits(model.second, torch.ones(3))
 
 
+def test_a_forward_left_without_its_update_changes_nothing_later(name: str) -> None:
+    """Its copies of buffers are dropped, and no parameter is left without a gradient."""
+    model = make()
+    wrapper = build(name, model)
+    with wrapper.optim_context(model):
+        model(**batches(1)[0])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        model.norm.running_mean.fill_(7.0)
+    with pytest.raises(ValueError, match='before the model'), wrapper.optim_context(model):
+        raise ValueError('before the model is called')
+    assert (model.norm.running_mean == 7.0).all()
+
+
 # ------------------------------------------------------------------ 2. rho = 0
 @pytest.mark.parametrize('accumulative_counts', [1, 3])
 @pytest.mark.parametrize('with_cp', [False, True], ids=['plain', 'checkpointed'])

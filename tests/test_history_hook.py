@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import torch
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from mm_sharp.history_hook import SampleHistoryHook
 from mm_sharp.sample_keys import SampleIdError
@@ -201,7 +203,50 @@ def test_combined_data_sets_that_would_share_scores_are_refused(tmp_path: Path) 
         Runner.from_cfg(config).train()
 
 
+@DATASETS.register_module()
+class StreamedSamples(IterableDataset[Batch]):
+    """The samples one after the other; there is no length and no index."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from ToySamples(20).rows
+
+
+def test_a_data_set_that_only_iterates(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / f'run{next(_numbers)}', optim_wrapper=dict(AUSAM), custom_hooks=[])
+    config['train_dataloader'].update(dataset=dict(type='StreamedSamples'), sampler=None)
+    config['train_cfg'] = dict(by_epoch=False, max_iters=5)
+    config['default_hooks'] = dict(logger=None)  # MMEngine's asks for a length
+    runner = Runner.from_cfg(config)
+    runner.train()
+    assert runner.optim_wrapper.log_scalars() == {}
+    assert len(runner.optim_wrapper.history) > 0
+
+
 # ------------------------------------------------------------------ ranks
+def test_the_last_checkpoint_of_an_epoch_based_run_comes_after_an_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CheckpointHook(by_epoch=False) saves after the last iteration, whatever its interval."""
+    checkpoint = dict(type='CheckpointHook', interval=4, by_epoch=False)
+    runner = build(tmp_path, AUSAM, default_hooks=dict(checkpoint=checkpoint))
+    events: list[tuple[str, int]] = []
+    kind = type(runner.build_optim_wrapper(dict(AUSAM)))
+    exchange, save = kind.exchange_history, runner.save_checkpoint
+    monkeypatch.setattr(
+        kind, 'exchange_history', lambda self: (events.append(('exchange', runner.iter)), exchange(self))
+    )
+
+    def noting(*args: Any, **kwargs: Any) -> None:
+        events.append(('save', runner.iter))
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(runner, 'save_checkpoint', noting)
+    runner.train()
+    saves = [index for index, (event, _) in enumerate(events) if event == 'save']
+    assert [events[index][1] for index in saves] == [3, 7, 9]
+    assert all(events[index - 1] == ('exchange', events[index][1]) for index in saves)
+
+
 def train_on_ranks(rank: int, processes: int, folder: str, case: str) -> dict[str, Any]:
     """Two epochs through a Runner on each rank; every rank's history after each exchange, and what was saved."""
     config = toy_config(Path(folder) / case, optim_wrapper=dict(WRAPPERS[case]), launcher='pytorch')

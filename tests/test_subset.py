@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -195,3 +195,39 @@ def test_a_call_without_a_batch(given: ModelCall, types: str) -> None:
         ValueError, match=rf'AUSAMOptimWrapper found no batch .* \({types}\) that Linear was called with'
     ):
         call_size('AUSAMOptimWrapper', given)
+
+
+class Pair(NamedTuple):
+    """Named, as some collate functions leave batches."""
+
+    left: Tensor
+    right: Tensor
+
+
+class Rows:
+    """A collection of a kind of its own."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def test_arrays_are_taken_apart_as_tensors_are() -> None:
+    array = np.arange(10).reshape(5, 2)
+    kept = subset(call(torch.zeros(5, 1), array, np.float64(3.0)), np.array([4, 1]), 5)
+    np.testing.assert_array_equal(kept.args[1], array[[4, 1]])
+    assert kept.args[2] == 3.0
+
+
+@pytest.mark.parametrize('unknown', [Pair(torch.zeros(5), torch.zeros(5)), Rows(5), {'inner': [Rows(5), None]}])
+def test_what_would_silently_keep_all_samples_is_refused(unknown: object) -> None:
+    with pytest.raises(TypeError, match=r'take samples out of a (Pair|Rows) of (5|2)'):
+        subset(call(torch.zeros(5, 1), unknown), np.array([0]), 5)
+
+
+def test_named_tuples_of_numbers_and_other_lengths_are_shared() -> None:
+    size = torch.Size([3, 4, 5, 6, 7])
+    kept = subset(call(torch.zeros(5, 1), size, Rows(4)), np.array([0]), 5)
+    assert kept.args[1] is size

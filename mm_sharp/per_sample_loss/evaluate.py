@@ -70,7 +70,9 @@ class Evaluator:
             except Exception as error:
                 if 'randomness' in str(error):
                     raise ValueError('it draws random numbers, which a sample alone does not repeat') from error
-                self.vmap_error = error
+                # Without the frames it came through, which hold on to a whole batch.
+                error.__cause__ = error.__context__ = None
+                self.vmap_error = error.with_traceback(None)
         return self._loop(module, layout)
 
     def _vectorised(self, module: nn.Module, layout: Layout) -> list[Tensor]:

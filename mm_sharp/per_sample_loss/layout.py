@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -27,7 +28,7 @@ class Layout:
             vector over 17 keypoints is thus no batch when a batch has 17 samples.
         lists_of_samples: Whether every list of N items holds one item for each sample. Otherwise a list of tensors
             that each have N rows, such as SimCC's x and y, holds whole batches.
-        plain_values: Whether a list of N numbers or strings holds one for each sample.
+        plain_values: Whether a list of N numbers or strings, or an array of N rows, holds one for each sample.
     """
 
     size: int
@@ -44,6 +45,8 @@ class Layout:
             if self.size > 1 and not batched:
                 self.shared.add(path)  # a single sample shows nothing: its masks may have one row for all
             return self._slot(value) if batched and path not in self.shared else value
+        if self.plain_values and isinstance(value, np.ndarray):
+            return self._slot(value) if value.ndim > 0 and len(value) == self.size else value
         if type(value) in (list, tuple):
             if self._is_list_of_samples(value):
                 return self._slot(value)
@@ -61,7 +64,7 @@ class Layout:
         """The rows of sample ``number`` as a batch of one."""
         return [row[number : number + 1] for row in self.rows]
 
-    def _slot(self, value: Tensor | Sequence[Any]) -> Slot:
+    def _slot(self, value: Any) -> Slot:
         self.rows.append(value)
         return Slot(len(self.rows) - 1)
 
