@@ -15,7 +15,7 @@ from mm_sharp.validation import check_positive_int
 
 @HOOKS.register_module()
 class SharpnessHook(Hook):  # type: ignore[misc]
-    """Log what each step finds anyway, at the logger's interval: no extra pass, no extra wait.
+    """Log what each step finds anyway, at the logger's interval: no extra pass, and no wait for the device in between.
 
     The scalars go to MMEngine's message hub, and so to the console, the JSON log and TensorBoard:
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from mmengine.dataset import BaseDataset, ClassBalancedDataset, pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
+from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
@@ -192,6 +193,146 @@ def test_wrappers_in_each_other() -> None:
     balanced = ClassBalancedDataset(Rows(fields=('id',), pipeline=[Packing('id')]), 0.9)
     assert len(balanced) > SIZE
     assert sorted(set(agreed(balanced))) == ids
+
+
+# ---------------------------------------------------------------- epochs cut short
+def sliced(dataset: Any, batch_size: int, num_batch_per_epoch: int = 5) -> DataLoader[Any]:
+    return Runner.build_dataloader(
+        {
+            'dataset': dataset,
+            'batch_size': batch_size,
+            'num_batch_per_epoch': num_batch_per_epoch,
+            'sampler': {'type': 'DefaultSampler', 'shuffle': True},
+        },
+        seed=3,
+    )
+
+
+ROWS_CONFIG = {'type': 'Rows', 'fields': ('id',), 'pipeline': [Packing('id')]}
+INDEXED = {'type': 'IndexedDataset', 'name': 'x', 'dataset': {**ROWS_CONFIG, 'pipeline': [Packing()]}}
+PLACES = [('x', i) for i in range(SIZE)]
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'batch_size', 'expected', 'count'),
+    [
+        (INDEXED, 1, PLACES[:5], 5),
+        (ROWS_CONFIG, 1, [('', 10 * i) for i in range(5)], 5),
+        ({'type': 'RepeatDataset', 'times': 2, 'dataset': INDEXED}, 2, (PLACES * 2)[:10], SIZE),
+        # A data set that is repeated goes on beyond its end, also for the slice.
+        ({'type': 'RepeatDataset', 'times': 2, 'dataset': INDEXED}, 4, (PLACES * 3)[:20], SIZE),
+        (
+            {**INDEXED, 'dataset': {'type': 'RepeatDataset', 'times': 1, 'dataset': INDEXED['dataset']}},
+            2,
+            (PLACES * 2)[:10],
+            SIZE,
+        ),
+        (
+            {'type': 'ConcatDataset', 'datasets': [INDEXED, {**INDEXED, 'name': 'y'}]},
+            2,
+            [*PLACES, ('y', 0), ('y', 1), ('y', 2)],
+            10,
+        ),
+    ],
+)
+def test_num_batch_per_epoch(dataset: dict[str, Any], batch_size: int, expected: Any, count: int) -> None:
+    loader = sliced(dataset, batch_size)
+    keys = DatasetKeys(loader.dataset)
+    order = list(loader.sampler)
+    shown = [key for batch in loader for key in keys_of((), batch, batch_size, 'test')]
+    assert len(shown) == len(keys) == 5 * batch_size
+    assert keys.keys(order) == shown
+    assert keys.count() == count == sum(map(len, keys.ids_by_name().values()))
+    assert sorted(shown) == sorted(expected)
+
+
+def test_num_batch_per_epoch_beyond_the_data_set() -> None:
+    loader = sliced(INDEXED, batch_size=2)
+    keys = DatasetKeys(loader.dataset)
+    keys.check_collisions()
+    assert keys.keys(range(SIZE)) == PLACES
+    assert keys.count() == SIZE
+    with pytest.raises(IndexError):
+        loader.dataset[SIZE]
+    with pytest.raises(IndexError, match=r'index 7 is not in \[0, 7\)(.|\n)*num_batch_per_epoch(.|\n)*RepeatDataset'):
+        keys.keys([0, SIZE])
+
+
+def test_a_resumed_history_survives_num_batch_per_epoch() -> None:
+    keys = DatasetKeys(sliced(INDEXED, batch_size=1).dataset)
+    history = SampleHistory()
+    history.update(PLACES[:3], [1.0, 2.0, 3.0])
+    assert history.reconcile(keys.ids_by_name()) == (3, 0, 2)
+
+
+class Unknown(Dataset[Any]):
+    """A wrapper of whose indices nothing is known, with annotations of another numbering."""
+
+    def __init__(self, place: str, inner: Any) -> None:
+        vars(self)[place] = inner
+        self.get_data_info = Rows(fields=('id',)).get_data_info
+
+    def __len__(self) -> int:
+        return SIZE
+
+
+@pytest.mark.parametrize('place', ['dataset', '_dataset', 'datasets'])
+@pytest.mark.parametrize('depth', [0, 2])
+def test_no_key_is_guessed_of_unknown_wrappers_around_indexed_ones(place: str, depth: int) -> None:
+    def wrapped(inner: Any) -> Any:
+        for _ in range(depth):
+            inner = Unknown('dataset', inner)
+        return Unknown(place, [Rows(), inner] if place == 'datasets' else inner)
+
+    around = wrapped(IndexedDataset(Rows(), 'x'))
+    keys = DatasetKeys(ConcatDataset([Rows(), around]))
+    keys.check_collisions()
+    assert keys.keys([1]) == [('', 1)]
+    with pytest.raises(SampleIdError, match=r'Unknown.*it has an IndexedDataset in it.*Put the IndexedDataset around'):
+        keys.keys([SIZE])
+    with pytest.raises(SampleIdError):
+        keys.ids_by_name()
+    assert keys.count() == 2 * SIZE
+    assert DatasetKeys(IndexedDataset(around, 'out')).keys([2]) == [('out', 2)]
+    # Without one, its annotations are taken at their word.
+    assert DatasetKeys(wrapped(Rows(pipeline=[Packing('id')]))).keys([2]) == [('', 20)]
+
+
+# ---------------------------------------------------------------- how many
+def test_count_counts_what_is_repeated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, index: int) -> None:
+        raise AssertionError('read')
+
+    monkeypatch.setattr(Rows, 'get_data_info', refuse)
+    rows, other = Rows(ann_file='a.json'), Rows(ann_file='b.json')
+    half = Subset(rows, [0, 2, 2, 5])
+    repeated = {'type': 'RepeatDataset', 'times': 3, 'dataset': rows}
+    for dataset, count in [
+        (rows, 7),
+        (half, 3),
+        (Subset(rows, []), 0),
+        (DATASETS.build(repeated), 7),
+        (IndexedDataset(DATASETS.build(repeated)), 7),
+        (ClassBalancedDataset(rows, 0.9), 7),
+        (ConcatDataset([rows, rows, half, other]), 14),
+        (ConcatDataset([half, Subset(rows, [5, 6])]), 4),
+        # The same annotations, read twice; another part of them.
+        (ConcatDataset([rows, Rows(ann_file='a.json')]), 7),
+        (ConcatDataset([Rows(ann_file='a.json', indices=[i]) for i in (0, 1, 0)]), 2),
+        (ConcatDataset([Rows(), Rows()]), 14),
+        # Under two names, samples have two scores.
+        (ConcatDataset([IndexedDataset(rows, 'a'), IndexedDataset(rows, 'a')]), 7),
+        (ConcatDataset([IndexedDataset(rows, 'a'), IndexedDataset(rows, 'b')]), 14),
+        (ConcatDataset([rows, Rows(ann_file='a.json', metainfo={'dataset_name': 'b'})]), 14),
+    ]:
+        assert DatasetKeys(dataset).count() == count
+
+
+def test_count_of_mmpose_s_data_sets(pictures: Path) -> None:
+    both = combined(mpii(pictures, [TO_COCO]), coco(pictures, pipeline=[]), sample_ratio_factor=[0.5, 2.0])
+    assert DatasetKeys(DATASETS.build(both)).count() == 12
+    crops, whole = coco(pictures), coco(pictures, pipeline=PICTURE, data_mode='bottomup')
+    assert DatasetKeys(ConcatDataset([DATASETS.build(d) for d in (crops, whole, crops)])).count() == 7 + 6
 
 
 # ---------------------------------------------------------------- reading

@@ -18,8 +18,9 @@ class DatasetKeys:
     """Keys of the samples of a data set, each read once, on first demand, and remembered.
 
     It knows :class:`mm_sharp.indexed_dataset.IndexedDataset`, MMEngine's ``ConcatDataset``, ``RepeatDataset`` and
-    ``ClassBalancedDataset``, MMPose's ``CombinedDataset``, torch's ``Subset`` and ``ConcatDataset``, one in another at
-    any depth, and every data set that has ``get_data_info(index)``.
+    ``ClassBalancedDataset``, the part of a data set that its ``num_batch_per_epoch`` leaves, MMPose's
+    ``CombinedDataset``, torch's ``Subset`` and ``ConcatDataset``, one in another at any depth, and every data set that
+    has ``get_data_info(index)``. Of any other wrapper around an ``IndexedDataset`` it guesses no key.
 
     Args:
         dataset: The data set, as the data loader has it.
@@ -38,7 +39,7 @@ class DatasetKeys:
         """The keys of the samples that ``dataset[i]`` loads for each i of ``indices``, in their order.
 
         Raises:
-            IndexError: An index is not in [0, len(dataset)).
+            IndexError: An index is not in [0, len(dataset)), or beyond the samples that are there.
             SampleIdError: The samples cannot be told apart before they are loaded.
         """
         asked = np.asarray(indices, dtype=np.int64)
@@ -50,6 +51,18 @@ class DatasetKeys:
             for row, key in zip(rows.tolist(), leaf.keys(there), strict=True):
                 found[row] = key
         return found
+
+    def count(self) -> int:
+        """How many different samples can be loaded: those that come more than once are counted once.
+
+        No annotation is read. Two data sets are taken to have the same samples if they are one object, or of the same
+        class, name, annotation file and selection from it; what overlaps otherwise is counted for each.
+        """
+        places: dict[tuple[object, ...], IntArray] = {}
+        for leaf, found in self._members():
+            place = leaf.labelling, *_contents(leaf.dataset)
+            places[place] = np.union1d(places[place], found) if place in places else found
+        return sum(map(len, places.values()))
 
     def ids_by_name(self) -> dict[str, IntArray]:
         """For each data set by name, the ids of all its samples, increasing, each once.
@@ -117,12 +130,23 @@ def _same_samples(one: Leaf, other: Leaf) -> bool:
 
 def _origin(leaf: Leaf) -> tuple[object, ...]:
     """What the ids of a data set count."""
-    field, dataset = leaf.id_field(), leaf.dataset
-    file = getattr(dataset, 'ann_file', None)
-    if not isinstance(file, (str, Path)) or not str(file):
-        return field, id(dataset)
-    if field in ('id', 'img_id'):
-        return field, str(file)
+    field, file = leaf.id_field(), _file(leaf.dataset)
+    if file and field in ('id', 'img_id'):
+        return field, file
     # An index counts what is left of the annotations after everything that selects from them.
-    selection = [getattr(dataset, name, None) for name in ('_indices', 'filter_cfg', 'test_mode')]
-    return field, type(dataset), str(file), len(dataset), repr(selection)
+    return field, *_contents(leaf.dataset)
+
+
+def _contents(dataset: Any) -> tuple[object, ...]:
+    """Equal for data sets with the same samples in the same order, as far as their settings tell."""
+    file = _file(dataset)
+    if not file:
+        return (id(dataset),)
+    selection = [getattr(dataset, name, None) for name in ('_indices', 'filter_cfg', 'test_mode', 'data_mode')]
+    return type(dataset), file, len(dataset), repr(selection)
+
+
+def _file(dataset: Any) -> str:
+    """Its annotation file, ``''`` if it has none."""
+    file = getattr(dataset, 'ann_file', None)
+    return str(file) if isinstance(file, (str, Path)) else ''

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,11 @@ class Leaf(ABC):
         file = getattr(self.dataset, 'ann_file', None)
         return f'{type(self.dataset).__name__} of {file}' if file else type(self.dataset).__name__
 
+    @property
+    @abstractmethod
+    def labelling(self) -> object:
+        """What makes keys of samples: leaves that differ in it give the same sample different keys."""
+
     @abstractmethod
     def keys(self, indices: IntArray) -> list[Key]:
         """The keys of the samples at these indices."""
@@ -67,6 +72,10 @@ class Indexed(Leaf):
     def __init__(self, dataset: Any, name: str) -> None:
         super().__init__(dataset)
         self._name = name
+
+    @property
+    def labelling(self) -> object:
+        return Indexed, self._name
 
     def keys(self, indices: IntArray) -> list[Key]:
         return [(self._name, index) for index in indices.tolist()]
@@ -94,6 +103,11 @@ class Annotated(Leaf):
         self._ids = np.zeros(len(dataset), np.int64)
         self._name_rows = np.zeros(len(dataset), np.int32)
         self._names: list[str] = ['']
+
+    @property
+    def labelling(self) -> object:
+        info = getattr(self.dataset, 'metainfo', None)
+        return Annotated, self._packed, info.get('dataset_name') if isinstance(info, Mapping) else None
 
     def keys(self, indices: IntArray) -> list[Key]:
         self._fill(indices)
@@ -164,6 +178,8 @@ def _shown_fields(dataset: Any) -> tuple[str, ...] | None:
 
 def _reader(dataset: Any) -> Callable[[int], dict[str, Any]]:
     """The function that gives the annotation of a sample."""
+    if _is_around_indexed(dataset):
+        return _no_place
     reader = getattr(dataset, 'get_data_info', None)
     if not callable(reader):
         return _no_annotation
@@ -173,6 +189,24 @@ def _reader(dataset: Any) -> Callable[[int], dict[str, Any]]:
         name = dataset.metainfo['dataset_name']
         return lambda index: {**BaseDataset.get_data_info(dataset, index), 'dataset_name': name}
     return reader  # type: ignore[no-any-return]
+
+
+def _is_around_indexed(dataset: Any) -> bool:
+    """Whether there is an ``IndexedDataset`` in ``dataset``, at any depth."""
+    if isinstance(dataset, IndexedDataset):
+        return True
+    several = getattr(dataset, 'datasets', None)
+    inner = [getattr(dataset, name, None) for name in ('dataset', '_dataset')]
+    inner += several if isinstance(several, (list, tuple)) else []
+    return any(hasattr(member, '__getitem__') and _is_around_indexed(member) for member in inner)
+
+
+def _no_place(index: int) -> dict[str, Any]:
+    # Its get_data_info, often only passed on from within, knows nothing of the keys that IndexedDataset adds.
+    raise SampleIdError(
+        'it has an IndexedDataset in it, but which sample of that an index leads to is not known. Put the '
+        'IndexedDataset around it rather than in it'
+    )
 
 
 def _no_annotation(index: int) -> dict[str, Any]:

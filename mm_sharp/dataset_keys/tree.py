@@ -58,6 +58,35 @@ class Renamed:
         yield from self.inner.members(np.unique(self.rename(indices)))
 
 
+class Sliced(Renamed):
+    """The first samples of a data set, as MMEngine's ``_SlicedDataset`` has them (``num_batch_per_epoch``).
+
+    Args:
+        inner: The data set.
+        length: Its length, in samples; the slice may be said to be longer.
+        endless: Whether it can be indexed beyond its length.
+    """
+
+    def __init__(self, inner: Node, length: int, endless: bool) -> None:
+        super().__init__(inner, lambda indices: indices)
+        self.length = length
+        self.endless = endless
+
+    def locate(self, rows: IntArray, indices: IntArray) -> Iterator[tuple[Leaf, IntArray, IntArray]]:
+        beyond = indices[indices >= self.length]
+        if len(beyond) and not self.endless:
+            raise IndexError(
+                f'index {beyond[0]} is not in [0, {self.length}), the range of the data set: num_batch_per_epoch asks '
+                'for more samples than it has. Make it smaller, or repeat the data set:\n'
+                "    dataset=dict(type='RepeatDataset', times=2, dataset=...)"
+            )
+        yield from super().locate(rows, indices)
+
+    def members(self, indices: IntArray) -> Iterator[tuple[Leaf, IntArray]]:
+        # What lies beyond either cannot be loaded or is one of these again.
+        yield from super().members(indices[indices < self.length])
+
+
 class Joined:
     """Several data sets in a row.
 
@@ -114,7 +143,10 @@ class TreeBuilder:
             return _renamed(self._leaf(dataset, None), dataset.dataset)
         if isinstance(dataset, (RepeatDataset, ClassBalancedDataset, Subset)):
             return Renamed(self.build(dataset.dataset, packed), _rename(dataset))
-        combined = _is_combined(dataset)
+        if _is_a(dataset, '_SlicedDataset', 'mmengine'):
+            source = dataset._dataset
+            return Sliced(self.build(source, packed), len(source), _is_endless(source))
+        combined = _is_a(dataset, 'CombinedDataset', 'mmpose')
         if combined or isinstance(dataset, ConcatDataset):
             packed = packed or (meta_keys(dataset.pipeline) if combined else None)
             inner = [self.build(member, packed) for member in dataset.datasets]
@@ -145,8 +177,13 @@ def _rename(dataset: Any) -> Callable[[IntArray], IntArray]:
     return np.asarray(chosen, dtype=np.int64).__getitem__
 
 
-def _is_combined(dataset: Any) -> bool:
-    """Whether it is MMPose's ``CombinedDataset``, which is not imported for that."""
-    return any(
-        cls.__name__ == 'CombinedDataset' and cls.__module__.startswith('mmpose.') for cls in type(dataset).__mro__
-    )
+def _is_endless(dataset: Any) -> bool:
+    """Whether it loads a sample for indices beyond its length, too, as ``RepeatDataset`` does."""
+    while isinstance(dataset, IndexedDataset):
+        dataset = dataset.dataset
+    return isinstance(dataset, RepeatDataset)
+
+
+def _is_a(dataset: Any, name: str, package: str) -> bool:
+    """Whether it is of a class that is not imported for that: not every installation, or version, has it."""
+    return any(cls.__name__ == name and cls.__module__.startswith(f'{package}.') for cls in type(dataset).__mro__)
