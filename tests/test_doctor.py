@@ -186,7 +186,8 @@ def test_command_without_torch(tmp_path: Path) -> None:
 
 
 def test_command_with_the_base_alone(tmp_path: Path) -> None:
-    missing = ['mmpose', 'mmcv', 'mmcv_lite', 'mmdet', 'torchvision', 'xtcocotools', 'faster_coco_eval', 'brevitas']
+    missing = ['mmpose', 'mmcv', 'mmcv_lite', 'mmdet', 'mmpretrain', 'torchvision']
+    missing += ['xtcocotools', 'faster_coco_eval', 'brevitas']
     environment = make_environment(tmp_path / 'site', without=missing)
     done = run_python(environment, '-m', 'mm_sharp.doctor')
     assert done.returncode == 0, done.stdout + done.stderr
