@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
 import torch
 from mmengine.optim import OptimWrapper
 
+from tests.checkpoints import through_disk
 from tests.toys import batches, make, same_state
 from tests.wrappers import build, momentum_sgd
 
 both = pytest.mark.parametrize('name', ['ausam', 'ausam-reweight'])
-
-
-def through_disk(state: dict[str, Any]) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
 
 
 def history_of(wrapper: Any) -> dict[str, dict[str, list[Any]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import math
 import pickle
@@ -27,6 +26,7 @@ from mm_sharp.batch_draw import BatchDrawer
 from mm_sharp.loader_draws import DrawQueue
 from mm_sharp.sample_history import SampleHistory
 from mm_sharp.sampling import inclusion_probabilities, sample_count
+from tests.checkpoints import through_disk
 from tests.tiny_runs import PLAIN, Points, make_runner
 
 Key = tuple[str, int]
@@ -380,13 +380,6 @@ def test_batches_that_nobody_takes_do_not_pile_up() -> None:
 
 
 # -------------------------------------------------------------------- resume
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def train(sampler: AUSAMSampler, history: SampleHistory, batches: Iterator[torch.Tensor], steps: int) -> list[Any]:
     """Steps whose differences change the history at once; returns the batches and how they were drawn."""
     log = []
@@ -428,7 +421,7 @@ def test_resuming_in_mid_iteration_equals_never_stopping(workers: int, with_stat
     sampler, history, loader = resumable(workers)
     batches = iter(loader)
     train(sampler, history, batches, 5)
-    state = through_a_file({'history': history.state_dict(), 'sampler': sampler.state_dict()})
+    state = through_disk({'history': history.state_dict(), 'sampler': sampler.state_dict()})
     assert len(state['sampler']['draws']) == 2 * workers
     expected = train(sampler, history, batches, 8)
 
@@ -582,7 +575,7 @@ class Wrapper(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         state = {'history': self.history.state_dict(), 'sampler': runner.train_dataloader.batch_sampler.state_dict()}
-        self.states[runner.iter + 1] = through_a_file(state)
+        self.states[runner.iter + 1] = through_disk(state)
 
 
 @pytest.mark.parametrize(

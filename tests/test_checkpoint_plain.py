@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import io
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,14 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
 from mm_sharp.compat.plain_checkpoint import TAG, from_plain, missing_statistics, to_plain
-
-
-def reload(value: Any) -> Any:
-    """``value`` saved and loaded as torch does it from 2.6 on."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+from tests.checkpoints import through_disk
 
 
 def there_and_back(value: Any) -> Any:
     left: list[str] = []
     plain = to_plain(value, 'value', left)
     assert left == []
-    return from_plain(reload(plain), 'value')
+    return from_plain(through_disk(plain), 'value')
 
 
 def assert_same_history(got: HistoryBuffer, expected: HistoryBuffer) -> None:
@@ -100,7 +92,7 @@ def spread() -> Any:
 
 def test_custom_statistics(spread: Any) -> None:
     history = HistoryBuffer([1.0, 4.0], [1, 1])
-    plain = reload(to_plain({'log_scalars': {'loss': history}}, 'hub', []))
+    plain = through_disk(to_plain({'log_scalars': {'loss': history}}, 'hub', []))
     got = from_plain(plain, 'hub')['log_scalars']['loss']
     assert got.statistics('spread') == 3.0
     assert missing_statistics(plain) == set()
@@ -159,7 +151,7 @@ def test_plain_values_are_passed_on(value: Any) -> None:
     assert to_plain(value, 'value', left) is value
     assert from_plain(value, 'value') is value
     assert left == []
-    assert reload(value) == value
+    assert through_disk(value) == value
 
 
 def test_weights_are_passed_on() -> None:

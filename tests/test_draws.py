@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
@@ -14,6 +13,7 @@ from mm_sharp.draws import Draw, generator_at, shared_seed
 from mm_sharp.sample_history import Keys, SampleHistory
 from mm_sharp.transfer import HostCopy, to_device
 from mm_sharp.visits import Visits
+from tests.checkpoints import through_disk
 
 NAN = math.nan
 
@@ -199,10 +199,7 @@ def test_visits_under_way_go_with_a_checkpoint() -> None:
     state = visits.state_dict()
     assert len(history) == 0
     loaded.add(keys(1, first=5), torch.tensor([9.0]))  # replaced
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    loaded.load_state_dict(through_disk(state))
     assert len(other) == 0
     for either in (visits, loaded):
         either.flush()

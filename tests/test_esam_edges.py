@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch import nn
 from torch.optim import SGD
 
 import mm_sharp.esam
@@ -19,7 +18,7 @@ from mm_sharp.per_sample_loss import PerSampleLossError
 from mm_sharp.perturbation import weight_mask
 from mm_sharp.sample_keys import SampleIdError
 from tests.test_esam import LineNet, Rows, both, line, pair, pool_batches, selecting, train_both
-from tests.toys import Batch, ToyNet, batches, make, same_bits, same_state
+from tests.toys import Batch, Functional, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import momentum_sgd
 
 
@@ -192,13 +191,6 @@ def test_every_value_in_range_is_accepted(beta: float, gamma: float, refresh: in
 
 
 # ------------------------------------------------------------------ models and batches that are refused
-class Functional(ToyNet):
-    """Computes its loss by a function, which no hook can see."""
-
-    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
-        return {'loss': F.mse_loss(super().forward(inputs, targets, sample_idx, 'tensor'), targets)}
-
-
 @both
 def test_a_loss_without_a_form_for_samples_is_refused_at_the_first_step(refresh: int | None) -> None:
     model, start = make(Functional), make(Functional)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import random
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 
 from mm_sharp import sample_table
 from mm_sharp.sample_history import Reconciliation, SampleHistory
+from tests.checkpoints import through_disk
 
 Key = tuple[str, int]
 LOW, HIGH = -(2**63), 2**63 - 1
@@ -78,21 +78,13 @@ def assert_same_bits(first: SampleHistory, second: SampleHistory) -> None:
             assert torch.equal(tensor, two['data_sets'][name][field]), (name, field)
 
 
-def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
-
-
 def feed(history: SampleHistory, batch: Sequence[tuple[Key, float]]) -> int:
     return history.update([key for key, _ in batch], [value for _, value in batch])
 
 
 def exchange(ranks: Sequence[SampleHistory], order: Callable[[list[Any]], None] = lambda parts: None) -> None:
     """What a collective does: everyone gets what all gathered, possibly not in the same order."""
-    parts = [saved_and_loaded(rank.pending()) for rank in ranks]
+    parts = [through_disk(rank.pending()) for rank in ranks]
     for rank in ranks:
         mixed = list(parts)
         order(mixed)
@@ -109,7 +101,7 @@ def test_any_sequence_equals_a_plain_dict(momentum: float | None, distributed: b
     for action in actions:
         if action == 'save':
             history, old = SampleHistory(momentum, distributed=distributed), history
-            history.load_state_dict(saved_and_loaded(old.state_dict()))
+            history.load_state_dict(through_disk(old.state_dict()))
             assert_same_bits(history, old)
         elif action == 'merge' and distributed:
             exchange([history])
@@ -194,7 +186,7 @@ def test_ids_may_be_numpy_and_torch_integers() -> None:
         [('a', np.int32(5)), (np.str_('a'), torch.tensor(6)), ('a', np.uint64(7))], torch.tensor([1.0, 2, 3])
     )  # type: ignore[list-item]
     assert history.scores([('a', 5), ('a', 6), ('a', 7)]).tolist() == [1.0, 2.0, 3.0]
-    assert saved_and_loaded(history.state_dict())['data_sets']['a']['ids'].tolist() == [5, 6, 7]
+    assert through_disk(history.state_dict())['data_sets']['a']['ids'].tolist() == [5, 6, 7]
 
 
 def test_an_empty_batch_changes_nothing() -> None:
@@ -346,7 +338,7 @@ def test_reconcile_drops_the_lost_and_leaves_the_new_unseen(distributed: bool) -
 def test_reconcile_with_the_same_data_set_changes_nothing() -> None:
     history = SampleHistory()
     history.update_of('a', np.arange(0, 9999, 3), np.ones(3333))
-    before = saved_and_loaded(history.state_dict())
+    before = through_disk(history.state_dict())
     assert history.reconcile({'a': np.arange(9999)}) == Reconciliation(3333, 0, 6666)
     again = SampleHistory()
     again.load_state_dict(before)
@@ -383,7 +375,7 @@ def test_a_distributed_history_saves_what_it_has_not_exchanged_too() -> None:
     exchange([rank])
     rank.update([('a', 1), ('c', 7)], [2.0, 6.0])
     wanted = [('a', 1), ('b', 1), ('c', 7), ('d', 0)]
-    resumed.load_state_dict(saved_and_loaded(rank.state_dict()))
+    resumed.load_state_dict(through_disk(rank.state_dict()))
     assert resumed.scores(wanted).tolist()[:3] == rank.scores(wanted).tolist()[:3]
     assert resumed.pending() == {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mmengine.optim import OptimWrapper
 
 from mm_sharp.module_state import ModuleStateBackup
 from mm_sharp.random_state import RandomState
+from tests.checkpoints import through_disk
 from tests.toys import CountingNet, batches, make, same_state
 from tests.wrappers import WRAPPERS, build, momentum_sgd
 
@@ -26,15 +26,6 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
     monkeypatch.setattr('mm_sharp.wrapper_state.print_log', lambda message, **_: messages.append(message))
     return messages
-
-
-def through_disk(state: dict[str, Any]) -> dict[str, Any]:
-    """Saved, and loaded as only trusted-by-construction data may be."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
 
 
 @everywhere

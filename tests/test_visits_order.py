@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper
 from mm_sharp.per_sample_loss import PerSampleLossError
 from mm_sharp.transfer import HostCopy
-from tests.toys import ToyNet, batches, make
+from tests.toys import Functional, batches, make
 from tests.wrappers import build, momentum_sgd
 
 
@@ -64,14 +64,6 @@ def test_no_batch_outlives_the_next_steps(kind: type[AUSAMOptimWrapper]) -> None
     gc.collect()
     forwards = len(outputs) // 4
     assert [reference() for reference in outputs[: 2 * forwards]] == [None] * (2 * forwards)
-
-
-class Functional(ToyNet):
-    """A loss that is no module."""
-
-    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
-        output = super().forward(inputs, targets, mode='tensor')
-        return {'loss': (output - targets).square().mean()}
 
 
 @pytest.mark.parametrize('selection', ['exact', 'history'])

@@ -9,6 +9,7 @@ import torch
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
@@ -85,6 +86,13 @@ class NaNSecond(ToyNet):
         factor = self.factors.get(len(self.forwards), 1.0)
         self.forwards.append(factor)
         return {name: loss * factor for name, loss in losses.items()}
+
+
+class Functional(ToyNet):
+    """Computes its loss by a function, which no hook can see."""
+
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        return {'loss': F.mse_loss(super().forward(inputs, targets, sample_idx, 'tensor'), targets)}
 
 
 @DATASETS.register_module()
