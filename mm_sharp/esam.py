@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mm_sharp.draws import Draw
-from mm_sharp.per_sample_loss import LossRecord
+from mm_sharp.per_sample_loss import Reduction
 from mm_sharp.per_sample_pass import PerSampleOptimWrapper
 from mm_sharp.perturbation import weight_mask
 from mm_sharp.replay import ModelCall
@@ -89,8 +89,8 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         super().__init__(optimizer, rho=rho, **kwargs)
         self._size = 0
         self._keys: Keys = []
-        # Decides the factor on a subset's loss, in the steps that are not recorded too.
-        self._last_record: LossRecord | None = None
+        # What decides the factor on a subset's loss; any recorded step shows it.
+        self._reductions: set[Reduction] = set()
 
     @property
     def uses_history(self) -> bool:
@@ -122,12 +122,12 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Record the losses of the first pass, where this step needs them."""
-        if self.gamma == 1.0 or (not self._measures and self._losses_are_known):
+        if self.gamma == 1.0 or (not self._measures and self._reductions):
             yield
             return
         with super().recording(model):
             yield
-        self._last_record = self.record()
+        self._reductions = {term.reduction for term in self.record().terms}
 
     def second_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward, on the samples that are selected."""
@@ -141,7 +141,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             rows = top_k(differences, count)
             self._figures = lambda: _figures(differences.cpu().numpy().astype(np.float64))
         else:
-            if not self._losses_are_known:  # no step was measured yet: say now if the losses of samples cannot be told
+            if not self._reductions:  # no step was measured yet: say now if the losses of samples cannot be told
                 self.record().losses(loss)
             rows, scores = self._choose_by_history(count)
             self._figures = lambda: _figures(scores)
@@ -152,11 +152,6 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
     def _measures(self) -> bool:
         """Whether this step selects by the increase that it measures itself."""
         return self.selection == 'exact' or self.steps % self.refresh == 0
-
-    @property
-    def _losses_are_known(self) -> bool:
-        """Whether a step was recorded that found losses of samples."""
-        return self._last_record is not None and bool(self._last_record.terms)
 
     def _measure(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Loss increase of every sample, (N,), and the batch's L(w + e), by a forward without gradients."""
@@ -181,8 +176,9 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
     def _loss_on(self, call: ModelCall, rows: IntArray | Tensor, count: int) -> Tensor:
         """The loss of ``count`` samples at the weights as they are now, as long as the whole batch's."""
         part = subset(call, rows, self._size)
-        if self._last_record is not None and self._last_record.reduction is not None:
-            return self.forward_again(part) * self._last_record.subset_factor(count, self._size)
+        if len(self._reductions) == 1:
+            (reduction,) = self._reductions
+            return self.forward_again(part) * reduction.subset_factor(count, self._size)
         # Sums and means in one model: each loss module is scaled by itself.
         with self.losses_of(call.model).record(full_size=self._size):
             return self.forward_again(part)

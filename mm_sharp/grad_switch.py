@@ -13,6 +13,11 @@ class GradSwitch:
     def __init__(self) -> None:
         self._off: list[nn.Parameter] = []
 
+    @property
+    def active(self) -> bool:
+        """Whether a parameter is switched off."""
+        return bool(self._off)
+
     def off(self, parameters: Iterable[nn.Parameter]) -> None:
         """Switch off those of ``parameters`` that require a gradient."""
         for parameter in parameters:

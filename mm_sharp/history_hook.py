@@ -7,6 +7,7 @@ nothing where no optimizer wrapper keeps a history.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from mmengine.dist import get_rank
@@ -19,10 +20,8 @@ from mmengine.runner import IterBasedTrainLoop
 from mm_sharp.ausam import AUSAMOptimWrapper
 from mm_sharp.ausam_sampler import AUSAMSampler
 from mm_sharp.dataset_keys import DatasetKeys
-from mm_sharp.hooks import two_pass_wrappers
 from mm_sharp.per_sample_pass import PerSampleOptimWrapper
 from mm_sharp.sample_keys import SampleIdError
-from mm_sharp.two_pass import TwoPassOptimWrapper
 
 _ITERATIONS_OF_ENDLESS_EPOCHS = 1000
 
@@ -55,8 +54,8 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         """
         loader = runner.train_dataloader
         self._epoch_length = _epoch_length(loader)
-        wrappers = list(two_pass_wrappers(runner.optim_wrapper).values())
-        self._wrappers = [w for w in wrappers if isinstance(w, PerSampleOptimWrapper) and w.uses_history]
+        wrappers = list(_per_sample_wrappers(runner.optim_wrapper))
+        self._wrappers = [wrapper for wrapper in wrappers if wrapper.uses_history]
         sampler = getattr(loader, 'batch_sampler', None)
         if isinstance(sampler, AUSAMSampler):
             _check_sampler(loader, runner.optim_wrapper, wrappers)
@@ -64,9 +63,8 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
             return  # a data set that only iterates: its samples are known when they arrive
         keys = DatasetKeys(loader.dataset)
         keys.check_collisions()
-        count = keys.count()
         for wrapper in self._wrappers:
-            wrapper.dataset_size = count
+            wrapper.dataset_size = keys.count()
             if len(wrapper.history):
                 _reconcile(wrapper, keys)
             if isinstance(sampler, AUSAMSampler) and isinstance(wrapper, AUSAMOptimWrapper):
@@ -96,6 +94,13 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         self._exchanged = True
 
 
+def _per_sample_wrappers(optim_wrapper: Any) -> Iterator[PerSampleOptimWrapper]:
+    members = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
+    for member in members:
+        if isinstance(member, PerSampleOptimWrapper):
+            yield member
+
+
 def _epoch_length(loader: Any) -> int:
     try:
         return max(1, len(loader))
@@ -103,7 +108,7 @@ def _epoch_length(loader: Any) -> int:
         return _ITERATIONS_OF_ENDLESS_EPOCHS
 
 
-def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[TwoPassOptimWrapper]) -> None:
+def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[PerSampleOptimWrapper]) -> None:
     found = sum(isinstance(wrapper, AUSAMOptimWrapper) for wrapper in wrappers)
     # Another member of an OptimWrapperDict would train on the samples drawn without knowing of it.
     if found != 1 or (isinstance(optim_wrapper, OptimWrapperDict) and len(optim_wrapper) > 1):

@@ -60,7 +60,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         """Find the wrappers and the logger's interval."""
-        self._wrappers = two_pass_wrappers(runner.optim_wrapper)
+        self._wrappers = _two_pass_wrappers(runner.optim_wrapper)
         if not self._wrappers:
             raise ValueError(
                 f'SharpnessHook needs a sharpness-aware optimizer wrapper, but the config uses '
@@ -92,8 +92,8 @@ class SharpnessHook(Hook):  # type: ignore[misc]
         return bool(self.every_n_inner_iters(batch_idx, self._interval) or last)
 
 
-def two_pass_wrappers(optim_wrapper: Any) -> dict[str, TwoPassOptimWrapper]:
-    """Our wrappers among a Runner's, by log prefix."""
+def _two_pass_wrappers(optim_wrapper: Any) -> dict[str, TwoPassOptimWrapper]:
+    """Our wrappers by log prefix."""
     if isinstance(optim_wrapper, TwoPassOptimWrapper):
         return {'': optim_wrapper}
     if isinstance(optim_wrapper, OptimWrapperDict):

@@ -168,6 +168,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             self._check_loss(call, loss)
             self._run_passes(call, loss, gradients)
         except BaseException:
+            self._without_gradient.on()
             gradients.undo()
             self._state_before.restore()
             call.random_state.restore()
@@ -236,14 +237,12 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """The gradients that the climb needs."""
         # The loss scale is fitted to the second pass's loss, which accumulation divides.
         scaled = self.precision.scale(loss if self.precision.scaler is None else self.scale_loss(loss))
-        try:
-            # Checkpointed layers run again in the backward pass.
-            self._without_gradient.off(self._skipped)
-            # With gradients switched off, nothing may be left that the loss depends on.
-            if scaled.requires_grad or not self._skipped:
-                scaled.backward()
-        finally:
-            self._without_gradient.on()
+        # Checkpointed layers run again in the backward pass.
+        self._without_gradient.off(self._skipped)
+        # With gradients switched off, nothing may be left that the loss depends on.
+        if scaled.requires_grad or not self._without_gradient.active:
+            scaled.backward()
+        self._without_gradient.on()
         if self.sync_perturbation and self.skips_gradients and hasattr(call.model, 'no_sync'):
             average_gradients(self._perturbed)
 
@@ -301,10 +300,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         args, kwargs = without_keys(call.model, call.args, call.kwargs)
         trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
         self._perturbed, self._scale = self.choose_perturbed(self.selector.select(module, trained))
-        if self.skips_gradients:
-            perturbed = set(map(id, self._perturbed))
-            self._skipped = [p for p in trained if id(p) not in perturbed]
-            self._without_gradient.off(self._skipped)
+        perturbed = set(map(id, self._perturbed))
+        self._skipped = [p for p in trained if id(p) not in perturbed] if self.skips_gradients else []
+        self._without_gradient.off(self._skipped)
         return replace(call, args=args, kwargs=kwargs)
 
     def _check_loss(self, call: ModelCall, loss: Tensor) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mm_sharp.dataset_keys.leaves import Leaf
+from mm_sharp.dataset_keys.leaves import IntArray, Leaf
 from mm_sharp.dataset_keys.tree import TreeBuilder
 from mm_sharp.sample_keys import Key, SampleIdError
-from mm_sharp.sample_table import IntArray
 
 
 class DatasetKeys:

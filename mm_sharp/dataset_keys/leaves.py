@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from mmengine.dataset import BaseDataset
 
 from mm_sharp.indexed_dataset import IndexedDataset
 from mm_sharp.sample_keys import Key, SampleIdError, id_field, key_of, unidentified
-from mm_sharp.sample_table import IntArray
+
+IntArray = npt.NDArray[np.int64]
 
 # What keys are read from in a batch without data samples.
 _DICT_FIELDS = ('sample_key', 'sample_idx', 'dataset_name')

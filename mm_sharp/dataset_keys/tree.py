@@ -13,10 +13,9 @@ import numpy.typing as npt
 from mmengine.dataset import ClassBalancedDataset, RepeatDataset
 from torch.utils.data import ConcatDataset, Subset
 
-from mm_sharp.dataset_keys.leaves import Leaf, leaf_of, meta_keys
+from mm_sharp.dataset_keys.leaves import IntArray, Leaf, leaf_of, meta_keys
 from mm_sharp.indexed_dataset import IndexedDataset
 from mm_sharp.sample_keys import SampleIdError
-from mm_sharp.sample_table import IntArray
 
 
 class Node(Protocol):
