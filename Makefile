@@ -67,7 +67,8 @@ dist: $(INSTALLED) ## build the wheel and the source archive into dist/
 
 # uv resolves for Python 3.10 to 3.12 at once; torch and the libraries of its build stay out (see requirements/torch.txt).
 lock: ## compile requirements/dev.in into requirements/dev.txt (needs uv)
-	uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header requirements/dev.in \
+	uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header \
+		--override requirements/override.in requirements/dev.in \
 		| grep -vE '^(torch|opencv-python|nvidia-.*|cuda-.*|triton)==' > requirements/dev.txt
 
 clean: ## remove caches and builds (not .venv, data or work_dirs)
