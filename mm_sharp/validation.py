@@ -6,6 +6,10 @@ import math
 from collections.abc import Collection, Mapping
 
 
+class UserError(ValueError):
+    """A mistake in a user's files that shows only while a run is under way; the tools print it as one line."""
+
+
 def check_number(
     owner: str,
     name: str,

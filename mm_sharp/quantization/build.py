@@ -1,0 +1,194 @@
+"""A float model with Brevitas's layers in it: ``QuantizedModel`` (ours).
+
+The model keeps its class, its ``train()`` and its parameters' names; convolutions, deconvolutions and fully connected
+layers become Brevitas's, which quantize their input and their weights. That is Brevitas's layer-wise scheme: sums of
+residual branches, concatenations and activations work on values that were just multiplied out, and are quantized where
+the next layer takes them in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import brevitas.nn as qnn
+import torch
+from brevitas.graph.base import ModuleToModuleByInstance
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import nn
+
+from .flow import LAYERS, LayerFlow, trace_flow
+from .folding import fold_batchnorms
+from .guard import watch_calls
+from .loading import watch_loading
+from .policy import OWNER, LayerPolicy, QuantizationPolicy
+from .quantizers import input_quantizer, input_range, weight_quantizer
+from .record import LAYOUT, LayerRecord, QuantizationRecord, size_in_bytes
+
+_QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: qnn.QuantConv1d,
+    nn.Conv2d: qnn.QuantConv2d,
+    nn.ConvTranspose1d: qnn.QuantConvTranspose1d,
+    nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
+    nn.Linear: qnn.QuantLinear,
+}
+
+
+@MODELS.register_module(name='QuantizedModel')
+def quantized_model(model: Any, policy: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+    """Build a model and quantize it: ``QuantizedModel`` in configs.
+
+    ``model=dict(type='QuantizedModel', model=dict(type='TopdownPoseEstimator', …), policy=dict(…))``, or, with the
+    model's own keys where they were, ``model=dict(type='QuantizedModel', model='TopdownPoseEstimator', backbone=…,
+    head=…, policy=dict(…))``; the fragments in ``_base_/quantization`` write the second form.
+
+    Quantizers must be calibrated before the model is used: :class:`mm_sharp.quantization.CalibrationHook` does it in
+    every run that trains one, and checkpoints of quantized models hold what it found.
+
+    Args:
+        model: Config of the float model, the name of its class, or the model itself.
+        policy: See :class:`mm_sharp.quantization.policy.QuantizationPolicy`.
+        **kwargs: With a name, the float model's arguments; with a config, keys that are set in it.
+
+    Returns:
+        The model, of the float model's class, with a record of the quantization as ``.quantization``.
+
+    Raises:
+        ValueError: The policy is not allowed, fits no layer, or the input's size is not known.
+    """
+    checked = QuantizationPolicy.from_config(policy)
+    if not isinstance(model, nn.Module):
+        config = {'type': model} if isinstance(model, str) else dict(model)
+        model = MODELS.build({**config, **kwargs})
+    elif kwargs:
+        raise ValueError(f'{OWNER}: {sorted(kwargs)} cannot be set in a model that is built already')
+    return quantize(model, checked)
+
+
+def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
+    """Quantize a float model in place.
+
+    Args:
+        model: A model of MMEngine's kind, whose ``forward`` takes ``(inputs, data_samples, mode)``.
+        policy: How.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: The policy's patterns match nothing, no layer would be quantized, or the input's size is unknown.
+    """
+    if isinstance(getattr(model, 'quantization', None), QuantizationRecord):
+        raise ValueError(f'{OWNER}: the model is quantized already')
+    float_bytes = size_in_bytes(model)
+    _make_plain(model)
+    size = _input_size(model, policy)
+    flows = trace_flow(model, _noise(model, size))
+    folded: list[str] = []
+    if policy.fold_batchnorm:
+        folded = fold_batchnorms(model, {name: flow.batchnorm for name, flow in flows.items() if flow.batchnorm})
+    layers = [
+        _quantize_layer(model, name, module, flows.get(name), policy)
+        for name, module in list(model.named_modules())
+        if isinstance(module, LAYERS)
+    ]
+    _check(policy, layers)
+    weights = sum(4 * layer.weights for layer in layers if layer.policy is not None)
+    record = QuantizationRecord(policy, layers, folded, float_bytes, 0, size)
+    model.quantization = record  # type: ignore[assignment]
+    model.register_buffer(LAYOUT, record.layout())
+    record.other_bytes = _full_size(model) - weights - record.layout().numel() * 2
+    watch_loading(model)
+    watch_calls(model)
+    print_log(f'Quantized {type(model).__name__}:\n{record.table()}', logger='current', level=logging.INFO)
+    return model
+
+
+def _quantize_layer(
+    model: nn.Module, name: str, module: nn.Module, flow: LayerFlow | None, policy: QuantizationPolicy
+) -> LayerRecord:
+    """Replace one layer, or say why not."""
+    kind, weights = type(module).__name__, module.weight.numel()  # type: ignore[union-attr,operator]
+    chosen: LayerPolicy | str
+    if type(module) not in _QUANTIZED:
+        chosen = f'{kind} has a forward of its own'
+    elif flow is None:
+        chosen = 'not called in inference'
+    else:
+        chosen = policy.of_layer(name, first=flow.first, last=flow.last)
+    if isinstance(chosen, str) or flow is None:
+        return LayerRecord(name, kind, None, '', str(chosen), weights)
+    replace_layer(model, module, chosen, nonnegative=flow.nonnegative)
+    return LayerRecord(name, kind, chosen, input_range(chosen, nonnegative=flow.nonnegative), '', weights)
+
+
+def replace_layer(model: nn.Module, module: nn.Module, policy: LayerPolicy, *, nonnegative: bool) -> None:
+    """Put Brevitas's layer in a float layer's place, with its weights."""
+    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    old = {id(member) for member in model.modules()}
+    ModuleToModuleByInstance(
+        module,
+        _QUANTIZED[type(module)],
+        weight_quant=weight_quantizer(policy),
+        input_quant=input_quantizer(policy, nonnegative=nonnegative),
+        bias_quant=None,
+        return_quant_tensor=False,
+    ).apply(model)
+    (layer,) = (m for m in model.modules() if id(m) not in old and isinstance(m, _QUANTIZED[type(module)]))
+    parameters = dict(layer.named_parameters())
+    for name, flag in trained.items():
+        parameters[name].requires_grad_(flag)
+    if policy.act_scales == 'fixed':
+        for name, parameter in parameters.items():
+            if name.startswith('input_quant.'):
+                parameter.requires_grad_(False)
+
+
+def _make_plain(model: nn.Module) -> None:
+    """Make mmcv's wrappers of layers, which add nothing on torch of today, the plain layers that they wrap."""
+    for module in model.modules():
+        if isinstance(module, LAYERS) and type(module).__module__ == 'mmcv.cnn.bricks.wrappers':
+            module.__class__ = next(base for base in type(module).__mro__ if base in _QUANTIZED)
+
+
+def _input_size(model: nn.Module, policy: QuantizationPolicy) -> tuple[int, int]:
+    if policy.input_size is not None:
+        return policy.input_size
+    decoder = getattr(getattr(model, 'head', None), 'decoder', None)
+    size = getattr(decoder, 'input_size', None)
+    if size is None:
+        raise ValueError(
+            f'{OWNER}: the size of the input is not known (the model has no codec that says it): write '
+            'policy=dict(input_size=(width, height), …)'
+        )
+    return int(size[0]), int(size[1])
+
+
+def _noise(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
+    """(1, C, H, W): any values will do, since only the graph is read; no global random number is drawn."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    channels = 3 if mean is None else mean.numel()
+    generator = torch.Generator().manual_seed(0)
+    parameter = next(model.parameters())
+    noise = torch.randn(1, channels, size[1], size[0], generator=generator)
+    return noise.to(parameter.device, parameter.dtype)
+
+
+def _full_size(model: nn.Module) -> int:
+    """Bytes of what a calibrated model's checkpoint holds."""
+    saved = [*model.parameters(), *(b for name, b in model.named_buffers() if 'quant' not in name)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in saved)
+
+
+def _check(policy: QuantizationPolicy, layers: list[LayerRecord]) -> None:
+    unused = policy.unused_patterns(layer.name for layer in layers)
+    if unused:
+        names = ', '.join(layer.name for layer in layers)
+        raise ValueError(f'{OWNER}: policy patterns {unused} match no layer; there are {names}')
+    if not any(layer.policy for layer in layers):
+        reasons = '; '.join(f'{layer.name}: {layer.reason}' for layer in layers[:5])
+        raise ValueError(f'{OWNER}: no layer is quantized ({reasons or "the model has none"})')
+
+
