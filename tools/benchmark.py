@@ -3,6 +3,8 @@
 
 python tools/benchmark.py configs/demo/simcc_res18-half_demo-128x96.py --batch-size 32 --rounds 100 --out table.json
 python tools/benchmark.py --history 10M
+
+A config that quantizes its model gets a row more: the base optimizer on the float model.
 """
 
 from __future__ import annotations
@@ -107,12 +109,26 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     rounds = -(-args.rounds // cycle) * cycle
     if rounds != args.rounds:
         print(f'--rounds {args.rounds} becomes {rounds}: whole refresh cycles of {cycle} steps')
-    times = benchmark.load_subject(cfg, batch_size).measure(settings, rounds, args.warmup)
-    rows = benchmark.compare(times, limits, batch_size, steps_before=args.warmup)
+    subject = benchmark.load_subject(cfg, batch_size)
+    if subject.float_model is not None:
+        settings = {benchmark.FLOAT: settings['base'], **settings}
+    times = subject.measure(settings, rounds, args.warmup)
+    known: dict[str, Any] = {name: limits.get(name) for name in settings}
+    rows = benchmark.compare(times, known, batch_size, steps_before=args.warmup)
     setting = {'config': args.config, 'batch_size': batch_size, 'rounds': rounds, 'warmup': args.warmup, **machine()}
     figures = [{**asdict(row), 'distance_percent': row.distance} for row in rows]
     steps = [{'method': name, 'optim_wrapper': settings[name], 'seconds': times[name]} for name in times]
-    return benchmark.step_table(rows), {**setting, 'rows': figures, 'steps': steps}
+    table = benchmark.step_table(rows)
+    if benchmark.FLOAT in times:
+        table += f'\n{quantization_cost(times)}'
+    return table, {**setting, 'rows': figures, 'steps': steps}
+
+
+def quantization_cost(times: dict[str, list[float]]) -> str:
+    """What a step of the base optimizer costs more on the quantized model than on the float one, in words."""
+    pairs = zip(times['base'], times[benchmark.FLOAT], strict=True)
+    ratio = benchmark.quartiles([quantized / plain for quantized, plain in pairs])
+    return f'base, quantized over float: {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})'
 
 
 def measure_history(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

@@ -11,13 +11,14 @@
 ``tools/benchmark.py`` is the command line.
 """
 
-from mm_sharp.benchmark.compare import Quartiles, Row, compare, step_table
+from mm_sharp.benchmark.compare import Quartiles, Row, compare, quartiles, step_table
 from mm_sharp.benchmark.history import HistoryCost, history_table, measure_history
 from mm_sharp.benchmark.methods import METHODS, Method, StepLimit, parse_methods, step_limit, wrapper_settings
 from mm_sharp.benchmark.steps import Contestant, measure_rounds
-from mm_sharp.benchmark.subject import Subject, load_subject
+from mm_sharp.benchmark.subject import FLOAT, Subject, load_subject
 
 __all__ = [
+    'FLOAT',
     'METHODS',
     'Contestant',
     'HistoryCost',
@@ -32,6 +33,7 @@ __all__ = [
     'measure_history',
     'measure_rounds',
     'parse_methods',
+    'quartiles',
     'step_limit',
     'step_table',
     'wrapper_settings',

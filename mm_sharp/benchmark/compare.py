@@ -28,7 +28,7 @@ class Row:
         steps: How many were timed.
         seconds: Of a step.
         ratio: Of a step to the base optimizer's in the same round.
-        limit: What the ratio would be by arithmetic.
+        limit: What the ratio would be by arithmetic; None where arithmetic says nothing.
         images_per_second: At the median.
     """
 
@@ -36,18 +36,20 @@ class Row:
     steps: int
     seconds: Quartiles
     ratio: Quartiles
-    limit: float
+    limit: float | None
     images_per_second: float
 
     @property
-    def distance(self) -> float:
+    def distance(self) -> float | None:
         """How far the ratio is above the limit, in percent of the limit."""
+        if self.limit is None:
+            return None
         return 100 * (self.ratio.median / self.limit - 1)
 
 
 def compare(
     times: Mapping[str, Sequence[float]],
-    limits: Mapping[str, StepLimit],
+    limits: Mapping[str, StepLimit | None],
     batch_size: int,
     steps_before: int = 0,
     base: str = 'base',
@@ -59,7 +61,7 @@ def compare(
 
     Args:
         times: Seconds of each round's step by method; as many for each method.
-        limits: By arithmetic, by method.
+        limits: By arithmetic, by method; None for one of which arithmetic says nothing.
         batch_size: Samples a step.
         steps_before: Steps that each method had made before: of a cycle, the first step is the costlier one.
         base: The method that the others are compared with.
@@ -73,8 +75,9 @@ def compare(
     for name, steps in times.items():
         seconds, limit = np.asarray(steps, np.float64), limits[name]
         ratios = seconds / np.asarray(times[base], np.float64)
-        if limit.refresh == 1:
-            rows.append(_row(name, len(seconds), quartiles(seconds), quartiles(ratios), limit.step, batch_size))
+        if limit is None or limit.refresh == 1:
+            step = None if limit is None else limit.step
+            rows.append(_row(name, len(seconds), quartiles(seconds), quartiles(ratios), step, batch_size))
             continue
         if len(seconds) < limit.refresh:
             raise ValueError(f'{name}: {len(seconds)} steps are less than a cycle of {limit.refresh}')
@@ -99,7 +102,7 @@ def _mean(cycle: int, common: Quartiles, costly: Quartiles) -> Quartiles:
     return Quartiles(*(((cycle - 1) * a + b) / cycle for a, b in pairs))
 
 
-def _row(label: str, steps: int, seconds: Quartiles, ratio: Quartiles, limit: float, batch_size: int) -> Row:
+def _row(label: str, steps: int, seconds: Quartiles, ratio: Quartiles, limit: float | None, batch_size: int) -> Row:
     return Row(label, steps, seconds, ratio, limit, batch_size / seconds.median)
 
 
@@ -113,8 +116,8 @@ def step_table(rows: Sequence[Row]) -> str:
             f'{1e3 * row.seconds.low:.2f} to {1e3 * row.seconds.high:.2f}',
             f'{row.ratio.median:.3f}',
             f'{row.ratio.low:.3f} to {row.ratio.high:.3f}',
-            f'{row.limit:.3f}',
-            f'{row.distance:+.1f} %',
+            '' if row.limit is None else f'{row.limit:.3f}',
+            '' if row.distance is None else f'{row.distance:+.1f} %',
             f'{row.images_per_second:.1f}',
         )
         for row in rows

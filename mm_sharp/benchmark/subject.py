@@ -28,6 +28,8 @@ from torch import nn
 from mm_sharp.benchmark.steps import Contestant, measure_rounds
 from mm_sharp.cli import UsageError
 
+# Name of the base optimizer on the float model that a quantized model was made from.
+FLOAT = 'float'
 # Options of a data loader that is asked for a few batches, in this process.
 _LOADER = {'num_workers': 0, 'persistent_workers': False, 'pin_memory': False, 'drop_last': True}
 _DROPPED = ('prefetch_factor', 'num_batch_per_epoch', 'batch_sampler', 'timeout', 'multiprocessing_context')
@@ -46,12 +48,14 @@ class Subject:
 
     Args:
         model: With its weights, in training mode, without a data preprocessor of its own.
+        float_model: The same before it was quantized, with the same weights; None for a model that is not.
         batches: Pre-processed and on the model's device; each has exactly the batch size.
         device: Where the model is.
         scope: Default scope of the config.
     """
 
     model: nn.Module
+    float_model: nn.Module | None
     batches: list[Any]
     device: torch.device
     scope: str
@@ -60,7 +64,8 @@ class Subject:
         """Time ``rounds`` steps of each method, side by side, after ``warmup`` steps of each.
 
         Args:
-            settings: Config of the optimizer wrapper of each method, by name.
+            settings: Config of the optimizer wrapper of each method, by name; the one named :data:`FLOAT` trains the
+                float model.
             rounds: At least 1.
             warmup: At least 1.
 
@@ -76,7 +81,7 @@ class Subject:
 
     def _contestant(self, name: str, settings: Mapping[str, Any]) -> Contestant:
         """A copy of the model with an optimizer wrapper of its own."""
-        model = copy.deepcopy(self.model)
+        model = copy.deepcopy(self.float_model if name == FLOAT else self.model)
         wrapper = build_optim_wrapper(model, copy.deepcopy(dict(settings)))
         for group in wrapper.optimizer.param_groups:
             group['lr'] = group['lr'] * 0  # a number, or a tensor for capturable optimizers
@@ -100,11 +105,30 @@ def load_subject(cfg: Config, batch_size: int, most_batches: int = 4) -> Subject
     seed = (cfg.get('randomness') or {}).get('seed') or 0
     with prepared(scope):
         set_random_seed(seed)
-        model = _build_model(cfg).to(device).train()
         loaded = _load_batches(cfg, batch_size, most_batches, seed)
+        model, float_model = _build_models(cfg, device, loaded)
         batches = [model.data_preprocessor(batch, True) for batch in loaded]
-    model.data_preprocessor = Ready()
-    return Subject(model, batches, device, scope)
+    for member in (model, float_model):
+        if member is not None:
+            member.data_preprocessor = Ready()
+    return Subject(model, float_model, batches, device, scope)
+
+
+def _build_models(cfg: Config, device: torch.device, loaded: list[Any]) -> tuple[Any, Any]:
+    """The model of a config and, if it is quantized, calibrated, the float model that it was made from."""
+    config = dict(cfg.model)
+    if config.get('type') != 'QuantizedModel':
+        return _build_model(cfg, config).to(device).train(), None
+    # The one module that may import Brevitas; whoever has such a config has it.
+    from mm_sharp.quantization import calibrate
+
+    policy, inner = config.pop('policy'), config.pop('model')
+    config['type'] = inner
+    plain = {**dict(inner), **{k: v for k, v in config.items() if k != 'type'}} if isinstance(inner, dict) else config
+    float_model = _build_model(cfg, plain).to(device).train()
+    model = MODELS.build({'type': 'QuantizedModel', 'model': copy.deepcopy(float_model), 'policy': policy})
+    calibrate(model, loaded)
+    return model.train(), float_model
 
 
 @contextmanager
@@ -125,8 +149,8 @@ def prepared(scope: str) -> Iterator[None]:
         logging.disable(before)
 
 
-def _build_model(cfg: Config) -> Any:
-    config = _without_downloads(cfg.model)
+def _build_model(cfg: Config, config: dict[str, Any]) -> Any:
+    config = _without_downloads(config)
     if cfg.get('data_preprocessor'):
         config.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(config)

@@ -36,7 +36,7 @@ _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-@MODELS.register_module(name='QuantizedModel')
+@MODELS.register_module(name='QuantizedModel')  # type: ignore[untyped-decorator]
 def quantized_model(model: Any, policy: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """Build a model and quantize it: ``QuantizedModel`` in configs.
 
@@ -110,7 +110,7 @@ def _quantize_layer(
     model: nn.Module, name: str, module: nn.Module, flow: LayerFlow | None, policy: QuantizationPolicy
 ) -> LayerRecord:
     """Replace one layer, or say why not."""
-    kind, weights = type(module).__name__, module.weight.numel()  # type: ignore[union-attr,operator]
+    kind, weights = type(module).__name__, module.weight.numel()  # type: ignore[operator]
     chosen: LayerPolicy | str
     if type(module) not in _QUANTIZED:
         chosen = f'{kind} has a forward of its own'
@@ -150,7 +150,9 @@ def _make_plain(model: nn.Module) -> None:
     """Make mmcv's wrappers of layers, which add nothing on torch of today, the plain layers that they wrap."""
     for module in model.modules():
         if isinstance(module, LAYERS) and type(module).__module__ == 'mmcv.cnn.bricks.wrappers':
-            module.__class__ = next(base for base in type(module).__mro__ if base in _QUANTIZED)
+            module.__class__ = next(  # type: ignore[assignment]
+                base for base in type(module).__mro__ if base in _QUANTIZED
+            )
 
 
 def _input_size(model: nn.Module, policy: QuantizationPolicy) -> tuple[int, int]:
@@ -190,5 +192,3 @@ def _check(policy: QuantizationPolicy, layers: list[LayerRecord]) -> None:
     if not any(layer.policy for layer in layers):
         reasons = '; '.join(f'{layer.name}: {layer.reason}' for layer in layers[:5])
         raise ValueError(f'{OWNER}: no layer is quantized ({reasons or "the model has none"})')
-
-

@@ -112,11 +112,11 @@ class CalibrationHook(Hook):  # type: ignore[misc]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Any, evaluator: Any) -> dict[str, float]:
+def evaluate(model: Any, loader: Any, evaluator: Any) -> dict[str, float]:
     """A model's metrics, without a Runner's validation hooks, which would take them for those of an epoch.
 
     Args:
-        model: With ``val_step``; it ends in the mode that it had.
+        model: A module with ``val_step``; it ends in the mode that it had.
         loader: The validation set.
         evaluator: MMEngine's.
     """
@@ -169,5 +169,3 @@ def _end(bar: ProgressBar | None) -> None:
 
 def _say(message: str, level: int = logging.INFO) -> None:
     print_log(message, logger='current', level=level)
-
-

@@ -205,11 +205,11 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     checkpointed = [module for module in model.modules() if getattr(module, 'with_cp', False)]
     model.eval()
     for module in checkpointed:
-        module.with_cp = False
+        module.with_cp = False  # type: ignore[assignment]
     try:
         yield
     finally:
         for module in checkpointed:
-            module.with_cp = True
+            module.with_cp = True  # type: ignore[assignment]
         for module, mode in training.items():
             module.training = mode

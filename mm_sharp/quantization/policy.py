@@ -165,13 +165,14 @@ def _layer_policy(base: LayerPolicy, changes: Mapping[str, Any]) -> LayerPolicy:
 def _override(default: LayerPolicy, item: object) -> tuple[re.Pattern[str], LayerPolicy]:
     if not isinstance(item, Mapping) or 'pattern' not in item or len(item) < 2:
         raise ValueError(
-            f"{OWNER}: policy layers={item!r} is not allowed: a dict with a pattern and what it changes, as "
+            f'{OWNER}: policy layers={item!r} is not allowed: a dict with a pattern and what it changes, as '
             "dict(pattern='^head', weight_bit_width=8)"
         )
     changes = {key: value for key, value in item.items() if key != 'pattern'}
     unknown = set(changes) - {*_LAYER_KEYS}
     if unknown:
-        raise ValueError(f'{OWNER}: unknown keys {sorted(unknown)} in policy layers; there are {", ".join(_LAYER_KEYS)}')
+        allowed = ', '.join(_LAYER_KEYS)
+        raise ValueError(f'{OWNER}: unknown keys {sorted(unknown)} in policy layers; there are {allowed}')
     return _pattern('layers', item['pattern']), _layer_policy(default, changes)
 
 

@@ -1,0 +1,14 @@
+# Quantization-aware training with 2-bit weights (-1, 0 or 1 step) and 4-bit inputs; used as w8a8.py is.
+quantization = dict(
+    policy=dict(
+        weight_bit_width=2,
+        act_bit_width=4,
+        # With few levels the largest value is a bad measure of a scale: take the scale of least squared error.
+        scale_init='mse',
+        # The image and what the decoder reads: a network's ends are its most sensitive layers.
+        first_layers=8,
+        last_layers=8,
+        fold_batchnorm=FOLD,
+    ),
+    calibration=dict(num_batches=16),
+)
