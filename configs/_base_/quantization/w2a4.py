@@ -8,7 +8,7 @@ quantization = dict(
         # The image and what the decoder reads: a network's ends are its most sensitive layers.
         first_layers=8,
         last_layers=8,
-        fold_batchnorm=FOLD,
+        fold_batchnorm=True,
     ),
     calibration=dict(num_batches=16),
 )

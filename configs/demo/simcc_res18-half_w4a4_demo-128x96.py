@@ -1,0 +1,2 @@
+# W4A4 quantization-aware training with the base optimizer.
+_base_ = ['./_base_/simcc_res18-half_qat.py', '../_base_/quantization/w4a4.py']
