@@ -8,7 +8,8 @@ Importing the package registers, in MMEngine's root registries:
 - ``DATA_SAMPLERS``: :class:`AUSAMSampler`
 - ``DATASETS``: :class:`IndexedDataset`
 
-and lets :mod:`mm_sharp.compat` mend what is broken on the installed stack. Nothing else happens at import.
+lets :mod:`mm_sharp.compat` mend what is broken on the installed stack, and :mod:`mm_sharp.fragments` put the fragments
+that a config file inherits into effect when it is read. Nothing else happens at import.
 """
 
 import sys as _sys
@@ -27,8 +28,10 @@ __all__ = [
 # The doctor must run where torch or MMEngine is missing or broken: it imports what it can by itself.
 if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp import compat as _compat
+    from mm_sharp import fragments as _fragments
 
     _compat.apply()
+    _fragments.install()
 
     from mm_sharp.ausam import AUSAMOptimWrapper
     from mm_sharp.ausam_sampler import AUSAMSampler

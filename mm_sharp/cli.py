@@ -7,6 +7,7 @@ the program with exit code 2; ``--debug`` shows the traceback too. Everything el
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from difflib import get_close_matches
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +25,7 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
+from mm_sharp import fragments
 from mm_sharp.compat import explain_load_error, trust_checkpoints
 
 # Top-level keys that MMEngine's Runner and MMPose's tools read from the config without being arguments of the Runner.
@@ -87,6 +90,7 @@ def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
         if os.environ.get('LOCAL_RANK', '0') == '0':
             sys.stderr.write(f'{Path(sys.argv[0]).name}: error: {" ".join(str(error).split())}\n')
         return 2
+    _end_process_group()
     return 0
 
 
@@ -132,7 +136,9 @@ def load_config(args: argparse.Namespace) -> Config:
     if not Path(args.config).is_file():
         raise UsageError(f"no config file '{args.config}' in {Path.cwd()}")
     try:
-        cfg = Config.fromfile(args.config)
+        # As written: --cfg-options speak of the keys that the user wrote, those of fragments too.
+        with fragments.as_written():
+            cfg = Config.fromfile(args.config)
     except Exception as error:  # a config is code of the user's: whatever it raises is theirs to put right
         raise UsageError(f"cannot read the config '{args.config}': {_reason(error)}") from error
     _check_keys(cfg, args.cfg_options)
@@ -140,12 +146,17 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.merge_from_dict(args.cfg_options)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UsageError(f'--cfg-options does not fit the config: {_reason(error)}') from error
+    if cfg.get('preprocess_cfg'):
+        cfg.model.setdefault('data_preprocessor', cfg.preprocess_cfg)
+    _check_fragment_options(cfg, args.cfg_options)
+    try:
+        fragments.apply_fragments(cfg)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"'{args.config}': {error}") from error
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
-    if cfg.get('preprocess_cfg'):
-        cfg.model.setdefault('data_preprocessor', cfg.preprocess_cfg)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     _launch(cfg, args.launcher)
     return cfg
@@ -208,6 +219,25 @@ def _check_keys(cfg: Config, options: dict[str, Any]) -> None:
             raise UsageError(f'--cfg-options {option}=…: the config has no {key!r}; {hint}')
 
 
+def _check_fragment_options(cfg: Config, options: dict[str, Any]) -> None:
+    """Refuse options that have no effect: for a fragment that the config does not use as one, or below a fragment."""
+    waiting = fragments.waiting(cfg)
+    if 'optim_wrapper.type' in options and 'sharp_optim_wrapper' in waiting:
+        raise UsageError(
+            f'--cfg-options optim_wrapper.type={options["optim_wrapper.type"]}: the type is that of the fragment which '
+            f'the config inherits; set sharp_optim_wrapper.type, or sharp_optim_wrapper=None to train without it'
+        )
+    places = dict(zip(fragments.KEYS, ('optim_wrapper', 'custom_hooks', 'model'), strict=True))
+    idle = {key: place for key, place in places.items() if key not in waiting and cfg.get(key)}
+    for option in options:
+        key, _, rest = option.partition('.')
+        if key in idle:
+            raise UsageError(
+                f"--cfg-options {option}=…: without effect, since the config's {idle[key]} is not made from {key} when "
+                f'it is read; set it there, as {idle[key]}.{rest or "…"}'
+            )
+
+
 def _launch(cfg: Config, launcher: str) -> None:
     """Set the launcher; on the CPU, start the process group here, since MMEngine's start needs a GPU.
 
@@ -221,6 +251,9 @@ def _launch(cfg: Config, launcher: str) -> None:
         raise UsageError(f'--launcher {launcher} needs GPUs; on the CPU use --launcher pytorch (tools/dist_train.sh)')
     if 'RANK' not in os.environ:
         raise UsageError('--launcher pytorch: start it with tools/dist_train.sh or torchrun')
+    # Functions of this module have the default group of the moment of its import as an argument's default value, and
+    # DDP imports it: imported before there is a group, it does not keep ours alive past _end_process_group.
+    import_module('torch.distributed.nn.functional')
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
     defaults = {
@@ -230,3 +263,20 @@ def _launch(cfg: Config, launcher: str) -> None:
         'device_ids': None,
     }
     cfg.model_wrapper_cfg = {**defaults, **(cfg.get('model_wrapper_cfg') or {})}
+
+
+def _end_process_group() -> None:
+    """End the process group of :func:`_launch` after a tool that has succeeded.
+
+    gloo's threads free the tensors of a finished collective when they get to it, and need the interpreter's lock for
+    it: one that asks for the lock while the interpreter shuts down is ended by it, in C++ code that aborts the process
+    then ('terminate called without an active exception'). The group's end waits for its threads.
+
+    Nothing waits for other processes here: a tool that has succeeded has no collective under way. One that has failed
+    may have, so its group is left to the end of the process.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_backend() == 'gloo':
+        gc.collect()  # a runner is part of reference cycles, and DDP in it holds the group
+        torch.distributed.destroy_process_group()

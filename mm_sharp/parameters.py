@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 _SWITCHES = ('norm', 'bias', 'quantizer_scale')
 _PATTERNS = ('include', 'exclude')
 _EXAMPLE = (
-    "perturb='all', perturb='weights' (no norm layers, biases or quantizer scales) or "
+    "perturb='auto', perturb='all', perturb='weights' (no norm layers, biases or quantizer scales) or "
     "perturb=dict(norm=False, bias=True, quantizer_scale=False, include=['^backbone'], exclude=['head'])"
 )
 
@@ -24,10 +24,12 @@ class ParameterSelector:
 
     Args:
         owner: Class that takes the argument, for error messages.
-        perturb: ``'all'``; ``'weights'``, which leaves out normalisation layers, biases and the scales of
-            quantizers; or a dict with any of the switches ``norm``, ``bias`` and ``quantizer_scale`` (all True unless
-            given) and of ``include`` and ``exclude``, regular expressions (one or a list) searched in parameter names:
-            a parameter must match one of ``include``, if given, and none of ``exclude``.
+        perturb: ``'all'``; ``'auto'``, all but, in a model with quantizers, their scales and every bias: of a few bits,
+            a scale's perturbation can exceed the scale itself; ``'weights'``, which leaves out normalisation layers,
+            biases and the scales of quantizers; or a dict with any of the switches ``norm``, ``bias`` and
+            ``quantizer_scale`` (all True unless given) and of ``include`` and ``exclude``, regular expressions (one or
+            a list) searched in parameter names: a parameter must match one of ``include``, if given, and none of
+            ``exclude``. ``bias`` does not speak of norm layers' biases, which ``norm`` governs.
 
     Raises:
         ValueError: ``perturb`` has another form.
@@ -36,7 +38,7 @@ class ParameterSelector:
     def __init__(self, owner: str, perturb: str | Mapping[str, object]) -> None:
         self._owner = owner
         self._perturb = perturb
-        if perturb == 'all':
+        if perturb in ('all', 'auto'):
             perturb = {}
         elif perturb == 'weights':
             perturb = dict.fromkeys(_SWITCHES, False)
@@ -71,6 +73,7 @@ class ParameterSelector:
     def _apply(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         kinds = _kinds(model)
+        spared = self._perturb == 'auto' and 'quantizer_scale' in kinds.values()
         for key, patterns in (('include', self._include), ('exclude', self._exclude)):
             for pattern in patterns:
                 if not any(pattern.search(name) for name in names.values()):
@@ -79,6 +82,8 @@ class ParameterSelector:
         for parameter in parameters:
             kind, name = kinds.get(id(parameter)), names.get(id(parameter), '')
             if kind is not None and not self._switches[kind]:
+                continue
+            if spared and (kind == 'quantizer_scale' or _is_bias(name)):
                 continue
             if self._include and not _matches(self._include, name):
                 continue
@@ -112,6 +117,11 @@ def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
     return any(pattern.search(name) for pattern in patterns)
 
 
+def _is_bias(name: str) -> bool:
+    last = name.rpartition('.')[2]
+    return last == 'bias' or last.endswith('_bias')
+
+
 def _kinds(model: nn.Module) -> dict[int, str]:
     """Switch that governs a parameter, by its ``id``; parameters that no switch governs are absent."""
     kinds: dict[int, str] = {}
@@ -123,7 +133,7 @@ def _kinds(model: nn.Module) -> dict[int, str]:
                 kinds[id(parameter)] = 'quantizer_scale'
             elif norm:
                 kinds[id(parameter)] = 'norm'
-            elif name == 'bias' or name.endswith('_bias'):
+            elif _is_bias(name):
                 kinds[id(parameter)] = 'bias'
     return kinds
 

@@ -68,7 +68,8 @@ def check_wrappers(cfg: Config) -> None:
     """Build every optimizer wrapper of ours or MMEngine's once, around a single number.
 
     Raises:
-        UsageError: Unknown type or wrong argument, or a fragment of ours that the config inherits and does not use.
+        UsageError: Unknown type or wrong argument, or a fragment that the config inherits and that
+            :func:`mm_sharp.fragments.apply_fragments` could not put into effect.
     """
     classes = []
     for key, wrapper in wrapper_configs(cfg).items():
@@ -84,10 +85,7 @@ def check_wrappers(cfg: Config) -> None:
             hint = '' if issubclass(cls, TwoPassOptimWrapper) else _theirs_hint(cls, arguments)
             raise UsageError(f'{key} (type {cls.__name__}): {error}{hint}') from error
     if cfg.get('sharp_optim_wrapper') and not any(issubclass(cls, TwoPassOptimWrapper) for cls in classes):
-        raise UsageError(
-            'the config inherits a fragment of mm_sharp, but trains without it: '
-            'add the line `optim_wrapper = _base_.sharp_optim_wrapper`'
-        )
+        raise UsageError(_unused_fragment(classes))
 
 
 def check_sampler(cfg: Config) -> None:
@@ -211,6 +209,15 @@ def _theirs_hint(cls: type[OptimWrapper], arguments: dict[str, Any]) -> str:
         if meant and {*meant} >= {*left} - {*signature(TwoPassOptimWrapper).parameters}:
             return f"; {', '.join(meant)}: meant for type='{kind.__name__}'?"
     return ''
+
+
+def _unused_fragment(classes: list[type[OptimWrapper]]) -> str:
+    """What to do about a fragment that did not take effect beside these optimizer wrappers."""
+    names = ', '.join(cls.__name__ for cls in classes)
+    message = f'the config inherits a fragment of mm_sharp, but trains without it, since its optim_wrapper is {names}: '
+    if len(classes) > 1:
+        return message + "give those that shall use it their type, as NAME=dict(type='SAMOptimWrapper', …)"
+    return message + 'add the line `optim_wrapper = _base_.sharp_optim_wrapper`'
 
 
 def _weight() -> torch.nn.Parameter:

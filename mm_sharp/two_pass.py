@@ -54,8 +54,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         adaptive: ASAM's perturbation instead of SAM's.
         eta: ASAM's additive constant, >= 0.
         eps: Added to the gradient norm, > 0.
-        perturb: Which parameters are perturbed: ``'all'``, ``'weights'`` or a dict; see
-            :class:`mm_sharp.parameters.ParameterSelector`.
+        perturb: Which parameters are perturbed: ``'auto'`` (all; in a model with quantizers neither their scales nor
+            biases), ``'all'``, ``'weights'`` or a dict; see :class:`mm_sharp.parameters.ParameterSelector`.
         sync_perturbation: Under DDP, perturb by the gradient averaged over all ranks, at the price of a second
             all-reduce a step; otherwise every rank perturbs by its own.
         replay_rng: Dropout and DropPath draw the same masks in both passes.
@@ -75,7 +75,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         adaptive: bool = False,
         eta: float = 0.01,
         eps: float = 1e-12,
-        perturb: str | Mapping[str, object] = 'all',
+        perturb: str | Mapping[str, object] = 'auto',
         sync_perturbation: bool = False,
         replay_rng: bool = True,
         dtype: str | torch.dtype | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.optim import SGD
 
 from mm_sharp import SAMOptimWrapper, SharpnessHook
 from mm_sharp.parameters import ParameterSelector, is_norm_layer
+from mm_sharp.two_pass import TwoPassOptimWrapper
 from tests.toys import make
 from tests.wrappers import WRAPPERS, build
 
@@ -51,7 +53,7 @@ def test_every_value_in_range_is_accepted(name: str, rho: float, eta: float, eps
     assert (wrapper.rho, wrapper.eta, wrapper.eps) == (rho, eta, eps)
 
 
-@pytest.mark.parametrize('perturb', [dict(norm=False, bias=False), 'all', dict(include='conv')])
+@pytest.mark.parametrize('perturb', [dict(norm=False, bias=False), 'all', 'auto', dict(include='conv')])
 def test_integers_and_config_forms_are_accepted(perturb: Any) -> None:
     assert build('sam', make(), rho=1, perturb=perturb).rho == 1.0
 
@@ -79,6 +81,29 @@ def test_quantizer_scales_are_told_by_their_name() -> None:
     model.weight = nn.Parameter(torch.ones(1))
     selector = ParameterSelector('SAMOptimWrapper', dict(quantizer_scale=False))
     assert selector.select(model, list(model.parameters())) == [model.weight]
+
+
+@pytest.mark.parametrize(
+    ('perturb', 'left_out'),
+    [
+        ('auto', {'conv.bias', 'norm.bias', 'conv.weight_quant.tensor_quant.value'}),
+        ('all', set()),
+        ('weights', {'conv.bias', 'norm.weight', 'norm.bias', 'conv.weight_quant.tensor_quant.value'}),
+    ],
+)
+def test_what_is_perturbed_in_a_quantized_model(perturb: str, left_out: set[str]) -> None:
+    model = nn.ModuleDict({'conv': nn.Conv2d(1, 2, 1), 'norm': nn.BatchNorm2d(2)})
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    selector = ParameterSelector('SAMOptimWrapper', perturb)
+    if perturb != 'weights':
+        assert selector.select(model, list(names)) == list(names), 'without quantizers everything is'
+    model.conv.weight_quant = nn.ModuleDict({'tensor_quant': nn.ParameterDict({'value': nn.Parameter(torch.ones(1))})})
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert {names[p] for p in selector.select(model, list(names))} == set(names.values()) - left_out
+
+
+def test_auto_is_the_default() -> None:
+    assert signature(TwoPassOptimWrapper).parameters['perturb'].default == 'auto'
 
 
 class LayerNorm2d(nn.Module):

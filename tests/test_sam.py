@@ -117,6 +117,7 @@ def test_clipping_acts_on_the_final_gradient_only() -> None:
 
 PERTURB: dict[str, tuple[Any, set[str]]] = {
     'all': ('all', {'conv.weight', 'conv.bias', 'norm.weight', 'norm.bias', 'head.weight', 'head.bias'}),
+    'auto': ('auto', {'conv.weight', 'conv.bias', 'norm.weight', 'norm.bias', 'head.weight', 'head.bias'}),
     'weights': ('weights', {'conv.weight', 'head.weight'}),
     'no norm': (dict(norm=False), {'conv.weight', 'conv.bias', 'head.weight', 'head.bias'}),
     'no bias': (dict(bias=False), {'conv.weight', 'norm.weight', 'norm.bias', 'head.weight'}),

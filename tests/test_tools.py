@@ -27,6 +27,7 @@ from tests.tiny_data import draw_coco
 
 SAM = ROOT / 'configs' / 'demo' / 'simcc_res18-half_sam_demo-128x96.py'
 PLAIN = ROOT / 'configs' / 'demo' / 'simcc_res18-half_demo-128x96.py'
+WITHOUT_FRAGMENT = ['sam.py', '--cfg-options', 'sharp_optim_wrapper=None']
 
 # The demo's config with an eighth of ResNet-18's width, on the drawn people.
 TINY = """
@@ -162,6 +163,59 @@ def test_two_processes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'PCK' in json.loads((tiny / 'two.json').read_text())
 
 
+ENDING = f"""
+import pathlib, runpy
+main = runpy.run_path({str(ROOT / 'tools' / 'train.py')!r}, run_name='tool')['main']
+from mm_sharp import cli
+def threads():
+    print(sorted(file.read_text().strip() for file in pathlib.Path('/proc/self/task').glob('*/comm')))
+def train(arguments):
+    main(arguments)
+    threads()
+assert cli.run_tool(train) == 0
+threads()
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads the names of threads in /proc')
+def test_the_process_group_ends_with_the_tool(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of gloo's that outlives the tool can abort the process while the interpreter shuts down."""
+    place = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), RANK='0', LOCAL_RANK='0', WORLD_SIZE='1')
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    (tiny / 'ending.py').write_text(ENDING)
+    done = run(str(tiny / 'ending.py'), 'sam.py', '--no-validate', '--launcher', 'pytorch', '--work-dir', 'g', cwd=tiny)
+    within, after = done.stdout.splitlines()[-2:]
+    assert 'gloo_runloop' in within
+    assert 'gloo' not in after
+
+
+@pytest.mark.parametrize(
+    ('backend', 'error', 'ends'),
+    [('gloo', None, True), ('nccl', None, False), ('gloo', cli.UsageError, False), ('gloo', RuntimeError, False)],
+)
+def test_the_group_of_a_tool_that_failed_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, backend: str, error: type[Exception] | None, ends: bool
+) -> None:
+    """Its threads may wait for other processes; and the error is what the user must see."""
+    ended: list[bool] = []
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'get_backend', lambda: backend)
+    monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: ended.append(True))
+    monkeypatch.setattr(sys, 'argv', ['tools/train.py'])
+
+    def tool(arguments: Sequence[str]) -> None:
+        if error is not None:
+            raise error('what went wrong')
+
+    if error is RuntimeError:
+        with pytest.raises(RuntimeError, match='what went wrong'):
+            cli.run_tool(tool)
+    else:
+        assert cli.run_tool(tool) == (0 if error is None else 2)
+    assert bool(ended) == ends
+
+
 def test_an_error_is_one_line(tiny: Path) -> None:
     done = run('tools/train.py', 'sam.py', '--cfg-options', 'optim_wrapper.type=SAMOptimWraper', cwd=tiny, code=2)
     assert len(done.stderr.splitlines()) == 1
@@ -193,10 +247,14 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (['sam.py', '--cfg-options', 'optim_wraper.rho=1'], "did you mean 'optim_wrapper'"),
         (['sam.py', '--cfg-options', 'model.backbone.depth.x=1'], 'does not fit the config'),
         (['sam.py', '--cfg-options', 'optim_wrapper.rho=-1'], 'rho=-1 is not allowed'),
-        (['sam.py', '--cfg-options', 'optim_wrapper.type=OptimWrapper'], "rho: meant for type='SAMOptimWrapper'"),
+        (
+            ['sam.py', '--cfg-options', 'optim_wrapper.type=OptimWrapper'],
+            'or sharp_optim_wrapper=None to train',
+        ),
+        ([*WITHOUT_FRAGMENT, 'optim_wrapper.type=OptimWrapper'], "rho: meant for type='SAMOptimWrapper'"),
         (['sam.py', '--cfg-options', 'optim_wrapper.rhoo=1'], 'rhoo'),
         (
-            ['sam.py', '--cfg-options', 'optim_wrapper.type=OptimWrapper', 'optim_wrapper.sampling_ratio=0.5'],
+            [*WITHOUT_FRAGMENT, 'optim_wrapper.type=OptimWrapper', 'optim_wrapper.sampling_ratio=0.5'],
             "rho, sampling_ratio: meant for type='AUSAMOptimWrapper'",
         ),
         (['sam.py', '--cfg-options', 'optim_wrapper.type=ESAMOptimWrapper', 'optim_wrapper.beta=0'], 'beta=0 is not'),

@@ -1,0 +1,251 @@
+"""Fragments take effect when a config file is read (ours).
+
+A config inherits a recipe and fragments, and needs no line more::
+
+    _base_ = ['mmpose::…/recipe.py', 'mm_sharp::_base_/quantization/w4a4.py', 'mm_sharp::_base_/ausam.py']
+
+MMEngine refuses two entries of ``_base_`` that set the same key, and every recipe sets ``model``, ``optim_wrapper`` and
+``custom_hooks``. So fragments set keys of their own, which are put where they belong once the file has been read:
+
+=======================  ===========================================================================================
+``sharp_optim_wrapper``  its ``type`` and arguments go into ``optim_wrapper``, below what the recipe and the user set
+``sharp_hook``           goes to ``custom_hooks`` with it
+``quantization``         ``model`` becomes a ``QuantizedModel`` with its ``policy``; its ``calibration`` are the
+                         arguments of a ``CalibrationHook`` in ``custom_hooks``
+=======================  ===========================================================================================
+
+A config that takes a fragment over by a line of its own (``optim_wrapper = _base_.sharp_optim_wrapper``) has the last
+word, and so has one that builds its ``QuantizedModel`` itself. The value None switches a key off.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from inspect import signature
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.config.lazy import LazyAttr, LazyObject
+from mmengine.registry import OPTIMIZERS
+
+KEYS = ('sharp_optim_wrapper', 'sharp_hook', 'quantization')
+_QUANTIZATION = 'mm_sharp.quantization'
+_SCALES = 'tensor_quant'
+_OURS = '_applies_fragments'
+_as_written: ContextVar[bool] = ContextVar('as_written', default=False)
+
+
+# -------------------------------------------------------------------- reading
+def install() -> None:
+    """From now on fragments take effect in every config that is read from a file; a second call changes nothing.
+
+    ``Config.fromfile`` ends with the constructor, and obeys ``custom_imports`` before it. So the constructor is what is
+    wrapped: a config whose own ``custom_imports`` are the first to import mm_sharp finds it wrapped already.
+    """
+    if not hasattr(Config.__init__, _OURS):
+        Config.__init__ = _applying(Config.__init__)
+
+
+def _applying(construct: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(construct)
+    def wrapper(self: Config, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        if self.filename is not None and not _as_written.get():
+            apply_fragments(self)
+
+    setattr(wrapper, _OURS, True)
+    return wrapper
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Inside, configs are read as they are written: for :func:`apply_fragments` after further changes to them."""
+    token = _as_written.set(True)
+    try:
+        yield
+    finally:
+        _as_written.reset(token)
+
+
+def waiting(cfg: Config) -> set[str]:
+    """Those of :data:`KEYS` that :func:`apply_fragments` would put into effect."""
+    keys = set()
+    if _replaces(cfg.get('sharp_optim_wrapper'), cfg.get('optim_wrapper')):
+        keys |= {'sharp_optim_wrapper', 'sharp_hook'}
+    settings, model = cfg.get('quantization'), cfg.get('model')
+    # Of a dict with neither key it cannot be said that it is ours.
+    ours = isinstance(settings, dict) and not {'policy', 'calibration'}.isdisjoint(settings)
+    if ours and isinstance(model, dict) and not _is(model, 'QuantizedModel'):
+        keys.add('quantization')
+    return keys
+
+
+def apply_fragments(cfg: Config) -> None:
+    """Put the fragments that a config inherits into effect, in place; a second call changes nothing.
+
+    A config without our keys and without a ``QuantizedModel`` stays as it is, and so does a fragment read on its own.
+
+    Args:
+        cfg: The whole config.
+
+    Raises:
+        ValueError: A key of a fragment has a form that it cannot have, or FSDP is asked for.
+        ImportError: The config quantizes, and Brevitas is not installed.
+    """
+    keys = waiting(cfg)
+    if 'sharp_optim_wrapper' in keys:
+        cfg.optim_wrapper = _merged(cfg.sharp_optim_wrapper, cfg.optim_wrapper)
+        if cfg.get('sharp_hook'):
+            _add_hook(cfg, cfg.sharp_hook)
+    if 'quantization' in keys:
+        _check_quantization(cfg.quantization)
+        cfg.model = _quantized(cfg.model, cfg.quantization.get('policy'))
+        if cfg.quantization.get('calibration') is not None:
+            _add_hook(cfg, {'type': 'CalibrationHook', **_unbuilt(cfg.quantization.calibration)})
+    if isinstance(cfg.get('model'), dict) and _is(cfg.model, 'QuantizedModel'):
+        _import_quantization(cfg)
+        if isinstance(cfg.get('optim_wrapper'), dict):
+            _keep_scales_from_decay(cfg.optim_wrapper)
+
+
+# -------------------------------------------------------------------- the optimizer wrapper
+def _replaces(sharp: Any, existing: Any) -> bool:
+    """Whether an ``optim_wrapper`` is one of MMEngine's own two, whose arguments are known to be ours too.
+
+    Several wrappers by name, those of other packages and ours are left as they are.
+    """
+    if not sharp or not isinstance(sharp, dict) or not isinstance(existing, dict) or 'optimizer' not in existing:
+        return False
+    return 'type' not in existing or _is(existing, 'OptimWrapper') or _is(existing, 'AmpOptimWrapper')
+
+
+def _merged(sharp: dict[str, Any], existing: dict[str, Any]) -> dict[str, Any]:
+    """The fragment's wrapper with everything that the recipe and the user have set."""
+    if 'type' not in sharp:
+        raise ValueError("sharp_optim_wrapper has no type: write sharp_optim_wrapper = dict(type='SAMOptimWrapper', …)")
+    ours, theirs = _unbuilt(deepcopy(sharp)), _unbuilt(existing)
+    if _is(existing, 'AmpOptimWrapper'):
+        if theirs.pop('use_fsdp', False):
+            raise ValueError(
+                'optim_wrapper.use_fsdp=True is not allowed beside a fragment of mm_sharp, whose wrappers do not '
+                'support FSDP: write optim_wrapper = dict(use_fsdp=False), or take the fragment out of _base_'
+            )
+        # Without a dtype that wrapper takes autocast's default, and it works on accelerators alone.
+        theirs['dtype'] = theirs.get('dtype') or ours.get('dtype') or 'float16'
+    return {**ours, **theirs, 'type': ours['type']}
+
+
+def _keep_scales_from_decay(wrapper: dict[str, Any]) -> None:
+    """Take the quantizers' scales out of weight decay, which would pull every step size towards 0.
+
+    MMEngine's constructor tries the keys of ``custom_keys`` from the longest to the shortest, takes the first that is
+    part of a parameter's name, and then looks at no other rule. So a longer key of the config's that names a part of
+    the model ('backbone.layer4') takes that part's scales too, with its own ``decay_mult``; a shorter one ('backbone')
+    loses them, with its ``lr_mult``. A config that wants something else sets the key 'tensor_quant' itself.
+    """
+    members = [value for value in wrapper.values() if isinstance(value, dict) and 'optimizer' in value]
+    for member in [wrapper] if 'optimizer' in wrapper else members:
+        paramwise = member.get('paramwise_cfg') or {}
+        custom = paramwise.get('custom_keys')
+        # Other constructors, which several wrappers always have, may not know custom_keys; where the config has some
+        # they do.
+        default = member is wrapper and _is(member, 'DefaultOptimWrapperConstructor', 'constructor', absent=True)
+        if (custom is None and not default) or _SCALES in (custom or {}):
+            continue
+        rule = _no_decay(member['optimizer'])
+        if rule:
+            member['paramwise_cfg'] = {**_unbuilt(paramwise), 'custom_keys': {**_unbuilt(custom or {}), _SCALES: rule}}
+
+
+def _no_decay(optimizer: Any) -> dict[str, float]:
+    """The entry of ``custom_keys`` that switches weight decay off; empty where there is none to switch off.
+
+    Where nothing decays, no entry is made: with one, each parameter becomes a group of its own, and the optimizer can
+    no longer work on many tensors at once.
+    """
+    # The constructor multiplies the config's learning rate, and fails without one.
+    if not isinstance(optimizer, dict) or optimizer.get('lr') is None:
+        return {}
+    if optimizer.get('weight_decay') is not None:
+        return {'decay_mult': 0.0} if optimizer['weight_decay'] else {}
+    # MMEngine refuses decay_mult where the config leaves weight_decay to the optimizer, as AdamW's 0.01.
+    kind = OPTIMIZERS.module_dict.get(_name(optimizer, 'type').rpartition('.')[2])
+    default = signature(kind).parameters.get('weight_decay') if kind is not None else None
+    return {} if default is not None and not default.default else {'weight_decay': 0.0}
+
+
+# -------------------------------------------------------------------- quantization
+def _check_quantization(settings: dict[str, Any]) -> None:
+    """Refuse a ``quantization`` of a form that it cannot have; what is in the two dicts, their owners check."""
+    example = 'quantization = dict(policy=dict(weight_bit_width=4, act_bit_width=4), calibration=dict(num_batches=16))'
+    unknown = sorted(map(str, set(settings) - {'policy', 'calibration'}))
+    if unknown:
+        raise ValueError(f'quantization: unknown keys {unknown}; there are policy and calibration. Write {example}')
+    if not isinstance(settings.get('policy'), dict):
+        raise ValueError(f'quantization.policy={settings.get("policy")!r} must be a dict. Write {example}')
+    if not isinstance(settings.get('calibration'), (dict, type(None))):
+        raise ValueError(f'quantization.calibration={settings["calibration"]!r} must be a dict. Write {example}')
+
+
+def _quantized(model: dict[str, Any], policy: dict[str, Any]) -> dict[str, Any]:
+    """The config of a quantized model.
+
+    Only the float model's class becomes ``model``. Its arguments stay where they were, the scope that it is built in
+    among them, and ``QuantizedModel`` hands them on: programs read and set ``cfg.model.backbone``, ``cfg.model.head``
+    or ``cfg.model.train_cfg`` (MMPose's ``init_model`` does), and any tool's ``--cfg-options model.head.…`` still work.
+    """
+    arguments = _unbuilt(model)
+    inner: Any = model
+    if not {'model', 'policy'}.isdisjoint(arguments):
+        arguments = {}  # it has arguments of its own by these names
+    elif 'type' in arguments:
+        kind = arguments.pop('type')
+        inner = kind if isinstance(kind, str) else ConfigDict(type=kind)
+    return {**arguments, 'type': 'QuantizedModel', 'model': inner, 'policy': deepcopy(policy)}
+
+
+def _import_quantization(cfg: Config) -> None:
+    """Import what registers ``QuantizedModel``, now and wherever a copy of the config is read."""
+    entry = _unbuilt(cfg.get('custom_imports') or {'allow_failed_imports': False})
+    imports = entry.get('imports') or []
+    imports = [imports] if isinstance(imports, str) else list(imports)
+    if _QUANTIZATION not in imports:
+        cfg.custom_imports = {**entry, 'imports': [*imports, _QUANTIZATION]}
+    # By name: mm_sharp must work without the packages that quantization needs. Where they are missing, its error says
+    # how to install them.
+    importlib.import_module(_QUANTIZATION)
+
+
+# -------------------------------------------------------------------- helpers
+def _add_hook(cfg: Config, hook: dict[str, Any]) -> None:
+    """Append a hook, unless there is one of its type."""
+    hooks = cfg.get('custom_hooks') or []
+    kind = _name(hook, 'type').rpartition('.')[2]
+    if not any(_is(other, kind) if isinstance(other, dict) else type(other).__name__ == kind for other in hooks):
+        cfg.custom_hooks = [*hooks, deepcopy(hook)]
+
+
+def _unbuilt(config: dict[str, Any]) -> dict[str, Any]:
+    """A shallow copy, in which imports of new-style configs stay what they are: a built one cannot be written out."""
+    return dict(dict.items(config))
+
+
+def _name(config: dict[str, Any], key: str) -> str:
+    """A ``type`` (or the like) as text: in new-style configs it is an import that was not made yet, or a class."""
+    kind = _unbuilt(config).get(key)
+    if isinstance(kind, (LazyAttr, LazyObject)):
+        return f'{kind.module}.{kind}'
+    return f'{kind.__module__}.{kind.__qualname__}' if isinstance(kind, type) else str(kind)
+
+
+def _is(config: dict[str, Any], name: str, key: str = 'type', *, absent: bool = False) -> bool:
+    """Whether a config's ``type`` is one of MMEngine's or ours of this name, written as text or imported."""
+    if _unbuilt(config).get(key) is None:
+        return absent
+    package, _, last = _name(config, key).rpartition('.')
+    return last == name and package.split('.')[0] in ('', 'mmengine', 'mm_sharp')
