@@ -11,9 +11,12 @@ INSTALLED := $(VENV)/.installed
 DEMO := data/demo
 DEMO_CONFIG := configs/demo/simcc_res18-half_ausam_demo-128x96.py
 WORK_DIR := work_dirs/demo
+FLOAT_CONFIG := configs/demo/simcc_res18-half_demo-128x96.py
+QAT_CONFIG := configs/demo/simcc_res18-half_w4a4_ausam_demo-128x96.py
+QAT_DIR := work_dirs/demo-qat
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format types lock doctor dist clean
+.PHONY: help install train train-qat test lint format types lock doctor dist clean
 
 help: ## list the targets
 	@echo 'mm_sharp: sharpness-aware training for OpenMMLab. Targets:'
@@ -44,6 +47,20 @@ train: $(INSTALLED) $(DEMO)/meta.json ## make the demo data, train a keypoint mo
 	@$(PY) -m json.tool $(WORK_DIR)/metrics.json
 	@echo 'Checkpoint, log and curves:  $(WORK_DIR)'
 	@echo 'Predicted keypoints, drawn:  $(WORK_DIR)/pictures'
+
+# Four epochs of float training are too few; they keep the whole below five minutes.
+$(QAT_DIR)/float/epoch_4.pth: | $(INSTALLED) $(DEMO)/meta.json
+	$(PY) tools/train.py $(FLOAT_CONFIG) --work-dir $(QAT_DIR)/float --cfg-options \
+		train_cfg.max_epochs=4 train_cfg.val_interval=4 param_scheduler.1.end=4 param_scheduler.1.T_max=4
+
+train-qat: $(INSTALLED) $(QAT_DIR)/float/epoch_4.pth ## train a float model, quantize it to 4 bits, fine-tune it with AUSAM, evaluate and export it
+	$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR) --cfg-options load_from=$(QAT_DIR)/float/epoch_4.pth $(ARGS)
+	$(PY) tools/test.py $(QAT_CONFIG) "$$(cat $(QAT_DIR)/last_checkpoint)" --work-dir $(QAT_DIR)/test --out $(QAT_DIR)/metrics.json
+	$(PY) tools/export.py $(QAT_CONFIG) "$$(cat $(QAT_DIR)/last_checkpoint)" --format qcdq --out $(QAT_DIR)/model.onnx
+	$(PY) tools/draw_keypoints.py $(QAT_DIR)/model.onnx $(DEMO)/val/000001.png --out $(QAT_DIR)/keypoints.png
+	@echo
+	@echo 'Log, curves, checkpoints (post_training.pth: before fine-tuning):  $(QAT_DIR)'
+	@echo 'The model for ONNX Runtime, and a picture of what it finds:        $(QAT_DIR)/model.onnx, $(QAT_DIR)/keypoints.png'
 
 test: $(INSTALLED) lint types ## lint, check the types and run the whole test suite
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)

@@ -20,7 +20,7 @@ from mm_sharp.diagnosis import OPENCV, Problem, Versions, diagnose
 # What is reported, in this order.
 DISTRIBUTIONS = (
     *('mm_sharp', 'torch', 'torchvision', 'mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmpose', 'numpy', *OPENCV),
-    *('setuptools', 'xtcocotools', 'faster-coco-eval', 'mmpretrain', 'brevitas'),
+    *('setuptools', 'xtcocotools', 'faster-coco-eval', 'mmpretrain', 'brevitas', 'onnx', 'onnxruntime', 'qonnx'),
 )  # fmt: skip
 # Modules whose import shows whether a package works, if the distribution on the left is there. With MMPose's
 # modules all of its registries load.
@@ -28,7 +28,7 @@ _IMPORTS = (
     *(('torch', 'torch'), ('numpy', 'numpy'), ('mmengine', 'mmengine.runner'), ('mm_sharp', 'mm_sharp.sam')),
     *(('torchvision', 'torchvision'), ('mmpose', 'cv2'), ('mmpose', 'mmcv'), ('mmdet', 'mmdet')),
     *(('mmpose', f'mmpose.{part}') for part in ('datasets', 'models', 'evaluation', 'visualization', 'engine')),
-    *(('mmpretrain', 'mmpretrain.models'), ('brevitas', 'brevitas')),
+    *(('mmpretrain', 'mmpretrain.models'), ('brevitas', 'brevitas'), ('onnx', 'onnx'), ('onnxruntime', 'onnxruntime')),
 )  # fmt: skip
 _INSTALLED_AS = {'cv2': '"opencv-python-headless<4.12"', 'mmcv': '"mmcv-lite<2.2.0"'}
 

@@ -266,10 +266,43 @@ def test_a_method_that_the_model_does_not_suit_is_refused(tmp_path: Path) -> Non
     subject = benchmark.load_subject(toy(tmp_path), batch_size=4)
     (batch,) = batches(1, 4)
     del batch['sample_idx']
-    bare = benchmark.Subject(subject.model, [batch], subject.device, subject.scope)
+    bare = benchmark.Subject(subject.model, None, [batch], subject.device, subject.scope)
     own = {'type': 'AUSAMOptimWrapper', 'optimizer': {'type': 'SGD', 'lr': 0.1}}
     with pytest.raises(cli.UsageError, match='leave ausam out of --methods'):
         bare.measure({'ausam': own}, rounds=1, warmup=1)
+
+
+@pytest.mark.usefixtures('one_thread')
+def test_a_quantized_model_is_compared_with_its_float_model(
+    tiny: Path, tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = tmp_path / 'w4a4.py', tmp_path / 'table.json'
+    fragment = ROOT / 'configs' / '_base_' / 'quantization' / 'w4a4.py'
+    config.write_text(f"_base_ = ['{tiny}', '{fragment}']\n")
+    options = ['--rounds', '2', '--warmup', '1', '--threads', '1', '--out', str(out)]
+    tool.main([str(config), '--methods', 'base', 'ausam', *options])
+    figures = json.loads(out.read_text())
+    assert [row['label'] for row in figures['rows']] == ['float', 'base', 'ausam']
+    assert figures['rows'][0]['limit'] is None
+    assert figures['rows'][0]['distance_percent'] is None
+    times = {step['method']: step['seconds'] for step in figures['steps']}
+    pairs = [a / b for a, b in zip(times['base'], times['float'], strict=True)]
+    assert f'base, quantized over float: {sum(pairs) / 2:.2f} (' in capsys.readouterr().out
+
+
+def test_the_quantized_subject_has_the_float_models_weights(tiny: Path, tmp_path: Path) -> None:
+    config = tmp_path / 'w4a4.py'
+    fragment = ROOT / 'configs' / '_base_' / 'quantization' / 'w4a4.py'
+    config.write_text(
+        f"_base_ = ['{tiny}', '{fragment}']\nquantization = dict(policy=dict(fold_batchnorm=False))\n"
+    )
+    subject = benchmark.load_subject(Config.fromfile(config), batch_size=5)
+    assert subject.float_model is not None
+    weights = dict(subject.model.named_parameters())
+    for name, parameter in subject.float_model.named_parameters():
+        assert torch.equal(parameter, weights[name])
+    assert any('tensor_quant' in name for name in weights)
+    assert not any('tensor_quant' in name for name, _ in subject.float_model.named_parameters())
 
 
 # -------------------------------------------------------------------- the command line

@@ -62,6 +62,16 @@ def test_config_examples_load_and_use_a_wrapper_of_ours(block: str, tmp_path: Pa
     assert config.optim_wrapper.optimizer.type, "the recipe's optimizer is gone"
 
 
+def test_the_readmes_quantized_config_is_complete(tmp_path: Path) -> None:
+    (block,) = [block for block in blocks(ROOT / 'README.md', 'python') if 'quantization/' in block]
+    (tmp_path / 'my_qat.py').write_text(block)
+    config = Config.fromfile(tmp_path / 'my_qat.py')
+    assert (config.model.type, config.model.model) == ('QuantizedModel', 'TopdownPoseEstimator')
+    assert config.optim_wrapper.type == 'AUSAMOptimWrapper'
+    assert config.optim_wrapper.optimizer.type, "the recipe's optimizer is gone"
+    assert config.load_from == 'float.pth'
+
+
 def test_the_readme_shows_both_ways_in() -> None:
     assert sum('optim_wrapper' in block for block in blocks(ROOT / 'README.md', 'python')) == 4
 

@@ -4,8 +4,15 @@ By default it replaces the scales by new parameters, which an optimizer that is 
 refuses checkpoints of float models.
 """
 
+import warnings
+
 try:
-    from brevitas import config
+    with warnings.catch_warnings():
+        # Brevitas can do without that package, which we use nothing of.
+        warnings.filterwarnings('ignore', message='fast_hadamard_transform package not found')
+        warnings.filterwarnings('ignore', message='brevitas.fx is deprecated')  # Brevitas 0.13 imports it itself
+        import brevitas.graph.quantize  # noqa: F401
+        from brevitas import config
 except ModuleNotFoundError as error:
     raise ImportError(
         'quantization needs Brevitas, which is not installed: pip install "mm_sharp[quant]" (or brevitas)'

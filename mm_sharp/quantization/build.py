@@ -9,7 +9,8 @@ the next layer takes them in.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import brevitas.nn as qnn
@@ -82,6 +83,7 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     """
     if isinstance(getattr(model, 'quantization', None), QuantizationRecord):
         raise ValueError(f'{OWNER}: the model is quantized already')
+    _check_patterns(model, policy)  # before anything is changed
     float_bytes = size_in_bytes(model)
     _make_plain(model)
     size = _input_size(model, policy)
@@ -89,17 +91,18 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     folded: list[str] = []
     if policy.fold_batchnorm:
         folded = fold_batchnorms(model, {name: flow.batchnorm for name, flow in flows.items() if flow.batchnorm})
+    places = _places(model)
     layers = [
-        _quantize_layer(model, name, module, flows.get(name), policy)
+        _quantize_layer(name, module, places[module], flows.get(name), policy)
         for name, module in list(model.named_modules())
         if isinstance(module, LAYERS)
     ]
-    _check(policy, layers)
+    _check_any(layers)
     weights = sum(4 * layer.weights for layer in layers if layer.policy is not None)
     record = QuantizationRecord(policy, layers, folded, float_bytes, 0, size)
     model.quantization = record  # type: ignore[assignment]
     model.register_buffer(LAYOUT, record.layout())
-    record.other_bytes = _full_size(model) - weights - record.layout().numel() * 2
+    record.other_bytes = _full_size(model) - weights
     watch_loading(model)
     watch_calls(model)
     print_log(f'Quantized {type(model).__name__}:\n{record.table()}', logger='current', level=logging.INFO)
@@ -107,7 +110,11 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
 
 
 def _quantize_layer(
-    model: nn.Module, name: str, module: nn.Module, flow: LayerFlow | None, policy: QuantizationPolicy
+    name: str,
+    module: nn.Module,
+    places: Iterable[tuple[nn.Module, str]],
+    flow: LayerFlow | None,
+    policy: QuantizationPolicy,
 ) -> LayerRecord:
     """Replace one layer, or say why not."""
     kind, weights = type(module).__name__, module.weight.numel()  # type: ignore[operator]
@@ -120,30 +127,46 @@ def _quantize_layer(
         chosen = policy.of_layer(name, first=flow.first, last=flow.last)
     if isinstance(chosen, str) or flow is None:
         return LayerRecord(name, kind, None, '', str(chosen), weights)
-    replace_layer(model, module, chosen, nonnegative=flow.nonnegative)
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)) and module.groups > 1:
+        chosen = replace(chosen, weight_granularity='tensor')  # Brevitas has no scales for channels of these
+    replace_layer(module, places, chosen, nonnegative=flow.nonnegative)
     return LayerRecord(name, kind, chosen, input_range(chosen, nonnegative=flow.nonnegative), '', weights)
 
 
-def replace_layer(model: nn.Module, module: nn.Module, policy: LayerPolicy, *, nonnegative: bool) -> None:
-    """Put Brevitas's layer in a float layer's place, with its weights."""
+def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """The modules that hold each layer, and its name there: a model may have one layer under several names."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if isinstance(child, LAYERS):
+                places.setdefault(child, []).append((parent, name))
+    return places
+
+
+def replace_layer(
+    module: nn.Module, places: Iterable[tuple[nn.Module, str]], policy: LayerPolicy, *, nonnegative: bool
+) -> None:
+    """Put Brevitas's layer in a float layer's places, with its weights.
+
+    The scales of a layer that is not trained (a frozen stage's) are not trained either: models that freeze their stages
+    whenever they enter training mode would do it then, too late for the optimizer and for DDP.
+    """
     trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    old = {id(member) for member in model.modules()}
-    ModuleToModuleByInstance(
+    # Not its `apply`, which searches the model for the layer, and that for each of hundreds.
+    layer = ModuleToModuleByInstance(
         module,
         _QUANTIZED[type(module)],
         weight_quant=weight_quantizer(policy),
         input_quant=input_quantizer(policy, nonnegative=nonnegative),
         bias_quant=None,
         return_quant_tensor=False,
-    ).apply(model)
-    (layer,) = (m for m in model.modules() if id(m) not in old and isinstance(m, _QUANTIZED[type(module)]))
-    parameters = dict(layer.named_parameters())
-    for name, flag in trained.items():
-        parameters[name].requires_grad_(flag)
-    if policy.act_scales == 'fixed':
-        for name, parameter in parameters.items():
-            if name.startswith('input_quant.'):
-                parameter.requires_grad_(False)
+    ).init_new_module(module)
+    for name, parameter in layer.named_parameters():
+        fixed = policy.act_scales == 'fixed' and name.startswith('input_quant.')
+        parameter.requires_grad_(trained.get(name, trained['weight'] and not fixed))
+    layer.train(module.training)
+    for parent, name in places:
+        setattr(parent, name, layer)
 
 
 def _make_plain(model: nn.Module) -> None:
@@ -179,16 +202,20 @@ def _noise(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _full_size(model: nn.Module) -> int:
-    """Bytes of what a calibrated model's checkpoint holds."""
-    saved = [*model.parameters(), *(b for name, b in model.named_buffers() if 'quant' not in name)]
+    """Bytes of what a calibrated model's checkpoint holds, but for the layout."""
+    names = model.state_dict().keys() - {LAYOUT}  # not buffers of quantizers or the data preprocessor
+    saved = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in names)]
     return sum(tensor.numel() * tensor.element_size() for tensor in saved)
 
 
-def _check(policy: QuantizationPolicy, layers: list[LayerRecord]) -> None:
-    unused = policy.unused_patterns(layer.name for layer in layers)
+def _check_patterns(model: nn.Module, policy: QuantizationPolicy) -> None:
+    names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    unused = policy.unused_patterns(names)
     if unused:
-        names = ', '.join(layer.name for layer in layers)
-        raise ValueError(f'{OWNER}: policy patterns {unused} match no layer; there are {names}')
+        raise ValueError(f'{OWNER}: policy patterns {unused} match no layer; there are {", ".join(names)}')
+
+
+def _check_any(layers: list[LayerRecord]) -> None:
     if not any(layer.policy for layer in layers):
         reasons = '; '.join(f'{layer.name}: {layer.reason}' for layer in layers[:5])
         raise ValueError(f'{OWNER}: no layer is quantized ({reasons or "the model has none"})')

@@ -15,7 +15,7 @@ import torch
 from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
 from torch import nn
 
-from .guard import check_calibrated, record_of
+from .guard import check_calibrated, forget, record_of
 
 
 def calibrate(
@@ -25,7 +25,7 @@ def calibrate(
     bias_correction: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Initialise all scales and zero points of a quantized model.
+    """Initialise all scales and zero points of a quantized model, anew if they were before.
 
     The model is in evaluation mode meanwhile, whatever its mode is, so that BatchNorm does not move.
 
@@ -37,34 +37,53 @@ def calibrate(
         progress: Called after each batch; with bias correction twice for each.
 
     Raises:
-        ValueError: There is no batch.
+        ValueError: There is no batch, or a scale is not finite. The model is left without scales then, and whenever a
+            batch fails.
         TypeError: The model is not quantized.
     """
     record = record_of(model)
     if record is None:
         check_calibrated(model)  # says what is wrong
     assert record is not None
-    seen: list[Any] = []
-    record.calibrating = True
+    record.calibrated, record.calibrating = False, True
+    forget(model)
     try:
         with _evaluation(model), torch.no_grad():
-            last = None
-            with calibration_mode(model):
-                for batch in batches:
-                    _forward(model, batch)
-                    last = batch
-                    if bias_correction:
-                        seen.append(batch)
-                    progress()
-            if last is None:
-                raise ValueError('calibration needs at least one batch')
-            _forward(model, last)
+            seen = _collect(model, batches, progress, keep=bias_correction)
+            _check_finite(model)
             if bias_correction:
                 _correct_biases(model, seen, progress)
+    except BaseException:
+        # Brevitas gives inputs of which it has seen nothing a scale of 1, and would not look at them again.
+        forget(model)
+        raise
     finally:
         record.calibrating = False
     check_calibrated(model)
     record.calibrated = True
+
+
+def _collect(model: nn.Module, batches: Iterable[Any], progress: Callable[[], None], *, keep: bool) -> list[Any]:
+    """Run the batches, and set the scales; returns the batches, if they are to be kept, or the last one."""
+    seen: list[Any] = []
+    with calibration_mode(model):
+        for batch in batches:
+            _forward(model, batch)
+            seen = [*seen, batch] if keep else [batch]
+            progress()
+    if not seen:
+        raise ValueError('calibration needs at least one batch')
+    _forward(model, seen[-1])
+    return seen
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if 'tensor_quant' in name and not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f'calibration: {name} is not finite: the weights or the images of the calibration batches hold values '
+                'that are not finite, or so large that the layers before it overflow'
+            )
 
 
 def _correct_biases(model: nn.Module, batches: Sequence[Any], progress: Callable[[], None]) -> None:

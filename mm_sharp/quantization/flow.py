@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linea
 # Functions by the names that autograd gives their nodes. Whatever comes out of these is not negative ...
 _NONNEGATIVE = {
     *('ReluBackward0', 'SigmoidBackward0', 'HardsigmoidBackward0', 'SoftmaxBackward0', 'ExpBackward0'),
-    *('AbsBackward0', 'SoftplusBackward0', 'ThresholdBackward0'),
+    *('AbsBackward0', 'SoftplusBackward0'),
 }
-# ... and these keep what is not negative so, if all their inputs are.
+# ... and these keep what is not negative so, if all their inputs are. (Padding with a negative number is the exception,
+# and the one that shows in every value: see `record`.)
 _KEEPING_SIGN = {
     *('MaxPool2DWithIndicesBackward0', 'AvgPool2DBackward0', 'AdaptiveAvgPool2DBackward0', 'MeanBackward0'),
     *('MeanBackward1', 'SumBackward0', 'SumBackward1', 'ViewBackward0', 'UnsafeViewBackward0', 'ReshapeAliasBackward0'),
@@ -37,12 +38,30 @@ _KEEPING_SIGN = {
 }
 
 
+class _Call(NamedTuple):
+    """One call of a layer or a BatchNorm.
+
+    Args:
+        name: Its dotted name.
+        module: What was called.
+        taken: Autograd's node of its input; None if nothing is differentiated there.
+        made: The node of its output.
+        nonnegative: Whether its input had no negative value.
+    """
+
+    name: str
+    module: nn.Module
+    taken: Any
+    made: Any
+    nonnegative: bool
+
+
 @dataclass(frozen=True)
 class LayerFlow:
     """What one forward pass showed of a layer.
 
     Args:
-        first: No other layer's output is in its input: it sees the image.
+        first: The image is in its input without another layer in between.
         last: Its output reaches the model's output without another layer in between.
         nonnegative: Its input cannot be negative.
         calls: How often it was called.
@@ -66,12 +85,20 @@ def trace_flow(model: nn.Module, inputs: Tensor) -> dict[str, LayerFlow]:
     Returns:
         By name, every convolution, deconvolution and fully connected layer that was called as a module.
     """
-    calls: list[tuple[str, nn.Module, Tensor, Any, Any]] = []
+    calls: list[_Call] = []
+    # A copy: models may write into their input, which autograd does not let them do to a leaf of its graph.
+    image = inputs.detach().requires_grad_(True).clone()
+    seen = image.grad_fn
 
     def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                calls.append((name, module, args[0], args[0].grad_fn, output.grad_fn))
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+                return None
+            # A copy again: its node marks the layer's end even where the output is a view, whose node autograd
+            # replaces when a ReLU works in place on it.
+            output = output.clone()
+            calls.append(_Call(name, module, args[0].grad_fn, output.grad_fn, bool((args[0] >= 0).all())))
+            return output
 
         return hook
 
@@ -82,31 +109,32 @@ def trace_flow(model: nn.Module, inputs: Tensor) -> dict[str, LayerFlow]:
     ]
     try:
         with _evaluation(model), torch.enable_grad():
-            outputs = model(inputs.detach().requires_grad_(True), None, mode='tensor')
+            outputs = model(image, None, mode='tensor')
     finally:
         for handle in handles:
             handle.remove()
-    return _Graph(calls, [tensor.grad_fn for tensor in _tensors(outputs)]).flows()
+    return _Graph(calls, seen, [tensor.grad_fn for tensor in _tensors(outputs)]).flows()
 
 
 class _Graph:
     """Autograd's graph behind the calls of a forward pass."""
 
-    def __init__(self, calls: list[tuple[str, nn.Module, Tensor, Any, Any]], outputs: list[Any]) -> None:
-        self._layers = [call for call in calls if isinstance(call[1], LAYERS)]
-        self._norms = [call for call in calls if isinstance(call[1], _BatchNorm)]
-        self._made_by = {made: name for name, _, _, _, made in self._layers}
+    def __init__(self, calls: list[_Call], image: Any, outputs: list[Any]) -> None:
+        self._layers = [call for call in calls if isinstance(call.module, LAYERS)]
+        self._norms = [call for call in calls if isinstance(call.module, _BatchNorm)]
+        self._made_by = {call.made: call.name for call in self._layers if call.made is not None}
+        self._image = image
         self._outputs = [node for node in outputs if node is not None]
         self._signs: dict[Any, bool] = {}
 
     def flows(self) -> dict[str, LayerFlow]:
         last = self._layers_behind(self._outputs)
-        count = Counter(name for name, *_ in self._layers)
+        count = Counter(call.name for call in self._layers)
         batchnorms = self._batchnorms(count)
         flows: dict[str, LayerFlow] = {}
-        for name, _, _, taken, _ in self._layers:
-            first = not self._layers_behind([taken])
-            nonnegative = self._nonnegative(taken)
+        for name, _, taken, _, observed in self._layers:
+            first = self._image in self._walk([taken])
+            nonnegative = observed and self._nonnegative(taken)
             before = flows.get(name)
             flows[name] = LayerFlow(
                 first=first or (before is not None and before.first),
@@ -155,11 +183,11 @@ class _Graph:
 
     def _batchnorms(self, count: Counter[str]) -> dict[str, str]:
         """By layer: the BatchNorm that is the one user of its output."""
-        uses = Counter(self._edges())
-        once = Counter(name for name, *_ in self._norms)
+        uses = Counter(self._edges()) + Counter(self._outputs)
+        once = Counter(call.name for call in self._norms)
         return {
             self._made_by[taken]: name
-            for name, _, _, taken, _ in self._norms
+            for name, _, taken, *_ in self._norms
             if taken in self._made_by and uses[taken] == 1 and once[name] == 1 and count[self._made_by[taken]] == 1
         }
 

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .loading import CheckpointMismatchError
+
 _STATE = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
+_FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
 def fold_batchnorms(model: nn.Module, pairs: Mapping[str, str]) -> list[str]:
@@ -26,8 +29,9 @@ def fold_batchnorms(model: nn.Module, pairs: Mapping[str, str]) -> list[str]:
         pairs: Name of a layer to the name of the BatchNorm behind it.
 
     Returns:
-        Names of the BatchNorms that were folded. Those without running statistics, and those behind grouped
-        deconvolutions, which torch cannot fold, are left.
+        Names of the BatchNorms that were folded. Those without running statistics are left, and those behind fully
+        connected layers, behind grouped deconvolutions, which torch cannot fold, and behind classes of layers that
+        are not torch's own.
     """
     modules = dict(model.named_modules())
     folded = []
@@ -35,7 +39,8 @@ def fold_batchnorms(model: nn.Module, pairs: Mapping[str, str]) -> list[str]:
         layer, norm = modules[layer_name], modules[norm_name]
         assert isinstance(norm, _BatchNorm)
         transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d))
-        if norm.running_mean is None or (transposed and layer.groups > 1) or isinstance(layer, nn.Linear):
+        # Others than torch's own may do something to the weight before they multiply by it.
+        if norm.running_mean is None or (transposed and layer.groups > 1) or type(layer) not in _FOLDABLE:
             continue
         parent = _common_parent(layer_name, norm_name)
         start = len(parent) + 1 if parent else 0
@@ -51,7 +56,8 @@ def fold_batchnorms(model: nn.Module, pairs: Mapping[str, str]) -> list[str]:
 class FoldCheckpoint:
     """Fold a BatchNorm of a float model's checkpoint while it is loaded: a hook for ``load_state_dict``.
 
-    A checkpoint in which it is folded already is left alone.
+    A checkpoint in which it is folded already is left alone. One of a quantized model in which it is not folded cannot
+    be loaded: the scales in it are those of other weights.
 
     Args:
         layer: Name of the layer, as seen from the module that the hook is on.
@@ -67,10 +73,19 @@ class FoldCheckpoint:
         self.transposed = transposed
 
     def __call__(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Rewrite ``state`` in place."""
+        """Rewrite ``state`` in place.
+
+        Raises:
+            CheckpointMismatchError: The checkpoint's model is quantized, and its BatchNorm not folded.
+        """
         layer, norm = f'{prefix}{self.layer}.', f'{prefix}{self.norm}.'
         if f'{norm}running_mean' not in state or f'{layer}weight' not in state:
             return
+        if any(key.startswith(f'{layer}weight_quant.') for key in state):
+            raise CheckpointMismatchError(
+                f'the checkpoint is of a quantized model with a BatchNorm {norm[:-1]}, which the config folds into '
+                f'{layer[:-1]}: use the policy that it was trained with (fold_batchnorm=False)'
+            )
         parts = {name: state.pop(norm + name, None) for name in _STATE}
         weight, bias = _fused(state[f'{layer}weight'], state.get(f'{layer}bias'), parts, self.eps, self.transposed)
         state[f'{layer}weight'], state[f'{layer}bias'] = weight, bias

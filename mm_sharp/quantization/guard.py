@@ -6,8 +6,10 @@ of a sharpness-aware step, or in an export, without a word.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from .record import QuantizationRecord
@@ -21,7 +23,21 @@ def record_of(model: nn.Module) -> QuantizationRecord | None:
 
 def uninitialised(model: nn.Module) -> list[str]:
     """Names of the quantizers' scales and zero points that have no value yet."""
-    return [name for name, module in model.named_modules() if _has_no_value(module)]
+    return [name for name, module in _values(model) if not _has_value(module)]
+
+
+@torch.no_grad()
+def forget(model: nn.Module) -> None:
+    """Take the quantizers' scales and zero points back to what they are before calibration."""
+    for name, module in _values(model):
+        # Brevitas adds to the one and multiplies the other.
+        start = 0.0 if 'zero_point' in name.rpartition('.')[2] else 1.0
+        module.value.fill_(start)
+        if hasattr(module, 'init_done'):
+            module.init_done = False
+        else:
+            module.buffer.fill_(start)
+            module.counter = 0
 
 
 def is_calibrated(model: nn.Module) -> bool:
@@ -59,9 +75,14 @@ def _check_call(model: nn.Module, args: Any) -> None:
         record.calibrated = True
 
 
-def _has_no_value(module: nn.Module) -> bool:
+def _values(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The parts of Brevitas that hold a scale or a zero point: weights' know that it is there, inputs' count."""
+    for name, module in model.named_modules():
+        if 'tensor_quant' in name and (hasattr(module, 'init_done') or hasattr(module, 'collect_stats_steps')):
+            yield name, module
+
+
+def _has_value(module: Any) -> bool:
     if hasattr(module, 'init_done'):
-        return not module.init_done
-    if hasattr(module, 'collect_stats_steps') and hasattr(module, 'counter'):
-        return bool(module.counter <= module.collect_stats_steps)  # type: ignore[operator]
-    return False
+        return bool(module.init_done)
+    return bool(module.counter > module.collect_stats_steps)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mm_sharp.validation import UserError
 
-from .guard import record_of, uninitialised
+from .guard import forget, record_of, uninitialised
 from .record import LAYOUT, summary
 
 
@@ -39,7 +39,8 @@ def _before(model: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any)
     assert record is not None
     record.calibrated = False
     saved = state.get(prefix + LAYOUT)
-    model._loading = (prefix, saved is not None)  # type: ignore[assignment]
+    scales = any('tensor_quant' in key for key in state if key.startswith(prefix))
+    model._loading = (prefix, saved is not None, scales)  # type: ignore[assignment]
     ours = record.layout()
     if saved is not None and (saved.shape != ours.shape or not bool((saved.cpu() == ours).all())):
         raise CheckpointMismatchError(
@@ -52,9 +53,9 @@ def _after(model: nn.Module, keys: Any) -> None:
     """Report missing and unexpected keys; those of quantizers may be missing.
 
     Raises:
-        CheckpointMismatchError: Others are missing.
+        CheckpointMismatchError: Others are missing, or some of those of a quantized model.
     """
-    prefix, is_quantized = model.__dict__.pop('_loading', ('', False))
+    prefix, is_quantized, scales = model.__dict__.pop('_loading', ('', False, False))
     if not is_quantized:
         _remove(keys.missing_keys, [key for key in keys.missing_keys if key == prefix + LAYOUT])
     missing = [k[len(prefix) :] for k in keys.missing_keys if k.startswith(prefix) and 'num_batches_tracked' not in k]
@@ -65,7 +66,14 @@ def _after(model: nn.Module, keys: Any) -> None:
             f'{len(missing)} weights of the model are not in the checkpoint (only those of quantizers may be missing): '
             f'{_some(missing)}' + (f'; in it and not in the model are {_some(unexpected)}' if unexpected else '')
         )
+    if not is_quantized and not scales:
+        forget(model)  # what calibration found for other weights
     waiting = len(uninitialised(model))
+    if is_quantized and scales and waiting:
+        raise CheckpointMismatchError(
+            f'the checkpoint has no values for {waiting} quantizers (the first is {uninitialised(model)[0]}), and has '
+            'some for others: use the policy that it was trained with (it is in the config beside the checkpoint)'
+        )
     kind = 'a quantized model' if is_quantized else 'a float model'
     weights = sum(not _of_quantizer(name) for name, _ in model.named_parameters())
     message = f'Loaded the checkpoint of {kind}: all {weights} weights'
