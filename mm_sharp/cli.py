@@ -27,6 +27,7 @@ from mmengine.runner import Runner
 
 from mm_sharp import fragments
 from mm_sharp.compat import explain_load_error, trust_checkpoints
+from mm_sharp.validation import UserError
 
 # Top-level keys that MMEngine's Runner and MMPose's tools read from the config without being arguments of the Runner.
 _OTHER_KEYS = {
@@ -84,7 +85,7 @@ def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
         warnings.filterwarnings('ignore', message=harmless)
     try:
         tool(arguments)
-    except UsageError as error:
+    except (UsageError, UserError) as error:
         if '--debug' in arguments:
             raise
         if os.environ.get('LOCAL_RANK', '0') == '0':

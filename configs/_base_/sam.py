@@ -1,11 +1,10 @@
-# SAM (Foret et al. 2021) for any config. It is added to `_base_` and referred to:
+# SAM (Foret et al. 2021) for any config: added to `_base_`, and nothing else.
 #
 #   _base_ = ['mmpose::body_2d_keypoint/…/some_recipe.py', 'mm_sharp::_base_/sam.py']
-#   optim_wrapper = _base_.sharp_optim_wrapper                 # merged into the recipe's: its optimizer stays
-#   custom_hooks = [*_base_.custom_hooks, _base_.sharp_hook]   # optional: logs the sharpness
+#   optim_wrapper = dict(rho=0.1)   # optional: goes before what is here, as the recipe's own settings do
 #
-# It sets no key that MMPose's recipes set: MMEngine refuses two entries of `_base_` with the same key, and every
-# recipe has an `optim_wrapper` and `custom_hooks`.
+# MMEngine refuses two entries of `_base_` with the same key, and every recipe has an `optim_wrapper` and `custom_hooks`.
+# So the two dicts have names of their own, and take effect when the config has been read (mm_sharp/fragments.py).
 custom_imports = dict(imports=['mm_sharp'], allow_failed_imports=False)
 
 # rho is the paper's value.
