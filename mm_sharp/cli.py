@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from difflib import get_close_matches
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
@@ -252,9 +251,6 @@ def _launch(cfg: Config, launcher: str) -> None:
         raise UsageError(f'--launcher {launcher} needs GPUs; on the CPU use --launcher pytorch (tools/dist_train.sh)')
     if 'RANK' not in os.environ:
         raise UsageError('--launcher pytorch: start it with tools/dist_train.sh or torchrun')
-    # Functions of this module have the default group of the moment of its import as an argument's default value, and
-    # DDP imports it: imported before there is a group, it does not keep ours alive past _end_process_group.
-    import_module('torch.distributed.nn.functional')
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
     defaults = {

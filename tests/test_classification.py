@@ -68,7 +68,8 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Path]]
 
 @functools.cache
 def _read(method: str, classes: int) -> Config:
-    return Config.fromfile(ROOT / f'configs/classification/resnet18_{method}_b128-200e_cifar{classes}.py')
+    epochs = 20 if method.startswith('w4a4') else 200
+    return Config.fromfile(ROOT / f'configs/classification/resnet18_{method}_b128-{epochs}e_cifar{classes}.py')
 
 
 def config(method: str, classes: int) -> Config:
@@ -156,6 +157,40 @@ def accuracy(runner: Runner) -> float:
     return 100 * int(right) / total
 
 
+@pytest.mark.parametrize('method', WRAPPERS)
+def test_two_training_steps_at_four_bits(method: str, cifar: dict[int, Path], tmp_path: Path) -> None:
+    cfg = small(f'w4a4_{method}', 10, cifar[10])
+    assert cfg.load_from.startswith('https://')
+    cfg.load_from = None
+    cfg.quantization.calibration.num_batches = 2
+    (calibration,) = [hook for hook in cfg.custom_hooks if hook.type == 'CalibrationHook']
+    calibration.num_batches = 1
+    runner = one_epoch(cfg, tmp_path)
+    passes: list[int] = []
+    counter = runner.model.backbone.register_forward_pre_hook(
+        lambda module, call: passes.append(len(call[0])) if module.training else None
+    )
+    before = {name: value.clone() for name, value in runner.model.named_parameters()}
+    runner.train()
+    counter.remove()
+
+    record = runner.model.quantization
+    bits = [(layer.policy.weight_bit_width, layer.policy.act_bit_width) for layer in record.layers]
+    assert bits == [(8, 8), *[(4, 4)] * 19, (8, 8)]  # 20 convolutions, three of them beside residual branches, and a head
+    assert not [module for module in runner.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert record.input_size == (32, 32)
+    assert type(runner.optim_wrapper).__name__ == WRAPPERS[method]
+    assert passes == PASSES[method], 'calibration and evaluation are in evaluation mode'
+    still = [name for name, value in runner.model.named_parameters() if torch.equal(before[name], value)]
+    assert not still, 'not trained'
+    decayed = {
+        group['weight_decay'] for group in runner.optim_wrapper.param_groups for p in group['params'] if p.ndim > 1
+    }
+    assert decayed == {1e-4}
+    logged = runner.message_hub.log_scalars
+    assert 'val/accuracy/top1' in logged
+
+
 def test_the_loader_draws_pictures_before_it_reads_them(
     cifar: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +230,7 @@ def test_the_methods_differ_in_nothing_but_the_wrapper(method: str, classes: int
     assert ours['optim_wrapper']['optimizer'] == plain['optim_wrapper']['optimizer']
 
 
-@pytest.mark.parametrize('method', WRAPPERS)
+@pytest.mark.parametrize('method', [*WRAPPERS, 'w4a4_sgd', 'w4a4_ausam'])
 def test_written_and_read_again_it_is_the_same(method: str, tmp_path: Path) -> None:
     cfg = config(method, 10)
     cfg.dump(tmp_path / 'copy.py')

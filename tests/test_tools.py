@@ -179,7 +179,11 @@ threads()
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads the names of threads in /proc')
 def test_the_process_group_ends_with_the_tool(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread of gloo's that outlives the tool can abort the process while the interpreter shuts down."""
+    """A thread of gloo's that outlives the tool can abort the process while the interpreter shuts down.
+
+    The group lives as long as anything holds it: a runner does, and torch.distributed.nn.functional would, for ever, if
+    it were first imported while there is a group (its functions have the default group as an argument's default).
+    """
     place = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), RANK='0', LOCAL_RANK='0', WORLD_SIZE='1')
     for name, value in place.items():
         monkeypatch.setenv(name, value)

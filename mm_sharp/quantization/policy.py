@@ -113,7 +113,7 @@ class QuantizationPolicy:
             _check_end(name, given.get(name, 8))
         default = _layer_policy(LayerPolicy(), {k: given.pop(k) for k in _LAYER_KEYS if k in given})
         layers = given.pop('layers', ())
-        if isinstance(layers, Mapping) or not isinstance(layers, Iterable):
+        if isinstance(layers, (Mapping, str)) or not isinstance(layers, Iterable):
             raise ValueError(f"{OWNER}: policy layers={layers!r} is not allowed: a list of dict(pattern='…', …)")
         overrides = tuple(_override(default, item) for item in layers)
         skip = tuple(_pattern('skip', pattern) for pattern in _listed(given.pop('skip', ())))
