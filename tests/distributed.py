@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
@@ -47,4 +48,5 @@ def _worker(
         result = function(rank, processes, *args)
         (Path(folder) / f'{rank}.pkl').write_bytes(pickle.dumps(result))
     finally:
+        gc.collect()  # DDP in a reference cycle holds the group, whose threads must end before the process does
         dist.destroy_process_group()

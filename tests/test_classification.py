@@ -6,10 +6,12 @@ import copy
 import functools
 import importlib.util
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mmengine
 import numpy as np
 import pytest
 import torch
@@ -162,9 +164,10 @@ def test_two_training_steps_at_four_bits(method: str, cifar: dict[int, Path], tm
     cfg = small(f'w4a4_{method}', 10, cifar[10])
     assert cfg.load_from.startswith('https://')
     cfg.load_from = None
-    cfg.quantization.calibration.num_batches = 2
+    cfg.model.backbone.update(stem_channels=8, base_channels=8)
+    cfg.model.head.in_channels = 64
     (calibration,) = [hook for hook in cfg.custom_hooks if hook.type == 'CalibrationHook']
-    calibration.num_batches = 1
+    calibration.update(num_batches=1, baseline=False)
     runner = one_epoch(cfg, tmp_path)
     passes: list[int] = []
     counter = runner.model.backbone.register_forward_pre_hook(
@@ -176,19 +179,70 @@ def test_two_training_steps_at_four_bits(method: str, cifar: dict[int, Path], tm
 
     record = runner.model.quantization
     bits = [(layer.policy.weight_bit_width, layer.policy.act_bit_width) for layer in record.layers]
-    assert bits == [(8, 8), *[(4, 4)] * 19, (8, 8)]  # 20 convolutions, three of them beside residual branches, and a head
-    assert not [module for module in runner.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert bits == [(8, 8), *[(4, 4)] * (len(bits) - 2), (8, 8)]
+    assert len(record.folded) == len(bits) - 1, 'all but the head have a BatchNorm'
     assert record.input_size == (32, 32)
     assert type(runner.optim_wrapper).__name__ == WRAPPERS[method]
     assert passes == PASSES[method], 'calibration and evaluation are in evaluation mode'
     still = [name for name, value in runner.model.named_parameters() if torch.equal(before[name], value)]
     assert not still, 'not trained'
-    decayed = {
-        group['weight_decay'] for group in runner.optim_wrapper.param_groups for p in group['params'] if p.ndim > 1
-    }
-    assert decayed == {1e-4}
-    logged = runner.message_hub.log_scalars
-    assert 'val/accuracy/top1' in logged
+    names = {parameter: name for name, parameter in runner.model.named_parameters()}
+    groups = runner.optim_wrapper.optimizer.param_groups
+    decays = {names[parameter]: group['weight_decay'] for group in groups for parameter in group['params']}
+    assert {('tensor_quant' in name, decay) for name, decay in decays.items()} == {(True, 0.0), (False, 1e-4)}
+    assert 'val/accuracy/top1' in runner.message_hub.log_scalars
+
+
+@pytest.mark.parametrize('method', WRAPPERS)
+def test_at_four_bits_the_float_training_is_continued(method: str) -> None:
+    """With less of everything, and the same method on the same data."""
+    ours, plain = config(f'w4a4_{method}', 10).to_dict(), config(method, 10).to_dict()
+    assert [ours['train_cfg'].pop('max_epochs'), ours['param_scheduler'].pop('T_max')] == [20, 20]
+    assert ours['param_scheduler'].pop('end') == 20
+    for key in ('max_epochs', 'T_max', 'end'):
+        plain['train_cfg'].pop(key, None)
+        plain['param_scheduler'].pop(key, None)
+    same = ('train_cfg', 'param_scheduler', 'train_dataloader', 'val_dataloader', 'val_evaluator', 'data_preprocessor')
+    assert {key: ours[key] for key in same} == {key: plain[key] for key in same}
+    assert ours['model'].pop('policy')['input_size'] == (32, 32)
+    assert ours['model'] == {**plain['model'], 'type': 'QuantizedModel', 'model': 'ImageClassifier'}
+    assert ours.get('sharp_optim_wrapper') == plain.get('sharp_optim_wrapper')
+    assert ours['optim_wrapper']['optimizer'] == {'type': 'SGD', 'lr': 0.01, 'momentum': 0.9, 'weight_decay': 1e-4}
+    hooks = [hook['type'] for hook in ours['custom_hooks']]
+    assert hooks == ['FreezeHook', *(['SharpnessHook'] if method != 'sgd' else []), 'CalibrationHook']
+
+
+def test_card_and_metafile_list_every_config() -> None:
+    folder = ROOT / 'configs' / 'classification'
+    names = {path.stem for path in folder.glob('*.py')}
+    assert len(names) == 12
+    assert {f'{name}.py' for name in names} == set(
+        re.findall(r'\]\((\w+\S+\.py)\)', (folder / 'README.md').read_text())
+    )
+    listed = {model['Name']: model for model in mmengine.load(folder / 'metafile.yml')['Models']}
+    # MMPretrain has SGD itself.
+    assert set(listed) == {name for name in names if not name.startswith('resnet18_sgd')}
+    for name, model in listed.items():
+        method = 'QAT' if 'w4a4' in name else name.split('_')[1].upper()
+        data = 'CIFAR-' + name.rpartition('cifar')[2]
+        found = (model['Config'], model['In Collection'], model['Metadata']['Training Data'])
+        assert found == (f'configs/classification/{name}.py', method, data)
+
+
+def test_the_float_weights_are_those_that_mmpretrain_publishes(tmp_path: Path) -> None:
+    import mmpretrain
+
+    metafile = Path(mmpretrain.__file__).parent / '.mim' / 'configs' / 'resnet' / 'metafile.yml'
+    (entry,) = [model for model in mmengine.load(metafile)['Models'] if model['Name'] == 'resnet18_8xb16_cifar10']
+    cfg = config('w4a4_sgd', 10)
+    assert cfg.load_from == entry['Weights']
+    assert str(entry['Results'][0]['Metrics']['Top 1 Accuracy']) in Path(cfg.filename).read_text()
+    (tmp_path / 'theirs.py').write_text("_base_ = 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'")
+    theirs = Config.fromfile(tmp_path / 'theirs.py')
+    ours = config('sgd', 10)
+    assert (theirs.model, theirs.data_preprocessor) == (ours.model, ours.data_preprocessor)
+    assert theirs.optim_wrapper.optimizer.lr == pytest.approx(10 * cfg.optim_wrapper.optimizer.lr)
+    assert theirs.optim_wrapper.optimizer.weight_decay == cfg.optim_wrapper.optimizer.weight_decay
 
 
 def test_the_loader_draws_pictures_before_it_reads_them(
