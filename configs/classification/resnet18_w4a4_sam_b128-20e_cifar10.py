@@ -1,0 +1,2 @@
+# W4A4, SAM. rho is its paper's value, for float models.
+_base_ = ['./resnet18_w4a4_sgd_b128-20e_cifar10.py', '../_base_/sam.py']

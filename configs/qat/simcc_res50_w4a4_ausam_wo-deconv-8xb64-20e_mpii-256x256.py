@@ -1,0 +1,1 @@
+_base_ = ['./_base_/simcc_res50_mpii.py', '../_base_/quantization/w4a4.py', '../_base_/ausam.py']

@@ -1,0 +1,1 @@
+_base_ = ['./_base_/simcc_res50_coco.py', '../_base_/quantization/w8a8.py', '../_base_/sam.py']

@@ -1,0 +1,140 @@
+"""An exported file against its model: what was found, and whether it is within the tolerances (ours).
+
+What is judged, and how far it may be off:
+
+- One layer at a time, no integer may differ by more than one step, and 99 % must be equal. Right exports are far above;
+  ONNX Runtime's integer kernels may round a little differently, a wrong scale or operator is far below.
+- Each metric may differ by 0.1 points (0.001), or by one person where there are fewer than 1,000 of them.
+
+How many integers differ when the whole network ran is reported and not judged: at 8 bits a deep network makes many
+integers out of a single flip, and still finds the same keypoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .integer_check import Agreement, LayerAgreement
+from .prediction_check import OutputAgreement
+
+LARGEST_STEP = 1
+EQUAL_SHARE = 0.99
+METRIC_TOLERANCE = 0.001
+_PROGRAMS = {'qcdq': 'ONNX Runtime', 'qonnx': 'qonnx'}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What a comparison found.
+
+    Args:
+        file: The ONNX file.
+        file_format: ``'qcdq'`` or ``'qonnx'``.
+        samples: How many people both programs were run on.
+        layers: Agreement of every quantized activation.
+        outputs: Agreement of the model's outputs.
+        distances: (people, keypoints): pixels of the network's input between both programs' keypoints.
+        metrics: By name, PyTorch's value and the export's.
+    """
+
+    file: str
+    file_format: str
+    samples: int
+    layers: Sequence[LayerAgreement]
+    outputs: Sequence[OutputAgreement]
+    distances: Sequence[Sequence[float]]
+    metrics: Mapping[str, tuple[float, float]]
+
+    @property
+    def tolerance(self) -> float:
+        """How far a metric may be off: a fraction."""
+        return max(METRIC_TOLERANCE, 1 / self.samples)
+
+    def total(self, kind: str) -> Agreement:
+        """Agreement over all layers; ``kind`` is ``'network'`` or ``'alone'``."""
+        parts = [getattr(layer, kind) for layer in self.layers]
+        largest = max((part.largest for part in parts), default=0)
+        return Agreement(sum(part.values for part in parts), sum(part.equal for part in parts), largest)
+
+    def faults(self) -> list[str]:
+        """What is beyond the tolerances, in words; empty if the export agrees."""
+        alone = self.total('alone')
+        found = []
+        if alone.share < EQUAL_SHARE:
+            found.append(f'given the same input, only {alone.share:.2%} of the integers are equal (at least 99 %)')
+        worst = max(self.layers, key=lambda layer: layer.alone.largest, default=None)
+        if worst is not None and worst.alone.largest > LARGEST_STEP:
+            found.append(
+                f'{worst.layer}: given the same input, integers differ by {worst.alone.largest} steps (at most 1)'
+            )
+        found += [f'{output.name} is not finite' for output in self.outputs if not math.isfinite(output.largest)]
+        for name, (ours, theirs) in self.metrics.items():
+            if not _difference(ours, theirs) <= self.tolerance * max(1.0, abs(ours)):
+                found.append(
+                    f'{name} is {theirs:.4f} and in PyTorch {ours:.4f} (they may differ by {self.tolerance:g})'
+                )
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in plain values."""
+        distances = np.asarray(self.distances)
+        return {
+            'file': self.file,
+            'format': self.file_format,
+            'samples': self.samples,
+            'agrees': not self.faults(),
+            'faults': self.faults(),
+            'integers': {kind: _figures(self.total(kind)) for kind in ('network', 'alone')},
+            'layers': [
+                {'layer': layer.layer, 'network': _figures(layer.network), 'alone': _figures(layer.alone)}
+                for layer in self.layers
+            ],
+            'outputs': [asdict(output) for output in self.outputs],
+            'keypoints': {
+                'largest_px': float(distances.max(initial=0.0)),
+                'mean_px': float(distances.mean()) if distances.size else 0.0,
+                'within_1px': float((distances <= 1).mean()) if distances.size else 1.0,
+            },
+            'metrics': {
+                name: {'pytorch': ours, 'exported': theirs, 'difference': _difference(ours, theirs)}
+                for name, (ours, theirs) in self.metrics.items()
+            },
+            'tolerance': self.tolerance,
+        }
+
+    def table(self) -> str:
+        """For people."""
+        figures = self.as_dict()
+        lines = [
+            f'{self.file_format.upper()} in {_PROGRAMS[self.file_format]} against PyTorch, {self.samples} people',
+            '',
+            f'{"integers of " + str(len(self.layers)) + " layers":<26}{"equal":>11}  largest difference, worst layer',
+        ]
+        for kind, title in (('network', 'whole network'), ('alone', 'one layer at a time')):
+            total, worst = self.total(kind), min(self.layers, key=lambda layer: getattr(layer, kind).share)
+            share = f'{getattr(worst, kind).share:.4%} in {worst.layer}'
+            lines.append(f'{title:<26}{total.share:>11.4%}  {total.largest} steps, {share}')
+        lines += ['', f'{"output":<26}{"largest difference":>18}  values in PyTorch']
+        lines += [f'{o.name:<26}{o.largest:>18.3g}  {o.low:.3g} to {o.high:.3g}' for o in self.outputs]
+        points = figures['keypoints']
+        lines.append(
+            f'{"keypoints, input pixels":<26}{points["largest_px"]:>18.3g}  '
+            f'mean {points["mean_px"]:.3g}; {points["within_1px"]:.2%} within 1'
+        )
+        lines += ['', f'{"metric":<26}{"PyTorch":>11}{"exported":>11}{"difference":>12}']
+        for name, (ours, theirs) in self.metrics.items():
+            lines.append(f'{name:<26}{ours:>11.4f}{theirs:>11.4f}{theirs - ours:>12.4f}')
+        return '\n'.join(lines)
+
+
+def _figures(agreement: Agreement) -> dict[str, float]:
+    return {'values': agreement.values, 'equal': agreement.share, 'largest_steps': agreement.largest}
+
+
+def _difference(ours: float, theirs: float) -> float:
+    return 0.0 if ours == theirs or (math.isnan(ours) and math.isnan(theirs)) else abs(theirs - ours)

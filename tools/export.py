@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""Write a quantized model as ONNX, and check the file against PyTorch on pictures of the test set.
+
+python tools/export.py CONFIG CHECKPOINT --format qcdq
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# The package beside this file is used, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import ProgressBar
+from torch import nn
+
+# Importing the package mends the stack; MMPose is first imported after it, when the model is built.
+from mm_sharp import cli, preflight
+
+# The package qonnx runs a graph node by node, which takes seconds a picture.
+_IMAGES = {'qcdq': 64, 'qonnx': 4}
+_RUNTIMES = {'qcdq': 'onnxruntime', 'qonnx': 'qonnx'}
+_BATCH_SIZE = 8
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = cli.OneLineParser(description='Write a quantized model as ONNX, and check the file against PyTorch')
+    parser.add_argument('config', help='config file of the quantized model')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--format',
+        choices=[*_IMAGES],
+        default='qcdq',
+        help='qcdq: standard ONNX, for ONNX Runtime and compilers; qonnx: with operators Quant, for FINN and the like '
+        '(default: qcdq)',
+    )
+    parser.add_argument(
+        '--out', metavar='FILE', help='the file to write, .onnx (default: WORK_DIR/<name of the config>_<format>.onnx)'
+    )
+    parser.add_argument(
+        '--images',
+        type=int,
+        metavar='N',
+        help='check on the first N people of the test set (default: 64; with qonnx, which is slow, 4)',
+    )
+    parser.add_argument('--work-dir', help='folder for the results (default: ./work_dirs/<name of the config>)')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=cli.CfgOptions, default={}, metavar='KEY=VALUE', help='change the config'
+    )
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load checkpoints that can run code while loading; only for files whose source you trust',
+    )
+    parser.add_argument('--debug', action='store_true', help='show the traceback of usage errors')
+    # What cli.load_config reads besides.
+    parser.set_defaults(launcher='none', local_rank=0)
+    args = parser.parse_args(arguments)
+    if args.images is None:
+        args.images = _IMAGES[args.format]
+    if args.images < 1:
+        parser.error(f'--images {args.images}: it must be at least 1')
+    if args.out is not None and Path(args.out).suffix != '.onnx':
+        parser.error(f"--out '{args.out}': the name must end in .onnx")
+    return args
+
+
+def configure(args: argparse.Namespace) -> Config:
+    """Read the config, apply the options and check the outcome.
+
+    Raises:
+        UsageError: Something is missing or does not fit.
+    """
+    cfg = cli.load_config(args)
+    if cfg.get('test_dataloader') is None or not cfg.get('test_evaluator'):
+        raise cli.UsageError(
+            f"'{args.config}' has no test_dataloader or no test_evaluator: there is nothing to check the export on"
+        )
+    preflight.check_data(cfg, 'test')
+    preflight.check_checkpoint(args.checkpoint, 'checkpoint')
+    return cfg
+
+
+def load_model(cfg: Config, checkpoint: str, trust: bool) -> nn.Module:
+    """Build the config's model, and load its weights and scales.
+
+    Args:
+        cfg: The config.
+        checkpoint: The file.
+        trust: Load it even if it is more than plain data.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: The model is not quantized, or the checkpoint is of another.
+        UsageError: The checkpoint is not plain, or not calibrated.
+    """
+    from mm_sharp.quantization import check_calibrated
+    from mm_sharp.quantization.export import check_quantized
+
+    init_default_scope(cfg.get('default_scope') or 'mmpose')
+    model: nn.Module = MODELS.build(cfg.model)
+    check_quantized(model)
+    content = cli.run_with_checkpoint(
+        lambda: torch.load(checkpoint, map_location='cpu', weights_only=not trust), trust=False
+    )
+    try:
+        model.load_state_dict(content.get('state_dict', content), strict=False)
+        check_calibrated(model)
+    except RuntimeError as error:  # torch's of shapes, ours of calibration
+        raise cli.UsageError(f"'{checkpoint}' cannot be exported: {error}") from error
+    return model.eval()
+
+
+def export(cfg: Config, model: nn.Module, args: argparse.Namespace) -> Any:
+    """Write the file and compare it with the model.
+
+    Returns:
+        An ``ExportReport``.
+    """
+    from mm_sharp.quantization.deployment import deployment_constants
+    from mm_sharp.quantization.export import export_onnx
+    from mm_sharp.quantization.export_check import ExportCheck, first_samples
+
+    name = Path(args.config).stem
+    file = Path(args.out or Path(cfg.work_dir, f'{name}_{args.format}.onnx'))
+    dataset, batches = first_samples(cfg.test_dataloader.dataset, args.images, _BATCH_SIZE)
+    pipeline = cfg.test_dataloader.dataset.get('pipeline') or []
+    export_onnx(model, file, args.format, deployment_constants(model, pipeline, dataset.metainfo, name))
+    print(f'Written: {file} ({file.stat().st_size / 1e6:.2f} MB) and {file.with_suffix(".json")}')
+    results(file).unlink(missing_ok=True)
+    check = ExportCheck(model, file)
+    progress = ProgressBar(min(args.images, len(dataset)))
+    for batch in batches:
+        progress.update(check.add(batch))
+    print()
+    return check.report(cfg.test_evaluator, dataset.metainfo)
+
+
+def results(file: Path) -> Path:
+    """Where the comparison of an exported file is written."""
+    return file.with_suffix('.check.json')
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export, print the comparison and write it.
+
+    Raises:
+        UsageError: Something is missing or does not fit.
+        UserError: The model cannot be exported, or the checkpoint is not its.
+        SystemExit: With 1, if the file and PyTorch do not agree.
+    """
+    args = parse_arguments(arguments)
+    cfg = configure(args)
+    try:
+        from mm_sharp.quantization.packages import require
+
+        require(f'exporting to {args.format}', 'onnx', 'onnxoptimizer', _RUNTIMES[args.format])
+        report = export(cfg, load_model(cfg, args.checkpoint, args.trust_checkpoint), args)
+    except ImportError as error:
+        raise cli.UsageError(str(error)) from error
+    print(report.table())
+    file = results(Path(report.file))
+    file.write_text(json.dumps(report.as_dict(), indent=2) + '\n', encoding='utf-8')
+    print(f'\nAll layers: {file}')
+    if report.faults():
+        sys.stderr.write(
+            f'{Path(sys.argv[0]).name}: {report.file} does not agree with PyTorch: {"; ".join(report.faults())}\n'
+        )
+        raise SystemExit(1)
+    print('The file agrees with PyTorch.')
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run_tool(main))
