@@ -113,8 +113,8 @@ def draw_batchnorms(model: nn.Module, seed: int) -> nn.Module:
 
 
 def images(count: int = 2, seed: int = 0, size: tuple[int, int] = SIZE) -> Tensor:
-    """(count, 3, H, W) as they leave the data preprocessor."""
-    return torch.randn(count, 3, size[1], size[0], generator=torch.Generator().manual_seed(seed))
+    """(count, 3, H, W) as they leave the data preprocessor: noise from -2 to 2."""
+    return 4 * torch.rand(count, 3, size[1], size[0], generator=torch.Generator().manual_seed(seed)) - 2
 
 
 def output(model: nn.Module, inputs: Tensor) -> Tensor:

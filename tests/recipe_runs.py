@@ -10,6 +10,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch import nn
+from torch.optim import Optimizer
 
 from tests.conftest import ROOT
 from tests.mmpose_cases import without_pretrained
@@ -76,14 +78,16 @@ def cost(wrapper: dict[str, Any], batch_size: int) -> float:
 
 
 class Steps(Hook):
-    """Collects the loss of every step, and the samples in every batch and forward pass."""
+    """Collects the loss of every step, the samples in every batch and forward pass, and what was trained."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.batches: list[int] = []
         self.passes: list[int] = []
+        self.trained: set[nn.Parameter] = set()
 
     def before_train(self, runner: Any) -> None:
+        runner.optim_wrapper.optimizer.register_step_pre_hook(self._collect)
         runner.model.backbone.register_forward_pre_hook(lambda _, args: self.passes.append(len(args[0])))
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -91,6 +95,14 @@ class Steps(Hook):
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self.losses.append(outputs['loss'].item())
+
+    def _collect(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+        self.trained |= {p for p in parameters if p.grad is not None and bool(p.grad.any())}
+
+    def left_out(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that had no gradient in any step, or one of zeros."""
+        return [name for name, parameter in model.named_parameters() if parameter not in self.trained]
 
 
 def two_steps(cfg: Config, folder: Path, load_from: Path | None = None) -> Runner:

@@ -113,26 +113,9 @@ def test_the_integers_of_all_layers_are_pytorchs(case: Case, exported: Any) -> N
     for layer in check.layers:
         assert layer.alone.values == layer.network.values > 0
         assert layer.alone.largest <= 1
-        # Where ONNX Runtime computes in integers, it rounds the bias, too; in networks of 4 channels that shows.
-        assert layer.alone.share > 0.99
-        assert layer.network.share > 0.9
-
-
-def test_without_onnx_runtimes_own_rounding_of_biases_all_integers_are_pytorchs(
-    exported: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, file = exported(SIMCC)
-    level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    original = onnxruntime.SessionOptions
-
-    def plain() -> onnxruntime.SessionOptions:
-        options = original()
-        options.graph_optimization_level = level
-        return options
-
-    monkeypatch.setattr(onnxruntime, 'SessionOptions', plain)
-    check = integers(model, file, 'qcdq')
-    assert min(layer.alone.share for layer in check.layers) > 0.9999
+        assert layer.alone.share > 0.998
+    # ONNX Runtime rounds biases; to networks of 4 channels that is no trifle.
+    assert sum(layer.network.equal for layer in check.layers) > 0.9 * sum(layer.network.values for layer in check.layers)
 
 
 @pytest.mark.parametrize('case', [SIMCC, DECONV], ids=lambda case: case.name)
@@ -155,7 +138,7 @@ def test_zero_points_and_unfolded_batchnorms_are_exported(exported: Any) -> None
     assert any(point.zero_point != 0 for point in points)
     check = integers(model, file, 'qcdq')
     assert max(layer.alone.largest for layer in check.layers) <= 1
-    assert min(layer.alone.share for layer in check.layers) > 0.99
+    assert min(layer.alone.share for layer in check.layers) > 0.998
 
 
 def test_weights_are_stored_as_integers(exported: Any) -> None:

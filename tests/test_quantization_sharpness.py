@@ -18,6 +18,7 @@ from torch.optim import SGD, Optimizer
 from mm_sharp import ESAMOptimWrapper
 from mm_sharp.draws import Draw, generator_at
 from mm_sharp.perturbation import weight_mask
+from mm_sharp.quantization import calibrate
 from tests.quantized_toys import (
     LEARNED,
     POLICIES,
@@ -32,6 +33,7 @@ from tests.quantized_toys import (
     pool_batches,
     quantized,
     slow_sgd,
+    uncalibrated,
     unequal,
 )
 from tests.references import gradients_of, sam_perturbation
@@ -113,7 +115,7 @@ class Case:
 
 HALF = {dtype: (('dtype', dtype), ('loss_scale', 64.0)) for dtype in ('bfloat16', 'float16')}
 CASES = (
-    *(Case('sam', policy, steps=20) for policy in LEARNED),
+    *(Case('sam', policy, steps=5 if 'folded' in policy else 20) for policy in LEARNED),
     *(Case('sam', policy) for policy in POLICIES if policy not in LEARNED),
     *(Case(name, policy) for name in NAMES[1:] for policy in ('W4A4', 'W2A4 folded')),
     *(Case(name, 'W4A4', options=options) for name in THREE for options in HALF.values()),
@@ -257,6 +259,21 @@ def test_the_integers_of_the_second_pass_are_others_on_the_same_grid(policy: str
     assert max(value.abs().max().item() for value in integers) <= 2 ** (POLICIES[policy]['weight_bit_width'] - 1) - 1
 
 
+@pytest.mark.parametrize('dtype', HALF)
+@pytest.mark.parametrize('name', THREE)
+def test_scales_of_small_inputs_are_trained_in_mixed_precision(name: str, dtype: str) -> None:
+    """A scale's gradient is a sum over x / scale**2: in float16 infinite here, at every loss scale."""
+    model = uncalibrated('W8A8')
+    data = [{**batch, 'inputs': batch['inputs'] * 0.01} for batch in batches(3)]
+    calibrate(model, data)
+    start = parameters_of(model)
+    wrapper = build(name, model, slow_sgd(model), **dict(HALF[dtype]))
+    for batch in data:
+        model.train_step(batch, wrapper)
+    assert unequal(start, parameters_of(model)) >= {key for key in start if 'tensor_quant' in key}
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 # ------------------------------------------------------------------ 3. restoration
 @everywhere
 def test_all_parameters_are_restored_bit_for_bit_in_their_storage(case: Case) -> None:
@@ -367,7 +384,7 @@ def masked(wrapper: ESAMOptimWrapper, model: nn.Module, step: int) -> list[bool]
 
 
 @pytest.mark.parametrize('refresh', [None, 3], ids=['exact', 'history'])
-@pytest.mark.parametrize('policy', ['W8A8', 'W4A4 folded', 'W2A4'])
+@pytest.mark.parametrize('policy', ['W4A4 folded', 'W2A4'])
 def test_esam_equals_its_reference_bit_for_bit(policy: str, refresh: int | None) -> None:
     """Both passes' subsets, masks and scales: the second pass runs on the samples that the reference takes."""
     ours, theirs = quantized(policy), quantized(policy)
@@ -385,7 +402,7 @@ def test_esam_equals_its_reference_bit_for_bit(policy: str, refresh: int | None)
     assert not same_state(ours, quantized(policy))
 
 
-@pytest.mark.parametrize('policy', ['W8A8', 'W4A4 folded', 'W2A4'])
+@pytest.mark.parametrize('policy', ['W4A4 folded', 'W2A4'])
 @pytest.mark.parametrize('reweight', [False, True], ids=['plain', 'reweighted'])
 def test_ausam_equals_its_reference_bit_for_bit(policy: str, reweight: bool) -> None:
     """The reference perturbs everything, and so does AUSAM here."""

@@ -12,7 +12,7 @@ from .build import quantize, quantized_model
 from .calibration import calibrate
 from .calibration_hook import CalibrationHook
 from .freeze_hook import FreezeHook
-from .guard import check_calibrated, is_calibrated
+from .guard import NotCalibratedError, check_calibrated, is_calibrated
 from .loading import CheckpointMismatchError
 from .policy import LayerPolicy, QuantizationPolicy
 from .record import LayerRecord, QuantizationRecord
@@ -23,6 +23,7 @@ __all__ = [
     'FreezeHook',
     'LayerPolicy',
     'LayerRecord',
+    'NotCalibratedError',
     'QuantizationPolicy',
     'QuantizationRecord',
     'calibrate',

@@ -24,7 +24,7 @@ from mm_sharp.random_state import RandomState
 from mm_sharp.validation import check_bool, check_positive_int
 
 from .calibration import calibrate
-from .guard import is_calibrated, record_of
+from .guard import NotCalibratedError, is_calibrated, record_of
 
 CHECKPOINT = 'post_training.pth'
 
@@ -61,7 +61,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         """Calibrate, if the model is quantized and has not been calibrated.
 
         Raises:
-            RuntimeError: Training is resumed from a checkpoint without scales.
+            NotCalibratedError: Training is resumed from a checkpoint without scales.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if record_of(model) is None:
@@ -70,7 +70,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
             _say('The quantizers have their scales from the checkpoint: nothing to calibrate')
             return
         if runner.iter > 0:
-            raise RuntimeError(
+            raise NotCalibratedError(
                 f'training resumes at iteration {runner.iter}, but the checkpoint has no scales of quantizers: it is '
                 'not of this model. Start from it instead: load_from=…, without --resume'
             )

@@ -72,7 +72,7 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
     Raises:
         ValueError: The format is unknown.
         UserError: The model is not quantized, or its head's outputs are not known.
-        RuntimeError: The model is not calibrated.
+        NotCalibratedError: The model is not calibrated.
         ImportError: A package is missing.
     """
     if file_format not in FORMATS:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from mm_sharp.validation import UserError
+
 from .record import QuantizationRecord
+
+
+class NotCalibratedError(UserError, RuntimeError):
+    """A quantized model was used before its quantizers had scales."""
 
 
 def record_of(model: nn.Module) -> QuantizationRecord | None:
@@ -49,14 +55,14 @@ def check_calibrated(model: nn.Module) -> None:
     """Raise unless a quantized model can be used.
 
     Raises:
-        RuntimeError: Quantizers have no scale yet.
+        NotCalibratedError: Quantizers have no scale yet.
         TypeError: The model is not quantized.
     """
     if record_of(model) is None:
         raise TypeError(f"{type(model).__name__} is not quantized: build it with type='QuantizedModel'")
     names = uninitialised(model)
     if names:
-        raise RuntimeError(
+        raise NotCalibratedError(
             f'{len(names)} quantizers have no scale yet (the first is {names[0]}): the model has not been calibrated. '
             'Load the checkpoint of a quantized model, train with a Runner, which calibrates first (CalibrationHook), '
             'or call mm_sharp.quantization.calibrate(model, batches)'

@@ -16,35 +16,42 @@ Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
 
 
-def runner(model: onnx.ModelProto, file_format: str, points: Sequence[ActivationPoint] = ()) -> Run:
+def runner(
+    model: onnx.ModelProto, file_format: str, points: Sequence[ActivationPoint] = (), *, float_biases: bool = False
+) -> Run:
     """A function from a graph's inputs to its outputs, both by name; batches of any size.
 
     Args:
         model: The graph.
         file_format: ``'qcdq'`` or ``'qonnx'``.
         points: Places inside the graph; what comes out there is returned too.
+        float_biases: Keep ONNX Runtime from rounding biases, which it does to compute convolutions in integers.
     """
     if file_format == 'qcdq':
-        return _OnnxRuntime(with_outputs(model, points) if points else model)
+        return _OnnxRuntime(with_outputs(model, points) if points else model, float_biases)
     return _Qonnx(model, [*(output.name for output in model.graph.output), *(point.tensor for point in points)])
 
 
 class _OnnxRuntime:
-    """On the CPU, with all of ONNX Runtime's optimizations, as it runs wherever nobody says otherwise.
+    """On the CPU, with ONNX Runtime's own optimizations, as it runs wherever nobody says otherwise.
 
     But for one setting: on x86 processors without VNNI instructions, products of 8-bit integers overflow unless they
     are computed in another way, which is asked for here. It is the file that is checked, not the processor.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, float_biases: bool) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors; warnings are about the order of equal outputs and the like
+        options.log_severity_level = 3  # errors; warnings are about what is optimized, and how
         options.add_session_config_entry('session.x64quantprecision', '1')
-        providers = ['CPUExecutionProvider']
-        self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(),
+            options,
+            providers=['CPUExecutionProvider'],
+            disabled_optimizers=['WeightBiasQuantization'] if float_biases else None,
+        )
         self._names = [output.name for output in model.graph.output]
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:

@@ -19,8 +19,8 @@ default_hooks = dict(checkpoint=_base_.qat_checkpoint)
 stage2_num_epochs = 5
 custom_hooks = [
     # The average of the weights goes as far back as in MMPose's recipe, measured by the length of the training, which
-    # is a 21st of its own. (2,000 is the default of gamma.)
-    dict(_base_.custom_hooks[0], momentum=0.0002 * 21, gamma=2000 / 21),
+    # is a 21st of its own: 21 * 0.0002, and 2,000 (the default) / 21.
+    dict(_base_.custom_hooks[0], momentum=0.0042, gamma=95),
     dict(_base_.custom_hooks[1], switch_epoch=max_epochs - stage2_num_epochs),
     _base_.qat_freeze_hook,
 ]

@@ -1,6 +1,6 @@
 # Fine-tuning for 20 epochs: what all recipes in this folder share.
 #
-# It sets keys of its own, since MMEngine refuses two entries of `_base_` with the same key, and each of MMPose's recipes
+# It sets keys of its own, since MMEngine refuses two entries of `_base_` with the same key, and each recipe of MMPose's
 # has a train_cfg, a param_scheduler and custom_hooks. The models' files put them there.
 #
 # Where the numbers are from: LSQ (Esser et al. 2020) starts from trained float weights, with a tenth of the float
