@@ -159,12 +159,13 @@ def check_data(cfg: Config, *splits: str) -> None:
             raise UsageError(f"no data: '{path}' ({where}) does not exist in {Path.cwd()}; {hint}")
 
 
-def check_checkpoint(path: str, source: str) -> None:
+def check_checkpoint(path: str, source: str, hint: str = '') -> None:
     """Check that a checkpoint is there and was written to its end.
 
     Args:
         path: The file; URLs are left to MMEngine.
         source: The option or key that names it.
+        hint: How to come by it, where that is known.
 
     Raises:
         UsageError: It is missing or cut off.
@@ -172,7 +173,7 @@ def check_checkpoint(path: str, source: str) -> None:
     if '://' in path:
         return
     if not Path(path).is_file():
-        raise UsageError(f"{source}: no checkpoint '{path}' in {Path.cwd()}")
+        raise UsageError(f"{source}: no checkpoint '{path}' in {Path.cwd()}{hint and '; ' + hint}")
     if not _is_complete(Path(path)):
         raise UsageError(f"{source}: '{path}' is cut off, or no checkpoint of torch's; take another")
 

@@ -24,7 +24,7 @@ from mm_sharp.quantization.deployment import deployment_constants, plain
 from mm_sharp.quantization.export import Network, export_onnx
 from tests.conftest import ROOT
 from tests.mmpose_cases import QUIET, Case
-from tests.quantized_models import DECONV, RLE, RTMPOSE, SIMCC, SIZE, calibrated
+from tests.quantized_models import DECONV, RLE, SIMCC, SIZE, calibrated
 from tests.tiny_data import draw_coco
 
 pytestmark = QUIET
@@ -130,8 +130,8 @@ def test_decoding_is_that_of_mmposes_codec(script: ModuleType, name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ('case', 'udp'), [(SIMCC, False), (DECONV, False), (DECONV, True), (RLE, False), (RTMPOSE, False)],
-    ids=['simcc', 'heatmap', 'udp crop', 'regression', 'rtmpose'],
+    ('case', 'udp'), [(SIMCC, False), (DECONV, False), (DECONV, True), (RLE, False)],
+    ids=['simcc', 'heatmap', 'udp crop', 'regression'],
 )  # fmt: skip
 def test_keypoints_are_those_of_mmposes_inference(script: ModuleType, picture: Path, case: Case, udp: bool) -> None:
     model, constants = prepared(case, udp)

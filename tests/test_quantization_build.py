@@ -145,20 +145,22 @@ def test_training_reaches_every_weight_and_scale(case: Case) -> None:
 
 @EVERY
 def test_it_predicts_keypoints(case: Case) -> None:
-    model, batch = calibrated(case, weight=8, act=8).eval(), case.batch(case.config())
-    with torch.no_grad():
-        results = model.val_step(deepcopy(batch))
-        expected = float_model(case).eval().val_step(deepcopy(batch))
+    model, batch = to_read(case, weight=8, act=8), case.batch(case.config())
+    model.eval()
+    results = model.val_step(deepcopy(batch))
+    expected = float_model(case).eval().val_step(deepcopy(batch))
+    model.train()
     for result, other in zip(results, expected, strict=True):
         assert result.pred_instances.keypoints.shape == other.pred_instances.keypoints.shape == (1, 17, 2)
 
 
 @EVERY
-def test_eight_bits_are_close_to_the_float_model(case: Case) -> None:
-    found, expected = output(to_read(case, weight=8, act=8), images(2)), output(float_model(case), images(2))
-    assert float((found - expected).norm() / expected.norm()) < 0.1
-    coarse = output(to_read(case), images(2))
-    assert float((coarse - expected).norm() / expected.norm()) > 0.1
+def test_eight_bits_are_close_to_the_float_model_and_four_less_so(case: Case) -> None:
+    expected = output(float_model(case), images(2))
+    found = (output(to_read(case, **bits), images(2)) for bits in (dict(weight=8, act=8), {}))
+    eight, four = (float((outputs - expected).norm() / expected.norm()) for outputs in found)
+    assert eight < 0.03
+    assert eight < 0.7 * four
 
 
 # ------------------------------------------------------------------ ways to ask for it
@@ -169,14 +171,14 @@ def config(case: Case) -> dict[str, Any]:
 def test_both_forms_of_a_config_and_a_model_give_the_same() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        given = quantized_model(MODELS.build(config(HRNET)), policy())
-    inner = config(HRNET)
+        given = quantized_model(MODELS.build(config(DECONV)), policy())
+    inner = config(DECONV)
     kind = inner.pop('type')
     forms: list[dict[str, Any]] = [
-        dict(type='QuantizedModel', model=config(HRNET), policy=policy()),
+        dict(type='QuantizedModel', model=config(DECONV), policy=policy()),
         dict(type='QuantizedModel', model=kind, policy=policy(), **inner),
         # Keys beside a config are set in it.
-        dict(type='QuantizedModel', model={**config(HRNET), 'head': None}, head=inner['head'], policy=policy()),
+        dict(type='QuantizedModel', model={**config(DECONV), 'head': None}, head=inner['head'], policy=policy()),
         dict(type='mmengine.QuantizedModel', model=f'mmpose.{kind}', policy=policy(), **inner),
     ]
     for form in forms:
@@ -191,7 +193,7 @@ def test_both_forms_of_a_config_and_a_model_give_the_same() -> None:
 
 def test_the_scope_of_a_config_is_kept() -> None:
     with DefaultScope.overwrite_default_scope('mmengine'):
-        inner = config(HRNET)
+        inner = config(DECONV)
         model = MODELS.build(
             {**inner, 'type': 'QuantizedModel', 'model': inner['type'], 'policy': policy(), '_scope_': 'mmpose'}
         )
@@ -275,8 +277,11 @@ def test_a_copy_is_calibrated_by_itself() -> None:
 
 
 # ------------------------------------------------------------------ sizes
-@pytest.mark.parametrize('changes', [{}, dict(weight=2, fold_batchnorm=False, act_symmetric=False)], ids=str)
-@pytest.mark.parametrize('case', [SIMCC, HRNET, RLE, RTMPOSE], ids=lambda case: case.name)
+SIZES = [(SIMCC, {}), (HRNET, {}), (RLE, {}), (RTMPOSE, {}), (RTMPOSE, dict(weight=2, fold_batchnorm=False))]
+SIZES.append((RTMPOSE, dict(weight_symmetric=False, act_symmetric=False, weight_granularity='tensor')))
+
+
+@pytest.mark.parametrize(('case', 'changes'), SIZES, ids=[f'{case.name} {changes}' for case, changes in SIZES])
 def test_the_size_is_that_of_the_checkpoint_with_fewer_bits(case: Case, changes: dict[str, Any]) -> None:
     model = to_read(case, **changes)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != LAYOUT}
@@ -393,24 +398,19 @@ def test_layers_compute_what_is_computed_by_hand(weight: int, act: int, granular
         assert torch.allclose(made, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())), name
 
 
-@pytest.mark.parametrize('weight', [2, 4])
-def test_weights_have_few_levels_in_each_channel(weight: int) -> None:
-    for case in (SIMCC, RLE):
-        model = calibrated(case, weight=weight, act=8, first_layers='same', last_layers='same')
-        for layer in model.modules():
-            if not isinstance(layer, QUANTIZED):
-                continue
-            values = layer.quant_weight().value.detach()
-            if isinstance(layer, nn.ConvTranspose2d):
-                values = values.transpose(0, 1)
-            levels = [len(channel.unique()) for channel in values]
-            assert max(levels) <= 2**weight - 1
-            if values[0].numel() > 100:
-                assert min(levels) > (2 if weight == 2 else 8)
-            scale = layer.quant_weight().scale.detach()
-            assert torch.equal(
-                (layer.quant_weight().value / scale).round().unique().abs().max(), torch.tensor(2.0 ** (weight - 1) - 1)
-            )
+@pytest.mark.parametrize(('weight', 'levels'), [(2, 3), (4, 15)])
+def test_weights_have_few_levels_in_each_channel(weight: int, levels: int) -> None:
+    model = quantized_zoo(weight=2)[1] if weight == 2 else to_read(SIMCC)
+    counts = []
+    for record in model.quantization.quantized:
+        if record.policy is None or record.policy.weight_bit_width != weight:
+            continue
+        values = model.get_submodule(record.name).quant_weight().value.detach()
+        values = values.transpose(0, 1) if 'Transpose' in record.kind else values
+        counts += [len(channel.unique()) for channel in values]
+    assert max(counts) == levels
+    assert min(counts) > 1
+    assert len(counts) > 25
 
 
 def test_shapes_of_scales() -> None:
@@ -427,8 +427,7 @@ def test_shapes_of_scales() -> None:
 
 
 @pytest.mark.parametrize('granularity', ['channel', 'tensor'])
-@pytest.mark.parametrize('init', ['max', 'mse'])
-@pytest.mark.parametrize('bits', [2, 4])
+@pytest.mark.parametrize(('bits', 'init'), [(2, 'max'), (4, 'mse')])
 def test_asymmetric_weights_and_inputs(bits: int, init: str, granularity: str) -> None:
     """Integers from 0, one of which stands for zero; what is in range is off by half a step at most."""
     changes = dict(weight=bits, act=bits, weight_symmetric=False, act_symmetric=False, weight_granularity=granularity)
@@ -443,10 +442,11 @@ def test_asymmetric_weights_and_inputs(bits: int, init: str, granularity: str) -
         for values, found in parts:
             integers = found.value / found.scale + found.zero_point
             assert torch.allclose(integers, integers.round(), atol=1e-3)
-            assert float(integers.min()) > -0.5
-            assert float(integers.max()) < 2**bits - 0.5
+            integers = integers.round()
+            assert bool(((integers >= 0) & (integers <= 2**bits - 1)).all())
             assert bool(((found.zero_point >= 0) & (found.zero_point <= 2**bits - 1)).all())
-            inside = (integers.round() > 0) & (integers.round() < 2**bits - 1)
+            assert torch.equal(found.zero_point, found.zero_point.round())
+            inside = (integers > 0) & (integers < 2**bits - 1)
             assert bool(((values - found.value).abs() <= 0.501 * found.scale)[inside].all())
 
 
@@ -473,10 +473,8 @@ def test_maxima() -> None:
 def test_scales_of_least_squared_error_have_less_of_it_than_maxima(bits: int) -> None:
     (source, maxima), (_, least) = (quantized_zoo(weight=bits, act=bits, scale_init=i) for i in ('max', 'mse'))
     for name, layer in source.named_children():
-        errors = [
-            float((getattr(model, name).quant_weight().value - layer.weight).square().sum())
-            for model in (maxima, least)
-        ]
+        found = (getattr(model, name).quant_weight().value for model in (maxima, least))
+        errors = [(value - layer.weight).square().sum().item() for value in found]
         assert errors[1] <= errors[0]
     if bits == 2:
         assert errors[1] < 0.8 * errors[0]

@@ -265,7 +265,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument('--json', metavar='FILE', help='write the keypoints, too')
     parser.add_argument('--threshold', type=float, default=0.0, help='draw keypoints with scores above it (default: 0)')
     args = parser.parse_args(arguments)
-    image = cv2.imread(args.image, cv2.IMREAD_COLOR)
+    image = cv2.imread(args.image, cv2.IMREAD_COLOR) if Path(args.image).is_file() else None
     if image is None:
         raise UsageError(f"'{args.image}' is not there, or no picture that OpenCV reads")
     boxes = np.array(args.bbox or [[0, 0, image.shape[1], image.shape[0]]])

@@ -95,7 +95,7 @@ def _resume(cfg: Config, resume: str | None) -> None:
         preflight.check_checkpoint(resume, '--resume')
         cfg.resume, cfg.load_from = True, resume
     elif cfg.get('load_from'):
-        preflight.check_checkpoint(cfg.load_from, 'load_from')
+        preflight.check_checkpoint(cfg.load_from, 'load_from', cfg.get('load_hint') or '')
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -77,7 +77,7 @@ class ExportReport:
             )
         found += [f'{output.name} is not finite' for output in self.outputs if not math.isfinite(output.largest)]
         for name, (ours, theirs) in self.metrics.items():
-            if not _difference(ours, theirs) <= self.tolerance * max(1.0, abs(ours)):
+            if not _difference(ours, theirs) <= self.tolerance * max(1.0, abs(ours)) + 1e-9:
                 found.append(
                     f'{name} is {theirs:.4f} and in PyTorch {ours:.4f} (they may differ by {self.tolerance:g})'
                 )

@@ -71,7 +71,7 @@ class QuantizationRecord:
         return (bits + 7) // 8 + self.other_bytes
 
     def layout(self) -> Tensor:
-        """(layers, 4) int16: weight bits, input bits, range of the input, per-channel and symmetric weights."""
+        """(layers, 4) uint8: weight bits, input bits, range of the input, per-channel and symmetric weights."""
         rows = [
             (
                 layer.policy.weight_bit_width,
@@ -82,7 +82,8 @@ class QuantizationRecord:
             for layer in self.layers
             if layer.policy is not None
         ]
-        return torch.tensor(rows, dtype=torch.int16).view(-1, 4)
+        # Not int16, which neither gloo nor NCCL can send to other ranks.
+        return torch.tensor(rows, dtype=torch.uint8).view(-1, 4)
 
     def table(self) -> str:
         """The report: a line for each layer, and sums."""

@@ -1,8 +1,11 @@
 # Quantization-aware fine-tuning of the demo's float model: what its six recipes share.
 _base_ = ['../simcc_res18-half_demo-128x96.py']
 
-# python tools/train.py configs/demo/simcc_res18-half_demo-128x96.py --work-dir work_dirs/demo-float
 load_from = 'work_dirs/demo-float/epoch_10.pth'
+# Shown by tools/train.py where that file is missing.
+load_hint = (
+    'make it with: python tools/train.py configs/demo/simcc_res18-half_demo-128x96.py --work-dir work_dirs/demo-float'
+)
 
 # A quarter of the float training's learning rate: the weights are to settle on the quantizers' grid, not to leave.
 base_lr = 1e-3
