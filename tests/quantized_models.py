@@ -139,7 +139,12 @@ def policy(weight: int = 4, act: int = 4, **changes: Any) -> dict[str, Any]:
 
 def quantized(case: Case, seed: int = 0, **changes: Any) -> nn.Module:
     """A quantized model that has not been calibrated; ``changes`` are those of :func:`policy`."""
-    return quantize(float_model(case, seed), QuantizationPolicy.from_config(policy(**changes)))
+    return deepcopy(_quantized(case, seed, tuple(sorted(changes.items()))))
+
+
+@cache
+def _quantized(case: Case, seed: int, changes: tuple[tuple[str, Any], ...]) -> nn.Module:
+    return quantize(float_model(case, seed), QuantizationPolicy.from_config(policy(**dict(changes))))
 
 
 def calibrated(case: Case, seed: int = 0, **changes: Any) -> nn.Module:

@@ -409,7 +409,6 @@ def test_weights_have_few_levels_in_each_channel(weight: int, levels: int) -> No
         values = values.transpose(0, 1) if 'Transpose' in record.kind else values
         counts += [len(channel.unique()) for channel in values]
     assert max(counts) == levels
-    assert min(counts) > 1
     assert len(counts) > 25
 
 

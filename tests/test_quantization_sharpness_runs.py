@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.optim import SGD, Adam
 
-from mm_sharp.quantization import is_calibrated
+from mm_sharp.quantization import calibrate, is_calibrated
 from tests.distributed import run
 from tests.mmpose_cases import QUIET
 from tests.quantized_toys import (
@@ -96,6 +96,18 @@ def output_of(model: nn.Module) -> torch.Tensor:
     model.train()
     assert isinstance(output, torch.Tensor)
     return output
+
+
+@pytest.mark.parametrize('kind', ['W8A8', 'W4A4', 'zero points'])
+def test_a_copy_made_before_calibration_is_calibrated_on_its_own(kind: str) -> None:
+    """As those of averaging hooks are made."""
+    model = uncalibrated(kind)
+    twin = copy.deepcopy(model)
+    calibrate(twin, batches(2))
+    assert is_calibrated(twin)
+    assert not is_calibrated(model)
+    calibrate(model, batches(2))
+    assert not unequal(parameters_of(model), parameters_of(twin))
 
 
 # ------------------------------------------------------------------ Runners
