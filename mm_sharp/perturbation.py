@@ -22,7 +22,7 @@ does not undo an addition.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -200,6 +200,11 @@ class TensorBackup:
         copies = [self._copy_of(tensor) for tensor in tensors]
         foreach_copy_(copies, tensors)
         self._tensors = list(tensors)
+
+    @property
+    def copies(self) -> Mapping[Tensor, Tensor]:
+        """By tensor, what was saved of those that are kept now."""
+        return {tensor: self._memory[tensor] for tensor in self._tensors}
 
     @torch.no_grad()
     def restore(self) -> None:

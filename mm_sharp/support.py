@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mm_sharp.quantized_perturbation import quantizes_weights
 from mm_sharp.replay import ModelCall, loss_of, unwrap
 
 
@@ -84,17 +85,26 @@ def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
         )
 
 
-def check_perturbed(owner: str, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Refuse gradients that have no dense perturbation.
+def check_perturbed(
+    owner: str, model: nn.Module, parameters: Sequence[nn.Parameter], *, quantized: bool = False
+) -> None:
+    """Refuse gradients that have no dense perturbation, and the perturbation of quantized weights where there are none.
 
     Args:
         owner: Class that asks, for the message.
         model: Module that names the parameters.
         parameters: Parameters with a gradient.
+        quantized: Whether quantized weights are to be perturbed.
 
     Raises:
         NotImplementedError: A gradient is sparse.
+        ValueError: Quantized weights are to be perturbed, and the model has none.
     """
+    if quantized and not any(quantizes_weights(module) for module in model.modules()):
+        raise ValueError(
+            f'{owner}: perturb_quantized=True is for quantized models, and {type(model).__name__} has no layer with '
+            "quantized weights: take it out, or build the model with type='QuantizedModel'"
+        )
     sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout != torch.strided}
     if sparse:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in sparse]

@@ -34,6 +34,7 @@ from mm_sharp.module_state import ModuleStateBackup
 from mm_sharp.parameters import ParameterSelector
 from mm_sharp.perturbation import TensorBackup, climb
 from mm_sharp.precision import Precision
+from mm_sharp.quantized_perturbation import QuantizedPerturbation
 from mm_sharp.random_state import RandomState
 from mm_sharp.ranks import average_gradients
 from mm_sharp.replay import CallRecorder, ModelCall, loss_of, unwrap
@@ -56,6 +57,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         eps: Added to the gradient norm, > 0.
         perturb: Which parameters are perturbed: ``'auto'`` (all; in a model with quantizers neither their scales nor
             biases), ``'all'``, ``'weights'`` or a dict; see :class:`mm_sharp.parameters.ParameterSelector`.
+        perturb_quantized: In quantized layers, perturb the quantized weight and not the float weight under the
+            quantizer; see :mod:`mm_sharp.quantized_perturbation`.
         sync_perturbation: Under DDP, perturb by the gradient averaged over all ranks, at the price of a second
             all-reduce a step; otherwise every rank perturbs by its own.
         replay_rng: Dropout and DropPath draw the same masks in both passes.
@@ -76,6 +79,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         eta: float = 0.01,
         eps: float = 1e-12,
         perturb: str | Mapping[str, object] = 'auto',
+        perturb_quantized: bool = False,
         sync_perturbation: bool = False,
         replay_rng: bool = True,
         dtype: str | torch.dtype | None = None,
@@ -92,6 +96,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self.adaptive = check_bool(name, 'adaptive', adaptive)
         self.eta = check_number(name, 'eta', eta, example='0.01')
         self.eps = check_number(name, 'eps', eps, low_open=True, example='1e-12')
+        self.perturb_quantized = check_bool(name, 'perturb_quantized', perturb_quantized)
         self.sync_perturbation = check_bool(name, 'sync_perturbation', sync_perturbation)
         self.replay_rng = check_bool(name, 'replay_rng', replay_rng)
         self.selector = ParameterSelector(name, perturb)
@@ -105,6 +110,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._skipped: list[nn.Parameter] = []
         self._without_gradient = GradSwitch()
         self._weights = TensorBackup()
+        self._quantized = QuantizedPerturbation()
         self._state_before = ModuleStateBackup()
         self._state_between = ModuleStateBackup()
         self._timer: StepTimer | None = None
@@ -225,6 +231,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             self.backward(self.scale_loss(second))
             self._mark('pass2')
         finally:
+            self._quantized.remove()
             self._weights.restore()
             self._state_between.restore()
             torch.clear_autocast_cache()
@@ -249,11 +256,11 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     def _climb(self, module: nn.Module) -> Tensor:
         """Perturb the chosen parameters by their gradients; returns the norm."""
         perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
-        check_perturbed(type(self).__name__, module, perturbed)
+        check_perturbed(type(self).__name__, module, perturbed, quantized=self.perturb_quantized)
         if not perturbed:
             return torch.zeros((), device=self.device)
         self._weights.save(perturbed)
-        return climb(
+        norm = climb(
             perturbed,
             [parameter.grad for parameter in perturbed if parameter.grad is not None],
             self.rho,
@@ -263,6 +270,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             scale=self._scale,
             inverse_grad_scale=self._inverse_grad_scale(),
         )
+        if self.perturb_quantized:
+            self._quantized.apply(module, perturbed, self._weights.copies)
+        return norm
 
     def _inverse_grad_scale(self) -> Tensor | None:
         """What undoes, in the first gradient, the loss scale and the division by the accumulated micro-batches."""

@@ -16,7 +16,17 @@ PACKAGE = ROOT / 'mm_sharp'
 # Each module may import from its own layer's left, never from its right or from its own.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
-        {'compat', 'fragments', 'perturbation', 'parameters', 'random_state', 'validation', 'demo', 'sample_table'}
+        {
+            'compat',
+            'fragments',
+            'perturbation',
+            'quantized_perturbation',
+            'parameters',
+            'random_state',
+            'validation',
+            'demo',
+            'sample_table',
+        }
     ),
     frozenset({'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
     frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),

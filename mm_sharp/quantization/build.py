@@ -23,6 +23,7 @@ from torch import nn
 from .flow import LAYERS, LayerFlow, trace_flow
 from .folding import fold_batchnorms
 from .guard import watch_calls
+from .layer_fixes import mend
 from .loading import watch_loading
 from .policy import OWNER, LayerPolicy, QuantizationPolicy
 from .quantizers import input_quantizer, input_range, weight_quantizer
@@ -165,6 +166,7 @@ def replace_layer(
         fixed = policy.act_scales == 'fixed' and name.startswith('input_quant.')
         parameter.requires_grad_(trained.get(name, trained['weight'] and not fixed))
     layer.train(module.training)
+    mend(layer)
     for parent, name in places:
         setattr(parent, name, layer)
 

@@ -82,6 +82,7 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
     require('exporting', 'onnx', 'onnxoptimizer', 'brevitas')
     import onnx
 
+    from .onnx_biases import set_biases_apart
     from .onnx_tidy import set_outputs, tidy
 
     file = Path(file)
@@ -92,6 +93,8 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
         constants = {**constants, 'format': file_format, 'outputs': list(outputs)}
         graph = onnx.load(written)
         tidy(graph)
+        if file_format == 'qcdq':
+            set_biases_apart(graph)
         set_outputs(graph, outputs)
         _describe(graph, constants)
         onnx.checker.check_model(graph)

@@ -44,6 +44,9 @@ def forget(model: nn.Module) -> None:
         else:
             module.buffer.fill_(start)
             module.counter = 0
+    for name, module in model.named_modules():
+        if 'tensor_quant' in name and hasattr(module, 'internal_candidate'):
+            module.internal_candidate = None  # where the last search for a scale of least squared error ended
 
 
 def is_calibrated(model: nn.Module) -> bool:
