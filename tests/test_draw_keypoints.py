@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,21 @@ def test_it_runs_without_torch_and_mmpose(exported: tuple[Any, Path], picture: P
     people = json.loads((tmp_path / 'k.json').read_text())
     assert people['names'][0] == 'nose'
     assert np.shape(people['people'][1]['keypoints']) == (17, 2)
+
+
+def test_the_example_in_the_documentation_finds_the_same(
+    script: ModuleType, exported: tuple[Any, Path], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (example,) = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'export.md').read_text(), flags=re.DOTALL)
+    (tmp_path / 'model.onnx').write_bytes(exported[1].read_bytes())
+    (tmp_path / 'image.png').write_bytes(picture.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    points, _ = script.Model('model.onnx').predict(cv2.imread('image.png'), np.array([[10, 20, 50, 70]], float))
+    distances = np.linalg.norm(names['keypoints'] - points[0], axis=-1)
+    assert np.median(distances) < 0.01
+    assert (distances < 1).mean() > 0.8  # -1 where no bin is above 0 is the script's alone
 
 
 def test_only_keypoints_above_the_threshold_are_drawn(script: ModuleType) -> None:

@@ -57,6 +57,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[nn
     made: dict[Any, tuple[nn.Module, Path]] = {}
 
     def make(case: Case, file_format: str = 'qcdq', **policy: Any) -> tuple[nn.Module, Path]:
+        if case is RLE:  # whose one fully connected layer is its last: as few bits as the others
+            policy.setdefault('last_layers', 'same')
         key = (case.name, file_format, *policy.items())
         if key not in made:
             model = calibrated(case, **policy).eval()
@@ -111,9 +113,8 @@ def test_the_integers_of_all_layers_are_pytorchs(case: Case, exported: Any) -> N
         assert layer.alone.values == layer.network.values > 0
         assert layer.alone.largest <= 1
         assert layer.alone.share > 0.998
-    # ONNX Runtime rounds biases; to networks of 4 channels that is no trifle.
     values, equal = (sum(getattr(layer.network, name) for layer in check.layers) for name in ('values', 'equal'))
-    assert equal > 0.9 * values
+    assert equal > 0.99 * values
 
 
 def test_qonnx_files_execute_and_agree(exported: Any) -> None:
@@ -136,6 +137,16 @@ def test_zero_points_and_unfolded_batchnorms_are_exported(exported: Any) -> None
     check = integers(model, file, 'qcdq')
     assert max(layer.alone.largest for layer in check.layers) <= 1
     assert min(layer.alone.share for layer in check.layers) > 0.998
+
+
+@pytest.mark.parametrize('case', [SIMCC, RLE], ids=lambda case: case.name)
+def test_layers_of_few_bits_add_their_bias_where_it_is_not_rounded(case: Case, exported: Any) -> None:
+    _, file = exported(case)
+    layers = [node for node in onnx.load(file).graph.node if node.op_type in ('Conv', 'ConvTranspose', 'Gemm')]
+    assert {node.op_type for node in layers} == {'Conv', 'ConvTranspose' if case is SIMCC else 'Gemm'}
+    with_bias = [node.name for node in layers if len(node.input) == 3]
+    assert len(with_bias) == 1  # the first layer, which has 8 bits
+    assert 'conv1' in with_bias[0]
 
 
 def test_weights_are_stored_as_integers(exported: Any) -> None:

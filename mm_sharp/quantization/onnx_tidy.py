@@ -18,6 +18,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+# A Slice that ends beyond goes to the last axis, and which that is cannot be seen.
+_MOST_AXES = 8
+
 
 @dataclass(frozen=True)
 class _Size:
@@ -33,15 +36,19 @@ _Sizes = list['int | _Size']
 def tidy(model: onnx.ModelProto) -> None:
     """Tidy a graph up, in place. It computes the same."""
     _store_singly(model.graph)
-    _fix_reshapes(model.graph)
-    _remove_unused(model.graph)
+    _fix_reshapes(model.graph, _batched(model))
+    remove_unused(model.graph)
 
 
 def _store_singly(graph: onnx.GraphProto) -> None:
-    """Give every parameter, and every zero point of a DequantizeLinear, a tensor of its own."""
+    """Give every constant, and every zero point of a DequantizeLinear, a stored tensor of its own."""
     stored = {item.name: item for item in graph.initializer}
     for node in list(graph.node):
-        if node.op_type == 'Identity' and node.input[0] in stored:
+        if node.op_type == 'Constant':
+            value = helper.get_node_attr_value(node, 'value')
+            stored[node.output[0]] = _copy(graph, value, node.output[0])
+            graph.node.remove(node)
+        elif node.op_type == 'Identity' and node.input[0] in stored:
             stored[node.output[0]] = _copy(graph, stored[node.input[0]], node.output[0])
             graph.node.remove(node)
         elif node.op_type == 'DequantizeLinear' and node.input[2] in stored:
@@ -55,35 +62,52 @@ def _copy(graph: onnx.GraphProto, tensor: onnx.TensorProto, name: str) -> onnx.T
     return copy
 
 
-def _fix_reshapes(graph: onnx.GraphProto) -> None:
-    """Give every Reshape whose target depends on sizes alone a constant one, where a constant can say it."""
+def _batched(model: onnx.ModelProto) -> set[str]:
+    """Tensors whose first size is known to be the batch's."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    (given,) = inferred.input
+    batch = given.type.tensor_type.shape.dim[0].dim_param
+    first = {value.name: value.type.tensor_type.shape.dim[:1] for value in (given, *inferred.value_info)}
+    return {name for name, dims in first.items() if dims and dims[0].dim_param == batch}
+
+
+def _fix_reshapes(graph: onnx.GraphProto, batched: set[str]) -> None:
+    """Give every Reshape whose target depends on sizes alone a constant one, where a constant can say it.
+
+    Args:
+        graph: Changed in place.
+        batched: What :func:`_batched` found.
+    """
     constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     nodes = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         if node.op_type != 'Reshape' or node.input[1] in constants:
             continue
-        target = _constant_target(_sizes(node.input[1], nodes, constants), node.input[0])
+        target = _constant_target(_sizes(node.input[1], nodes, constants), node.input[0], batched)
         if target is not None:
             name = f'{node.name}/shape'
             graph.initializer.append(numpy_helper.from_array(np.array(target, np.int64), name))
             node.input[1] = name
 
 
-def _constant_target(sizes: _Sizes | None, data: str) -> list[int] | None:
+def _constant_target(sizes: _Sizes | None, data: str, batched: set[str]) -> list[int] | None:
     """A Reshape's target as numbers, or None.
 
     Args:
         sizes: The target.
         data: Name of the tensor that is reshaped.
+        batched: Tensors that begin with the batch.
     """
     if sizes is None:
         return None
-    unknown = [i for i, size in enumerate(sizes) if isinstance(size, _Size)]
+    unknown = {i: size for i, size in enumerate(sizes) if isinstance(size, _Size)}
     if len(unknown) == 1 and -1 not in sizes:
         return [-1 if isinstance(size, _Size) else size for size in sizes]
-    # The first axis of what is reshaped is the batch, as it is of every tensor whose first size is asked for.
-    stays = all(sizes[i] == _Size(data, i) or (i == 0 and getattr(sizes[0], 'axis', -1) == 0) for i in unknown)
-    return [0 if isinstance(size, _Size) else size for size in sizes] if stays else None
+    for i, size in unknown.items():
+        both_batches = i == size.axis == 0 and {size.tensor, data} <= batched
+        if size != _Size(data, i) and not both_batches:
+            return None
+    return [0 if isinstance(size, _Size) else size for size in sizes]
 
 
 def _sizes(name: str, nodes: dict[str, Any], constants: dict[str, NDArray[Any]]) -> _Sizes | None:
@@ -107,17 +131,21 @@ def _sizes(name: str, nodes: dict[str, Any], constants: dict[str, NDArray[Any]])
     shape = nodes.get(node.input[0])
     if shape is None or shape.op_type != 'Shape' or shape.attribute or any(part is None for part in parts):
         return None
-    numbers = [[int(value) for value in part.reshape(-1)] for part in parts if part is not None]
-    if node.op_type == 'Gather':
-        axes = numbers[0]
-    elif node.op_type == 'Slice' and numbers[1][0] < 100 and numbers[3:] in ([], [[1]]):
-        axes = list(range(numbers[0][0], numbers[1][0])) if min(numbers[0][0], numbers[1][0]) >= 0 else [-1]
-    else:
-        return None
+    axes = _axes(node.op_type, [part.reshape(-1).tolist() for part in parts if part is not None])
     return [_Size(shape.input[0], axis) for axis in axes] if min(axes, default=-1) >= 0 else None
 
 
-def _remove_unused(graph: onnx.GraphProto) -> None:
+def _axes(kind: str, arguments: list[list[int]]) -> list[int]:
+    """Which elements of a Shape a node takes; [] if that is not known. (How many there are is not.)"""
+    if kind == 'Gather':
+        return arguments[0]
+    if kind == 'Slice' and arguments[3:] in ([], [[1]]) and 0 <= arguments[0][0] < arguments[1][0] < _MOST_AXES:
+        return list(range(arguments[0][0], arguments[1][0]))
+    return []
+
+
+def remove_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes and tensors that no output depends on, in place."""
     needed = {output.name for output in graph.output}
     kept = []
     for node in reversed(graph.node):

@@ -1,0 +1,88 @@
+"""Tidied graphs compute the same, with constant shapes where a constant can say it."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mm_sharp.quantization.onnx_tidy import tidy
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class Shaping(nn.Module):
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        nn.init.zeros_(self.first.bias)
+        nn.init.zeros_(self.second.bias)  # stored once, with the other
+        self.shape = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shape(self.second(self.first(x).relu()))
+
+
+def graph_of(module: nn.Module) -> onnx.ModelProto:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # this exporter is to be removed, says torch; Brevitas needs it
+        torch.onnx.export(
+            module.eval(),
+            (torch.zeros(2, 3, 2, 5),),
+            file,
+            input_names=['input'],
+            output_names=['output'],
+            dynamic_axes={'input': {0: 'batch'}},
+            opset_version=17,
+            dynamo=False,
+        )
+    return onnx.load_from_string(file.getvalue())
+
+
+def run(graph: onnx.ModelProto, inputs: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=['CPUExecutionProvider'])
+    (output,) = session.run(None, {'input': inputs})
+    return output  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ('forward', 'constant'),
+    [
+        (lambda x: x.flatten(1), True),
+        (lambda x: x.flatten(2), True),
+        (lambda x: x.view(x.size(0), 2, -1), True),
+        (lambda x: x.view(x.size(0), x.size(1), -1), True),
+        (lambda x: x.mean((2, 3)).view(x.size(0), 2, 2), True),
+        # The first size of what is reshaped is not the batch's here, and -1 is free to say it.
+        (lambda x: x.view(-1, 5).view(x.size(0), 4, 2, 5), True),
+        (lambda x: x.view(-1, 5).view(x.size(0), -1), False),
+        (lambda x: x.view(x.size(0) * 2, -1), False),
+        (lambda x: x.transpose(0, 1).reshape(4, x.size(0), -1), False),
+    ],
+)
+def test_the_same_is_computed(forward: Forward, constant: bool) -> None:
+    module = Shaping(forward)
+    graph = graph_of(module)
+    assert {'Identity'} <= {node.op_type for node in graph.graph.node}
+    tidied = onnx.ModelProto()
+    tidied.CopyFrom(graph)
+    tidy(tidied)
+    onnx.checker.check_model(tidied)
+    kinds = {node.op_type for node in tidied.graph.node}
+    assert 'Identity' not in kinds
+    assert ('Shape' not in kinds) is constant
+    for batch in (1, 3):
+        inputs = torch.randn(batch, 3, 2, 5)
+        output = run(tidied, inputs.numpy())
+        assert np.allclose(output, module(inputs).detach().numpy(), atol=1e-6)
+        assert np.array_equal(output, run(graph, inputs.numpy()))
