@@ -5,7 +5,6 @@ Their structure is the recipe's: blocks, activations, necks and heads are all th
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -162,8 +161,6 @@ def to_read(case: Case, seed: int = 0, **changes: Any) -> nn.Module:
 def _calibrated(case: Case, seed: int, changes: tuple[tuple[str, Any], ...]) -> nn.Module:
     model = quantized(case, seed, **dict(changes))
     calibrate(model, samples(2))
-    # Kept until the process ends, and of many thousand objects: spare the garbage collector looking through them.
-    gc.freeze()
     return model
 
 

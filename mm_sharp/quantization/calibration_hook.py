@@ -8,6 +8,7 @@ to calibrate.
 from __future__ import annotations
 
 import logging
+from numbers import Real
 from typing import Any
 
 import torch
@@ -106,9 +107,11 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         if runner.val_loop is None:
             return
         metrics = evaluate(runner.model, runner.val_loop.dataloader, runner.val_loop.evaluator)
-        figures = '  '.join(f'{name}: {value:.4f}' for name, value in metrics.items())
+        # Some metrics of MMPretrain's are tensors (a confusion matrix).
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
+        figures = '  '.join(f'{name}: {value:.4f}' for name, value in numbers.items())
         _say(f'Before training (post-training quantization, {CHECKPOINT}):  {figures}')
-        runner.visualizer.add_scalars({f'post_training/{name}': value for name, value in metrics.items()}, step=0)
+        runner.visualizer.add_scalars({f'post_training/{name}': value for name, value in numbers.items()}, step=0)
 
 
 @torch.no_grad()
