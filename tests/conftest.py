@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,15 @@ def _one_thread() -> None:
 def _seed() -> None:
     """Every test starts from the same global random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def spare_the_garbage_collector() -> Iterator[None]:
+    """Between files, what is left of models and modules is put out of the collector's sight.
+
+    Quantized models and MMPose's registries are of hundreds of thousands of objects, which every full collection of the
+    files after would look through.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
