@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from tests.reliability import holds, pytest_addoption
+
+__all__ = ['ROOT', 'holds', 'pytest_addoption']
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,3 +48,12 @@ def spare_the_garbage_collector() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Let fixtures know whether their test has passed."""
+    report = yield
+    if report.when == 'call':
+        item.passed = report.passed  # type: ignore[attr-defined]
+    return report
