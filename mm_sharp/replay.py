@@ -17,6 +17,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from mm_sharp.random_state import RandomState
+from mm_sharp.shards import is_flat_wrapper
 
 
 @dataclass
@@ -24,7 +25,7 @@ class ModelCall:
     """One call ``output = model(*args, **kwargs)``.
 
     Args:
-        model: The module that was called: the DDP wrapper where there is one.
+        model: The module that was called: DDP's or FSDP's wrapper where there is one.
         args: Positional arguments.
         kwargs: Keyword arguments.
         random_state: The random state just before the call.
@@ -121,7 +122,7 @@ class CallRecorder:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's model inside DDP and the like."""
-    while is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel):
+    while is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel) or is_flat_wrapper(model):
         inner = model.module
         assert isinstance(inner, nn.Module)
         model = inner

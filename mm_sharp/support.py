@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mm_sharp.quantized_perturbation import quantizes_weights
 from mm_sharp.replay import ModelCall, loss_of, unwrap
+from mm_sharp.shards import Shards
+
+if TYPE_CHECKING:
+    from mm_sharp.two_pass import TwoPassOptimWrapper
 
 
 def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = True) -> None:
@@ -21,20 +26,51 @@ def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = 
         can_sync: Whether an argument would make it do so.
 
     Raises:
-        NotImplementedError: ``model`` is wrapped by FSDP, or by DDP with ``static_graph`` while the first pass is not
-            synchronised.
+        NotImplementedError: ``model`` is wrapped by DDP with ``static_graph`` while the first pass is not synchronised.
     """
-    if any(cls.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for cls in type(model).__mro__):
-        raise NotImplementedError(
-            f'{owner} does not support FSDP: each rank holds a shard of the parameters, and the perturbation needs the '
-            "gradient norm over all of them. Train with DDP: model_wrapper_cfg=dict(type='MMDistributedDataParallel')"
-        )
     if getattr(model, 'static_graph', False) and not synced:
         # DDP learns the static graph in its first backward pass, and fails if that one runs under no_sync().
         way_out = ', or set sync_perturbation=True (one more all-reduce a step)' if can_sync else ''
         raise NotImplementedError(
             f'{owner}: DDP with static_graph=True cannot run the first pass without synchronisation. Take '
             f'static_graph=True out of model_wrapper_cfg{way_out}'
+        )
+
+
+def check_shards(wrapper: TwoPassOptimWrapper, shards: Shards) -> None:
+    """Refuse arguments that do not go with how a model is sharded.
+
+    Args:
+        wrapper: The optimizer wrapper.
+        shards: Its model.
+
+    Raises:
+        NotImplementedError: Quantized weights are to be perturbed.
+        ValueError: Parameters are to be told apart where FSDP1 hides them in flat ones, the gradient is to be clipped
+            by another than the 2-norm, or gradients are to be accumulated in pieces on the CPU.
+    """
+    owner = type(wrapper).__name__
+    if wrapper.perturb_quantized:
+        raise NotImplementedError(
+            f'{owner}: perturb_quantized=True is not supported under FSDP, where a layer has its weight in a pass '
+            'only. Take it out, or train with DDP'
+        )
+    by_name = not wrapper.selector.takes_all or wrapper.skips_gradients
+    if shards.flat and by_name:
+        raise ValueError(
+            f'{owner} perturbs chosen parameters, but FSDP with use_orig_params=False has put them together: write '
+            "model_wrapper=dict(type='MMFullyShardedDataParallel', use_orig_params=True)"
+        )
+    norm_type = (wrapper.clip_grad_kwargs or {}).get('norm_type', 2)
+    if float(norm_type) != 2.0:
+        raise ValueError(
+            f"{owner}: clip_grad with norm_type={norm_type!r} is not supported under FSDP, where only the 2-norm of the "
+            'whole gradient is taken: write clip_grad=dict(max_norm=1.0), or clip by value'
+        )
+    if shards.offloads and wrapper._accumulative_counts > 1:
+        raise ValueError(
+            f'{owner}: accumulative_counts={wrapper._accumulative_counts} does not go with cpu_offload of FSDP, which '
+            'cannot add up gradients there: write accumulative_counts=1 or cpu_offload=False'
         )
 
 

@@ -28,7 +28,8 @@ LAYERS: tuple[frozenset[str], ...] = (
             'sample_table',
         }
     ),
-    frozenset({'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
+    frozenset({'gradients', 'grad_switch', 'module_state', 'precision', 'shards', 'step_record'}),
+    frozenset({'replay'}),
     frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
     frozenset({'support', 'wrapper_state', 'subset', 'indexed_dataset', 'loader_draws', 'method'}),
