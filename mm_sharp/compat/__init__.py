@@ -13,6 +13,7 @@ a file of its own, whose docstring names the cause, the repair and the version t
 ``package_lookup``     no ``pkg_resources``: MMEngine finds installed packages without it
 ``config_scope``       ``mm_sharp::…`` in configs
 ``checkpoint_hook``    checkpoints that load with ``torch.load(weights_only=True)``
+``fsdp_strategy``      runs under MMEngine's FSDPStrategy can be resumed
 =====================  ======================================================================================
 
 The first five wait for the import of what they repair (``import_hook``): importing mm_sharp must not import
@@ -29,6 +30,7 @@ from . import (
     bfloat16_arrays,
     checkpoint_hook,
     config_scope,
+    fsdp_strategy,
     matplotlib_canvas,
     mmcv_ops,
     package_lookup,
@@ -54,7 +56,7 @@ __all__ = [
 
 _FIXES = (
     *(torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas, bfloat16_arrays),
-    *(package_lookup, config_scope, checkpoint_hook),
+    *(package_lookup, config_scope, checkpoint_hook, fsdp_strategy),
 )  # fmt: skip
 _REPAIRED_AT_IMPORT = ('torchvision', 'mmcv.ops', 'xtcocotools.mask', 'mmpose.visualization', 'mmpose.models')
 
