@@ -87,7 +87,8 @@ class Precision:
 
     def _unscaled(self, optimizer: Optimizer) -> bool:
         """Whether :meth:`unscale` was called in this step."""
-        return bool(self.scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'])
+        scaler: Any = self.scaler
+        return bool(scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'])
 
     def _scaler_arguments(self, owner: str, loss_scale: object) -> dict[str, Any]:
         if loss_scale == 'dynamic':

@@ -197,11 +197,11 @@ class Shards:
             flat = handle.flat_param
             held = (*(flat._params or ()), *(flat._shared_params or ())) if wrapper._use_orig_params else (flat,)
             parts.update((id(parameter), wrapper.process_group.size()) for parameter in held)
-        for parameter in self.parameters:
-            if hasattr(parameter, 'to_local'):
-                mesh = parameter.device_mesh
-                cuts = [mesh.size(i) for i, place in enumerate(parameter.placements) if not place.is_replicate()]
-                parts[id(parameter)] = math.prod(cuts)
+        sliced: list[Any] = [parameter for parameter in self.parameters if hasattr(parameter, 'to_local')]
+        for parameter in sliced:
+            cuts = enumerate(parameter.placements)
+            sizes = [parameter.device_mesh.size(axis) for axis, place in cuts if not place.is_replicate()]
+            parts[id(parameter)] = math.prod(sizes)
         return parts
 
 

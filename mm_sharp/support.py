@@ -64,8 +64,8 @@ def check_shards(wrapper: TwoPassOptimWrapper, shards: Shards) -> None:
     norm_type = (wrapper.clip_grad_kwargs or {}).get('norm_type', 2)
     if float(norm_type) != 2.0:
         raise ValueError(
-            f"{owner}: clip_grad with norm_type={norm_type!r} is not supported under FSDP, where only the 2-norm of the "
-            'whole gradient is taken: write clip_grad=dict(max_norm=1.0), or clip by value'
+            f'{owner}: clip_grad with norm_type={norm_type!r} is not supported under FSDP, where only the 2-norm of '
+            'the whole gradient is taken: write clip_grad=dict(max_norm=1.0), or clip by value'
         )
     if shards.offloads and wrapper._accumulative_counts > 1:
         raise ValueError(

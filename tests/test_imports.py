@@ -39,7 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({'history_hook', 'quantization'}),
 )
 # Command-line glue may import everything, and nothing imports it.
-GLUE = frozenset({'benchmark', 'cli', 'diagnosis', 'doctor', 'preflight'})
+GLUE = frozenset({'benchmark', 'cli', 'diagnosis', 'doctor', 'preflight', 'runners'})
 
 
 def modules() -> dict[str, list[Path]]:

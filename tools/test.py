@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mmengine
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp import cli, preflight
+from mm_sharp import cli, preflight, runners
 
 _FORMATS = ('.json', '.yaml', '.yml', '.pkl', '.pickle')
 
@@ -68,7 +67,7 @@ def report(metrics: Mapping[str, float]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Evaluate."""
     args = parse_arguments(arguments)
-    runner = Runner.from_cfg(configure(args))
+    runner = runners.build_runner(configure(args))
     metrics = cli.run_with_checkpoint(runner.test, args.trust_checkpoint)
     if runner.rank != 0:
         return

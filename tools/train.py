@@ -15,10 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp import cli, preflight
+from mm_sharp import cli, preflight, runners
 from mm_sharp.compat import save_plain_checkpoints
 
 
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str]) -> None:
     """Train."""
     args = parse_arguments(arguments)
     save_plain_checkpoints()
-    runner = Runner.from_cfg(configure(args))
+    runner = runners.build_runner(configure(args))
     cli.run_with_checkpoint(runner.train, args.trust_checkpoint)
     if runner.rank == 0:
         print(f'Done. Checkpoints and logs: {runner.work_dir}')

@@ -48,7 +48,8 @@ def rebuild_shards(value: dict[str, Any]) -> Any:
             f'it was saved by {value["processes"]} processes under FSDP, each its own part, and is loaded by '
             f"{processes}: start as many, or save whole weights, by strategy=dict(state_dict_cfg='full')"
         )
-    from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
+    from torch.distributed._shard.sharded_tensor import init_from_local_shards
+    from torch.distributed._shard.sharded_tensor.shard import Shard
 
     pairs = zip(value['pieces'], value['offsets'], strict=True)
     shards = [Shard.from_tensor_and_offsets(piece, offsets, dist.get_rank()) for piece, offsets in pairs]
