@@ -107,7 +107,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     # ---------------------------------------------------------------- TwoPassOptimWrapper's interface
     def suspects(self, call: ModelCall) -> str:
-        """The samples of ``call`` whose loss, or else whose loss difference, is not finite, for the log."""
+        """The samples of ``call`` in which, or else in whose loss or loss difference, something is not finite."""
         losses = None if self._record is None else self._record.values()
         if (losses is None or losses.isfinite().all()) and self._measured is not None:
             losses = torch.from_numpy(self._measured[1].numpy())

@@ -126,22 +126,21 @@ def suspects(owner: str, call: ModelCall, rows: list[int] | None = None) -> str:
     Args:
         owner: Class that asks.
         call: The call of N samples.
-        rows: Rows known to be the cause; by default those in whose arguments something is not finite, and the whole
-            batch where nothing is.
+        rows: Rows to name where no row of the arguments has a number that is not finite; by default the whole batch.
     """
     size = batch_size(call.args, call.kwargs) or 0
-    rows = rows or _rows_not_finite(call, size) or list(range(size))
+    if not size:
+        return 'none, the batch is empty'
+    rows = _rows_not_finite(call, size) or rows or list(range(size))
     try:
         keys = keys_of(call.args, call.kwargs, size, owner)
     except SampleIdError:
-        return f'rows {rows[:_MOST_NAMES]} of a batch of {size}, which have no ids' if size else 'none, an empty batch'
+        return f'rows {rows[:_MOST_NAMES]} of a batch of {size}, which have no ids'
     return names_of([keys[row] for row in rows])
 
 
 def _rows_not_finite(call: ModelCall, size: int) -> list[int]:
     """Rows of the call's arguments, tensors and data samples, in which a number is not finite."""
-    if not size:
-        return []
     layout = Layout(size, lists_of_samples=True)
     for number, value in enumerate((*call.args, *call.kwargs.values())):
         layout.split(value, str(number))
