@@ -85,6 +85,11 @@ class Precision:
         self.scaler.step(optimizer, **kwargs)
         self.scaler.update(self._fixed_scale)
 
+    def forget_step(self) -> None:
+        """Forget what the scaler has done to the gradients of a step that failed, which it would refuse to do again."""
+        if self.scaler is not None:
+            self.scaler._per_optimizer_states.clear()
+
     def _unscaled(self, optimizer: Optimizer) -> bool:
         """Whether :meth:`unscale` was called in this step."""
         scaler: Any = self.scaler

@@ -23,6 +23,7 @@ from torch.optim import SGD
 
 from mm_sharp.shards import local
 from mm_sharp.two_pass import TwoPassOptimWrapper
+from tests.references import gradients_of
 from tests.test_distributed import shard
 from tests.toys import ToyNet, batches, make, toy_config
 from tests.wrappers import build, momentum_sgd
@@ -34,7 +35,7 @@ Result = dict[str, Any]
 
 
 class Faulty(ToyNet):
-    """Fails in a forward or a backward pass, counted from 0 over all passes, and only there."""
+    """Fails in a forward or a backward pass, counted from 0 over all passes, or in the optimizer's first step."""
 
     def __init__(self, fault: str = '', at: int = -1) -> None:
         super().__init__(norm=False)
@@ -57,7 +58,7 @@ class Faulty(ToyNet):
         self.seen = super().features(inputs)
         return self.seen
 
-    def fail(self, gradient: Tensor) -> None:
+    def fail(self, *_: object) -> None:
         raise ArithmeticError(self.fault)
 
 
@@ -125,6 +126,8 @@ def train(
     optimizer = SGD(net.parameters(), lr=lr) if lr == 0 else momentum_sgd(net, lr)
     wrapper = build(name, net, optimizer, **options)
     wrapper.initialize_count_status(net, 0, STEPS)
+    if getattr(model, 'fault', '') == 'step':
+        once = optimizer.register_step_pre_hook(lambda *_: (once.remove(), model.fail()))
     norms, kept, failed, drawn, losses = [], [], 0, [], []
     with count_all_reduces() as reduced:
         for batch in batches(STEPS, size=8):
@@ -178,22 +181,32 @@ class count_all_reduces:  # noqa: N801  # used as a function
         self._patch.stop()
 
 
-def overflow_of_one(rank: int, processes: int, kind: str) -> Result:
+def overflow_of_one(rank: int, processes: int, kind: str, dtype: str | None) -> Result:
     """The gradient of the last process overflows; the first has a finite one or none at all."""
     net = sharded(kind, make(norm=False))
-    wrapper: TwoPassOptimWrapper = build(
-        'sam', net, SGD(net.parameters(), lr=0.1), dtype='float16', loss_scale='dynamic'
-    )
+    wrapper: TwoPassOptimWrapper = build('sam', net, SGD(net.parameters(), lr=0.1), dtype=dtype)
     net.train_step(shard(batches(1, size=8)[0], rank, processes), wrapper)
-    before, scale = pieces(net), wrapper.precision.scaler.get_scale()
+    before, scaler = pieces(net), wrapper.precision.scaler
+    scale = None if scaler is None else scaler.get_scale()
     for parameter in net.parameters():
         # In a flat parameter a piece may have no gradient; a DTensor has one everywhere or nowhere.
         none = kind == 'flat' and (rank == 0 or parameter.numel() == 0)
         parameter.grad = None if none else torch.ones_like(parameter)
         if parameter.grad is not None and rank == processes - 1:
             local(parameter.grad).fill_(float('inf'))
-    wrapper.step()
-    return {'kept': before == pieces(net), 'halved': wrapper.precision.scaler.get_scale() == scale / 2}
+    wrapper._step_if_finite({})
+    return {'kept': before == pieces(net), 'halved': None if scale is None else scaler.get_scale() == scale / 2}
+
+
+def norm_beside_ignored(rank: int, processes: int) -> Result:
+    """The first climb of a model whose convolution FSDP leaves alone, and this process's own gradient of that."""
+    net = sharded('ignored', make(norm=False))
+    batch = shard(batches(1, size=8)[0], rank, processes)
+    alone = make(norm=False)
+    own = gradients_of(alone.parse_losses(alone(**batch))[0], list(alone.parameters()))
+    wrapper = build('sam', net, SGD(net.parameters(), lr=0.1))
+    net.train_step(batch, wrapper)
+    return {'norm': wrapper.last_step.grad_norm.item(), 'own': [gradient.numpy() for gradient in own]}
 
 
 # On the CPU torch cannot offload whole weights to the CPU, as MMEngine's 'full' asks for.

@@ -13,7 +13,7 @@ import torch
 from mm_sharp.draws import Draw, generator_at
 from mm_sharp.perturbation import weight_mask
 from tests.distributed import run
-from tests.fsdp_cases import STEPS, WHOLE, Faulty, error_of, overflow_of_one, run_and_resume, train
+from tests.fsdp_cases import STEPS, WHOLE, Faulty, error_of, norm_beside_ignored, overflow_of_one, run_and_resume, train
 from tests.references import asam_perturbation, gradients_of, sam_perturbation
 from tests.references_esam import ReferenceESAM
 from tests.reliability import Holds
@@ -45,6 +45,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f'{kind} still {name}': (kind, name, dict(lr=0.0)) for kind in BOTH for name in ('asam', 'esam', 'ausam')},
 }
 FAULTS = [(kind, fault, at) for kind in BOTH for fault in ('forward', 'backward') for at in (2, 3)]
+FAULTS += [(kind, 'step', -1) for kind in BOTH]
 
 
 def run_all(rank: int, processes: int, folder: str) -> dict[str, Any]:
@@ -57,7 +58,9 @@ def run_all(rank: int, processes: int, folder: str) -> dict[str, Any]:
             rank, processes, kind, 'sam', model=make(Faulty, fault=fault, at=at), faults=1, accumulative_counts=2
         )
     for kind in BOTH:
-        results[f'{kind} overflow'] = overflow_of_one(rank, processes, kind)
+        for dtype in (None, 'float16'):
+            results[f'{kind} overflow {dtype}'] = overflow_of_one(rank, processes, kind, dtype)
+    results['ignored'] = norm_beside_ignored(rank, processes)
     for key, (cfg, wrapper) in RUNS.items():
         results[key] = run_and_resume(rank, processes, f'{folder}/{key}', cfg, wrapper)
     for key, (kind, name, options) in REFUSED.items():
@@ -137,10 +140,18 @@ def test_sharded_equals_one_process_with_the_joint_batch(ranks: Any, case: str, 
         assert_weights(rank[case], model)
         assert rank[case]['norms'] == pytest.approx(norms, rel=1e-5)
         # Where several processes hold a piece, FSDP itself reduces whole gradients.
-        assert rank[case]['reduced'].count(1) == STEPS, 'one number a step'
+        assert rank[case]['reduced'].count(1) == 2 * STEPS, 'one number for the climb and one for the step'
     assert ranks[0][case]['norms'] == ranks[1][case]['norms']
     subject = 'asam' if case.endswith('asam') else 'sam'
     holds('Distributed', f'sharded by FSDP ({case.rsplit(" ", 1)[0]})', subject, 'equal to one process', STEPS, 'steps')
+
+
+def test_what_fsdp_leaves_alone_counts_once(ranks: Any) -> None:
+    """Every process has a gradient of its own of the convolution: the mean of their squares, so that all agree."""
+    gradients = [[torch.from_numpy(gradient) for gradient in rank['ignored']['own']] for rank in ranks]
+    whole = sum((sum(parts) / 2).square().sum() for parts in zip(*(own[2:] for own in gradients), strict=True))
+    whole += sum(gradient.square().sum() for own in gradients for gradient in own[:2]) / 2
+    assert ranks[0]['ignored']['norm'] == ranks[1]['ignored']['norm'] == pytest.approx(whole.sqrt().item(), rel=1e-5)
 
 
 def test_some_pieces_are_empty(ranks: Any) -> None:
@@ -213,7 +224,7 @@ def test_clipping_is_by_the_whole_gradient(ranks: Any, kind: str) -> None:
     for rank in ranks:
         assert_weights(rank[f'{kind} clipped'], model)
         assert rank[f'{kind} clipped']['logged'] == pytest.approx(norms[-1], rel=1e-5)
-        assert rank[f'{kind} clipped']['reduced'] == [1, 1] * STEPS
+        assert rank[f'{kind} clipped']['reduced'] == [1] * 3 * STEPS
 
 
 @pytest.mark.parametrize('kind', BOTH)
@@ -245,8 +256,10 @@ def test_mixed_precision(ranks: Any, kind: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize('kind', BOTH)
-def test_an_overflow_of_one_process_is_all_processes(ranks: Any, kind: str, holds: Holds) -> None:
-    assert [rank[f'{kind} overflow'] for rank in ranks] == [{'kept': True, 'halved': True}] * 2
+@pytest.mark.parametrize('dtype', [None, 'float16'])
+def test_an_overflow_of_one_process_is_all_processes(ranks: Any, kind: str, dtype: str | None, holds: Holds) -> None:
+    expected = {'kept': True, 'halved': None if dtype is None else True}
+    assert [rank[f'{kind} overflow {dtype}'] for rank in ranks] == [expected] * 2
     holds('Distributed', f"one rank's gradient overflows under FSDP ({kind})", 'sam', 'no rank steps')
 
 
@@ -262,13 +275,13 @@ def test_pieces_come_back_bit_for_bit(ranks: Any, kind: str, name: str) -> None:
 
 @pytest.mark.parametrize(('kind', 'fault', 'at'), FAULTS)
 def test_a_step_that_fails_leaves_no_trace(ranks: Any, kind: str, fault: str, at: int, holds: Holds) -> None:
-    """The second micro-batch fails in its first (2) or second (3) pass and is tried again."""
+    """The second micro-batch fails in its first (2) or second (3) pass, or the first step, and is tried again."""
     data = batches(STEPS, size=8)
     model, _ = reference([data[:2], data[2:]])
     for rank in ranks:
         assert_weights(rank[f'{kind} {fault} {at}'], model)
-    which = {2: 'first', 3: 'second'}[at]
-    holds('Faults', f'error in the {which} {fault} under FSDP ({kind})', 'sam', 'the step can be tried again')
+    where = 'optimizer' if fault == 'step' else {2: 'first', 3: 'second'}[at]
+    holds('Faults', f'error in the {where} {fault} under FSDP ({kind})', 'sam', 'the step can be tried again')
 
 
 @pytest.mark.parametrize('key', RUNS)
