@@ -26,9 +26,10 @@ def is_sharded_tensor(value: Any) -> bool:
 
 def plain_shards(value: Any) -> dict[str, Any]:
     """This process's part of a ``ShardedTensor``: the pieces, where they begin, and how many processes there are."""
-    shards = value.local_shards()
+    # Not by its methods: each of them warns that torch is going to give up sharded tensors.
+    shards = value._local_shards
     return {
-        'size': list(value.size()),
+        'size': list(value._metadata.size),
         'processes': dist.get_world_size(),
         # A piece shares its memory with the whole flat parameter, all of which would be written.
         'pieces': [shard.tensor.detach().clone() for shard in shards],
