@@ -229,6 +229,7 @@ def _settle_module(module: Any, broken_off: bool) -> None:
         state._training_state = idle
         state._state_ctx.iter_forward_root, state._state_ctx.post_backward_final_callback_queued = None, False
         if group is not None:
+            group.wait_for_unshard()  # weights fetched ahead would be taken for the next pass's
             group._training_state = idle
             group._post_forward_indices.clear()
             group.comm_ctx.post_forward_order.clear()

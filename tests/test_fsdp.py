@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 FAULTS = [(kind, fault, at) for kind in BOTH for fault in ('forward', 'backward') for at in (2, 3)]
 FAULTS += [(kind, 'step', -1) for kind in BOTH]
+FAULTS += [('fsdp2 layers before 2.13', fault, at) for _, fault, at in FAULTS[:4]]
 
 
 def run_all(rank: int, processes: int, folder: str) -> dict[str, Any]:

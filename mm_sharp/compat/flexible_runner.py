@@ -1,8 +1,8 @@
 """Checkpoints of MMEngine's FlexibleRunner know which epoch they are of.
 
-Cause: when validation finds a best score, ``CheckpointHook`` saves the epoch's checkpoint again and hands over its epoch
-and iteration, since the loop counts one more by then. Runner keeps what it is given; FlexibleRunner writes its own count
-over it, so that resuming skips an epoch.
+Cause: when validation finds a best score, ``CheckpointHook`` saves the epoch's checkpoint again and hands over its
+epoch and iteration, since the loop counts one more by then. Runner keeps what it is given; FlexibleRunner writes its
+own count over it (over the hook's own dict, too), so that resuming skips an epoch.
 
 Repair: what is given is written over it once more, in runs that use this package.
 
@@ -51,7 +51,7 @@ def _keeping(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
 
         self.strategy.save_checkpoint = save_given
         try:
-            save_checkpoint(self, *args, meta=meta, **kwargs)
+            save_checkpoint(self, *args, meta={**(meta or {})}, **kwargs)
         finally:
             del self.strategy.save_checkpoint
 
