@@ -139,6 +139,8 @@ def test_the_sampler_with_workers_under_both_loops(tmp_path: Path, by_epoch: boo
     assert runner.iter == 10
     _, visits = columns(runner.optim_wrapper.history.state_dict())
     assert visits.sum() == 10 * 2
+    # Workers that only the garbage collector ends are waited for, 5 seconds each.
+    runner.train_loop.dataloader_iterator = runner.train_dataloader._iterator = None
 
 
 @pytest.mark.parametrize('wrapper', [SAM, HISTORY], ids=lambda wrapper: wrapper['type'])
