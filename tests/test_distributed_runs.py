@@ -83,3 +83,32 @@ def test_ranks_stay_equal(tmp_path: Path, name: str, processes: int, holds: Hold
     what = 'uneven last batches, synchronised BatchNorm, unused parameters, EMA'
     held = f'the same weights on {processes} ranks'
     holds('Ranks', what, name, held, count=len(weights[0]) * processes, unit='weights compared by hash (steps × ranks)')
+
+
+def test_slurm_train_hands_everything_to_srun(tmp_path: Path) -> None:
+    (tmp_path / 'srun').write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / 'srun').chmod(0o755)
+    environment = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'PYTHON': 'my-python'}
+    environment.update(GPUS='16', GPUS_PER_NODE='4', CPUS_PER_TASK='3', SRUN_ARGS='--quotatype=auto --exclusive')
+    command = [
+        'tools/slurm_train.sh',
+        'gpu',
+        'pose',
+        'my config.py',
+        'my work',
+        '--resume',
+        '--cfg-options',
+        'a.b=[1,2]',
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        '-p', 'gpu', '--job-name=pose', '--gres=gpu:4', '--ntasks=16', '--ntasks-per-node=4', '--cpus-per-task=3',
+        '--kill-on-bad-exit=1', '--quotatype=auto', '--exclusive', 'my-python', '-u', 'tools/train.py', 'my config.py',
+        '--work-dir', 'my work', '--launcher', 'slurm', '--resume', '--cfg-options', 'a.b=[1,2]',
+    ]  # fmt: skip
+
+
+def test_slurm_train_without_its_arguments() -> None:
+    done = subprocess.run(['tools/slurm_train.sh', 'gpu'], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith('usage: tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR')
