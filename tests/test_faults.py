@@ -174,9 +174,7 @@ def prepare(name: str, point: str, dtype: str | None, accumulation: int) -> tupl
     # No overflow, at which the scaler would leave the optimizer's step out.
     options: dict[str, Any] = dict(loss_scale=256.0, clip_grad=dict(max_norm=10.0))
     options |= dict(refresh=1) if (name, point) == ('esam-history', 'forward that selects') else {}
-    wrapper = build(
-        name, model, dtype=dtype, accumulative_counts=accumulation, clip_grad=dict(max_norm=10.0), **options
-    )
+    wrapper = build(name, model, dtype=dtype, accumulative_counts=accumulation, **options)
     torch.manual_seed(7)
     first, batch = batches(2)
     step(model, wrapper, first)
