@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from copy import deepcopy
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -14,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from mmengine.model import MMFullyShardedDataParallel
-from mmengine.runner import FlexibleRunner
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -25,7 +22,7 @@ from mm_sharp.shards import local
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from tests.references import gradients_of
 from tests.test_distributed import shard
-from tests.toys import ToyNet, batches, make, toy_config
+from tests.toys import ToyNet, batches, make
 from tests.wrappers import build, momentum_sgd
 
 STEPS = 4
@@ -107,6 +104,7 @@ def train(
     validate: bool = False,
     lr: float = 0.05,
     faults: int = 0,
+    spoilt: int = -1,
     **options: Any,
 ) -> Result:
     """Train a toy on this process's shards of the batches.
@@ -120,6 +118,7 @@ def train(
         validate: Run the model without gradients between the steps, which leaves FSDP's outermost weights gathered.
         lr: The optimizer's; 0 leaves the weights in place.
         faults: Steps that are to fail; each is tried again with the same batch.
+        spoilt: The step in which the last process has a sample that is nan.
         options: The wrapper's.
     """
     net = sharded(kind, make(norm=False) if model is None else model)
@@ -130,8 +129,10 @@ def train(
         once = optimizer.register_step_pre_hook(lambda *_: (once.remove(), model.fail()))
     norms, kept, failed, drawn, losses = [], [], 0, [], []
     with count_all_reduces() as reduced, as_before_213() if 'before' in kind else nullcontext():
-        for batch in batches(STEPS, size=8):
+        for step, batch in enumerate(batches(STEPS, size=8)):
             part = shard(batch, rank, processes)
+            if step == spoilt and rank == processes - 1:
+                part['inputs'][0] = float('nan')
             if validate:
                 with torch.no_grad():
                     net(**part, mode='tensor')
@@ -214,55 +215,6 @@ def norm_beside_ignored(rank: int, processes: int) -> Result:
     wrapper = build('sam', net, SGD(net.parameters(), lr=0.1))
     net.train_step(batch, wrapper)
     return {'norm': wrapper.last_step.grad_norm.item(), 'own': [gradient.numpy() for gradient in own]}
-
-
-# On the CPU torch cannot offload whole weights to the CPU, as MMEngine's 'full' asks for.
-WHOLE = dict(
-    state_dict_type='FULL_STATE_DICT',
-    state_dict_config=dict(type='FullStateDictConfig', rank0_only=True),
-    optim_state_dict_config=dict(type='FullOptimStateDictConfig', rank0_only=True),
-)
-
-
-def run_and_resume(rank: int, processes: int, folder: str, state_dict_cfg: Any, wrapper: dict[str, Any]) -> Result:
-    """Two epochs under FlexibleRunner and FSDPStrategy, and the second again, from the first one's checkpoint."""
-
-    def finish(name: str, **changes: Any) -> Any:
-        model_wrapper = dict(type='MMFullyShardedDataParallel', device_id='cpu', auto_wrap_policy=LAYERS)
-        config = toy_config(
-            Path(folder) / name,
-            model=dict(type='ToyNet', norm=False),
-            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9), **wrapper),
-            strategy=dict(type='FSDPStrategy', model_wrapper=model_wrapper, state_dict_cfg=deepcopy(state_dict_cfg)),
-            launcher='pytorch',
-            log_level='ERROR',
-            **changes,
-        )
-        config['default_hooks']['checkpoint'] = dict(type='CheckpointHook', interval=1)
-        runner = FlexibleRunner(**config)
-        with redirect_stdout(None):
-            runner.train()
-        return runner
-
-    whole = finish('whole')
-    file = Path(folder) / 'whole' / 'epoch_1.pth'
-    resumed = finish('resumed', resume=True, load_from=str(file))
-    part = file / f'rank{rank}.pth' if file.is_dir() else file
-    checkpoint = torch.load(part, weights_only=True)
-    return {
-        'weights': [whole_weights(runner.model) for runner in (whole, resumed)],
-        'states': [own_state(runner.optim_wrapper) for runner in (whole, resumed)],
-        'steps': [len(runner.message_hub.get_scalar('train/loss').data[0]) for runner in (whole, resumed)],
-        'saved': sorted(checkpoint['optimizer']),
-        'saved at': checkpoint['meta']['iter'],
-        'logged': whole.message_hub.get_scalar('train/sharpness').current(),
-    }
-
-
-def own_state(wrapper: TwoPassOptimWrapper) -> str:
-    """The history and all else of a wrapper's own, as text."""
-    state = wrapper.state_dict()
-    return str({**state['mm_sharp'], 'loss_scaler': state.get('loss_scaler')})
 
 
 def error_of(function: Callable[[], Any]) -> str:

@@ -13,22 +13,35 @@ import torch
 from mm_sharp.draws import Draw, generator_at
 from mm_sharp.perturbation import weight_mask
 from tests.distributed import run
-from tests.fsdp_cases import STEPS, WHOLE, Faulty, error_of, norm_beside_ignored, overflow_of_one, run_and_resume, train
-from tests.references import asam_perturbation, gradients_of, sam_perturbation
+from tests.fsdp_cases import STEPS, Faulty, error_of, norm_beside_ignored, overflow_of_one, train
+from tests.fsdp_runs import WHOLE, run_and_resume
+from tests.references import sam_training
 from tests.references_esam import ReferenceESAM
 from tests.reliability import Holds
 from tests.test_distributed import esam_gradients, loss_of, shard
 from tests.toys import Batch, ToyNet, batches, make
 from tests.wrappers import build, momentum_sgd
 
-KINDS = ('flat', 'layers', 'zero2', 'whole', 'no names', 'fsdp2', 'fsdp2 layers', 'fsdp2 hybrid')
+# What they are called on the page of findings.
+KINDS = {
+    'flat': 'FSDP1, one flat parameter',
+    'layers': 'FSDP1, layer by layer',
+    'zero2': 'FSDP1, SHARD_GRAD_OP',
+    'whole': 'FSDP1, NO_SHARD',
+    'no names': 'FSDP1, use_orig_params=False',
+    'fsdp2': 'FSDP2',
+    'fsdp2 layers': 'FSDP2, layer by layer',
+    'fsdp2 hybrid': 'FSDP2, each piece held twice',
+    'fsdp2 layers before 2.13': 'FSDP2 before torch 2.13',
+}
+STEPPED = list(KINDS)[:-1]
 BOTH = ('flat', 'fsdp2 layers')
 CONV = dict(include=['^conv'])
 CLIP = dict(clip_grad=dict(max_norm=0.3))
 
 # By name: (how it is sharded, wrapper, options). All run in one pair of processes, since starting them takes seconds.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    **{f'{kind} sam': (kind, 'sam', {}) for kind in KINDS},
+    **{f'{kind} sam': (kind, 'sam', {}) for kind in STEPPED},
     **{f'{kind} asam': (kind, 'asam', {}) for kind in BOTH},
     **{f'{kind} esam': (kind, 'esam', {}) for kind in (*BOTH, 'zero2')},
     **{f'{kind} ausam': (kind, 'ausam', {}) for kind in BOTH},
@@ -36,6 +49,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f'{kind} part': (kind, 'sam', dict(perturb=CONV)) for kind in BOTH},
     **{f'{kind} clipped': (kind, 'sam', CLIP) for kind in BOTH},
     **{f'{kind} clipped by value': (kind, 'sam', dict(clip_grad=dict(type='value', clip_value=0.01))) for kind in BOTH},
+    **{f'{kind} spoilt': (kind, 'sam', dict(spoilt=1)) for kind in BOTH},
     **{f'{kind} validated': (kind, 'sam', dict(validate=True)) for kind in BOTH},
     **{
         f'{kind} {dtype}': (kind, 'sam', dict(dtype=dtype, **(dict(loss_scale=512.0) if dtype == 'float16' else {})))
@@ -62,16 +76,20 @@ def run_all(rank: int, processes: int, folder: str) -> dict[str, Any]:
         for dtype in (None, 'float16'):
             results[f'{kind} overflow {dtype}'] = overflow_of_one(rank, processes, kind, dtype)
     results['ignored'] = norm_beside_ignored(rank, processes)
-    for key, (cfg, wrapper) in RUNS.items():
+    for key, (cfg, wrapper, _) in RUNS.items():
         results[key] = run_and_resume(rank, processes, f'{folder}/{key}', cfg, wrapper)
     for key, (kind, name, options) in REFUSED.items():
         results[key] = error_of(lambda kind=kind, name=name, options=options: train(rank, 2, kind, name, **options))
     return results
 
 
-RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
-    'parts': ('local', dict(type='AUSAMOptimWrapper', accumulative_counts=3)),
-    'whole': (WHOLE, dict(type='ESAMOptimWrapper', selection='history', refresh=2, dtype='float16')),
+RUNS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    'parts': ('local', dict(type='AUSAMOptimWrapper', accumulative_counts=3), "a checkpoint of each rank's part"),
+    'whole': (
+        WHOLE,
+        dict(type='ESAMOptimWrapper', selection='history', refresh=2, dtype='float16'),
+        'one whole checkpoint',
+    ),
 }
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     'perturb': ('no names', 'sam', dict(perturb='weights')),
@@ -87,40 +105,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run(run_all, 2, str(tmp_path_factory.mktemp('fsdp')))
 
 
-def reference(
-    batches_of_steps: list[list[Batch]], *, adaptive: bool = False, part: str = '', clip: Any = None
-) -> tuple[ToyNet, list[float]]:
+def reference(steps: list[list[Batch]], **options: Any) -> tuple[ToyNet, list[float]]:
     """SAM in one process on whole batches, several a step where gradients are accumulated; and the climbs' norms."""
     model = make(norm=False)
-    optimizer, norms = momentum_sgd(model), []
-    names = [name for name, _ in model.named_parameters()]
-    parameters = list(model.parameters())
-    chosen = [p for name, p in zip(names, parameters, strict=True) if name.startswith(part)]
-    for micro in batches_of_steps:
-        total = [torch.zeros_like(p) for p in parameters]
-        for batch in micro:
-            gradients = gradients_of(loss_of(model, batch), chosen)
-            weights = [p.detach().clone() for p in parameters]
-            stretched = [g * (p.abs() + 0.01) if adaptive else g for g, p in zip(gradients, chosen, strict=True)]
-            norms.append(torch.stack([g.norm() for g in stretched]).norm().item())
-            moves = (
-                asam_perturbation([p.detach() for p in chosen], gradients, 0.5)
-                if adaptive
-                else sam_perturbation(gradients, 0.05)
-            )
-            with torch.no_grad():
-                for parameter, move in zip(chosen, moves, strict=True):
-                    parameter.add_(move)
-            final = gradients_of(loss_of(model, batch), parameters)
-            with torch.no_grad():
-                for parameter, weight in zip(parameters, weights, strict=True):
-                    parameter.copy_(weight)
-            total = [t + g / len(micro) for t, g in zip(total, final, strict=True)]
-        for parameter, gradient in zip(parameters, total, strict=True):
-            parameter.grad = gradient
-        if clip is not None:
-            clip(parameters)
-        optimizer.step()
+    norms = sam_training(model, momentum_sgd(model), lambda batch: loss_of(model, batch), steps, **options)
     return model, norms
 
 
@@ -134,7 +122,7 @@ def assert_weights(result: dict[str, Any], model: ToyNet, tolerance: float = 1e-
 SINGLY = [[batch] for batch in batches(STEPS, size=8)]
 
 
-@pytest.mark.parametrize('case', [f'{kind} sam' for kind in KINDS] + [f'{kind} asam' for kind in BOTH])
+@pytest.mark.parametrize('case', [f'{kind} sam' for kind in STEPPED] + [f'{kind} asam' for kind in BOTH])
 def test_sharded_equals_one_process_with_the_joint_batch(ranks: Any, case: str, holds: Holds) -> None:
     model, norms = reference(SINGLY, adaptive=case.endswith('asam'))
     for rank in ranks:
@@ -143,8 +131,8 @@ def test_sharded_equals_one_process_with_the_joint_batch(ranks: Any, case: str, 
         # Where several processes hold a piece, FSDP itself reduces whole gradients.
         assert rank[case]['reduced'].count(1) == 2 * STEPS, 'one number for the climb and one for the step'
     assert ranks[0][case]['norms'] == ranks[1][case]['norms']
-    subject = 'asam' if case.endswith('asam') else 'sam'
-    holds('Distributed', f'sharded by FSDP ({case.rsplit(" ", 1)[0]})', subject, 'equal to one process', STEPS, 'steps')
+    kind, subject = case.rsplit(' ', 1)
+    holds('Ranks', f'sharded by {KINDS[kind]}', subject, 'equal to one process', STEPS, 'steps')
 
 
 def test_what_fsdp_leaves_alone_counts_once(ranks: Any) -> None:
@@ -179,7 +167,7 @@ def test_accumulation(ranks: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize('kind', [*BOTH, 'zero2'])
-def test_esam(ranks: Any, kind: str) -> None:
+def test_esam(ranks: Any, kind: str, holds: Holds) -> None:
     """The averaged gradient of the drawn tensors; each process selects from its own part of the batch."""
     results = [rank[f'{kind} esam'] for rank in ranks]
     model = make(norm=False)
@@ -197,10 +185,11 @@ def test_esam(ranks: Any, kind: str) -> None:
         optimizer.step()
     for result in results:
         assert_weights(result, model)
+    holds('Ranks', f'sharded by {KINDS[kind]}', 'esam', 'equal to one process', STEPS, 'steps')
 
 
 @pytest.mark.parametrize('kind', BOTH)
-def test_ausam(ranks: Any, kind: str) -> None:
+def test_ausam(ranks: Any, kind: str, holds: Holds) -> None:
     results = [rank[f'{kind} ausam'] for rank in ranks]
     assert results[0]['drawn'] != results[1]['drawn'], 'the processes share their draws'
     joint: list[list[Batch]] = []
@@ -215,6 +204,7 @@ def test_ausam(ranks: Any, kind: str) -> None:
     for result in results:
         assert_weights(result, model)
         assert result['norms'] == pytest.approx(norms, rel=1e-5)
+    holds('Ranks', f'sharded by {KINDS[kind]}', 'ausam', 'equal to one process', STEPS, 'steps')
 
 
 @pytest.mark.parametrize('kind', BOTH)
@@ -242,6 +232,15 @@ def test_validation_leaves_no_stale_weights(ranks: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize('kind', BOTH)
+def test_a_sample_that_is_nan_on_one_rank(ranks: Any, kind: str, holds: Holds) -> None:
+    model, _ = reference([SINGLY[0], *SINGLY[2:]])
+    for rank in ranks:
+        assert_weights(rank[f'{kind} spoilt'], model)
+        assert [math.isfinite(norm) for norm in rank[f'{kind} spoilt']['norms']] == [True, False, True, True]
+    holds('Values that are not finite', f'a sample on one rank under {KINDS[kind]}', 'sam', 'no rank steps')
+
+
+@pytest.mark.parametrize('kind', BOTH)
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
 def test_mixed_precision(ranks: Any, kind: str, dtype: str) -> None:
     """Half of the batch is rounded otherwise than the whole: about as far as one process is from itself."""
@@ -261,7 +260,7 @@ def test_mixed_precision(ranks: Any, kind: str, dtype: str) -> None:
 def test_an_overflow_of_one_process_is_all_processes(ranks: Any, kind: str, dtype: str | None, holds: Holds) -> None:
     expected = {'kept': True, 'halved': None if dtype is None else True}
     assert [rank[f'{kind} overflow {dtype}'] for rank in ranks] == [expected] * 2
-    holds('Distributed', f"one rank's gradient overflows under FSDP ({kind})", 'sam', 'no rank steps')
+    holds('Ranks', f"one rank's gradient overflows under {KINDS[kind]}", 'sam', 'no rank steps')
 
 
 @pytest.mark.parametrize('kind', BOTH)
@@ -282,7 +281,7 @@ def test_a_step_that_fails_leaves_no_trace(ranks: Any, kind: str, fault: str, at
     for rank in ranks:
         assert_weights(rank[f'{kind} {fault} {at}'], model)
     where = 'optimizer' if fault == 'step' else {2: 'first', 3: 'second'}[at]
-    holds('Faults', f'error in the {where} {fault} under FSDP ({kind})', 'sam', 'the step can be tried again')
+    holds('Faults in a step', f'error in the {where} {fault} under {KINDS[kind]}', 'sam', 'the step can be tried again')
 
 
 @pytest.mark.parametrize('key', RUNS)
@@ -300,7 +299,7 @@ def test_a_resumed_run_is_one_that_never_stopped(ranks: Any, key: str, holds: Ho
         assert math.isfinite(result['logged'])
     assert "'visits'" in ranks[0][key]['states'][0]
     subject = {'parts': 'ausam', 'whole': 'esam-history'}[key]
-    holds('Distributed', f'resumed under FSDP, from a checkpoint in {key}', subject, 'as if never stopped')
+    holds('Ranks', f'resumed under FSDP, from {RUNS[key][2]}', subject, 'as if never stopped', 1, 'resumes')
 
 
 MESSAGES = {
