@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mm_sharp.quantized_perturbation import quantizes_weights
 from mm_sharp.replay import ModelCall, loss_of, unwrap
+from mm_sharp.validation import UnsupportedError, UserError
 
 
 def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = True) -> None:
@@ -25,14 +26,14 @@ def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = 
             synchronised.
     """
     if any(cls.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for cls in type(model).__mro__):
-        raise NotImplementedError(
+        raise UnsupportedError(
             f'{owner} does not support FSDP: each rank holds a shard of the parameters, and the perturbation needs the '
             "gradient norm over all of them. Train with DDP: model_wrapper_cfg=dict(type='MMDistributedDataParallel')"
         )
     if getattr(model, 'static_graph', False) and not synced:
         # DDP learns the static graph in its first backward pass, and fails if that one runs under no_sync().
         way_out = ', or set sync_perturbation=True (one more all-reduce a step)' if can_sync else ''
-        raise NotImplementedError(
+        raise UnsupportedError(
             f'{owner}: DDP with static_graph=True cannot run the first pass without synchronisation. Take '
             f'static_graph=True out of model_wrapper_cfg{way_out}'
         )
@@ -77,7 +78,7 @@ def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
         loss.detach(), expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True
     ):
         name = type(unwrap(call.model)).__name__
-        raise ValueError(
+        raise UserError(
             f'{owner}: update_params was given a loss of {loss.detach().tolist()}, but parse_losses of the captured '
             f"forward of {name} gives {expected.tolist()}. The second pass can repeat only the model's own forward and "
             f'parse_losses: move what {name}.train_step does to the loss afterwards (weights, further terms) into '
@@ -101,14 +102,14 @@ def check_perturbed(
         ValueError: Quantized weights are to be perturbed, and the model has none.
     """
     if quantized and not any(quantizes_weights(module) for module in model.modules()):
-        raise ValueError(
+        raise UserError(
             f'{owner}: perturb_quantized=True is for quantized models, and {type(model).__name__} has no layer with '
             "quantized weights: take it out, or build the model with type='QuantizedModel'"
         )
     sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout != torch.strided}
     if sparse:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in sparse]
-        raise NotImplementedError(
+        raise UnsupportedError(
             f'{owner}: the gradients of {names} are sparse, which the perturbation does not support. Build the layer '
             "with sparse=False, or leave it out: perturb=dict(exclude=['^NAME'])"
         )

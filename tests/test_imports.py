@@ -21,14 +21,13 @@ LAYERS: tuple[frozenset[str], ...] = (
             'fragments',
             'perturbation',
             'quantized_perturbation',
-            'parameters',
             'random_state',
             'validation',
             'demo',
             'sample_table',
         }
     ),
-    frozenset({'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
+    frozenset({'parameters', 'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
     frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
     frozenset({'support', 'wrapper_state', 'subset', 'indexed_dataset', 'loader_draws', 'method'}),
@@ -38,7 +37,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({'history_hook', 'quantization'}),
 )
 # Command-line glue may import everything, and nothing imports it.
-GLUE = frozenset({'benchmark', 'cli', 'diagnosis', 'doctor', 'preflight'})
+GLUE = frozenset({
+    *('benchmark', 'build_errors', 'cli', 'diagnosis', 'doctor', 'preflight', 'training_checks', 'wrapper_checks')
+})
 
 
 def modules() -> dict[str, list[Path]]:

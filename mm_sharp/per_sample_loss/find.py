@@ -9,11 +9,13 @@ from typing import Any
 from mmengine.logging import MessageHub
 from torch import nn
 
+from mm_sharp.validation import UnsupportedError
+
 # MMPose heads that match predictions with people: a row of their losses is an anchor or a person.
 _ROWS_ARE_NOT_SAMPLES = ('YOLOXPoseHead', 'RTMOHead', 'CIDHead', 'EDPoseHead')
 
 
-class PerSampleLossError(NotImplementedError):
+class PerSampleLossError(UnsupportedError):
     """A model's loss has no form for single samples that could be found."""
 
     def __init__(self, what: str) -> None:
