@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sharp.quantized_perturbation import quantizes_weights
-from mm_sharp.replay import ModelCall, loss_of, unwrap
+from mm_sharp.replay import ModelCall, is_compiled, loss_of, unwrap
 from mm_sharp.validation import UnsupportedError, UserError
 
 
@@ -22,9 +22,10 @@ def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = 
         can_sync: Whether an argument would make it do so.
 
     Raises:
-        NotImplementedError: ``model`` is wrapped by FSDP, or by DDP with ``static_graph`` while the first pass is not
+        NotImplementedError: Its ``train_step`` is compiled, or ``model`` is wrapped by FSDP, or by DDP with ``static_graph`` while the first pass is not
             synchronised.
     """
+    check_step_is_not_compiled(owner, model)
     if any(cls.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for cls in type(model).__mro__):
         raise UnsupportedError(
             f'{owner} does not support FSDP: each rank holds a shard of the parameters, and the perturbation needs the '
@@ -36,6 +37,48 @@ def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = 
         raise UnsupportedError(
             f'{owner}: DDP with static_graph=True cannot run the first pass without synchronisation. Take '
             f'static_graph=True out of model_wrapper_cfg{way_out}'
+        )
+
+
+def check_step_is_not_compiled(owner: str, model: nn.Module) -> None:
+    """Refuse a ``train_step`` that is compiled: what optimizer wrappers do changes from step to step.
+
+    Raises:
+        UnsupportedError: It is.
+    """
+    if is_compiled(model, 'train_step'):
+        raise UnsupportedError(
+            f"{owner}: compile has got hold of the model's train_step, and with it of the optimizer wrapper. Write "
+            f"compile=True for MMEngine's Runner, where {owner} has the model's parts compiled instead, or "
+            'compile=dict(target=None) and model.backbone.compile() elsewhere'
+        )
+
+
+def check_compiled(owner: str, model: nn.Module, *, sees_losses: bool, switches: bool) -> None:
+    """Refuse compiled modules of which a method needs more than their output.
+
+    Args:
+        owner: Class that asks, for the message.
+        model: The model handed to ``optim_context``.
+        sees_losses: Whether the losses of samples are recorded, by hooks that compiled code passes by.
+        switches: Whether other parameters have a gradient in every step, for each of which it is compiled anew.
+
+    Raises:
+        UnsupportedError: There are some.
+    """
+    inner = unwrap(model)
+    whole = model is not inner and '_orig_mod' in model._modules
+    if sees_losses and (whole or is_compiled(inner)):
+        raise UnsupportedError(
+            f'{owner}: torch.compile has got hold of the whole {type(inner).__name__}, whose losses cannot be seen from '
+            'outside any more. Compile what holds no loss: model.backbone.compile(), or, in a config, compile=True'
+        )
+    names = [name or type(inner).__name__ for name, module in inner.named_modules() if is_compiled(module)]
+    if switches and (whole or names):
+        raise UnsupportedError(
+            f'{owner}: with beta below 1 other tensors have gradients in every step, and torch.compile would compile '
+            f'{", ".join(names) or type(inner).__name__} anew for each of them. Write compile=False, or optim_wrapper = '
+            f"dict(type='{owner}', beta=1.0, ...)"
         )
 
 

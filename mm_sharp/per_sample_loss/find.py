@@ -84,6 +84,11 @@ def find_losses(model: nn.Module) -> list[LossModule]:
     return list(found.values())
 
 
+def has_losses(name: str, module: nn.Module) -> bool:
+    """Whether a module that is called ``name`` is a loss, or has one."""
+    return 'loss' in name.lower() or type(module).__name__.endswith('Loss') or any(True for _ in _walk(module, ''))
+
+
 def _walk(owner: nn.Module, prefix: str) -> Iterator[LossModule]:
     for name, value in [*owner.named_children(), *_plain_containers(owner)]:
         path = prefix + name

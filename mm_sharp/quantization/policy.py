@@ -171,7 +171,8 @@ def _layer_policy(base: LayerPolicy, changes: Mapping[str, Any]) -> LayerPolicy:
 def _override(default: LayerPolicy, item: object) -> tuple[re.Pattern[str], LayerPolicy]:
     if not isinstance(item, Mapping) or 'pattern' not in item or len(item) < 2:
         raise UserError(
-            f'{OWNER}: policy layers={item!r} is not allowed: a dict with a pattern and what it changes, as {_LAYERS}'
+            f'{OWNER}: policy layers={item!r} is not allowed: a dict with a pattern and what it changes, as '
+            "dict(pattern='^head', weight_bit_width=8)"
         )
     changes = {key: value for key, value in item.items() if key != 'pattern'}
     unknown = set(changes) - {*_LAYER_KEYS}
