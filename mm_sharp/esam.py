@@ -128,6 +128,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             check_compiled(type(self).__name__, model, sees_losses=False, switches=self.beta < 1.0)
             self._checked = model
         if self.gamma == 1.0 or (not self._measures and self._reductions):
+            self._record = None
             yield
             return
         with super().recording(model):
@@ -142,8 +143,8 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         rows: IntArray | Tensor
         whole: Tensor | None = None
         if self._measures:
-            differences, whole = self._measure(call, loss, norm)
-            rows = top_k(differences, count)
+            differences, increases, whole = self._measure(call, loss, norm)
+            rows = top_k(increases, count)
             self._figures = lambda: _figures(differences.cpu().numpy().astype(np.float64))
         else:
             if not self._reductions:  # no step was measured yet: say now if the losses of samples cannot be told
@@ -158,15 +159,23 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         """Whether this step selects by the increase that it measures itself."""
         return self.selection == 'exact' or self.steps % self.refresh == 0
 
-    def _measure(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss increase of every sample, (N,), and the batch's L(w + e), by a forward without gradients."""
+    def _measure(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A forward without gradients.
+
+        Returns:
+            Loss difference of every sample for the history and the log, (N,), NaN where there was no perturbation; loss
+            increase to select by, (N,); the batch's L(w + e).
+        """
         before = self.record().losses(loss)
         with self.losses_of(call.model).record() as record:
             whole = self.loss_without_gradient(call)
-        differences = self.differences(before, record.losses(whole), norm)
+        after = record.losses(whole)
+        differences = self.differences(before, after, norm)
         if self.uses_history:
             self.visit(self._keys, differences)
-        return differences, whole
+        # A sample whose loss is not finite would take the step with it: it comes last, behind all others.
+        increases = after - before
+        return differences, increases.where(increases.isfinite(), -torch.inf), whole
 
     def _choose_by_history(self, count: int) -> tuple[IntArray, FloatArray]:
         """The samples with the largest average loss difference, and the averages, (N,), NaN where not measured yet."""

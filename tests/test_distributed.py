@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from mm_sharp.perturbation import weight_mask
 from tests.distributed import run
 from tests.references import sam_gradients, sam_step
 from tests.references_esam import ReferenceESAM
+from tests.reliability import Holds
+from tests.spoilt import finite, logged
 from tests.toys import Batch, ToyNet, batches, make
 from tests.wrappers import WRAPPERS, build, momentum_sgd
 
@@ -66,6 +69,7 @@ def train_all(rank: int, processes: int) -> dict[str, Any]:
         train(rank, processes, 'esam', dict(ddp=dict(static_graph=True), sync_perturbation=True))
     except NotImplementedError as error:
         results['esam static error'] = str(error)
+    results['spoilt'] = {name: train_spoilt(rank, name) for name in WRAPPERS if 'loader' not in name}
     results['state keys'] = sorted(build('sam', make()).state_dict()['mm_sharp'])
     return results
 
@@ -265,3 +269,36 @@ def test_a_static_graph_needs_a_synchronised_first_pass(ranks: list[dict[str, An
 
 def test_checkpoints_of_several_processes_hold_no_random_state(ranks: list[dict[str, Any]]) -> None:
     assert [rank['state keys'] for rank in ranks] == [['version', 'wrapper']] * 2
+
+
+# ------------------------------------------------------------------ values that are not finite
+def train_spoilt(rank: int, name: str) -> dict[str, Any]:
+    """Four steps on batches of this rank's own; rank 1's second one is not finite."""
+    model = MMDistributedDataParallel(make())
+    wrapper = build(name, model, momentum_sgd(model))
+    weights = []
+    with logged() as records:
+        for step, batch in enumerate(batches(4, seed=rank)):
+            if (rank, step) == (1, 1):
+                batch['inputs'].fill_(torch.nan)
+            model.train_step(batch, wrapper)
+            weights.append([parameter.detach().numpy().copy() for parameter in model.parameters()])
+    messages = [(record.levelno, record.getMessage()) for record in records]
+    return {'weights': weights, 'messages': messages, 'finite': finite(model, wrapper)}
+
+
+@pytest.mark.parametrize('name', [name for name in WRAPPERS if 'loader' not in name])
+def test_one_rank_has_a_batch_that_is_not_finite(ranks: list[dict[str, Any]], name: str, holds: Holds) -> None:
+    first, second = (rank['spoilt'][name] for rank in ranks)
+    assert first['finite']
+    assert second['finite']
+    for left, right in zip(first['weights'], second['weights'], strict=True):
+        assert_identical(left, right)
+    assert_identical(first['weights'][0], first['weights'][1])  # the second step is left out on both
+    assert any((a != b).any() for a, b in zip(first['weights'][1], first['weights'][2], strict=True))
+    ((level, message),), ((their_level, their_message),) = first['messages'], second['messages']
+    # Of ranks other than the first, MMEngine shows errors only.
+    assert (level, their_level) == (logging.WARNING, logging.ERROR)
+    assert 'the losses of this batch are; the optimizer does not step' in message
+    assert 'the loss is nan' in their_message
+    holds('Values that are not finite', 'nan on one of two ranks', name, 'no rank steps; weights equal on all ranks')
