@@ -1,4 +1,4 @@
-"""``torch.compile`` beside two passes: MMEngine's ``compile=True`` in a config, and models that were compiled before (ours).
+"""MMEngine's ``compile=True`` beside two passes (ours).
 
 MMEngine compiles the model's ``train_step``, and with it everything that an optimizer wrapper does: hooks that change
 from step to step, which compiled code does not look at again, the history, the random state. So in runs of ours the
@@ -6,7 +6,7 @@ parts of the model that hold no loss are compiled instead, each by itself: the b
 time goes, in both passes and in evaluation. Losses, heads that have one, and the step stay as they are.
 
 ESAM switches the gradients of other tensors off in each step. Compiled code is made for one choice of them, so that it
-would be made anew in every step: this is refused.
+would be made anew in every step: :func:`mm_sharp.support.check_compiled` refuses it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from mm_sharp.per_sample_loss.find import has_losses
-from mm_sharp.replay import unwrap
+from mm_sharp.replay import is_compiled, unwrap
 from mm_sharp.two_pass import TwoPassOptimWrapper
 
 
 @HOOKS.register_module()
 class CompileHook(Hook):  # type: ignore[misc]
-    """Compile the parts of the model that hold no loss, where the config has MMEngine compile the whole step.
+    """Compile the parts of the model that hold no loss, where the config has MMEngine compile all of it.
 
     It is added by itself to every Runner that uses this package, and does nothing without ``compile`` in the config or
     without an optimizer wrapper of ours. After training everything is as it was.
@@ -39,17 +39,17 @@ class CompileHook(Hook):  # type: ignore[misc]
         self._compiled: list[nn.Module] = []
 
     def before_train(self, runner: Any) -> None:
-        """Take MMEngine's compilation back and compile the parts.
-
-        Raises:
-            UnsupportedError: With ESAM, unless its ``beta`` is 1.
-        """
-        options, step = runner.cfg.get('compile'), vars(runner.model).get('train_step')
-        if not options or step is None or not _has_ours(runner.optim_wrapper):
+        """Take MMEngine's compilation back, which nothing has run yet, and compile the parts."""
+        # Runner compiles train_step, FlexibleRunner forward unless told otherwise by 'target'.
+        methods = [name for name in ('train_step', 'forward') if is_compiled(runner.model, name)]
+        if not runner.cfg.get('compile') or not methods or not _has_ours(runner.optim_wrapper):
             return
-        del runner.model.train_step
+        for name in methods:
+            delattr(runner.model, name)
+        given = {} if runner.cfg['compile'] is True else runner.cfg['compile']
+        options = {name: value for name, value in given.items() if name != 'target'}
         for name, part in parts_without_losses(unwrap(runner.model)):
-            part.forward = torch.compile(part.forward, **({} if options is True else options))  # type: ignore[method-assign]
+            part.forward = torch.compile(part.forward, **options)
             self._compiled.append(part)
             print_log(f'Compiled for both passes: {name}', logger='current')
 

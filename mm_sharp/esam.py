@@ -125,7 +125,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Record the losses of the first pass, where this step needs them."""
         if self._checked is not model:
-            check_compiled(type(self).__name__, model, sees_losses=False, switches=self.beta < 1.0)
+            check_compiled(type(self).__name__, model, sees_losses=self.gamma < 1.0, switches=self.beta < 1.0)
             self._checked = model
         if self.gamma == 1.0 or (not self._measures and self._reductions):
             self._record = None

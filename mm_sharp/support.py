@@ -48,9 +48,9 @@ def check_step_is_not_compiled(owner: str, model: nn.Module) -> None:
     """
     if is_compiled(model, 'train_step'):
         raise UnsupportedError(
-            f"{owner}: compile has got hold of the model's train_step, and with it of the optimizer wrapper. Write "
-            f"compile=True for MMEngine's Runner, where {owner} has the model's parts compiled instead, or "
-            'compile=dict(target=None) and model.backbone.compile() elsewhere'
+            f"{owner}: torch.compile has got hold of the model's train_step, and with it of the optimizer wrapper. Compile "
+            "what holds no loss: model.backbone.compile(), or write compile=True in the config of MMEngine's Runner, "
+            'in which that is done'
         )
 
 
@@ -77,8 +77,8 @@ def check_compiled(owner: str, model: nn.Module, *, sees_losses: bool, switches:
     if switches and (whole or names):
         raise UnsupportedError(
             f'{owner}: with beta below 1 other tensors have gradients in every step, and torch.compile would compile '
-            f'{", ".join(names) or type(inner).__name__} anew for each of them. Write compile=False, or optim_wrapper = '
-            f"dict(type='{owner}', beta=1.0, ...)"
+            f'{", ".join(names) or type(inner).__name__} anew for each of them. Do not compile (compile=False), or write '
+            f"optim_wrapper = dict(type='{owner}', beta=1.0, ...)"
         )
 
 

@@ -7,6 +7,7 @@ from copy import deepcopy
 from inspect import signature
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS
@@ -49,6 +50,7 @@ def check_training(cfg: Config) -> None:
     seed = (cfg.get('randomness') or {}).get('seed')
     if seed is not None:
         _check_int('randomness.seed', seed, 0, 'randomness = dict(seed=0)')
+    _check_compile(cfg.get('compile'))
     scaling = cfg.get('auto_scale_lr') or {}
     if 'base_batch_size' in scaling:
         example = 'auto_scale_lr = dict(base_batch_size=512)'
@@ -73,6 +75,22 @@ def check_hooks(cfg: Config) -> None:
         # What is not registered is said when MMEngine builds it, which may import it before.
         if cls is not None and cls.__module__.startswith(('mmengine.', 'mm_sharp.')):
             _check_hook(key, cls, hook)
+
+
+def _check_compile(value: Any) -> None:
+    if not isinstance(value, (bool, Mapping, type(None))):
+        raise UsageError(
+            f"compile={value!r} is not allowed: True, False or a dict of torch.compile's arguments. Write for example: "
+            "compile = dict(backend='inductor')"
+        )
+    backend = (value or {}).get('backend') if isinstance(value, Mapping) else None
+    if isinstance(backend, str):
+        known = torch.compiler.list_backends(exclude_tags=())
+        if backend not in known:
+            raise UsageError(
+                f"compile.backend: no backend {backend!r}; there are {', '.join(known)}. Write for example: "
+                "compile = dict(backend='inductor')"
+            )
 
 
 def _check_hook(key: str, cls: type[Hook], hook: Mapping[str, Any]) -> None:
