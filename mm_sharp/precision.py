@@ -5,7 +5,6 @@ MMEngine's ``AmpOptimWrapper`` cannot be reused: it refuses the CPU and knows on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,8 +17,11 @@ from torch.optim import Optimizer
 from mm_sharp.validation import UserError, check_choice
 
 _DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
+_INTERVAL = 'growth_interval'
+_SMALLEST = torch.finfo(torch.float32).tiny
+_LARGEST = (torch.finfo(torch.float32).max, torch.iinfo(torch.int32).max)
 _SCALER_ARGUMENTS = {
-    'init_scale': 'init_scale, a finite number above 0',
+    'init_scale': 'init_scale, a finite number above 1.2e-38',
     'growth_factor': 'growth_factor, a finite number above 1',
     'backoff_factor': 'backoff_factor, a number in (0, 1)',
     'growth_interval': 'growth_interval, an integer of at least 1',
@@ -87,6 +89,10 @@ class Precision:
             return
         self.scaler.step(optimizer, **kwargs)
         self.scaler.update(self._fixed_scale)
+        if self.scaler._scale is not None:
+            # After some 160 overflows in a row the scale would be so small that one over it is infinite, and would make
+            # infinite weights of finite gradients: the scaler looks for these before it multiplies.
+            self.scaler._scale.clamp_(min=_SMALLEST)
 
     def forget_step(self) -> None:
         """Forget what the scaler has done to the gradients of a step that failed, which it would refuse to do again."""
@@ -106,7 +112,7 @@ class Precision:
             self._fixed_scale = float(loss_scale)
             return {'init_scale': float(loss_scale)}
         else:
-            reason = "it must be 'dynamic', a finite number above 0 or a dict of GradScaler's arguments"
+            reason = "it must be 'dynamic', a finite number above 1.2e-38 or a dict of GradScaler's arguments"
         raise UserError(
             f'{owner}: loss_scale={loss_scale!r} is not allowed: {reason}. Write for example: '
             f"optim_wrapper = dict(type='{owner}', dtype='float16', loss_scale=512.0, ...) or "
@@ -118,11 +124,12 @@ def _fits_scaler(name: object, value: object) -> bool:
     """Whether ``value`` is one that GradScaler takes as argument ``name`` and can work with."""
     if name == 'enabled':
         return isinstance(value, bool)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+    # The scaler counts and multiplies in 32 bits.
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= _LARGEST[name == _INTERVAL]:
         return False
-    if name == 'growth_interval':
+    if name == _INTERVAL:
         return isinstance(value, int)
-    return name == 'init_scale' or (name == 'growth_factor' and value > 1) or (name == 'backoff_factor' and value < 1)
+    return (name == 'init_scale' and value >= _SMALLEST) or (name == 'growth_factor' and value > 1) or (name == 'backoff_factor' and value < 1)
 
 
 def _check_device(owner: str, dtype: torch.dtype | None, device: torch.device) -> None:

@@ -60,7 +60,7 @@ def check_number(
     """
     left = '(' if low_open else '['
     allowed = f'a finite number in {left}{low:g}, {high:g}{")" if high_open or math.isinf(high) else "]"}'
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
     if ok:
         assert isinstance(value, (int, float))
         ok = (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
@@ -95,10 +95,10 @@ def check_positive_int(owner: str, name: str, value: object, *, example: str, fo
     """Return ``value``, or raise.
 
     Raises:
-        ValueError: ``value`` is not an integer of at least 1.
+        ValueError: ``value`` is not an integer of at least 1 (and below 2**31: torch computes with it).
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(_message(owner, name, value, 'an integer of at least 1', example, form))
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise UserError(_message(owner, name, value, 'an integer of at least 1 (and below 2**31)', example, form))
     return value
 
 
@@ -120,8 +120,10 @@ def check_clip_grad(owner: str, value: object) -> None:
     except TypeError as error:
         kind = f'the arguments of torch.nn.utils.{clip.__name__} ({error})'
         raise UserError(_message(owner, 'clip_grad', value, kind, _CLIP_GRAD, WRAPPER)) from error
-    if not is_number(value[limit]) or not value[limit] > 0 or not _is_order(value.get('norm_type', 2.0)):
-        kind = f'a dict with a {limit} above 0' + (" and a norm_type above 0 or 'inf'" if limit == 'max_norm' else '')
+    ok = _is_limit(value[limit]) and _is_order(value.get('norm_type', 2.0))
+    switches = [value.get('foreach') or False, value.get('error_if_nonfinite', False)]
+    if not ok or not all(isinstance(switch, bool) for switch in switches):
+        kind = f"a dict with a {limit} above 0 (at most 3e38, or inf), a norm_type above 0 or 'inf', and switches"
         raise UserError(_message(owner, 'clip_grad', value, kind, _CLIP_GRAD, WRAPPER))
 
 
@@ -142,8 +144,18 @@ def check_steps_alone(owner: str, optimizer: Optimizer) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a number: infinite ones are, nan and ``bool`` are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    """Whether ``value`` is a number that a float can hold: infinite ones are, nan and ``bool`` are not."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return not math.isnan(float(value))
+    except OverflowError:
+        return False
+
+
+def _is_limit(value: Any) -> bool:
+    # torch compares it with numbers of 32 bits.
+    return is_number(value) and (0 < value <= 3e38 or value == math.inf)
 
 
 def _is_order(value: Any) -> bool:
