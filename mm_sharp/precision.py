@@ -129,7 +129,11 @@ def _fits_scaler(name: object, value: object) -> bool:
         return False
     if name == _INTERVAL:
         return isinstance(value, int)
-    return (name == 'init_scale' and value >= _SMALLEST) or (name == 'growth_factor' and value > 1) or (name == 'backoff_factor' and value < 1)
+    return (
+        (name == 'init_scale' and value >= _SMALLEST)
+        or (name == 'growth_factor' and value > 1)
+        or (name == 'backoff_factor' and value < 1)
+    )
 
 
 def _check_device(owner: str, dtype: torch.dtype | None, device: torch.device) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
 
 from mm_sharp.ausam import AUSAMOptimWrapper
 from mm_sharp.ausam_sampler import AUSAMSampler
@@ -25,54 +24,14 @@ from mm_sharp.cli import UsageError
 from mm_sharp.esam import ESAMOptimWrapper
 from mm_sharp.sam import SAMOptimWrapper
 from mm_sharp.two_pass import TwoPassOptimWrapper
-from mm_sharp.wrapper_checks import check_arguments, check_constructor, check_optimizer, check_paramwise, closest
-
-
-def wrapper_configs(cfg: Config) -> dict[str, Any]:
-    """The config of each optimizer wrapper by its dotted key: one, or several for an ``OptimWrapperDict``.
-
-    Raises:
-        UsageError: There is none.
-    """
-    top = cfg.get('optim_wrapper')
-    example = "write optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=dict(type='SGD', lr=0.01))"
-    if not top:
-        raise UsageError(f'the config has no optim_wrapper: {example}')
-    if not isinstance(top, dict):
-        raise UsageError(f'optim_wrapper={top!r} is no dict: {example}')
-    if 'optimizer' in top or 'type' in top:
-        return {'optim_wrapper': top}
-    dicts = {f'optim_wrapper.{key}': value for key, value in top.items() if isinstance(value, dict)}
-    members = {key: value for key, value in dicts.items() if 'optimizer' in value or 'type' in value}
-    if not members:
-        raise UsageError(f'optim_wrapper has neither a type nor an optimizer: {example}')
-    if 'constructor' not in top:
-        raise UsageError(
-            f"optim_wrapper.constructor is missing, and {', '.join(members)} need one: MMEngine's own builds a single "
-            "wrapper. Write optim_wrapper = dict(constructor='MyConstructor', …), or, for one wrapper of all parameters, "
-            "optim_wrapper = dict(type='SAMOptimWrapper', optimizer=…)"
-        )
-    return members
-
-
-def wrapper_class(cfg: Config, key: str, wrapper: dict[str, Any]) -> type[OptimWrapper]:
-    """The class that MMEngine will build for an optimizer wrapper's config.
-
-    Raises:
-        UsageError: Its type is not registered.
-    """
-    name = wrapper.get('type', 'OptimWrapper')
-    if not isinstance(name, str):
-        return name  # type: ignore[no-any-return]
-    scope = wrapper.get('_scope_') or cfg.get('default_scope', 'mmengine')
-    with OPTIM_WRAPPERS.switch_scope_and_registry(scope) as registry:
-        found = registry.get(name)
-        names = sorted({*registry.module_dict, *OPTIM_WRAPPERS.module_dict})
-    if found is None:
-        close = closest(name, names)
-        hint = f'did you mean {close!r}?' if close else 'import its module in custom_imports.'
-        raise UsageError(f'{key}.type: no optimizer wrapper {name!r}; {hint} Registered: {", ".join(names)}')
-    return found  # type: ignore[no-any-return]
+from mm_sharp.wrapper_checks import (
+    check_arguments,
+    check_constructor,
+    check_optimizer,
+    check_paramwise,
+    wrapper_class,
+    wrapper_configs,
+)
 
 
 def check_wrappers(cfg: Config) -> None:

@@ -122,11 +122,9 @@ class CallRecorder:
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's model inside DDP, ``torch.compile`` and the like."""
     while True:
-        if is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        else:
-            # torch's OptimizedModule, whose class takes seconds to import.
-            inner = model._modules.get('_orig_mod')
+        wrapped = is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel)
+        # The other one is torch's OptimizedModule, whose class takes seconds to import.
+        inner = model.module if wrapped else model._modules.get('_orig_mod')
         if not isinstance(inner, nn.Module):
             return model
         model = inner

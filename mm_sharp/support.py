@@ -22,8 +22,8 @@ def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = 
         can_sync: Whether an argument would make it do so.
 
     Raises:
-        NotImplementedError: Its ``train_step`` is compiled, or ``model`` is wrapped by FSDP, or by DDP with ``static_graph`` while the first pass is not
-            synchronised.
+        NotImplementedError: Its ``train_step`` is compiled, or ``model`` is wrapped by FSDP, or by DDP with
+            ``static_graph`` while the first pass is not synchronised.
     """
     check_step_is_not_compiled(owner, model)
     if any(cls.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for cls in type(model).__mro__):
@@ -48,9 +48,9 @@ def check_step_is_not_compiled(owner: str, model: nn.Module) -> None:
     """
     if is_compiled(model, 'train_step'):
         raise UnsupportedError(
-            f"{owner}: torch.compile has got hold of the model's train_step, and with it of the optimizer wrapper. Compile "
-            "what holds no loss: model.backbone.compile(), or write compile=True in the config of MMEngine's Runner, "
-            'in which that is done'
+            f"{owner}: torch.compile has got hold of the model's train_step, and with it of the optimizer wrapper. "
+            "Compile what holds no loss: model.backbone.compile(), or write compile=True in the config of MMEngine's "
+            'Runner, in which that is done'
         )
 
 
@@ -70,15 +70,15 @@ def check_compiled(owner: str, model: nn.Module, *, sees_losses: bool, switches:
     whole = model is not inner and '_orig_mod' in model._modules
     if sees_losses and (whole or is_compiled(inner)):
         raise UnsupportedError(
-            f'{owner}: torch.compile has got hold of the whole {type(inner).__name__}, whose losses cannot be seen from '
-            'outside any more. Compile what holds no loss: model.backbone.compile(), or, in a config, compile=True'
+            f'{owner}: torch.compile has got hold of the whole {type(inner).__name__}, whose losses cannot be seen '
+            'from outside any more. Compile what holds no loss: model.backbone.compile(), or, in a config, compile=True'
         )
     names = [name or type(inner).__name__ for name, module in inner.named_modules() if is_compiled(module)]
     if switches and (whole or names):
         raise UnsupportedError(
             f'{owner}: with beta below 1 other tensors have gradients in every step, and torch.compile would compile '
-            f'{", ".join(names) or type(inner).__name__} anew for each of them. Do not compile (compile=False), or write '
-            f"optim_wrapper = dict(type='{owner}', beta=1.0, ...)"
+            f'{", ".join(names) or type(inner).__name__} anew for each of them. Do not compile (compile=False), or '
+            f"write optim_wrapper = dict(type='{owner}', beta=1.0, ...)"
         )
 
 

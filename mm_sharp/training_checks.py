@@ -88,7 +88,7 @@ def _check_compile(value: Any) -> None:
         known = torch.compiler.list_backends(exclude_tags=())
         if backend not in known:
             raise UsageError(
-                f"compile.backend: no backend {backend!r}; there are {', '.join(known)}. Write for example: "
+                f'compile.backend: no backend {backend!r}; there are {", ".join(known)}. Write for example: '
                 "compile = dict(backend='inductor')"
             )
 
@@ -116,7 +116,8 @@ def _hooks(cfg: Config) -> Iterator[tuple[str, Any]]:
     if not isinstance(defaults, Mapping) or not isinstance(custom, (list, tuple)):
         raise UsageError(
             'default_hooks must be a dict and custom_hooks a list. Write for example: '
-            "default_hooks = dict(logger=dict(type='LoggerHook', interval=50)), custom_hooks = [dict(type='SharpnessHook')]"
+            "default_hooks = dict(logger=dict(type='LoggerHook', interval=50)), "
+            "custom_hooks = [dict(type='SharpnessHook')]"
         )
     yield from ((f'default_hooks.{name}', hook) for name, hook in defaults.items())
     yield from ((f'custom_hooks.{i}', hook) for i, hook in enumerate(custom))

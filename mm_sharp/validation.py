@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from inspect import signature
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch.optim import Optimizer
 WRAPPER = "optim_wrapper = dict(type='{owner}', {name}={example}, ...)"
 HOOK = "custom_hooks = [dict(type='{owner}', {name}={example})]"
 
-_CLIPPING = {'norm': (clip_grad_norm_, 'max_norm'), 'value': (clip_grad_value_, 'clip_value')}
+_CLIPPING: dict[str, tuple[Callable[..., Any], str]] = {
+    'norm': (clip_grad_norm_, 'max_norm'),
+    'value': (clip_grad_value_, 'clip_value'),
+}
 _CLIP_GRAD = "dict(max_norm=1.0) or dict(type='value', clip_value=0.1)"
 
 

@@ -16,7 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
 from torch import nn
 
 from mm_sharp.ausam import AUSAMOptimWrapper
@@ -61,6 +61,53 @@ def closest(name: str, names: Collection[str]) -> str | None:
     lower = {other.lower(): other for other in names}
     found = get_close_matches(name.lower(), lower, n=1)
     return lower[found[0]] if found else None
+
+
+def wrapper_configs(cfg: Config) -> dict[str, Any]:
+    """The config of each optimizer wrapper by its dotted key: one, or several for an ``OptimWrapperDict``.
+
+    Raises:
+        UsageError: There is none.
+    """
+    top = cfg.get('optim_wrapper')
+    example = "write optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=dict(type='SGD', lr=0.01))"
+    if not top:
+        raise UsageError(f'the config has no optim_wrapper: {example}')
+    if not isinstance(top, dict):
+        raise UsageError(f'optim_wrapper={top!r} is no dict: {example}')
+    if 'optimizer' in top or 'type' in top:
+        return {'optim_wrapper': top}
+    dicts = {f'optim_wrapper.{key}': value for key, value in top.items() if isinstance(value, dict)}
+    members = {key: value for key, value in dicts.items() if 'optimizer' in value or 'type' in value}
+    if not members:
+        raise UsageError(f'optim_wrapper has neither a type nor an optimizer: {example}')
+    if 'constructor' not in top:
+        raise UsageError(
+            f"optim_wrapper.constructor is missing, and {', '.join(members)} need one: MMEngine's own builds a single "
+            "wrapper. Write optim_wrapper = dict(constructor='MyConstructor', …), or, for one wrapper of all "
+            "parameters, optim_wrapper = dict(type='SAMOptimWrapper', optimizer=…)"
+        )
+    return members
+
+
+def wrapper_class(cfg: Config, key: str, wrapper: dict[str, Any]) -> type[OptimWrapper]:
+    """The class that MMEngine will build for an optimizer wrapper's config.
+
+    Raises:
+        UsageError: Its type is not registered.
+    """
+    name = wrapper.get('type', 'OptimWrapper')
+    if not isinstance(name, str):
+        return name  # type: ignore[no-any-return]
+    scope = wrapper.get('_scope_') or cfg.get('default_scope', 'mmengine')
+    with OPTIM_WRAPPERS.switch_scope_and_registry(scope) as registry:
+        found = registry.get(name)
+        names = sorted({*registry.module_dict, *OPTIM_WRAPPERS.module_dict})
+    if found is None:
+        close = closest(name, names)
+        hint = f'did you mean {close!r}?' if close else 'import its module in custom_imports.'
+        raise UsageError(f'{key}.type: no optimizer wrapper {name!r}; {hint} Registered: {", ".join(names)}')
+    return found  # type: ignore[no-any-return]
 
 
 def check_arguments(key: str, cls: type[OptimWrapper], arguments: Mapping[str, Any]) -> None:
@@ -114,12 +161,11 @@ def check_optimizer(
     arguments = {name: deepcopy(value) for name, value in config.items() if name not in ('type', '_scope_')}
     try:
         signature(kind).bind([_weight()], **arguments)
-        return kind([_weight()], **arguments) if kind.__module__.startswith('torch.') else stand_in  # type: ignore[no-any-return]
+        return kind([_weight()], **arguments) if kind.__module__.startswith('torch.') else stand_in
     except (TypeError, ValueError) as error:
         takes = ', '.join(str(p).partition(':')[0] for p in list(signature(kind).parameters.values())[1:])
-        raise UsageError(
-            f'{key}.optimizer={dict(config)!r}: {kind.__name__}: {error}. It takes {takes}. Write for example: {written}'
-        ) from error
+        what = f'{key}.optimizer={dict(config)!r}: {kind.__name__}: {error}. It takes {takes}'
+        raise UsageError(f'{what}. Write for example: {written}') from error
 
 
 def check_paramwise(cfg: Config, key: str, cls: type[OptimWrapper], wrapper: Mapping[str, Any]) -> None:

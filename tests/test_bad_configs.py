@@ -38,14 +38,16 @@ def train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trainer: ModuleType
 ) -> Train:
     """Train the toy with a method by tools/train.py; returns its exit code and what it says on stderr."""
-    monkeypatch.setattr(runner, 'collect_env', dict)  # asks the compiler for its version: half a second
+    # The first asks the compiler for its version; the second puts a config into a neat form, four times a run.
+    monkeypatch.setattr(runner, 'collect_env', dict)
+    monkeypatch.setattr(Config, 'pretty_text', property(lambda config: repr(config.to_dict())))
 
     def call(method: str, lines: str, *options: str) -> tuple[int, str]:
         folder = tmp_path / f'{tmp_path.name}-{len(list(tmp_path.iterdir()))}'
         folder.mkdir()
         config = toy_config(folder / 'run', train_cfg=dict(by_epoch=True, max_epochs=1))
         config['optim_wrapper']['type'] = f'{method}OptimWrapper'
-        Config(config).dump(folder / 'toy.py')
+        (folder / 'toy.py').write_text('\n'.join(f'{key} = {value!r}' for key, value in config.items()))
         (folder / 'mine.py').write_text(f"_base_ = 'toy.py'\n{lines}")
         monkeypatch.setattr(sys, 'argv', ['tools/train.py', str(folder / 'mine.py'), *options])
         capsys.readouterr()
@@ -80,8 +82,10 @@ def test_a_bad_config_is_refused_in_one_line(case: Bad, train: Train, holds: Hol
     )
 
 
-@pytest.mark.parametrize('method', ['ESAM', 'AUSAM'])
-@pytest.mark.parametrize('head', ['YOLOXPoseHead', 'RTMOHead', 'CIDHead'])
+@pytest.mark.parametrize(
+    ('head', 'method'),
+    [('YOLOXPoseHead', 'ESAM'), ('YOLOXPoseHead', 'AUSAM'), ('RTMOHead', 'AUSAM'), ('CIDHead', 'ESAM')],
+)
 @pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning', 'ignore::DeprecationWarning')
 def test_a_head_whose_rows_are_not_samples(head: str, method: str, train: Train, holds: Holds) -> None:
     (case,) = [case for case in HEADS if case.name == head]
@@ -127,6 +131,7 @@ STATIC = "model_wrapper_cfg = dict(type='MMDistributedDataParallel', static_grap
 
 
 @pytest.mark.parametrize('method', ['SAM', 'ESAM', 'AUSAM'])
+@pytest.mark.filterwarnings('ignore:`broadcast_buffers` is deprecated:FutureWarning')
 def test_a_static_graph(method: str, train: Train, holds: Holds, monkeypatch: pytest.MonkeyPatch) -> None:
     place = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), RANK='0', LOCAL_RANK='0', WORLD_SIZE='1')
     place.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')  # MMEngine warns that it sets them
@@ -143,20 +148,14 @@ def test_a_static_graph(method: str, train: Train, holds: Holds, monkeypatch: py
     holds('Bad configs', 'DDP with static_graph=True', method, HELD, unit='bad configs')
 
 
-IN_ANOTHER_PROCESS = {
-    'before anything is built': ('optim_wrapper = dict(rhoo=0.1)', "did you mean 'rho'"),
-    'in the first step': ('optim_wrapper = dict(perturb=dict(include="bakbone"))', "include pattern 'bakbone'"),
-}
-
-
-@pytest.mark.parametrize('when', IN_ANOTHER_PROCESS)
-def test_as_a_user_sees_it(when: str, tmp_path: Path) -> None:
-    lines, message = IN_ANOTHER_PROCESS[when]
+def test_as_a_user_sees_it(tmp_path: Path) -> None:
+    """In a process of its own, for a mistake that shows in the first step."""
     config = toy_config(tmp_path / 'run', custom_imports=dict(imports=['tests.toys', 'mm_sharp']))
     Config(config).dump(tmp_path / 'toy.py')
-    (tmp_path / 'mine.py').write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n_base_ = 'toy.py'\n{lines}\n")
+    lines = "_base_ = 'toy.py'", "optim_wrapper = dict(perturb=dict(include='bakbone'))"
+    (tmp_path / 'mine.py').write_text('\n'.join(['import sys', f'sys.path.insert(0, {str(ROOT)!r})', *lines]))
     done = run('tools/train.py', 'mine.py', cwd=tmp_path, code=2)
-    assert message in done.stderr.splitlines()[-1]
+    assert "include pattern 'bakbone'" in done.stderr.splitlines()[-1]
     assert 'Traceback' not in done.stdout + done.stderr
 
 

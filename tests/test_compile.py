@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'AUSAM': {},
 }
 SECTION = 'torch.compile'
+SAME = 'weights equal to an uncompiled run, bit for bit'
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +56,7 @@ def trained(folder: Path, method: str, kind: Any = Runner, **changes: Any) -> An
 
 
 @pytest.mark.parametrize('method', OPTIONS)
-def test_a_compiled_run_is_the_plain_run_bit_for_bit(
-    method: str, tmp_path: Path, compiler: Any, holds: Holds
-) -> None:
+def test_a_compiled_run_is_the_plain_run_bit_for_bit(method: str, tmp_path: Path, compiler: Any, holds: Holds) -> None:
     plain = trained(tmp_path / 'plain', method)
     compiled = trained(tmp_path / 'compiled', method, compile=dict(backend='eager'))
     assert same_state(plain.model, compiled.model)
@@ -67,21 +66,22 @@ def test_a_compiled_run_is_the_plain_run_bit_for_bit(
     assert sum(counters['graph_break'].values()) == 0
     parts = [compiled.model.conv, compiled.model.norm, compiled.model.head, compiled.model]
     assert not any({'forward', 'train_step'} & vars(part).keys() for part in parts), 'something is left behind'
-    holds(SECTION, "compile=dict(backend='eager') in the config", method, 'weights equal to an uncompiled run, bit for bit',
-          unit='compiled runs')  # fmt: skip
+    holds(SECTION, "compile=dict(backend='eager') in the config", method, SAME, unit='compiled runs')
 
 
 def test_a_compiled_step_is_the_plain_step_through_autograd(tmp_path: Path, holds: Holds) -> None:
-    runs = [trained(tmp_path / str(i), 'AUSAM', **c) for i, c in enumerate(({}, dict(compile=dict(backend='aot_eager'))))]
+    runs = [
+        trained(tmp_path / str(i), 'AUSAM', **c) for i, c in enumerate(({}, dict(compile=dict(backend='aot_eager'))))
+    ]
     assert same_state(*(run.model for run in runs))
-    holds(SECTION, "compile=dict(backend='aot_eager') in the config", 'AUSAM', 'weights equal, bit for bit', unit='compiled runs')  # fmt: skip
+    holds(SECTION, "compile=dict(backend='aot_eager') in the config", 'AUSAM', SAME, unit='compiled runs')
 
 
 def test_flexible_runner_compiles_the_forward(tmp_path: Path, holds: Holds) -> None:
     plain = trained(tmp_path / 'plain', 'AUSAM', FlexibleRunner)
     compiled = trained(tmp_path / 'compiled', 'AUSAM', FlexibleRunner, compile=dict(backend='eager'))
     assert same_state(plain.model, compiled.model)
-    holds(SECTION, "FlexibleRunner's compile", 'AUSAM', 'weights equal to an uncompiled run, bit for bit', unit='compiled runs')  # fmt: skip
+    holds(SECTION, "FlexibleRunner's compile", 'AUSAM', SAME, unit='compiled runs')
 
 
 def test_other_wrappers_are_compiled_as_mmengine_does(tmp_path: Path, compiler: Any) -> None:
@@ -117,7 +117,13 @@ def test_sam_trains_a_model_that_was_compiled_before(holds: Holds) -> None:
     step(plain, plain, 'sam-weights', perturb=dict(norm=False, include='^conv'))
     step(compiled, torch.compile(compiled, backend='eager'), 'sam-weights', perturb=dict(norm=False, include='^conv'))
     assert same_state(plain, compiled)
-    holds(SECTION, 'torch.compile(model) by hand', 'SAM', 'weights equal to the plain ones, bit for bit', unit='compiled runs')
+    holds(
+        SECTION,
+        'torch.compile(model) by hand',
+        'SAM',
+        'weights equal to the plain ones, bit for bit',
+        unit='compiled runs',
+    )
 
 
 @pytest.mark.parametrize('name', ['esam', 'ausam'])
@@ -151,4 +157,3 @@ def test_what_is_compiled_in_a_pose_estimator() -> None:
     with DefaultScope.overwrite_default_scope('mmpose'):
         model = build(case.config())
     assert [name for name, _ in parts_without_losses(model)] == ['backbone']
-

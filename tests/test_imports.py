@@ -38,9 +38,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({'compilation', 'history_hook', 'quantization'}),
 )
 # Command-line glue may import everything, and nothing imports it.
-GLUE = frozenset({
-    *('benchmark', 'build_errors', 'cli', 'diagnosis', 'doctor', 'preflight', 'training_checks', 'wrapper_checks')
-})
+GLUE = frozenset(
+    {*('benchmark', 'build_errors', 'cli', 'diagnosis', 'doctor', 'preflight', 'training_checks', 'wrapper_checks')}
+)
 
 
 def modules() -> dict[str, list[Path]]:

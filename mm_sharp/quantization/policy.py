@@ -214,7 +214,6 @@ def _size(value: object) -> tuple[int, int]:
         or len(value) != 2
         or not all(type(side) is int and side > 0 for side in value)
     ):
-        raise UserError(
-            f'{OWNER}: policy input_size={value!r} is not allowed: (width, height) in pixels, as policy=dict(input_size=(192, 256), …)'
-        )
+        example = 'policy=dict(input_size=(192, 256), …)'
+        raise UserError(f'{OWNER}: policy input_size={value!r} is not allowed: (width, height) in pixels, as {example}')
     return (value[0], value[1])
