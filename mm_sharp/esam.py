@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import get_world_size
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -138,7 +139,8 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
     def second_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward, on the samples that are selected."""
         count = sample_count(self.gamma, self._size)
-        if count == self._size:
+        # Other ranks may have more samples and select: a forward that communicates (SyncBatchNorm) needs all of them.
+        if count == self._size and (self.gamma == 1.0 or get_world_size() == 1):
             return super().second_loss(call, loss, norm)
         rows: IntArray | Tensor
         whole: Tensor | None = None

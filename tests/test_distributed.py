@@ -16,6 +16,7 @@ from mm_sharp import AUSAMOptimWrapper
 from mm_sharp.draws import Draw, generator_at
 from mm_sharp.perturbation import weight_mask
 from tests.distributed import run
+from tests.rank_toys import SyncedNet, digest
 from tests.references import sam_gradients, sam_step
 from tests.references_esam import ReferenceESAM
 from tests.reliability import Holds
@@ -31,6 +32,11 @@ def shard(batch: Batch, rank: int, processes: int) -> Batch:
     """The part of the batch that ``rank`` sees."""
     size = len(batch['inputs']) // processes
     return {key: value[rank * size : (rank + 1) * size] for key, value in batch.items()}
+
+
+def uneven_shard(batch: Batch, rank: int, processes: int) -> Batch:
+    """All but one sample for the first of two ranks, one for the second."""
+    return {key: value[:-1] if rank == 0 else value[-1:] for key, value in batch.items()}
 
 
 # Every case by name: (wrapper, options). All run in one pair of processes, since starting them takes seconds.
@@ -52,6 +58,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'fp16': dict(ddp=dict(broadcast_buffers=True), sync_perturbation=True, dtype='float16'),
     'anomalous': dict(ddp=dict(detect_anomalous_params=True), dtype='bfloat16', clip_grad=dict(max_norm=0.5)),
     'static synced': dict(ddp=dict(static_graph=True), sync_perturbation=True),
+    'uneven': dict(uneven=True, model=dict(kind=SyncedNet)),
+    'uneven synced': dict(uneven=True, model=dict(kind=SyncedNet), sync_perturbation=True, accumulative_counts=2),
+}
+SAID = {
+    'unused': 'find_unused_parameters, sync_perturbation',
+    'buckets': 'broadcast_buffers, gradients as bucket views, accumulation',
+    'fp16': 'float16, broadcast_buffers, sync_perturbation',
+    'anomalous': 'detect_anomalous_params, bfloat16, clipping',
+    'static synced': 'static_graph, sync_perturbation',
+    'uneven': '7 samples and 1, synchronised BatchNorm',
+    'uneven synced': '7 samples and 1, synchronised BatchNorm, sync_perturbation, accumulation',
 }
 # DDP learns a static graph in its first backward pass, which ESAM must run without synchronisation.
 PAIRS = [(option, name) for option in OPTIONS for name in WRAPPERS if (option, name[:4]) != ('static synced', 'esam')]
@@ -88,15 +105,17 @@ def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict
     """Train the toy on this rank's shards and report its weights and collectives."""
     options = dict(options)
     model_options, ddp_options = options.pop('model', {}), options.pop('ddp', {})
+    part = uneven_shard if options.pop('uneven', False) else shard
     model = MMDistributedDataParallel(make(**model_options), **ddp_options)
     wrapper = build(name, model, momentum_sgd(model), **options)
     wrapper.initialize_count_status(model, 0, STEPS)
     reduced: list[int] = []
     # How many bytes DDP averages over the ranks, and when.
     model.register_comm_hook(reduced, counting_all_reduce)
-    counts, drawn = [], []
+    counts, drawn, hashes = [], [], []
     for batch in batches(STEPS, size=8):
-        model.train_step(shard(batch, rank, processes), wrapper)
+        model.train_step(part(batch, rank, processes), wrapper)
+        hashes.append(digest(model))
         counts.append(sum(reduced))
         reduced.clear()
         if isinstance(wrapper, AUSAMOptimWrapper):
@@ -109,6 +128,7 @@ def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict
         'norm': record.grad_norm.item(),
         'seed': getattr(wrapper, 'seed', None),
         'drawn': drawn,
+        'hashes': hashes,
     }
 
 
@@ -252,12 +272,16 @@ def test_ausam_on_ranks_equals_sam_on_what_each_draws(ranks: list[dict[str, Any]
 
 
 @pytest.mark.parametrize(('option', 'name'), PAIRS)
-def test_ddp_options_keep_the_ranks_equal(ranks: list[dict[str, Any]], option: str, name: str) -> None:
+def test_ddp_options_keep_the_ranks_equal(ranks: list[dict[str, Any]], option: str, name: str, holds: Holds) -> None:
     results = [rank[f'{option} {name}'] for rank in ranks]
     assert_identical(*(result['weights'] for result in results))
     assert all(np.isfinite(array).all() for result in results for array in result['state'])
-    start = arrays(make())
+    start = arrays(make(**OPTIONS[option].get('model', {})))
     assert any((a != b).any() for a, b in zip(results[0]['state'], start, strict=True))
+    assert results[0]['hashes'] == results[1]['hashes']
+    count = 2 * STEPS
+    unit = 'weights compared by hash (steps × ranks)'
+    holds('Ranks', f'{SAID[option]}', name, 'the same weights on 2 ranks', count=count, unit=unit)
 
 
 def test_a_static_graph_needs_a_synchronised_first_pass(ranks: list[dict[str, Any]]) -> None:
