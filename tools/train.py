@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp import cli, preflight
+from mm_sharp import build_errors, cli, preflight, training_checks
 from mm_sharp.compat import save_plain_checkpoints
 
 
@@ -64,8 +64,10 @@ def configure(args: argparse.Namespace) -> Config:
         cfg.auto_scale_lr.enable = True
     cli.show_predictions(cfg, args)
     _draw_in_validation(cfg, args)
+    training_checks.check_training(cfg)
     preflight.check_wrappers(cfg)
     preflight.check_sampler(cfg)
+    training_checks.check_hooks(cfg)
     preflight.check_data(cfg, 'train', *(() if cfg.get('val_cfg') is None else ('val',)))
     _resume(cfg, args.resume)
     return cfg
@@ -102,8 +104,10 @@ def main(arguments: Sequence[str]) -> None:
     """Train."""
     args = parse_arguments(arguments)
     save_plain_checkpoints()
-    runner = Runner.from_cfg(configure(args))
-    cli.run_with_checkpoint(runner.train, args.trust_checkpoint)
+    cfg = configure(args)
+    with build_errors.explained(cfg):
+        runner = Runner.from_cfg(cfg)
+        cli.run_with_checkpoint(runner.train, args.trust_checkpoint)
     if runner.rank == 0:
         print(f'Done. Checkpoints and logs: {runner.work_dir}')
 
