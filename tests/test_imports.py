@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             'sample_table',
         }
     ),
-    frozenset({'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
+    frozenset({'checkpoint_check', 'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
     frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
     frozenset({'support', 'wrapper_state', 'subset', 'indexed_dataset', 'loader_draws', 'method'}),
@@ -38,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({'history_hook', 'quantization'}),
 )
 # Command-line glue may import everything, and nothing imports it.
-GLUE = frozenset({'benchmark', 'cli', 'diagnosis', 'doctor', 'preflight'})
+GLUE = frozenset({'benchmark', 'careful_loading', 'cli', 'diagnosis', 'doctor', 'endings', 'preflight'})
 
 
 def modules() -> dict[str, list[Path]]:
