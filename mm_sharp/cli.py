@@ -28,6 +28,7 @@ from mmengine.runner import Runner
 from mm_sharp import fragments
 from mm_sharp.careful_loading import careful_loading
 from mm_sharp.endings import ending
+from mm_sharp.launcher_watch import end_with_launcher
 from mm_sharp.validation import UserError
 
 # Top-level keys that MMEngine's Runner and MMPose's tools read from the config without being arguments of the Runner.
@@ -244,6 +245,7 @@ def _launch(cfg: Config, launcher: str) -> None:
         UsageError: A launcher other than torchrun's on a machine without an accelerator, or a time-out of 0 seconds.
     """
     cfg.launcher = launcher
+    end_with_launcher()
     if launcher == 'none' or get_device() != 'cpu':
         return
     if launcher != 'pytorch':

@@ -75,17 +75,26 @@ class Run:
         os.kill(self._popen.pid if pid is None else pid, number)
 
     def workers(self) -> list[int]:
-        """The processes that the launcher has started, those that train."""
+        """The processes of the run that its launcher has started, whether or not that is still there."""
         found = []
-        for stat in Path('/proc').glob('[0-9]*/stat'):
+        for command in Path('/proc').glob('[0-9]*/cmdline'):
             try:
-                fields = stat.read_text().rpartition(')')[2].split()
-                command = (stat.parent / 'cmdline').read_text()
+                words = command.read_text().split('\0')
             except OSError:  # it has ended
                 continue
-            if int(fields[1]) == self._popen.pid and 'train.py' in command:
-                found.append(int(stat.parent.name))
+            if str(self.work_dir) in words and int(command.parent.name) != self._popen.pid:
+                found.append(int(command.parent.name))
         return sorted(found)
+
+    @staticmethod
+    def are_gone(pids: list[int], seconds: float = 10.0) -> bool:
+        """Whether processes have ended; some take a moment."""
+        end = time.monotonic() + seconds
+        while any(_lives(pid) for pid in pids):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
 
     def end(self, seconds: float = 120.0) -> int:
         """Wait for its end; the exit code, negative for a signal."""
@@ -96,3 +105,11 @@ class Run:
                 for pid in (*self.workers(), self._popen.pid):
                     os.kill(pid, signal.SIGKILL)
                 self._popen.wait()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
+    except OSError:
+        return False
+    return state not in 'ZX'  # ended, but whoever should take note has not

@@ -38,7 +38,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({'history_hook', 'quantization'}),
 )
 # Command-line glue may import everything, and nothing imports it.
-GLUE = frozenset({'benchmark', 'careful_loading', 'cli', 'diagnosis', 'doctor', 'endings', 'preflight'})
+GLUE = frozenset(
+    {'benchmark', 'careful_loading', 'cli', 'diagnosis', 'doctor', 'endings', 'launcher_watch', 'preflight'}
+)
 
 
 def modules() -> dict[str, list[Path]]:

@@ -60,19 +60,16 @@ def kill(run: Run, number: signal.Signals, moment: str, chance: random.Random) -
         time.sleep(chance.uniform(0.0, 0.8))
     if moment == 'writing' and not run.wait_until(lambda: any(run.work_dir.glob('.*.partial'))):
         return False
-    victims: list[int | None] = [None]
     workers = run.workers() if run.processes > 1 else []
-    if workers and number is signal.SIGKILL and chance.random() < 0.5:
-        victims = [*workers, None]  # as when a machine fails
-    elif workers:
-        victims = [chance.choice([None, *workers]) if number is not signal.SIGKILL else chance.choice(workers)]
     try:
-        for victim in victims:
-            run.send(number, victim)
+        run.send(number, chance.choice([None, *workers]) if moment != 'starting' else None)
     except ProcessLookupError:
         return False
+    if moment == 'starting' and number is signal.SIGKILL:  # as when a machine fails: nobody knows of the others yet
+        for pid in run.workers():
+            run.send(number, pid)
     code = run.end()
-    assert not any(Path(f'/proc/{pid}').is_dir() for pid in workers), 'a process is left'
+    assert run.are_gone(workers), 'a process is left'
     if run.processes == 1 and code != 0:
         assert code in {signal.SIGINT: (130, -2), signal.SIGTERM: (-15,), signal.SIGKILL: (-9,)}[number], run.output
     return code != 0

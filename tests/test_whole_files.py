@@ -67,7 +67,7 @@ def test_the_old_checkpoint_goes_after_the_new_one_is_named(tmp_path: Path, monk
     runner.train()
     seen = [event for event in events.seen if 'epoch' in event[1] or 'last' in event[1]]
     written = [
-        [('flush', f'.{name}.partial'), ('rename', name)]
+        [('flush', f'.{name}.{os.getpid()}.partial'), ('rename', name)]
         for name in ('epoch_1.pth', 'last_checkpoint', 'epoch_2.pth', 'last_checkpoint')
     ]
     assert seen == [*chain(*written), ('remove', 'epoch_1.pth')]

@@ -5,9 +5,10 @@ Cause: MMEngine writes a checkpoint straight into the file that it is to be, and
 is left with a torn file and, with ``max_keep_ckpts=1``, with no other.
 
 Repair, in runs that use this package: what their runner and their ``CheckpointHook`` write goes into a file beside it
-first (``.epoch_3.pth.partial``), is flushed to the disk and then renamed, which happens as a whole or not at all; so
-does ``last_checkpoint``, which names the newest. What they remove is removed after all of that. The disk needs room for
-one checkpoint more than ``max_keep_ckpts``. Files of this machine only: other storage backends have their own ways.
+first (``.epoch_3.pth.1234.partial``, with the number of the process), is flushed to the disk and then renamed, which
+happens as a whole or not at all; so does ``last_checkpoint``, which names the newest. What they remove is removed after
+all of that. The disk needs room for one checkpoint more than ``max_keep_ckpts``. Files of this machine only: other
+storage backends have their own ways.
 
 Ends with: an mmengine that does so (none as of 0.10.7).
 """
@@ -85,7 +86,7 @@ def write_whole(content: bytes, path: str | Path) -> None:
         CheckpointWriteError: It could not be written. It is as before, and nothing else is left.
     """
     target = Path(os.path.realpath(path))  # a link stays one
-    partial = target.with_name(f'.{target.name}{_PARTIAL}')
+    partial = target.with_name(f'.{target.name}.{os.getpid()}{_PARTIAL}')
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open('wb') as stream:
