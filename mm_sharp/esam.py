@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import get_world_size
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -123,6 +124,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Record the losses of the first pass, where this step needs them."""
         if self.gamma == 1.0 or (not self._measures and self._reductions):
+            self._record = None
             yield
             return
         with super().recording(model):
@@ -132,13 +134,14 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
     def second_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward, on the samples that are selected."""
         count = sample_count(self.gamma, self._size)
-        if count == self._size:
+        # Other ranks may have more samples and select: a forward that communicates (SyncBatchNorm) needs all of them.
+        if count == self._size and (self.gamma == 1.0 or get_world_size() == 1):
             return super().second_loss(call, loss, norm)
         rows: IntArray | Tensor
         whole: Tensor | None = None
         if self._measures:
-            differences, whole = self._measure(call, loss, norm)
-            rows = top_k(differences, count)
+            differences, increases, whole = self._measure(call, loss, norm)
+            rows = top_k(increases, count)
             self._figures = lambda: _figures(differences.cpu().numpy().astype(np.float64))
         else:
             if not self._reductions:  # no step was measured yet: say now if the losses of samples cannot be told
@@ -153,15 +156,23 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         """Whether this step selects by the increase that it measures itself."""
         return self.selection == 'exact' or self.steps % self.refresh == 0
 
-    def _measure(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss increase of every sample, (N,), and the batch's L(w + e), by a forward without gradients."""
+    def _measure(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A forward without gradients.
+
+        Returns:
+            Loss difference of every sample for the history and the log, (N,), NaN where there was no perturbation; loss
+            increase to select by, (N,); the batch's L(w + e).
+        """
         before = self.record().losses(loss)
         with self.losses_of(call.model).record() as record:
             whole = self.loss_without_gradient(call)
-        differences = self.differences(before, record.losses(whole), norm)
+        after = record.losses(whole)
+        differences = self.differences(before, after, norm)
         if self.uses_history:
             self.visit(self._keys, differences)
-        return differences, whole
+        # A sample whose loss is not finite would take the step with it: it comes last, behind all others.
+        increases = after - before
+        return differences, increases.where(increases.isfinite(), -torch.inf), whole
 
     def _choose_by_history(self, count: int) -> tuple[IntArray, FloatArray]:
         """The samples with the largest average loss difference, and the averages, (N,), NaN where not measured yet."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class GradientsAside:
-    """Gradients that were accumulated before this step, taken off their parameters for the first pass.
+    """Gradients that were accumulated before this step.
 
     Args:
         parameters: Everything that a backward pass may give a gradient to.
@@ -17,7 +17,10 @@ class GradientsAside:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
         self._gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
+
+    def take_off(self) -> None:
+        """Take them off their parameters, for the first pass."""
+        for parameter in self._parameters:
             parameter.grad = None
 
     def resume(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mm_sharp.finite import all_finite
 from mm_sharp.perturbation import TensorBackup
 
 _PLAIN_NUMBERS = (bool, int, float)
@@ -57,6 +58,13 @@ class ModuleStateBackup:
                 if current.get(name) is not number:
                     current[name] = number
         self.drop()
+
+    def drop_if_finite(self) -> None:
+        """Forget what was kept if the module's buffers are finite now; otherwise put everything back."""
+        if all_finite([buffer for *_, buffer in self._buffers if buffer.is_floating_point()]):
+            self.drop()
+        else:
+            self.restore()
 
     def drop(self) -> None:
         """Forget what was kept."""

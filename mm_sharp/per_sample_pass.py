@@ -16,6 +16,7 @@ from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
 from mm_sharp.replay import ModelCall, unwrap
 from mm_sharp.sample_history import Keys, SampleHistory
 from mm_sharp.sample_keys import keys_of
+from mm_sharp.step_watch import suspects
 from mm_sharp.transfer import HostCopy
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from mm_sharp.validation import check_number
@@ -105,6 +106,14 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         return torch.where(perturbed, after - before, torch.nan)
 
     # ---------------------------------------------------------------- TwoPassOptimWrapper's interface
+    def suspects(self, call: ModelCall) -> str:
+        """The samples of ``call`` in which, or else in whose loss or loss difference, something is not finite."""
+        losses = None if self._record is None else self._record.values()
+        if (losses is None or losses.isfinite().all()) and self._measured is not None:
+            losses = torch.from_numpy(self._measured[1].numpy())
+        rows = [] if losses is None else [int(row) for row in (~losses.isfinite()).nonzero().flatten()]
+        return suspects(type(self).__name__, call, rows)
+
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Record the losses of the first pass."""

@@ -79,6 +79,11 @@ class Precision:
         self.scaler.step(optimizer, **kwargs)
         self.scaler.update(self._fixed_scale)
 
+    def forget_step(self) -> None:
+        """Forget what the scaler has done to the gradients of a step that failed, which it would refuse to do again."""
+        if self.scaler is not None:
+            self.scaler._per_optimizer_states.clear()
+
     def _scaler_arguments(self, owner: str, loss_scale: object) -> dict[str, Any]:
         if loss_scale == 'dynamic':
             return {}

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mm_sharp.finite import all_finite, zero_unless
 from mm_sharp.grad_switch import GradSwitch
 from mm_sharp.gradients import GradientsAside
 from mm_sharp.method import Method
@@ -40,6 +42,7 @@ from mm_sharp.ranks import average_gradients
 from mm_sharp.replay import CallRecorder, ModelCall, loss_of, unwrap
 from mm_sharp.sample_keys import without_keys
 from mm_sharp.step_record import StepRecord, StepTimer
+from mm_sharp.step_watch import StepWatch, suspects
 from mm_sharp.support import check_loss, check_model, check_perturbed, require_call
 from mm_sharp.validation import check_bool, check_clip_grad, check_number, check_positive_int
 from mm_sharp.wrapper_state import load_state, pack_state
@@ -116,6 +119,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._timer: StepTimer | None = None
         self._figures: Callable[[], dict[str, float]] | None = None
         self._loss_is_checked = False
+        self._watch = StepWatch(name)
+        # Elsewhere it would have to wait for the device to learn whether something is finite.
+        self._host_knows = self.device.type == 'cpu'
 
     # ---------------------------------------------------------------- MMEngine's interface
     @contextmanager
@@ -133,6 +139,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
         synced = self.sync_perturbation and not self.skips_gradients
         check_model(type(self).__name__, model, synced, can_sync=not self.skips_gradients)
+        self._settle()
         self._state_before.drop()  # an earlier forward may have been left without update_params
         try:
             with (
@@ -157,7 +164,12 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """Run the rest of the step: first backward, perturbation, second pass, restoration and, where due, the step.
 
         Whatever happens, the weights before the optimizer's own step are bit for bit those before the call. If an
-        exception passes through, buffers, gradients and random state too are as before the forward.
+        exception passes through, buffers, gradients, loss scaler and random state too are as before the forward. (Of
+        an optimizer whose own step is broken off in the middle, what it has changed stays.)
+
+        If the final gradient is not finite, the optimizer does not step, and BatchNorm's statistics that have become
+        not finite are put back; the log names the samples. On an accelerator, where the host does not know it in time,
+        the optimizer steps with a gradient of zero, and buffers are put back when the next step begins.
 
         Args:
             loss: The scalar that the model's ``parse_losses`` made of the captured forward's output.
@@ -170,19 +182,22 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """
         call = require_call(type(self).__name__, self._recorder.take())
         gradients = GradientsAside(self._all_parameters(call.model))
+        count, last_step = self.inner_count, self.last_step
         try:
             self._check_loss(call, loss)
-            self._run_passes(call, loss, gradients)
+            record = self._run_passes(call, loss, gradients)
+            due = self.should_update()
+            finite = self._step_if_finite(step_kwargs or {}) if due else None
         except BaseException:
-            self._without_gradient.on()
-            gradients.undo()
-            self._state_before.restore()
-            call.random_state.restore()
+            self._inner_count, self.last_step = count, last_step
+            self._undo(call, gradients)
             raise
-        self._state_before.drop()
-        if self.should_update():
-            self.step(**(step_kwargs or {}))
+        if due:
             self.zero_grad(**(zero_kwargs or {}))
+        scaled = self.precision.scaler is not None
+        self._watch.note(self._inner_count, record, finite, scaled=scaled, names=partial(self.suspects, call))
+        if self._host_knows:
+            self._settle()
         self._mark('step')
         self._timer = None
 
@@ -216,11 +231,19 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         super().load_state_dict(load_state(self, state_dict))
 
     # ---------------------------------------------------------------- the order
-    def _run_passes(self, call: ModelCall, loss: Tensor, gradients: GradientsAside) -> None:
+    def _run_passes(self, call: ModelCall, loss: Tensor, gradients: GradientsAside) -> StepRecord:
         """Everything from the first backward to the restoration."""
         module = unwrap(call.model)
         random_after_first = RandomState.capture(self._devices())
-        try:
+        with ExitStack() as afterwards:  # all of it, though a part fails
+            afterwards.callback(self._mark, 'restore')
+            if self.replay_rng:
+                afterwards.callback(random_after_first.restore)
+            afterwards.callback(torch.clear_autocast_cache)
+            afterwards.callback(self._state_between.restore)
+            afterwards.callback(self._weights.restore)
+            afterwards.callback(self._quantized.remove)
+            gradients.take_off()
             self._first_backward(call, loss)
             self._mark('pass1')
             norm = self._climb(module)
@@ -230,15 +253,40 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             second, perturbed_loss = self.second_loss(call, loss, norm)
             self.backward(self.scale_loss(second))
             self._mark('pass2')
-        finally:
-            self._quantized.remove()
-            self._weights.restore()
-            self._state_between.restore()
-            torch.clear_autocast_cache()
-            if self.replay_rng:
-                random_after_first.restore()
-            self._mark('restore')
         self.last_step = StepRecord(loss.detach(), perturbed_loss, norm, self._timer, self._figures)
+        return self.last_step
+
+    def _step_if_finite(self, step_kwargs: dict[str, Any]) -> Tensor | None:
+        """Step, unless the final gradient is not finite; returns whether it is, where the loss scaler does not ask."""
+        if self.precision.scaler is not None:
+            self.step(**step_kwargs)
+            return None
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        finite = all_finite(gradients)
+        if not self._host_knows:
+            zero_unless(finite, gradients)
+        if not self._host_knows or finite:
+            self.step(**step_kwargs)
+        return finite
+
+    def _undo(self, call: ModelCall, gradients: GradientsAside) -> None:
+        """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""
+        with ExitStack() as undo:
+            undo.callback(call.random_state.restore)
+            undo.callback(self._state_before.restore)
+            undo.callback(gradients.undo)
+            undo.callback(self.precision.forget_step)
+            undo.callback(self._without_gradient.on)
+            undo.callback(self._state_between.drop)
+            undo.callback(self._weights.restore)
+            undo.callback(self._quantized.remove)
+
+    def _settle(self) -> None:
+        """Deal with what the last step has shown."""
+        if self._watch.settle():
+            self._state_before.drop()
+        else:
+            self._state_before.drop_if_finite()
 
     def _first_backward(self, call: ModelCall, loss: Tensor) -> None:
         """The gradients that the climb needs."""
@@ -314,6 +362,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._skipped = [p for p in trained if id(p) not in perturbed] if self.skips_gradients else []
         self._without_gradient.off(self._skipped)
         return replace(call, args=args, kwargs=kwargs)
+
+    def suspects(self, call: ModelCall) -> str:
+        """The samples of ``call`` that may have brought in what is not finite, for the log."""
+        return suspects(type(self).__name__, call)
 
     def _check_loss(self, call: ModelCall, loss: Tensor) -> None:
         """Compare the loss with the captured output's: always on the CPU, once where it stalls the host."""

@@ -50,7 +50,7 @@ class Visits:
 
     def flush(self) -> None:
         """Write what is under way into the history; waits for the device only if the copy is not there yet."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            keys, copy = under_way
+        if self._under_way is not None:
+            keys, copy = self._under_way
             self.history.update(keys, copy.numpy())
+            self._under_way = None  # not before: an update that fails is made again

@@ -13,6 +13,7 @@ import torch
 from tests.reliability import holds, pytest_addoption
 
 __all__ = ['ROOT', 'holds', 'pytest_addoption']
+pytest_plugins = ['pytester']
 
 ROOT = Path(__file__).resolve().parent.parent
 

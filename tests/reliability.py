@@ -1,7 +1,7 @@
 """What the tests prove about faults, collected for docs/reliability.md.
 
-A test says by its fixture ``holds`` what it has shown. With ``--reliability FILE`` the findings of the tests that pass are
-appended to FILE as JSON lines, by any number of processes; :mod:`tests.reliability_page` makes the page of them.
+A test says by its fixture ``holds`` what it has shown. With ``--reliability FILE`` the findings of the tests that pass
+are appended to FILE as JSON lines, by any number of processes; :mod:`tests.reliability_page` makes the page of them.
 """
 
 from __future__ import annotations

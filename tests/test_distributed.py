@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from mm_sharp import AUSAMOptimWrapper
 from mm_sharp.draws import Draw, generator_at
 from mm_sharp.perturbation import weight_mask
 from tests.distributed import run
+from tests.rank_toys import SyncedNet, digest
 from tests.references import sam_gradients, sam_step
 from tests.references_esam import ReferenceESAM
+from tests.reliability import Holds
+from tests.spoilt import finite, logged
 from tests.toys import Batch, ToyNet, batches, make
 from tests.wrappers import WRAPPERS, build, momentum_sgd
 
@@ -28,6 +32,11 @@ def shard(batch: Batch, rank: int, processes: int) -> Batch:
     """The part of the batch that ``rank`` sees."""
     size = len(batch['inputs']) // processes
     return {key: value[rank * size : (rank + 1) * size] for key, value in batch.items()}
+
+
+def uneven_shard(batch: Batch, rank: int, processes: int) -> Batch:
+    """All but one sample for the first of two ranks, one for the second."""
+    return {key: value[:-1] if rank == 0 else value[-1:] for key, value in batch.items()}
 
 
 # Every case by name: (wrapper, options). All run in one pair of processes, since starting them takes seconds.
@@ -49,6 +58,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'fp16': dict(ddp=dict(broadcast_buffers=True), sync_perturbation=True, dtype='float16'),
     'anomalous': dict(ddp=dict(detect_anomalous_params=True), dtype='bfloat16', clip_grad=dict(max_norm=0.5)),
     'static synced': dict(ddp=dict(static_graph=True), sync_perturbation=True),
+    'uneven': dict(uneven=True, model=dict(kind=SyncedNet)),
+    'uneven synced': dict(uneven=True, model=dict(kind=SyncedNet), sync_perturbation=True, accumulative_counts=2),
+}
+SAID = {
+    'unused': 'find_unused_parameters, sync_perturbation',
+    'buckets': 'broadcast_buffers, gradients as bucket views, accumulation',
+    'fp16': 'float16, broadcast_buffers, sync_perturbation',
+    'anomalous': 'detect_anomalous_params, bfloat16, clipping',
+    'static synced': 'static_graph, sync_perturbation',
+    'uneven': '7 samples and 1, synchronised BatchNorm',
+    'uneven synced': '7 samples and 1, synchronised BatchNorm, sync_perturbation, accumulation',
 }
 # DDP learns a static graph in its first backward pass, which ESAM must run without synchronisation.
 PAIRS = [(option, name) for option in OPTIONS for name in WRAPPERS if (option, name[:4]) != ('static synced', 'esam')]
@@ -66,6 +86,7 @@ def train_all(rank: int, processes: int) -> dict[str, Any]:
         train(rank, processes, 'esam', dict(ddp=dict(static_graph=True), sync_perturbation=True))
     except NotImplementedError as error:
         results['esam static error'] = str(error)
+    results['spoilt'] = {name: train_spoilt(rank, name) for name in WRAPPERS if 'loader' not in name}
     results['state keys'] = sorted(build('sam', make()).state_dict()['mm_sharp'])
     return results
 
@@ -84,15 +105,17 @@ def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict
     """Train the toy on this rank's shards and report its weights and collectives."""
     options = dict(options)
     model_options, ddp_options = options.pop('model', {}), options.pop('ddp', {})
+    part = uneven_shard if options.pop('uneven', False) else shard
     model = MMDistributedDataParallel(make(**model_options), **ddp_options)
     wrapper = build(name, model, momentum_sgd(model), **options)
     wrapper.initialize_count_status(model, 0, STEPS)
     reduced: list[int] = []
     # How many bytes DDP averages over the ranks, and when.
     model.register_comm_hook(reduced, counting_all_reduce)
-    counts, drawn = [], []
+    counts, drawn, hashes = [], [], []
     for batch in batches(STEPS, size=8):
-        model.train_step(shard(batch, rank, processes), wrapper)
+        model.train_step(part(batch, rank, processes), wrapper)
+        hashes.append(digest(model))
         counts.append(sum(reduced))
         reduced.clear()
         if isinstance(wrapper, AUSAMOptimWrapper):
@@ -105,6 +128,7 @@ def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict
         'norm': record.grad_norm.item(),
         'seed': getattr(wrapper, 'seed', None),
         'drawn': drawn,
+        'hashes': hashes,
     }
 
 
@@ -248,12 +272,16 @@ def test_ausam_on_ranks_equals_sam_on_what_each_draws(ranks: list[dict[str, Any]
 
 
 @pytest.mark.parametrize(('option', 'name'), PAIRS)
-def test_ddp_options_keep_the_ranks_equal(ranks: list[dict[str, Any]], option: str, name: str) -> None:
+def test_ddp_options_keep_the_ranks_equal(ranks: list[dict[str, Any]], option: str, name: str, holds: Holds) -> None:
     results = [rank[f'{option} {name}'] for rank in ranks]
     assert_identical(*(result['weights'] for result in results))
     assert all(np.isfinite(array).all() for result in results for array in result['state'])
-    start = arrays(make())
+    start = arrays(make(**OPTIONS[option].get('model', {})))
     assert any((a != b).any() for a, b in zip(results[0]['state'], start, strict=True))
+    assert results[0]['hashes'] == results[1]['hashes']
+    count = 2 * STEPS
+    unit = 'weights compared by hash (steps × ranks)'
+    holds('Ranks', f'{SAID[option]}', name, 'the same weights on 2 ranks', count=count, unit=unit)
 
 
 def test_a_static_graph_needs_a_synchronised_first_pass(ranks: list[dict[str, Any]]) -> None:
@@ -265,3 +293,36 @@ def test_a_static_graph_needs_a_synchronised_first_pass(ranks: list[dict[str, An
 
 def test_checkpoints_of_several_processes_hold_no_random_state(ranks: list[dict[str, Any]]) -> None:
     assert [rank['state keys'] for rank in ranks] == [['version', 'wrapper']] * 2
+
+
+# ------------------------------------------------------------------ values that are not finite
+def train_spoilt(rank: int, name: str) -> dict[str, Any]:
+    """Four steps on batches of this rank's own; rank 1's second one is not finite."""
+    model = MMDistributedDataParallel(make())
+    wrapper = build(name, model, momentum_sgd(model))
+    weights = []
+    with logged() as records:
+        for step, batch in enumerate(batches(4, seed=rank)):
+            if (rank, step) == (1, 1):
+                batch['inputs'].fill_(torch.nan)
+            model.train_step(batch, wrapper)
+            weights.append([parameter.detach().numpy().copy() for parameter in model.parameters()])
+    messages = [(record.levelno, record.getMessage()) for record in records]
+    return {'weights': weights, 'messages': messages, 'finite': finite(model, wrapper)}
+
+
+@pytest.mark.parametrize('name', [name for name in WRAPPERS if 'loader' not in name])
+def test_one_rank_has_a_batch_that_is_not_finite(ranks: list[dict[str, Any]], name: str, holds: Holds) -> None:
+    first, second = (rank['spoilt'][name] for rank in ranks)
+    assert first['finite']
+    assert second['finite']
+    for left, right in zip(first['weights'], second['weights'], strict=True):
+        assert_identical(left, right)
+    assert_identical(first['weights'][0], first['weights'][1])  # the second step is left out on both
+    assert any((a != b).any() for a, b in zip(first['weights'][1], first['weights'][2], strict=True))
+    ((level, message),), ((their_level, their_message),) = first['messages'], second['messages']
+    # Of ranks other than the first, MMEngine shows errors only.
+    assert (level, their_level) == (logging.WARNING, logging.ERROR)
+    assert 'the losses of this batch are; the optimizer does not step' in message
+    assert 'the loss is nan' in their_message
+    holds('Values that are not finite', 'nan on one of two ranks', name, 'no rank steps; weights equal on all ranks')

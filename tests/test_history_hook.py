@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 from mm_sharp.history_hook import SampleHistoryHook
 from mm_sharp.sample_keys import SampleIdError
 from tests.distributed import run
+from tests.reliability import Holds
 from tests.test_hooks import KEYS
 from tests.toys import Batch, ToySamples, same_bits, toy_config
 
@@ -139,6 +140,8 @@ def test_the_sampler_with_workers_under_both_loops(tmp_path: Path, by_epoch: boo
     assert runner.iter == 10
     _, visits = columns(runner.optim_wrapper.history.state_dict())
     assert visits.sum() == 10 * 2
+    # Workers that only the garbage collector ends are waited for, 5 seconds each.
+    runner.train_loop.dataloader_iterator = runner.train_dataloader._iterator = None
 
 
 @pytest.mark.parametrize('wrapper', [SAM, HISTORY], ids=lambda wrapper: wrapper['type'])
@@ -286,8 +289,32 @@ CHECKPOINTS = {
 }
 
 
+COUNTED = {
+    'base': dict(type='OptimWrapper', optimizer=SGD),
+    'sam': SAM,
+    'esam': dict(type='ESAMOptimWrapper', rho=0.05, optimizer=SGD),
+    'esam-history': HISTORY,
+    'ausam': AUSAM,
+}
+
+
+def collectives(folder: str, case: str, epochs: int) -> int:
+    """Every operation of gloo's in a run through a Runner, DDP's own among them."""
+    config = toy_config(Path(folder) / f'{case}{epochs}', optim_wrapper=dict(COUNTED[case]), launcher='pytorch')
+    config.update(custom_hooks=[], train_cfg=dict(by_epoch=True, max_epochs=epochs))
+    config['model_wrapper_cfg'] = dict(type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None)
+    runner = Runner.from_cfg(config)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        runner.train()
+    return sum(event.count for event in profiler.key_averages() if event.key.startswith('gloo:'))
+
+
 def every_case(rank: int, processes: int, folder: str) -> dict[str, Any]:
-    return {case: train_on_ranks(rank, processes, folder, case) for case in WRAPPERS}
+    results: dict[str, Any] = {case: train_on_ranks(rank, processes, folder, case) for case in WRAPPERS}
+    results['collectives'] = {
+        (case, epochs): collectives(folder, case, epochs) for case in COUNTED for epochs in (1, 3)
+    }
+    return results
 
 
 @pytest.fixture(scope='module')
@@ -317,3 +344,19 @@ def test_checkpoints_in_mid_epoch_hold_every_ranks_visits(ranks: list[dict[str, 
     for number, state in zip((0, 2, 3), saved, strict=True):
         for a, b in zip(columns(results['states'][number]), columns(state), strict=True):
             assert same_bits(a, b)
+
+
+@pytest.mark.parametrize(('case', 'at_the_start', 'an_epoch'), [
+    ('sam', 0, 0), ('esam', 2, 0), ('esam-history', 2, 2), ('ausam', 2, 2),
+])  # fmt: skip
+def test_communication_besides_the_base_optimizers(
+    ranks: list[dict[str, Any]], case: str, at_the_start: int, an_epoch: int, holds: Holds
+) -> None:
+    """The seed once, and one exchange of the history an epoch: of objects, whose sizes go before their bytes."""
+    for rank in ranks:
+        counts = rank['collectives']
+        assert counts['base', 3] > counts['base', 1] > 0
+        more = {epochs: counts[case, epochs] - counts['base', epochs] for epochs in (1, 3)}
+        assert more == {1: at_the_start + an_epoch, 3: at_the_start + 3 * an_epoch}
+    held = f'{an_epoch // 2} exchanges an epoch, {at_the_start // 2} at the start'
+    holds('Ranks', "communication besides the base optimizer's, counted", case, held, unit='counts of collectives')

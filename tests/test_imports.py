@@ -28,10 +28,11 @@ LAYERS: tuple[frozenset[str], ...] = (
             'sample_table',
         }
     ),
-    frozenset({'checkpoint_check', 'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
+    frozenset({'checkpoint_check', 'finite'}),
+    frozenset({'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
     frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
-    frozenset({'support', 'wrapper_state', 'subset', 'indexed_dataset', 'loader_draws', 'method'}),
+    frozenset({'step_watch', 'support', 'wrapper_state', 'subset', 'indexed_dataset', 'loader_draws', 'method'}),
     frozenset({'two_pass', 'dataset_keys'}),
     frozenset({'per_sample_pass'}),
     frozenset({'sam', 'esam', 'ausam', 'hooks', 'ausam_sampler'}),

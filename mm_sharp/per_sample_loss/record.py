@@ -86,6 +86,10 @@ class LossRecord:
             self.verified.once |= self._check(total.detach())
         return torch.stack([term.values for term in self.terms]).sum(0)
 
+    def values(self) -> Tensor | None:
+        """:meth:`losses` without any check, for messages; None where nothing was recorded."""
+        return torch.stack([term.values for term in self.terms]).sum(0) if self.terms else None
+
     @property
     def reduction(self) -> Reduction | None:
         """What the total is of :meth:`losses`: SUM, MEAN, or None where the model mixes them."""

@@ -1,0 +1,41 @@
+"""Whether tensors are finite, and gradients that are not (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mm_sharp.perturbation import group_by_device_and_dtype
+
+
+@torch.no_grad()
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether every element of every tensor is finite.
+
+    Args:
+        tensors: Any number; devices and dtypes may be mixed, and they may be sparse or empty.
+
+    Returns:
+        Scalar, bool, on the device of the first one that is not empty; True on the CPU where there is none. No host
+        synchronisation.
+    """
+    dense = [tensor if tensor.layout == torch.strided else tensor._values() for tensor in tensors]
+    dense = [tensor for tensor in dense if tensor.numel()]
+    largest: list[Tensor] = []
+    for group in group_by_device_and_dtype(dense):
+        # The largest magnitude: unlike the 2-norm it overflows only where an element has.
+        largest += torch._foreach_norm([dense[i] for i in group], float('inf'))
+    if not largest:
+        return torch.tensor(True)
+    device = largest[0].device
+    return torch.stack([value.to(device, torch.float64) for value in largest]).isfinite().all()
+
+
+@torch.no_grad()
+def zero_unless(finite: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Set every element of ``tensors`` to zero where ``finite`` is not True, without asking the device."""
+    for tensor in tensors:
+        dense = tensor if tensor.layout == torch.strided else tensor._values()
+        dense.masked_fill_(~finite.to(dense.device), 0)
