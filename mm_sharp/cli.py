@@ -89,7 +89,9 @@ def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
     try:
         tool(arguments)
     except (Exception, KeyboardInterrupt) as error:
-        end = (f'error: {error}', 2) if isinstance(error, (UsageError, UserError)) else ending(error)
+        end = ending(error)
+        if end is None and isinstance(error, (UsageError, UserError)):
+            end = f'error: {error}', 2
         if end is None or '--debug' in arguments:
             raise
         message, code = end

@@ -34,7 +34,7 @@ def ending(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit code with which a program ends after an error; None if the error is a bug."""
     if isinstance(error, StoppedError):
         return str(error), error.code
-    if isinstance(error, KeyboardInterrupt):
+    if _interrupted(error):
         return 'interrupted', INTERRUPTED
     if _not_written(error):
         assert isinstance(error, OSError)
@@ -54,7 +54,7 @@ def say_how_to_go_on(last_checkpoint: Callable[[], str | None]) -> Iterator[None
     """
     try:
         yield
-    except (KeyboardInterrupt, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         end = ending(error)
         if end is None:
             raise
@@ -64,6 +64,13 @@ def say_how_to_go_on(last_checkpoint: Callable[[], str | None]) -> Iterator[None
             raise StoppedError(f'{message}; there is no checkpoint yet', code) from error
         room = '' if code == INTERRUPTED else 'make room, and '
         raise StoppedError(f'{message}; {room}go on from {newest} with --resume', code) from error
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C came first: MMEngine's Config, for one, makes a SyntaxError of it while it formats its text."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _not_written(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
 from mm_sharp import cli
 from mm_sharp.compat import CheckpointWriteError
@@ -48,6 +49,19 @@ def test_interrupted_before_the_first_checkpoint() -> None:
         with say_how_to_go_on(lambda: None):
             raise KeyboardInterrupt
     assert caught.value.code == 130
+
+
+def test_what_libraries_make_of_an_interruption_is_one() -> None:
+    """MMEngine's Config formats its text, which every checkpoint holds, under a bare ``except``."""
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    config = Config(dict(a=1))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError, match='interrupted; go on from a.pth'):  # noqa: PT012
+        patch.setattr('mmengine.config.config.FormatCode', interrupted)
+        with say_how_to_go_on(lambda: 'a.pth'):
+            config.pretty_text  # noqa: B018
 
 
 @pytest.mark.parametrize(
