@@ -72,7 +72,7 @@ def cut(file: Path, to: Path, share: float) -> Path:
 
 
 # ---------------------------------------------------------------- damaged
-@pytest.mark.parametrize('share', [0.0, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize('share', [0.0, 0.999])
 @pytest.mark.parametrize('way', ['--resume', 'load_from', 'test'])
 def test_a_truncated_checkpoint(
     tmp_path: Path, tools: Tools, trained: dict[str, Path], share: float, way: str, holds: Holds
@@ -286,9 +286,14 @@ def hostile(file: Path, trace: Path, form: str, checkpoint: dict[str, Any]) -> N
         torch.save(content, file, _use_new_zipfile_serialization=form == 'zip')
 
 
-@pytest.mark.parametrize('form', ['zip', 'old format', 'bare pickle'])
-@pytest.mark.parametrize('way', ['--resume', 'load_from', 'test'])
-@pytest.mark.parametrize('place', ['file', 'url'])
+@pytest.mark.parametrize(
+    ('place', 'way', 'form'),
+    [
+        *(('file', way, form) for way in ('--resume', 'load_from', 'test') for form in ('zip', 'old format')),
+        *(('url', 'load_from', form) for form in ('zip', 'old format', 'bare pickle')),
+        *(('file', 'test', 'bare pickle'), ('url', '--resume', 'zip'), ('url', 'test', 'old format')),
+    ],
+)  # fmt: skip
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_a_hostile_checkpoint_runs_nothing(
     tmp_path: Path, tools: Tools, trained: dict[str, Path], address: str, form: str, way: str, place: str, holds: Holds
