@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,26 @@ def test_what_was_left_half_written_is_removed(tmp_path: Path) -> None:
     make_runner(tmp_path).train()
     assert [file.exists() for file in (*left, *kept)] == [False, False, True, True, True]
     remove_left_overs(tmp_path / 'nowhere')
+
+
+@pytest.mark.parametrize('full', [True, False])
+def test_of_sharded_weights_all_ranks_have_written_before_the_checkpoint_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    order: list[str] = []
+
+    class Sharded:
+        hooks = (whole_files.WholeFilesHook(),)
+        strategy = SimpleNamespace(_is_full_state_dict=lambda: full)
+
+        def save_checkpoint(self) -> None:
+            LocalBackend().put(b'shard', tmp_path / 'epoch_1.pth' / 'rank0.pth')
+            order.append('saved')
+
+    monkeypatch.setattr(whole_files, 'barrier', lambda: order.append('all have'))
+    whole_files._whole_save(Sharded.save_checkpoint)(Sharded())
+    assert order == ['saved'] + ['all have'] * (not full)
+    assert [file.name for file in (tmp_path / 'epoch_1.pth').iterdir()] == ['rank0.pth']
 
 
 # ---------------------------------------------------------------- one file
