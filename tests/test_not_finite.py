@@ -128,6 +128,35 @@ def test_gradients_alone(name: str, holds: Holds) -> None:
     holds('Values that are not finite', 'gradients that are not, of a finite loss', name, 'no step, event in the log')
 
 
+class Overflowing(ToyNet):
+    """After the first forward, the loss of sample 2 is beyond float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[int]] = []
+
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        if self.seen:
+            targets = torch.where((sample_idx == 2).unsqueeze(1), 1e30, targets)
+        self.seen.append(sample_idx.tolist())
+        return super().forward(inputs, targets, sample_idx, mode)
+
+
+def test_esam_leaves_out_a_sample_that_the_perturbation_makes_infinite(holds: Holds) -> None:
+    model = make(Overflowing)
+    wrapper = build('esam', model, gamma=0.8)
+    with logged() as records:
+        model.train_step(batches(1)[0], wrapper)
+    first, selecting, second = model.seen
+    assert first == selecting == list(range(8))
+    assert len(second) == 7
+    assert 2 not in second
+    assert finite(model, wrapper)
+    assert not same_state(model, make(Overflowing))
+    assert 'the loss at the perturbed weights is inf; the final gradient is finite' in records[0].getMessage()
+    holds('Values that are not finite', 'one sample, by the perturbation', 'esam', 'steps on the other samples')
+
+
 @everywhere
 def test_again_and_again(name: str, holds: Holds) -> None:
     model = make()
