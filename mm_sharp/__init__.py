@@ -35,6 +35,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
 
     from mm_sharp.ausam import AUSAMOptimWrapper
     from mm_sharp.ausam_sampler import AUSAMSampler
+    from mm_sharp.checkpoint_check import CheckpointCheckHook as _CheckpointCheckHook
     from mm_sharp.compilation import CompileHook as _CompileHook
     from mm_sharp.esam import ESAMOptimWrapper
     from mm_sharp.history_hook import SampleHistoryHook as _SampleHistoryHook
@@ -44,3 +45,4 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
 
     _compat.add_to_our_runs(_SampleHistoryHook)
     _compat.add_to_our_runs(_CompileHook)
+    _compat.add_to_our_runs(_CheckpointCheckHook, of_tools=True)

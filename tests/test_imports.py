@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             'sample_table',
         }
     ),
-    frozenset({'finite'}),
+    frozenset({'checkpoint_check', 'finite'}),
     frozenset({'parameters', 'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
     frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
@@ -39,7 +39,10 @@ LAYERS: tuple[frozenset[str], ...] = (
 )
 # Command-line glue may import everything, and nothing imports it.
 GLUE = frozenset(
-    {*('benchmark', 'build_errors', 'cli', 'diagnosis', 'doctor', 'preflight', 'training_checks', 'wrapper_checks')}
+    {
+        *('benchmark', 'build_errors', 'careful_loading', 'cli', 'diagnosis', 'doctor', 'endings', 'launcher_watch'),
+        *('preflight', 'training_checks', 'wrapper_checks'),
+    }
 )
 
 

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
 from mm_sharp import cli, preflight
+from mm_sharp.compat import serve_every_run
 
 _FORMATS = ('.json', '.yaml', '.yml', '.pkl', '.pickle')
 
@@ -65,11 +66,17 @@ def report(metrics: Mapping[str, float]) -> str:
     return '\n'.join(f'{name:<{width}}  {value:.4f}' for name, value in metrics.items())
 
 
+def _test(cfg: Config) -> tuple[Runner, dict[str, float]]:
+    runner = Runner.from_cfg(cfg)
+    return runner, runner.test()
+
+
 def main(arguments: Sequence[str]) -> None:
     """Evaluate."""
     args = parse_arguments(arguments)
-    runner = Runner.from_cfg(configure(args))
-    metrics = cli.run_with_checkpoint(runner.test, args.trust_checkpoint)
+    serve_every_run()
+    cfg = configure(args)
+    runner, metrics = cli.run_with_checkpoint(lambda: _test(cfg), args.trust_checkpoint)
     if runner.rank != 0:
         return
     if args.out is not None:

@@ -15,11 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmengine.config import Config
+from mmengine.dist import get_rank
 from mmengine.runner import Runner
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
 from mm_sharp import build_errors, cli, preflight, training_checks
-from mm_sharp.compat import save_plain_checkpoints
+from mm_sharp.compat import serve_every_run
+from mm_sharp.endings import say_how_to_go_on
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -103,13 +105,12 @@ def _resume(cfg: Config, resume: str | None) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Train."""
     args = parse_arguments(arguments)
-    save_plain_checkpoints()
+    serve_every_run()
     cfg = configure(args)
-    with build_errors.explained(cfg):
-        runner = Runner.from_cfg(cfg)
-        cli.run_with_checkpoint(runner.train, args.trust_checkpoint)
-    if runner.rank == 0:
-        print(f'Done. Checkpoints and logs: {runner.work_dir}')
+    with say_how_to_go_on(lambda: preflight.last_checkpoint(cfg.work_dir)), build_errors.explained(cfg):
+        cli.run_with_checkpoint(lambda: Runner.from_cfg(cfg).train(), args.trust_checkpoint)
+    if get_rank() == 0:
+        print(f'Done. Checkpoints and logs: {cfg.work_dir}')
 
 
 if __name__ == '__main__':

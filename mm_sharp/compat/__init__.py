@@ -13,6 +13,7 @@ a file of its own, whose docstring names the cause, the repair and the version t
 ``package_lookup``     no ``pkg_resources``: MMEngine finds installed packages without it
 ``config_scope``       ``mm_sharp::…`` in configs
 ``checkpoint_hook``    checkpoints that load with ``torch.load(weights_only=True)``
+``whole_files``        checkpoints that are written as a whole, before old ones are removed
 =====================  ======================================================================================
 
 The first five wait for the import of what they repair (``import_hook``): importing mm_sharp must not import
@@ -33,14 +34,17 @@ from . import (
     mmcv_ops,
     package_lookup,
     torchvision_ops,
+    whole_files,
     xtcocotools_names,
 )
-from .checkpoint_hook import PlainCheckpointHook, add_to_our_runs, save_plain_checkpoints
+from .checkpoint_hook import PlainCheckpointHook, add_to_our_runs, serve_every_run
 from .fix import Fix
 from .mmcv_ops import MissingOperatorError
-from .trust import explain_load_error, trust_checkpoints
+from .trust import explain_load_error, only_weights, trust_checkpoints
+from .whole_files import CheckpointWriteError
 
 __all__ = [
+    'CheckpointWriteError',
     'Fix',
     'MissingOperatorError',
     'PlainCheckpointHook',
@@ -48,13 +52,14 @@ __all__ = [
     'apply',
     'explain_load_error',
     'fixes',
-    'save_plain_checkpoints',
+    'only_weights',
+    'serve_every_run',
     'trust_checkpoints',
 ]
 
 _FIXES = (
     *(torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas, bfloat16_arrays),
-    *(package_lookup, config_scope, checkpoint_hook),
+    *(package_lookup, config_scope, checkpoint_hook, whole_files),
 )  # fmt: skip
 _REPAIRED_AT_IMPORT = ('torchvision', 'mmcv.ops', 'xtcocotools.mask', 'mmpose.visualization', 'mmpose.models')
 
