@@ -16,7 +16,7 @@ QAT_CONFIG := configs/demo/simcc_res18-half_w4a4_ausam_demo-128x96.py
 QAT_DIR := work_dirs/demo-qat
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-qat test lint format types lock doctor dist clean
+.PHONY: help install train train-qat test test-kills lint format types lock doctor dist clean
 
 help: ## list the targets
 	@echo 'mm_sharp: sharpness-aware training for OpenMMLab. Targets:'
@@ -64,6 +64,9 @@ train-qat: $(INSTALLED) $(QAT_DIR)/float/epoch_4.pth ## train a float model, qua
 
 test: $(INSTALLED) lint types ## lint, check the types and run the whole test suite
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-kills: $(INSTALLED) ## kill training runs at random times, and resume them (about five minutes)
+	$(PY) -m pytest -m kills -s $(ARGS) tests/test_kills.py tests/test_rank_faults.py tests/test_endings.py
 
 lint: $(INSTALLED) ## ruff: lint and formatting
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,8 @@
 """What the command lines in ``tools/`` share: their options, and errors of one line that say what to do (ours).
 
 A mistake of the user's (no such file, no such option) is raised as :class:`UsageError`, printed as one line and ends
-the program with exit code 2; ``--debug`` shows the traceback too. Everything else is a bug and keeps its traceback.
+the program with exit code 2; so, with codes of their own, are a full disk and Ctrl-C (:mod:`mm_sharp.endings`).
+``--debug`` shows the traceback instead. Everything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from datetime import timedelta
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -25,7 +26,9 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from mm_sharp import fragments
-from mm_sharp.compat import explain_load_error, trust_checkpoints
+from mm_sharp.careful_loading import careful_loading
+from mm_sharp.endings import ending
+from mm_sharp.launcher_watch import end_with_launcher
 from mm_sharp.validation import UserError
 
 # Top-level keys that MMEngine's Runner and MMPose's tools read from the config without being arguments of the Runner.
@@ -79,19 +82,24 @@ def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
         tool: Its ``main``, given the arguments without the program's name.
 
     Returns:
-        The exit code: 0, or 2 after a :class:`UsageError`, which is printed to stderr (once a node) as one line.
+        The exit code: 0, or 2 after a :class:`UsageError`, 130 after Ctrl-C, 1 on a full disk; these are printed to
+        stderr (once a node) as one line.
     """
     arguments = sys.argv[1:]
     for harmless in _HARMLESS:
         warnings.filterwarnings('ignore', message=harmless)
     try:
         tool(arguments)
-    except (UsageError, UserError) as error:
-        if '--debug' in arguments:
+    except (Exception, KeyboardInterrupt) as error:
+        end = ending(error)
+        if end is None and isinstance(error, (UsageError, UserError)):
+            end = f'error: {error}', 2
+        if end is None or '--debug' in arguments:
             raise
+        message, code = end
         if os.environ.get('LOCAL_RANK', '0') == '0':
-            sys.stderr.write(f'{Path(sys.argv[0]).name}: error: {" ".join(str(error).split())}\n')
-        return 2
+            sys.stderr.write(f'{Path(sys.argv[0]).name}: {" ".join(message.split())}\n')
+        return code
     _end_process_group()
     return 0
 
@@ -179,23 +187,17 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def run_with_checkpoint(run: Callable[[], Any], trust: bool) -> Any:
-    """Call ``run``, which loads a checkpoint.
+    """Call ``run``, which loads checkpoints.
 
     Args:
-        run: ``train`` or ``test`` of a Runner.
+        run: Builds and runs a Runner; models may load weights while they are built.
         trust: Load checkpoints that are more than plain data, too.
 
     Raises:
-        UsageError: Such a checkpoint was refused.
+        UserError: A checkpoint was refused, could not be read or does not fit.
     """
-    with trust_checkpoints() if trust else nullcontext():
-        try:
-            return run()
-        except Exception as error:
-            advice = explain_load_error(error)
-            if advice is None:
-                raise
-            raise UsageError(advice) from error
+    with careful_loading(trust):
+        return run()
 
 
 def _reason(error: BaseException) -> str:
@@ -244,9 +246,10 @@ def _launch(cfg: Config, launcher: str) -> None:
     """Set the launcher; on the CPU, start the process group here, since MMEngine's start needs a GPU.
 
     Raises:
-        UsageError: A launcher other than torchrun's on a machine without an accelerator.
+        UsageError: A launcher other than torchrun's on a machine without an accelerator, or a time-out of 0 seconds.
     """
     cfg.launcher = launcher
+    end_with_launcher()
     if launcher == 'none' or get_device() != 'cpu':
         return
     if launcher != 'pytorch':
@@ -254,7 +257,13 @@ def _launch(cfg: Config, launcher: str) -> None:
     if 'RANK' not in os.environ:
         raise UsageError('--launcher pytorch: start it with tools/dist_train.sh or torchrun')
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group('gloo')
+        timeout = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
+        if timeout is not None and (not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or timeout <= 0):
+            raise UsageError(
+                f'env_cfg.dist_cfg.timeout={timeout!r} is not allowed: it must be a number of seconds above 0, as '
+                'env_cfg = dict(dist_cfg=dict(timeout=1800))'
+            )
+        torch.distributed.init_process_group('gloo', timeout=None if timeout is None else timedelta(seconds=timeout))
     defaults = {
         'type': 'MMDistributedDataParallel',
         'broadcast_buffers': False,

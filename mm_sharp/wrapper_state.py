@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 
+from mm_sharp.checkpoint_check import check_base_optimizer
 from mm_sharp.random_state import RandomState
+from mm_sharp.validation import UserError
 
 if TYPE_CHECKING:
     from mm_sharp.two_pass import TwoPassOptimWrapper
@@ -33,6 +36,7 @@ def pack_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str,
     if wrapper.precision.scaler is not None:
         packed['loss_scaler'] = wrapper.precision.scaler.state_dict()
     own: dict[str, Any] = {'version': _VERSION, 'wrapper': type(wrapper).__name__}
+    own['base_optimizer'] = type(wrapper.optimizer).__name__
     if get_world_size() == 1:
         own['random_state'] = RandomState.capture(wrapper._devices()).state_dict()
     own.update(wrapper.own_state())
@@ -51,19 +55,15 @@ def load_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str,
         The rest, for ``OptimWrapper.load_state_dict``.
 
     Raises:
-        ValueError: The state's version is newer than this package's.
+        UserError: The state is of another wrapper of ours, of another base optimizer, of other parameters, or its
+            version is newer than this package's. Nothing is changed then.
     """
     rest = dict(state)
     own, scaler_state = rest.pop(_KEY, None), rest.pop('loss_scaler', None)
+    _check(type(wrapper).__name__, own)
+    check_base_optimizer(wrapper.optimizer, state)
     if own is None:
         _say(f'The checkpoint holds no state of mm_sharp: {type(wrapper).__name__} starts with its own anew')
-    elif own['version'] > _VERSION:
-        raise ValueError(
-            f"The checkpoint's optimizer state has version {own['version']}, and this mm_sharp reads up to {_VERSION}: "
-            'install the mm_sharp that wrote it, or a newer one'
-        )
-    elif own['wrapper'] != type(wrapper).__name__:
-        _say(f'The checkpoint was written by {own["wrapper"]}, and is loaded by {type(wrapper).__name__}')
     if wrapper.precision.scaler is not None and scaler_state:
         wrapper.precision.scaler.load_state_dict(scaler_state)
     elif wrapper.precision.scaler is not None:
@@ -72,6 +72,31 @@ def load_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str,
         RandomState.from_state_dict(own['random_state']).restore()
     wrapper.load_own_state(own or {})
     return rest
+
+
+def _check(name: str, own: Any) -> None:
+    """Refuse the state of another wrapper or of a newer version.
+
+    Raises:
+        UserError: See above.
+    """
+    if own is None:
+        return
+    if not isinstance(own, Mapping) or not {'version', 'wrapper'} <= own.keys():
+        raise UserError(
+            "the checkpoint's optimizer state is damaged: 'mm_sharp' must be a dict with version and wrapper"
+        )
+    if own['version'] > _VERSION:
+        raise UserError(
+            f"the checkpoint's optimizer state has version {own['version']}, and this mm_sharp reads up to {_VERSION}: "
+            'install the mm_sharp that wrote it, or a newer one'
+        )
+    if own['wrapper'] != name:
+        raise UserError(
+            f'the checkpoint was written by {own["wrapper"]}, and the config has {name}: to go on with it, write '
+            f"optim_wrapper = dict(type='{own['wrapper']}', …); to start from its weights with {name}, write "
+            'load_from=… and leave out --resume'
+        )
 
 
 def _say(message: str) -> None:

@@ -21,25 +21,29 @@ LAYERS: tuple[frozenset[str], ...] = (
             'fragments',
             'perturbation',
             'quantized_perturbation',
-            'parameters',
             'random_state',
             'validation',
             'demo',
             'sample_table',
         }
     ),
-    frozenset({'finite', 'shards'}),
-    frozenset({'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
+    frozenset({'checkpoint_check', 'finite', 'shards'}),
+    frozenset({'parameters', 'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
     frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
     frozenset({'step_watch', 'support', 'wrapper_state', 'subset', 'indexed_dataset', 'loader_draws', 'method'}),
     frozenset({'two_pass', 'dataset_keys'}),
     frozenset({'per_sample_pass'}),
     frozenset({'sam', 'esam', 'ausam', 'hooks', 'ausam_sampler'}),
-    frozenset({'history_hook', 'quantization'}),
+    frozenset({'compilation', 'history_hook', 'quantization'}),
 )
 # Command-line glue may import everything, and nothing imports it.
-GLUE = frozenset({'benchmark', 'cli', 'diagnosis', 'doctor', 'preflight', 'runners'})
+GLUE = frozenset(
+    {
+        *('benchmark', 'build_errors', 'careful_loading', 'cli', 'diagnosis', 'doctor', 'endings', 'launcher_watch'),
+        *('preflight', 'runners', 'training_checks', 'wrapper_checks'),
+    }
+)
 
 
 def modules() -> dict[str, list[Path]]:

@@ -13,7 +13,9 @@ from mmengine.optim import OptimWrapper
 
 from mm_sharp.module_state import ModuleStateBackup
 from mm_sharp.random_state import RandomState
+from mm_sharp.validation import UserError
 from tests.checkpoints import through_disk
+from tests.reliability import Holds
 from tests.toys import CountingNet, batches, make, same_state
 from tests.wrappers import WRAPPERS, build, momentum_sgd
 
@@ -112,13 +114,69 @@ def test_a_newer_version_is_refused(name: str) -> None:
         wrapper.load_state_dict(state)
 
 
+OTHERS = [(name, other) for name in WRAPPERS for other in ('sam', 'esam-history', 'ausam')]
+
+
+@pytest.mark.parametrize(
+    ('name', 'other'), [pair for pair in OTHERS if WRAPPERS[pair[0]][0] is not WRAPPERS[pair[1]][0]]
+)
+def test_another_wrappers_checkpoint_is_refused(name: str, other: str, holds: Holds) -> None:
+    model = make()
+    before, wrapper = build(other, model), build(name, model)
+    model.train_step(batches(1)[0], before)
+    expected = f"written by {type(before).__name__}.*type='{type(before).__name__}'.*load_from=…"
+    with pytest.raises(UserError, match=expected):
+        wrapper.load_state_dict(through_disk(before.state_dict()))
+    assert not wrapper.optimizer.state
+    holds('Checkpoints', f'of {type(before).__name__}', name, 'refused before anything is loaded')
+
+
 @everywhere
-def test_another_wrappers_checkpoint_is_named(name: str, warnings: list[str]) -> None:
+@pytest.mark.parametrize('named', [True, False])
+def test_another_base_optimizers_checkpoint_is_refused(name: str, named: bool, holds: Holds) -> None:
+    """Named since it is; in older checkpoints, and plain ones, it shows in the hyperparameters."""
+    model = make()
+    adam = OptimWrapper(torch.optim.Adam(model.parameters()))
+    model.train_step(batches(1)[0], adam)
+    wrapper = build(name, model)
+    state = {**through_disk(adam.state_dict())}
+    if named:
+        state['mm_sharp'] = {**wrapper.state_dict()['mm_sharp'], 'base_optimizer': 'Adam'}
+    with pytest.raises(
+        UserError, match='of Adam' if named else r'of another optimizer \(it has no dampening, momentum'
+    ):
+        wrapper.load_state_dict(state)
+    assert not wrapper.optimizer.state
+    holds('Checkpoints', "of another base optimizer (Adam's state for SGD)", name, 'refused before anything is loaded')
+
+
+@everywhere
+def test_flags_of_newer_torch_versions_may_be_missing(name: str) -> None:
+    model = make()
+    wrapper = build(name, model)
+    model.train_step(batches(1)[0], wrapper)
+    state = wrapper.state_dict()
+    for flag in ('maximize', 'foreach', 'differentiable', 'fused'):
+        for group in state['param_groups']:
+            group.pop(flag, None)
+    build(name, model).load_state_dict(state)
+    assert wrapper.optimizer.state
+
+
+@everywhere
+@pytest.mark.parametrize('damage', ['groups', 'no groups', 'mm_sharp'])
+def test_damaged_states_are_refused(name: str, damage: str) -> None:
     wrapper = build(name, make())
     state = wrapper.state_dict()
-    state['mm_sharp'] = {**state['mm_sharp'], 'wrapper': 'OtherOptimWrapper'}
-    wrapper.load_state_dict(state)
-    assert 'written by OtherOptimWrapper' in warnings[0]
+    message = {'groups': 'of 3 parameters in 1 groups', 'no groups': 'lacks', 'mm_sharp': "'mm_sharp' must be a dict"}
+    if damage == 'groups':
+        state['param_groups'][0]['params'] = state['param_groups'][0]['params'][:3]
+    elif damage == 'no groups':
+        del state['param_groups']
+    else:
+        state['mm_sharp'] = [1]
+    with pytest.raises(UserError, match=message[damage]):
+        wrapper.load_state_dict(state)
 
 
 def test_random_state_round_trip() -> None:

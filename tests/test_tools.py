@@ -21,6 +21,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import load_checkpoint
 
 from mm_sharp import cli, preflight
+from mm_sharp.validation import UserError
 from tests.conftest import ROOT
 from tests.distributed import free_port
 from tests.tiny_data import draw_coco
@@ -397,7 +398,7 @@ def test_a_checkpoint_that_is_more_than_data_needs_trust(tmp_path: Path) -> None
     def load() -> Any:
         return load_checkpoint(model, str(file))
 
-    with pytest.raises(cli.UsageError, match='--trust-checkpoint'):
+    with pytest.raises(UserError, match=r'foreign\.pth.*--trust-checkpoint'):
         cli.run_with_checkpoint(load, trust=False)
     assert 'message_hub' in cli.run_with_checkpoint(load, trust=True)
 

@@ -16,9 +16,9 @@ from typing import Any
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader
 from mmengine.utils import ProgressBar
 from torch import nn
 
@@ -102,18 +102,16 @@ def load_model(cfg: Config, checkpoint: str, trust: bool) -> nn.Module:
         The model, in evaluation mode.
 
     Raises:
-        UserError: The model is not quantized, or the checkpoint is of another.
-        UsageError: The checkpoint is not plain, or not calibrated.
+        UserError: The model is not quantized, or the checkpoint is of another, or is not plain.
+        UsageError: The checkpoint is not calibrated.
     """
     from mm_sharp.quantization import check_calibrated
     from mm_sharp.quantization.export import check_quantized
 
     init_default_scope(cfg.get('default_scope') or 'mmpose')
-    model: nn.Module = MODELS.build(cfg.model)
+    model: nn.Module = cli.run_with_checkpoint(lambda: MODELS.build(cfg.model), trust)
     check_quantized(model)
-    content = cli.run_with_checkpoint(
-        lambda: torch.load(checkpoint, map_location='cpu', weights_only=not trust), trust=False
-    )
+    content = cli.run_with_checkpoint(lambda: CheckpointLoader.load_checkpoint(checkpoint, 'cpu'), trust)
     try:
         model.load_state_dict(content.get('state_dict', content), strict=False)
         check_calibrated(model)

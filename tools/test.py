@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,6 +20,7 @@ from mmengine.config import Config
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
 from mm_sharp import cli, preflight, runners
+from mm_sharp.compat import serve_every_run
 
 _FORMATS = ('.json', '.yaml', '.yml', '.pkl', '.pickle')
 
@@ -64,11 +66,17 @@ def report(metrics: Mapping[str, float]) -> str:
     return '\n'.join(f'{name:<{width}}  {value:.4f}' for name, value in metrics.items())
 
 
+def _test(cfg: Config) -> tuple[Any, dict[str, float]]:
+    runner = runners.build_runner(cfg)
+    return runner, runner.test()
+
+
 def main(arguments: Sequence[str]) -> None:
     """Evaluate."""
     args = parse_arguments(arguments)
-    runner = runners.build_runner(configure(args))
-    metrics = cli.run_with_checkpoint(runner.test, args.trust_checkpoint)
+    serve_every_run()
+    cfg = configure(args)
+    runner, metrics = cli.run_with_checkpoint(lambda: _test(cfg), args.trust_checkpoint)
     if runner.rank != 0:
         return
     if args.out is not None:

@@ -15,10 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmengine.config import Config
+from mmengine.dist import get_rank
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp import cli, preflight, runners
-from mm_sharp.compat import save_plain_checkpoints
+from mm_sharp import build_errors, cli, preflight, runners, training_checks
+from mm_sharp.compat import serve_every_run
+from mm_sharp.endings import say_how_to_go_on
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -63,8 +65,10 @@ def configure(args: argparse.Namespace) -> Config:
         cfg.auto_scale_lr.enable = True
     cli.show_predictions(cfg, args)
     _draw_in_validation(cfg, args)
+    training_checks.check_training(cfg)
     preflight.check_wrappers(cfg)
     preflight.check_sampler(cfg)
+    training_checks.check_hooks(cfg)
     preflight.check_data(cfg, 'train', *(() if cfg.get('val_cfg') is None else ('val',)))
     _resume(cfg, args.resume)
     return cfg
@@ -100,11 +104,12 @@ def _resume(cfg: Config, resume: str | None) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Train."""
     args = parse_arguments(arguments)
-    save_plain_checkpoints()
-    runner = runners.build_runner(configure(args))
-    cli.run_with_checkpoint(runner.train, args.trust_checkpoint)
-    if runner.rank == 0:
-        print(f'Done. Checkpoints and logs: {runner.work_dir}')
+    serve_every_run()
+    cfg = configure(args)
+    with say_how_to_go_on(lambda: preflight.last_checkpoint(cfg.work_dir)), build_errors.explained(cfg):
+        cli.run_with_checkpoint(lambda: runners.build_runner(cfg).train(), args.trust_checkpoint)
+    if get_rank() == 0:
+        print(f'Done. Checkpoints and logs: {cfg.work_dir}')
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ a file of its own, whose docstring names the cause, the repair and the version t
 ``checkpoint_hook``    checkpoints that load with ``torch.load(weights_only=True)``
 ``fsdp_strategy``      runs under MMEngine's FSDPStrategy can be resumed
 ``flexible_runner``    and so can those of its FlexibleRunner, at the right epoch
+``whole_files``        checkpoints that are written as a whole, before old ones are removed
 =====================  ======================================================================================
 
 The first five wait for the import of what they repair (``import_hook``): importing mm_sharp must not import
@@ -37,14 +38,17 @@ from . import (
     mmcv_ops,
     package_lookup,
     torchvision_ops,
+    whole_files,
     xtcocotools_names,
 )
-from .checkpoint_hook import PlainCheckpointHook, add_to_our_runs, save_plain_checkpoints
+from .checkpoint_hook import PlainCheckpointHook, add_to_our_runs, serve_every_run
 from .fix import Fix
 from .mmcv_ops import MissingOperatorError
-from .trust import explain_load_error, trust_checkpoints
+from .trust import explain_load_error, only_weights, trust_checkpoints
+from .whole_files import CheckpointWriteError
 
 __all__ = [
+    'CheckpointWriteError',
     'Fix',
     'MissingOperatorError',
     'PlainCheckpointHook',
@@ -52,13 +56,14 @@ __all__ = [
     'apply',
     'explain_load_error',
     'fixes',
-    'save_plain_checkpoints',
+    'only_weights',
+    'serve_every_run',
     'trust_checkpoints',
 ]
 
 _FIXES = (
     *(torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas, bfloat16_arrays),
-    *(package_lookup, config_scope, checkpoint_hook, fsdp_strategy, flexible_runner),
+    *(package_lookup, config_scope, checkpoint_hook, whole_files, fsdp_strategy, flexible_runner),
 )  # fmt: skip
 _REPAIRED_AT_IMPORT = ('torchvision', 'mmcv.ops', 'xtcocotools.mask', 'mmpose.visualization', 'mmpose.models')
 

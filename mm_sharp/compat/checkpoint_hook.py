@@ -20,12 +20,13 @@ from mmengine.runner import FlexibleRunner, Runner
 
 from .fix import Fix
 from .plain_checkpoint import from_plain, missing_statistics, to_plain
+from .whole_files import WholeFilesHook
 
 _NAME = 'plain checkpoints'
 _ENDS = 'an mmengine that saves plain checkpoints (none as of 0.10.7)'
 _PACKAGE = __name__.partition('.')[0]
 _in_every_run = False
-_run_hooks: list[type[Hook]] = []
+_run_hooks: dict[type[Hook], bool] = {}
 
 
 @HOOKS.register_module()
@@ -97,8 +98,8 @@ def install() -> None:
             runner_class.register_hooks = _with_our_hook(runner_class.register_hooks)
 
 
-def save_plain_checkpoints() -> None:
-    """From now on, every Runner of this process saves plain checkpoints, whatever its config uses.
+def serve_every_run() -> None:
+    """From now on, the checkpoints of every Runner of this process are saved and checked as those of our runs are.
 
     For command lines: a run that ``tools/train.py`` started can then be resumed and tested by our tools, a comparison
     run with the base optimizer included.
@@ -107,14 +108,14 @@ def save_plain_checkpoints() -> None:
     _in_every_run = True
 
 
-def add_to_our_runs(hook: type[Hook]) -> type[Hook]:
+def add_to_our_runs(hook: type[Hook], of_tools: bool = False) -> type[Hook]:
     """Have a hook, made without arguments, added to every Runner whose config uses mm_sharp.
 
     Args:
         hook: Its class; a Runner that has one already gets no second.
+        of_tools: Also to those that :func:`serve_every_run` is for.
     """
-    if hook not in _run_hooks:
-        _run_hooks.append(hook)
+    _run_hooks.setdefault(hook, of_tools)
     return hook
 
 
@@ -132,11 +133,12 @@ def _with_our_hook(register_hooks: Callable[..., None]) -> Callable[..., None]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         register_hooks(self, *args, **kwargs)
         ours = uses_mm_sharp(self)
-        for kind in _run_hooks if ours else ():
-            if not any(isinstance(hook, kind) for hook in self.hooks):
-                self.register_hook(kind())
         if not (_in_every_run or ours):
             return
+        kinds: list[type[Hook]] = [WholeFilesHook, *(kind for kind, of_tools in _run_hooks.items() if ours or of_tools)]
+        for kind in kinds:
+            if not any(isinstance(hook, kind) for hook in self.hooks):
+                self.register_hook(kind())
         hook = next((hook for hook in self.hooks if isinstance(hook, PlainCheckpointHook)), None)
         if hook is None:
             hook = PlainCheckpointHook()

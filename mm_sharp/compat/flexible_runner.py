@@ -23,18 +23,19 @@ from .fix import Fix
 _NAME = 'epochs of FlexibleRunner'
 _ENDS = 'an mmengine whose FlexibleRunner keeps the meta that it is given (none as of 0.10.7)'
 _COUNTS = ('epoch', 'iter')
+_MARK = '_keeps_what_it_is_given'  # other repairs wrap the method as well
 
 
 def install() -> None:
     """Wrap ``FlexibleRunner.save_checkpoint``; a second call changes nothing."""
-    if not hasattr(FlexibleRunner.save_checkpoint, '__wrapped__'):
+    if not hasattr(FlexibleRunner.save_checkpoint, _MARK):
         FlexibleRunner.save_checkpoint = _keeping(FlexibleRunner.save_checkpoint)
 
 
 def describe() -> Fix:
     """Always active, for runs that use this package."""
     reason = 'a checkpoint that is saved again after validation would be of the next epoch'
-    return Fix(_NAME, hasattr(FlexibleRunner.save_checkpoint, '__wrapped__'), reason, _ENDS)
+    return Fix(_NAME, hasattr(FlexibleRunner.save_checkpoint, _MARK), reason, _ENDS)
 
 
 def _keeping(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
@@ -55,4 +56,5 @@ def _keeping(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
         finally:
             del self.strategy.save_checkpoint
 
+    setattr(wrapper, _MARK, True)
     return wrapper
