@@ -40,6 +40,8 @@ _OTHER_KEYS = {
     'find_unused_parameters',
     'model_wrapper_cfg',
     'preprocess_cfg',
+    'runner_type',
+    'strategy',
     'sync_bn',
 }
 

@@ -102,7 +102,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     @property
     def skips_gradients(self) -> bool:
-        """The first pass computes the gradients of the perturbed tensors only."""
+        """The first pass computes the gradients of the perturbed tensors only (under FSDP all the same, of all)."""
         return True
 
     def choose_first_batch(self, call: ModelCall) -> ModelCall:

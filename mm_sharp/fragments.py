@@ -94,7 +94,7 @@ def apply_fragments(cfg: Config) -> None:
         cfg: The whole config.
 
     Raises:
-        ValueError: A key of a fragment has a form that it cannot have, or FSDP is asked for.
+        ValueError: A key of a fragment has a form that it cannot have.
         ImportError: The config quantizes, and Brevitas is not installed.
     """
     keys = waiting(cfg)
@@ -130,11 +130,7 @@ def _merged(sharp: dict[str, Any], existing: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("sharp_optim_wrapper has no type: write sharp_optim_wrapper = dict(type='SAMOptimWrapper', …)")
     ours, theirs = _unbuilt(deepcopy(sharp)), _unbuilt(existing)
     if _is(existing, 'AmpOptimWrapper'):
-        if theirs.pop('use_fsdp', False):
-            raise ValueError(
-                'optim_wrapper.use_fsdp=True is not allowed beside a fragment of mm_sharp, whose wrappers do not '
-                'support FSDP: write optim_wrapper = dict(use_fsdp=False), or take the fragment out of _base_'
-            )
+        theirs.pop('use_fsdp', None)  # ours see by the model whether it is sharded
         # Without a dtype that wrapper takes autocast's default, and it works on accelerators alone.
         theirs['dtype'] = theirs.get('dtype') or ours.get('dtype') or 'float16'
     return {**ours, **theirs, 'type': ours['type']}

@@ -43,7 +43,7 @@ class ModuleStateBackup:
         self._numbers = [
             (member, {k: v for k, v in vars(member).items() if type(v) in _PLAIN_NUMBERS})
             for member in members
-            if not type(member).__module__.startswith('torch.')
+            if not all(cls is object or cls.__module__.startswith('torch.') for cls in type(member).__mro__)
         ]
 
     def restore(self) -> None:

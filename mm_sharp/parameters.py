@@ -55,6 +55,11 @@ class ParameterSelector:
         self._cached_for: tuple[int, ...] = ()
         self._selected: list[nn.Parameter] = []
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether no parameter of a model without quantizers is left out."""
+        return all(self._switches.values()) and not self._include and not self._exclude
+
     def select(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """The members of ``parameters`` that are perturbed, in order.
 
@@ -73,7 +78,7 @@ class ParameterSelector:
         return self._selected
 
     def _apply(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        names = {id(parameter): _plain_name(name) for name, parameter in model.named_parameters()}
         kinds = _kinds(model)
         spared = self._perturb == 'auto' and 'quantizer_scale' in kinds.values()
         for key, patterns in (('include', self._include), ('exclude', self._exclude)):
@@ -117,6 +122,11 @@ class ParameterSelector:
 
 def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
     return any(pattern.search(name) for pattern in patterns)
+
+
+def _plain_name(name: str) -> str:
+    """``name`` without the parts that wrappers within the model (FSDP's, activation checkpointing's) put in."""
+    return re.sub(r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.', '', name)
 
 
 def _is_bias(name: str) -> bool:

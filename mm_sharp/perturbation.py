@@ -22,7 +22,7 @@ does not undo an addition.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ def climb(
     eps: float = 1e-12,
     scale: float = 1.0,
     inverse_grad_scale: Tensor | None = None,
+    norm_of: Callable[[Sequence[Tensor]], Tensor] = global_norm,
 ) -> Tensor:
     """Add the perturbation ``e`` to the parameters in place.
 
@@ -103,15 +104,16 @@ def climb(
         eps: Added to the norm.
         scale: Factor on ``e`` (ESAM's 1 / beta).
         inverse_grad_scale: Scalar by which ``gradients`` are to be multiplied to undo loss scaling, or None.
+        norm_of: What takes the norm, where the tensors are pieces of larger ones.
 
     Returns:
         ``||g||_2`` (ASAM: ``||T g||_2``) without loss scaling, a scalar on the first gradient's device. Where it is
         not finite, the parameters are left exactly as they were.
     """
     stretches = [parameter.abs().add_(eta) for parameter in parameters] if adaptive else None
-    if stretches is not None:
+    if stretches:
         torch._foreach_mul_(list(gradients), stretches)
-    norm = global_norm(gradients)
+    norm = norm_of(gradients)
     factor = rho * scale
     if inverse_grad_scale is not None:
         inverse = inverse_grad_scale.to(device=norm.device, dtype=norm.dtype)
@@ -119,7 +121,7 @@ def climb(
         step = factor * inverse / (norm + eps)
     else:
         step = factor / (norm + eps)
-    if stretches is not None:
+    if stretches:
         torch._foreach_mul_(list(gradients), stretches)
     finite = torch.isfinite(norm)
     for group in group_by_device_and_dtype(gradients):

@@ -5,7 +5,7 @@ MMEngine's ``AmpOptimWrapper`` cannot be reused: it refuses the CPU and knows on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -53,6 +53,8 @@ class Precision:
         check_choice(owner, 'dtype', dtype, (*_DTYPES, None, *_DTYPES.values()))
         self.dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         self.device = device
+        # Where several processes hold the gradients together: has their scalers agree on an overflow.
+        self.share_overflow: Callable[[Any, Optimizer], None] | None = None
         self._fixed_scale: float | None = None
         arguments = self._scaler_arguments(owner, loss_scale)
         _check_device(owner, self.dtype, device)
@@ -81,12 +83,16 @@ class Precision:
         """Undo the scaling of the optimizer's gradients, once a step at most."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
+            if self.share_overflow is not None and self.scaler.is_enabled():
+                self.share_overflow(self.scaler, optimizer)
 
     def step(self, optimizer: Optimizer, **kwargs: Any) -> None:
         """Step ``optimizer`` (unless a scaled gradient overflowed) and update the scale."""
         if self.scaler is None:
             optimizer.step(**kwargs)
             return
+        if self.share_overflow is not None and self.scaler.is_enabled() and not self._unscaled(optimizer):
+            self.unscale(optimizer)
         self.scaler.step(optimizer, **kwargs)
         self.scaler.update(self._fixed_scale)
         if self.scaler._scale is not None:
@@ -98,6 +104,11 @@ class Precision:
         """Forget what the scaler has done to the gradients of a step that failed, which it would refuse to do again."""
         if self.scaler is not None:
             self.scaler._per_optimizer_states.clear()
+
+    def _unscaled(self, optimizer: Optimizer) -> bool:
+        """Whether :meth:`unscale` was called in this step."""
+        scaler: Any = self.scaler
+        return bool(scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'])
 
     def _scaler_arguments(self, owner: str, loss_scale: object) -> dict[str, Any]:
         if isinstance(loss_scale, str) and loss_scale == 'dynamic':

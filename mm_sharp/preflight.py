@@ -153,7 +153,7 @@ def check_checkpoint(path: str, source: str, hint: str = '') -> None:
     """
     if '://' in path:
         return
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UsageError(f"{source}: no checkpoint '{path}' in {Path.cwd()}{hint and '; ' + hint}")
     if not _is_complete(Path(path)):
         raise UsageError(f"{source}: '{path}' is cut off, or no checkpoint of torch's; take another")
@@ -172,11 +172,17 @@ def last_checkpoint(work_dir: str) -> str | None:
     candidates = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
     if named:
         candidates = [Path(named), folder / Path(named).name, *candidates]
-    return next((str(file) for file in candidates if file.is_file() and _is_complete(file)), None)
+    return next((str(file) for file in candidates if file.exists() and _is_complete(file)), None)
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether a file is a checkpoint to its end: a zip archive, whose directory comes last, or torch's old pickle."""
+    """Whether a file is a checkpoint to its end: a zip archive, whose directory comes last, or torch's old pickle.
+
+    Under FSDP with ``state_dict_cfg='local'`` it is a folder with a file of every process.
+    """
+    if file.is_dir():
+        ranks = [file / f'rank{rank}.pth' for rank in range(int(os.environ.get('WORLD_SIZE', 1)))]
+        return all(part.is_file() and _is_complete(part) for part in ranks)
     with file.open('rb') as stream:
         start = stream.read(2)
     return zipfile.is_zipfile(file) if start == b'PK' else start.startswith(b'\x80')

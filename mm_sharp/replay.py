@@ -17,6 +17,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from mm_sharp.random_state import RandomState
+from mm_sharp.shards import is_flat_wrapper
 
 
 @dataclass
@@ -24,7 +25,7 @@ class ModelCall:
     """One call ``output = model(*args, **kwargs)``.
 
     Args:
-        model: The module that was called: the DDP wrapper where there is one.
+        model: The module that was called: DDP's or FSDP's wrapper where there is one.
         args: Positional arguments.
         kwargs: Keyword arguments.
         random_state: The random state just before the call.
@@ -120,9 +121,10 @@ class CallRecorder:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's model inside DDP, ``torch.compile`` and the like."""
+    """The user's model inside DDP, FSDP, ``torch.compile`` and the like."""
     while True:
         wrapped = is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel)
+        wrapped = wrapped or is_flat_wrapper(model)
         # The other one is torch's OptimizedModule, whose class takes seconds to import.
         inner = model.module if wrapped else model._modules.get('_orig_mod')
         if not isinstance(inner, nn.Module):

@@ -34,16 +34,17 @@ from mm_sharp.gradients import GradientsAside
 from mm_sharp.method import Method
 from mm_sharp.module_state import ModuleStateBackup
 from mm_sharp.parameters import ParameterSelector
-from mm_sharp.perturbation import TensorBackup, climb
+from mm_sharp.perturbation import TensorBackup, climb, global_norm
 from mm_sharp.precision import Precision
 from mm_sharp.quantized_perturbation import QuantizedPerturbation
 from mm_sharp.random_state import RandomState
 from mm_sharp.ranks import average_gradients
 from mm_sharp.replay import CallRecorder, ModelCall, loss_of, unwrap
 from mm_sharp.sample_keys import without_keys
+from mm_sharp.shards import Shards, agree, local, shards_of
 from mm_sharp.step_record import StepRecord, StepTimer
 from mm_sharp.step_watch import StepWatch, suspects
-from mm_sharp.support import check_loss, check_model, check_perturbed, require_call
+from mm_sharp.support import check_loss, check_model, check_perturbed, check_shards, require_call
 from mm_sharp.validation import check_bool, check_clip_grad, check_number, check_positive_int, check_steps_alone
 from mm_sharp.wrapper_state import load_state, pack_state
 
@@ -63,7 +64,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         perturb_quantized: In quantized layers, perturb the quantized weight and not the float weight under the
             quantizer; see :mod:`mm_sharp.quantized_perturbation`.
         sync_perturbation: Under DDP, perturb by the gradient averaged over all ranks, at the price of a second
-            all-reduce a step; otherwise every rank perturbs by its own.
+            all-reduce a step; otherwise every rank perturbs by its own. Under FSDP, where the ranks share one set of
+            weights, it is always the averaged gradient.
         replay_rng: Dropout and DropPath draw the same masks in both passes.
         dtype: Autocast dtype, ``None``, ``'float16'`` (with loss scaling) or ``'bfloat16'``.
         loss_scale: ``'dynamic'``, a number > 0, or a dict of ``GradScaler``'s arguments.
@@ -109,6 +111,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self.record_timing = False
         self.last_step: StepRecord | None = None
         self._recorder = CallRecorder()
+        self._model: nn.Module | None = None
+        self._shards: Shards | None = None
         self._perturbed: list[nn.Parameter] = []
         self._scale = 1.0
         self._skipped: list[nn.Parameter] = []
@@ -133,8 +137,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             model: The module that is called inside, exactly once.
 
         Raises:
-            NotImplementedError: ``model`` is wrapped by FSDP, or by DDP with ``static_graph`` while
-                ``sync_perturbation`` is off.
+            NotImplementedError: ``model`` is wrapped by DDP with ``static_graph`` while ``sync_perturbation`` is off,
+                or sharded by FSDP in a way that an argument does not go with.
+            ValueError: The same of an argument that another value can replace.
             RuntimeError: ``model`` is called twice inside.
         """
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
@@ -142,6 +147,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         check_model(type(self).__name__, model, synced, can_sync=not self.skips_gradients)
         self._settle()
         self._state_before.drop()  # an earlier forward may have been left without update_params
+        self._find_shards(model)
         try:
             with (
                 self._no_sync(model, not synced),
@@ -150,7 +156,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                 self.recording(model),
             ):
                 yield
-        except BaseException:
+        except BaseException as error:
+            self._settle_shards(type(error))
             self._state_before.restore()
             raise
         finally:
@@ -244,6 +251,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             afterwards.callback(self._state_between.restore)
             afterwards.callback(self._weights.restore)
             afterwards.callback(self._quantized.remove)
+            afterwards.push(self._settle_shards)  # before anything is written to the weights
             gradients.take_off()
             self._first_backward(call, loss)
             self._mark('pass1')
@@ -262,8 +270,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         if self.precision.scaler is not None:
             self.step(**step_kwargs)
             return None
-        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in self._parameters() if parameter.grad is not None]
         finite = all_finite(gradients)
+        if self._shards is not None:
+            finite = ~agree(~finite.to(self.device))
         if not self._host_knows:
             zero_unless(finite, gradients)
         if not self._host_knows or finite:
@@ -281,6 +291,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             undo.callback(self._state_between.drop)
             undo.callback(self._weights.restore)
             undo.callback(self._quantized.remove)
+            undo.callback(self._settle_shards, BaseException)
 
     def _settle(self) -> None:
         """Deal with what the last step has shown."""
@@ -299,25 +310,27 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         if scaled.requires_grad or not self._without_gradient.active:
             scaled.backward()
         self._without_gradient.on()
-        if self.sync_perturbation and self.skips_gradients and hasattr(call.model, 'no_sync'):
+        if self._shards is None and self.sync_perturbation and self.skips_gradients and hasattr(call.model, 'no_sync'):
             average_gradients(self._perturbed)
 
     def _climb(self, module: nn.Module) -> Tensor:
         """Perturb the chosen parameters by their gradients; returns the norm."""
         perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
         check_perturbed(type(self).__name__, module, perturbed, quantized=self.perturb_quantized)
-        if not perturbed:
+        if not perturbed and self._shards is None:
             return torch.zeros((), device=self.device)
-        self._weights.save(perturbed)
+        weights = [local(parameter) for parameter in perturbed]
+        self._weights.save(weights)
         norm = climb(
-            perturbed,
-            [parameter.grad for parameter in perturbed if parameter.grad is not None],
+            weights,
+            [local(parameter.grad) for parameter in perturbed if parameter.grad is not None],
             self.rho,
             adaptive=self.adaptive,
             eta=self.eta,
             eps=self.eps,
             scale=self._scale,
             inverse_grad_scale=self._inverse_grad_scale(),
+            norm_of=global_norm if self._shards is None else self._shards.norm_of(perturbed, self.device),
         )
         if self.perturb_quantized:
             self._quantized.apply(module, perturbed, self._weights.copies)
@@ -357,10 +370,12 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._state_before.save(module)
         call = self.choose_first_batch(call)
         args, kwargs = without_keys(call.model, call.args, call.kwargs)
-        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        trained = self._trained()
         self._perturbed, self._scale = self.choose_perturbed(self.selector.select(module, trained))
         perturbed = set(map(id, self._perturbed))
-        self._skipped = [p for p in trained if id(p) not in perturbed] if self.skips_gradients else []
+        # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
+        skips = self.skips_gradients and self._shards is None
+        self._skipped = [p for p in trained if id(p) not in perturbed] if skips else []
         self._without_gradient.off(self._skipped)
         return replace(call, args=args, kwargs=kwargs)
 
@@ -374,21 +389,52 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             check_loss(type(self).__name__, call, loss)
             self._loss_is_checked = True
 
-    @staticmethod
-    def _no_sync(model: nn.Module, active: bool) -> AbstractContextManager[Any]:
+    def _no_sync(self, model: nn.Module, active: bool) -> AbstractContextManager[Any]:
         """The context in which DDP leaves gradients alone, if ``active``.
 
-        DDP decides in the forward whether the backward that follows is synchronised.
+        DDP decides in the forward whether the backward that follows is synchronised. Under FSDP every pass is: whole
+        gradients, as it keeps them otherwise, are no pieces.
         """
-        no_sync = getattr(model, 'no_sync', None)
+        no_sync = getattr(model, 'no_sync', None) if self._shards is None else None
         return no_sync() if active and callable(no_sync) else nullcontext()
+
+    def _find_shards(self, model: nn.Module) -> None:
+        """Look whether ``model`` is sharded, once, and have its parameters be pieces."""
+        if model is self._model:
+            self._settle_shards()
+            return
+        self._shards = shards_of(model)
+        self.precision.share_overflow = None if self._shards is None else self._shards.share_overflow
+        if self._shards is not None:
+            check_shards(self, self._shards)
+            # In a pass, the parameters that have the names may be others.
+            self.selector.select(unwrap(model), self._trained())
+        self._model = model
+
+    def _settle_shards(self, error: type[BaseException] | None = None, *_: object) -> None:
+        """Have the parameters be pieces, as the exit of a context in which a pass may have been broken off."""
+        if self._shards is not None:
+            self._shards.settle(broken_off=error is not None)
+
+    def _clip_grad(self) -> None:
+        """Clip the gradients; under FSDP by the norm of the whole gradient, and not of this rank's piece."""
+        if self._shards is None:
+            super()._clip_grad()
+            return
+        norm = self._shards.clip_(self._trained(), self.device, **self.clip_grad_kwargs)
+        if norm is not None:
+            self.message_hub.update_scalar('train/grad_norm', float(norm))
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group['params']]
 
     def _all_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """The optimizer's parameters and the model's: all that a backward pass may write gradients to."""
-        members = {id(p): p for p in (*self._parameters(), *model.parameters())}
+        theirs = model.parameters() if self._shards is None else self._shards.parameters
+        members = {id(p): p for p in (*self._parameters(), *theirs)}
         return list(members.values())
 
     def _devices(self) -> tuple[torch.device, ...]:

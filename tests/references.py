@@ -6,6 +6,7 @@ Nothing here uses the package, MMEngine's optimizer wrappers, ``torch._foreach_*
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,56 @@ def sam_step(
     optimizer.step()
     optimizer.zero_grad()
     return final
+
+
+def sam_training(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss_function: Callable[[Any], Tensor],
+    steps: list[list[Any]],
+    adaptive: bool = False,
+    part: str = '',
+    clip: Callable[[list[nn.Parameter]], Any] | None = None,
+) -> list[float]:
+    """SAM (ASAM) steps on several micro-batches each, whose final gradients are averaged.
+
+    Args:
+        model: Without buffers.
+        optimizer: The base optimizer over all its parameters.
+        loss_function: The loss of a micro-batch at the current weights.
+        steps: The micro-batches of every step.
+        adaptive: ASAM, at radius 0.5; otherwise SAM at 0.05.
+        part: Beginning of the names of what is perturbed.
+        clip: What is done to the parameters' gradients before the optimizer steps.
+
+    Returns:
+        The norm of each climb's gradient (ASAM: of T g).
+    """
+    parameters, norms = list(model.parameters()), []
+    chosen = [parameter for name, parameter in model.named_parameters() if name.startswith(part)]
+    for batches in steps:
+        total = [torch.zeros_like(parameter) for parameter in parameters]
+        for batch in batches:
+            gradients = gradients_of(loss_function(batch), chosen)
+            weights = [parameter.detach().clone() for parameter in parameters]
+            ours = [parameter.detach() for parameter in chosen]
+            moves = asam_perturbation(ours, gradients, 0.5) if adaptive else sam_perturbation(gradients, 0.05)
+            stretched = [g * (w.abs() + 0.01) if adaptive else g for g, w in zip(gradients, ours, strict=True)]
+            norms.append(torch.stack([tensor.norm() for tensor in stretched]).norm().item())
+            with torch.no_grad():
+                for parameter, move in zip(chosen, moves, strict=True):
+                    parameter.add_(move)
+            final = gradients_of(loss_function(batch), parameters)
+            total = [sum_ + gradient / len(batches) for sum_, gradient in zip(total, final, strict=True)]
+            with torch.no_grad():
+                for parameter, weight in zip(parameters, weights, strict=True):
+                    parameter.copy_(weight)
+        for parameter, gradient in zip(parameters, total, strict=True):
+            parameter.grad = gradient
+        if clip is not None:
+            clip(parameters)
+        optimizer.step()
+    return norms
 
 
 def sam_gradients(model: nn.Module, loss_function: LossFunction, rho: float, adaptive: bool = False) -> list[Tensor]:

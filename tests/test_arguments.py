@@ -166,15 +166,3 @@ def test_sparse_gradients_are_refused() -> None:
         loss = model(torch.tensor([1, 2]))
     with pytest.raises(NotImplementedError, match=r"\['table.weight'\] are sparse"):
         wrapper.update_params(loss)
-
-
-def test_fsdp_is_refused() -> None:
-    class FullyShardedDataParallel(nn.Module):
-        pass
-
-    model = make()
-    with (
-        pytest.raises(NotImplementedError, match='does not support FSDP'),
-        build('sam', model).optim_context(FullyShardedDataParallel()),
-    ):
-        pass

@@ -134,7 +134,7 @@ def test_the_fragments_own_values_are_not_shared() -> None:
         ({}, {}, 'float16'),
         ({'dtype': None}, {}, 'float16'),
         ({'dtype': 'bfloat16'}, {}, 'bfloat16'),
-        ({'use_fsdp': False, 'loss_scale': 512.0}, {}, 'float16'),
+        ({'use_fsdp': True, 'loss_scale': 512.0}, {}, 'float16'),
         ({}, {'dtype': 'bfloat16'}, 'bfloat16'),
         ({'dtype': 'float16'}, {'dtype': 'bfloat16'}, 'float16'),
     ],
@@ -147,11 +147,6 @@ def test_mixed_precision_is_taken_over(
     scale = {key: value for key, value in existing.items() if key == 'loss_scale'}
     assert found == {**SHARP, 'optimizer': SGD, 'dtype': dtype, **scale}
     check_wrappers(Config({'optim_wrapper': found}))
-
-
-def test_fsdp_is_refused() -> None:
-    with pytest.raises(ValueError, match=r'use_fsdp=True is not allowed .*use_fsdp=False'):
-        wrapper_of({'type': 'AmpOptimWrapper', 'optimizer': SGD, 'use_fsdp': True})
 
 
 def test_a_fragment_without_a_type_is_refused() -> None:
@@ -385,7 +380,6 @@ def test_an_option_without_effect_is_refused(tmp_path: Path, option: str, instea
 @pytest.mark.parametrize(
     ('line', 'message'),
     [
-        ("optim_wrapper = dict(type='AmpOptimWrapper', use_fsdp=True)", 'user.py.: optim_wrapper.use_fsdp=True'),
         ('quantization = dict(polcy=dict())', r"unknown keys \['polcy'\]"),
     ],
 )

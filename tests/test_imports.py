@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             'sample_table',
         }
     ),
-    frozenset({'checkpoint_check', 'finite'}),
+    frozenset({'checkpoint_check', 'finite', 'shards'}),
     frozenset({'parameters', 'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
     frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
@@ -41,7 +41,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 GLUE = frozenset(
     {
         *('benchmark', 'build_errors', 'careful_loading', 'cli', 'diagnosis', 'doctor', 'endings', 'launcher_watch'),
-        *('preflight', 'training_checks', 'wrapper_checks'),
+        *('preflight', 'runners', 'training_checks', 'wrapper_checks'),
     }
 )
 

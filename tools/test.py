@@ -10,16 +10,16 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mmengine
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp import cli, preflight
+from mm_sharp import cli, preflight, runners
 from mm_sharp.compat import serve_every_run
 
 _FORMATS = ('.json', '.yaml', '.yml', '.pkl', '.pickle')
@@ -66,8 +66,8 @@ def report(metrics: Mapping[str, float]) -> str:
     return '\n'.join(f'{name:<{width}}  {value:.4f}' for name, value in metrics.items())
 
 
-def _test(cfg: Config) -> tuple[Runner, dict[str, float]]:
-    runner = Runner.from_cfg(cfg)
+def _test(cfg: Config) -> tuple[Any, dict[str, float]]:
+    runner = runners.build_runner(cfg)
     return runner, runner.test()
 
 

@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmengine.config import Config
 from mmengine.dist import get_rank
-from mmengine.runner import Runner
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp import build_errors, cli, preflight, training_checks
+from mm_sharp import build_errors, cli, preflight, runners, training_checks
 from mm_sharp.compat import serve_every_run
 from mm_sharp.endings import say_how_to_go_on
 
@@ -108,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
     serve_every_run()
     cfg = configure(args)
     with say_how_to_go_on(lambda: preflight.last_checkpoint(cfg.work_dir)), build_errors.explained(cfg):
-        cli.run_with_checkpoint(lambda: Runner.from_cfg(cfg).train(), args.trust_checkpoint)
+        cli.run_with_checkpoint(lambda: runners.build_runner(cfg).train(), args.trust_checkpoint)
     if get_rank() == 0:
         print(f'Done. Checkpoints and logs: {cfg.work_dir}')
 

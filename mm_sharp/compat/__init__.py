@@ -14,6 +14,8 @@ a file of its own, whose docstring names the cause, the repair and the version t
 ``config_scope``       ``mm_sharp::…`` in configs
 ``checkpoint_hook``    checkpoints that load with ``torch.load(weights_only=True)``
 ``whole_files``        checkpoints that are written as a whole, before old ones are removed
+``fsdp_strategy``      runs under MMEngine's FSDPStrategy can be resumed
+``flexible_runner``    and so can those of its FlexibleRunner, at the right epoch
 =====================  ======================================================================================
 
 The first five wait for the import of what they repair (``import_hook``): importing mm_sharp must not import
@@ -30,6 +32,8 @@ from . import (
     bfloat16_arrays,
     checkpoint_hook,
     config_scope,
+    flexible_runner,
+    fsdp_strategy,
     matplotlib_canvas,
     mmcv_ops,
     package_lookup,
@@ -59,7 +63,7 @@ __all__ = [
 
 _FIXES = (
     *(torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas, bfloat16_arrays),
-    *(package_lookup, config_scope, checkpoint_hook, whole_files),
+    *(package_lookup, config_scope, checkpoint_hook, whole_files, fsdp_strategy, flexible_runner),
 )  # fmt: skip
 _REPAIRED_AT_IMPORT = ('torchvision', 'mmcv.ops', 'xtcocotools.mask', 'mmpose.visualization', 'mmpose.models')
 

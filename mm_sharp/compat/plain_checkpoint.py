@@ -16,6 +16,7 @@ numpy array            dict: dtype, shape, bytes as a uint8 tensor              
 numpy number           Python number                                                   Python number
 numpy array of         list                                                            list
 objects
+``ShardedTensor``      dict: pieces, where they begin, size, number of processes       ``ShardedTensor``
 subclass of dict,      the plain type                                                  the plain type
 list, tuple, str, …
 path                   str                                                             str
@@ -39,9 +40,11 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+from .plain_shards import is_sharded_tensor, plain_shards, rebuild_shards
+
 # Marks a dict that stands for something else.
 TAG = '__mm_sharp__'
-_ARRAY, _HISTORY = 'ndarray', 'HistoryBuffer'
+_ARRAY, _HISTORY, _SHARDED = 'ndarray', 'HistoryBuffer', 'ShardedTensor'
 _ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, bytearray),
     *(torch.Size, torch.dtype, torch.device),
@@ -62,6 +65,8 @@ def to_plain(value: Any, path: str, left: list[str]) -> Any:
     Returns:
         ``value`` itself if nothing in it had to be rewritten.
     """
+    if is_sharded_tensor(value):
+        return {TAG: _SHARDED, **plain_shards(value)}
     if type(value) in _ATOMS or isinstance(value, torch.Tensor):
         return value
     if isinstance(value, Mapping):
@@ -169,11 +174,13 @@ def _rebuild(value: dict[str, Any], path: str) -> Any:
             return _rebuild_array(value)
         if value[TAG] == _HISTORY:
             return _rebuild_history(value)
+        if value[TAG] == _SHARDED:
+            return rebuild_shards(value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f'{path} is damaged: it stands for a {value[TAG]}, but {error!r}') from error
     raise ValueError(
         f'{path} stands for {value[TAG]!r}, which this version of mm_sharp does not know '
-        f'(it knows {_ARRAY!r} and {_HISTORY!r}): was it saved by a newer one?'
+        f'(it knows {_ARRAY!r}, {_HISTORY!r} and {_SHARDED!r}): was it saved by a newer one?'
     )
 
 
