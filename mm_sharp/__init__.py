@@ -4,7 +4,7 @@ Importing the package registers, in MMEngine's root registries:
 
 - ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`
 - ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.history_hook.SampleHistoryHook`,
-  :class:`mm_sharp.compat.PlainCheckpointHook`
+  :class:`mm_sharp.compilation.CompileHook`, :class:`mm_sharp.compat.PlainCheckpointHook`
 - ``DATA_SAMPLERS``: :class:`AUSAMSampler`
 - ``DATASETS``: :class:`IndexedDataset`
 
@@ -36,6 +36,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.ausam import AUSAMOptimWrapper
     from mm_sharp.ausam_sampler import AUSAMSampler
     from mm_sharp.checkpoint_check import CheckpointCheckHook as _CheckpointCheckHook
+    from mm_sharp.compilation import CompileHook as _CompileHook
     from mm_sharp.esam import ESAMOptimWrapper
     from mm_sharp.history_hook import SampleHistoryHook as _SampleHistoryHook
     from mm_sharp.hooks import SharpnessHook
@@ -43,4 +44,5 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.sam import SAMOptimWrapper
 
     _compat.add_to_our_runs(_SampleHistoryHook)
+    _compat.add_to_our_runs(_CompileHook)
     _compat.add_to_our_runs(_CheckpointCheckHook, of_tools=True)

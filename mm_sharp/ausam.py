@@ -35,7 +35,7 @@ from mm_sharp.replay import ModelCall
 from mm_sharp.sample_history import Keys
 from mm_sharp.subset import call_size, subset
 from mm_sharp.transfer import to_device
-from mm_sharp.validation import check_bool, check_number
+from mm_sharp.validation import UserError, check_bool, check_number
 
 if TYPE_CHECKING:
     from mm_sharp.ausam_sampler import AUSAMSampler
@@ -84,7 +84,12 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         name = type(self).__name__
         check_number(name, 'sampling_ratio', sampling_ratio, high=1.0, low_open=True, example='0.6')
         check_number(name, 's_min', s_min, low_open=True, example='0.3')
-        check_number(name, 's_max', s_max, low=s_min, example=repr(max(1.0, s_min)))
+        check_number(name, 's_max', s_max, low_open=True, example='1.0')
+        if s_max < s_min:
+            raise UserError(
+                f'{name}: s_min={s_min!r} with s_max={s_max!r} is not allowed: s_max must be at least s_min. Write for '
+                f"example: optim_wrapper = dict(type='{name}', s_min=0.3, s_max=1.0, ...)"
+            )
         self.reweight = check_bool(name, 'reweight', reweight)
         super().__init__(optimizer, history_momentum=history_momentum, rho=rho, **kwargs)
         self.drawer = BatchDrawer(self.history, float(sampling_ratio), float(s_min), float(s_max))

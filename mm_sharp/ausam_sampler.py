@@ -22,6 +22,7 @@ from mm_sharp.batch_draw import BatchDraw, BatchDrawer
 from mm_sharp.draws import Draw, generator_at
 from mm_sharp.loader_draws import DrawQueue, LoaderDraw
 from mm_sharp.sample_history import Keys
+from mm_sharp.validation import UserError
 
 _VERSION = 1
 
@@ -256,6 +257,6 @@ def _check_arguments(sampler: object, batch_size: object, drop_last: object) -> 
         raise _refusal('drop_last', drop_last, 'True or False', example)
 
 
-def _refusal(name: str, value: object, allowed: str, example: str) -> ValueError:
+def _refusal(name: str, value: object, allowed: str, example: str) -> UserError:
     message = f'AUSAMSampler: {name}={value!r} is not allowed: it must be {allowed}'
-    return ValueError(f'{message}. Write for example: train_dataloader = {example}')
+    return UserError(f'{message}. Write for example: train_dataloader = {example}')

@@ -41,6 +41,7 @@ from mm_sharp.replay import ModelCall
 from mm_sharp.sample_history import Keys
 from mm_sharp.sampling import FloatArray, IntArray, normalised_scores, sample_count, top_k
 from mm_sharp.subset import call_size, subset
+from mm_sharp.support import check_compiled
 from mm_sharp.validation import check_choice, check_number, check_positive_int
 
 
@@ -89,6 +90,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         self.refresh = check_positive_int(name, 'refresh', refresh, example='10')
         super().__init__(optimizer, rho=rho, **kwargs)
         self._size = 0
+        self._checked: nn.Module | None = None  # the model that was found not to be compiled, or not in the way
         self._keys: Keys = []
         # What decides the factor on a subset's loss; any recorded step shows it.
         self._reductions: set[Reduction] = set()
@@ -123,6 +125,9 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Record the losses of the first pass, where this step needs them."""
+        if self._checked is not model:
+            check_compiled(type(self).__name__, model, sees_losses=self.gamma < 1.0, switches=self.beta < 1.0)
+            self._checked = model
         if self.gamma == 1.0 or (not self._measures and self._reductions):
             self._record = None
             yield

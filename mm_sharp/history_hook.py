@@ -22,6 +22,7 @@ from mm_sharp.ausam_sampler import AUSAMSampler
 from mm_sharp.dataset_keys import DatasetKeys
 from mm_sharp.per_sample_pass import PerSampleOptimWrapper
 from mm_sharp.sample_keys import SampleIdError
+from mm_sharp.validation import UserError
 
 _ITERATIONS_OF_ENDLESS_EPOCHS = 1000
 
@@ -113,13 +114,13 @@ def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[PerSampleOpti
     # Another member of an OptimWrapperDict would train on the samples drawn without knowing of it.
     if found != 1 or (isinstance(optim_wrapper, OptimWrapperDict) and len(optim_wrapper) > 1):
         uses = f'{found} of them' if found > 1 else type(optim_wrapper).__name__
-        raise ValueError(
+        raise UserError(
             f'AUSAMSampler draws the batches for one AUSAMOptimWrapper, but the config uses {uses}: write '
             "optim_wrapper = dict(type='AUSAMOptimWrapper', ...), or take batch_sampler=dict(type='AUSAMSampler') out "
             'of train_dataloader'
         )
     if not getattr(loader, 'in_order', True):
-        raise ValueError(
+        raise UserError(
             'train_dataloader.in_order=False is not allowed: AUSAMSampler must know which draw a batch is from. Take '
             'it out of train_dataloader'
         )

@@ -10,7 +10,7 @@ from mmengine.registry import HOOKS
 
 from mm_sharp.step_record import StepRecord
 from mm_sharp.two_pass import TwoPassOptimWrapper
-from mm_sharp.validation import check_positive_int
+from mm_sharp.validation import HOOK, UserError, check_positive_int
 
 
 @HOOKS.register_module()
@@ -53,7 +53,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
 
     def __init__(self, interval: int | None = None) -> None:
         if interval is not None:
-            check_positive_int('SharpnessHook', 'interval', interval, example='50')
+            check_positive_int('SharpnessHook', 'interval', interval, example='50', form=HOOK)
         self.interval = interval
         self._interval = interval or 1
         self._wrappers: dict[str, TwoPassOptimWrapper] = {}
@@ -62,7 +62,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
         """Find the wrappers and the logger's interval."""
         self._wrappers = _two_pass_wrappers(runner.optim_wrapper)
         if not self._wrappers:
-            raise ValueError(
+            raise UserError(
                 f'SharpnessHook needs a sharpness-aware optimizer wrapper, but the config uses '
                 f"{type(runner.optim_wrapper).__name__}: write optim_wrapper = dict(type='SAMOptimWrapper', ...), or "
                 'take SharpnessHook out of custom_hooks'

@@ -13,6 +13,7 @@ from mmengine.structures import BaseDataElement
 from torch.utils.data import Dataset, IterableDataset
 
 from mm_sharp.sample_keys import SampleKey
+from mm_sharp.validation import KindError, UserError
 
 _OWN = frozenset({'dataset', 'name'})
 
@@ -47,7 +48,7 @@ class IndexedDataset(Dataset[Any]):
 
     def __init__(self, dataset: Any, name: str = 'dataset') -> None:
         if not isinstance(name, str):
-            raise ValueError(
+            raise UserError(
                 f'IndexedDataset: name={name!r} is not allowed: it must be a string. Write for example: '
                 "dict(type='IndexedDataset', name='coco', dataset=...)"
             )
@@ -122,7 +123,7 @@ def _with_key(sample: Any, key: SampleKey) -> Any:
             sample['data_samples'].set_metainfo({'sample_key': key})
             return sample
         if not isinstance(sample.get('sample_key', key), SampleKey):
-            raise ValueError(
+            raise UserError(
                 "IndexedDataset: the data set's samples have an entry 'sample_key' of their own. Give it another name: "
                 "IndexedDataset stores a sample's key there"
             )
@@ -133,7 +134,7 @@ def _with_key(sample: Any, key: SampleKey) -> Any:
         # An IndexedDataset within this one has left its own key there.
         own = sample[:-1] if sample and isinstance(sample[-1], SampleKey) else sample
         return [*own, key] if isinstance(sample, list) else (*own, key)
-    raise TypeError(
+    raise KindError(
         f'IndexedDataset: a sample of the data set is a {type(sample).__name__}, to which no key can be added. Return '
         'from its __getitem__ a dict, such as dict(inputs=image, data_samples=...), or a tuple, such as (image, label)'
     )
@@ -141,7 +142,7 @@ def _with_key(sample: Any, key: SampleKey) -> Any:
 
 def _check_map_style(dataset: Any) -> None:
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, '__getitem__') and hasattr(dataset, '__len__')):
-        raise TypeError(
+        raise KindError(
             f'IndexedDataset: dataset is a {type(dataset).__name__}, whose samples have no index. It must have '
             '__getitem__(index) and __len__(); a data set that only iterates cannot be given ids'
         )
@@ -150,7 +151,7 @@ def _check_map_style(dataset: Any) -> None:
 def _check_fixed_order(dataset: Any) -> None:
     """Refuse data sets that draw the sample behind an index anew every time, at any depth."""
     if getattr(dataset, 'resample', False) is True:
-        raise ValueError(
+        raise UserError(
             f'IndexedDataset: dataset is a {type(dataset).__name__} with sample_ratio_factor, which loads another '
             'sample under the same index every time. Wrap each data set in it instead, and pack the key:\n'
             "    dict(type='CombinedDataset', sample_ratio_factor=..., datasets=[\n"

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from mm_sharp.validation import UserError
+
 _SWITCHES = ('norm', 'bias', 'quantizer_scale')
 _PATTERNS = ('include', 'exclude')
 _EXAMPLE = (
@@ -109,8 +111,8 @@ class ParameterSelector:
         except re.error as error:
             raise self._error(f'{name}={value!r} is not a regular expression ({error})') from error
 
-    def _error(self, reason: str) -> ValueError:
-        return ValueError(f'{self._owner}: perturb={self._perturb!r} is not allowed: {reason}. Write {_EXAMPLE}')
+    def _error(self, reason: str) -> UserError:
+        return UserError(f'{self._owner}: perturb={self._perturb!r} is not allowed: {reason}. Write {_EXAMPLE}')
 
 
 def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:

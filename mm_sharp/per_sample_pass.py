@@ -17,6 +17,7 @@ from mm_sharp.replay import ModelCall, unwrap
 from mm_sharp.sample_history import Keys, SampleHistory
 from mm_sharp.sample_keys import keys_of
 from mm_sharp.step_watch import suspects
+from mm_sharp.support import check_compiled
 from mm_sharp.transfer import HostCopy
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from mm_sharp.validation import check_number
@@ -90,8 +91,10 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
         Raises:
             PerSampleLossError: The model has a head for which there are none.
+            UnsupportedError: The whole model is compiled.
         """
         if self._per_sample is None or self._per_sample.model is not unwrap(model):
+            check_compiled(type(self).__name__, model, sees_losses=True, switches=False)
             self._per_sample = PerSampleLoss(model)
         return self._per_sample
 

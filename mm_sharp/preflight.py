@@ -10,16 +10,13 @@ import re
 import zipfile
 from collections.abc import Iterator
 from copy import deepcopy
-from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
 
 from mm_sharp.ausam import AUSAMOptimWrapper
 from mm_sharp.ausam_sampler import AUSAMSampler
@@ -27,41 +24,14 @@ from mm_sharp.cli import UsageError
 from mm_sharp.esam import ESAMOptimWrapper
 from mm_sharp.sam import SAMOptimWrapper
 from mm_sharp.two_pass import TwoPassOptimWrapper
-
-
-def wrapper_configs(cfg: Config) -> dict[str, Any]:
-    """The config of each optimizer wrapper by its dotted key: one, or several for an ``OptimWrapperDict``.
-
-    Raises:
-        UsageError: There is none.
-    """
-    top = cfg.get('optim_wrapper')
-    if not top:
-        raise UsageError("the config has no optim_wrapper: write optim_wrapper = dict(type='SAMOptimWrapper', …)")
-    if 'optimizer' in top or 'type' in top:
-        return {'optim_wrapper': top}
-    members = {f'optim_wrapper.{key}': value for key, value in top.items() if isinstance(value, dict)}
-    return {key: value for key, value in members.items() if 'optimizer' in value or 'type' in value}
-
-
-def wrapper_class(cfg: Config, key: str, wrapper: dict[str, Any]) -> type[OptimWrapper]:
-    """The class that MMEngine will build for an optimizer wrapper's config.
-
-    Raises:
-        UsageError: Its type is not registered.
-    """
-    name = wrapper.get('type', 'OptimWrapper')
-    if not isinstance(name, str):
-        return name  # type: ignore[no-any-return]
-    scope = wrapper.get('_scope_') or cfg.get('default_scope', 'mmengine')
-    with OPTIM_WRAPPERS.switch_scope_and_registry(scope) as registry:
-        found = registry.get(name)
-        names = sorted({*registry.module_dict, *OPTIM_WRAPPERS.module_dict})
-    if found is None:
-        close = get_close_matches(name, names, n=1)
-        hint = f'did you mean {close[0]!r}?' if close else 'import its module in custom_imports.'
-        raise UsageError(f'{key}.type: no optimizer wrapper {name!r}; {hint} Registered: {", ".join(names)}')
-    return found  # type: ignore[no-any-return]
+from mm_sharp.wrapper_checks import (
+    check_arguments,
+    check_constructor,
+    check_optimizer,
+    check_paramwise,
+    wrapper_class,
+    wrapper_configs,
+)
 
 
 def check_wrappers(cfg: Config) -> None:
@@ -72,18 +42,24 @@ def check_wrappers(cfg: Config) -> None:
             :func:`mm_sharp.fragments.apply_fragments` could not put into effect.
     """
     classes = []
-    for key, wrapper in wrapper_configs(cfg).items():
+    members = wrapper_configs(cfg)
+    check_constructor(cfg, cfg.optim_wrapper)
+    for key, wrapper in members.items():
         cls = wrapper_class(cfg, key, wrapper)
         classes.append(cls)
         if not cls.__module__.startswith(('mm_sharp.', 'mmengine.')):
             continue  # others may want a real optimizer
         not_theirs = ('type', '_scope_', 'optimizer', 'constructor', 'paramwise_cfg')
         arguments = {name: deepcopy(value) for name, value in wrapper.items() if name not in not_theirs}
+        check_arguments(key, cls, arguments)
+        optimizer = check_optimizer(cfg, key, cls, wrapper)
         try:
-            cls(optimizer=torch.optim.SGD([_weight()], lr=1.0), **arguments)
+            cls(optimizer=optimizer, **arguments)
         except (TypeError, ValueError, AssertionError, ImportError) as error:
             hint = '' if issubclass(cls, TwoPassOptimWrapper) else _theirs_hint(cls, arguments)
             raise UsageError(f'{key} (type {cls.__name__}): {error}{hint}') from error
+        if key == 'optim_wrapper':  # members of several have a constructor of their own
+            check_paramwise(cfg, key, cls, wrapper)
     if cfg.get('sharp_optim_wrapper') and not any(issubclass(cls, TwoPassOptimWrapper) for cls in classes):
         raise UsageError(_unused_fragment(classes))
 
@@ -115,6 +91,11 @@ def check_sampler(cfg: Config) -> None:
         raise UsageError(
             'train_dataloader.drop_last=True does not go with a batch_sampler, which has its own: write '
             "train_dataloader = dict(drop_last=False, batch_sampler=dict(type='AUSAMSampler', drop_last=True))"
+        )
+    if not loader.get('in_order', True):
+        raise UsageError(
+            'train_dataloader.in_order=False is not allowed: AUSAMSampler must know which draw a batch is from. Write '
+            "train_dataloader = dict(in_order=True, batch_sampler=dict(type='AUSAMSampler'))"
         )
 
 
@@ -219,12 +200,6 @@ def _unused_fragment(classes: list[type[OptimWrapper]]) -> str:
     if len(classes) > 1:
         return message + "give those that shall use it their type, as NAME=dict(type='SAMOptimWrapper', …)"
     return message + 'add the line `optim_wrapper = _base_.sharp_optim_wrapper`'
-
-
-def _weight() -> torch.nn.Parameter:
-    """A parameter on the device that training will use, since what AMP allows depends on it."""
-    device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if get_device() == 'cuda' else 'cpu'
-    return torch.nn.Parameter(torch.zeros(1, device=device))
 
 
 def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str]]:

@@ -120,12 +120,20 @@ class CallRecorder:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's model inside DDP and the like."""
-    while is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel):
-        inner = model.module
-        assert isinstance(inner, nn.Module)
+    """The user's model inside DDP, ``torch.compile`` and the like."""
+    while True:
+        wrapped = is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel)
+        # The other one is torch's OptimizedModule, whose class takes seconds to import.
+        inner = model.module if wrapped else model._modules.get('_orig_mod')
+        if not isinstance(inner, nn.Module):
+            return model
         model = inner
-    return model
+
+
+def is_compiled(module: nn.Module, method: str = 'forward') -> bool:
+    """Whether ``torch.compile`` has got hold of a module's call, or of another of its methods."""
+    by_hand = '_orig_mod' in module._modules or getattr(module, '_compiled_call_impl', None) is not None
+    return hasattr(vars(module).get(method), '_torchdynamo_orig_callable') or (by_hand and method == 'forward')
 
 
 def loss_of(call: ModelCall, output: Any) -> Tensor:

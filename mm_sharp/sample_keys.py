@@ -23,6 +23,7 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 from mm_sharp.replay import unwrap
+from mm_sharp.validation import UserError
 
 Key = tuple[str, int]
 
@@ -34,7 +35,7 @@ or let the index in the data set be the id, which works with every data set:
 """
 
 
-class SampleIdError(ValueError):
+class SampleIdError(UserError):
     """A sample cannot be told from the others of its data set; the message shows how to change that."""
 
 

@@ -14,6 +14,7 @@ from mm_sharp.per_sample_loss.layout import Layout, batch_size, fill
 from mm_sharp.replay import ModelCall, unwrap
 from mm_sharp.sampling import IntArray
 from mm_sharp.transfer import to_device
+from mm_sharp.validation import KindError, UserError
 
 
 def call_size(owner: str, call: ModelCall) -> int:
@@ -29,7 +30,7 @@ def call_size(owner: str, call: ModelCall) -> int:
     size = batch_size(call.args, call.kwargs)
     if not size:
         found = [type(value).__name__ for value in (*call.args, *call.kwargs.values())]
-        raise ValueError(
+        raise UserError(
             f'{owner} found no batch among the arguments ({", ".join(found)}) that {type(unwrap(call.model)).__name__} '
             'was called with: one must be a tensor or a list with a row for every sample, at least one'
         )
@@ -104,7 +105,7 @@ def _check_kind(value: Any, size: int) -> None:
         known = (Tensor, np.ndarray, str, bytes)
         unknown = not isinstance(value, known) and hasattr(value, '__len__') and len(value) == size
     if unknown:
-        raise TypeError(
+        raise KindError(
             f'ESAM and AUSAM do not know how to take samples out of a {type(value).__name__} of {size}: call the model '
             'with tensors, arrays, lists, tuples or dicts of them'
         )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mm_sharp.quantized_perturbation import quantizes_weights
-from mm_sharp.replay import ModelCall, loss_of, unwrap
+from mm_sharp.replay import ModelCall, is_compiled, loss_of, unwrap
+from mm_sharp.validation import UnsupportedError, UserError
 
 
 def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = True) -> None:
@@ -21,20 +22,63 @@ def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = 
         can_sync: Whether an argument would make it do so.
 
     Raises:
-        NotImplementedError: ``model`` is wrapped by FSDP, or by DDP with ``static_graph`` while the first pass is not
-            synchronised.
+        NotImplementedError: Its ``train_step`` is compiled, or ``model`` is wrapped by FSDP, or by DDP with
+            ``static_graph`` while the first pass is not synchronised.
     """
+    check_step_is_not_compiled(owner, model)
     if any(cls.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for cls in type(model).__mro__):
-        raise NotImplementedError(
+        raise UnsupportedError(
             f'{owner} does not support FSDP: each rank holds a shard of the parameters, and the perturbation needs the '
             "gradient norm over all of them. Train with DDP: model_wrapper_cfg=dict(type='MMDistributedDataParallel')"
         )
     if getattr(model, 'static_graph', False) and not synced:
         # DDP learns the static graph in its first backward pass, and fails if that one runs under no_sync().
         way_out = ', or set sync_perturbation=True (one more all-reduce a step)' if can_sync else ''
-        raise NotImplementedError(
+        raise UnsupportedError(
             f'{owner}: DDP with static_graph=True cannot run the first pass without synchronisation. Take '
             f'static_graph=True out of model_wrapper_cfg{way_out}'
+        )
+
+
+def check_step_is_not_compiled(owner: str, model: nn.Module) -> None:
+    """Refuse a ``train_step`` that is compiled: what optimizer wrappers do changes from step to step.
+
+    Raises:
+        UnsupportedError: It is.
+    """
+    if is_compiled(model, 'train_step'):
+        raise UnsupportedError(
+            f"{owner}: torch.compile has got hold of the model's train_step, and with it of the optimizer wrapper. "
+            "Compile what holds no loss: model.backbone.compile(), or write compile=True in the config of MMEngine's "
+            'Runner, in which that is done'
+        )
+
+
+def check_compiled(owner: str, model: nn.Module, *, sees_losses: bool, switches: bool) -> None:
+    """Refuse compiled modules of which a method needs more than their output.
+
+    Args:
+        owner: Class that asks, for the message.
+        model: The model handed to ``optim_context``.
+        sees_losses: Whether the losses of samples are recorded, by hooks that compiled code passes by.
+        switches: Whether other parameters have a gradient in every step, for each of which it is compiled anew.
+
+    Raises:
+        UnsupportedError: There are some.
+    """
+    inner = unwrap(model)
+    whole = model is not inner and '_orig_mod' in model._modules
+    if sees_losses and (whole or is_compiled(inner)):
+        raise UnsupportedError(
+            f'{owner}: torch.compile has got hold of the whole {type(inner).__name__}, whose losses cannot be seen '
+            'from outside any more. Compile what holds no loss: model.backbone.compile(), or, in a config, compile=True'
+        )
+    names = [name or type(inner).__name__ for name, module in inner.named_modules() if is_compiled(module)]
+    if switches and (whole or names):
+        raise UnsupportedError(
+            f'{owner}: with beta below 1 other tensors have gradients in every step, and torch.compile would compile '
+            f'{", ".join(names) or type(inner).__name__} anew for each of them. Do not compile (compile=False), or '
+            f"write optim_wrapper = dict(type='{owner}', beta=1.0, ...)"
         )
 
 
@@ -77,7 +121,7 @@ def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
         loss.detach(), expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True
     ):
         name = type(unwrap(call.model)).__name__
-        raise ValueError(
+        raise UserError(
             f'{owner}: update_params was given a loss of {loss.detach().tolist()}, but parse_losses of the captured '
             f"forward of {name} gives {expected.tolist()}. The second pass can repeat only the model's own forward and "
             f'parse_losses: move what {name}.train_step does to the loss afterwards (weights, further terms) into '
@@ -101,14 +145,14 @@ def check_perturbed(
         ValueError: Quantized weights are to be perturbed, and the model has none.
     """
     if quantized and not any(quantizes_weights(module) for module in model.modules()):
-        raise ValueError(
+        raise UserError(
             f'{owner}: perturb_quantized=True is for quantized models, and {type(model).__name__} has no layer with '
             "quantized weights: take it out, or build the model with type='QuantizedModel'"
         )
     sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout != torch.strided}
     if sparse:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in sparse]
-        raise NotImplementedError(
+        raise UnsupportedError(
             f'{owner}: the gradients of {names} are sparse, which the perturbation does not support. Build the layer '
             "with sparse=False, or leave it out: perturb=dict(exclude=['^NAME'])"
         )

@@ -44,7 +44,7 @@ from mm_sharp.sample_keys import without_keys
 from mm_sharp.step_record import StepRecord, StepTimer
 from mm_sharp.step_watch import StepWatch, suspects
 from mm_sharp.support import check_loss, check_model, check_perturbed, require_call
-from mm_sharp.validation import check_bool, check_clip_grad, check_number, check_positive_int
+from mm_sharp.validation import check_bool, check_clip_grad, check_number, check_positive_int, check_steps_alone
 from mm_sharp.wrapper_state import load_state, pack_state
 
 
@@ -93,6 +93,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         name = type(self).__name__
         check_positive_int(name, 'accumulative_counts', accumulative_counts, example='4')
         check_clip_grad(name, clip_grad)
+        check_steps_alone(name, optimizer)
         # MMEngine pops 'type' from the dict that it is given; the caller's stays whole.
         super().__init__(optimizer, accumulative_counts, copy.deepcopy(clip_grad))
         self.rho = check_number(name, 'rho', rho, example='0.05')

@@ -21,7 +21,7 @@ from tests.toys import make
 from tests.wrappers import WRAPPERS, build
 
 BAD: list[tuple[str, Any]] = [
-    *(('rho', value) for value in (-0.1, math.nan, math.inf, '0.05', None, True, [0.1])),
+    *(('rho', value) for value in (-0.1, math.nan, math.inf, '0.05', None, True, [0.1], 10**400)),
     *(('eta', value) for value in (-1e-9, math.inf, 'small')),
     *(('eps', value) for value in (0.0, -1e-12, math.nan, None)),
     *(
@@ -30,9 +30,14 @@ BAD: list[tuple[str, Any]] = [
         for value in (1, 'yes', None)
     ),
     *(('dtype', value) for value in ('fp16', 'float32', torch.float32, 16, 'amp')),
-    *(('loss_scale', value) for value in ('static', 0, -1.0, True, None)),
-    *(('accumulative_counts', value) for value in (0, -1, 1.5, '2', True)),
-    *(('clip_grad', value) for value in ({}, dict(type='norm'), 1.0, dict(type='cube', max_norm=1))),
+    *(('loss_scale', value) for value in ('static', 0, -1.0, True, None, 1e-40, math.inf, 10**400)),
+    *(('loss_scale', {key: value}) for key, value in (('scale', 2.0), ('growth_factor', 1), ('backoff_factor', 1))),
+    *(('loss_scale', {key: value}) for key, value in (('init_scale', '1'), ('growth_interval', 1.5), ('enabled', 1))),
+    *(('accumulative_counts', value) for value in (0, -1, 1.5, '2', True, 10**30)),
+    *(('clip_grad', value) for value in ({}, dict(type='norm'), 1.0, dict(type='cube', max_norm=1), dict(max_nrm=1))),
+    *(('clip_grad', dict(max_norm=value)) for value in (0, -1, '1', math.nan, True, 1e39)),
+    *(('clip_grad', dict(max_norm=1, **{key: 'x'})) for key in ('norm_type', 'foreach', 'error_if_nonfinite')),
+    *(('clip_grad', value) for value in (dict(clip_value=1), dict(type='value', max_norm=1))),
     *(('perturb', value) for value in ('none', 3, None, ['conv'], dict(norms=False), dict(norm='no'))),
     *(('perturb', value) for value in (dict(include=3), dict(exclude=['(']), dict(include=['a', 2]))),
 ]

@@ -107,7 +107,7 @@ def test_the_base_optimizer_is_always_measured_and_nothing_twice() -> None:
 
 def test_settings_of_each_method(tmp_path: Path) -> None:
     """Every method keeps what it knows of the config's; the config stays as it is."""
-    optimizer = {'type': 'SGD', 'lr': 0.1, 'momentum': 0.9}
+    optimizer = {'type': 'SGD', 'lr': 0.1, 'momentum': 0.9, 'weight_decay': 1e-4}
     own = {'type': 'AUSAMOptimWrapper', 'rho': 0.2, 'sampling_ratio': 0.3, 'accumulative_counts': 4}
     clipping = {'clip_grad': {'max_norm': 1.0}, 'paramwise_cfg': {'bias_decay_mult': 0}}
     cfg = toy(tmp_path, optim_wrapper={**own, **clipping, 'optimizer': optimizer})

@@ -21,7 +21,6 @@ LAYERS: tuple[frozenset[str], ...] = (
             'fragments',
             'perturbation',
             'quantized_perturbation',
-            'parameters',
             'random_state',
             'validation',
             'demo',
@@ -29,18 +28,21 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({'checkpoint_check', 'finite'}),
-    frozenset({'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
+    frozenset({'parameters', 'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
     frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
     frozenset({'step_watch', 'support', 'wrapper_state', 'subset', 'indexed_dataset', 'loader_draws', 'method'}),
     frozenset({'two_pass', 'dataset_keys'}),
     frozenset({'per_sample_pass'}),
     frozenset({'sam', 'esam', 'ausam', 'hooks', 'ausam_sampler'}),
-    frozenset({'history_hook', 'quantization'}),
+    frozenset({'compilation', 'history_hook', 'quantization'}),
 )
 # Command-line glue may import everything, and nothing imports it.
 GLUE = frozenset(
-    {'benchmark', 'careful_loading', 'cli', 'diagnosis', 'doctor', 'endings', 'launcher_watch', 'preflight'}
+    {
+        *('benchmark', 'build_errors', 'careful_loading', 'cli', 'diagnosis', 'doctor', 'endings', 'launcher_watch'),
+        *('preflight', 'training_checks', 'wrapper_checks'),
+    }
 )
 
 

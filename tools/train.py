@@ -19,7 +19,7 @@ from mmengine.dist import get_rank
 from mmengine.runner import Runner
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp import cli, preflight
+from mm_sharp import build_errors, cli, preflight, training_checks
 from mm_sharp.compat import serve_every_run
 from mm_sharp.endings import say_how_to_go_on
 
@@ -66,8 +66,10 @@ def configure(args: argparse.Namespace) -> Config:
         cfg.auto_scale_lr.enable = True
     cli.show_predictions(cfg, args)
     _draw_in_validation(cfg, args)
+    training_checks.check_training(cfg)
     preflight.check_wrappers(cfg)
     preflight.check_sampler(cfg)
+    training_checks.check_hooks(cfg)
     preflight.check_data(cfg, 'train', *(() if cfg.get('val_cfg') is None else ('val',)))
     _resume(cfg, args.resume)
     return cfg
@@ -105,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     serve_every_run()
     cfg = configure(args)
-    with say_how_to_go_on(lambda: preflight.last_checkpoint(cfg.work_dir)):
+    with say_how_to_go_on(lambda: preflight.last_checkpoint(cfg.work_dir)), build_errors.explained(cfg):
         cli.run_with_checkpoint(lambda: Runner.from_cfg(cfg).train(), args.trust_checkpoint)
     if get_rank() == 0:
         print(f'Done. Checkpoints and logs: {cfg.work_dir}')

@@ -28,8 +28,9 @@ from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 
 from mm_sharp.cli import UsageError
-from mm_sharp.preflight import check_wrappers, wrapper_class, wrapper_configs
+from mm_sharp.preflight import check_wrappers
 from mm_sharp.sampling import sample_count
+from mm_sharp.wrapper_checks import wrapper_class, wrapper_configs
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from typing import Any
 from mmengine.logging import MessageHub
 from torch import nn
 
+from mm_sharp.validation import UnsupportedError
+
 # MMPose heads that match predictions with people: a row of their losses is an anchor or a person.
 _ROWS_ARE_NOT_SAMPLES = ('YOLOXPoseHead', 'RTMOHead', 'CIDHead', 'EDPoseHead')
 
 
-class PerSampleLossError(NotImplementedError):
+class PerSampleLossError(UnsupportedError):
     """A model's loss has no form for single samples that could be found."""
 
     def __init__(self, what: str) -> None:
@@ -80,6 +82,11 @@ def find_losses(model: nn.Module) -> list[LossModule]:
     for loss in _walk(model, ''):
         found.setdefault(id(loss.module), loss)
     return list(found.values())
+
+
+def has_losses(name: str, module: nn.Module) -> bool:
+    """Whether a module that is called ``name`` is a loss, or has one."""
+    return 'loss' in name.lower() or type(module).__name__.endswith('Loss') or any(True for _ in _walk(module, ''))
 
 
 def _walk(owner: nn.Module, prefix: str) -> Iterator[LossModule]:

@@ -20,6 +20,8 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
+from mm_sharp.validation import UserError
+
 from .flow import LAYERS, LayerFlow, trace_flow
 from .folding import fold_batchnorms
 from .guard import watch_calls
@@ -65,7 +67,7 @@ def quantized_model(model: Any, policy: Mapping[str, Any] | None = None, **kwarg
         config = {'type': model} if isinstance(model, str) else dict(model)
         model = MODELS.build({**config, **kwargs})
     elif kwargs:
-        raise ValueError(f'{OWNER}: {sorted(kwargs)} cannot be set in a model that is built already')
+        raise UserError(f'{OWNER}: {sorted(kwargs)} cannot be set in a model that is built already')
     return quantize(model, checked)
 
 
@@ -83,7 +85,7 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
         ValueError: The policy's patterns match nothing, no layer would be quantized, or the input's size is unknown.
     """
     if isinstance(getattr(model, 'quantization', None), QuantizationRecord):
-        raise ValueError(f'{OWNER}: the model is quantized already')
+        raise UserError(f'{OWNER}: the model is quantized already')
     _check_patterns(model, policy)  # before anything is changed
     float_bytes = size_in_bytes(model)
     _make_plain(model)
@@ -186,7 +188,7 @@ def _input_size(model: nn.Module, policy: QuantizationPolicy) -> tuple[int, int]
     decoder = getattr(getattr(model, 'head', None), 'decoder', None)
     size = getattr(decoder, 'input_size', None)
     if size is None:
-        raise ValueError(
+        raise UserError(
             f'{OWNER}: the size of the input is not known (the model has no codec that says it): write '
             'policy=dict(input_size=(width, height), …)'
         )
@@ -214,10 +216,16 @@ def _check_patterns(model: nn.Module, policy: QuantizationPolicy) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
     unused = policy.unused_patterns(names)
     if unused:
-        raise ValueError(f'{OWNER}: policy patterns {unused} match no layer; there are {", ".join(names)}')
+        raise UserError(
+            f'{OWNER}: policy patterns {unused} match no layer; there are {", ".join(names)}. '
+            f"Write for example: policy=dict(skip=['{names[0] if names else 'conv1'}'], …)"
+        )
 
 
 def _check_any(layers: list[LayerRecord]) -> None:
     if not any(layer.policy for layer in layers):
         reasons = '; '.join(f'{layer.name}: {layer.reason}' for layer in layers[:5])
-        raise ValueError(f'{OWNER}: no layer is quantized ({reasons or "the model has none"})')
+        raise UserError(
+            f'{OWNER}: no layer is quantized ({reasons or "the model has none"}). Write for example: '
+            'policy=dict(first_layers=8, last_layers=8, skip=[]), or quantization = None to train in float'
+        )

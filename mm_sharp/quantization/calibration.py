@@ -15,6 +15,8 @@ import torch
 from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
 from torch import nn
 
+from mm_sharp.validation import UserError
+
 from .guard import check_calibrated, forget, record_of
 
 
@@ -72,7 +74,7 @@ def _collect(model: nn.Module, batches: Iterable[Any], progress: Callable[[], No
             seen = [*seen, batch] if keep else [batch]
             progress()
     if not seen:
-        raise ValueError('calibration needs at least one batch')
+        raise UserError('calibration needs at least one batch')
     _forward(model, seen[-1])
     return seen
 
@@ -80,7 +82,7 @@ def _collect(model: nn.Module, batches: Iterable[Any], progress: Callable[[], No
 def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if 'tensor_quant' in name and not bool(parameter.isfinite().all()):
-            raise ValueError(
+            raise UserError(
                 f'calibration: {name} is not finite: the weights or the images of the calibration batches hold values '
                 'that are not finite, or so large that the layers before it overflow'
             )

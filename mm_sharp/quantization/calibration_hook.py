@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from mm_sharp.random_state import RandomState
-from mm_sharp.validation import check_bool, check_positive_int
+from mm_sharp.validation import HOOK, check_bool, check_positive_int
 
 from .calibration import calibrate
 from .guard import NotCalibratedError, is_calibrated, record_of
@@ -54,9 +54,9 @@ class CalibrationHook(Hook):  # type: ignore[misc]
 
     def __init__(self, num_batches: int = 16, bias_correction: bool = False, baseline: bool = True) -> None:
         name = type(self).__name__
-        self.num_batches = check_positive_int(name, 'num_batches', num_batches, example='16')
-        self.bias_correction = check_bool(name, 'bias_correction', bias_correction)
-        self.baseline = check_bool(name, 'baseline', baseline)
+        self.num_batches = check_positive_int(name, 'num_batches', num_batches, example='16', form=HOOK)
+        self.bias_correction = check_bool(name, 'bias_correction', bias_correction, HOOK)
+        self.baseline = check_bool(name, 'baseline', baseline, HOOK)
 
     def before_train(self, runner: Any) -> None:
         """Calibrate, if the model is quantized and has not been calibrated.

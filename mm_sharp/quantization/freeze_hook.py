@@ -23,6 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from mm_sharp.validation import UserError
+
 _EXAMPLE = "custom_hooks = [dict(type='FreezeHook', batchnorm_stats=6, quantizer_scales=8)]"
 
 
@@ -55,7 +57,7 @@ class FreezeHook(Hook):  # type: ignore[misc]
         self.batchnorm_stats = _check_epochs('batchnorm_stats', batchnorm_stats)
         self.quantizer_scales = _check_epochs('quantizer_scales', quantizer_scales)
         if batchnorm_stats is None and quantizer_scales is None:
-            raise ValueError(
+            raise UserError(
                 f'FreezeHook: batchnorm_stats=None and quantizer_scales=None would freeze nothing. Write {_EXAMPLE}'
             )
         self._norms: list[_BatchNorm] = []
@@ -136,7 +138,7 @@ def _check_epochs(name: str, value: object) -> int | None:
         ValueError: It is neither None nor an integer of at least 0.
     """
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise ValueError(
+        raise UserError(
             f'FreezeHook: {name}={value!r} is not allowed: it must be None or an integer of at least 0, the epochs '
             f'after which to freeze. Write for example: {_EXAMPLE}'
         )
@@ -155,7 +157,7 @@ def _epochs_done(runner: Any) -> int:
     try:
         length = len(loop.dataloader)
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             'FreezeHook counts epochs, and the training set has no length: take FreezeHook out of custom_hooks, or '
             'give the dataset __len__'
         ) from error

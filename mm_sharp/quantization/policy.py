@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mm_sharp.validation import check_bool, check_choice
+from mm_sharp.validation import UserError, check_bool, check_choice
 
 OWNER = 'QuantizedModel'
 _BIT_WIDTHS = range(2, 9)
 _ENDS = ('same', 'float')
 _EXAMPLE = "policy=dict(weight_bit_width=4, act_bit_width=4, last_layers=8, skip=['head.final_layer'])"
+_LAYERS = "policy=dict(layers=[dict(pattern='^head', weight_bit_width=8)], …)"
+_FORM = 'policy=dict({name}={example}, …)'
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,20 @@ class LayerPolicy:
         for name in ('weight_bit_width', 'act_bit_width'):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value not in _BIT_WIDTHS:
-                raise ValueError(f'{OWNER}: policy {name}={value!r} is not allowed: an integer from 2 to 8')
+                raise UserError(
+                    f'{OWNER}: policy {name}={value!r} is not allowed: an integer from 2 to 8, as {_EXAMPLE}'
+                )
         for name, choices in (
             ('weight_granularity', ('channel', 'tensor')),
             ('weight_scales', ('learned', 'statistics')),
             ('act_scales', ('learned', 'fixed')),
             ('scale_init', ('mse', 'max')),
         ):
-            check_choice(OWNER, name, getattr(self, name), choices)
-        check_bool(OWNER, 'weight_symmetric', self.weight_symmetric)
-        check_bool(OWNER, 'act_symmetric', self.act_symmetric)
+            check_choice(OWNER, name, getattr(self, name), choices, _FORM)
+        check_bool(OWNER, 'weight_symmetric', self.weight_symmetric, _FORM)
+        check_bool(OWNER, 'act_symmetric', self.act_symmetric, _FORM)
         if self.weight_scales == 'statistics' and self.scale_init == 'mse':
-            raise ValueError(
+            raise UserError(
                 f"{OWNER}: policy weight_scales='statistics' with scale_init='mse' would search the scales in every "
                 "step: write scale_init='max', or weight_scales='learned'"
             )
@@ -107,21 +111,23 @@ class QuantizationPolicy:
             ValueError: A key or value is not allowed; the message names it.
         """
         if not isinstance(policy, Mapping):
-            raise ValueError(f'{OWNER}: policy={policy!r} is not allowed: a dict, as {_EXAMPLE}')
+            raise UserError(f'{OWNER}: policy={policy!r} is not allowed: a dict, as {_EXAMPLE}')
         given = dict(policy)
         for name in ('first_layers', 'last_layers'):
             _check_end(name, given.get(name, 8))
         default = _layer_policy(LayerPolicy(), {k: given.pop(k) for k in _LAYER_KEYS if k in given})
         layers = given.pop('layers', ())
         if isinstance(layers, (Mapping, str)) or not isinstance(layers, Iterable):
-            raise ValueError(f"{OWNER}: policy layers={layers!r} is not allowed: a list of dict(pattern='…', …)")
+            raise UserError(f'{OWNER}: policy layers={layers!r} is not allowed: a list, as {_LAYERS}')
         overrides = tuple(_override(default, item) for item in layers)
         skip = tuple(_pattern('skip', pattern) for pattern in _listed(given.pop('skip', ())))
         unknown = set(given) - {'first_layers', 'last_layers', 'fold_batchnorm', 'input_size'}
         if unknown:
             allowed = ', '.join([*_LAYER_KEYS, 'first_layers, last_layers, skip, layers, fold_batchnorm, input_size'])
-            raise ValueError(f'{OWNER}: unknown policy keys {sorted(map(str, unknown))}; there are {allowed}')
-        check_bool(OWNER, 'fold_batchnorm', given.get('fold_batchnorm', True))
+            raise UserError(
+                f'{OWNER}: unknown policy keys {sorted(map(str, unknown))}; there are {allowed}. Write {_EXAMPLE}'
+            )
+        check_bool(OWNER, 'fold_batchnorm', given.get('fold_batchnorm', True), _FORM)
         if given.get('input_size') is not None:
             given['input_size'] = _size(given['input_size'])
         return cls(default=default, overrides=overrides, skip=skip, **given)
@@ -164,7 +170,7 @@ def _layer_policy(base: LayerPolicy, changes: Mapping[str, Any]) -> LayerPolicy:
 
 def _override(default: LayerPolicy, item: object) -> tuple[re.Pattern[str], LayerPolicy]:
     if not isinstance(item, Mapping) or 'pattern' not in item or len(item) < 2:
-        raise ValueError(
+        raise UserError(
             f'{OWNER}: policy layers={item!r} is not allowed: a dict with a pattern and what it changes, as '
             "dict(pattern='^head', weight_bit_width=8)"
         )
@@ -172,17 +178,21 @@ def _override(default: LayerPolicy, item: object) -> tuple[re.Pattern[str], Laye
     unknown = set(changes) - {*_LAYER_KEYS}
     if unknown:
         allowed = ', '.join(_LAYER_KEYS)
-        raise ValueError(f'{OWNER}: unknown keys {sorted(unknown)} in policy layers; there are {allowed}')
+        raise UserError(
+            f'{OWNER}: unknown keys {sorted(unknown)} in policy layers; there are {allowed}. Write {_LAYERS}'
+        )
     return _pattern('layers', item['pattern']), _layer_policy(default, changes)
 
 
 def _pattern(name: str, pattern: object) -> re.Pattern[str]:
     if not isinstance(pattern, str):
-        raise ValueError(f'{OWNER}: policy {name}={pattern!r} is not allowed: a regular expression')
+        raise UserError(f'{OWNER}: policy {name}={pattern!r} is not allowed: a regular expression, as {_EXAMPLE}')
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f'{OWNER}: policy {name}={pattern!r} is no regular expression: {error}') from error
+        raise UserError(
+            f'{OWNER}: policy {name}={pattern!r} is no regular expression ({error}). Write {_EXAMPLE}'
+        ) from error
 
 
 def _listed(patterns: object) -> Iterable[object]:
@@ -192,8 +202,9 @@ def _listed(patterns: object) -> Iterable[object]:
 def _check_end(name: str, value: object) -> None:
     ok = value in _ENDS if isinstance(value, str) else type(value) is int and value in _BIT_WIDTHS
     if not ok:
-        raise ValueError(
-            f"{OWNER}: policy {name}={value!r} is not allowed: bits (2 to 8), 'float', or 'same' as the other layers"
+        raise UserError(
+            f"{OWNER}: policy {name}={value!r} is not allowed: bits (2 to 8), 'float', or 'same' as the "
+            f'other layers, as {_EXAMPLE}'
         )
 
 
@@ -203,5 +214,6 @@ def _size(value: object) -> tuple[int, int]:
         or len(value) != 2
         or not all(type(side) is int and side > 0 for side in value)
     ):
-        raise ValueError(f'{OWNER}: policy input_size={value!r} is not allowed: (width, height) in pixels')
+        example = 'policy=dict(input_size=(192, 256), …)'
+        raise UserError(f'{OWNER}: policy input_size={value!r} is not allowed: (width, height) in pixels, as {example}')
     return (value[0], value[1])
