@@ -303,10 +303,10 @@ def test_a_resumed_run_is_one_that_never_stopped(ranks: Any, key: str, holds: Ho
 
 
 MESSAGES = {
-    'perturb': 'ValueError: SAMOptimWrapper perturbs chosen parameters.*use_orig_params=True',
-    'masks': 'ValueError: ESAMOptimWrapper perturbs chosen parameters.*use_orig_params=True',
-    'norm type': "ValueError: SAMOptimWrapper: clip_grad with norm_type='inf' .* write clip_grad=",
-    'quantized': 'NotImplementedError: SAMOptimWrapper: perturb_quantized=True is not supported under FSDP',
+    'perturb': 'UserError: SAMOptimWrapper perturbs chosen parameters.*use_orig_params=True',
+    'masks': 'UserError: ESAMOptimWrapper perturbs chosen parameters.*use_orig_params=True',
+    'norm type': "UserError: SAMOptimWrapper: clip_grad with norm_type='inf' .* write clip_grad=",
+    'quantized': 'UnsupportedError: SAMOptimWrapper: perturb_quantized=True is not supported under FSDP',
 }
 
 
