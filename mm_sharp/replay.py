@@ -121,7 +121,7 @@ class CallRecorder:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's model inside DDP, ``torch.compile`` and the like."""
+    """The user's model inside DDP, FSDP, ``torch.compile`` and the like."""
     while True:
         wrapped = is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel)
         wrapped = wrapped or is_flat_wrapper(model)

@@ -2,9 +2,7 @@
 
 Under FSDP every process holds a piece of each parameter, of its averaged gradient and of the optimizer's state. A
 perturbation works element by element on the pieces, once the norm of *all* pieces is known, which costs one all-reduce
-of a number a step; whether the optimizer steps is agreed on by another, of a flag.
-
-Both of torch's kinds are known here:
+of a number a step; whether the optimizer steps is agreed on by another, of a flag. Both of torch's kinds are known:
 
 - FSDP1, ``FullyShardedDataParallel``, which MMEngine's ``MMFullyShardedDataParallel`` derives from: the model is
   wrapped, and its parameters are views of a flat one's piece between the steps, of the whole one in a pass;

@@ -40,43 +40,6 @@ def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = 
         )
 
 
-def check_shards(wrapper: TwoPassOptimWrapper, shards: Shards) -> None:
-    """Refuse arguments that do not go with how a model is sharded.
-
-    Args:
-        wrapper: The optimizer wrapper.
-        shards: Its model.
-
-    Raises:
-        NotImplementedError: Quantized weights are to be perturbed.
-        ValueError: Parameters are to be told apart where FSDP1 hides them in flat ones, the gradient is to be clipped
-            by another than the 2-norm, or gradients are to be accumulated in pieces on the CPU.
-    """
-    owner = type(wrapper).__name__
-    if wrapper.perturb_quantized:
-        raise UnsupportedError(
-            f'{owner}: perturb_quantized=True is not supported under FSDP, where a layer has its weight in a pass '
-            'only. Take it out, or train with DDP'
-        )
-    by_name = not wrapper.selector.takes_all or wrapper.skips_gradients
-    if shards.flat and by_name:
-        raise UserError(
-            f'{owner} perturbs chosen parameters, but FSDP with use_orig_params=False has put them together: write '
-            "model_wrapper=dict(type='MMFullyShardedDataParallel', use_orig_params=True)"
-        )
-    norm_type = (wrapper.clip_grad_kwargs or {}).get('norm_type', 2)
-    if float(norm_type) != 2.0:
-        raise UserError(
-            f'{owner}: clip_grad with norm_type={norm_type!r} is not supported under FSDP, where only the 2-norm of '
-            'the whole gradient is taken: write clip_grad=dict(max_norm=1.0), or clip by value'
-        )
-    if shards.offloads and wrapper._accumulative_counts > 1:
-        raise UserError(
-            f'{owner}: accumulative_counts={wrapper._accumulative_counts} does not go with cpu_offload of FSDP, which '
-            'cannot add up gradients there: write accumulative_counts=1 or cpu_offload=False'
-        )
-
-
 def check_step_is_not_compiled(owner: str, model: nn.Module) -> None:
     """Refuse a ``train_step`` that is compiled: what optimizer wrappers do changes from step to step.
 
@@ -116,6 +79,43 @@ def check_compiled(owner: str, model: nn.Module, *, sees_losses: bool, switches:
             f'{owner}: with beta below 1 other tensors have gradients in every step, and torch.compile would compile '
             f'{", ".join(names) or type(inner).__name__} anew for each of them. Do not compile (compile=False), or '
             f"write optim_wrapper = dict(type='{owner}', beta=1.0, ...)"
+        )
+
+
+def check_shards(wrapper: TwoPassOptimWrapper, shards: Shards) -> None:
+    """Refuse arguments that do not go with how a model is sharded.
+
+    Args:
+        wrapper: The optimizer wrapper.
+        shards: Its model.
+
+    Raises:
+        NotImplementedError: Quantized weights are to be perturbed.
+        ValueError: Parameters are to be told apart where FSDP1 hides them in flat ones, the gradient is to be clipped
+            by another than the 2-norm, or gradients are to be accumulated in pieces on the CPU.
+    """
+    owner = type(wrapper).__name__
+    if wrapper.perturb_quantized:
+        raise UnsupportedError(
+            f'{owner}: perturb_quantized=True is not supported under FSDP, where a layer has its weight in a pass '
+            'only. Take it out, or train with DDP'
+        )
+    by_name = not wrapper.selector.takes_all or wrapper.skips_gradients
+    if shards.flat and by_name:
+        raise UserError(
+            f'{owner} perturbs chosen parameters, but FSDP with use_orig_params=False has put them together: write '
+            "model_wrapper=dict(type='MMFullyShardedDataParallel', use_orig_params=True)"
+        )
+    norm_type = (wrapper.clip_grad_kwargs or {}).get('norm_type', 2)
+    if float(norm_type) != 2.0:
+        raise UserError(
+            f'{owner}: clip_grad with norm_type={norm_type!r} is not supported under FSDP, where only the 2-norm of '
+            'the whole gradient is taken: write clip_grad=dict(max_norm=1.0), or clip by value'
+        )
+    if shards.offloads and wrapper._accumulative_counts > 1:
+        raise UserError(
+            f'{owner}: accumulative_counts={wrapper._accumulative_counts} does not go with cpu_offload of FSDP, which '
+            'cannot add up gradients there: write accumulative_counts=1 or cpu_offload=False'
         )
 
 

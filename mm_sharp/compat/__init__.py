@@ -13,9 +13,9 @@ a file of its own, whose docstring names the cause, the repair and the version t
 ``package_lookup``     no ``pkg_resources``: MMEngine finds installed packages without it
 ``config_scope``       ``mm_sharp::…`` in configs
 ``checkpoint_hook``    checkpoints that load with ``torch.load(weights_only=True)``
+``whole_files``        checkpoints that are written as a whole, before old ones are removed
 ``fsdp_strategy``      runs under MMEngine's FSDPStrategy can be resumed
 ``flexible_runner``    and so can those of its FlexibleRunner, at the right epoch
-``whole_files``        checkpoints that are written as a whole, before old ones are removed
 =====================  ======================================================================================
 
 The first five wait for the import of what they repair (``import_hook``): importing mm_sharp must not import
