@@ -16,7 +16,7 @@ QAT_CONFIG := configs/demo/simcc_res18-half_w4a4_ausam_demo-128x96.py
 QAT_DIR := work_dirs/demo-qat
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-qat test test-kills lint format types lock doctor dist clean
+.PHONY: help install train train-qat test test-kills reliability lint format types lock doctor dist clean
 
 help: ## list the targets
 	@echo 'mm_sharp: sharpness-aware training for OpenMMLab. Targets:'
@@ -66,7 +66,14 @@ test: $(INSTALLED) lint types ## lint, check the types and run the whole test su
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-kills: $(INSTALLED) ## kill training runs at random times, and resume them (about five minutes)
-	$(PY) -m pytest -m kills -s $(ARGS) tests/test_kills.py tests/test_rank_faults.py tests/test_endings.py
+	$(PY) -m pytest -m kills -s $(ARGS) tests/test_kills.py tests/test_rank_faults.py tests/test_endings.py tests/test_resume.py
+
+FOUND := work_dirs/reliability.jsonl
+
+reliability: $(INSTALLED) ## put every method through all faults, kills and long runs; write the tables of docs/reliability.md
+	mkdir -p $(dir $(FOUND)) && rm -f $(FOUND)
+	$(PY) -m pytest -n 2 --dist loadfile -m '' --reliability $(CURDIR)/$(FOUND) $$(grep -l 'holds: Holds' tests/test_*.py)
+	$(PY) -m tests.reliability_page $(FOUND) docs/reliability.md
 
 lint: $(INSTALLED) ## ruff: lint and formatting
 	$(VENV)/bin/ruff check .

@@ -87,8 +87,9 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         check_number(name, 's_max', s_max, low_open=True, example='1.0')
         if s_max < s_min:
             raise UserError(
-                f'{name}: s_min={s_min!r} with s_max={s_max!r} is not allowed: s_max must be at least s_min. Write for '
-                f"example: optim_wrapper = dict(type='{name}', s_min=0.3, s_max=1.0, ...)"
+                f'{name}: s_max={s_max!r} is not allowed: it must be a finite number in [{s_min:g}, inf), with '
+                f"s_min={s_min!r}. Write for example: optim_wrapper = dict(type='{name}', s_max={max(1.0, s_min)!r}, "
+                '...)'
             )
         self.reweight = check_bool(name, 'reweight', reweight)
         super().__init__(optimizer, history_momentum=history_momentum, rho=rho, **kwargs)

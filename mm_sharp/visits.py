@@ -22,6 +22,7 @@ class Visits:
     def __init__(self, history: SampleHistory) -> None:
         self.history = history
         self._under_way: tuple[Keys, HostCopy] | None = None
+        self._failed = False
 
     def add(self, keys: Keys, differences: Tensor | HostCopy) -> None:
         """Take up a step's visits.
@@ -44,13 +45,18 @@ class Visits:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace what is under way by what :meth:`state_dict` gave."""
-        self._under_way = None
+        self._under_way, self._failed = None, False
         if state:
             self.add([(str(name), int(number)) for name, number in state['keys']], state['differences'].cpu())
 
     def flush(self) -> None:
         """Write what is under way into the history; waits for the device only if the copy is not there yet."""
-        if self._under_way is not None:
-            keys, copy = self._under_way
-            self.history.update(keys, copy.numpy())
-            self._under_way = None  # not before: an update that fails is made again
+        if self._under_way is None:
+            return
+        keys, copy = self._under_way
+        # An update that fails is made again with the next step, once: an error that comes back is in the visits.
+        if self._failed:
+            self._under_way = None
+        self._failed = not self._failed
+        self.history.update(keys, copy.numpy())
+        self._under_way, self._failed = None, False

@@ -117,7 +117,7 @@ ARGUMENTS = (
         key='refresh=0', shows='refresh=10'),
     wrapper('a sampling_ratio of 0', 'AUSAM', 'sampling_ratio=0', 'sampling_ratio=0.6'),
     wrapper('s_min of 0', 'AUSAM', 's_min=0', 's_min=0.3'),
-    wrapper('s_min above s_max', 'AUSAM', 's_min=2', 's_min=0.3, s_max=1.0'),
+    wrapper('s_min above s_max', 'AUSAM', 's_min=2', 's_min=2, s_max=2', shows='s_max=2'),
     wrapper('reweight that is no switch', 'AUSAM', "reweight='no'", 'reweight=True'),
     wrapper('a history_momentum of 1', 'AUSAM', 'history_momentum=1', 'history_momentum=0.9'),
     wrapper('an argument with a typing error', 'SAM', 'rhoo=0.1', 'rho=0.1', key='optim_wrapper.rhoo',

@@ -184,7 +184,7 @@ def test_a_bad_value_is_refused(argument: str, value: Any, example: str) -> None
     assert f"optim_wrapper = dict(type='ESAMOptimWrapper', {argument}={example}, ...)" in message
 
 
-@given(st.floats(0, 1, exclude_min=True), st.floats(0, 1, exclude_min=True), st.integers(1))
+@given(st.floats(0, 1, exclude_min=True), st.floats(0, 1, exclude_min=True), st.integers(1, 2**31 - 1))
 def test_every_value_in_range_is_accepted(beta: float, gamma: float, refresh: int) -> None:
     wrapper = ESAMOptimWrapper(momentum_sgd(make()), beta=beta, gamma=gamma, refresh=refresh, selection='history')
     assert (wrapper.beta, wrapper.gamma, wrapper.refresh, wrapper.selection) == (beta, gamma, refresh, 'history')

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.runner import Runner
 from torch import nn
 
@@ -152,6 +153,11 @@ def test_mixed_precision_is_taken_over(
 def test_a_fragment_without_a_type_is_refused() -> None:
     with pytest.raises(ValueError, match="sharp_optim_wrapper = dict\\(type='SAMOptimWrapper'"):
         wrapper_of({'optimizer': SGD}, {'rho': 0.1})
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class OnesOwn:
+    """Builds several optimizer wrappers."""
 
 
 class OptimWrapperOfOnesOwn(OptimWrapper):  # type: ignore[misc]

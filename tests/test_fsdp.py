@@ -36,6 +36,7 @@ KINDS = {
 }
 STEPPED = list(KINDS)[:-1]
 BOTH = ('flat', 'fsdp2 layers')
+COMPARED = 'steps compared with one process'
 CONV = dict(include=['^conv'])
 CLIP = dict(clip_grad=dict(max_norm=0.3))
 
@@ -132,7 +133,9 @@ def test_sharded_equals_one_process_with_the_joint_batch(ranks: Any, case: str, 
         assert rank[case]['reduced'].count(1) == 2 * STEPS, 'one number for the climb and one for the step'
     assert ranks[0][case]['norms'] == ranks[1][case]['norms']
     kind, subject = case.rsplit(' ', 1)
-    holds('Ranks', f'sharded by {KINDS[kind]}', subject, 'equal to one process', STEPS, 'steps')
+    holds(
+        'Ranks', f'sharded by {KINDS[kind]}', subject, 'equal to one process', STEPS, 'steps compared with one process'
+    )
 
 
 def test_what_fsdp_leaves_alone_counts_once(ranks: Any) -> None:
@@ -185,7 +188,9 @@ def test_esam(ranks: Any, kind: str, holds: Holds) -> None:
         optimizer.step()
     for result in results:
         assert_weights(result, model)
-    holds('Ranks', f'sharded by {KINDS[kind]}', 'esam', 'equal to one process', STEPS, 'steps')
+    holds(
+        'Ranks', f'sharded by {KINDS[kind]}', 'esam', 'equal to one process', STEPS, 'steps compared with one process'
+    )
 
 
 @pytest.mark.parametrize('kind', BOTH)
@@ -204,7 +209,9 @@ def test_ausam(ranks: Any, kind: str, holds: Holds) -> None:
     for result in results:
         assert_weights(result, model)
         assert result['norms'] == pytest.approx(norms, rel=1e-5)
-    holds('Ranks', f'sharded by {KINDS[kind]}', 'ausam', 'equal to one process', STEPS, 'steps')
+    holds(
+        'Ranks', f'sharded by {KINDS[kind]}', 'ausam', 'equal to one process', STEPS, 'steps compared with one process'
+    )
 
 
 @pytest.mark.parametrize('kind', BOTH)
@@ -299,7 +306,14 @@ def test_a_resumed_run_is_one_that_never_stopped(ranks: Any, key: str, holds: Ho
         assert math.isfinite(result['logged'])
     assert "'visits'" in ranks[0][key]['states'][0]
     subject = {'parts': 'ausam', 'whole': 'esam-history'}[key]
-    holds('Ranks', f'resumed under FSDP, from {RUNS[key][2]}', subject, 'as if never stopped', 1, 'resumes')
+    holds(
+        'Ranks',
+        f'resumed under FSDP, from {RUNS[key][2]}',
+        subject,
+        'as if never stopped',
+        1,
+        'resumes compared with a run never stopped',
+    )
 
 
 MESSAGES = {
