@@ -14,7 +14,9 @@ from torch import nn
 
 from mm_sharp.compilation import parts_without_losses
 from mm_sharp.validation import UnsupportedError
+from tests.distributed import run
 from tests.mmpose_cases import CASES, QUIET, build
+from tests.rank_toys import digest
 from tests.reliability import Holds
 from tests.toys import batches, make, same_state, toy_config
 from tests.wrappers import build as wrap
@@ -157,3 +159,25 @@ def test_what_is_compiled_in_a_pose_estimator() -> None:
     with DefaultScope.overwrite_default_scope('mmpose'):
         model = build(case.config())
     assert [name for name, _ in parts_without_losses(model)] == ['backbone']
+
+
+def trained_on_ranks(rank: int, processes: int, folder: str) -> list[tuple[str, str]]:
+    """A hash of the weights of each method's plain and compiled run under DDP."""
+    ddp = dict(type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None)
+    ours = dict(launcher='pytorch', model_wrapper_cfg=ddp)
+    return [
+        tuple(
+            digest(trained(Path(folder) / f'ranks{number}', method, **ours, **compiled).model)
+            for number, compiled in enumerate(({}, dict(compile=dict(backend='aot_eager'))))
+        )
+        for method in OPTIONS
+    ]  # type: ignore[return-value]
+
+
+@pytest.mark.thorough
+def test_two_ranks_compile_their_parts(tmp_path: Path, holds: Holds) -> None:
+    first, second = run(trained_on_ranks, 2, str(tmp_path))
+    assert first == second
+    for method, (plain, compiled) in zip(OPTIONS, first, strict=True):
+        assert plain == compiled
+        holds(SECTION, "compile=dict(backend='aot_eager') under DDP, 2 ranks", method, SAME, unit='compiled runs')

@@ -78,8 +78,9 @@ def test_nothing_grows(tmp_path: Path, name: str, holds: Holds) -> None:
     settled, end = gauge.measured
     growth = end['memory'] / settled['memory'] - 1
     assert growth < 0.01
-    for quantity in ('hooks', 'runner hooks', 'message hub', 'history', 'tensors'):
+    for quantity in ('hooks', 'runner hooks', 'message hub', 'history'):
         assert end[quantity] == settled[quantity], quantity
+    assert end['tensors'] <= settled['tensors']  # fewer where an earlier test's are let go of
     if end['history'] is not None:
         seen = 0 if name == 'esam' else SAMPLES
         assert end['history'][0] == seen
