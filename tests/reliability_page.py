@@ -56,7 +56,7 @@ def _table(findings: Iterable[Finding]) -> str:
         counts[row] = counts.get(row, 0) + finding.count
     lines = ['| fault | done to | what held | times |', '|---|---|---|---|']
     for (fault, held), names in sorted(subjects.items()):
-        lines.append(f'| {fault} | {", ".join(sorted(set(names)))} | {held} | {counts[fault, held]:,} |')
+        lines.append(f'| {fault} | {"; ".join(sorted(set(names)))} | {held} | {counts[fault, held]:,} |')
     return '\n'.join(lines)
 
 

@@ -358,5 +358,5 @@ def test_communication_besides_the_base_optimizers(
         assert counts['base', 3] > counts['base', 1] > 0
         more = {epochs: counts[case, epochs] - counts['base', epochs] for epochs in (1, 3)}
         assert more == {1: at_the_start + an_epoch, 3: at_the_start + 3 * an_epoch}
-    held = f'{an_epoch // 2} exchanges an epoch, {at_the_start // 2} at the start'
+    held = f'exchanges: {an_epoch // 2} an epoch, {at_the_start // 2} at the start'
     holds('Ranks', "communication besides the base optimizer's, counted", case, held, unit='counts of collectives')

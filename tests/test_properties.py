@@ -27,6 +27,7 @@ from tests.wrappers import WRAPPERS
 
 EXAMPLES = 60
 SECTION = 'Properties'
+VALID = 'valid configs drawn at random'
 bounded = settings(
     max_examples=EXAMPLES, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -141,9 +142,7 @@ def test_three_steps_keep_the_contracts(setup: Setup, holds: Holds) -> None:
         assert all(p.isfinite().all() for p in model.parameters())
     assert [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())] == pointers
     assert setup.options == given_options
-    holds(
-        SECTION, 'three steps with options drawn at random', setup.name, 'all contracts', EXAMPLES // 3, 'valid configs'
-    )
+    holds(SECTION, 'three steps with options drawn at random', setup.name, 'all contracts', unit=VALID)
 
 
 @bounded
@@ -193,8 +192,7 @@ def test_a_wrapper_that_was_saved_and_loaded_takes_the_same_step(setup: Setup, h
         'saved and loaded, options drawn at random',
         setup.name,
         'the same next step, bit for bit',
-        EXAMPLES // 3,
-        'valid configs',
+        unit=VALID,
     )
 
 
@@ -245,8 +243,7 @@ def test_any_value_of_any_argument_is_refused_or_works(data: st.DataObject, hold
         'any value of any argument',
         name,
         'accepted and trains, or one UserError that names the argument',
-        250 // 3,
-        'values',
+        unit='values of arguments drawn at random',
     )
 
 

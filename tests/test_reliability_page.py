@@ -27,7 +27,7 @@ TABLES = """
 | fault | done to | what held | times |
 |---|---|---|---|
 | a | esam | buffers | 1 |
-| a | ausam, sam | weights | 4 |
+| a | ausam; sam | weights | 4 |
 
 ## Kills
 
