@@ -82,8 +82,8 @@ def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
         tool: Its ``main``, given the arguments without the program's name.
 
     Returns:
-        The exit code: 0, or 2 after a :class:`UsageError`, 130 after Ctrl-C, 1 on a full disk; these are printed to
-        stderr (once a node) as one line.
+        The exit code: 0, or 2 after a :class:`UsageError` or :class:`UserError`, 130 after Ctrl-C, 1 on a full disk;
+        these are printed to stderr as one line: once a node, a :class:`UserError` by each process that has it.
     """
     arguments = sys.argv[1:]
     for harmless in _HARMLESS:
@@ -97,8 +97,11 @@ def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
         if end is None or '--debug' in arguments:
             raise
         message, code = end
-        if os.environ.get('LOCAL_RANK', '0') == '0':
-            sys.stderr.write(f'{Path(sys.argv[0]).name}: {" ".join(message.split())}\n')
+        rank = int(os.environ.get('LOCAL_RANK', '0'))
+        # What is wrong with a command line or config, and Ctrl-C, all processes say: a sample may be one's alone.
+        if rank == 0 or isinstance(error, UserError):
+            of_rank = f'[rank {rank}] ' if rank else ''
+            sys.stderr.write(f'{of_rank}{Path(sys.argv[0]).name}: {" ".join(message.split())}\n')
         return code
     _end_process_group()
     return 0

@@ -403,6 +403,29 @@ def test_a_checkpoint_that_is_more_than_data_needs_trust(tmp_path: Path) -> None
     assert 'message_hub' in cli.run_with_checkpoint(load, trust=True)
 
 
+@pytest.mark.parametrize(
+    ('error', 'rank', 'line'),
+    [
+        (cli.UsageError('no such file'), '0', 'train.py: error: no such file\n'),
+        (cli.UsageError('no such file'), '1', ''),
+        (UserError('sample 7 has no id'), '0', 'train.py: error: sample 7 has no id\n'),
+        (UserError('sample 7 has no id'), '1', '[rank 1] train.py: error: sample 7 has no id\n'),
+    ],
+)
+def test_which_process_says_what_is_wrong(
+    error: Exception, rank: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config is wrong in all of them, a sample maybe in one."""
+
+    def broken(arguments: Sequence[str]) -> None:
+        raise error
+
+    monkeypatch.setenv('LOCAL_RANK', rank)
+    monkeypatch.setattr(sys, 'argv', ['tools/train.py'])
+    assert cli.run_tool(broken) == 2
+    assert capsys.readouterr().err == line
+
+
 def test_other_errors_keep_their_traceback() -> None:
     def broken() -> None:
         raise RuntimeError('a bug')
