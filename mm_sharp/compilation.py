@@ -18,10 +18,10 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch import nn
 
+from mm_sharp.members import members
 from mm_sharp.per_sample_loss.find import has_losses
 from mm_sharp.replay import is_compiled, unwrap
 from mm_sharp.two_pass import TwoPassOptimWrapper
@@ -42,7 +42,8 @@ class CompileHook(Hook):  # type: ignore[misc]
         """Take MMEngine's compilation back, which nothing has run yet, and compile the parts."""
         # Runner compiles train_step, FlexibleRunner forward unless told otherwise by 'target'.
         methods = [name for name in ('train_step', 'forward') if is_compiled(runner.model, name)]
-        if not runner.cfg.get('compile') or not methods or not _has_ours(runner.optim_wrapper):
+        ours = any(isinstance(member, TwoPassOptimWrapper) for member in members(runner.optim_wrapper).values())
+        if not runner.cfg.get('compile') or not methods or not ours:
             return
         for name in methods:
             delattr(runner.model, name)
@@ -68,8 +69,3 @@ def parts_without_losses(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield from ((f'{name}.{inner}', part) for inner, part in parts_without_losses(child))
         elif type(child).forward is not nn.Module.forward and any(True for _ in child.parameters()):
             yield name, child
-
-
-def _has_ours(optim_wrapper: Any) -> bool:
-    members = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
-    return any(isinstance(member, TwoPassOptimWrapper) for member in members)

@@ -7,19 +7,18 @@ nothing where no optimizer wrapper keeps a history.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 from mmengine.dist import get_rank
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 
 from mm_sharp.ausam import AUSAMOptimWrapper
 from mm_sharp.ausam_sampler import AUSAMSampler
 from mm_sharp.dataset_keys import DatasetKeys
+from mm_sharp.members import members
 from mm_sharp.per_sample_pass import PerSampleOptimWrapper
 from mm_sharp.sample_keys import SampleIdError
 from mm_sharp.validation import UserError
@@ -55,7 +54,7 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         """
         loader = runner.train_dataloader
         self._epoch_length = _epoch_length(loader)
-        wrappers = list(_per_sample_wrappers(runner.optim_wrapper))
+        wrappers = [w for w in members(runner.optim_wrapper).values() if isinstance(w, PerSampleOptimWrapper)]
         self._wrappers = [wrapper for wrapper in wrappers if wrapper.uses_history]
         sampler = getattr(loader, 'batch_sampler', None)
         if isinstance(sampler, AUSAMSampler):
@@ -95,13 +94,6 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         self._exchanged = True
 
 
-def _per_sample_wrappers(optim_wrapper: Any) -> Iterator[PerSampleOptimWrapper]:
-    members = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
-    for member in members:
-        if isinstance(member, PerSampleOptimWrapper):
-            yield member
-
-
 def _epoch_length(loader: Any) -> int:
     try:
         return max(1, len(loader))
@@ -112,7 +104,7 @@ def _epoch_length(loader: Any) -> int:
 def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[PerSampleOptimWrapper]) -> None:
     found = sum(isinstance(wrapper, AUSAMOptimWrapper) for wrapper in wrappers)
     # Another member of an OptimWrapperDict would train on the samples drawn without knowing of it.
-    if found != 1 or (isinstance(optim_wrapper, OptimWrapperDict) and len(optim_wrapper) > 1):
+    if found != 1 or len(members(optim_wrapper)) > 1:
         uses = f'{found} of them' if found > 1 else type(optim_wrapper).__name__
         raise UserError(
             f'AUSAMSampler draws the batches for one AUSAMOptimWrapper, but the config uses {uses}: write '

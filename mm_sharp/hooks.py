@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.hooks import Hook, LoggerHook
-from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 
+from mm_sharp.members import members
 from mm_sharp.step_record import StepRecord
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from mm_sharp.validation import HOOK, UserError, check_positive_int
@@ -94,12 +94,8 @@ class SharpnessHook(Hook):  # type: ignore[misc]
 
 def _two_pass_wrappers(optim_wrapper: Any) -> dict[str, TwoPassOptimWrapper]:
     """Our wrappers by log prefix."""
-    if isinstance(optim_wrapper, TwoPassOptimWrapper):
-        return {'': optim_wrapper}
-    if isinstance(optim_wrapper, OptimWrapperDict):
-        members = optim_wrapper.items()
-        return {f'{k}.': w for k, w in members if isinstance(w, TwoPassOptimWrapper)}
-    return {}
+    found = members(optim_wrapper).items()
+    return {name and f'{name}.': wrapper for name, wrapper in found if isinstance(wrapper, TwoPassOptimWrapper)}
 
 
 def _scalars(step: StepRecord) -> dict[str, float]:

@@ -93,7 +93,7 @@ def test_the_readmes_tree_is_the_packages() -> None:
     folders = {path.name + '/' for path in (ROOT / 'mm_sharp').iterdir() if (path / '__init__.py').is_file()}
     assert named <= files | folders | {'make_demo_data.py'}
     small = {'gradients', 'step_record', 'support', 'validation', 'wrapper_state', 'diagnosis', 'sample_table'}
-    small |= {'grad_switch', 'ranks', 'transfer', 'visits', 'loader_draws'}
+    small |= {'grad_switch', 'ranks', 'transfer', 'visits', 'loader_draws', 'members'}
     assert files | folders <= named | {f'{name}.py' for name in small}, 'a new module must be in the tree'
 
 

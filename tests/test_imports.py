@@ -19,6 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             'compat',
             'fragments',
+            'members',
             'perturbation',
             'quantized_perturbation',
             'random_state',

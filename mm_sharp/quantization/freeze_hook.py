@@ -7,7 +7,6 @@ sees the network that is going to be used. That of scales is ours.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import broadcast, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 from torch import nn
@@ -23,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from mm_sharp.members import members
 from mm_sharp.validation import UserError
 
 _EXAMPLE = "custom_hooks = [dict(type='FreezeHook', batchnorm_stats=6, quantizer_scales=8)]"
@@ -120,8 +119,8 @@ class FreezeHook(Hook):  # type: ignore[misc]
                 scale.grad = None  # of an accumulation that began before
                 # Not requires_grad_(False): DDP would wait for their gradients.
                 self._handles.append(scale.register_hook(torch.zeros_like))
-            for optimizer in _optimizers(runner.optim_wrapper):
-                self._handles.append(optimizer.register_step_pre_hook(self._hide_scales))
+            for member in members(runner.optim_wrapper).values():
+                self._handles.append(member.optimizer.register_step_pre_hook(self._hide_scales))
             _say(f'From epoch {done + 1} on, {len(self._scales)} scales and zero points of quantizers are frozen')
         self._scales_are_frozen = True
 
@@ -164,12 +163,6 @@ def _epochs_done(runner: Any) -> int:
     if isinstance(loop.dataloader.sampler, InfiniteSampler):
         length = -(-length // get_world_size())  # its length is that of the whole set, of which a rank sees its share
     return int(runner.iter) // max(1, length)
-
-
-def _optimizers(optim_wrapper: Any) -> Iterator[Optimizer]:
-    members = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
-    for member in members:
-        yield member.optimizer
 
 
 def _say(message: str, level: int = logging.INFO) -> None:
