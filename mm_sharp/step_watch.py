@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,13 +46,18 @@ class StepWatch:
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self._noted: _Noted | None = None
+        self._first: HostCopy | None = None
+        self._noted: deque[_Noted] = deque()
         self.events = 0
+
+    def begin(self, loss: Tensor) -> None:
+        """Take up a step's first loss, before anything else runs: it is on the host when the next step begins."""
+        self._first = HostCopy(loss.detach().to(torch.float32))
 
     def note(
         self, step: int, record: StepRecord, finite: Tensor | None, *, scaled: bool, names: Callable[[], str]
     ) -> None:
-        """Take up a step.
+        """Take up the rest of a step.
 
         Args:
             step: Its number.
@@ -64,23 +70,25 @@ class StepWatch:
         seen = (record.loss, record.perturbed_loss, record.grad_norm, record.loss if finite is None else finite)
         device = record.loss.device
         values = torch.stack([value.detach().to(device, torch.float32) for value in seen])
-        self._noted = _Noted(step, HostCopy(values), finite is not None, scaled, names)
+        self._noted.append(_Noted(step, HostCopy(values), finite is not None, scaled, names))
 
     def settle(self) -> bool:
-        """Log what was noted, if it is an event.
+        """Log what was noted, as far as it has arrived: waiting for it would be waiting for the whole step.
 
         Returns:
-            Whether the first loss was finite; True if nothing was noted.
+            Whether the last step's first loss was finite; True if there was none.
         """
-        noted, self._noted = self._noted, None
-        if noted is None:
-            return True
+        while self._noted and self._noted[0].values.ready:
+            self._look_at(self._noted.popleft())
+        first, self._first = self._first, None
+        return first is None or math.isfinite(float(first.numpy()))
+
+    def _look_at(self, noted: _Noted) -> None:
         first, second, norm, final = noted.values.numpy().tolist()
         losses_finite = math.isfinite(first) and math.isfinite(second)
         steps = bool(final) if noted.due else None
         if not losses_finite or (not noted.scaled and not (math.isfinite(norm) and steps is not False)):
             self._report(noted, _what(first, second, norm), _consequence(noted, norm, steps), losses_finite)
-        return math.isfinite(first)
 
     def _report(self, noted: _Noted, what: str, consequence: str, losses_finite: bool) -> None:
         self.events += 1

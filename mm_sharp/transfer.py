@@ -38,6 +38,11 @@ class HostCopy:
         else:
             self._host = source.cpu().clone()
 
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`numpy` would not have to wait."""
+        return self._event is None or bool(self._event.query())
+
     def numpy(self) -> npt.NDArray[Any]:
         """The values; waits for the copy if it is not there yet."""
         if self._event is not None:

@@ -193,6 +193,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         count, last_step = self.inner_count, self.last_step
         try:
             self._check_loss(call, loss)
+            self._watch.begin(loss)
             record = self._run_passes(call, loss, gradients)
             due = self.should_update()
             finite = self._step_if_finite(step_kwargs or {}) if due else None

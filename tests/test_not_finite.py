@@ -16,6 +16,7 @@ from torch.optim import SGD
 
 from mm_sharp.finite import all_finite, zero_unless
 from mm_sharp.per_sample_pass import PerSampleOptimWrapper
+from mm_sharp.transfer import HostCopy
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from tests.mmpose_cases import CASES, QUIET, set_epoch
 from tests.mmpose_cases import build as build_recipe
@@ -226,6 +227,30 @@ def test_as_on_an_accelerator(name: str, holds: Holds) -> None:
     holds(
         'Values that are not finite', what, name, 'a gradient of zero; sample named and buffers put back a step later'
     )
+
+
+@everywhere
+def test_the_log_waits_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has not arrived when the next step begins is logged when it has; the first loss is there in any case."""
+
+    class Late(HostCopy):
+        ready = False
+
+    monkeypatch.setattr('mm_sharp.step_watch.HostCopy', Late)
+    model = make()
+    wrapper = build(name, model, SGD(model.parameters(), lr=0.05), whole=True)
+    wrapper._host_knows = False
+    bad, *good = batches(3)
+    with logged() as records:
+        for batch in (spoil(bad, 'inputs', torch.nan), good[0]):
+            model.train_step(batch, wrapper)
+        assert records == []
+        assert finite(model, wrapper)
+        Late.ready = True
+        model.train_step(good[1], wrapper)
+    (record,) = records
+    assert 'step 1: ' in record.getMessage()
+    assert record.getMessage().endswith('Samples: 3')
 
 
 def test_all_finite_and_zero_unless() -> None:
