@@ -6,6 +6,7 @@ a Python number (Brevitas and some losses count their calls). The second pass mu
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class ModuleStateBackup:
         self._numbers = [
             (member, {k: v for k, v in vars(member).items() if type(v) in _PLAIN_NUMBERS})
             for member in members
-            if not all(cls is object or cls.__module__.startswith('torch.') for cls in type(member).__mro__)
+            if not _is_torchs(type(member))  # type: ignore[arg-type]  # mypy takes classes to have no hash
         ]
 
     def restore(self) -> None:
@@ -70,6 +71,12 @@ class ModuleStateBackup:
         """Forget what was kept."""
         self._backup.drop()
         self._buffers, self._numbers = [], []
+
+
+@lru_cache(maxsize=1024)  # asked of every module, twice a step
+def _is_torchs(kind: type) -> bool:
+    """Whether a class and all that it derives from are torch's: FSDP2 makes classes of its own from users'."""
+    return all(cls is object or cls.__module__.startswith('torch.') for cls in kind.__mro__)
 
 
 def _writable(buffer: Tensor) -> bool:
