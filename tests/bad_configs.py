@@ -74,6 +74,8 @@ def loader(what: str, method: str, bad: str, good: str, key: str = '', shows: st
     return Bad(what, method, wrong, key or bad, shows or good, right)
 
 
+OF_SGD = "optimizer=dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9)"
+
 # fmt: off
 
 ARGUMENTS = (
@@ -146,21 +148,21 @@ OPTIMIZERS = (
         "_delete_=True, type='ESAMOptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9)",
         key='optim_wrapper.optimizer', shows='optimizer=dict(type='),
     wrapper('an optimizer that is a name', 'AUSAM', "optimizer='SGD'",
-        "optimizer=dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9)", key='optim_wrapper.optimizer',
+        OF_SGD, key='optim_wrapper.optimizer',
         shows="optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"),
     wrapper('an optimizer that there is not', 'SAM', "optimizer=dict(type='Sgd')", "optimizer=dict(type='SGD')",
         key='optim_wrapper.optimizer.type', shows="did you mean 'SGD'"),
     wrapper('an optimizer with an unknown argument', 'SAM', 'optimizer=dict(learning_rate=1.0)',
-        "optimizer=dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9)", key='learning_rate',
+        OF_SGD, key='learning_rate',
         shows="optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"),
     wrapper('a negative learning rate', 'AUSAM', 'optimizer=dict(lr=-1.0)',
-        "optimizer=dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9)", key='Invalid learning rate',
+        OF_SGD, key='Invalid learning rate',
         shows="optimizer=dict(type='SGD', lr=0.01"),
     wrapper('a learning rate that is no number', 'ESAM', "optimizer=dict(lr='0.1')",
-        "optimizer=dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9)", key="'lr': '0.1'",
+        OF_SGD, key="'lr': '0.1'",
         shows="optimizer=dict(type='SGD', lr=0.01"),
     wrapper('an optimizer that needs a closure', 'SAM', "optimizer=dict(_delete_=True, type='LBFGS')",
-        "optimizer=dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9)", key='optimizer=LBFGS',
+        OF_SGD, key='optimizer=LBFGS',
         shows="optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"),
     wrapper('an unknown key of paramwise_cfg', 'SAM', 'paramwise_cfg=dict(bias_lr_mul=2.0)',
         'paramwise_cfg=dict(bias_lr_mult=2.0)', key="'bias_lr_mul'", shows="did you mean 'bias_lr_mult'"),

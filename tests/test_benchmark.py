@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +21,7 @@ from mm_sharp.benchmark.methods import limit_of
 from mm_sharp.sample_history import SampleHistory
 from tests.conftest import ROOT
 from tests.tiny_data import draw_coco
+from tests.tool_runs import tool as load
 from tests.toys import batches, toy_config
 
 METHODS = ['base', 'sam', 'esam', 'esam-history', 'ausam', 'ausam-0.5']
@@ -42,12 +42,7 @@ train_dataloader = dict(batch_size=5, dataset=dict(data_root='{data}'))
 @pytest.fixture(scope='module')
 def tool() -> ModuleType:
     """tools/benchmark.py as a module."""
-    spec = importlib.util.spec_from_file_location('benchmark_tool', ROOT / 'tools' / 'benchmark.py')
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load('benchmark')
 
 
 @pytest.fixture(scope='module')

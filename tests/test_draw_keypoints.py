@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -27,6 +26,7 @@ from tests.conftest import ROOT
 from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import DECONV, RLE, SIMCC, SIZE, calibrated
 from tests.tiny_data import draw_coco
+from tests.tool_runs import tool
 
 pytestmark = QUIET
 SCRIPT = ROOT / 'tools' / 'draw_keypoints.py'
@@ -56,12 +56,7 @@ BOXES = [[10, 20, 50, 70], [0, 0, 96, 128], [30, -10, 90, 30]]
 
 @pytest.fixture(scope='module')
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location('draw_keypoints', SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool('draw_keypoints')
 
 
 @pytest.fixture(scope='module')

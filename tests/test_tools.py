@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,6 +23,7 @@ from mm_sharp.validation import UserError
 from tests.conftest import ROOT
 from tests.distributed import free_port
 from tests.tiny_data import draw_coco
+from tests.tool_runs import tool
 
 SAM = ROOT / 'configs' / 'demo' / 'simcc_res18-half_sam_demo-128x96.py'
 PLAIN = ROOT / 'configs' / 'demo' / 'simcc_res18-half_demo-128x96.py'
@@ -79,16 +78,6 @@ def run(command: str, *arguments: object, cwd: Path, code: int = 0) -> subproces
     )
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done
-
-
-def tool(name: str) -> ModuleType:
-    """tools/<name>.py as a module."""
-    spec = importlib.util.spec_from_file_location(f'{name}_tool', ROOT / 'tools' / f'{name}.py')
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def configure(name: str, *arguments: object) -> Config:
