@@ -26,8 +26,9 @@ from mm_sharp.quantization.integer_check import Agreement, LayerAgreement
 from mm_sharp.quantization.prediction_check import OutputAgreement, evaluate, keypoint_distances, predict
 from mm_sharp.validation import UserError
 from tests.mmpose_cases import QUIET
-from tests.test_tools import PLAIN, TINY, run, tool
-from tests.tiny_data import draw_coco
+from tests.test_tools import PLAIN, run
+from tests.tiny_data import NARROW_RECIPE, draw_coco
+from tests.tool_runs import tool
 
 pytestmark = QUIET
 
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn people, a float config, a quantized one, and its model after calibration in ``model.pth``."""
     folder = tmp_path_factory.mktemp('export')
     data = draw_coco(folder / 'people')
-    (folder / 'float.py').write_text(TINY.format(base=PLAIN, data=data))
+    (folder / 'float.py').write_text(NARROW_RECIPE.format(base=PLAIN, data=data, width=8))
     (folder / 'w4a4.py').write_text("_base_ = ['float.py', 'mm_sharp::_base_/quantization/w4a4.py']\n")
     cfg = Config.fromfile(folder / 'w4a4.py')
     init_default_scope('mmpose')

@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 from tests.distributed import run
 from tests.mmpose_cases import QUIET
 from tests.quantized_toys import ResidualToy
-from tests.tiny_data import draw_coco
+from tests.tiny_data import NARROW_RECIPE, draw_coco
 from tests.toys import Batch, ToySamples, same_bits, same_state, toy_config
 
 pytestmark = QUIET
@@ -33,21 +33,14 @@ POLICY = dict(weight_bit_width=4, act_bit_width=4, scale_init='max')
 SAM = dict(type='SAMOptimWrapper', rho=0.05)
 _numbers = itertools.count()
 
-# The demo's recipe with a narrow model, on a few drawn people: two steps an epoch.
-NARROW = """
-_base_ = '{base}'
-model = dict(backbone=dict(stem_channels=4, base_channels=4), head=dict(in_channels=32))
-train_cfg = dict(max_epochs=1, val_interval=1)
-places = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(data_root='{data}'))
-train_dataloader = val_dataloader = test_dataloader = places
-val_evaluator = [
-    dict(type='CocoMetric', ann_file='{data}/annotations/person_keypoints_val.json'),
-    dict(type='PCKAccuracy', thr=0.2, norm_item='bbox'),
-]
-test_evaluator = val_evaluator
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1, save_best=None))
+# Without a best checkpoint, and quiet: two steps an epoch.
+NARROW = (
+    NARROW_RECIPE
+    + """
+default_hooks['checkpoint'].update(save_best=None)
 log_level = 'WARNING'
 """
+)
 QUANTIZED = """
 _base_ = 'float.py'
 custom_imports = dict(imports=['mm_sharp'])
@@ -84,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configs ``float.py`` and ``quantized.py``, the drawn people, and the checkpoint of a float model."""
     folder = tmp_path_factory.mktemp('calibration')
     data = draw_coco(folder / 'people')
-    (folder / 'float.py').write_text(NARROW.format(base=DEMO, data=data))
+    (folder / 'float.py').write_text(NARROW.format(base=DEMO, data=data, width=4))
     (folder / 'quantized.py').write_text(QUANTIZED.format(policy=POLICY, float=folder / 'float.pth'))
     cfg = Config.fromfile(folder / 'float.py')
     init_default_scope('mmpose')

@@ -22,27 +22,12 @@ from mm_sharp import cli, preflight
 from mm_sharp.validation import UserError
 from tests.conftest import ROOT
 from tests.distributed import free_port
-from tests.tiny_data import draw_coco
+from tests.tiny_data import NARROW_RECIPE, draw_coco
 from tests.tool_runs import tool
 
 SAM = ROOT / 'configs' / 'demo' / 'simcc_res18-half_sam_demo-128x96.py'
 PLAIN = ROOT / 'configs' / 'demo' / 'simcc_res18-half_demo-128x96.py'
 WITHOUT_FRAGMENT = ['sam.py', '--cfg-options', 'sharp_optim_wrapper=None']
-
-# The demo's config with an eighth of ResNet-18's width, on the drawn people.
-TINY = """
-_base_ = '{base}'
-model = dict(backbone=dict(stem_channels=8, base_channels=8), head=dict(in_channels=64))
-train_cfg = dict(max_epochs=1, val_interval=1)
-places = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(data_root='{data}'))
-train_dataloader = val_dataloader = test_dataloader = places
-val_evaluator = [
-    dict(type='CocoMetric', ann_file='{data}/annotations/person_keypoints_val.json'),
-    dict(type='PCKAccuracy', thr=0.2, norm_item='bbox'),
-]
-test_evaluator = val_evaluator
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
-"""
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('tiny')
     data = draw_coco(folder / 'people')
     for name, base in (('sam', SAM), ('plain', PLAIN)):
-        (folder / f'{name}.py').write_text(TINY.format(base=base, data=data))
+        (folder / f'{name}.py').write_text(NARROW_RECIPE.format(base=base, data=data, width=8))
     return folder
 
 
