@@ -72,6 +72,8 @@ class Plan:
         self._costs: dict[tuple[str, str], float] = {}
         self._has_rho: dict[str, bool] = {}
         for setting in study.settings.values():
+            if setting.corrupt:
+                self.annotations(setting)
             for method in study.methods:
                 self._learn(setting, method)
 
@@ -98,7 +100,7 @@ class Plan:
             Run('select', setting, method, rho, epochs, seed)
             for seed in selection.seeds
             for method in self.study.methods
-            if method == BASE or self.has_rho(method)
+            if method == BASE or (self.has_rho(method) and self.study.settings[setting].selects)
             for rho in (selection.rho if self.has_rho(method) else [None])
         ]
 

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from mm_sharp.cli import UsageError
 from mm_sharp.study.plan import Run
@@ -27,15 +28,18 @@ class Rows:
         self.file = file
         self.by_id: dict[str, dict[str, str]] = {}
         self._columns: list[str] = []
-        if file.is_file() and file.stat().st_size:
-            with file.open(newline='') as stream:
-                reader = csv.DictReader(stream)
-                self._columns = list(reader.fieldnames or [])
-                if not set(KEYS) <= set(self._columns):
-                    raise UsageError(f"'{file}' is not a study's table of runs: move it away")
-                # A process that is killed while it writes leaves a line that is cut off.
-                whole = [row for row in reader if None not in row.values() and None not in row]
-            self.by_id = {row['id']: row for row in whole}
+        if not file.is_file() or not file.stat().st_size:
+            return
+        text = file.read_text()
+        # A process that is killed while it writes leaves a line that is cut off.
+        whole = text[: text.rindex('\n') + 1] if '\n' in text else ''
+        reader = csv.DictReader(whole.splitlines())
+        self._columns = list(reader.fieldnames or [])
+        if not set(KEYS) <= set(self._columns):
+            raise UsageError(f"'{file}' is not a study's table of runs: move it away")
+        self.by_id = {row['id']: row for row in reader}
+        if whole != text:
+            self._write_all()
 
     def has(self, run: Run, config: str) -> bool:
         """Whether a run has been made, with the same config."""
@@ -63,7 +67,7 @@ class Rows:
             self._write_all()
             return
         with self.file.open('a', newline='') as stream:
-            csv.DictWriter(stream, self._columns, restval='').writerow(row)
+            self._writer(stream).writerow(row)
 
     def value(self, run: Run, metric: str) -> float:
         """A figure of a run.
@@ -81,7 +85,10 @@ class Rows:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         draft = self.file.with_suffix('.tmp')
         with draft.open('w', newline='') as stream:
-            writer = csv.DictWriter(stream, self._columns, restval='')
+            writer = self._writer(stream)
             writer.writeheader()
             writer.writerows(self.by_id.values())
         draft.replace(self.file)
+
+    def _writer(self, stream: TextIO) -> csv.DictWriter[str]:
+        return csv.DictWriter(stream, self._columns, restval='', lineterminator='\n')

@@ -71,6 +71,7 @@ class Setting:
         epochs: Of the base optimizer, and of every method at equal epochs.
         options: Changes of the config by dotted keys, as ``--cfg-options`` takes them.
         pool: Settings of one pool share the choice of rho, by their mean; by default each has its own.
+        selects: Whether it takes part in its pool's choice; one that does not trains its base optimizer alone in it.
         corrupt: Share of the training people whose annotated keypoints are spoilt (:mod:`mm_sharp.study.corruption`).
         load_from: Another setting, whose base optimizer's weights of the same seed these runs start from.
     """
@@ -80,6 +81,7 @@ class Setting:
     epochs: int
     options: Mapping[str, Any] = field(default_factory=dict)
     pool: str = ''
+    selects: bool = True
     corrupt: float = 0.0
     load_from: str = ''
 
@@ -189,6 +191,10 @@ def _check(study: Study) -> None:
         good = isinstance(setting.epochs, int) and not isinstance(setting.epochs, bool) and setting.epochs >= 1
         _require(good, f'{where}.epochs', setting.epochs, 'an integer of at least 1')
         _require(isinstance(setting.options, dict), f'{where}.options', setting.options, 'a mapping of dotted keys')
+        _require(isinstance(setting.selects, bool), f'{where}.selects', setting.selects, 'true or false')
+        pool = setting.pool or name
+        selecting = any((s.pool or n) == pool and s.selects for n, s in study.settings.items())
+        _require(selecting, f'{where}.selects', setting.selects, 'true for at least one setting of a pool')
         share = setting.corrupt
         good = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= 1
         _require(good, f'{where}.corrupt', share, 'a share in [0, 1], as 0.2')
