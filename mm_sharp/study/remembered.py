@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
+from mmengine.structures import BaseDataElement
 from mmpose.datasets import CocoDataset
 from mmpose.registry import DATASETS
 
@@ -37,4 +37,8 @@ class RememberedCocoDataset(CocoDataset):  # type: ignore[misc]
         """The pipeline's outcome for sample ``idx``: the picture is shared between calls, what holds it is not."""
         if idx not in self._remembered:
             self._remembered[idx] = super().prepare_data(idx)
-        return {name: copy.copy(value) for name, value in self._remembered[idx].items()}
+        # A data sample's new() has a list of fields of its own, which predictions are added to; copy.copy() has not.
+        return {
+            name: value.new() if isinstance(value, BaseDataElement) else value
+            for name, value in self._remembered[idx].items()
+        }
