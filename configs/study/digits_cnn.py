@@ -4,8 +4,11 @@ custom_imports = dict(imports=['mm_sharp', 'mm_sharp.study.digits'])
 default_scope = 'mmengine'
 
 batch_size = 40
-base_lr = 0.05
-max_epochs = 30
+# The base optimizer's best of learning rates 0.02 to 0.2, weight decays 3e-4 to 1e-2, and 20 or 40 epochs, by accuracy
+# and likelihood on the select split, mean of 6 seeds (differences to its neighbours are within the seeds' noise).
+base_lr = 0.1
+weight_decay = 3e-3
+max_epochs = 40
 
 model = dict(type='DigitsNet', width=16)
 
@@ -35,7 +38,7 @@ test_evaluator = dict(type='DigitsAccuracy')
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=base_lr, momentum=0.9, weight_decay=1e-3),
+    optimizer=dict(type='SGD', lr=base_lr, momentum=0.9, weight_decay=weight_decay),
 )
 # It falls to 0 at the end of the training, step by step.
 param_scheduler = dict(
