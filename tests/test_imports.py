@@ -42,7 +42,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 GLUE = frozenset(
     {
         *('benchmark', 'build_errors', 'careful_loading', 'cli', 'diagnosis', 'doctor', 'endings', 'launcher_watch'),
-        *('preflight', 'runners', 'training_checks', 'wrapper_checks'),
+        *('preflight', 'runners', 'sharpness', 'training_checks', 'wrapper_checks'),
     }
 )
 
