@@ -79,7 +79,7 @@ def load_model(cfg: Config, checkpoint: str, trust: bool = False) -> LoadedModel
         model = revert_sync_batchnorm(MODELS.build(config))
         check_next_load(model)
         try:
-            content = load_checkpoint(model, checkpoint, map_location='cpu')
+            content = load_checkpoint(model, checkpoint, map_location='cpu', logger='current')
             if quantized:
                 check_calibrated(model)
         except UserError as error:

@@ -80,11 +80,15 @@ def table(entries: Sequence[Entry]) -> str:
     rows = [row(entry) for entry in entries]
     lines = [['', *(entry.name for entry in entries)]]
     lines += [[label, *(_cell(cells, key) for cells in rows)] for key, label in labels.items()]
-    notes = [_measured_on(entry, rows) for entry in entries[:1]]
+    facts = [_measured_on(entry) for entry in entries]
+    notes = facts[:1] if len({*facts}) == 1 else [f'{e.name}: {f}' for e, f in zip(entries, facts, strict=True)]
     if len({entry.samples.digest for entry in entries}) > 1:
-        notes.append('NOT the same samples for all: ' + '; '.join(_measured_on(e, rows) for e in entries[1:]))
+        notes.append('These are NOT the same samples for all: the columns cannot be compared.')
+    of: dict[str, list[str]] = {}
     for entry in entries:
-        notes += [f'{entry.name}: {remark}' for remark in entry.findings.remarks]
+        for remark in entry.findings.remarks:
+            of.setdefault(remark, []).append(entry.name)
+    notes += [remark if len(names) == len(entries) else f'{", ".join(names)}: {remark}' for remark, names in of.items()]
     return '\n'.join([columns(lines), '', *dict.fromkeys(notes)])
 
 
@@ -118,14 +122,10 @@ def _cell(cells: Mapping[str, Any], key: str) -> str:
     return f'{value:.4g}{star}'
 
 
-def _measured_on(entry: Entry, rows: Sequence[Mapping[str, Any]]) -> str:
+def _measured_on(entry: Entry) -> str:
     samples, found = entry.samples, entry.findings
     return (
-        f'{entry.name}: mean of {found.loss_name} over {len(samples)} of {samples.available} samples, '
-        f'{samples.dataset} ({samples.split}, seed {samples.seed}, digest {samples.digest}), evaluation mode; '
-        f'{found.parameters:,} of {found.all_parameters:,} parameters'
-        if len(rows) > 1 and len({cells['digest'] for cells in rows}) > 1
-        else f'mean of {found.loss_name} over {len(samples)} of {samples.available} samples, {samples.dataset} '
+        f'mean of {found.loss_name} over {len(samples)} of {samples.available} samples, {samples.dataset} '
         f'({samples.split}, seed {samples.seed}, digest {samples.digest}), evaluation mode; {found.parameters:,} of '
         f'{found.all_parameters:,} parameters'
     )
