@@ -523,6 +523,26 @@ def test_functions_with_a_backward_of_their_own_are_named() -> None:
     assert figures(measure(plain, data, QUICK))['trace'] == pytest.approx(figures(found)['trace'])
 
 
+def test_hardsigmoid_has_second_derivatives_meanwhile() -> None:
+    """torch's own has none; RTMPose's backbone uses it."""
+    values = torch.linspace(-5, 5, 41)
+    expected = nn.functional.hardsigmoid(values)
+    model = Regression(nn.Sequential(nn.Linear(4, 2), nn.Hardsigmoid()), nn.MSELoss())
+    with undisturbed(model):
+        assert torch.allclose(nn.functional.hardsigmoid(values), expected)
+        assert torch.allclose(nn.Hardsigmoid(inplace=True)(values.clone()), expected)
+    assert nn.functional.hardsigmoid.__module__ == 'torch.nn.functional'
+    equal = Regression(nn.Sequential(model.body[0], nn.Hardtanh(-3, 3)), nn.MSELoss())
+    data = pairs()
+    for row in data.rows:
+        row['targets'] = row['targets'] * 6 - 3
+    found = measure(equal, data, QUICK).trace
+    for row in data.rows:
+        row['targets'] = (row['targets'] + 3) / 6
+    assert found is not None
+    assert figures(measure(model, data, QUICK))['trace'] == pytest.approx(found.value / 36)
+
+
 @pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
 def test_checkpointing_that_no_switch_ends_is_named() -> None:
     model = Regression(Body(lambda value: checkpoint(torch.tanh, value, use_reentrant=True)), nn.MSELoss())

@@ -133,7 +133,7 @@ def toy_entries() -> list[sharpness.Entry]:
     )
     values = sharpness.Eigenvalues([3.0], [0.1], 1e-3, 20, torch.ones(1, 10))
     full = {**vars(findings), 'eigenvalues': values, 'trace': sharpness.Trace(7.0, 1.0, 2), 'surrogate': True}
-    full.update(differences={0.1: 2.5}, plane=[[1.0, nan], [1.0, 1.0]], line=[1.0, 1e9])
+    full.update(differences={0.1: 2.5}, plane=[[1.0, nan], [1.0, 1.0]], line=[1.0, 1e9], remarks=[])
     data = [sharpness.Samples([1, 2], list, 'people', 'train', 0, 9, digest) for digest in 'ab']
     return [
         sharpness.Entry('x', 'x.py', 'x.pth', 1, data[0], findings),

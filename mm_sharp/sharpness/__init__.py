@@ -5,6 +5,7 @@
 ``checkpoint.py``          the model of a config with a checkpoint's weights
 ``averaging.py``           what one batch's loss adds to the mean over all samples
 ``objective.py``           that mean as a function of the weights, and its first and second derivatives
+``second_derivatives.py``  derivatives that torch lacks and an equal function has
 ``custom_functions.py``    functions in the model that may have no second derivative
 ``hessian.py``             largest eigenvalues and trace of the Hessian
 ``ball.py``                how far the loss rises within a distance rho: what SAM minimizes

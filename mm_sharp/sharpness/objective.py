@@ -26,6 +26,7 @@ from mm_sharp.perturbation import TensorBackup
 from mm_sharp.sharpness.averaging import Averaging, LossForm, loss_form
 from mm_sharp.sharpness.custom_functions import custom_functions
 from mm_sharp.sharpness.samples import Samples
+from mm_sharp.sharpness.second_derivatives import differentiable_twice
 
 # What torch says of operations that it cannot differentiate (twice).
 _CHECKPOINTING = re.compile(r'(?i)checkpoint\S* is (?:not |in)compatible with \.grad\(\)')
@@ -194,10 +195,10 @@ class Objective:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Within, a model is in evaluation mode, and computes its activations once; afterwards it is as it was.
+    """Within, a model is in evaluation mode, and has second derivatives where they exist; then it is as it was.
 
-    Weights and buffers come back bit for bit. Without this, activation checkpointing (``with_cp``), which saves memory
-    and changes no value, would stand in the way of second derivatives.
+    Weights and buffers come back bit for bit. Activation checkpointing (``with_cp``), which saves memory and changes no
+    value, would stand in the way of second derivatives: it is off meanwhile.
     """
     training = {module: module.training for module in model.modules()}
     checkpointed: list[Any] = [module for module in model.modules() if getattr(module, 'with_cp', False)]
@@ -208,7 +209,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     for module in checkpointed:
         module.with_cp = False
     try:
-        yield
+        with differentiable_twice():
+            yield
     finally:
         weights.restore()
         state.restore()
