@@ -57,7 +57,7 @@ def analyze(folder: Path, patch: pytest.MonkeyPatch, *arguments: object) -> list
     """What the tool measures, without its files."""
     patch.chdir(folder)
     module = tool('analyze_sharpness')
-    return module.analyze(module.parse_arguments([str(argument) for argument in arguments]))
+    return list(module.analyze(module.parse_arguments([str(argument) for argument in arguments])))
 
 
 def test_two_checkpoints_of_two_configs(folder: Path, tools: Tools, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +172,10 @@ def test_tables_say_what_is_missing_and_what_differs(tmp_path: Path) -> None:
         (['plain.py', 'gone.pth'], "no checkpoint 'gone.pth'"),
         (['gone.py', 'a.pth'], "no config file 'gone.py'"),
         (['plain.py', 'gone.py:a.pth'], "no config file 'gone.py'"),
-        (['plain.py', 'wide.pth'], "cannot use the checkpoint 'wide.pth': the checkpoint is not of this model"),
+        (
+            ['plain.py', 'a.pth', 'wide.pth'],
+            "cannot use the checkpoint 'wide.pth': the checkpoint is not of this model",
+        ),
         (['plain.py', 'code.pth'], "cannot read the checkpoint 'code.pth': the checkpoint holds more than weights"),
         (['plain.py', 'nan.pth', '--samples', 2], 'the loss is nan at the weights of the checkpoint'),
         (['plain.py', 'a.pth', '--trace-draws', 1], '--trace-draws 1: one draw has no standard error'),

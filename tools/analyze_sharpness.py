@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -106,7 +106,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--landscape: none does not go with others')
 
 
-def subjects(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+def checkpoints(args: argparse.Namespace) -> list[tuple[str, str, str]]:
     """Name, config file and checkpoint file of each checkpoint.
 
     Raises:
@@ -145,7 +145,7 @@ def configure(args: argparse.Namespace) -> list[tuple[str, str, str, Config]]:
     """
     configs: dict[str, Config] = {}
     found = []
-    for name, config, checkpoint in subjects(args):
+    for name, config, checkpoint in checkpoints(args):
         if config not in configs:
             configs[config] = cli.load_config(argparse.Namespace(**{**vars(args), 'config': config}))
             preflight.check_data(configs[config], args.split)
@@ -172,22 +172,52 @@ def settings_of(args: argparse.Namespace) -> sharpness.Settings:
     )
 
 
-def analyze(args: argparse.Namespace) -> list[sharpness.Entry]:
-    """Measure each checkpoint."""
-    settings, entries = settings_of(args), []
+class Subject(NamedTuple):
+    """A checkpoint that is ready to be measured.
+
+    Args:
+        name: As tables and figures call it.
+        config: Its config file.
+        checkpoint: The file.
+        cfg: The config.
+        loaded: The model.
+        samples: What its loss is taken over.
+    """
+
+    name: str
+    config: str
+    checkpoint: str
+    cfg: Config
+    loaded: sharpness.LoadedModel
+    samples: sharpness.Samples
+
+
+def load(args: argparse.Namespace) -> list[Subject]:
+    """Load all models and samples: what is wrong with the last checkpoint shows before the first is measured."""
+    subjects = []
     # Configs that load the same data share the samples.
-    loaded: dict[str, sharpness.Samples] = {}
+    samples: dict[str, sharpness.Samples] = {}
     for name, config, checkpoint, cfg in configure(args):
-        found = sharpness.load_model(cfg, checkpoint, args.trust_checkpoint)
-        with sharpness.prepared(cfg, found.epoch):
+        loaded = sharpness.load_model(cfg, checkpoint, args.trust_checkpoint)
+        with sharpness.prepared(cfg):
             key = repr(sharpness.loader_options(cfg, args.split))
-            if key not in loaded:
+            if key not in samples:
                 with _bar('loading samples', args.samples) as tick:
-                    loaded[key] = sharpness.load_samples(cfg, args.split, args.samples, args.seed, tick)
-            bar = _named_bar(name)
-            findings = sharpness.measure(found.model, loaded[key], settings, found.quantized, bar)
-        entries.append(sharpness.Entry(name, config, checkpoint, found.epoch, loaded[key], findings))
-    return entries
+                    samples[key] = sharpness.load_samples(cfg, args.split, args.samples, args.seed, tick)
+        subjects.append(Subject(name, config, checkpoint, cfg, loaded, samples[key]))
+    return subjects
+
+
+def analyze(args: argparse.Namespace) -> Iterator[sharpness.Entry]:
+    """Measure one checkpoint after the other."""
+    settings = settings_of(args)
+    for subject in load(args):
+        loaded = subject.loaded
+        with sharpness.prepared(subject.cfg, loaded.epoch):
+            found = sharpness.measure(
+                loaded.model, subject.samples, settings, loaded.quantized, _named_bar(subject.name)
+            )
+        yield sharpness.Entry(subject.name, subject.config, subject.checkpoint, loaded.epoch, subject.samples, found)
 
 
 @contextmanager
@@ -208,16 +238,19 @@ def machine() -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, print the table and write the files."""
+    """Measure, write the files, after each checkpoint again, and print the table."""
     args = parse_arguments(arguments)
-    folder = Path(args.out_dir)
-    entries = analyze(args)
-    print(sharpness.table(entries))
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(args)
-    sharpness.write_csv(folder / 'sharpness.csv', entries)
-    sharpness.write_json(folder / 'sharpness.json', entries, settings, machine())
-    sharpness.draw(folder / 'landscape.png', entries, settings)
+    folder, settings = Path(args.out_dir), settings_of(args)
+    entries: list[sharpness.Entry] = []
+    for entry in analyze(args):
+        entries.append(entry)
+        folder.mkdir(parents=True, exist_ok=True)
+        sharpness.write_csv(folder / 'sharpness.csv', entries)
+        sharpness.write_json(folder / 'sharpness.json', entries, settings, machine())
+        sharpness.draw(folder / 'landscape.png', entries, settings)
+        seconds = sum(entry.findings.seconds.values())
+        print(f'{entry.name}: measured in {seconds:.0f} s ({len(entries)} of {len(args.checkpoints)})', flush=True)
+    print(f'\n{sharpness.table(entries)}')
     print(f'Written: {folder}/sharpness.csv, sharpness.json, landscape.png')
 
 
