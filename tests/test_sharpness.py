@@ -558,6 +558,17 @@ def test_a_loss_that_is_not_finite_is_refused(value: float) -> None:
         measure(model, data, QUICK)
 
 
+def test_a_loss_of_training_mode_alone() -> None:
+    class Training(Regression):
+        def forward(self, inputs: Tensor, targets: Tensor, mode: str = 'tensor') -> Any:
+            return super().forward(inputs if self.training else None, targets)  # type: ignore[arg-type]
+
+    model = Training(nn.Linear(4, 2), nn.MSELoss())
+    with pytest.raises(UsageError, match='Training: its loss cannot be computed in evaluation mode'):
+        measure(model, pairs(), QUICK)
+    assert model.training
+
+
 def test_more_eigenvalues_than_parameters() -> None:
     model, data, *_ = quadratic([1.0, 2.0, 3.0])
     with pytest.raises(UsageError, match='--eigenvalues 3: there are only 3 parameters'):

@@ -5,6 +5,7 @@
 ``checkpoint.py``          the model of a config with a checkpoint's weights
 ``averaging.py``           what one batch's loss adds to the mean over all samples
 ``objective.py``           that mean as a function of the weights, and its first and second derivatives
+``undisturbed.py``         a model in evaluation mode, put back as it was
 ``second_derivatives.py``  derivatives that torch lacks and an equal function has
 ``custom_functions.py``    functions in the model that may have no second derivative
 ``hessian.py``             largest eigenvalues and trace of the Hessian
@@ -34,9 +35,10 @@ from mm_sharp.sharpness.figure import draw
 from mm_sharp.sharpness.hessian import Eigenvalues, Trace, hutchinson, top_eigenvalues
 from mm_sharp.sharpness.landscape import filter_direction, line, plane
 from mm_sharp.sharpness.measure import Bar, Findings, Settings, measure
-from mm_sharp.sharpness.objective import Objective, undisturbed
+from mm_sharp.sharpness.objective import Objective
 from mm_sharp.sharpness.samples import SPLITS, Samples, load_samples, loader_options
 from mm_sharp.sharpness.table import Entry, row, table, write_csv, write_json
+from mm_sharp.sharpness.undisturbed import undisturbed
 
 __all__ = [
     'SPLITS',

@@ -17,8 +17,9 @@ from mm_sharp.parameters import ParameterSelector
 from mm_sharp.sharpness.ball import BallSharpness, ball_sharpness
 from mm_sharp.sharpness.hessian import Eigenvalues, Trace, hutchinson, top_eigenvalues
 from mm_sharp.sharpness.landscape import filter_direction, line, plane
-from mm_sharp.sharpness.objective import Objective, undisturbed
+from mm_sharp.sharpness.objective import Objective
 from mm_sharp.sharpness.samples import Samples
+from mm_sharp.sharpness.undisturbed import undisturbed
 
 DTYPES = ('float32', 'float64')
 Bar = Callable[[str, 'int | None'], AbstractContextManager[Callable[[], object]]]

@@ -21,12 +21,10 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mm_sharp.cli import UsageError
-from mm_sharp.module_state import ModuleStateBackup
-from mm_sharp.perturbation import TensorBackup
 from mm_sharp.sharpness.averaging import Averaging, LossForm, loss_form
 from mm_sharp.sharpness.custom_functions import custom_functions
 from mm_sharp.sharpness.samples import Samples
-from mm_sharp.sharpness.second_derivatives import differentiable_twice
+from mm_sharp.validation import UserError
 
 # What torch says of operations that it cannot differentiate (twice).
 _CHECKPOINTING = re.compile(r'(?i)checkpoint\S* is (?:not |in)compatible with \.grad\(\)')
@@ -36,19 +34,23 @@ _NO_DERIVATIVE = re.compile(rf'{_CHECKPOINTING.pattern}|once_differentiable|deri
 class Objective:
     """L(w) over some samples, around the weights that the model has now.
 
-    Within :func:`undisturbed`, after which the model is as it was. :attr:`custom` names the functions in the loss's
-    graph that have a backward pass of their own, once a second derivative was taken.
+    To be used within :func:`mm_sharp.sharpness.undisturbed.undisturbed`, after which the model is as it was.
+    :attr:`custom` names the functions in the loss's graph that have a backward pass of their own, once a second
+    derivative was taken.
 
     Args:
         model: In evaluation mode. Its loss is what ``parse_losses`` makes of ``model(..., mode='loss')``.
         samples: At least one.
         parameters: The parameters that w stands for.
         batch_size: At most so many samples at once; memory and time, and no result unless :attr:`form` says so.
+
+    Raises:
+        UsageError: The model has no loss in evaluation mode.
     """
 
     def __init__(self, model: nn.Module, samples: Samples, parameters: Sequence[nn.Parameter], batch_size: int) -> None:
         self.model, self.samples, self.parameters = model, samples, list(parameters)
-        self.form: LossForm = loss_form(model, lambda: self._total(next(samples.batches(batch_size))[1]))
+        self.form: LossForm = loss_form(model, lambda: self._first_total(batch_size))
         self.batch_size = 1 if self.form.averaging is Averaging.SINGLY else batch_size
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.custom: list[str] | None = None
@@ -123,6 +125,24 @@ class Objective:
         for size, batch in self.samples.batches(self.batch_size):
             yield self.form.averaging.weight(size, len(self.samples)), self._total(batch)
 
+    def _first_total(self, batch_size: int) -> Tensor:
+        """The loss of the first batch.
+
+        Raises:
+            UsageError: It cannot be computed.
+        """
+        _, batch = next(self.samples.batches(batch_size))
+        try:
+            return self._total(batch)
+        except UserError:
+            raise
+        except Exception as error:  # of anyone's model: RTMO's head, for one, has no loss in evaluation mode
+            said = (str(error).strip().splitlines() or [''])[0]
+            raise UsageError(
+                f'{type(self.model).__name__}: its loss cannot be computed in evaluation mode, in which sharpness is '
+                f'measured ({type(error).__name__}: {said}); --debug shows where'
+            ) from error
+
     def _total(self, batch: Any) -> Tensor:
         """The loss of a batch, ()."""
         preprocessor: Any = getattr(self.model, 'data_preprocessor', None)
@@ -191,33 +211,6 @@ class Objective:
     def _shaped(self, vector: Tensor) -> list[Tensor]:
         """The same in the parameters' dtypes."""
         return [piece.to(p.dtype) for piece, p in zip(self._split(vector), self.parameters, strict=True)]
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Within, a model is in evaluation mode, and has second derivatives where they exist; then it is as it was.
-
-    Weights and buffers come back bit for bit. Activation checkpointing (``with_cp``), which saves memory and changes no
-    value, would stand in the way of second derivatives: it is off meanwhile.
-    """
-    training = {module: module.training for module in model.modules()}
-    checkpointed: list[Any] = [module for module in model.modules() if getattr(module, 'with_cp', False)]
-    weights, state = TensorBackup(), ModuleStateBackup()
-    weights.save(list(model.parameters()))
-    state.save(model)
-    model.eval()
-    for module in checkpointed:
-        module.with_cp = False
-    try:
-        with differentiable_twice():
-            yield
-    finally:
-        weights.restore()
-        state.restore()
-        for module in checkpointed:
-            module.with_cp = True
-        for module, mode in training.items():
-            module.training = mode
 
 
 def as_double(value: Any) -> Any:
