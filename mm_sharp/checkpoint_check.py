@@ -56,6 +56,14 @@ class CheckpointCheckHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
         _Loading(model, 'resume' if resumes else 'train' if trains else 'test')
 
 
+def check_next_load(model: nn.Module) -> None:
+    """Have a model refuse the next state dict that it loads, as a test does, unless all of the model is in it.
+
+    The model then raises :class:`UserError`.
+    """
+    _Loading(model, 'test')
+
+
 class _Loading:
     """Looks on while a model loads a state dict, once.
 

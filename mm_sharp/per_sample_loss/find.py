@@ -16,9 +16,14 @@ _ROWS_ARE_NOT_SAMPLES = ('YOLOXPoseHead', 'RTMOHead', 'CIDHead', 'EDPoseHead')
 
 
 class PerSampleLossError(UnsupportedError):
-    """A model's loss has no form for single samples that could be found."""
+    """A model's loss has no form for single samples that could be found.
+
+    Attributes:
+        what: The reason alone, without advice.
+    """
 
     def __init__(self, what: str) -> None:
+        self.what = what
         super().__init__(
             f'{what} ESAM and AUSAM need the loss of every sample. What works with every model and head is SAM: '
             "optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=...). docs/per_sample_losses.md lists "

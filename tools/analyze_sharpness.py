@@ -1,0 +1,258 @@
+#!/usr/bin/env python
+"""Measure how sharp the minima are at which checkpoints lie, and compare them.
+
+python tools/analyze_sharpness.py CONFIG base.pth sam.pth --names base sam --samples 256 --landscape 1d 2d
+python tools/analyze_sharpness.py CONFIG base.pth OTHER_CONFIG.py:sam.pth
+
+A checkpoint is of the first config, unless its own is written before it, with a colon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# The package beside this file is used, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from tqdm import tqdm
+
+# Importing the package mends the stack; MMPose is first imported after it, when a model is built.
+from mm_sharp import cli, preflight, sharpness
+
+_OWN_CONFIG = re.compile(r'(.+\.(?:py|json|ya?ml)):(.+)')
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    defaults = sharpness.Settings()
+    parser = cli.OneLineParser(description='Measure how sharp the minima are at which checkpoints lie')
+    add = parser.add_argument
+    add('config', help='config file of a training run')
+    add(
+        'checkpoints',
+        nargs='+',
+        metavar='checkpoint',
+        help='checkpoint file, or CONFIG.py:FILE with a config of its own',
+    )
+    add('--names', nargs='+', help='what tables and figures call them (default: from folders and files)')
+    add('--split', choices=sharpness.SPLITS, default='train', help='data to take the loss over (default: train)')
+    add('--samples', type=int, default=256, help='the first so many after a seeded shuffle (default: 256)')
+    add('--batch-size', type=int, default=32, help='samples at once: memory and time, not results (default: 32)')
+    add('--rho', type=float, nargs='+', default=[*defaults.rhos], help='radii of balls (default: 0.01 0.05 0.1)')
+    add('--ascent-steps', type=int, default=5, help='of projected gradient ascent in each ball (default: 5)')
+    add('--eigenvalues', type=int, default=1, help='how many of the largest of the Hessian; 0: none (default: 1)')
+    add('--tolerance', type=float, default=defaults.tolerance, help='of the eigenvalues, relative (default: 0.001)')
+    add('--trace-draws', type=int, default=30, help="for the Hessian's trace, at least 2; 0: no trace (default: 30)")
+    add('--landscape', nargs='+', choices=['1d', '2d', 'none'], default=['1d'], help='(default: 1d)')
+    add('--radius', type=float, default=defaults.radius, help="of the landscape, in filters' norms (default: 1)")
+    add('--points', type=int, default=defaults.points, help='of the landscape along each axis (default: 21)')
+    add('--perturb', choices=['auto', 'all', 'weights'], default='auto', help='parameters that move (default: auto)')
+    add('--dtype', choices=['float32', 'float64'], default='float32', help="of the models' arithmetic")
+    add('--seed', type=int, default=0, help='of the samples, draws and directions (default: 0)')
+    add('--out-dir', default='work_dirs/sharpness', help='folder for the results (default: work_dirs/sharpness)')
+    add('--cfg-options', nargs='+', action=cli.CfgOptions, default={}, metavar='KEY=VALUE', help='change all configs')
+    add(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load checkpoints that can run code while loading; only for files whose source you trust',
+    )
+    add('--debug', action='store_true', help='show the traceback of usage errors')
+    # What cli.load_config reads besides.
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    args = parser.parse_args(arguments)
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse values out of range.
+
+    Raises:
+        UsageError: One is.
+    """
+    least = {
+        'samples': 1,
+        'batch_size': 1,
+        'ascent_steps': 0,
+        'eigenvalues': 0,
+        'trace_draws': 0,
+        'points': 2,
+        'seed': 0,
+    }
+    for option, low in least.items():
+        if getattr(args, option) < low:
+            parser.error(f'--{option.replace("_", "-")} {getattr(args, option)}: it must be at least {low}')
+    if args.trace_draws == 1:
+        parser.error('--trace-draws 1: one draw has no standard error; give at least 2, or 0 for no trace')
+    if args.seed >= 2**32:
+        parser.error(f'--seed {args.seed}: it must be below 2**32')
+    for option, values in (('rho', args.rho), ('radius', [args.radius]), ('tolerance', [args.tolerance])):
+        for value in values:
+            if not 0 < value < float('inf'):
+                parser.error(f'--{option} {value:g}: it must be a finite number above 0')
+    if len({*args.rho}) < len(args.rho):
+        parser.error(f'--rho {" ".join(f"{rho:g}" for rho in args.rho)}: the same value twice')
+    if 'none' in args.landscape and len({*args.landscape}) > 1:
+        parser.error('--landscape: none does not go with others')
+
+
+def checkpoints(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Name, config file and checkpoint file of each checkpoint.
+
+    Raises:
+        UsageError: Names are missing or the same.
+    """
+    pairs = []
+    for given in args.checkpoints:
+        own = None if Path(given).exists() or '://' in given else _OWN_CONFIG.fullmatch(given)
+        pairs.append((own[1], own[2]) if own else (args.config, given))
+    names = args.names or _names([checkpoint for _, checkpoint in pairs])
+    if len(names) != len(pairs):
+        raise cli.UsageError(f'--names {" ".join(names)}: {len(names)} names for {len(pairs)} checkpoints')
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise cli.UsageError(f'{twice[0]!r} is the name of two checkpoints: give each its own with --names')
+    return [(name, *pair) for name, pair in zip(names, pairs, strict=True)]
+
+
+def _names(checkpoints: Sequence[str]) -> list[str]:
+    """The files' names, with their folders' where these are the same, or the folders' alone."""
+    files = [Path(checkpoint) for checkpoint in checkpoints]
+    stems = [file.stem for file in files]
+    if len({*stems}) == len(stems):
+        return stems
+    return [f'{file.resolve().parent.name}/{file.stem}' for file in files]
+
+
+def configure(args: argparse.Namespace) -> list[tuple[str, str, str, Config]]:
+    """Read the configs and check them and the files that they need.
+
+    Returns:
+        Name, config file, checkpoint file and config of each checkpoint.
+
+    Raises:
+        UsageError: Something is missing or does not fit.
+    """
+    configs: dict[str, Config] = {}
+    found = []
+    for name, config, checkpoint in checkpoints(args):
+        if config not in configs:
+            configs[config] = cli.load_config(argparse.Namespace(**{**vars(args), 'config': config}))
+            preflight.check_data(configs[config], args.split)
+        preflight.check_checkpoint(checkpoint, 'checkpoint')
+        found.append((name, config, checkpoint, configs[config]))
+    return found
+
+
+def settings_of(args: argparse.Namespace) -> sharpness.Settings:
+    """What the command line asks for."""
+    return sharpness.Settings(
+        batch_size=args.batch_size,
+        rhos=tuple(args.rho),
+        ascent_steps=args.ascent_steps,
+        eigenvalues=args.eigenvalues,
+        tolerance=args.tolerance,
+        trace_draws=args.trace_draws,
+        landscape=tuple(kind for kind in ('1d', '2d') if kind in args.landscape),
+        radius=args.radius,
+        points=args.points,
+        seed=args.seed,
+        perturb=args.perturb,
+        dtype=args.dtype,
+    )
+
+
+class Subject(NamedTuple):
+    """A checkpoint that is ready to be measured.
+
+    Args:
+        name: As tables and figures call it.
+        config: Its config file.
+        checkpoint: The file.
+        cfg: The config.
+        loaded: The model.
+        samples: What its loss is taken over.
+    """
+
+    name: str
+    config: str
+    checkpoint: str
+    cfg: Config
+    loaded: sharpness.LoadedModel
+    samples: sharpness.Samples
+
+
+def load(args: argparse.Namespace) -> list[Subject]:
+    """Load all models and samples: what is wrong with the last checkpoint shows before the first is measured."""
+    subjects = []
+    # Configs that load the same data share the samples.
+    samples: dict[str, sharpness.Samples] = {}
+    for name, config, checkpoint, cfg in configure(args):
+        loaded = sharpness.load_model(cfg, checkpoint, args.trust_checkpoint)
+        with sharpness.prepared(cfg):
+            key = repr(sharpness.loader_options(cfg, args.split))
+            if key not in samples:
+                with _bar('loading samples', args.samples) as tick:
+                    samples[key] = sharpness.load_samples(cfg, args.split, args.samples, args.seed, tick)
+        subjects.append(Subject(name, config, checkpoint, cfg, loaded, samples[key]))
+    return subjects
+
+
+def analyze(args: argparse.Namespace) -> Iterator[sharpness.Entry]:
+    """Measure one checkpoint after the other."""
+    settings = settings_of(args)
+    for subject in load(args):
+        loaded = subject.loaded
+        with sharpness.prepared(subject.cfg, loaded.epoch):
+            found = sharpness.measure(
+                loaded.model, subject.samples, settings, loaded.quantized, _named_bar(subject.name)
+            )
+        yield sharpness.Entry(subject.name, subject.config, subject.checkpoint, loaded.epoch, subject.samples, found)
+
+
+@contextmanager
+def _bar(what: str, total: int | None) -> Iterator[Callable[[], object]]:
+    """A progress bar on stderr, where somebody looks at it."""
+    with tqdm(desc=what, total=total, mininterval=0.5, disable=None, leave=False) as progress:
+        yield progress.update
+
+
+def _named_bar(name: str) -> sharpness.Bar:
+    return lambda what, total: _bar(f'{name}: {what}', total)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were computed on."""
+    device = torch.cuda.get_device_name() if get_device() == 'cuda' else f'{get_device()} ({platform.machine()})'
+    return {'device': device, 'threads': torch.get_num_threads(), 'torch': torch.__version__}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, write the files, after each checkpoint again, and print the table."""
+    args = parse_arguments(arguments)
+    folder, settings = Path(args.out_dir), settings_of(args)
+    entries: list[sharpness.Entry] = []
+    for entry in analyze(args):
+        entries.append(entry)
+        folder.mkdir(parents=True, exist_ok=True)
+        sharpness.write_csv(folder / 'sharpness.csv', entries)
+        sharpness.write_json(folder / 'sharpness.json', entries, settings, machine())
+        sharpness.draw(folder / 'landscape.png', entries, settings)
+        seconds = sum(entry.findings.seconds.values())
+        print(f'{entry.name}: measured in {seconds:.0f} s ({len(entries)} of {len(args.checkpoints)})', flush=True)
+    print(f'\n{sharpness.table(entries)}')
+    print(f'Written: {folder}/sharpness.csv, sharpness.json, landscape.png')
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run_tool(main))
