@@ -15,6 +15,11 @@ samples; ``history_momentum``; drawing in the data loader; and ``reweight``, whi
 (Horvitz-Thompson), so that at fixed weights the drawn samples' gradient is an unbiased estimate of the whole batch's.
 The first pass's is; the second's is taken at a point that depends on the draw.
 
+Large scores are those of hard samples and of wrongly labelled ones, which the paper's draw therefore prefers.
+``prefer='small'`` (ours) turns the preference round, ``1 - z_i`` in place of ``z_i``: for training sets with wrong
+labels. ``clip_quantile`` (ours) sets all scores above a quantile of the mini-batch's equal to it before the
+normalisation, so that one outlier does not make all others the same. docs/sampling_study.md has what they gave.
+
 A loss that is the sum of its samples' is scaled by N / K, so that a step is as long as on the whole batch.
 """
 
@@ -33,9 +38,10 @@ from mm_sharp.draws import Draw
 from mm_sharp.per_sample_pass import PerSampleOptimWrapper
 from mm_sharp.replay import ModelCall
 from mm_sharp.sample_history import Keys
+from mm_sharp.sampling import Preference
 from mm_sharp.subset import call_size, subset
 from mm_sharp.transfer import to_device
-from mm_sharp.validation import UserError, check_bool, check_number
+from mm_sharp.validation import UserError, check_bool, check_choice, check_number
 
 if TYPE_CHECKING:
     from mm_sharp.ausam_sampler import AUSAMSampler
@@ -55,6 +61,11 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         s_max: Normalised score of the largest, >= ``s_min``.
         reweight: Weight the samples by 1 / (N * pi_i), which makes their gradient at given weights an unbiased estimate
             of the whole batch's (ours).
+        prefer: Which average loss differences make a sample likelier to be drawn: ``'large'``, the paper's, or
+            ``'small'`` (ours), with which ``s_min`` is the largest's and ``s_max`` the smallest's. ``reweight`` takes
+            back what the preference does to the gradient.
+        clip_quantile: Scores above this quantile of the mini-batch's, in (0, 1], count as equal to it (ours); 1 clips
+            nothing.
         history_momentum: Weight of the past in an exponential average of the loss differences, in [0, 1); by default
             the average over all visits (ours).
         kwargs: The other arguments of :class:`mm_sharp.two_pass.TwoPassOptimWrapper`.
@@ -79,6 +90,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         s_max: float = 1.0,
         reweight: bool = False,
         history_momentum: float | None = None,
+        prefer: str = 'large',
+        clip_quantile: float = 1.0,
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
@@ -91,9 +104,12 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
                 f"s_min={s_min!r}. Write for example: optim_wrapper = dict(type='{name}', s_max={max(1.0, s_min)!r}, "
                 '...)'
             )
+        check_choice(name, 'prefer', prefer, ('large', 'small'))
+        check_number(name, 'clip_quantile', clip_quantile, high=1.0, low_open=True, example='0.9')
         self.reweight = check_bool(name, 'reweight', reweight)
         super().__init__(optimizer, history_momentum=history_momentum, rho=rho, **kwargs)
-        self.drawer = BatchDrawer(self.history, float(sampling_ratio), float(s_min), float(s_max))
+        preference = Preference(prefer == 'small', float(clip_quantile))
+        self.drawer = BatchDrawer(self.history, float(sampling_ratio), float(s_min), float(s_max), preference)
         self.sampler: AUSAMSampler | None = None
         self._sampler_states: list[Any] = []
         self._draw: BatchDraw | None = None

@@ -16,6 +16,7 @@ from mm_sharp.sample_history import Keys, SampleHistory
 from mm_sharp.sampling import (
     FloatArray,
     IntArray,
+    Preference,
     horvitz_thompson_weights,
     inclusion_probabilities,
     normalised_scores,
@@ -69,16 +70,26 @@ class BatchDrawer:
         sampling_ratio: Share of the samples to draw, in (0, 1].
         s_min: Normalised score of the smallest, > 0.
         s_max: Normalised score of the largest, >= ``s_min``.
+        preference: Whether large scores or small ones are drawn more often, and where scores are clipped.
     """
 
-    def __init__(self, history: SampleHistory, sampling_ratio: float, s_min: float, s_max: float) -> None:
+    def __init__(
+        self,
+        history: SampleHistory,
+        sampling_ratio: float,
+        s_min: float,
+        s_max: float,
+        preference: Preference | None = None,
+    ) -> None:
         self.history = history
         self.sampling_ratio = sampling_ratio
         self.s_min = s_min
         self.s_max = s_max
+        self.preference = preference or Preference()
 
     def draw(self, keys: Keys, generator: torch.Generator) -> BatchDraw:
         """Draw from the batch of ``keys``, N pairs of a data set's name and a sample's id."""
         scores = self.history.scores(keys)
-        pi = inclusion_probabilities(scores, sample_count(self.sampling_ratio, len(keys)), self.s_min, self.s_max)
+        k = sample_count(self.sampling_ratio, len(keys))
+        pi = inclusion_probabilities(scores, k, self.s_min, self.s_max, self.preference)
         return BatchDraw(systematic_sample(pi, generator), pi, scores)

@@ -14,7 +14,8 @@ mini-batch (:func:`inclusion_probabilities`, :func:`systematic_sample`)::
 
 Ours, as the paper's text leaves them open: samples never seen take ``s_max``; equal scores give equal probabilities;
 the probabilities are capped; samples are drawn systematically in random order, which gives exactly these inclusion
-probabilities and exactly K samples; and the Horvitz-Thompson weights ``1 / (N * pi_i)``.
+probabilities and exactly K samples; and the Horvitz-Thompson weights ``1 / (N * pi_i)``. Ours altogether:
+:class:`Preference`, with which small scores are drawn more often (``1 - z_i``), and outliers do not stretch the scale.
 
 The draws run on the host over numpy's float64: scores of at most some thousand samples are too few for a device.
 :func:`top_k` takes tensors and stays on their device, since loss differences are computed there.
@@ -23,6 +24,7 @@ The draws run on the host over numpy's float64: scores of at most some thousand 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,21 @@ IntArray = npt.NDArray[np.int64]
 
 _LARGEST = float(np.finfo(np.float64).max)
 _SUM_TOLERANCE = 1e-9
+
+
+class Preference(NamedTuple):
+    """How scores become ``z`` in [0, 1] (ours; the default is the paper's).
+
+    Args:
+        small: Small scores are drawn more often, and not large ones.
+        quantile: Scores above this quantile of the seen ones in the mini-batch, in (0, 1], count as equal to it.
+    """
+
+    small: bool = False
+    quantile: float = 1.0
+
+
+_LARGE = Preference()
 
 
 def sample_count(ratio: float, total: int) -> int:
@@ -87,7 +104,9 @@ def top_k(increases: Tensor, k: int) -> Tensor:
     return order[:k].sort().values
 
 
-def inclusion_probabilities(scores: npt.ArrayLike, k: int, s_min: float = 0.3, s_max: float = 1.0) -> FloatArray:
+def inclusion_probabilities(
+    scores: npt.ArrayLike, k: int, s_min: float = 0.3, s_max: float = 1.0, preference: Preference = _LARGE
+) -> FloatArray:
     """The probability of each sample to be among the ``k`` that are drawn (AUSAM).
 
     ``s_max / s_min`` bounds how much likelier one sample is than another; a cap only brings them closer. One dominant
@@ -100,6 +119,7 @@ def inclusion_probabilities(scores: npt.ArrayLike, k: int, s_min: float = 0.3, s
         k: Number of samples to draw, 1 to N.
         s_min: Normalised score of the smallest, > 0.
         s_max: Normalised score of the largest, >= ``s_min``. With ``s_min == s_max`` the draw is uniform.
+        preference: With ``small``, ``s_min`` is the largest's, and ``s_max`` the smallest's.
 
     Returns:
         ``pi``, shape (N,), float64, in (0, 1]; its sum is ``k`` up to the rounding of the sum.
@@ -113,23 +133,29 @@ def inclusion_probabilities(scores: npt.ArrayLike, k: int, s_min: float = 0.3, s
         raise _refusal('s_min', s_min, 'a finite number > 0')
     if not (_is_number(s_max) and s_min <= s_max < math.inf):
         raise _refusal('s_max', s_max, f'a finite number of at least s_min ({s_min!r})')
-    normalised = s_min + (s_max - s_min) * normalised_scores(values)
+    normalised = s_min + (s_max - s_min) * normalised_scores(values, preference)
     return _capped_shares(normalised, int(k))
 
 
-def normalised_scores(scores: FloatArray) -> FloatArray:
+def normalised_scores(scores: FloatArray, preference: Preference = _LARGE) -> FloatArray:
     """``z`` in [0, 1]: 0 for the smallest score, 1 for the largest, for the unknown, and where all are equal.
 
     Args:
         scores: Shape (N,), NaN where never seen; an infinite score counts as the largest finite number.
+        preference: With ``small``, 1 is for the smallest and 0 for the largest.
     """
     unknown = np.isnan(scores)
     # Halved, so that the distance of two finite scores is finite.
     halves = np.clip(scores, -_LARGEST, _LARGEST) * 0.5
-    low, high = (halves[~unknown].min(), halves[~unknown].max()) if not unknown.all() else (0.0, 0.0)
+    known = halves[~unknown]
+    low, high = (known.min(), known.max()) if len(known) else (0.0, 0.0)
+    if preference.quantile < 1.0 and len(known):
+        high = np.quantile(known, preference.quantile)
+        halves = np.minimum(halves, high)
     if not low < high:
         return np.ones_like(scores)
-    z: FloatArray = np.where(unknown, 1.0, (halves - low) / (high - low))
+    shares = (halves - low) / (high - low)
+    z: FloatArray = np.where(unknown, 1.0, 1.0 - shares if preference.small else shares)
     return z
 
 

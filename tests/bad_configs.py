@@ -121,6 +121,8 @@ ARGUMENTS = (
     wrapper('s_min of 0', 'AUSAM', 's_min=0', 's_min=0.3'),
     wrapper('s_min above s_max', 'AUSAM', 's_min=2', 's_min=2, s_max=2', shows='s_max=2'),
     wrapper('reweight that is no switch', 'AUSAM', "reweight='no'", 'reweight=True'),
+    wrapper('an unknown preference', 'AUSAM', "prefer='hard'", "prefer='large'"),
+    wrapper('a clip_quantile in percent', 'AUSAM', 'clip_quantile=90', 'clip_quantile=0.9'),
     wrapper('a history_momentum of 1', 'AUSAM', 'history_momentum=1', 'history_momentum=0.9'),
     wrapper('an argument with a typing error', 'SAM', 'rhoo=0.1', 'rho=0.1', key='optim_wrapper.rhoo',
         shows="did you mean 'rho'"),

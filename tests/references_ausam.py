@@ -58,7 +58,14 @@ def terms(*formulas: Callable[[Tensor, Tensor], Term]) -> Formula:
     return lambda output, targets: [formula(output, targets) for formula in formulas]
 
 
-def inclusion_probabilities(scores: Sequence[float | None], k: int, s_min: float, s_max: float) -> list[float]:
+def inclusion_probabilities(
+    scores: Sequence[float | None],
+    k: int,
+    s_min: float,
+    s_max: float,
+    prefer: str = 'large',
+    clip_quantile: float = 1.0,
+) -> list[float]:
     """pi by min-max normalisation, and by capping and spreading the excess until nothing is above 1.
 
     Args:
@@ -66,12 +73,16 @@ def inclusion_probabilities(scores: Sequence[float | None], k: int, s_min: float
         k: How many are drawn.
         s_min: Normalised score of the smallest.
         s_max: Normalised score of the largest, and of those never seen.
+        prefer: 'large' or 'small', which turns largest and smallest round.
+        clip_quantile: Where the scores seen are cut off; linear between two of them.
     """
-    seen = [score for score in scores if score is not None]
-    low, high = (min(seen), max(seen)) if seen else (0.0, 0.0)
+    seen = sorted(score for score in scores if score is not None)
+    low, high = (seen[0], quantile(seen, clip_quantile)) if seen else (0.0, 0.0)
     sizes = []
     for score in scores:
-        z = 1.0 if score is None or low == high else (score - low) / (high - low)
+        z = 1.0 if score is None or low == high else (min(score, high) - low) / (high - low)
+        if prefer == 'small' and score is not None and low < high:
+            z = 1.0 - z
         sizes.append(s_min + (s_max - s_min) * z)
     pi = [0.0] * len(sizes)
     free, left = list(range(len(sizes))), k
@@ -86,6 +97,14 @@ def inclusion_probabilities(scores: Sequence[float | None], k: int, s_min: float
             pi[i] = 1.0
         free, left = [i for i in free if i not in over], left - len(over)
     return pi
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The value that ``share`` of the distance from the first to the last of them leads to."""
+    place = share * (len(ordered) - 1)
+    before = min(int(place), len(ordered) - 1)
+    after = min(before + 1, len(ordered) - 1)
+    return ordered[before] + (place - before) * (ordered[after] - ordered[before])
 
 
 def rounded(number: float) -> float:
@@ -107,6 +126,8 @@ class ReferenceAUSAM:
         s_max: Normalised score of the largest.
         reweight: Weight sample i by 1 / (N * pi_i).
         history_momentum: Weight of the past; None for the average over all visits.
+        prefer: Which scores are drawn more often.
+        clip_quantile: Where scores are cut off.
 
     Attributes:
         history: By sample id, the average absolute loss difference and the number of visits.
@@ -121,6 +142,8 @@ class ReferenceAUSAM:
     s_max: float = 1.0
     reweight: bool = False
     history_momentum: float | None = None
+    prefer: str = 'large'
+    clip_quantile: float = 1.0
     history: dict[int, tuple[float, int]] = field(default_factory=dict)
 
     def step(self, batch: Batch, rows: Sequence[int]) -> list[float]:
@@ -131,7 +154,7 @@ class ReferenceAUSAM:
         """
         ids = batch['sample_idx'].tolist()
         scores = [self.history[i][0] if i in self.history else None for i in ids]
-        pi = inclusion_probabilities(scores, len(rows), self.s_min, self.s_max)
+        pi = inclusion_probabilities(scores, len(rows), self.s_min, self.s_max, self.prefer, self.clip_quantile)
         weights = [1 / (len(ids) * pi[row]) for row in rows] if self.reweight else None
         final, differences = self._passes(batch['inputs'][rows], batch['targets'][rows], weights, len(ids))
         for parameter, gradient in zip(self.model.parameters(), final, strict=True):

@@ -157,6 +157,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     's_min': (0, -1, NAN, math.inf, 'a', None, True),
     's_max': (0.2, -1, NAN, math.inf, 'a', None, True),
     'reweight': (1, 0, 'yes', None),
+    'prefer': ('larger', 'Small', None, True, 1),
+    'clip_quantile': (0, -0.1, 1.1, NAN, math.inf, '0.9', None, True),
     'history_momentum': (-0.1, 1.0, 1.5, NAN, 'a', True),
 }
 
@@ -191,6 +193,8 @@ def test_s_max_below_s_min() -> None:
         dict(sampling_ratio=np.float64(0.5)),
         dict(s_min=1, s_max=1),
         dict(s_min=1e-300, s_max=1e300),
+        dict(clip_quantile=1e-300, prefer='small'),
+        dict(clip_quantile=1),
         dict(history_momentum=0),
         dict(history_momentum=0.999),
     ],

@@ -25,7 +25,7 @@ from mm_sharp.ausam_sampler import AUSAMSampler
 from mm_sharp.batch_draw import BatchDrawer
 from mm_sharp.loader_draws import DrawQueue
 from mm_sharp.sample_history import SampleHistory
-from mm_sharp.sampling import inclusion_probabilities, sample_count
+from mm_sharp.sampling import Preference, inclusion_probabilities, sample_count
 from tests.checkpoints import through_disk
 from tests.tiny_runs import PLAIN, Points, make_runner
 
@@ -143,6 +143,16 @@ def test_inclusion_frequencies(scores: list[float]) -> None:
         assert sampler.take(key_list(batch)).pi == pytest.approx(expected)
     errors = 4 * np.sqrt(expected * (1 - expected) / epochs)
     assert (np.abs(counts / epochs - expected) <= errors + 1e-12).all()
+
+
+def test_it_draws_by_the_wrappers_preference() -> None:
+    scores, preference = [0.1, 0.2, 0.3, 0.4, 2.0], Preference(small=True, quantile=0.75)
+    sampler = AUSAMSampler(DefaultSampler(range(5), shuffle=False, seed=0), 5)
+    sampler.attach(BatchDrawer(scored(scores), 0.6, 0.3, 1.0, preference), Shelf(), seed=0, rank=0)
+    (batch,) = sampler
+    pi = sampler.take(key_list(batch)).pi
+    assert pi == pytest.approx(inclusion_probabilities(np.array(scores), 3, 0.3, 1.0, preference), rel=1e-6)
+    assert pi[0] > pi[1] > pi[2] > pi[3] == pi[4]
 
 
 def test_an_epoch_can_be_repeated_and_others_differ() -> None:

@@ -90,7 +90,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     'ausam': {
         'sampling_ratio': share, 's_min': st.floats(0.01, 1), 's_max': st.floats(1, 3), 'reweight': st.booleans(),
-        'history_momentum': momentum,
+        'history_momentum': momentum, 'prefer': st.sampled_from(['large', 'small']), 'clip_quantile': st.floats(0.1, 1),
     },
 }  # fmt: skip
 optimizers = st.one_of(

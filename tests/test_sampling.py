@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_sharp.sampling import (
+    Preference,
     horvitz_thompson_weights,
     inclusion_probabilities,
+    normalised_scores,
     sample_count,
     systematic_choice,
     systematic_sample,
@@ -191,6 +193,43 @@ def test_the_bound_is_reached_where_no_cap_is_active(scores: list[float], data: 
 )
 def test_probabilities_worked_by_hand(scores: list[float], k: int, expected: list[float]) -> None:
     assert inclusion_probabilities(scores, k) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ('scores', 'preference', 'z'),
+    [
+        ([0.0, 1.0, 4.0, NAN], Preference(small=True), [1.0, 0.75, 0.0, 1.0]),
+        ([0.0, 1.0, 2.0, 3.0, 400.0], Preference(quantile=0.75), [0.0, 1 / 3, 2 / 3, 1.0, 1.0]),
+        ([0.0, 1.0, 2.0, 3.0, 400.0], Preference(True, 0.75), [1.0, 2 / 3, 1 / 3, 0.0, 0.0]),
+        ([0.0, NAN, 2.0, INF], Preference(True, 0.5), [1.0, 1.0, 0.0, 0.0]),
+        ([0.0, 1.0, 2.0], Preference(quantile=0.75), [0.0, 2 / 3, 1.0]),  # the quantile is 1.5, between two scores
+        ([0.0, 0.0, 0.0, 5.0], Preference(True, 0.5), [1.0] * 4),  # clipped, they are all equal
+        ([3.0, 3.0, NAN], Preference(small=True), [1.0] * 3),
+        ([NAN, NAN], Preference(True, 0.5), [1.0] * 2),
+        ([7.0], Preference(True, 0.5), [1.0]),
+    ],
+)
+def test_preferences_worked_by_hand(scores: list[float], preference: Preference, z: list[float]) -> None:
+    assert normalised_scores(np.array(scores), preference) == pytest.approx(z, rel=1e-12)
+    sizes = [0.1 + 0.9 * share for share in z]
+    pi = inclusion_probabilities(scores, 1, 0.1, 1.0, preference)
+    assert pi == pytest.approx([size / sum(sizes) for size in sizes], rel=1e-12)
+
+
+@settings(deadline=None)
+@given(any_scores, bounds, st.booleans(), st.floats(0.01, 1), st.data())
+def test_with_every_preference_probabilities_keep_their_promises(
+    scores: list[float], s: tuple[float, float], small: bool, quantile: float, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, len(scores)))
+    pi = inclusion_probabilities(scores, k, *s, Preference(small, quantile))
+    assert ((pi > 0) & (pi <= 1)).all()
+    assert math.fsum(pi.tolist()) == pytest.approx(k, rel=1e-14)
+    assert pi.max() / pi.min() <= s[1] / s[0] * (1 + 1e-12)
+    known = ~np.isnan(scores)
+    steps = np.diff(pi[known][np.argsort(np.array(scores)[known], kind='stable')])
+    assert ((steps <= 0) if small else (steps >= 0)).all()
+    assert (pi[~known] == pi.max()).all()
 
 
 def test_equal_bounds_are_the_uniform_control() -> None:

@@ -1,0 +1,43 @@
+"""Accuracy studies: methods side by side over settings and seeds, at equal epochs and at equal compute (ours).
+
+======================  ===============================================================================
+``spec.py``             what a study compares, read from its YAML file
+``plan.py``             the runs it consists of, and their configs
+``corruption.py``       keypoint annotations of which a share is wrong
+``execute.py``          one run
+``conduct.py``          all runs that are missing, several at a time
+``rows.py``             the file with one row a run
+``results.py``          the choice of rho, and the comparisons
+``statistics.py``       means, intervals and paired differences
+``report.py``           tables and pictures
+``digits.py``           scikit-learn's digits: data set, model and metric, which configs import
+``remembered.py``       a data set that keeps its pre-processed pictures, which configs import
+======================  ===============================================================================
+
+``tools/study.py`` is the command line, ``configs/study/`` has the studies.
+"""
+
+from mm_sharp.study.conduct import Workers, compare_what_is_there, conduct
+from mm_sharp.study.plan import Plan, Run
+from mm_sharp.study.report import as_json, markdown, plot
+from mm_sharp.study.results import Comparison, choose_rho, comparisons
+from mm_sharp.study.rows import Rows
+from mm_sharp.study.spec import Study, only, read_study
+
+__all__ = [
+    'Comparison',
+    'Plan',
+    'Rows',
+    'Run',
+    'Study',
+    'Workers',
+    'as_json',
+    'choose_rho',
+    'compare_what_is_there',
+    'comparisons',
+    'conduct',
+    'markdown',
+    'only',
+    'plot',
+    'read_study',
+]

@@ -1,0 +1,85 @@
+"""One run of a study, in a process that makes many of them one after the other (ours).
+
+Starting Python and importing MMPose takes longer than training a small model.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import signal
+import time
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.utils import import_modules_from_strings
+
+from mm_sharp.compat import serve_every_run
+from mm_sharp.runners import build_runner
+
+# Steps whose mean loss is a run's training loss.
+LAST_STEPS = 50
+
+
+def prepare_process(threads: int, niceness: int) -> None:
+    """Set up a process for runs.
+
+    Args:
+        threads: Of torch on the CPU.
+        niceness: Added to the process's, so that other work on the machine goes first.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+    torch.set_num_threads(threads)
+    os.nice(niceness)
+    # What training scripts would print once is printed hundreds of times here.
+    warnings.filterwarnings('ignore')
+    serve_every_run()
+
+
+def execute(cfg: Config, weights: Path | None) -> dict[str, float]:
+    """Train, and evaluate on the test data.
+
+    Args:
+        cfg: The whole config of the run, without validation.
+        weights: Where to write the final weights, as ``tools/test.py`` takes them; None for nowhere.
+
+    Returns:
+        The evaluators' metrics by name; ``train_loss``, mean of the last :data:`LAST_STEPS` steps; ``steps``; and
+        ``train_seconds``, which say little where other programs share the machine.
+    """
+    if cfg.get('custom_imports'):  # which MMEngine obeys when it reads a file, in another process
+        import_modules_from_strings(**cfg.custom_imports)
+    # Six times in a run, MMEngine would have the config's text formatted as code, which takes longer than many epochs.
+    cfg = Config(cfg.to_dict(), format_python_code=False)
+    cfg.log_level = 'WARNING'
+    # A run that is broken off is made again: nothing goes on from a checkpoint.
+    cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': None}
+    with redirect_stdout(io.StringIO()):  # the COCO API prints what it loads
+        runner = build_runner(cfg)
+        begin = time.perf_counter()
+        runner.train()
+        seconds = time.perf_counter() - begin
+        metrics = runner.test()
+        if weights is not None:
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            runner.save_checkpoint(str(weights.parent), weights.name, save_optimizer=False, save_param_scheduler=False)
+    loss = runner.message_hub.get_scalar('train/loss').mean(LAST_STEPS)
+    figures = {**metrics, 'train_loss': loss, 'steps': runner.iter, 'train_seconds': seconds}
+    _forget(runner)
+    return {name: float(value) for name, value in figures.items()}
+
+
+def _forget(runner: Any) -> None:
+    """Let go of what MMEngine keeps of a run as long as the process lives."""
+    for handler in list(runner.logger.handlers):
+        handler.close()
+    for kind in (MMLogger, MessageHub, type(runner.visualizer)):
+        kind._instance_dict.pop(runner.experiment_name, None)
+    del runner
+    gc.collect()

@@ -1,0 +1,237 @@
+"""tools/study.py: its runs are those of tools/train.py, and a study that was broken off goes on where it was."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mmengine.runner import Runner
+
+from mm_sharp import cli
+from mm_sharp.study import Plan, Rows, Run, Workers, conduct, read_study
+from mm_sharp.study.execute import execute
+from tests.conftest import ROOT
+from tests.tiny_data import draw_coco
+from tests.tool_runs import tool
+
+STUDY: dict[str, Any] = {
+    'name': 'small',
+    'metric': {'name': 'digits/accuracy'},
+    'seeds': [0, 1],
+    'selection': {'seeds': [100], 'rho': [0.05, 0.1]},
+    'budgets': ['epochs', 'compute'],
+    'keep': ['sam'],
+    'methods': {'base': {}, 'sam': {'type': 'SAMOptimWrapper'}},
+    'settings': {
+        'clean': {
+            'config': str(ROOT / 'configs/study/digits_cnn.py'),
+            'epochs': 2,
+            'options': {'train_dataloader.dataset.size': 80, 'model.width': 4},
+        }
+    },
+}
+# The base optimizer and SAM at two rhos; then, at two seeds, both, and SAM with half the epochs.
+SELECT, REPORT = 3, 6
+
+
+class Here:
+    """Stands in for a pool of processes: a run is made when it is asked for, in this process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.made: list[str] = []
+        self.fails_at: int | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Here:
+        return self
+
+    def submit(self, call: Any, plan: Plan, run: Run) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.made.append(run.id)
+        if len(self.made) == self.fails_at:
+            future.set_exception(RuntimeError('out of\nmemory'))
+        else:
+            future.set_result(call(copy.deepcopy(plan), run))
+        return future
+
+    def shutdown(self, **kwargs: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Here:
+    pool = Here()
+    monkeypatch.setattr(sys.modules['mm_sharp.study.conduct'], 'ProcessPoolExecutor', pool)
+    # As in the processes that it stands in for: every run's checkpoints are plain.
+    monkeypatch.setattr('mm_sharp.compat.checkpoint_hook._in_every_run', True)
+    return pool
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    file = folder / 'study.yaml'
+    file.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return file
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Run the tool in this process; returns the exit code and all that it printed."""
+    monkeypatch.setattr(sys, 'argv', ['tools/study.py', *map(str, arguments)])
+    code = cli.run_tool(tool('study').main)
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / 'results.csv').open(newline='') as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_study_runs_from_the_command_line_in_processes_of_its_own(tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    command = [sys.executable, ROOT / 'tools/study.py', write(tmp_path), '--jobs', '2', '--out-dir', out]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert 'choosing rho' in done.stderr
+    assert '**clean, equal compute** (digits/accuracy, 2 seeds)' in done.stdout
+    rows = rows_of(out)
+    assert len(rows) == SELECT + REPORT
+    assert {row['phase'] for row in rows} == {'select', 'report'}
+    assert all(0 <= float(row['digits/accuracy']) <= 100 and float(row['train_loss']) > 0 for row in rows)
+    assert {(row['epochs'], row['steps']) for row in rows} == {('1', '2.0'), ('2', '4.0')}
+    for name in ('table.md', 'comparisons.json', 'differences.png'):
+        assert (out / name).stat().st_size > 100
+    (kept,) = sorted((out / 'weights').rglob('*_2e_*.pth'))
+    weights = torch.load(kept, weights_only=True)
+    assert 'backbone.0.weight' in weights['state_dict']
+    assert 'optimizer' not in weights
+
+
+def test_a_run_is_what_the_runner_makes_of_the_same_config(tmp_path: Path) -> None:
+    plan = Plan(read_study(write(tmp_path)), tmp_path / 'out')
+    run = Run('report', 'clean', 'sam', 0.1, 2, 1)
+    figures = execute(plan.config(run), tmp_path / 'kept.pth')
+    cfg = plan.config(run)
+    cfg.experiment_name = 'by_hand'
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.test()['digits/accuracy'] == figures['digits/accuracy']
+    kept = torch.load(tmp_path / 'kept.pth', weights_only=True)['state_dict']
+    for name, value in runner.model.state_dict().items():
+        assert torch.equal(kept[name], value), name
+
+
+def test_a_study_goes_on_where_it_was(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tmp_path), tmp_path / 'out'
+    arguments = (file, '--out-dir', out)
+
+    here.fails_at = 2
+    code, printed = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert '1 of 3 runs failed; select/clean/sam_rho0.05_2e_seed100: RuntimeError: out of memory' in printed
+    assert len(rows_of(out)) == SELECT - 1
+
+    here.fails_at = None
+    assert call(monkeypatch, capsys, *arguments, '--table')[0] == 2  # nothing to compare yet
+    here.made.clear()
+    assert call(monkeypatch, capsys, *arguments)[0] == 0
+    assert len(here.made) == 1 + REPORT
+    before = (out / 'comparisons.json').read_text()
+
+    here.made.clear()
+    code, printed = call(monkeypatch, capsys, *arguments, '--table')
+    assert (code, here.made) == (0, [])
+    assert '| sam |' in printed
+    lines = (out / 'results.csv').read_text().splitlines(keepends=True)
+    lost = next(i for i, line in enumerate(lines) if line.startswith('report/clean/base'))
+    (out / 'results.csv').write_text(''.join(lines[:lost] + lines[lost + 1 :]))
+    assert call(monkeypatch, capsys, *arguments)[0] == 0
+    assert here.made == [lines[lost].split(',')[0]]
+    assert (out / 'comparisons.json').read_text() == before
+
+    changed = {'clean': {**STUDY['settings']['clean'], 'options': {'model.width': 8}}}
+    write(tmp_path, settings=changed)
+    code, printed = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert '3 runs in' in printed
+    assert 'were made with other configs' in printed
+    here.made.clear()
+    assert call(monkeypatch, capsys, *arguments, '--redo')[0] == 0
+    assert len(here.made) == SELECT + REPORT == len(rows_of(out))
+
+
+def test_a_setting_starts_from_anothers_weights(tmp_path: Path, here: Here) -> None:
+    clean = STUDY['settings']['clean']
+    settings = {'tuned': {**clean, 'epochs': 1, 'load_from': 'clean'}, 'clean': clean}
+    plan = Plan(read_study(write(tmp_path, settings=settings, seeds=[0], budgets=['epochs'])), tmp_path / 'out')
+    chosen = conduct(plan, Rows(tmp_path / 'out/results.csv'), Workers())
+    assert list(chosen) == ['clean', 'tuned']
+    assert here.made.index('report/clean/base_2e_seed0') < here.made.index('report/tuned/base_1e_seed0')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('--jobs', '0'), '--jobs 0: it must be an integer from 1'),
+        (('--nice', '20'), '--nice 20'),
+        (('--settings', 'none'), "--settings: 'none' is not allowed: it must be one of clean"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', tmp_path / 'out', *arguments)
+    assert code == 2
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+def test_a_remembered_data_set_gives_what_the_plain_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmengine.registry import DefaultScope
+    from mmpose.registry import DATASETS
+
+    import mm_sharp.study.remembered  # noqa: F401  (registers it)
+
+    folder = draw_coco(tmp_path / 'data')
+    codec = dict(type='SimCCLabel', input_size=(48, 64), sigma=(2.0, 2.0), simcc_split_ratio=2.0)
+    pipeline = [
+        dict(type='LoadImage'),
+        dict(type='GetBBoxCenterScale'),
+        dict(type='TopdownAffine', input_size=(48, 64)),
+        dict(type='GenerateTarget', encoder=codec),
+        dict(type='PackPoseInputs'),
+    ]
+    config = dict(
+        data_root=str(folder),
+        ann_file='annotations/person_keypoints_train.json',
+        data_prefix=dict(img='train/'),
+        pipeline=pipeline,
+    )
+    with DefaultScope.overwrite_default_scope('mmpose'):
+        plain = DATASETS.build(dict(type='CocoDataset', **config))
+        first = DATASETS.build(dict(type='RememberedCocoDataset', **config))
+        want = [plain[i] for i in range(len(plain))]
+        got = [first[i] for i in range(len(first))]
+        # From here on nothing is read from the disk, by a later data set with the same arguments neither.
+        monkeypatch.setattr('mmpose.datasets.transforms.LoadImage.transform', lambda *_: pytest.fail('read again'))
+        again = DATASETS.build(dict(type='RememberedCocoDataset', **config))
+        got += [again[i] for i in range(len(again))]
+        first[0]['data_samples'].set_metainfo({'touched': True})
+    for number, sample in enumerate(got):
+        wanted = want[number % len(want)]
+        assert torch.equal(sample['inputs'], wanted['inputs'])
+        labels, wanted_labels = (one['data_samples'].gt_instance_labels for one in (sample, wanted))
+        assert torch.equal(labels.keypoint_x_labels, wanted_labels.keypoint_x_labels)
+    assert 'touched' not in again[0]['data_samples'].metainfo

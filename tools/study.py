@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+"""Train every method in every setting with every seed, and compare them.
+
+python tools/study.py configs/study/digits.yaml --jobs 2
+python tools/study.py configs/study/digits.yaml --table
+
+A study that was broken off goes on where it was. Results: work_dirs/study/NAME/results.csv (one row a run), table.md,
+comparisons.json and differences.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# The package beside this file is used, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mm_sharp import cli, study
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = cli.OneLineParser(description='Compare methods over settings and seeds')
+    parser.add_argument('study', type=Path, metavar='STUDY.yaml', help='what is compared (see mm_sharp/study/spec.py)')
+    parser.add_argument('--out-dir', type=Path, help='folder of the results (default: work_dirs/study/<name>)')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time, each in a process (default: 1)')
+    parser.add_argument('--threads', type=int, default=1, help='threads of torch in each (default: 1)')
+    parser.add_argument('--nice', type=int, default=0, help='give way to other programs: 1 to 19')
+    parser.add_argument('--settings', nargs='+', metavar='NAME', help="only these of the study's settings")
+    parser.add_argument('--redo', action='store_true', help='make runs again whose configs have changed')
+    parser.add_argument('--table', action='store_true', help='make no runs: compare those that are there')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of errors')
+    args = parser.parse_args(arguments)
+    for option, low, high in (('jobs', 1, 1024), ('threads', 1, 1024), ('nice', 0, 19)):
+        if not low <= getattr(args, option) <= high:
+            parser.error(f'--{option} {getattr(args, option)}: it must be an integer from {low} to {high}')
+    return args
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Make the runs, print the comparisons and write them."""
+    args = parse_arguments(arguments)
+    whole = study.read_study(args.study)
+    chosen_study = study.only(whole, args.settings) if args.settings else whole
+    folder = args.out_dir or Path('work_dirs/study') / whole.name
+    plan = study.Plan(chosen_study, folder)
+    rows = study.Rows(folder / 'results.csv')
+    if args.table:
+        found, missing = study.compare_what_is_there(plan, rows)
+        for setting in missing:
+            print(f'{setting}: not all of its runs have been made')
+    else:
+        os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))
+        workers = study.Workers(args.jobs, args.threads, args.nice)
+        chosen = study.conduct(plan, rows, workers, redo=args.redo)
+        found = [entry for name, rho in chosen.items() for entry in study.comparisons(plan, rows, name, rho)]
+    if not found:
+        raise cli.UsageError(f'{rows.file}: no setting has all of its runs yet')
+    table = study.markdown(whole, found)
+    (folder / 'table.md').write_text(table + '\n')
+    (folder / 'comparisons.json').write_text(study.as_json(whole, found))
+    study.plot(whole, found, folder / 'differences.png')
+    print(f'{table}\n\nBold: the 95 % interval leaves out 0. {folder}: results.csv, table.md, differences.png')
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run_tool(main))
