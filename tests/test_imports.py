@@ -36,13 +36,13 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({'two_pass', 'dataset_keys'}),
     frozenset({'per_sample_pass'}),
     frozenset({'sam', 'esam', 'ausam', 'hooks', 'ausam_sampler'}),
-    frozenset({'compilation', 'history_hook', 'quantization', 'study'}),
+    frozenset({'compilation', 'history_hook', 'quantization'}),
 )
 # Command-line glue may import everything, and nothing imports it.
 GLUE = frozenset(
     {
         *('benchmark', 'build_errors', 'careful_loading', 'cli', 'diagnosis', 'doctor', 'endings', 'launcher_watch'),
-        *('preflight', 'runners', 'sharpness', 'training_checks', 'wrapper_checks'),
+        *('preflight', 'runners', 'sharpness', 'study', 'training_checks', 'wrapper_checks'),
     }
 )
 
