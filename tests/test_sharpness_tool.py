@@ -145,7 +145,11 @@ def test_tables_say_what_is_missing_and_what_differs(tmp_path: Path) -> None:
     entries, settings = toy_entries(), sharpness.Settings(points=2)
     lines = sharpness.table(entries).splitlines()
     (eigenvalue,) = [line for line in lines if 'eigenvalue 1' in line]
-    assert eigenvalue.split() == ['Hessian', 'eigenvalue', '1*', '-', '3*']
+    assert eigenvalue.split() == ['Hessian', 'eigenvalue', '1', '-', '3*']
+    (gradient,) = [line for line in lines if line.startswith('gradient')]
+    assert gradient.split()[-2:] == ['0.5', '0.5*']
+    (error,) = [line for line in lines if 'standard error' in line]
+    assert error.split()[-1] == '1'
     assert any('NOT the same samples' in line for line in lines)
     assert 'x: slow' in lines
     sharpness.write_json(tmp_path / 'x.json', entries, settings, {})
