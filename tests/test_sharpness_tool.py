@@ -25,7 +25,7 @@ pytestmark = QUIET
 SAM = PLAIN.with_name('simcc_res18-half_sam_demo-128x96.py')
 # Little of everything.
 QUICK = (
-    *('--samples', 6, '--batch-size', 4, '--rho', 0.05, '--ascent-steps', 1, '--tolerance', 0.2, '--trace-draws', 2),
+    *('--samples', 3, '--batch-size', 2, '--rho', 0.05, '--ascent-steps', 1, '--tolerance', 0.2, '--trace-draws', 2),
     *('--points', 3),
 )
 
@@ -70,7 +70,7 @@ def test_two_checkpoints_of_two_configs(folder: Path, tools: Tools, capsys: pyte
         ('base', 'plain.py', 3),
         ('sam', 'sam.py', 0),
     ]
-    assert first['samples']['count'] == 6
+    assert first['samples']['count'] == 3
     assert first['samples']['available'] == 8
     assert first['samples']['dataset'] == 'CocoDataset annotations/person_keypoints_train.json'
     assert first['samples']['digest'] == second['samples']['digest']
@@ -95,7 +95,7 @@ def test_two_checkpoints_of_two_configs(folder: Path, tools: Tools, capsys: pyte
 
 def test_the_batch_size_and_the_precision_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for size, dtype in ((6, 'float32'), (4, 'float64'), (1, 'float64')):
+    for size, dtype in ((3, 'float32'), (2, 'float64'), (1, 'float64')):
         options = ('--batch-size', size, '--dtype', dtype, '--eigenvalues', 0, '--landscape', 'none')
         (entry,) = analyze(folder, monkeypatch, 'plain.py', 'a.pth', *QUICK, *options)
         row = sharpness.row(entry)
@@ -145,7 +145,11 @@ def test_tables_say_what_is_missing_and_what_differs(tmp_path: Path) -> None:
     entries, settings = toy_entries(), sharpness.Settings(points=2)
     lines = sharpness.table(entries).splitlines()
     (eigenvalue,) = [line for line in lines if 'eigenvalue 1' in line]
-    assert eigenvalue.split() == ['Hessian', 'eigenvalue', '1*', '-', '3*']
+    assert eigenvalue.split() == ['Hessian', 'eigenvalue', '1', '-', '3*']
+    (gradient,) = [line for line in lines if line.startswith('gradient')]
+    assert gradient.split()[-2:] == ['0.5', '0.5*']
+    (error,) = [line for line in lines if 'standard error' in line]
+    assert error.split()[-1] == '1'
     assert any('NOT the same samples' in line for line in lines)
     assert 'x: slow' in lines
     sharpness.write_json(tmp_path / 'x.json', entries, settings, {})
@@ -173,7 +177,7 @@ def test_tables_say_what_is_missing_and_what_differs(tmp_path: Path) -> None:
         (['gone.py', 'a.pth'], "no config file 'gone.py'"),
         (['plain.py', 'gone.py:a.pth'], "no config file 'gone.py'"),
         (
-            ['plain.py', 'a.pth', 'wide.pth'],
+            ['plain.py', 'a.pth', 'wide.pth', '--samples', 2],
             "cannot use the checkpoint 'wide.pth': the checkpoint is not of this model",
         ),
         (['plain.py', 'code.pth'], "cannot read the checkpoint 'code.pth': the checkpoint holds more than weights"),
@@ -181,6 +185,10 @@ def test_tables_say_what_is_missing_and_what_differs(tmp_path: Path) -> None:
         (['plain.py', 'a.pth', '--trace-draws', 1], '--trace-draws 1: one draw has no standard error'),
         (['plain.py', 'a.pth', '--rho', 0], '--rho 0: it must be a finite number above 0'),
         (['plain.py', 'a.pth', '--rho', 0.1, 0.1], '--rho 0.1 0.1: the same value twice'),
+        (
+            ['plain.py', 'a.pth', '--tolerance', 1e-6],
+            '--tolerance 1e-06: with --dtype float32 it must be at least 1e-05',
+        ),
         (['plain.py', 'a.pth', '--points', 1], '--points 1: it must be at least 2'),
         (['plain.py', 'a.pth', '--landscape', 'none', '1d'], '--landscape: none does not go with others'),
         (['plain.py', 'a.pth', '--cfg-options', 'train_dataloader.dataset.data_root=gone'], "no data: 'gone/"),

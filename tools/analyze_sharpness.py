@@ -100,6 +100,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         for value in values:
             if not 0 < value < float('inf'):
                 parser.error(f'--{option} {value:g}: it must be a finite number above 0')
+    finest = {'float32': 1e-5, 'float64': 1e-10}[args.dtype]
+    if args.tolerance < finest:
+        parser.error(f'--tolerance {args.tolerance:g}: with --dtype {args.dtype} it must be at least {finest:g}')
     if len({*args.rho}) < len(args.rho):
         parser.error(f'--rho {" ".join(f"{rho:g}" for rho in args.rho)}: the same value twice')
     if 'none' in args.landscape and len({*args.landscape}) > 1:

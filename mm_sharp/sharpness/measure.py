@@ -24,7 +24,7 @@ from mm_sharp.sharpness.undisturbed import undisturbed
 DTYPES = ('float32', 'float64')
 Bar = Callable[[str, 'int | None'], AbstractContextManager[Callable[[], object]]]
 _SURROGATE = (
-    'rounding has no derivative: gradient, eigenvalues and trace are those of the straight-through surrogate (rounding '
+    '* rounding has no derivative: gradient, eigenvalues and trace are those of the straight-through surrogate (rounding '
     'with slope 1 and no curvature); loss, sharpness, differences and landscape are values of the quantized model'
 )
 _CUSTOM = "second derivatives are as right as the model's own backward passes make them: {}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 from mm_sharp.benchmark.compare import columns
 from mm_sharp.sharpness.measure import Findings, Settings
 from mm_sharp.sharpness.samples import Samples
+
+# Columns that are a surrogate's where the model is quantized.
+_DERIVATIVES = re.compile(r'gradient_norm|eigenvalue_\d+|trace')
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,12 @@ def table(entries: Sequence[Entry]) -> str:
 def _labels(findings: Sequence[Findings]) -> dict[str, str]:
     """Row labels by column name, in the order of the table."""
     labels = {'loss': 'loss', 'gradient_norm': 'gradient norm'}
-    star = '*' if any(found.surrogate for found in findings) else ''
     count = max((len(f.eigenvalues.values) or 1 if f.eigenvalues else 0 for f in findings), default=0)
     for number in range(1, count + 1):
-        labels[f'eigenvalue_{number}'] = f'Hessian eigenvalue {number}{star}'
+        labels[f'eigenvalue_{number}'] = f'Hessian eigenvalue {number}'
         labels[f'residual_{number}'] = '  residual'
     if any(found.trace for found in findings):
-        labels['trace'] = f'Hessian trace{star}'
+        labels['trace'] = 'Hessian trace'
         labels['trace_standard_error'] = '  standard error'
     rhos = dict.fromkeys(ball.rho for found in findings for ball in found.balls)
     for rho in rhos:
@@ -118,8 +121,8 @@ def _cell(cells: Mapping[str, Any], key: str) -> str:
     value = cells.get(key)
     if value is None:
         return '-'
-    star = '*' if cells['derivatives'] != 'exact' and key.startswith(('eigenvalue', 'trace')) else ''
-    return f'{value:.4g}{star}'
+    starred = cells['derivatives'] != 'exact' and _DERIVATIVES.fullmatch(key)
+    return f'{value:.4g}{"*" if starred else ""}'
 
 
 def _measured_on(entry: Entry) -> str:
