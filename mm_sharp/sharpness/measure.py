@@ -24,8 +24,8 @@ from mm_sharp.sharpness.undisturbed import undisturbed
 DTYPES = ('float32', 'float64')
 Bar = Callable[[str, 'int | None'], AbstractContextManager[Callable[[], object]]]
 _SURROGATE = (
-    '* rounding has no derivative: gradient, eigenvalues and trace are those of the straight-through surrogate (rounding '
-    'with slope 1 and no curvature); loss, sharpness, differences and landscape are values of the quantized model'
+    '* rounding has no derivative: gradient, eigenvalues and trace are those of the straight-through surrogate '
+    '(rounding with slope 1 and no curvature); loss, rises, differences and landscape are values of the quantized model'
 )
 _CUSTOM = "second derivatives are as right as the model's own backward passes make them: {}"
 _NOT_CONVERGED = 'the eigenvalues did not converge to the tolerance: {found} of {asked} within {products} products'
