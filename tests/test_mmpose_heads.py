@@ -29,6 +29,21 @@ def _as_in_training() -> None:
     set_epoch(0)
 
 
+@pytest.fixture(scope='module', params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    found: Case = request.param
+    return found
+
+
+@pytest.fixture(scope='module')
+def start(case: Case) -> nn.Module:
+    """The recipe's model at its initial weights; for both tests of a case, since the larger ones take seconds."""
+    init_default_scope('mmpose')
+    set_epoch(0)
+    torch.manual_seed(0)
+    return build(case.config())
+
+
 def train_step(model: nn.Module, cfg: Config, batch: dict[str, Any], **changes: Any) -> Any:
     """One training step with the recipe's optimizer; ``changes`` go into its ``optim_wrapper``."""
     wrapper = build_optim_wrapper(model, {**cfg.optim_wrapper, **changes})
@@ -37,10 +52,8 @@ def train_step(model: nn.Module, cfg: Config, batch: dict[str, Any], **changes: 
     return wrapper
 
 
-@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
-def test_our_line_trains_the_recipe(case: Case) -> None:
+def test_our_line_trains_the_recipe(case: Case, start: nn.Module) -> None:
     cfg = case.config()
-    start = build(cfg)
     batch = case.batch(cfg)
     base, zero, sam = (copy.deepcopy(start) for _ in range(3))
     train_step(base, cfg, batch, type='OptimWrapper')
@@ -59,12 +72,10 @@ def test_our_line_trains_the_recipe(case: Case) -> None:
     assert wrapper.last_step.loss != wrapper.last_step.perturbed_loss
 
 
-@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
-def test_the_samples_are_chosen_in_the_recipe(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_samples_are_chosen_in_the_recipe(case: Case, start: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """ESAM runs its second pass on 2 of 3 samples, AUSAM both; heads without losses of samples are refused."""
     monkeypatch.setattr(mmpose_cases, 'BATCH', 3)
     cfg = case.config()
-    start = build(cfg)
     batch = case.batch(cfg)
     for number, sample in enumerate(batch['data_samples']):
         sample.set_metainfo({'id': number, 'dataset_name': 'drawn'})
@@ -100,23 +111,23 @@ def test_all_heads_of_our_recipes_are_tried_in_mixed_precision() -> None:
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
-@pytest.mark.parametrize('case', AMP_CASES, ids=lambda case: case.name)
-def test_our_line_trains_the_recipe_in_mixed_precision(case: Case, dtype: str) -> None:
-    cfg = case.config()
+@pytest.mark.parametrize('head', AMP_CASES, ids=lambda case: case.name)
+def test_our_line_trains_the_recipe_in_mixed_precision(head: Case, dtype: str) -> None:
+    cfg = head.config()
     model = build(cfg)
     start = copy.deepcopy(model)
-    wrapper = train_step(model, cfg, case.batch(cfg), type='SAMOptimWrapper', rho=0.05, dtype=dtype, loss_scale=8.0)
+    wrapper = train_step(model, cfg, head.batch(cfg), type='SAMOptimWrapper', rho=0.05, dtype=dtype, loss_scale=8.0)
     assert not same_state(model, start)
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
     assert wrapper.last_step.loss.isfinite()
     assert wrapper.last_step.loss != wrapper.last_step.perturbed_loss
 
 
-@pytest.mark.parametrize('case', NEED_OPERATORS, ids=lambda case: case.name)
-def test_a_missing_operator_is_named(case: Case) -> None:
+@pytest.mark.parametrize('recipe', NEED_OPERATORS, ids=lambda case: case.name)
+def test_a_missing_operator_is_named(recipe: Case) -> None:
     """These models call a compiled operator of the full MMCV; there, they belong to the cases above."""
-    cfg = case.config()
-    model, batch = build(cfg), case.batch(cfg)
+    cfg = recipe.config()
+    model, batch = build(cfg), recipe.batch(cfg)
     before = copy.deepcopy(model)
     with pytest.raises(MissingOperatorError, match='deform_conv'):
         train_step(model, cfg, batch, type='SAMOptimWrapper', rho=0.05)
