@@ -32,7 +32,7 @@ from mm_sharp.finite import all_finite, zero_unless
 from mm_sharp.grad_switch import GradSwitch
 from mm_sharp.gradients import GradientsAside
 from mm_sharp.method import Method
-from mm_sharp.module_state import ModuleStateBackup
+from mm_sharp.module_state import ModuleStateBackup, submodules
 from mm_sharp.parameters import ParameterSelector
 from mm_sharp.perturbation import TensorBackup, climb, global_norm
 from mm_sharp.precision import Precision
@@ -442,7 +442,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
 
     def _all_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """The optimizer's parameters and the model's: all that a backward pass may write gradients to."""
-        theirs = model.parameters() if self._shards is None else self._shards.parameters
+        if self._shards is None:
+            theirs = [p for m in submodules(model) for p in m._parameters.values() if p is not None]
+        else:
+            theirs = list(self._shards.parameters)
         members = {id(p): p for p in (*self._parameters(), *theirs)}
         return list(members.values())
 
