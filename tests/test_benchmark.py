@@ -55,6 +55,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / 'sam.py'
 
 
+@pytest.fixture(autouse=True)
+def _freed_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the tests'."""
+    monkeypatch.setattr(benchmark, 'keep_freed_memory', lambda: False)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """On a machine that does other things too, threads of one small step wait for each other."""
@@ -324,7 +330,7 @@ def test_several_batch_sizes_under_autocast_beside_peers(
     tool.main([str(tiny), '--methods', 'sam', *options, '--out', str(out), '--plot', str(plot)])
     assert 'pytorch_optimizer is not installed' in capsys.readouterr().out
     figures = json.loads(out.read_text())
-    assert figures['amp'] == 'bfloat16'
+    assert (figures['amp'], figures['keeps_freed_memory']) == ('bfloat16', False)
     assert [table['batch_size'] for table in figures['tables']] == [3, 2]
     for table in figures['tables']:
         assert [(row['label'], row['limit']) for row in table['rows']] == [('base', 1), ('sam', 2), ('sam by hand', 2)]

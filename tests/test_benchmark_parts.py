@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
@@ -24,6 +25,7 @@ from mm_sharp.benchmark.peers import BY_HAND, LIBRARY, HandWrittenSAM, make_peer
 from mm_sharp.benchmark.phases import NAMES, typical
 from mm_sharp.benchmark.subject import Ready, prepared
 from mm_sharp.step_record import StepTimer
+from tests.conftest import ROOT
 from tests.toys import ToyNet, batches, make, same_state, toy_config
 
 CPU = torch.device('cpu')
@@ -289,6 +291,28 @@ def test_tensors_alive_are_counted_once() -> None:
         assert alive.now == 8000
         del view
         assert alive.now == 4000
+
+
+def test_freed_memory_is_kept() -> None:
+    """In a process of its own: pages that are touched again are there."""
+    code = """
+import resource, sys, torch
+from mm_sharp.benchmark.memory import keep_freed_memory
+if not keep_freed_memory():
+    sys.exit('no glibc')
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    several = [torch.ones(2_000_000) for _ in range(10)]
+    del several
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT)
+    if run.stderr.strip() == 'no glibc':
+        pytest.skip('no glibc here')
+    first, _, third = map(int, run.stdout.split())
+    assert first > 100 * (third + 1), run.stderr
 
 
 class Wide(nn.Module):

@@ -12,7 +12,8 @@ For each batch size: a table of step times, of ratios to the base optimizer in t
 arithmetic and of peak memory; and one of the shares of a step's phases. A config that quantizes its model gets a row
 more: the base optimizer on the float model. On the CPU the base optimizer under autocast is MMEngine's plain wrapper
 with autocast around it, since MMEngine's own for mixed precision refuses the CPU; and peak memory is that of the
-tensors alive, since torch keeps no count of its own there.
+tensors alive, since torch keeps no count of its own there. The process keeps the memory that it frees (glibc's
+mallopt): else giving it back and getting it again falls on the methods by chance.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     batch_sizes = args.batch_size or [cfg.train_dataloader.get('batch_size')]
     if not all(batch_sizes):
         raise cli.UsageError('the config has no train_dataloader.batch_size: give --batch-size')
+    keeps = benchmark.keep_freed_memory()
     tables = []
     for batch_size in dict.fromkeys(batch_sizes):
         tables.append(benchmark.measure_table(cfg, settings, batch_size, args.rounds, args.warmup))
@@ -153,7 +155,7 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if args.plot is not None:
         of = ', '.join(filter(None, (machine()['device'], f'{torch.get_num_threads()} threads', args.amp)))
         benchmark.draw_chart(tables, Path(args.plot), f'{Path(args.config).stem}\n{of}')
-    figures = {'config': args.config, 'amp': args.amp, 'warmup': args.warmup, **machine()}
+    figures = {'config': args.config, 'amp': args.amp, 'warmup': args.warmup, 'keeps_freed_memory': keeps, **machine()}
     text = '\n\n'.join(table.text() for table in tables)
     return text, {**figures, 'tables': [table.figures() for table in tables]}
 

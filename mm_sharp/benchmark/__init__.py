@@ -22,6 +22,7 @@ from mm_sharp.benchmark.chart import draw_chart
 from mm_sharp.benchmark.climbing import ClimbCost, climb_table, measure_climb
 from mm_sharp.benchmark.compare import Quartiles, Row, compare, quartiles, step_table
 from mm_sharp.benchmark.history import HistoryCost, history_table, measure_history
+from mm_sharp.benchmark.memory import keep_freed_memory
 from mm_sharp.benchmark.methods import METHODS, Method, StepLimit, parse_methods, step_limit, wrapper_settings
 from mm_sharp.benchmark.peers import PEERS, check_peers
 from mm_sharp.benchmark.phases import measure_phases, phase_table
@@ -47,6 +48,7 @@ __all__ = [
     'compare',
     'draw_chart',
     'history_table',
+    'keep_freed_memory',
     'load_subject',
     'measure_climb',
     'measure_history',

@@ -1,4 +1,4 @@
-"""Peak memory of a training with one method (ours).
+"""Peak memory of a training with one method, and memory that is freed and used again (ours).
 
 On a GPU it is what torch's allocator says. On the CPU torch keeps no count: there it is the sum over all tensors alive
 that the operators of a step have taken or given, each storage once. What an operator needs only while it runs is not
@@ -7,7 +7,9 @@ in it, so the figures of the two kinds of device are not to be compared.
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import platform
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +21,25 @@ from torch.utils._pytree import tree_flatten
 
 from mm_sharp.benchmark.steps import Contestant
 from mm_sharp.per_sample_loss.layout import tensors_of
+
+# Numbers of glibc's mallopt(3), and the largest values that it takes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_NEVER, _LARGEST_ON_HEAP = 2**31 - 1, 32 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep the memory that tensors on the CPU leave.
+
+    By default glibc gives much of it back to the system in every pass, and gets it again page by page. How much of it
+    is chance: of two methods in one process one may lose a tenth of its step to it in every round, the other nothing.
+
+    Returns:
+        Whether it does now: only with glibc, and for tensors of up to 32 MB.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_TRIM_THRESHOLD, _NEVER) and mallopt(_MMAP_THRESHOLD, _LARGEST_ON_HEAP))
 
 
 class TensorsAlive(TorchDispatchMode):

@@ -23,7 +23,7 @@ import torch
 
 from mm_sharp.benchmark.compare import columns
 from mm_sharp.benchmark.methods import StepLimit
-from mm_sharp.benchmark.steps import Contestant, seconds_of
+from mm_sharp.benchmark.steps import Contestant, collection_between_rounds, seconds_of
 from mm_sharp.step_record import ASIDES, PHASES, StepTimer
 
 NAMES = (*PHASES, *ASIDES)
@@ -46,9 +46,11 @@ def measure_phases(
         Seconds of each phase of each step, by method.
     """
     found: dict[str, list[Phases]] = {contestant.name: [] for contestant in contestants}
-    for number in range(rounds):
-        for contestant in contestants:
-            found[contestant.name].append(_phases(contestant, batches[(done + number) % len(batches)], device))
+    with collection_between_rounds() as collect:
+        for number in range(rounds):
+            collect()
+            for contestant in contestants:
+                found[contestant.name].append(_phases(contestant, batches[(done + number) % len(batches)], device))
     return found
 
 

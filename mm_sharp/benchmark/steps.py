@@ -93,7 +93,7 @@ def measure_rounds(
         for contestant in contestants:
             _check_step(contestant, batches[number % len(batches)])
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    with _collection_between_rounds() as collect:
+    with collection_between_rounds() as collect:
         for number in range(rounds):
             batch = batches[(warmup + number) % len(batches)]
             first = number % len(contestants)
@@ -123,7 +123,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 @contextmanager
-def _collection_between_rounds() -> Iterator[Callable[[], object]]:
+def collection_between_rounds() -> Iterator[Callable[[], object]]:
     """Keep Python's garbage collector, which runs when it likes, out of the times; gives the function that runs it."""
     enabled = gc.isenabled()
     gc.disable()
