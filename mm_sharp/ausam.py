@@ -156,8 +156,9 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         assert draw is not None
         with self.losses_of(call.model).record(first.weights, first.full_size) as record:
             second = self.forward_again(call)
-        differences = self.differences(first.losses(loss), record.losses(second), norm)
-        self.visit(self._keys, differences)
+        with self.aside('recording'):
+            differences = self.differences(first.losses(loss), record.losses(second), norm)
+            self.visit(self._keys, differences)
         self._figures = lambda: {'mean_difference': differences.nanmean().item(), **draw.scalars()}
         return second, second.detach()
 

@@ -146,12 +146,14 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         whole: Tensor | None = None
         if self._measures:
             differences, increases, whole = self._measure(call, loss, norm)
-            rows = top_k(increases, count)
+            with self.aside('recording'):
+                rows = top_k(increases, count)
             self._figures = lambda: _figures(differences.cpu().numpy().astype(np.float64))
         else:
-            if not self._reductions:  # no step was measured yet: say now if the losses of samples cannot be told
-                self.record().losses(loss)
-            rows, scores = self._choose_by_history(count)
+            with self.aside('recording'):
+                if not self._reductions:  # no step was measured yet: say now if the losses of samples cannot be told
+                    self.record().losses(loss)
+                rows, scores = self._choose_by_history(count)
             self._figures = lambda: _figures(scores)
         second = self._loss_on(call, rows, count)
         return second, second.detach() if whole is None else whole
@@ -168,16 +170,18 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             Loss difference of every sample for the history and the log, (N,), NaN where there was no perturbation; loss
             increase to select by, (N,); the batch's L(w + e).
         """
-        before = self.record().losses(loss)
+        with self.aside('recording'):
+            before = self.record().losses(loss)
         with self.losses_of(call.model).record() as record:
             whole = self.loss_without_gradient(call)
-        after = record.losses(whole)
-        differences = self.differences(before, after, norm)
-        if self.uses_history:
-            self.visit(self._keys, differences)
-        # A sample whose loss is not finite would take the step with it: it comes last, behind all others.
-        increases = after - before
-        return differences, increases.where(increases.isfinite(), -torch.inf), whole
+        with self.aside('recording'):
+            after = record.losses(whole)
+            differences = self.differences(before, after, norm)
+            if self.uses_history:
+                self.visit(self._keys, differences)
+            # A sample whose loss is not finite would take the step with it: it comes last, behind all others.
+            increases = after - before
+            return differences, increases.where(increases.isfinite(), -torch.inf), whole
 
     def _choose_by_history(self, count: int) -> tuple[IntArray, FloatArray]:
         """The samples with the largest average loss difference, and the averages, (N,), NaN where not measured yet."""
@@ -191,7 +195,8 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     def _loss_on(self, call: ModelCall, rows: IntArray | Tensor, count: int) -> Tensor:
         """The loss of ``count`` samples at the weights as they are now, as long as the whole batch's."""
-        part = subset(call, rows, self._size)
+        with self.aside('recording'):
+            part = subset(call, rows, self._size)
         if len(self._reductions) == 1:
             (reduction,) = self._reductions
             return self.forward_again(part) * reduction.subset_factor(count, self._size)

@@ -21,6 +21,10 @@ class Method:
         """The loss of ``call`` at the weights as they are now, with the first pass's random draws."""
         raise NotImplementedError
 
+    def aside(self, name: str) -> AbstractContextManager[Any]:
+        """A context whose time is counted apart, where the step is timed."""
+        return nullcontext()
+
     @property
     def skips_gradients(self) -> bool:
         """Whether the first pass computes the gradients of the perturbed parameters only."""

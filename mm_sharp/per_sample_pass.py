@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         """
         if self._per_sample is None or self._per_sample.model is not unwrap(model):
             check_compiled(type(self).__name__, model, sees_losses=True, switches=False)
-            self._per_sample = PerSampleLoss(model)
+            self._per_sample = PerSampleLoss(model, around=partial(self.aside, 'recording'))
         return self._per_sample
 
     def visit(self, keys: Keys, differences: Tensor) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 PHASES = ('pass1', 'climb', 'pass2', 'restore', 'step')
+# What the phases above are interrupted by: the losses and draws of single samples, and the wrapper's bookkeeping.
+ASIDES = ('recording', 'host')
 
 
 class StepTimer:
@@ -25,33 +28,63 @@ class StepTimer:
         self._device = device
         self._cuda = device.type == 'cuda'
         self._marks: dict[str, Any] = {}
+        # By the phase in which each lies: name, begin and end.
+        self._asides: dict[str, list[tuple[str, Any, Any]]] = {}
+        self._unassigned: list[tuple[str, Any, Any]] = []
+        self._aside_is_open = False
 
     def mark(self, name: str) -> None:
         """Note that ``name`` ('start' or a member of ``PHASES``) ends now."""
-        if self._cuda:
-            event: Any = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self._device))
-            self._marks[name] = event
-        else:
-            self._marks[name] = time.perf_counter()
+        self._marks[name] = self._now()
+        self._asides[name], self._unassigned = self._unassigned, []
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Count the time in this context to ``name`` (a member of ``ASIDES``) and not to the phase it lies in.
+
+        Within another such context it does nothing. It must not contain a mark.
+        """
+        if self._aside_is_open:
+            yield
+            return
+        begin, self._aside_is_open = self._now(), True
+        try:
+            yield
+        finally:
+            self._unassigned.append((name, begin, self._now()))
+            self._aside_is_open = False
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase. Waits for the device.
+        """Seconds of each phase and of each aside; 0 for a phase that is not marked. Waits for the device.
 
         Raises:
             RuntimeError: The step is not over, or was broken off.
         """
-        missing = [name for name in ('start', *PHASES) if name not in self._marks]
+        missing = [name for name in ('start', 'step') if name not in self._marks]
         if missing:
             raise RuntimeError(f'the step has no marks {missing}')
-        names = ('start', *PHASES)
-        return {end: self._between(start, end) for start, end in pairwise(names)}
+        found = dict.fromkeys((*PHASES, *ASIDES), 0.0)
+        marked = [name for name in ('start', *PHASES) if name in self._marks]
+        for start, end in pairwise(marked):
+            found[end] = self._between(self._marks[start], self._marks[end])
+            for name, begin, finish in self._asides[end]:
+                inside = self._between(begin, finish)
+                found[name] += inside
+                found[end] -= inside
+        return found
 
-    def _between(self, start: str, end: str) -> float:
+    def _now(self) -> Any:
         if not self._cuda:
-            return float(self._marks[end] - self._marks[start])
-        self._marks[end].synchronize()
-        return float(self._marks[start].elapsed_time(self._marks[end])) / 1e3
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if not self._cuda:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from mm_sharp.finite import all_finite, zero_unless
 from mm_sharp.grad_switch import GradSwitch
 from mm_sharp.gradients import GradientsAside
 from mm_sharp.method import Method
-from mm_sharp.module_state import ModuleStateBackup
+from mm_sharp.module_state import ModuleStateBackup, submodules
 from mm_sharp.parameters import ParameterSelector
 from mm_sharp.perturbation import TensorBackup, climb, global_norm
 from mm_sharp.precision import Precision
@@ -189,11 +189,13 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             ValueError: ``loss`` is not what the captured forward's output gives.
         """
         call = require_call(type(self).__name__, self._recorder.take())
-        gradients = GradientsAside(self._all_parameters(call.model))
+        with self.aside('host'):
+            gradients = GradientsAside(self._all_parameters(call.model))
         count, last_step = self.inner_count, self.last_step
         try:
-            self._check_loss(call, loss)
-            self._watch.begin(loss)
+            with self.aside('host'):
+                self._check_loss(call, loss)
+                self._watch.begin(loss)
             record = self._run_passes(call, loss, gradients)
             due = self.should_update()
             finite = self._step_if_finite(step_kwargs or {}) if due else None
@@ -204,9 +206,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         if due:
             self.zero_grad(**(zero_kwargs or {}))
         scaled = self.precision.scaler is not None
-        self._watch.note(self._inner_count, record, finite, scaled=scaled, names=partial(self.suspects, call))
-        if self._host_knows:
-            self._settle()
+        with self.aside('host'):
+            self._watch.note(self._inner_count, record, finite, scaled=scaled, names=partial(self.suspects, call))
+            if self._host_knows:
+                self._settle()
         self._mark('step')
         self._timer = None
 
@@ -259,7 +262,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             norm = self._climb(module)
             gradients.resume()
             self._mark('climb')
-            self._state_between.save(module)
+            with self.aside('host'):
+                self._state_between.save(module)
             second, perturbed_loss = self.second_loss(call, loss, norm)
             self.backward(self.scale_loss(second))
             self._mark('pass2')
@@ -272,9 +276,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             self.step(**step_kwargs)
             return None
         gradients = [local(parameter.grad) for parameter in self._parameters() if parameter.grad is not None]
-        finite = all_finite(gradients)
-        if self._shards is not None:
-            finite = ~agree(~finite.to(self.device))
+        with self.aside('host'):
+            finite = all_finite(gradients)
+            if self._shards is not None:
+                finite = ~agree(~finite.to(self.device))
         if not self._host_knows:
             zero_unless(finite, gradients)
         if not self._host_knows or finite:
@@ -368,16 +373,19 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._mark('start')
         module = unwrap(call.model)
         self._figures = None
-        self._state_before.save(module)
-        call = self.choose_first_batch(call)
-        args, kwargs = without_keys(call.model, call.args, call.kwargs)
-        trained = self._trained()
-        self._perturbed, self._scale = self.choose_perturbed(self.selector.select(module, trained))
-        perturbed = set(map(id, self._perturbed))
-        # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
-        skips = self.skips_gradients and self._shards is None
-        self._skipped = [p for p in trained if id(p) not in perturbed] if skips else []
-        self._without_gradient.off(self._skipped)
+        with self.aside('host'):
+            self._state_before.save(module)
+        with self.aside('recording'):
+            call = self.choose_first_batch(call)
+        with self.aside('host'):
+            args, kwargs = without_keys(call.model, call.args, call.kwargs)
+            trained = self._trained()
+            self._perturbed, self._scale = self.choose_perturbed(self.selector.select(module, trained))
+            perturbed = set(map(id, self._perturbed))
+            # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
+            skips = self.skips_gradients and self._shards is None
+            self._skipped = [p for p in trained if id(p) not in perturbed] if skips else []
+            self._without_gradient.off(self._skipped)
         return replace(call, args=args, kwargs=kwargs)
 
     def suspects(self, call: ModelCall) -> str:
@@ -434,7 +442,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
 
     def _all_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """The optimizer's parameters and the model's: all that a backward pass may write gradients to."""
-        theirs = model.parameters() if self._shards is None else self._shards.parameters
+        if self._shards is None:
+            theirs = [p for m in submodules(model) for p in m._parameters.values() if p is not None]
+        else:
+            theirs = list(self._shards.parameters)
         members = {id(p): p for p in (*self._parameters(), *theirs)}
         return list(members.values())
 
@@ -444,3 +455,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     def _mark(self, phase: str) -> None:
         if self._timer is not None:
             self._timer.mark(phase)
+
+    def aside(self, name: str) -> AbstractContextManager[Any]:
+        """A context whose time is not the phase's that it lies in; see :class:`mm_sharp.step_record.StepTimer`."""
+        return nullcontext() if self._timer is None else self._timer.aside(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = ROOT / 'configs' / 'demo' / 'simcc_res18-half_sam_demo-128x96.py'
     (folder / 'sam.py').write_text(TINY.format(base=base, data=draw_coco(folder / 'people', train=11)))
     return folder / 'sam.py'
+
+
+@pytest.fixture(autouse=True)
+def _freed_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the tests'."""
+    monkeypatch.setattr(benchmark, 'keep_freed_memory', lambda: False)
 
 
 @pytest.fixture
@@ -124,23 +131,6 @@ def test_settings_of_each_method(tmp_path: Path) -> None:
     )
 
 
-def test_mixed_precision_holds_for_the_base_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = {'type': 'SAMOptimWrapper', 'dtype': 'bfloat16', 'optimizer': {'type': 'SGD', 'lr': 0.1}}
-    cfg, base = toy(tmp_path, optim_wrapper=half), benchmark.METHODS['base']
-    with pytest.raises(cli.UsageError, match=r'optim_wrapper\.dtype=None'):
-        benchmark.wrapper_settings(cfg, base)
-    monkeypatch.setattr('mm_sharp.benchmark.methods.get_device', lambda: 'cuda')
-    monkeypatch.setattr('mm_sharp.benchmark.methods.check_wrappers', lambda cfg: None)
-    settings = benchmark.wrapper_settings(cfg, base)
-    assert (settings['type'], settings['dtype'], settings['loss_scale']) == (
-        'AmpOptimWrapper', 'bfloat16', {'enabled': False},
-    )  # fmt: skip
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
-    del cfg.optim_wrapper['dtype']
-    found = [benchmark.wrapper_settings(cfg, benchmark.METHODS[name]) for name in ('base', 'sam')]
-    assert [(own['dtype'], own['loss_scale']) for own in found] == [('float16', 'dynamic')] * 2
-
-
 # -------------------------------------------------------------------- ratios
 def test_ratios_are_paired_by_round() -> None:
     """The machine halves its speed in the last rounds: the ratios do not see it, a ratio of medians would."""
@@ -152,15 +142,16 @@ def test_ratios_are_paired_by_round() -> None:
     assert base.images_per_second == pytest.approx(4)
     assert (sam.ratio.low, sam.ratio.median, sam.ratio.high) == pytest.approx((1.9, 2.0, 2.1))
     assert (sam.seconds.low, sam.seconds.median, sam.seconds.high) == pytest.approx((2.1, 3.6, 4.0))
-    assert (sam.limit, sam.steps) == (2, 5)
+    assert (sam.limit, sam.steps, sam.peak_bytes) == (2, 5, None)
     assert sam.distance == pytest.approx(0)
 
 
 def test_distance_is_in_percent_of_the_limit() -> None:
-    (_, row) = benchmark.compare(
-        {'base': [2.0], 'ausam': [2.75]}, {'base': StepLimit(1, 1), 'ausam': StepLimit(1.25, 1.25)}, 32
-    )
-    assert row.distance == pytest.approx(10)
+    limits = {'base': StepLimit(1, 1), 'ausam': StepLimit(1.25, 1.25)}
+    rows = benchmark.compare({'base': [2.0], 'ausam': [2.75]}, limits, 32, peaks={'base': None, 'ausam': 12_345_678})
+    assert rows[1].distance == pytest.approx(10)
+    lines = benchmark.step_table(rows).splitlines()
+    assert [line.split()[-1] for line in lines] == ['MB', 'n/a', '12.3']
 
 
 def test_costlier_steps_are_told_from_the_others() -> None:
@@ -276,11 +267,11 @@ def test_a_quantized_model_is_compared_with_its_float_model(
     config.write_text(f"_base_ = ['{tiny}', '{fragment}']\n")
     options = ['--rounds', '2', '--warmup', '1', '--threads', '1', '--out', str(out)]
     tool.main([str(config), '--methods', 'base', 'ausam', *options])
-    figures = json.loads(out.read_text())
+    (figures,) = json.loads(out.read_text())['tables']
     assert [row['label'] for row in figures['rows']] == ['float', 'base', 'ausam']
     assert figures['rows'][0]['limit'] is None
     assert figures['rows'][0]['distance_percent'] is None
-    times = {step['method']: step['seconds'] for step in figures['steps']}
+    times = {method['method']: method['seconds'] for method in figures['methods']}
     pairs = [a / b for a, b in zip(times['base'], times['float'], strict=True)]
     assert f'base, quantized over float: {sum(pairs) / 2:.2f} (' in capsys.readouterr().out
 
@@ -307,35 +298,64 @@ def test_the_tool_prints_and_writes_all_rows(
     tool.main([str(tiny), '--methods', *METHODS, '--rounds', '2', '--warmup', '1', '--threads', '1', '--out', str(out)])
     printed = capsys.readouterr().out
     assert '--rounds 2 becomes 10' in printed
-    figures = json.loads(out.read_text())
+    written = json.loads(out.read_text())
+    (figures,) = written['tables']
     labels = [row['label'] for row in figures['rows']]
     assert labels == [
         'base', 'sam', 'esam', 'esam-history, between refreshes', 'esam-history, cycle of 10', 'ausam', 'ausam-0.5',
     ]  # fmt: skip
     lines = printed.splitlines()
     for row in figures['rows']:
-        (line,) = (line for line in lines if line.startswith(f'{row["label"]}  '))
+        (line,) = (line for line in lines if line.startswith(f'{row["label"]}  ') and ' to ' in line)
         assert f'{row["ratio"]["median"]:.3f}' in line
         assert f'{row["limit"]:.3f}' in line
-    assert (figures['batch_size'], figures['rounds'], figures['threads']) == (5, 10, 1)
-    for method in figures['steps']:
+        assert row['peak_bytes'] > 0
+    assert (figures['batch_size'], figures['rounds'], written['threads'], written['amp']) == (5, 10, 1, None)
+    for method in figures['methods']:
         assert len(method['seconds']) == 10
         assert min(method['seconds']) > 0
-    assert [method['optim_wrapper']['type'] for method in figures['steps']][:2] == ['OptimWrapper', 'SAMOptimWrapper']
+        assert sum(method['phase_seconds'].values()) > 0
+        (line,) = (line for line in lines if line.split()[0:1] == [method['method']] and ' to ' not in line)
+        assert sum(map(float, line.split()[1:])) == pytest.approx(100, abs=1)
+    assert [method['optim_wrapper']['type'] for method in figures['methods']][:2] == ['OptimWrapper', 'SAMOptimWrapper']
+
+
+@pytest.mark.usefixtures('one_thread')
+def test_several_batch_sizes_under_autocast_beside_peers(
+    tiny: Path, tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, 'pytorch_optimizer', None)  # type: ignore[arg-type]
+    options = ['--batch-size', '3', '2', '3', '--amp', '--peers', '--rounds', '1', '--warmup', '1', '--threads', '1']
+    out, plot = tmp_path / 'table.json', tmp_path / 'table.png'
+    tool.main([str(tiny), '--methods', 'sam', *options, '--out', str(out), '--plot', str(plot)])
+    assert 'pytorch_optimizer is not installed' in capsys.readouterr().out
+    figures = json.loads(out.read_text())
+    assert (figures['amp'], figures['keeps_freed_memory']) == ('bfloat16', False)
+    assert [table['batch_size'] for table in figures['tables']] == [3, 2]
+    for table in figures['tables']:
+        assert [(row['label'], row['limit']) for row in table['rows']] == [('base', 1), ('sam', 2), ('sam by hand', 2)]
+        assert all(method['optim_wrapper']['dtype'] == 'bfloat16' for method in table['methods'])
+    assert plot.read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ([], 'either a CONFIG or --history'),
-        (['sam.py', '--history', '1k'], 'either a CONFIG or --history'),
+        ([], 'give one of a CONFIG, --parameters COUNT and --history SAMPLES'),
+        (['sam.py', '--history', '1k'], 'give one of a CONFIG'),
+        (['--parameters', '1k', '--history', '1k'], 'give one of a CONFIG'),
+        (['--parameters', '1k', '--plot', 'a.png'], '--plot draws the table of a CONFIG'),
+        (['--parameters', '1k', '1.5'], '--parameters 1.5: it must be a whole number'),
         (['nowhere.py'], "no config file 'nowhere.py'"),
         (['sam.py', '--methods', 'sgd'], '--methods sgd: there are base, sam'),
         (['sam.py', '--methods', 'esam-histroy'], "did you mean 'esam-history'"),
         (['sam.py', '--methods', 'ausam-1.5'], 'must be in (0, 1]'),
         (['sam.py', '--rounds', '0'], '--rounds 0: it must be at least 1'),
         (['sam.py', '--warmup', '0'], '--warmup 0: it must be at least 1'),
-        (['sam.py', '--batch-size', '-1'], '--batch-size -1: it must be at least 1'),
+        (['sam.py', '--batch-size', '2', '0'], '--batch-size 0: it must be at least 1'),
+        (['sam.py', '--amp', 'int8'], "invalid choice: 'int8'"),
+        (['sam.py', '--amp', 'float16', '--peers'], "they know no optim_wrapper.dtype='float16'"),
+        (['sam.py', '--plot', 'table.pdf'], 'must end in .png'),
         (['sam.py', '--batch-size', '12'], '--batch-size 12: the training data has 11 samples only'),
         (['sam.py', '--threads', 'x'], "invalid int value: 'x'"),
         (['sam.py', '--out', 'table.txt'], 'must end in .json'),
@@ -343,9 +363,9 @@ def test_the_tool_prints_and_writes_all_rows(
         (['sam.py', '--cfg-options', 'optim_wrapper.rho=-1'], 'rho=-1 is not allowed'),
         (['sam.py', '--cfg-options', 'train_dataloader.dataset.ann_file=no.json'], 'no.json'),
         (['sam.py', '--cfg-options', 'train_dataloader=None'], 'no train_dataloader'),
-        (['--history', '10G'], '--history 10G: it must be a number of samples'),
-        (['--history', '0'], '--history 0: it must be a number of samples'),
-        (['--history', '0.0001k'], '--history 0.0001k: it must be a number of samples'),
+        (['--history', '10G'], '--history 10G: it must be a whole number of at least 1'),
+        (['--history', '0'], '--history 0: it must be a whole number of at least 1'),
+        (['--history', '0.0001k'], '--history 0.0001k: it must be a whole number of at least 1'),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -374,7 +394,7 @@ def test_the_history_is_measured(tool: ModuleType, tmp_path: Path, capsys: pytes
     assert any(line.split() == ['memory,', 'bytes', 'a', 'sample', '14.00', '14.00'] for line in printed.splitlines())
 
 
-@pytest.mark.parametrize(('text', 'number'), [('10M', 10_000_000), ('1.5k', 1500), ('20000', 20_000)])
+@pytest.mark.parametrize(('text', 'number'), [('1B', 10**9), ('10M', 10_000_000), ('1.5k', 1500), ('20000', 20_000)])
 def test_counts(tool: ModuleType, text: str, number: int) -> None:
     assert tool.parse_count(text) == number
 
@@ -385,3 +405,14 @@ def test_ids_are_distinct(kind: str) -> None:
     assert ids.dtype == np.int64
     assert len(np.unique(ids)) == 10_000
     assert (np.ptp(ids.astype(float)) > 2.0**60) == (kind == 'sparse')
+
+
+def test_climb_and_restoration_alone(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool.main(['--parameters', '1k', '20k', '--rounds', '2', '--out', str(tmp_path / 'climb.json')])
+    costs = json.loads((tmp_path / 'climb.json').read_text())['parameters']
+    assert [(cost['parameters'], cost['tensors']) for cost in costs] == [(1000, 1), (20_000, 7)]
+    printed = capsys.readouterr().out
+    for cost in costs:
+        assert cost['share_of_copy'] > 0
+        assert f'{100 * cost["share_of_copy"]:.0f} %' in printed
+    assert '8 numbers read or written by the climb' in printed

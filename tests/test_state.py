@@ -11,7 +11,7 @@ import pytest
 import torch
 from mmengine.optim import OptimWrapper
 
-from mm_sharp.module_state import ModuleStateBackup
+from mm_sharp.module_state import ModuleStateBackup, submodules
 from mm_sharp.random_state import RandomState
 from mm_sharp.validation import UserError
 from tests.checkpoints import through_disk
@@ -225,6 +225,57 @@ def test_module_state_with_shared_memory_and_empty_buffers() -> None:
     module.shared = torch.ones(4, 3)
     backup.restore()
     assert module.shared.sum() == 0
+
+
+class Odd(torch.nn.Module):
+    """Instances of one class with attributes of different names and kinds."""
+
+    def __init__(self, **attributes: object) -> None:
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def test_numbers_come_back_whatever_the_attributes_are_called() -> None:
+    """Names are remembered by class: other names, added and deleted ones must not be overlooked."""
+    kept = torch.ones(3)
+    model = torch.nn.Sequential(
+        Odd(a=1, b=kept), Odd(b=2.5, c=True), Odd(), Odd(a=3, b=None), Odd(d=float('nan'), e='x')
+    )
+    backup = ModuleStateBackup()
+    for _ in range(2):  # the second time from memory
+        first, second, third, fourth, fifth = model
+        nan = fifth.d
+        backup.save(model)
+        first.a, first.b, second.c, fourth.a, fourth.b, fifth.d, fifth.e = 7, 8, False, 9, 10, 0.0, 'y'
+        del second.b
+        third.new = 11
+        first.training = False
+        backup.restore()
+        assert (first.a, first.b, second.b, second.c, third.new) == (1, 8, 2.5, True, 11)  # a tensor is not looked at
+        assert (fourth.a, fourth.b, fifth.e) == (3, 10, 'y')  # nor what was no number
+        assert fifth.d is nan
+        assert first.training is True
+        del third.new
+        first.b, fourth.b, fifth.e = kept, None, 'x'
+        # As many attributes under other names, and a number where there was none.
+        del first.a
+        first.z = 12
+        backup.save(model)
+        first.z = 13
+        backup.restore()
+        assert first.z == 12
+        del first.z
+        first.a = 1
+
+
+def test_submodules_are_those_that_torch_finds() -> None:
+    model = make(CountingNet)
+    model.again = model.head
+    model.register_module('none', None)
+    model.head.loop = torch.nn.ModuleList([model.conv])
+    assert set(submodules(model)) == set(model.modules())
+    assert len(list(submodules(model))) == len(list(model.modules()))
 
 
 def test_checkpoint_files_load_without_unpickling_code(tmp_path: Path) -> None:

@@ -1,10 +1,19 @@
 #!/usr/bin/env python
-"""Measure what a training step costs with each method, side by side, or what a sample history costs.
+"""Measure what a training step costs with each method, side by side, or what parts of it cost alone.
 
-python tools/benchmark.py configs/demo/simcc_res18-half_demo-128x96.py --batch-size 32 --rounds 100 --out table.json
-python tools/benchmark.py --history 10M
+python tools/benchmark.py configs/demo/simcc_res18-half_demo-128x96.py --batch-size 32 64 --rounds 60 --threads 1 \\
+    --methods base sam esam esam-history ausam ausam-0.5 --out table.json --plot table.png
+python tools/benchmark.py CONFIG --amp             all methods under autocast to bfloat16, or --amp float16
+python tools/benchmark.py CONFIG --peers           also SAM as it is written by hand, and pytorch_optimizer's
+python tools/benchmark.py --parameters 25M 100M    climb and restoration alone, against the copy bandwidth
+python tools/benchmark.py --history 10M            a sample history: memory, look-up, save and load
 
-A config that quantizes its model gets a row more: the base optimizer on the float model.
+For each batch size: a table of step times, of ratios to the base optimizer in the same round, of the limits by
+arithmetic and of peak memory; and one of the shares of a step's phases. A config that quantizes its model gets a row
+more: the base optimizer on the float model. On the CPU the base optimizer under autocast is MMEngine's plain wrapper
+with autocast around it, since MMEngine's own for mixed precision refuses the CPU; and peak memory is that of the
+tensors alive, since torch keeps no count of its own there. The process keeps the memory that it frees (glibc's
+mallopt): else giving it back and getting it again falls on the methods by chance.
 """
 
 from __future__ import annotations
@@ -29,10 +38,31 @@ from mmengine.device import get_device
 
 from mm_sharp import benchmark, cli, preflight
 
+_FACTORS = {'': 1, 'k': 1e3, 'M': 1e6, 'B': 1e9}
+
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = cli.OneLineParser(description='Measure the cost of a training step, or of a sample history')
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if sum(given is not None for given in (args.config, args.history, args.parameters)) != 1:
+        parser.error('give one of a CONFIG, --parameters COUNT and --history SAMPLES')
+    for option in ('batch_size', 'rounds', 'warmup', 'threads'):
+        given = getattr(args, option)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < 1:
+                parser.error(f'--{option.replace("_", "-")} {value}: it must be at least 1')
+    for option, suffix in (('out', '.json'), ('plot', '.png')):
+        name = getattr(args, option)
+        if name is not None and Path(name).suffix != suffix:
+            parser.error(f"--{option} '{name}': the name must end in {suffix}")
+    if args.plot and not args.config:
+        parser.error('--plot draws the table of a CONFIG')
+    return args
+
+
+def _parser() -> cli.OneLineParser:
+    parser = cli.OneLineParser(description='Measure the cost of a training step, or of parts of it')
     parser.add_argument('config', nargs='?', help='config file of a training run')
     parser.add_argument(
         '--methods',
@@ -41,42 +71,47 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar='METHOD',
         help=f'of {", ".join(benchmark.METHODS)}, or ausam-RATIO as ausam-0.5 (default: all but that)',
     )
-    parser.add_argument('--batch-size', type=int, help="samples a step (default: the config's)")
+    parser.add_argument('--peers', action='store_true', help="also SAM by hand, and pytorch_optimizer's if installed")
+    parser.add_argument(
+        '--batch-size', type=int, nargs='+', metavar='N', help="samples a step; several, several tables (the config's)"
+    )
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='bfloat16',
+        choices=['bfloat16', 'float16'],
+        help="autocast for all methods (default: the config's precision; without a value: bfloat16)",
+    )
     parser.add_argument(
         '--rounds', type=int, default=20, help='timed steps of each method; whole refresh cycles if any (default: 20)'
     )
     parser.add_argument('--warmup', type=int, default=3, help='steps of each method before them (default: 3)')
     parser.add_argument('--threads', type=int, help='threads of torch on the CPU')
+    parser.add_argument(
+        '--parameters', nargs='+', metavar='COUNT', help='measure climb and restoration alone: 25M 100M 1B'
+    )
     parser.add_argument('--history', metavar='SAMPLES', help='measure a sample history instead: 10M, 500k or 20000')
     parser.add_argument('--out', metavar='FILE', help='write the figures to a file (.json)')
+    parser.add_argument('--plot', metavar='FILE', help='draw the tables as bars (.png)')
     parser.add_argument(
         '--cfg-options', nargs='+', action=cli.CfgOptions, default={}, metavar='KEY=VALUE', help='change the config'
     )
     parser.add_argument('--debug', action='store_true', help='show the traceback of usage errors')
-    # What cli.load_config reads besides.
+    # What cli.load_config reads besides; it knows another --amp.
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
-    args = parser.parse_args(arguments)
-    if (args.config is None) == (args.history is None):
-        parser.error('give either a CONFIG or --history SAMPLES')
-    for option in ('batch_size', 'rounds', 'warmup', 'threads'):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            parser.error(f'--{option.replace("_", "-")} {value}: it must be at least 1')
-    if args.out is not None and Path(args.out).suffix != '.json':
-        parser.error(f"--out '{args.out}': the name must end in .json")
-    return args
+    return parser
 
 
-def parse_count(text: str) -> int:
-    """A number like 20000, 500k or 10M.
+def parse_count(text: str, option: str = '--history') -> int:
+    """A number like 20000, 500k, 10M or 1B.
 
     Raises:
         UsageError: It is none.
     """
-    match = re.fullmatch(r'(\d+(?:\.\d+)?)([kM]?)', text)
-    count = float(match[1]) * {'': 1, 'k': 1e3, 'M': 1e6}[match[2]] if match else 0.0
+    match = re.fullmatch(r'(\d+(?:\.\d+)?)([kMB]?)', text)
+    count = float(match[1]) * _FACTORS[match[2]] if match else 0.0
     if count < 1 or count != int(count):
-        raise cli.UsageError(f'--history {text}: it must be a number of samples, as 20000, 500k or 10M')
+        raise cli.UsageError(f'{option} {text}: it must be a whole number of at least 1, as 20000, 500k, 10M or 1B')
     return int(count)
 
 
@@ -95,40 +130,42 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
     if not cfg.get('train_dataloader'):
         raise cli.UsageError(f"'{args.config}' has no train_dataloader: there is nothing to train on")
     preflight.check_data(cfg, 'train')
-    return cfg, {method.name: benchmark.wrapper_settings(cfg, method) for method in methods}
+    settings = {method.name: benchmark.wrapper_settings(cfg, method, args.amp) for method in methods}
+    if args.peers:
+        sam = benchmark.wrapper_settings(cfg, benchmark.METHODS['sam'], args.amp)
+        peers, missing = benchmark.check_peers(sam)
+        settings.update(dict.fromkeys(peers, sam))
+        if missing:
+            print(missing)
+    return cfg, settings
 
 
 def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Time the steps of all methods; returns the table and the figures."""
+    """Time the steps of all methods; returns the tables and the figures."""
     cfg, settings = configure(args)
-    batch_size = args.batch_size or cfg.train_dataloader.get('batch_size')
-    if not batch_size:
+    batch_sizes = args.batch_size or [cfg.train_dataloader.get('batch_size')]
+    if not all(batch_sizes):
         raise cli.UsageError('the config has no train_dataloader.batch_size: give --batch-size')
-    limits = {name: benchmark.step_limit(cfg, own, batch_size) for name, own in settings.items()}
-    cycle = max(limit.refresh for limit in limits.values())
-    rounds = -(-args.rounds // cycle) * cycle
-    if rounds != args.rounds:
-        print(f'--rounds {args.rounds} becomes {rounds}: whole refresh cycles of {cycle} steps')
-    subject = benchmark.load_subject(cfg, batch_size)
-    if subject.float_model is not None:
-        settings = {benchmark.FLOAT: settings['base'], **settings}
-    times = subject.measure(settings, rounds, args.warmup)
-    known: dict[str, Any] = {name: limits.get(name) for name in settings}
-    rows = benchmark.compare(times, known, batch_size, steps_before=args.warmup)
-    setting = {'config': args.config, 'batch_size': batch_size, 'rounds': rounds, 'warmup': args.warmup, **machine()}
-    figures = [{**asdict(row), 'distance_percent': row.distance} for row in rows]
-    steps = [{'method': name, 'optim_wrapper': settings[name], 'seconds': times[name]} for name in times]
-    table = benchmark.step_table(rows)
-    if benchmark.FLOAT in times:
-        table += f'\n{quantization_cost(times)}'
-    return table, {**setting, 'rows': figures, 'steps': steps}
+    keeps = benchmark.keep_freed_memory()
+    tables = []
+    for batch_size in dict.fromkeys(batch_sizes):
+        tables.append(benchmark.measure_table(cfg, settings, batch_size, args.rounds, args.warmup))
+        if tables[-1].rounds != args.rounds:
+            print(f'--rounds {args.rounds} becomes {tables[-1].rounds}: whole refresh cycles')
+    if args.plot is not None:
+        of = ', '.join(filter(None, (machine()['device'], f'{torch.get_num_threads()} threads', args.amp)))
+        benchmark.draw_chart(tables, Path(args.plot), f'{Path(args.config).stem}\n{of}')
+    figures = {'config': args.config, 'amp': args.amp, 'warmup': args.warmup, 'keeps_freed_memory': keeps, **machine()}
+    text = '\n\n'.join(table.text() for table in tables)
+    return text, {**figures, 'tables': [table.figures() for table in tables]}
 
 
-def quantization_cost(times: dict[str, list[float]]) -> str:
-    """What a step of the base optimizer costs more on the quantized model than on the float one, in words."""
-    pairs = zip(times['base'], times[benchmark.FLOAT], strict=True)
-    ratio = benchmark.quartiles([quantized / plain for quantized, plain in pairs])
-    return f'base, quantized over float: {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})'
+def measure_climb(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure climb and restoration; returns the table and the figures."""
+    counts = [parse_count(text, '--parameters') for text in args.parameters]
+    costs = [benchmark.measure_climb(count, args.rounds, torch.device(get_device())) for count in counts]
+    figures = [{**asdict(cost), 'share_of_copy': cost.share} for cost in costs]
+    return benchmark.climb_table(costs), {**machine(), 'parameters': figures}
 
 
 def measure_history(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -150,7 +187,8 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    table, figures = measure_steps(args) if args.history is None else measure_history(args)
+    measure = measure_climb if args.parameters else measure_history if args.history else measure_steps
+    table, figures = measure(args)
     print(table)
     print(f'{figures["device"]}, {figures["cores"]} cores, {figures["threads"]} threads, torch {figures["torch"]}')
     if args.out is not None:

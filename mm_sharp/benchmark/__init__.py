@@ -1,25 +1,40 @@
-"""What a training step costs with each method, and what a sample history costs (ours).
+"""What a training step costs with each method, and what parts of it cost alone (ours).
 
 ======================  ===============================================================================
 ``methods.py``          the methods by name: wrapper, settings and the limit by arithmetic
+``autocast.py``         the base optimizer under autocast, where MMEngine's own wrapper refuses
+``peers.py``            SAM by hand and of another package, to compare with
 ``subject.py``          the model, the optimizer wrappers and the batches of a training config
 ``steps.py``            steps of all methods side by side, timed in interleaved rounds
-``compare.py``          from times to medians, paired ratios and the table
+``phases.py``           where the time of a step goes
+``memory.py``           peak memory
+``compare.py``          from times to medians, paired ratios and rows
+``table.py``            all of that at one batch size
+``chart.py``            the tables as bars
+``climbing.py``         climb and restoration alone, against the copy bandwidth
 ``history.py``          memory and times of a :class:`mm_sharp.sample_history.SampleHistory`
 ======================  ===============================================================================
 
 ``tools/benchmark.py`` is the command line.
 """
 
+from mm_sharp.benchmark.chart import draw_chart
+from mm_sharp.benchmark.climbing import ClimbCost, climb_table, measure_climb
 from mm_sharp.benchmark.compare import Quartiles, Row, compare, quartiles, step_table
 from mm_sharp.benchmark.history import HistoryCost, history_table, measure_history
+from mm_sharp.benchmark.memory import keep_freed_memory
 from mm_sharp.benchmark.methods import METHODS, Method, StepLimit, parse_methods, step_limit, wrapper_settings
+from mm_sharp.benchmark.peers import PEERS, check_peers
+from mm_sharp.benchmark.phases import measure_phases, phase_table
 from mm_sharp.benchmark.steps import Contestant, measure_rounds
 from mm_sharp.benchmark.subject import FLOAT, Subject, load_subject
+from mm_sharp.benchmark.table import Table, measure_table
 
 __all__ = [
     'FLOAT',
     'METHODS',
+    'PEERS',
+    'ClimbCost',
     'Contestant',
     'HistoryCost',
     'Method',
@@ -27,12 +42,21 @@ __all__ = [
     'Row',
     'StepLimit',
     'Subject',
+    'Table',
+    'check_peers',
+    'climb_table',
     'compare',
+    'draw_chart',
     'history_table',
+    'keep_freed_memory',
     'load_subject',
+    'measure_climb',
     'measure_history',
+    'measure_phases',
     'measure_rounds',
+    'measure_table',
     'parse_methods',
+    'phase_table',
     'quartiles',
     'step_limit',
     'step_table',

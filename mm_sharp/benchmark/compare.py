@@ -30,6 +30,7 @@ class Row:
         ratio: Of a step to the base optimizer's in the same round.
         limit: What the ratio would be by arithmetic; None where arithmetic says nothing.
         images_per_second: At the median.
+        peak_bytes: Most memory at once; None where it was not measured.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Row:
     ratio: Quartiles
     limit: float | None
     images_per_second: float
+    peak_bytes: int | None = None
 
     @property
     def distance(self) -> float | None:
@@ -53,6 +55,7 @@ def compare(
     batch_size: int,
     steps_before: int = 0,
     base: str = 'base',
+    peaks: Mapping[str, int | None] | None = None,
 ) -> list[Row]:
     """One row a method; two for one that makes costlier steps at intervals: its other steps, and whole cycles.
 
@@ -65,6 +68,7 @@ def compare(
         batch_size: Samples a step.
         steps_before: Steps that each method had made before: of a cycle, the first step is the costlier one.
         base: The method that the others are compared with.
+        peaks: Most bytes at once, by method.
 
     Raises:
         ValueError: The methods have different numbers of times, or none; or fewer than a cycle takes.
@@ -75,9 +79,10 @@ def compare(
     for name, steps in times.items():
         seconds, limit = np.asarray(steps, np.float64), limits[name]
         ratios = seconds / np.asarray(times[base], np.float64)
+        common = batch_size, (peaks or {}).get(name)
         if limit is None or limit.refresh == 1:
             step = None if limit is None else limit.step
-            rows.append(_row(name, len(seconds), quartiles(seconds), quartiles(ratios), step, batch_size))
+            rows.append(_row(name, len(seconds), quartiles(seconds), quartiles(ratios), step, *common))
             continue
         if len(seconds) < limit.refresh:
             raise ValueError(f'{name}: {len(seconds)} steps are less than a cycle of {limit.refresh}')
@@ -87,8 +92,8 @@ def compare(
             _mean(limit.refresh, between[0], quartiles(seconds[costly])),
             _mean(limit.refresh, between[1], quartiles(ratios[costly])),
         )
-        rows.append(_row(f'{name}, between refreshes', int((~costly).sum()), *between, limit.step, batch_size))
-        rows.append(_row(f'{name}, cycle of {limit.refresh}', len(seconds), *cycle, limit.cycle, batch_size))
+        rows.append(_row(f'{name}, between refreshes', int((~costly).sum()), *between, limit.step, *common))
+        rows.append(_row(f'{name}, cycle of {limit.refresh}', len(seconds), *cycle, limit.cycle, *common))
     return rows
 
 
@@ -102,13 +107,21 @@ def _mean(cycle: int, common: Quartiles, costly: Quartiles) -> Quartiles:
     return Quartiles(*(((cycle - 1) * a + b) / cycle for a, b in pairs))
 
 
-def _row(label: str, steps: int, seconds: Quartiles, ratio: Quartiles, limit: float | None, batch_size: int) -> Row:
-    return Row(label, steps, seconds, ratio, limit, batch_size / seconds.median)
+def _row(
+    label: str,
+    steps: int,
+    seconds: Quartiles,
+    ratio: Quartiles,
+    limit: float | None,
+    batch_size: int,
+    peak: int | None,
+) -> Row:
+    return Row(label, steps, seconds, ratio, limit, batch_size / seconds.median, peak)
 
 
 def step_table(rows: Sequence[Row]) -> str:
     """The rows as text."""
-    head = ('method', 'step, ms', 'quartiles', 'ratio', 'quartiles', 'limit', 'distance', 'images/s')
+    head = ('method', 'step, ms', 'quartiles', 'ratio', 'quartiles', 'limit', 'distance', 'images/s', 'peak, MB')
     lines = [
         (
             row.label,
@@ -119,6 +132,7 @@ def step_table(rows: Sequence[Row]) -> str:
             '' if row.limit is None else f'{row.limit:.3f}',
             '' if row.distance is None else f'{row.distance:+.1f} %',
             f'{row.images_per_second:.1f}',
+            'n/a' if row.peak_bytes is None else f'{row.peak_bytes / 1e6:.1f}',
         )
         for row in rows
     ]

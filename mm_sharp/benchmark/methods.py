@@ -27,6 +27,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 
+from mm_sharp.benchmark.autocast import AutocastOptimWrapper
 from mm_sharp.cli import UsageError
 from mm_sharp.preflight import check_wrappers
 from mm_sharp.sampling import sample_count
@@ -74,7 +75,7 @@ METHODS = {
     )
 }
 # What every wrapper keeps of a config's; a step is a whole one, so accumulative_counts is not among them.
-_SHARED = ('optimizer', 'constructor', 'paramwise_cfg')
+SHARED = ('optimizer', 'constructor', 'paramwise_cfg')
 _NOT_ARGUMENTS = ('self', 'args', 'kwargs', 'optimizer', 'accumulative_counts')
 
 
@@ -103,7 +104,7 @@ def _parse_method(name: str) -> Method:
     return Method(name, METHODS['ausam'].type, {'sampling_ratio': float(ratio[1])})
 
 
-def wrapper_settings(cfg: Config, method: Method) -> dict[str, Any]:
+def wrapper_settings(cfg: Config, method: Method, amp: str | None = None) -> dict[str, Any]:
     """The config of a method's optimizer wrapper.
 
     The config's own arguments are kept as far as the method has them, so the ``rho`` of a config for SAM reaches every
@@ -112,6 +113,7 @@ def wrapper_settings(cfg: Config, method: Method) -> dict[str, Any]:
     Args:
         cfg: The whole training config.
         method: The method.
+        amp: Autocast dtype of all methods, ``'bfloat16'`` or ``'float16'``, instead of the config's precision.
 
     Raises:
         UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
@@ -119,20 +121,17 @@ def wrapper_settings(cfg: Config, method: Method) -> dict[str, Any]:
     if list(wrapper_configs(cfg)) != ['optim_wrapper']:
         raise UsageError(f'a step of several optimizer wrappers cannot be measured: {", ".join(wrapper_configs(cfg))}')
     given = dict(cfg.optim_wrapper)
-    shared = {key: given[key] for key in _SHARED if key in given}
+    shared = {key: given[key] for key in SHARED if key in given}
     kind = wrapper_class(cfg, 'optim_wrapper', {'type': method.type})
-    mixed = _precision(cfg, given)
+    mixed = _precision(cfg, {**given, 'dtype': amp} if amp else given)
     own = {key: value for key, value in {**given, **mixed}.items() if key in _arguments(kind)}
     settings = {'type': method.type, **own, **method.arguments}
     if kind is OptimWrapper and mixed:
-        if get_device() == 'cpu':
-            raise UsageError(
-                "MMEngine's mixed precision needs a GPU, so there is no base optimizer to compare with: "
-                '--cfg-options optim_wrapper.dtype=None'
-            )
         # bfloat16 needs no loss scaling, and our wrappers do none.
         scaling = mixed['loss_scale'] if mixed['dtype'] == 'float16' else {'enabled': False}
-        settings.update(type='AmpOptimWrapper', dtype=mixed['dtype'], loss_scale=scaling)
+        # MMEngine's own refuses the CPU.
+        name = AutocastOptimWrapper.__name__ if get_device() == 'cpu' else 'AmpOptimWrapper'
+        settings.update(type=name, dtype=mixed['dtype'], loss_scale=scaling)
     check_wrappers(Config({'default_scope': cfg.get('default_scope'), 'optim_wrapper': {**settings, **shared}}))
     return copy.deepcopy({**settings, **shared})
 

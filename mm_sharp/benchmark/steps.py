@@ -20,6 +20,8 @@ import torch
 from mm_sharp.cli import UsageError
 from mm_sharp.per_sample_loss import PerSampleLossError
 from mm_sharp.sample_keys import SampleIdError
+from mm_sharp.step_record import StepTimer
+from mm_sharp.two_pass import TwoPassOptimWrapper
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,39 @@ class Contestant:
         """One whole training step; returns what there is to log."""
         log: dict[str, Any] = self.model.train_step(batch, self.optim_wrapper)
         return log
+
+    def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
+        """One whole training step, with marks at the ends of its phases."""
+        wrapper = self.optim_wrapper
+        if not isinstance(wrapper, TwoPassOptimWrapper):
+            return self._timed_plain_step(batch, device)
+        wrapper.record_timing = True
+        try:
+            self.step(batch)
+        finally:
+            wrapper.record_timing = False
+        record = wrapper.last_step
+        assert record is not None
+        assert record.timer is not None
+        return record.timer
+
+    def _timed_plain_step(self, batch: Any, device: torch.device) -> StepTimer:
+        """The same with a wrapper of MMEngine's: one pass, and the optimizer's step."""
+        wrapper, timer = self.optim_wrapper, StepTimer(device)
+        backward = wrapper.backward
+
+        def marked(loss: Any, **kwargs: Any) -> None:
+            backward(loss, **kwargs)
+            timer.mark('pass1')
+
+        wrapper.backward = marked  # hides the method, until it is deleted
+        try:
+            timer.mark('start')
+            self.step(batch)
+            timer.mark('step')
+        finally:
+            del wrapper.backward
+        return timer
 
 
 def measure_rounds(
@@ -58,7 +93,7 @@ def measure_rounds(
         for contestant in contestants:
             _check_step(contestant, batches[number % len(batches)])
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    with _collection_between_rounds() as collect:
+    with collection_between_rounds() as collect:
         for number in range(rounds):
             batch = batches[(warmup + number) % len(batches)]
             first = number % len(contestants)
@@ -88,7 +123,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 @contextmanager
-def _collection_between_rounds() -> Iterator[Callable[[], object]]:
+def collection_between_rounds() -> Iterator[Callable[[], object]]:
     """Keep Python's garbage collector, which runs when it likes, out of the times; gives the function that runs it."""
     enabled = gc.isenabled()
     gc.disable()

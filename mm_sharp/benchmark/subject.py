@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,10 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner, set_random_seed
 from torch import nn
 
+from mm_sharp.benchmark.memory import peak_memory
+from mm_sharp.benchmark.methods import SHARED
+from mm_sharp.benchmark.peers import PEERS, make_peer
+from mm_sharp.benchmark.phases import Phases, measure_phases
 from mm_sharp.benchmark.steps import Contestant, measure_rounds
 from mm_sharp.cli import UsageError
 
@@ -79,13 +84,43 @@ class Subject:
             contestants = [self._contestant(name, own) for name, own in settings.items()]
             return measure_rounds(contestants, self.batches, rounds, warmup, self.device)
 
+    def measure_phases(self, settings: Mapping[str, Mapping[str, Any]], rounds: int) -> dict[str, list[Phases]]:
+        """Seconds of each phase of ``rounds`` steps of each method, after one that is not measured.
+
+        Args:
+            settings: As for :meth:`measure`.
+            rounds: At least 1.
+        """
+        with prepared(self.scope):
+            contestants = [self._contestant(name, own) for name, own in settings.items()]
+            for contestant in contestants:
+                contestant.step(self.batches[0])
+            return measure_phases(contestants, self.batches, rounds, 1, self.device)
+
+    def peak_memory(self, name: str, settings: Mapping[str, Any], steps: int) -> int | None:
+        """Most bytes held at once in ``steps`` steps of one method, after one; None where there is no telling.
+
+        Args:
+            name: The method.
+            settings: Config of its optimizer wrapper.
+            steps: At least 1.
+        """
+        with prepared(self.scope):
+            make = partial(self._contestant, name, settings)
+            return peak_memory(make, self.batches[0], steps, self.device)
+
     def _contestant(self, name: str, settings: Mapping[str, Any]) -> Contestant:
         """A copy of the model with an optimizer wrapper of its own."""
-        model = copy.deepcopy(self.float_model if name == FLOAT else self.model)
-        wrapper = build_optim_wrapper(model, copy.deepcopy(dict(settings)))
+        model: Any = copy.deepcopy(self.float_model if name == FLOAT else self.model)
+        config = copy.deepcopy(dict(settings))
+        if name in PEERS:
+            config = {'type': 'OptimWrapper', **{key: config[key] for key in SHARED if key in config}}
+        wrapper = build_optim_wrapper(model, config)
         for group in wrapper.optimizer.param_groups:
             group['lr'] = group['lr'] * 0  # a number, or a tensor for capturable optimizers
-        return Contestant(name, model, wrapper)
+        return (
+            make_peer(name, model, wrapper.optimizer, settings) if name in PEERS else Contestant(name, model, wrapper)
+        )
 
 
 def load_subject(cfg: Config, batch_size: int, most_batches: int = 4) -> Subject:

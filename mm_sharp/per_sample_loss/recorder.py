@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,13 +25,15 @@ class PerSampleLoss:
 
     Args:
         model: Any model; its loss modules are looked up now. A DDP wrapper is looked through.
+        around: Makes a context for the work on each loss, as for timing it.
 
     Raises:
         PerSampleLossError: The model has a head for which there are no losses of samples.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.model = unwrap(model)
+        self.around = around
         self.losses = find_losses(self.model)
         self._facts = {id(loss.module): LossFacts(loss.module) for loss in self.losses}
         self._verified = Verified()
@@ -60,7 +62,7 @@ class PerSampleLoss:
             PerSampleLossError: A loss has no form for single samples (in the forward).
         """
         record = LossRecord(type(self.model).__name__, verified=self._verified, weights=weights, full_size=full_size)
-        hooks = _Hooks(self.model, self._facts, record)
+        hooks = _Hooks(self.model, self._facts, record, self.around)
         handles = []
         try:
             handles.append(self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
@@ -79,8 +81,14 @@ class PerSampleLoss:
 class _Hooks:
     """The hooks of one forward pass."""
 
-    def __init__(self, model: nn.Module, facts: dict[int, LossFacts], record: LossRecord) -> None:
-        self.model, self.facts, self.record = model, facts, record
+    def __init__(
+        self,
+        model: nn.Module,
+        facts: dict[int, LossFacts],
+        record: LossRecord,
+        around: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model, self.facts, self.record, self.around = model, facts, record, around
         # Loss modules that are running, their shadows, and the versions of the tensors they were called with.
         self.open: list[tuple[nn.Module, nn.Module, list[int]]] = []
         self.long_outputs = False  # whether a loss module gave a tensor with a dimension
@@ -106,7 +114,8 @@ class _Hooks:
         # The copy is made now, because the module may count the call that is about to happen. A loss that runs inside
         # another one is part of it.
         if not self.open:
-            self.open.append((module, shadow(module), _versions(args, kwargs)))
+            with self.around():
+                self.open.append((module, shadow(module), _versions(args, kwargs)))
 
     def after_loss(self, loss: LossModule) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -116,7 +125,8 @@ class _Hooks:
             try:
                 if versions != _versions(args, kwargs):
                     raise ValueError('it changes its arguments in place, so that it cannot be evaluated a second time')
-                return self._record_call(loss, twin, args, kwargs, output)
+                with self.around():
+                    return self._record_call(loss, twin, args, kwargs, output)
             except Exception as error:  # whatever a loss of anyone's raises on a batch of one
                 raise PerSampleLossError(f'{loss.name}: {error}.') from error
             finally:
