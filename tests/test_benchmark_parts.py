@@ -312,7 +312,8 @@ print(*faults)
     if run.stderr.strip() == 'no glibc':
         pytest.skip('no glibc here')
     first, _, third = map(int, run.stdout.split())
-    assert first > 100 * (third + 1), run.stderr
+    # One of the ten may lie where none was before.
+    assert first > 5 * (third + 1), run.stderr
 
 
 class Wide(nn.Module):
