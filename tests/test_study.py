@@ -192,6 +192,9 @@ def test_a_setting_that_starts_from_another_takes_the_base_weights_of_its_own_ph
         assert plan.keeps_weights(start)
     assert not plan.keeps_weights(Run('report', 'clean', 'sam', 0.1, 6, 0))
     assert set(only(plan.study, ['tuned']).settings) == {'clean', 'tuned'}
+    assert set(only(plan.study, ['clean']).settings) == {'clean'}
+    pooled = {'a': {**SETTING, 'pool': 'p'}, 'b': {**SETTING, 'pool': 'p'}, 'c': {**SETTING, 'load_from': 'a'}}
+    assert set(only(plan_of(tmp_path, settings=pooled).study, ['c']).settings) == {'a', 'b', 'c'}
     with pytest.raises(UsageError, match='--settings'):
         only(plan.study, ['none'])
 

@@ -30,7 +30,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time, each in a process (default: 1)')
     parser.add_argument('--threads', type=int, default=1, help='threads of torch in each (default: 1)')
     parser.add_argument('--nice', type=int, default=0, help='give way to other programs: 1 to 19')
-    parser.add_argument('--settings', nargs='+', metavar='NAME', help="only these of the study's settings")
+    parser.add_argument(
+        '--settings', nargs='+', metavar='NAME', help="only these of the study's settings, and those that they need"
+    )
     parser.add_argument('--redo', action='store_true', help='make runs again whose configs have changed')
     parser.add_argument('--table', action='store_true', help='make no runs: compare those that are there')
     parser.add_argument('--debug', action='store_true', help='show the traceback of errors')

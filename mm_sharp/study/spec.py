@@ -143,14 +143,20 @@ def read_study(file: Path) -> Study:
 
 
 def only(study: Study, names: Collection[str]) -> Study:
-    """The study with some of its settings, and those that these start from.
+    """The study with some of its settings, those that these start from, and all of their pools, by which rho is chosen.
 
     Raises:
         UsageError: One of the names is no setting.
     """
     _check_names('--settings', names, study.settings)
-    needed = {study.settings[name].load_from for name in names}
-    return replace(study, settings={k: s for k, s in study.settings.items() if k in names or k in needed})
+    kept: set[str] = set()
+    wanted = set(names)
+    while kept != wanted:
+        kept = set(wanted)
+        wanted |= {study.settings[name].load_from for name in kept} - {''}
+        pools = {study.settings[name].pool for name in wanted} - {''}
+        wanted |= {name for name, setting in study.settings.items() if setting.pool in pools}
+    return replace(study, settings={name: setting for name, setting in study.settings.items() if name in kept})
 
 
 def _entries(kind: Any, where: str, content: Any) -> dict[str, Any]:
