@@ -127,6 +127,8 @@ def test_a_run_is_what_the_runner_makes_of_the_same_config(tmp_path: Path) -> No
         assert torch.equal(kept[name], value), name
 
 
+# As in the processes that Here stands in for.
+@pytest.mark.filterwarnings('ignore')
 def test_a_study_goes_on_where_it_was(
     tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +172,7 @@ def test_a_study_goes_on_where_it_was(
     assert {row['id'] for row in rows_of(out)} >= set(here.made)
 
 
+@pytest.mark.filterwarnings('ignore')
 def test_a_setting_starts_from_anothers_weights(tmp_path: Path, here: Here) -> None:
     clean = STUDY['settings']['clean']
     settings = {'tuned': {**clean, 'epochs': 1, 'load_from': 'clean'}, 'clean': clean}
