@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import mm_sharp  # noqa: F401  # before any test file imports MMEngine: see mm_sharp.compat.yapf_grammar
 from tests.reliability import holds, pytest_addoption
 
 __all__ = ['ROOT', 'holds', 'pytest_addoption']

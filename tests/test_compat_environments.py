@@ -91,7 +91,7 @@ def test_what_is_whole_is_left_alone(tmp_path: Path) -> None:
     )
     fixes = last_line(environment, script + REPORT)
     always = {
-        *('mm_sharp:: configs', 'plain checkpoints', 'whole files'),
+        *('mm_sharp:: configs', 'plain checkpoints', 'whole files', 'yapf grammars'),
         *('epochs of FlexibleRunner', 'resuming under FSDP'),
     }
     assert {name for name, active in fixes.items() if active} == always

@@ -5,6 +5,7 @@ never over a working install; none changes how a config behaves that doesn't use
 a file of its own, whose docstring names the cause, the repair and the version that makes it unnecessary:
 
 =====================  ======================================================================================
+``yapf_grammar``       processes that start together: ``import mmengine`` works in all of them
 ``torchvision_ops``    torchvision beside a CPU torch: ``import torchvision`` works
 ``mmcv_ops``           mmcv-lite: ``mmcv.ops`` imports, a missing operator raises when it is called
 ``xtcocotools_names``  xtcocotools missing or built for another numpy: faster-coco-eval stands in
@@ -18,9 +19,9 @@ a file of its own, whose docstring names the cause, the repair and the version t
 ``flexible_runner``    and so can those of its FlexibleRunner, at the right epoch
 =====================  ======================================================================================
 
-The first five wait for the import of what they repair (``import_hook``): importing mm_sharp must not import
+The first six wait for the import of what they repair (``import_hook``): importing mm_sharp must not import
 MMPose, MMCV, torchvision or matplotlib, and must work without them. The others concern MMEngine, which we need
-anyway, and are installed at once.
+anyway, and are installed at once; ``yapf_grammar`` before any of them imports it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from __future__ import annotations
 import importlib
 import warnings
 
+from . import yapf_grammar  # installs itself: what comes next imports MMEngine, and that imports yapf
+
+# isort: split
 from . import (
     bfloat16_arrays,
     checkpoint_hook,
@@ -62,7 +66,7 @@ __all__ = [
 ]
 
 _FIXES = (
-    *(torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas, bfloat16_arrays),
+    *(yapf_grammar, torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas, bfloat16_arrays),
     *(package_lookup, config_scope, checkpoint_hook, whole_files, fsdp_strategy, flexible_runner),
 )  # fmt: skip
 _REPAIRED_AT_IMPORT = ('torchvision', 'mmcv.ops', 'xtcocotools.mask', 'mmpose.visualization', 'mmpose.models')
