@@ -14,7 +14,6 @@ import yaml
 from mm_sharp.cli import UsageError
 from mm_sharp.study import Plan, Rows, Run, as_json, choose_rho, comparisons, markdown, only, plot, read_study
 from mm_sharp.study.corruption import JITTER, corrupt_file
-from mm_sharp.study.plan import fingerprint
 from mm_sharp.study.statistics import interval, paired
 from tests.conftest import ROOT
 from tests.tiny_data import draw_coco
@@ -174,12 +173,27 @@ def test_a_runs_config_is_the_settings_with_the_methods_wrapper_seed_and_schedul
 
 
 def test_a_fingerprint_changes_with_the_config_and_not_with_the_folder(tmp_path: Path) -> None:
-    run = Run('report', 'clean', 'sam', 0.1, 6, 0)
-    first = fingerprint(plan_of(tmp_path).config(run))
-    other_folder = Plan(plan_of(tmp_path).study, tmp_path / 'elsewhere')
-    assert fingerprint(other_folder.config(run)) == first
+    clean = Run('report', 'clean', 'sam', 0.1, 6, 0)
+    first = plan_of(tmp_path).fingerprint(clean)
     wider = {'clean': {**SETTING, 'options': {'model.width': 8}}}
-    assert fingerprint(plan_of(tmp_path, settings=wider).config(run)) != first
+    assert plan_of(tmp_path, settings=wider).fingerprint(clean) != first
+    # Configs that name files in the study's folder: spoilt annotations, and weights to start from.
+    data = str(draw_coco(tmp_path / 'data'))
+    keypoints = {
+        'config': str(ROOT / 'configs/study/simcc_res18-quarter_demo-64x48.py'),
+        'epochs': 6,
+        'options': {f'{split}_dataloader.dataset.data_root': data for split in ('train', 'val', 'test')},
+    }
+    settings = {
+        'clean': keypoints,
+        'spoilt': {**keypoints, 'corrupt': 0.2},
+        'tuned': {**keypoints, 'load_from': 'clean'},
+    }
+    plan = plan_of(tmp_path, settings=settings)
+    elsewhere = Plan(plan.study, tmp_path / 'elsewhere')
+    runs = [Run('report', name, 'sam', 0.1, 6, 0) for name in settings]
+    assert [elsewhere.fingerprint(run) for run in runs] == [plan.fingerprint(run) for run in runs]
+    assert len({plan.fingerprint(run) for run in runs}) == 3
 
 
 def test_a_setting_that_starts_from_another_takes_the_base_weights_of_its_own_phase_and_seed(tmp_path: Path) -> None:

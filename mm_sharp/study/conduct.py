@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mm_sharp.cli import UsageError
 from mm_sharp.study.corruption import corrupt_file
 from mm_sharp.study.execute import execute, prepare_process
-from mm_sharp.study.plan import Plan, Run, fingerprint, order_by_need
+from mm_sharp.study.plan import Plan, Run, order_by_need
 from mm_sharp.study.results import Comparison, choose_rho, comparisons
 from mm_sharp.study.rows import Rows
 from mm_sharp.study.spec import Setting
@@ -104,7 +104,7 @@ def make_run(plan: Plan, run: Run) -> dict[str, float]:
 
 def _make(plan: Plan, rows: Rows, runs: Sequence[Run], pool: ProcessPoolExecutor, title: str, redo: bool) -> None:
     """Make the missing ones of some runs."""
-    configs = {run: fingerprint(plan.config(run)) for run in dict.fromkeys(runs)}
+    configs = {run: plan.fingerprint(run) for run in dict.fromkeys(runs)}
     old = [run.id for run, config in configs.items() if rows.outdated(run, config)]
     if old and not redo:
         raise UsageError(

@@ -133,6 +133,13 @@ class Plan:
         cfg.experiment_name = run.id.replace('/', '_')
         return cfg
 
+    def fingerprint(self, run: Run) -> str:
+        """What tells a run's config from another's; where the results go does not count."""
+        anywhere = copy.copy(self)
+        anywhere.folder = Path('/study')
+        content = {k: v for k, v in anywhere.config(run).to_dict().items() if k not in ('work_dir', 'experiment_name')}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:12]
+
     def weights(self, run: Run) -> Path:
         """Where the weights of a run are kept, if they are."""
         return self.folder / 'weights' / f'{run.id}.pth'
@@ -173,12 +180,6 @@ class Plan:
         self._has_rho[method] = issubclass(kind, TwoPassOptimWrapper) and 'rho' not in self.study.methods[method]
         settings = {'type': kind.__name__, **cfg.optim_wrapper}
         self._costs[setting.name, method] = step_limit(cfg, settings, cfg.train_dataloader.batch_size).cycle
-
-
-def fingerprint(cfg: Config) -> str:
-    """What tells a run's config from another; folders and names do not count."""
-    content = {key: value for key, value in cfg.to_dict().items() if key not in ('work_dir', 'experiment_name')}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:12]
 
 
 def order_by_need(settings: Iterable[Setting]) -> list[list[Setting]]:
