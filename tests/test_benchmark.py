@@ -252,7 +252,7 @@ def test_a_method_that_the_model_does_not_suit_is_refused(tmp_path: Path) -> Non
     subject = benchmark.load_subject(toy(tmp_path), batch_size=4)
     (batch,) = batches(1, 4)
     del batch['sample_idx']
-    bare = benchmark.Subject(subject.model, None, [batch], subject.device, subject.scope)
+    bare = benchmark.Subject(subject.model, None, [batch], 4, subject.device, subject.scope)
     own = {'type': 'AUSAMOptimWrapper', 'optimizer': {'type': 'SGD', 'lr': 0.1}}
     with pytest.raises(cli.UsageError, match='leave ausam out of --methods'):
         bare.measure({'ausam': own}, rounds=1, warmup=1)

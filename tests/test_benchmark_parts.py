@@ -390,7 +390,7 @@ def test_the_chart_shows_each_bar(tmp_path: Path) -> None:
     phases = {'base': dict.fromkeys(NAMES, 1.0), 'sam': dict.fromkeys(NAMES, 2.0)}
     times = {'base': [0.1, 0.1], 'sam': [0.2, 0.3]}
     rows = benchmark.compare(times, {'base': None, 'sam': StepLimit(2, 2)}, 8)
-    tables = [Table(size, 2, rows, phases, {'base': {}, 'sam': {}}, times) for size in (8, 16)]
+    tables = [Table(size, 2, rows, phases, {'base': {}, 'sam': {}}, times, {}) for size in (8, 16)]
     benchmark.draw_chart(tables, tmp_path / 'new' / 'chart.png', 'a title')
     picture = cv2.imread(str(tmp_path / 'new' / 'chart.png'))
     # Width of the bars in the first panel, by their colour: SAM's is 2.5 times as long as the base optimizer's.

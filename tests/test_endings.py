@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from mmengine.config import Config
 from mm_sharp import cli
 from mm_sharp.compat import CheckpointWriteError
 from mm_sharp.endings import StoppedError, ending, say_how_to_go_on
+from tests.conftest import ROOT
 from tests.processes import Run
 from tests.reliability import Holds
 from tests.tool_runs import write_toy
@@ -109,3 +113,32 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Excep
     assert ending(error) is None
     with pytest.raises(type(error)):
         cli.run_tool(tool)
+
+
+@pytest.mark.kills
+def test_workers_of_a_study_end_with_it(tmp_path: Path) -> None:
+    """Killed as where memory is short: nothing is left to tell its workers."""
+    script = tmp_path / 'study.py'
+    script.write_text(
+        'import os, time\n'
+        'from mm_sharp.study import Workers\n'
+        'from mm_sharp.study.conduct import _pool\n'
+        'if __name__ == "__main__":\n'
+        '    with _pool(Workers()) as pool:\n'
+        '        print(pool.submit(os.getpid).result(), flush=True)\n'
+        '        time.sleep(600)\n'
+    )
+    with subprocess.Popen([sys.executable, script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as study:
+        assert study.stdout is not None
+        worker = int(study.stdout.readline())
+        os.kill(worker, 0)  # it is there
+        study.kill()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail('the worker goes on')

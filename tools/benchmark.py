@@ -5,6 +5,7 @@ python tools/benchmark.py configs/demo/simcc_res18-half_demo-128x96.py --batch-s
     --methods base sam esam esam-history ausam ausam-0.5 --out table.json --plot table.png
 python tools/benchmark.py CONFIG --amp             all methods under autocast to bfloat16, or --amp float16
 python tools/benchmark.py CONFIG --peers           also SAM as it is written by hand, and pytorch_optimizer's
+python tools/benchmark.py CONFIG --floors          also each method's passes alone: what its own work comes to
 python tools/benchmark.py --parameters 25M 100M    climb and restoration alone, against the copy bandwidth
 python tools/benchmark.py --history 10M            a sample history: memory, look-up, save and load
 
@@ -72,6 +73,7 @@ def _parser() -> cli.OneLineParser:
         help=f'of {", ".join(benchmark.METHODS)}, or ausam-RATIO as ausam-0.5 (default: all but that)',
     )
     parser.add_argument('--peers', action='store_true', help="also SAM by hand, and pytorch_optimizer's if installed")
+    parser.add_argument('--floors', action='store_true', help="also each method's passes alone, without its own work")
     parser.add_argument(
         '--batch-size', type=int, nargs='+', metavar='N', help="samples a step; several, several tables (the config's)"
     )
@@ -149,7 +151,8 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     keeps = benchmark.keep_freed_memory()
     tables = []
     for batch_size in dict.fromkeys(batch_sizes):
-        tables.append(benchmark.measure_table(cfg, settings, batch_size, args.rounds, args.warmup))
+        table = benchmark.measure_table(cfg, settings, batch_size, args.rounds, args.warmup, floors=args.floors)
+        tables.append(table)
         if tables[-1].rounds != args.rounds:
             print(f'--rounds {args.rounds} becomes {tables[-1].rounds}: whole refresh cycles')
     if args.plot is not None:

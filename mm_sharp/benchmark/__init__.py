@@ -5,6 +5,7 @@
 ``autocast.py``         the base optimizer under autocast, where MMEngine's own wrapper refuses
 ``peers.py``            SAM by hand and of another package, to compare with
 ``subject.py``          the model, the optimizer wrappers and the batches of a training config
+``floors.py``           the passes of a method alone: what its own work is measured against
 ``steps.py``            steps of all methods side by side, timed in interleaved rounds
 ``phases.py``           where the time of a step goes
 ``memory.py``           peak memory

@@ -162,8 +162,14 @@ def step_limit(cfg: Config, settings: Mapping[str, Any], batch_size: int) -> Ste
         settings: Of :func:`wrapper_settings`; what it leaves out is the wrapper's default.
         batch_size: Samples in the batch.
     """
+    whole = whole_settings(cfg, settings)
+    return limit_of(whole['type'], whole, batch_size)
+
+
+def whole_settings(cfg: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the wrapper's defaults, and the name of its class as ``type``."""
     kind = wrapper_class(cfg, 'optim_wrapper', {'type': settings['type']})
-    return limit_of(kind.__name__, {**_arguments(kind), **settings}, batch_size)
+    return {**_arguments(kind), **settings, 'type': kind.__name__}
 
 
 def limit_of(kind: str, settings: Mapping[str, Any], batch_size: int) -> StepLimit:

@@ -26,6 +26,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner, set_random_seed
 from torch import nn
 
+from mm_sharp.benchmark.floors import SUFFIX, make_floor
 from mm_sharp.benchmark.memory import peak_memory
 from mm_sharp.benchmark.methods import SHARED
 from mm_sharp.benchmark.peers import PEERS, make_peer
@@ -54,7 +55,8 @@ class Subject:
     Args:
         model: With its weights, in training mode, without a data preprocessor of its own.
         float_model: The same before it was quantized, with the same weights; None for a model that is not.
-        batches: Pre-processed and on the model's device; each has exactly the batch size.
+        batches: Pre-processed and on the model's device.
+        batch_size: Samples in each of them.
         device: Where the model is.
         scope: Default scope of the config.
     """
@@ -62,6 +64,7 @@ class Subject:
     model: nn.Module
     float_model: nn.Module | None
     batches: list[Any]
+    batch_size: int
     device: torch.device
     scope: str
 
@@ -113,14 +116,15 @@ class Subject:
         """A copy of the model with an optimizer wrapper of its own."""
         model: Any = copy.deepcopy(self.float_model if name == FLOAT else self.model)
         config = copy.deepcopy(dict(settings))
-        if name in PEERS:
+        if name in PEERS or name.endswith(SUFFIX):
             config = {'type': 'OptimWrapper', **{key: config[key] for key in SHARED if key in config}}
         wrapper = build_optim_wrapper(model, config)
         for group in wrapper.optimizer.param_groups:
             group['lr'] = group['lr'] * 0  # a number, or a tensor for capturable optimizers
-        return (
-            make_peer(name, model, wrapper.optimizer, settings) if name in PEERS else Contestant(name, model, wrapper)
-        )
+        if name in PEERS:
+            return make_peer(name, model, wrapper.optimizer, settings)
+        contestant = Contestant(name, model, wrapper)
+        return make_floor(contestant, settings, self.batch_size) if name.endswith(SUFFIX) else contestant
 
 
 def load_subject(cfg: Config, batch_size: int, most_batches: int = 4) -> Subject:
@@ -146,7 +150,7 @@ def load_subject(cfg: Config, batch_size: int, most_batches: int = 4) -> Subject
     for member in (model, float_model):
         if member is not None:
             member.data_preprocessor = Ready()
-    return Subject(model, float_model, batches, device, scope)
+    return Subject(model, float_model, batches, batch_size, device, scope)
 
 
 def _build_models(cfg: Config, device: torch.device, loaded: list[Any]) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.utils import import_modules_from_strings
 
 from mm_sharp.compat import serve_every_run
+from mm_sharp.launcher_watch import end_with_parent
 from mm_sharp.runners import build_runner
 
 # Steps whose mean loss is a run's training loss.
@@ -37,6 +38,7 @@ def prepare_process(threads: int, niceness: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
     torch.set_num_threads(threads)
     os.nice(niceness)
+    end_with_parent()
     # What training scripts would print once is printed hundreds of times here.
     warnings.filterwarnings('ignore')
     serve_every_run()
