@@ -6,15 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mm_sharp.grad_switch import GradSwitch
+from mm_sharp.parallel_model import ParallelModel
 from mm_sharp.perturbation import TensorBackup, climb, global_norm
 from mm_sharp.quantized_perturbation import QuantizedPerturbation
-from mm_sharp.shards import Shards, local
+from mm_sharp.ranks import average_gradients
+from mm_sharp.replay import ModelCall
+from mm_sharp.shards import local
 from mm_sharp.support import check_perturbed
+
+if TYPE_CHECKING:
+    from mm_sharp.two_pass import TwoPassOptimWrapper
 
 
 class Ascent:
@@ -24,17 +31,12 @@ class Ascent:
     second pass, :meth:`take_back`. The last one and :meth:`switch_on` do nothing where there is nothing to undo.
 
     Args:
-        owner: Class that steps, for messages.
-        device: Where the norm is if there is nothing to perturb.
-
-    Attributes:
-        perturbed: The parameters that this step perturbs, as far as they get a gradient.
+        parallel: The model that holds the parameters.
     """
 
-    def __init__(self, owner: str, device: torch.device) -> None:
-        self.perturbed: Sequence[nn.Parameter] = ()
-        self._owner = owner
-        self._device = device
+    def __init__(self, parallel: ParallelModel) -> None:
+        self._parallel = parallel
+        self._perturbed: Sequence[nn.Parameter] = ()
         self._scale = 1.0
         self._skipped: list[nn.Parameter] = []
         self._without_gradient = GradSwitch()
@@ -49,7 +51,7 @@ class Ascent:
             scale: Factor on the perturbation.
             skip: Those of them that are not perturbed get no gradient in the first pass, from now on.
         """
-        self.perturbed, self._scale = perturbed, scale
+        self._perturbed, self._scale = perturbed, scale
         kept = set(map(id, perturbed))
         self._skipped = [parameter for parameter in skip if id(parameter) not in kept]
         self._without_gradient.off(self._skipped)
@@ -58,64 +60,60 @@ class Ascent:
         """Have all parameters get gradients again."""
         self._without_gradient.on()
 
-    def backward(self, loss: Tensor) -> None:
-        """Compute the first pass's gradients; ``loss`` is scaled already."""
+    def backward(self, wrapper: TwoPassOptimWrapper, call: ModelCall, loss: Tensor) -> None:
+        """Compute the gradients that the climb needs.
+
+        Args:
+            wrapper: The optimizer wrapper.
+            call: The first forward.
+            loss: Its loss.
+        """
+        # The loss scale is fitted to the second pass's loss, which accumulation divides.
+        scaled = wrapper.precision.scale(loss if wrapper.precision.scaler is None else wrapper.scale_loss(loss))
         # Checkpointed layers run again in the backward pass.
         self._without_gradient.off(self._skipped)
         # With gradients switched off, nothing may be left that the loss depends on.
-        if loss.requires_grad or not self._without_gradient.active:
-            loss.backward()
+        if scaled.requires_grad or not self._without_gradient.active:
+            scaled.backward()
         self._without_gradient.on()
+        by_hand = self._parallel.shards is None and wrapper.sync_perturbation and wrapper.skips_gradients
+        if by_hand and hasattr(call.model, 'no_sync'):
+            average_gradients(self._perturbed)
 
-    def climb(
-        self,
-        model: nn.Module,
-        rho: float,
-        *,
-        adaptive: bool,
-        eta: float,
-        eps: float,
-        quantized: bool,
-        inverse_grad_scale: Tensor | None,
-        shards: Shards | None,
-    ) -> Tensor:
+    def climb(self, wrapper: TwoPassOptimWrapper, model: nn.Module) -> Tensor:
         """Perturb the chosen parameters by their gradients, after an exact copy was taken.
 
         Args:
-            model: Module that holds them.
-            rho: As of :func:`mm_sharp.perturbation.climb`, and so are ``adaptive``, ``eta`` and ``eps``.
-            adaptive: See there.
-            eta: See there.
-            eps: See there.
-            quantized: Perturb quantized weights themselves, where layers have them.
-            inverse_grad_scale: What undoes the scale of the gradients' loss, scalar, or None.
-            shards: The model's pieces, where it is sharded.
+            wrapper: The optimizer wrapper, whose arguments say how far and in which way.
+            model: Module that holds the parameters.
 
         Returns:
-            The norm, scalar: of all pieces together, where there are some; 0 where nothing has a gradient.
+            The norm, scalar, without loss scaling: of all pieces together, where the model is sharded; 0 where nothing
+            has a gradient.
 
         Raises:
             NotImplementedError: A gradient is sparse.
             ValueError: Quantized weights are to be perturbed, and the model has none.
         """
-        perturbed = [parameter for parameter in self.perturbed if parameter.grad is not None]
-        check_perturbed(self._owner, model, perturbed, quantized=quantized)
+        perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
+        check_perturbed(type(wrapper).__name__, model, perturbed, quantized=wrapper.perturb_quantized)
+        shards = self._parallel.shards
         if not perturbed and shards is None:
-            return torch.zeros((), device=self._device)
+            return torch.zeros((), device=wrapper.device)
         weights = [local(parameter) for parameter in perturbed]
         self._weights.save(weights)
         norm = climb(
             weights,
             [local(parameter.grad) for parameter in perturbed if parameter.grad is not None],
-            rho,
-            adaptive=adaptive,
-            eta=eta,
-            eps=eps,
+            wrapper.rho,
+            adaptive=wrapper.adaptive,
+            eta=wrapper.eta,
+            eps=wrapper.eps,
             scale=self._scale,
-            inverse_grad_scale=inverse_grad_scale,
-            norm_of=global_norm if shards is None else shards.norm_of(perturbed, self._device),
+            inverse_grad_scale=_inverse_grad_scale(wrapper),
+            norm_of=global_norm if shards is None else shards.norm_of(perturbed, wrapper.device),
         )
-        if quantized:
+        if wrapper.perturb_quantized:
             self._quantized.apply(model, perturbed, self._weights.copies)
         return norm
 
@@ -125,3 +123,9 @@ class Ascent:
             self._quantized.remove()
         finally:
             self._weights.restore()
+
+
+def _inverse_grad_scale(wrapper: TwoPassOptimWrapper) -> Tensor | None:
+    """What undoes, in the first gradient, the loss scale and the division by the accumulated micro-batches."""
+    inverse = wrapper.precision.inverse_scale()
+    return None if inverse is None else inverse / wrapper.scale_loss(1.0)

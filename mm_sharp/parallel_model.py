@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from mm_sharp.module_state import submodules
+from mm_sharp.parameters import parameters_of, trained_by
 from mm_sharp.replay import unwrap
 from mm_sharp.shards import Shards, shards_of
 from mm_sharp.support import check_shards
@@ -47,7 +48,7 @@ class ParallelModel:
         if self.shards is not None:
             check_shards(wrapper, self.shards)
             # In a pass, the parameters that have the names may be others.
-            wrapper.selector.select(unwrap(model), wrapper._trained())
+            wrapper.selector.select(unwrap(model), trained_by(wrapper.optimizer))
         self._model = model
 
     def settle(self, error: type[BaseException] | None = None, *_: object) -> None:
@@ -64,11 +65,18 @@ class ParallelModel:
         no_sync = getattr(model, 'no_sync', None) if self.shards is None else None
         return no_sync() if active and callable(no_sync) else nullcontext()
 
-    def parameters(self, model: nn.Module, optimized: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    def clip_gradients(self, wrapper: TwoPassOptimWrapper) -> None:
+        """Clip the gradients of a sharded model as ``clip_grad`` says: by the whole one's norm, and not the piece's."""
+        assert self.shards is not None, 'elsewhere MMEngine clips'
+        norm = self.shards.clip_(trained_by(wrapper.optimizer), wrapper.device, **wrapper.clip_grad_kwargs)
+        if norm is not None:
+            wrapper.message_hub.update_scalar('train/grad_norm', float(norm))
+
+    def parameters(self, model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
         """The optimizer's parameters and the model's: all that a backward pass may write gradients to."""
         if self.shards is None:
             theirs = [p for m in submodules(model) for p in m._parameters.values() if p is not None]
         else:
             theirs = list(self.shards.parameters)
-        members = {id(p): p for p in (*optimized, *theirs)}
+        members = {id(p): p for p in (*parameters_of(optimizer), *theirs)}
         return list(members.values())

@@ -7,16 +7,22 @@ gradient of zero, and buffers are looked at when the next step begins. :mod:`mm_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mm_sharp.finite import all_finite, zero_unless
 from mm_sharp.module_state import ModuleStateBackup
-from mm_sharp.shards import Shards, agree
+from mm_sharp.parallel_model import ParallelModel
+from mm_sharp.parameters import parameters_of
+from mm_sharp.shards import agree, local
 from mm_sharp.step_record import StepRecord
 from mm_sharp.step_watch import StepWatch
+
+if TYPE_CHECKING:
+    from mm_sharp.two_pass import TwoPassOptimWrapper
 
 
 class StepGuard:
@@ -25,14 +31,15 @@ class StepGuard:
     Args:
         owner: Class that steps, for messages.
         device: Where it steps.
+        parallel: What it steps.
 
     Attributes:
         host_knows: Whether the host knows at once what is finite. Elsewhere than on the CPU it would have to wait.
     """
 
-    def __init__(self, owner: str, device: torch.device) -> None:
+    def __init__(self, owner: str, device: torch.device, parallel: ParallelModel) -> None:
         self.host_knows = device.type == 'cpu'
-        self._device = device
+        self._parallel = parallel
         self._watch = StepWatch(owner)
         self._before = ModuleStateBackup()
 
@@ -53,17 +60,31 @@ class StepGuard:
         """Take up the first loss, before anything else runs."""
         self._watch.begin(loss)
 
-    def finite(self, gradients: Sequence[Tensor], shards: Shards | None) -> Tensor:
-        """Whether the final gradient is finite, scalar; of a sharded model in all processes, which must all ask."""
-        finite = all_finite(gradients)
-        return finite if shards is None else ~agree(~finite.to(self._device))
+    def step_if_finite(self, wrapper: TwoPassOptimWrapper, step_kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Step, unless the final gradient is not finite.
 
-    def lets_step(self, finite: Tensor, gradients: Sequence[Tensor]) -> bool:
-        """Whether the optimizer is to step; where the host does not know, it is, and ``gradients`` may become zero."""
-        if self.host_knows:
-            return bool(finite)
-        zero_unless(finite, gradients)
-        return True
+        Args:
+            wrapper: The optimizer wrapper, whose ``step`` it is.
+            step_kwargs: Arguments of ``step``.
+
+        Returns:
+            Whether the gradient is finite, scalar (of a sharded model in all processes, which must all ask); None where
+            that is for the loss scaler to find out.
+        """
+        if wrapper.precision.scaler is not None:
+            wrapper.step(**step_kwargs)
+            return None
+        parameters = parameters_of(wrapper.optimizer)
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        with wrapper.aside('host'):
+            finite = all_finite(gradients)
+            if self._parallel.shards is not None:
+                finite = ~agree(~finite.to(wrapper.device))
+        if not self.host_knows:
+            zero_unless(finite, gradients)
+        if not self.host_knows or finite:
+            wrapper.step(**step_kwargs)
+        return finite
 
     def end(
         self, step: int, record: StepRecord, finite: Tensor | None, *, scaled: bool, names: Callable[[], str]

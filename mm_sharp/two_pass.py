@@ -31,15 +31,13 @@ from torch.optim import Optimizer
 from mm_sharp.ascent import Ascent
 from mm_sharp.gradients import GradientsAside
 from mm_sharp.method import Method
-from mm_sharp.module_state import ModuleStateBackup
 from mm_sharp.parallel_model import ParallelModel
-from mm_sharp.parameters import ParameterSelector
+from mm_sharp.parameters import ParameterSelector, devices_of, parameters_of, trained_by
 from mm_sharp.precision import Precision
 from mm_sharp.random_state import RandomState
-from mm_sharp.ranks import average_gradients
-from mm_sharp.replay import CallRecorder, ModelCall, loss_of, unwrap
+from mm_sharp.replay import CallRecorder, ModelCall, unwrap
 from mm_sharp.sample_keys import without_keys
-from mm_sharp.shards import local
+from mm_sharp.second_pass import SecondPass
 from mm_sharp.step_guard import StepGuard
 from mm_sharp.step_record import StepRecord, StepTimer
 from mm_sharp.step_watch import suspects
@@ -105,15 +103,15 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self.sync_perturbation = check_bool(name, 'sync_perturbation', sync_perturbation)
         self.replay_rng = check_bool(name, 'replay_rng', replay_rng)
         self.selector = ParameterSelector(name, perturb)
-        self.device = self._parameters()[0].device
+        self.device = parameters_of(optimizer)[0].device
         self.precision = Precision(name, dtype, loss_scale, self.device)
         self.record_timing = False
         self.last_step: StepRecord | None = None
         self._recorder = CallRecorder()
         self._parallel = ParallelModel()
-        self._ascent = Ascent(name, self.device)
-        self._guard = StepGuard(name, self.device)
-        self._state_between = ModuleStateBackup()
+        self._ascent = Ascent(self._parallel)
+        self._second = SecondPass(self._parallel)
+        self._guard = StepGuard(name, self.device, self._parallel)
         self._timer: StepTimer | None = None
         self._figures: Callable[[], dict[str, float]] | None = None
         self._loss_is_checked = False
@@ -141,7 +139,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             with (
                 self._parallel.no_sync(model, not synced),
                 self.precision.autocast(),
-                self._recorder.record(model, self._devices(), self._on_call),
+                self._recorder.record(model, devices_of(self.optimizer), self._on_call),
                 self.recording(model),
             ):
                 yield
@@ -179,7 +177,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """
         call = require_call(type(self).__name__, self._recorder.take())
         with self.aside('host'):
-            gradients = GradientsAside(self._parallel.parameters(call.model, self._parameters()))
+            gradients = GradientsAside(self._parallel.parameters(call.model, self.optimizer))
         count, last_step = self.inner_count, self.last_step
         try:
             with self.aside('host'):
@@ -187,7 +185,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                 self._guard.begin(loss)
             record = self._run_passes(call, loss, gradients)
             due = self.should_update()
-            finite = self._step_if_finite(step_kwargs or {}) if due else None
+            finite = self._guard.step_if_finite(self, step_kwargs or {}) if due else None
         except BaseException:
             self._inner_count, self.last_step = count, last_step
             self._undo(call, gradients)
@@ -233,40 +231,28 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     def _run_passes(self, call: ModelCall, loss: Tensor, gradients: GradientsAside) -> StepRecord:
         """Everything from the first backward to the restoration."""
         module = unwrap(call.model)
-        random_after_first = RandomState.capture(self._devices())
+        random_after_first = RandomState.capture(devices_of(self.optimizer))
         with ExitStack() as afterwards:  # all of it, though a part fails
             afterwards.callback(self._mark, 'restore')
             if self.replay_rng:
                 afterwards.callback(random_after_first.restore)
             afterwards.callback(torch.clear_autocast_cache)
-            afterwards.callback(self._state_between.restore)
+            afterwards.callback(self._second.end)
             afterwards.callback(self._ascent.take_back)
             afterwards.push(self._parallel.settle)  # before anything is written to the weights
             gradients.take_off()
-            self._first_backward(call, loss)
+            self._ascent.backward(self, call, loss)
             self._mark('pass1')
-            norm = self._climb(module)
+            norm = self._ascent.climb(self, module)
             gradients.resume()
             self._mark('climb')
             with self.aside('host'):
-                self._state_between.save(module)
+                self._second.begin(module)
             second, perturbed_loss = self.second_loss(call, loss, norm)
             self.backward(self.scale_loss(second))
             self._mark('pass2')
         self.last_step = StepRecord(loss.detach(), perturbed_loss, norm, self._timer, self._figures)
         return self.last_step
-
-    def _step_if_finite(self, step_kwargs: dict[str, Any]) -> Tensor | None:
-        """Step, unless the final gradient is not finite; returns whether it is, where the loss scaler does not ask."""
-        if self.precision.scaler is not None:
-            self.step(**step_kwargs)
-            return None
-        gradients = [local(parameter.grad) for parameter in self._parameters() if parameter.grad is not None]
-        with self.aside('host'):
-            finite = self._guard.finite(gradients, self._parallel.shards)
-        if self._guard.lets_step(finite, gradients):
-            self.step(**step_kwargs)
-        return finite
 
     def _undo(self, call: ModelCall, gradients: GradientsAside) -> None:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""
@@ -276,55 +262,17 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             undo.callback(gradients.undo)
             undo.callback(self.precision.forget_step)
             undo.callback(self._ascent.switch_on)
-            undo.callback(self._state_between.drop)
+            undo.callback(self._second.drop)
             undo.callback(self._ascent.take_back)
             undo.callback(self._parallel.settle, BaseException)
 
-    def _first_backward(self, call: ModelCall, loss: Tensor) -> None:
-        """The gradients that the climb needs."""
-        # The loss scale is fitted to the second pass's loss, which accumulation divides.
-        scaled = self.precision.scale(loss if self.precision.scaler is None else self.scale_loss(loss))
-        self._ascent.backward(scaled)
-        by_hand = self._parallel.shards is None and self.sync_perturbation and self.skips_gradients
-        if by_hand and hasattr(call.model, 'no_sync'):
-            average_gradients(self._ascent.perturbed)
-
-    def _climb(self, module: nn.Module) -> Tensor:
-        """Perturb the chosen parameters by their gradients; returns the norm."""
-        return self._ascent.climb(
-            module,
-            self.rho,
-            adaptive=self.adaptive,
-            eta=self.eta,
-            eps=self.eps,
-            quantized=self.perturb_quantized,
-            inverse_grad_scale=self._inverse_grad_scale(),
-            shards=self._parallel.shards,
-        )
-
-    def _inverse_grad_scale(self) -> Tensor | None:
-        """What undoes, in the first gradient, the loss scale and the division by the accumulated micro-batches."""
-        inverse = self.precision.inverse_scale()
-        return None if inverse is None else inverse / self.scale_loss(1.0)
-
     def forward_again(self, call: ModelCall) -> Tensor:
         """The loss of ``call`` at the weights as they are now, with the first pass's random draws."""
-        # Casts of the weights that an enclosing autocast region cached are those of other weights.
-        torch.clear_autocast_cache()
-        if self.replay_rng:
-            call.random_state.restore()
-        with self._parallel.no_sync(call.model, not self.should_sync()), self.precision.autocast():
-            output = call.replay()
-        return loss_of(call, output)
+        return self._second.loss(self, call)
 
     def loss_without_gradient(self, call: ModelCall) -> Tensor:
         """As :meth:`forward_again`, leaving no trace: not in the buffers, nor by communication."""
-        module = unwrap(call.model)
-        with torch.no_grad(), self._parallel.no_sync(call.model, True):
-            loss = self.forward_again(call)
-        self._state_between.restore()
-        self._state_between.save(module)
-        return loss
+        return self._second.loss_without_gradient(self, call)
 
     # ---------------------------------------------------------------- helpers
     def _on_call(self, call: ModelCall) -> ModelCall:
@@ -339,7 +287,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             call = self.choose_first_batch(call)
         with self.aside('host'):
             args, kwargs = without_keys(call.model, call.args, call.kwargs)
-            trained = self._trained()
+            trained = trained_by(self.optimizer)
             perturbed, scale = self.choose_perturbed(self.selector.select(module, trained))
             # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
             skips = self.skips_gradients and self._parallel.shards is None
@@ -358,22 +306,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
 
     def _clip_grad(self) -> None:
         """Clip the gradients; under FSDP by the norm of the whole gradient, and not of this rank's piece."""
-        shards = self._parallel.shards
-        if shards is None:
+        if self._parallel.shards is None:
             super()._clip_grad()
-            return
-        norm = shards.clip_(self._trained(), self.device, **self.clip_grad_kwargs)
-        if norm is not None:
-            self.message_hub.update_scalar('train/grad_norm', float(norm))
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._parameters() if parameter.requires_grad]
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group['params']]
-
-    def _devices(self) -> tuple[torch.device, ...]:
-        return tuple(dict.fromkeys(parameter.device for parameter in self._parameters()))
+        else:
+            self._parallel.clip_gradients(self)
 
     def _mark(self, phase: str) -> None:
         if self._timer is not None:
