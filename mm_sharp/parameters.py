@@ -1,4 +1,4 @@
-"""Which parameters are perturbed: the ``perturb`` argument (ours).
+"""Which parameters an optimizer trains, and which of them are perturbed: the ``perturb`` argument (ours).
 
 What is left out is still trained; it only stays where it is during the second pass.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from mm_sharp.validation import UserError
 
@@ -19,6 +21,21 @@ _EXAMPLE = (
     "perturb='auto', perturb='all', perturb='weights' (no norm layers, biases or quantizer scales) or "
     "perturb=dict(norm=False, bias=True, quantizer_scale=False, include=['^backbone'], exclude=['head'])"
 )
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters of an optimizer, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group['params']]
+
+
+def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Those of an optimizer's parameters that require a gradient now."""
+    return [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
+
+
+def devices_of(optimizer: Optimizer) -> tuple[torch.device, ...]:
+    """The devices of an optimizer's parameters, each once."""
+    return tuple(dict.fromkeys(parameter.device for parameter in parameters_of(optimizer)))
 
 
 class ParameterSelector:

@@ -28,23 +28,20 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mm_sharp.finite import all_finite, zero_unless
-from mm_sharp.grad_switch import GradSwitch
+from mm_sharp.ascent import Ascent
 from mm_sharp.gradients import GradientsAside
 from mm_sharp.method import Method
-from mm_sharp.module_state import ModuleStateBackup, submodules
-from mm_sharp.parameters import ParameterSelector
-from mm_sharp.perturbation import TensorBackup, climb, global_norm
+from mm_sharp.parallel_model import ParallelModel
+from mm_sharp.parameters import ParameterSelector, devices_of, parameters_of, trained_by
 from mm_sharp.precision import Precision
-from mm_sharp.quantized_perturbation import QuantizedPerturbation
 from mm_sharp.random_state import RandomState
-from mm_sharp.ranks import average_gradients
-from mm_sharp.replay import CallRecorder, ModelCall, loss_of, unwrap
+from mm_sharp.replay import CallRecorder, ModelCall, unwrap
 from mm_sharp.sample_keys import without_keys
-from mm_sharp.shards import Shards, agree, local, shards_of
+from mm_sharp.second_pass import SecondPass
+from mm_sharp.step_guard import StepGuard
 from mm_sharp.step_record import StepRecord, StepTimer
-from mm_sharp.step_watch import StepWatch, suspects
-from mm_sharp.support import check_loss, check_model, check_perturbed, check_shards, require_call
+from mm_sharp.step_watch import suspects
+from mm_sharp.support import check_loss, check_model, require_call
 from mm_sharp.validation import check_bool, check_clip_grad, check_number, check_positive_int, check_steps_alone
 from mm_sharp.wrapper_state import load_state, pack_state
 
@@ -106,27 +103,18 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self.sync_perturbation = check_bool(name, 'sync_perturbation', sync_perturbation)
         self.replay_rng = check_bool(name, 'replay_rng', replay_rng)
         self.selector = ParameterSelector(name, perturb)
-        self.device = self._parameters()[0].device
+        self.device = parameters_of(optimizer)[0].device
         self.precision = Precision(name, dtype, loss_scale, self.device)
         self.record_timing = False
         self.last_step: StepRecord | None = None
         self._recorder = CallRecorder()
-        self._model: nn.Module | None = None
-        self._shards: Shards | None = None
-        self._perturbed: list[nn.Parameter] = []
-        self._scale = 1.0
-        self._skipped: list[nn.Parameter] = []
-        self._without_gradient = GradSwitch()
-        self._weights = TensorBackup()
-        self._quantized = QuantizedPerturbation()
-        self._state_before = ModuleStateBackup()
-        self._state_between = ModuleStateBackup()
+        self._parallel = ParallelModel()
+        self._ascent = Ascent(self._parallel)
+        self._second = SecondPass(self._parallel)
+        self._guard = StepGuard(name, self.device, self._parallel)
         self._timer: StepTimer | None = None
         self._figures: Callable[[], dict[str, float]] | None = None
         self._loss_is_checked = False
-        self._watch = StepWatch(name)
-        # Elsewhere it would have to wait for the device to learn whether something is finite.
-        self._host_knows = self.device.type == 'cpu'
 
     # ---------------------------------------------------------------- MMEngine's interface
     @contextmanager
@@ -145,23 +133,22 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
         synced = self.sync_perturbation and not self.skips_gradients
         check_model(type(self).__name__, model, synced, can_sync=not self.skips_gradients)
-        self._settle()
-        self._state_before.drop()  # an earlier forward may have been left without update_params
-        self._find_shards(model)
+        self._guard.next_step()
+        self._parallel.look_at(self, model)
         try:
             with (
-                self._no_sync(model, not synced),
+                self._parallel.no_sync(model, not synced),
                 self.precision.autocast(),
-                self._recorder.record(model, self._devices(), self._on_call),
+                self._recorder.record(model, devices_of(self.optimizer), self._on_call),
                 self.recording(model),
             ):
                 yield
         except BaseException as error:
-            self._settle_shards(type(error))
-            self._state_before.restore()
+            self._parallel.settle(type(error))
+            self._guard.put_back()
             raise
         finally:
-            self._without_gradient.on()
+            self._ascent.switch_on()
 
     def update_params(
         self,
@@ -190,15 +177,15 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """
         call = require_call(type(self).__name__, self._recorder.take())
         with self.aside('host'):
-            gradients = GradientsAside(self._all_parameters(call.model))
+            gradients = GradientsAside(self._parallel.parameters(call.model, self.optimizer))
         count, last_step = self.inner_count, self.last_step
         try:
             with self.aside('host'):
                 self._check_loss(call, loss)
-                self._watch.begin(loss)
+                self._guard.begin(loss)
             record = self._run_passes(call, loss, gradients)
             due = self.should_update()
-            finite = self._step_if_finite(step_kwargs or {}) if due else None
+            finite = self._guard.step_if_finite(self, step_kwargs or {}) if due else None
         except BaseException:
             self._inner_count, self.last_step = count, last_step
             self._undo(call, gradients)
@@ -207,9 +194,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             self.zero_grad(**(zero_kwargs or {}))
         scaled = self.precision.scaler is not None
         with self.aside('host'):
-            self._watch.note(self._inner_count, record, finite, scaled=scaled, names=partial(self.suspects, call))
-            if self._host_knows:
-                self._settle()
+            self._guard.end(self._inner_count, record, finite, scaled=scaled, names=partial(self.suspects, call))
         self._mark('step')
         self._timer = None
 
@@ -246,125 +231,48 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     def _run_passes(self, call: ModelCall, loss: Tensor, gradients: GradientsAside) -> StepRecord:
         """Everything from the first backward to the restoration."""
         module = unwrap(call.model)
-        random_after_first = RandomState.capture(self._devices())
+        random_after_first = RandomState.capture(devices_of(self.optimizer))
         with ExitStack() as afterwards:  # all of it, though a part fails
             afterwards.callback(self._mark, 'restore')
             if self.replay_rng:
                 afterwards.callback(random_after_first.restore)
             afterwards.callback(torch.clear_autocast_cache)
-            afterwards.callback(self._state_between.restore)
-            afterwards.callback(self._weights.restore)
-            afterwards.callback(self._quantized.remove)
-            afterwards.push(self._settle_shards)  # before anything is written to the weights
+            afterwards.callback(self._second.end)
+            afterwards.callback(self._ascent.take_back)
+            afterwards.push(self._parallel.settle)  # before anything is written to the weights
             gradients.take_off()
-            self._first_backward(call, loss)
+            self._ascent.backward(self, call, loss)
             self._mark('pass1')
-            norm = self._climb(module)
+            norm = self._ascent.climb(self, module)
             gradients.resume()
             self._mark('climb')
             with self.aside('host'):
-                self._state_between.save(module)
+                self._second.begin(module)
             second, perturbed_loss = self.second_loss(call, loss, norm)
             self.backward(self.scale_loss(second))
             self._mark('pass2')
         self.last_step = StepRecord(loss.detach(), perturbed_loss, norm, self._timer, self._figures)
         return self.last_step
 
-    def _step_if_finite(self, step_kwargs: dict[str, Any]) -> Tensor | None:
-        """Step, unless the final gradient is not finite; returns whether it is, where the loss scaler does not ask."""
-        if self.precision.scaler is not None:
-            self.step(**step_kwargs)
-            return None
-        gradients = [local(parameter.grad) for parameter in self._parameters() if parameter.grad is not None]
-        with self.aside('host'):
-            finite = all_finite(gradients)
-            if self._shards is not None:
-                finite = ~agree(~finite.to(self.device))
-        if not self._host_knows:
-            zero_unless(finite, gradients)
-        if not self._host_knows or finite:
-            self.step(**step_kwargs)
-        return finite
-
     def _undo(self, call: ModelCall, gradients: GradientsAside) -> None:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""
         with ExitStack() as undo:
             undo.callback(call.random_state.restore)
-            undo.callback(self._state_before.restore)
+            undo.callback(self._guard.put_back)
             undo.callback(gradients.undo)
             undo.callback(self.precision.forget_step)
-            undo.callback(self._without_gradient.on)
-            undo.callback(self._state_between.drop)
-            undo.callback(self._weights.restore)
-            undo.callback(self._quantized.remove)
-            undo.callback(self._settle_shards, BaseException)
-
-    def _settle(self) -> None:
-        """Deal with what the last step has shown."""
-        if self._watch.settle():
-            self._state_before.drop()
-        else:
-            self._state_before.drop_if_finite()
-
-    def _first_backward(self, call: ModelCall, loss: Tensor) -> None:
-        """The gradients that the climb needs."""
-        # The loss scale is fitted to the second pass's loss, which accumulation divides.
-        scaled = self.precision.scale(loss if self.precision.scaler is None else self.scale_loss(loss))
-        # Checkpointed layers run again in the backward pass.
-        self._without_gradient.off(self._skipped)
-        # With gradients switched off, nothing may be left that the loss depends on.
-        if scaled.requires_grad or not self._without_gradient.active:
-            scaled.backward()
-        self._without_gradient.on()
-        if self._shards is None and self.sync_perturbation and self.skips_gradients and hasattr(call.model, 'no_sync'):
-            average_gradients(self._perturbed)
-
-    def _climb(self, module: nn.Module) -> Tensor:
-        """Perturb the chosen parameters by their gradients; returns the norm."""
-        perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
-        check_perturbed(type(self).__name__, module, perturbed, quantized=self.perturb_quantized)
-        if not perturbed and self._shards is None:
-            return torch.zeros((), device=self.device)
-        weights = [local(parameter) for parameter in perturbed]
-        self._weights.save(weights)
-        norm = climb(
-            weights,
-            [local(parameter.grad) for parameter in perturbed if parameter.grad is not None],
-            self.rho,
-            adaptive=self.adaptive,
-            eta=self.eta,
-            eps=self.eps,
-            scale=self._scale,
-            inverse_grad_scale=self._inverse_grad_scale(),
-            norm_of=global_norm if self._shards is None else self._shards.norm_of(perturbed, self.device),
-        )
-        if self.perturb_quantized:
-            self._quantized.apply(module, perturbed, self._weights.copies)
-        return norm
-
-    def _inverse_grad_scale(self) -> Tensor | None:
-        """What undoes, in the first gradient, the loss scale and the division by the accumulated micro-batches."""
-        inverse = self.precision.inverse_scale()
-        return None if inverse is None else inverse / self.scale_loss(1.0)
+            undo.callback(self._ascent.switch_on)
+            undo.callback(self._second.drop)
+            undo.callback(self._ascent.take_back)
+            undo.callback(self._parallel.settle, BaseException)
 
     def forward_again(self, call: ModelCall) -> Tensor:
         """The loss of ``call`` at the weights as they are now, with the first pass's random draws."""
-        # Casts of the weights that an enclosing autocast region cached are those of other weights.
-        torch.clear_autocast_cache()
-        if self.replay_rng:
-            call.random_state.restore()
-        with self._no_sync(call.model, not self.should_sync()), self.precision.autocast():
-            output = call.replay()
-        return loss_of(call, output)
+        return self._second.loss(self, call)
 
     def loss_without_gradient(self, call: ModelCall) -> Tensor:
         """As :meth:`forward_again`, leaving no trace: not in the buffers, nor by communication."""
-        module = unwrap(call.model)
-        with torch.no_grad(), self._no_sync(call.model, True):
-            loss = self.forward_again(call)
-        self._state_between.restore()
-        self._state_between.save(module)
-        return loss
+        return self._second.loss_without_gradient(self, call)
 
     # ---------------------------------------------------------------- helpers
     def _on_call(self, call: ModelCall) -> ModelCall:
@@ -374,18 +282,16 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         module = unwrap(call.model)
         self._figures = None
         with self.aside('host'):
-            self._state_before.save(module)
+            self._guard.keep(module)
         with self.aside('recording'):
             call = self.choose_first_batch(call)
         with self.aside('host'):
             args, kwargs = without_keys(call.model, call.args, call.kwargs)
-            trained = self._trained()
-            self._perturbed, self._scale = self.choose_perturbed(self.selector.select(module, trained))
-            perturbed = set(map(id, self._perturbed))
+            trained = trained_by(self.optimizer)
+            perturbed, scale = self.choose_perturbed(self.selector.select(module, trained))
             # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
-            skips = self.skips_gradients and self._shards is None
-            self._skipped = [p for p in trained if id(p) not in perturbed] if skips else []
-            self._without_gradient.off(self._skipped)
+            skips = self.skips_gradients and self._parallel.shards is None
+            self._ascent.choose(perturbed, scale, skip=trained if skips else ())
         return replace(call, args=args, kwargs=kwargs)
 
     def suspects(self, call: ModelCall) -> str:
@@ -398,59 +304,12 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             check_loss(type(self).__name__, call, loss)
             self._loss_is_checked = True
 
-    def _no_sync(self, model: nn.Module, active: bool) -> AbstractContextManager[Any]:
-        """The context in which DDP leaves gradients alone, if ``active``.
-
-        DDP decides in the forward whether the backward that follows is synchronised. Under FSDP every pass is: whole
-        gradients, as it keeps them otherwise, are no pieces.
-        """
-        no_sync = getattr(model, 'no_sync', None) if self._shards is None else None
-        return no_sync() if active and callable(no_sync) else nullcontext()
-
-    def _find_shards(self, model: nn.Module) -> None:
-        """Look whether ``model`` is sharded, once, and have its parameters be pieces."""
-        if model is self._model:
-            self._settle_shards()
-            return
-        self._shards = shards_of(model)
-        self.precision.share_overflow = None if self._shards is None else self._shards.share_overflow
-        if self._shards is not None:
-            check_shards(self, self._shards)
-            # In a pass, the parameters that have the names may be others.
-            self.selector.select(unwrap(model), self._trained())
-        self._model = model
-
-    def _settle_shards(self, error: type[BaseException] | None = None, *_: object) -> None:
-        """Have the parameters be pieces, as the exit of a context in which a pass may have been broken off."""
-        if self._shards is not None:
-            self._shards.settle(broken_off=error is not None)
-
     def _clip_grad(self) -> None:
         """Clip the gradients; under FSDP by the norm of the whole gradient, and not of this rank's piece."""
-        if self._shards is None:
+        if self._parallel.shards is None:
             super()._clip_grad()
-            return
-        norm = self._shards.clip_(self._trained(), self.device, **self.clip_grad_kwargs)
-        if norm is not None:
-            self.message_hub.update_scalar('train/grad_norm', float(norm))
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._parameters() if parameter.requires_grad]
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group['params']]
-
-    def _all_parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """The optimizer's parameters and the model's: all that a backward pass may write gradients to."""
-        if self._shards is None:
-            theirs = [p for m in submodules(model) for p in m._parameters.values() if p is not None]
         else:
-            theirs = list(self._shards.parameters)
-        members = {id(p): p for p in (*self._parameters(), *theirs)}
-        return list(members.values())
-
-    def _devices(self) -> tuple[torch.device, ...]:
-        return tuple(dict.fromkeys(parameter.device for parameter in self._parameters()))
+            self._parallel.clip_gradients(self)
 
     def _mark(self, phase: str) -> None:
         if self._timer is not None:

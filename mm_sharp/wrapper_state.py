@@ -10,6 +10,7 @@ from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 
 from mm_sharp.checkpoint_check import check_base_optimizer
+from mm_sharp.parameters import devices_of
 from mm_sharp.random_state import RandomState
 from mm_sharp.validation import UserError
 
@@ -38,7 +39,7 @@ def pack_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str,
     own: dict[str, Any] = {'version': _VERSION, 'wrapper': type(wrapper).__name__}
     own['base_optimizer'] = type(wrapper.optimizer).__name__
     if get_world_size() == 1:
-        own['random_state'] = RandomState.capture(wrapper._devices()).state_dict()
+        own['random_state'] = RandomState.capture(devices_of(wrapper.optimizer)).state_dict()
     own.update(wrapper.own_state())
     packed[_KEY] = own
     return packed

@@ -171,7 +171,7 @@ def many_steps(losses: tuple[str, ...], steps: int, **options: Any) -> Run:
         return first[-1].norm()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mm_sharp.two_pass.climb', climb)
+        patch.setattr('mm_sharp.ascent.climb', climb)
         patch.setattr(wrapper, 'visit', lambda *_: None)
         for _ in range(steps):
             model.train_step(batch, wrapper)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mm_sharp import two_pass
+from mm_sharp import ascent
 from mm_sharp.gradients import GradientsAside
 from mm_sharp.module_state import ModuleStateBackup
 from mm_sharp.per_sample_pass import PerSampleOptimWrapper
@@ -91,8 +91,8 @@ POINTS: dict[str, Callable[[pytest.MonkeyPatch, Injected, TwoPassOptimWrapper], 
     'taking accumulated gradients off': in_call(GradientsAside, 'take_off', after=True),
     'first backward': in_model('first', 'backward'),
     'copy of the weights': in_call(TensorBackup, 'save'),
-    'climb, before it': in_call(two_pass, 'climb'),
-    'climb, after it': in_call(two_pass, 'climb', after=True),
+    'climb, before it': in_call(ascent, 'climb'),
+    'climb, after it': in_call(ascent, 'climb', after=True),
     'second pass, gradients of earlier micro-batches': in_call(GradientsAside, 'resume', after=True),
     'replay of the call': in_call(ModelCall, 'replay'),
     'forward that selects': in_model('selecting', 'forward'),

@@ -33,6 +33,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
     frozenset({'step_watch', 'support', 'wrapper_state', 'subset', 'indexed_dataset', 'loader_draws', 'method'}),
+    frozenset({'parallel_model'}),
+    frozenset({'ascent', 'second_pass', 'step_guard'}),
     frozenset({'two_pass', 'dataset_keys'}),
     frozenset({'per_sample_pass'}),
     frozenset({'sam', 'esam', 'ausam', 'hooks', 'ausam_sampler'}),
