@@ -181,6 +181,7 @@ class TensorBackup:
         # Weak: memory for a tensor that is gone goes with it.
         self._memory: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         self._tensors: list[Tensor] = []
+        self._copies: list[Tensor] = []
 
     @property
     def saved(self) -> bool:
@@ -201,22 +202,22 @@ class TensorBackup:
             raise RuntimeError('The tensors of an earlier backup have not been restored')
         copies = [self._copy_of(tensor) for tensor in tensors]
         foreach_copy_(copies, tensors)
-        self._tensors = list(tensors)
+        self._tensors, self._copies = list(tensors), copies
 
     @property
     def copies(self) -> Mapping[Tensor, Tensor]:
         """By tensor, what was saved of those that are kept now."""
-        return {tensor: self._memory[tensor] for tensor in self._tensors}
+        return dict(zip(self._tensors, self._copies, strict=True))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Write the copies back, bit for bit, into the storage they were taken from."""
-        foreach_copy_(self._tensors, [self._memory[tensor] for tensor in self._tensors])
-        self._tensors = []
+        foreach_copy_(self._tensors, self._copies)
+        self.drop()
 
     def drop(self) -> None:
         """Forget the backup; the memory stays for the next one."""
-        self._tensors = []
+        self._tensors, self._copies = [], []
 
     def _copy_of(self, tensor: Tensor) -> Tensor:
         memory = self._memory.get(tensor)
