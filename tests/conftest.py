@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -32,6 +33,21 @@ def shared_data() -> Path:
 def _one_thread() -> None:
     """The tests' models are too small for several threads, and each core has a test process of its own."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _installed_packages_stay() -> Iterator[None]:
+    """MMEngine looks a package up once, not anew for every config that inherits from it.
+
+    Each time, it would import pkg_resources again and read the 155 files in which MMPose lists its models. What runs in
+    a process of its own still does.
+    """
+    from mmengine.config import config, utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((config, 'is_installed'), (config, 'get_installed_path'), (utils, 'load')):
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
 
 
 @pytest.fixture(autouse=True)
