@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,29 @@ def _installed_packages_stay() -> Iterator[None]:
         for module, name in ((config, 'is_installed'), (config, 'get_installed_path'), (utils, 'load')):
             patch.setattr(module, name, functools.cache(getattr(module, name)))
         yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _configs_as_they_are_written() -> Iterator[Callable[..., tuple[str, bool]]]:
+    """A Runner writes its config out four times; formatting it neatly takes longer than training a toy.
+
+    The text is the same Python otherwise. ``neat_configs`` has it formatted, as do runs in processes of their own; and
+    of the environment, which goes into the log beside it, a process is asked once.
+    """
+    from mmengine.config import config
+    from mmengine.runner import runner
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = config.FormatCode
+        patch.setattr(config, 'FormatCode', lambda text, **options: (text, False))
+        patch.setattr(runner, 'collect_env', functools.cache(runner.collect_env))
+        yield original
+
+
+@pytest.fixture
+def neat_configs(_configs_as_they_are_written: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs are formatted, as they are outside the tests."""
+    monkeypatch.setattr('mmengine.config.config.FormatCode', _configs_as_they_are_written)
 
 
 @pytest.fixture(autouse=True)

@@ -125,7 +125,7 @@ def test_a_scale_that_overflows_every_gradient(name: str) -> None:
 def test_a_dynamic_scale_under_accumulation_still_perturbs(name: str, accumulative_counts: int) -> None:
     """The scale grows to what the second pass bears, whose loss is divided: the first pass must bear it, too."""
     model = make()
-    growth = dict(init_scale=2.0**17, growth_interval=1, growth_factor=1.2)
+    growth = dict(init_scale=2.0**18, growth_interval=1, growth_factor=1.2)
     wrapper = build(name, model, dtype='float16', loss_scale=growth, accumulative_counts=accumulative_counts)
     norms = []
     for batch in batches(80):

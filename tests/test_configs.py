@@ -98,6 +98,12 @@ def test_written_and_read_again_it_is_the_same(path: Path, tmp_path: Path) -> No
     assert Config.fromfile(tmp_path / 'copy.py').to_dict() == cfg.to_dict()
 
 
+@pytest.mark.parametrize('folder', [*METHODS, 'demo'])
+def test_formatted_it_is_the_same(folder: str, tmp_path: Path, neat_configs: None) -> None:
+    path = next(path for path in CONFIGS if path.parent.name == folder)
+    test_written_and_read_again_it_is_the_same(path, tmp_path)
+
+
 @pytest.mark.parametrize('path', RECIPES, ids=name)
 def test_a_recipe_of_ours_changes_only_what_it_must(path: Path, tmp_path: Path) -> None:
     (tmp_path / 'theirs.py').write_text(f"_base_ = '{inherited(path)}'")
