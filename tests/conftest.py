@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,44 @@ def shared_data() -> Path:
 def _one_thread() -> None:
     """The tests' models are too small for several threads, and each core has a test process of its own."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _installed_packages_stay() -> Iterator[None]:
+    """MMEngine looks a package up once, not anew for every config that inherits from it.
+
+    Each time, it would import pkg_resources again and read the 155 files in which MMPose lists its models. What runs in
+    a process of its own still does.
+    """
+    from mmengine.config import config, utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((config, 'is_installed'), (config, 'get_installed_path'), (utils, 'load')):
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _configs_as_they_are_written() -> Iterator[Callable[..., tuple[str, bool]]]:
+    """A Runner writes its config out four times; formatting it neatly takes longer than training a toy.
+
+    The text is the same Python otherwise. ``neat_configs`` has it formatted, as do runs in processes of their own; and
+    of the environment, which goes into the log beside it, a process is asked once.
+    """
+    from mmengine.config import config
+    from mmengine.runner import runner
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = config.FormatCode
+        patch.setattr(config, 'FormatCode', lambda text, **options: (text, False))
+        patch.setattr(runner, 'collect_env', functools.cache(runner.collect_env))
+        yield original
+
+
+@pytest.fixture
+def neat_configs(_configs_as_they_are_written: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs are formatted, as they are outside the tests."""
+    monkeypatch.setattr('mmengine.config.config.FormatCode', _configs_as_they_are_written)
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,17 @@
 """MMPose's shipped configs, one for each head, and a synthetic batch for every one of them.
 
 Batches go through each config's own codec and packing, so heads get exactly the labels that they get in training.
-Where a head allows it, the input is smaller than the recipe's, to save time; nothing else of a model is changed.
+To save time, the networks are narrow (see :mod:`tests.narrow`) and, where a head allows it, the input is smaller than
+the recipe's; nothing else of a model is changed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mmpose
@@ -20,6 +23,8 @@ from mmengine.dataset import pseudo_collate
 from mmengine.logging import MessageHub
 from mmpose.registry import MODELS, TRANSFORMS
 from torch import nn
+
+from tests.narrow import narrow
 
 RECIPES = Path(mmpose.__file__).parent / '.mim' / 'configs'
 BATCH = 2
@@ -52,8 +57,9 @@ class Case:
     sample: Callable[[Case, int], dict[str, Any]] | None = None
 
     def config(self) -> Config:
-        """The recipe, without pretrained weights (nothing is downloaded)."""
+        """The recipe with a narrow network, without pretrained weights (nothing is downloaded)."""
         cfg = Config.fromfile(RECIPES / self.path)
+        narrow(cfg.model)
         self.edit(cfg)
         without_pretrained(cfg._cfg_dict)
         return cfg
@@ -221,10 +227,23 @@ def _trajectory(cfg: Config) -> None:
 
 
 def _distiller(cfg: Config) -> None:
-    """Its teacher's and student's configs are named relative to MMPose's folder."""
-    for who in ('teacher_cfg', 'student_cfg'):
-        cfg.model[who] = str(RECIPES.parent / cfg.model[who])
+    """Its teacher's and student's configs are files, which are written anew with networks that are narrow too."""
+    for who, width in (('teacher', 0.25), ('student', 0.125)):
+        part = Config.fromfile(RECIPES.parent / cfg.model[f'{who}_cfg'])
+        narrow(part.model)
+        part.model.backbone.widen_factor = width
+        part.model.head.in_channels = cfg.model.distill_cfg[0].methods[0][f'{who}_channels'] = int(1024 * width)
+        without_pretrained(part._cfg_dict)
+        file = Path(_folder().name) / f'{who}.py'
+        part.dump(file)
+        cfg.model[f'{who}_cfg'] = str(file)
     cfg.model.teacher_pretrained = None
+
+
+@functools.cache
+def _folder() -> TemporaryDirectory[str]:
+    """Of configs that must be files; it goes with the process."""
+    return TemporaryDirectory()
 
 
 def _hands(cfg: Config) -> None:
@@ -243,7 +262,7 @@ CASES = (
     Case('HeatmapHead-DropPath', f'{_HEATMAP}/td-hm_hrformer-small_8xb32-210e_coco-256x192.py', _SMALL),
     Case('HeatmapHead-UDP', f'{_HEATMAP}/td-hm_hrnet-w32_udp-regress-8xb64-210e_coco-256x192.py', _SMALL),
     Case('ViPNASHead', f'{_HEATMAP}/td-hm_vipnas-mbv3_8xb64-210e_coco-256x192.py', _SMALL),
-    Case('CPMHead', f'{_HEATMAP}/td-hm_cpm_8xb64-210e_coco-256x192.py', _SMALL, stride=8),
+    Case('CPMHead', f'{_HEATMAP}/td-hm_cpm_8xb64-210e_coco-256x192.py', (32, 32), stride=8),
     Case('MSPNHead', f'{_HEATMAP}/td-hm_rsn18_8xb32-210e_coco-256x192.py'),
     Case('SimCCHead', f'{_BODY}/simcc/coco/simcc_mobilenetv2_wo-deconv-8xb64-210e_coco-256x192.py'),
     Case('RTMCCHead', f'{_BODY}/rtmpose/coco/rtmpose-t_8xb256-420e_coco-256x192.py'),

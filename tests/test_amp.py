@@ -125,15 +125,16 @@ def test_a_scale_that_overflows_every_gradient(name: str) -> None:
 def test_a_dynamic_scale_under_accumulation_still_perturbs(name: str, accumulative_counts: int) -> None:
     """The scale grows to what the second pass bears, whose loss is divided: the first pass must bear it, too."""
     model = make()
-    growth = dict(init_scale=2.0**16, growth_interval=1, growth_factor=1.2)
+    growth = dict(init_scale=2.0**18, growth_interval=1, growth_factor=1.2)
     wrapper = build(name, model, dtype='float16', loss_scale=growth, accumulative_counts=accumulative_counts)
     norms = []
-    for batch in batches(160):
+    for batch in batches(80):
         model.train_step(batch, wrapper)
         norms.append(wrapper.last_step.grad_norm.item())
     # At this growth the scale is at its limit for most of the last steps, and over it in some.
-    finite = sum(math.isfinite(norm) for norm in norms[-80:])
-    assert finite >= 40
+    finite = [math.isfinite(norm) for norm in norms]
+    assert not all(finite[:40])
+    assert sum(finite[40:]) >= 20
     if getattr(wrapper, 'uses_history', False):
         wrapper.visits.flush()
         assert len(wrapper.history) > 0

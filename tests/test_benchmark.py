@@ -29,12 +29,16 @@ METHODS = ['base', 'sam', 'esam', 'esam-history', 'ausam', 'ausam-0.5']
 ESAM = {'beta': 0.6, 'gamma': 0.5, 'selection': 'exact', 'refresh': 10}
 HISTORY = {**ESAM, 'selection': 'history'}
 
-# The demo's config with an eighth of ResNet-18's width, on drawn people; SAM's, so that rho reaches the others.
+# The demo's config with the first stage alone of a narrow ResNet-18, on drawn people; SAM's, so that rho reaches the
+# others.
 TINY = """
 _base_ = '{base}'
 model = dict(
-    backbone=dict(stem_channels=8, base_channels=8, init_cfg=dict(type='Pretrained', checkpoint='nowhere.pth')),
-    head=dict(in_channels=64),
+    backbone=dict(
+        stem_channels=8, base_channels=8, init_cfg=dict(type='Pretrained', checkpoint='nowhere.pth'),
+        num_stages=1, out_indices=(0,), strides=(1,), dilations=(1,),
+    ),
+    head=dict(in_channels=8, in_featuremap_size=(24, 32)),
 )
 train_dataloader = dict(batch_size=5, dataset=dict(data_root='{data}'))
 """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import mm_sharp  # noqa: F401  (registers the wrappers)
 from mm_sharp.preflight import check_wrappers
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from tests.conftest import ROOT
+from tests.narrow import narrow
 from tests.recipe_runs import STEPS, Steps, cost, inherited, method, name, two_steps
 
 FOLDER = ROOT / 'configs'
@@ -41,9 +44,19 @@ pytestmark = [
 ]
 
 
+def read(path: Path) -> Config:
+    return deepcopy(_read(path))
+
+
+@functools.cache
+def _read(path: Path) -> Config:
+    return Config.fromfile(path)
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=name)
 def test_two_training_steps(path: Path, tmp_path: Path) -> None:
-    cfg = Config.fromfile(path)
+    cfg = read(path)
+    narrow(cfg.model)
     runner = two_steps(cfg, tmp_path)
     before = {key: value.clone() for key, value in runner.model.state_dict().items()}
     steps = Steps()
@@ -68,7 +81,7 @@ def test_two_training_steps(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('path', CONFIGS, ids=name)
 def test_the_wrapper_is_the_one_in_the_name(path: Path) -> None:
-    cfg = Config.fromfile(path)
+    cfg = read(path)
     (found,) = re.findall(r'_(sam|esam|esam-history|ausam|ausam-loader)_', path.stem) or ['']
     base, _, variant = found.partition('-')
     assert path.parent.name in ('demo', base)
@@ -80,15 +93,21 @@ def test_the_wrapper_is_the_one_in_the_name(path: Path) -> None:
 
 @pytest.mark.parametrize('path', CONFIGS, ids=name)
 def test_written_and_read_again_it_is_the_same(path: Path, tmp_path: Path) -> None:
-    cfg = Config.fromfile(path)
+    cfg = read(path)
     cfg.dump(tmp_path / 'copy.py')
     assert Config.fromfile(tmp_path / 'copy.py').to_dict() == cfg.to_dict()
+
+
+@pytest.mark.parametrize('folder', [*METHODS, 'demo'])
+def test_formatted_it_is_the_same(folder: str, tmp_path: Path, neat_configs: None) -> None:
+    path = next(path for path in CONFIGS if path.parent.name == folder)
+    test_written_and_read_again_it_is_the_same(path, tmp_path)
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=name)
 def test_a_recipe_of_ours_changes_only_what_it_must(path: Path, tmp_path: Path) -> None:
     (tmp_path / 'theirs.py').write_text(f"_base_ = '{inherited(path)}'")
-    ours, theirs = Config.fromfile(path).to_dict(), Config.fromfile(tmp_path / 'theirs.py').to_dict()
+    ours, theirs = read(path).to_dict(), Config.fromfile(tmp_path / 'theirs.py').to_dict()
     wrapper, hooks, fragment = ours['optim_wrapper'], ours['custom_hooks'], ours['sharp_optim_wrapper']
 
     assert {key: value for key, value in ours.items() if key not in OWN} == {
@@ -106,7 +125,7 @@ def test_every_method_has_the_same_recipes() -> None:
 
 
 def test_drawing_in_the_loader_changes_the_batch_sampler_alone() -> None:
-    drawn, loaded = Config.fromfile(LOADER).to_dict(), Config.fromfile(str(LOADER).replace('-loader', '')).to_dict()
+    drawn, loaded = (read(path).to_dict() for path in (LOADER, LOADER.with_name(LOADER.name.replace('-loader', ''))))
     assert drawn['train_dataloader'].pop('batch_sampler') == {'type': 'AUSAMSampler'}
     assert drawn == loaded
 
@@ -114,11 +133,11 @@ def test_drawing_in_the_loader_changes_the_batch_sampler_alone() -> None:
 @pytest.mark.parametrize('path', DEMOS, ids=name)
 def test_the_demos_take_equal_compute(path: Path) -> None:
     """As near to ten epochs of the base optimizer as whole epochs come; the schedule ends with the last."""
-    cfg = Config.fromfile(path)
+    cfg = read(path)
     epochs, factor = cfg.train_cfg.max_epochs, cost(cfg.optim_wrapper, cfg.train_dataloader.batch_size)
     assert abs(epochs * factor - 10) <= factor / 2
     assert [cfg.param_scheduler[1].end, cfg.param_scheduler[1].T_max, cfg.train_cfg.val_interval] == [epochs] * 3
-    base = Config.fromfile(FOLDER / 'demo' / 'simcc_res18-half_demo-128x96.py')
+    base = read(FOLDER / 'demo' / 'simcc_res18-half_demo-128x96.py')
     schedule = {'max_epochs', 'train_cfg', 'param_scheduler'}
     assert {k: v for k, v in cfg.to_dict().items() if k not in OWN | schedule} == {
         k: v for k, v in base.to_dict().items() if k not in OWN | schedule

@@ -22,6 +22,7 @@ from mm_sharp.preflight import check_wrappers
 from mm_sharp.quantization import CalibrationHook, FreezeHook, LayerPolicy, QuantizationPolicy, is_calibrated
 from tests.conftest import ROOT
 from tests.mmpose_cases import without_pretrained
+from tests.narrow import narrow
 from tests.recipe_runs import STEPS, Steps, cost, inherited, method, name, two_steps
 
 FOLDER = ROOT / 'configs' / 'qat'
@@ -225,17 +226,10 @@ def test_every_layer_is_quantized_and_the_card_gives_the_size(model: str) -> Non
 
 
 def shrink(cfg: Config) -> None:
-    """A narrow network: its size is what calibration and steps take time for."""
-    backbone, head = cfg.model.backbone, cfg.model.head
-    if backbone.type == 'ResNet':
-        head.in_channels = 64
-        backbone.update(depth=18, stem_channels=8, base_channels=8)
-        if head.get('deconv_out_channels', 256):
-            head.deconv_out_channels = (8, 8, 8)
-    else:
-        backbone.widen_factor = 0.125
-        head.in_channels = 128
-        head.gau_cfg.update(hidden_dims=32, s=16)
+    """A narrow network, one batch to calibrate with, and, but for the demo's, scales from maxima: without a search."""
+    narrow(cfg.model)
+    if 'demo' not in Path(cfg.filename).stem:
+        cfg.model.policy.scale_init = 'max'
     cfg.randomness = {'seed': 0}
     for hook in cfg.custom_hooks:
         if hook.type == 'CalibrationHook':
@@ -247,6 +241,10 @@ def test_written_and_read_again_it_is_the_same(path: Path, tmp_path: Path) -> No
     cfg = read(path)
     cfg.dump(tmp_path / 'copy.py')
     assert Config.fromfile(tmp_path / 'copy.py').to_dict() == cfg.to_dict()
+
+
+def test_formatted_it_is_the_same(tmp_path: Path, neat_configs: None) -> None:
+    test_written_and_read_again_it_is_the_same(PAIRS[1], tmp_path)
 
 
 def float_checkpoint(cfg: Config, file: Path) -> Path:

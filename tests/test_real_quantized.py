@@ -12,7 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
+from mm_sharp import cli
 from tests.conftest import ROOT
+from tests.tool_runs import tool as load
 
 DEMO = ROOT / 'configs' / 'demo'
 # The demo's model at half its width again, on the real images: 14 people, an iteration an epoch.
@@ -33,7 +35,7 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval={epochs})
 
 
 def run(folder: Path, tool: str, *arguments: object) -> str:
-    """A tool's output."""
+    """What a tool prints, in a process of its own."""
     done = subprocess.run(
         [sys.executable, ROOT / 'tools' / tool, *map(str, arguments)],
         cwd=folder,
@@ -47,6 +49,15 @@ def run(folder: Path, tool: str, *arguments: object) -> str:
     return done.stdout
 
 
+def within(folder: Path, name: str, *arguments: object) -> None:
+    """Run a tool in this process: what it imports is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, 'argv', [f'tools/{name}.py', *map(str, arguments)])
+        patch.setattr('mm_sharp.compat.checkpoint_hook._in_every_run', False)
+        assert cli.run_tool(load(name).main) == 0
+
+
 @pytest.fixture(scope='module')
 def folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a float model has been trained, and from it a quantized one."""
@@ -55,9 +66,10 @@ def folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = DEMO / 'simcc_res18-half_demo-128x96.py'
     quantized = DEMO / 'simcc_res18-half_w8a8_ausam_demo-128x96.py'
     (folder / 'float.py').write_text(TEXT.format(base=plain, coco=coco, epochs=16))
-    load = "load_from = 'work_dirs/float/epoch_16.pth'\n"
-    (folder / 'w8a8.py').write_text(TEXT.format(base=quantized, coco=coco, epochs=4) + load)
-    run(folder, 'train.py', 'float.py')
+    load_from = "load_from = 'work_dirs/float/epoch_16.pth'\n"
+    (folder / 'w8a8.py').write_text(TEXT.format(base=quantized, coco=coco, epochs=4) + load_from)
+    # A process keeps one visualizer of each name.
+    within(folder, 'train', 'float.py', '--cfg-options', 'visualizer.name=real-float')
     (folder / 'training.txt').write_text(run(folder, 'train.py', 'w8a8.py'))
     return folder
 
@@ -65,7 +77,7 @@ def folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='module')
 def exported(folder: Path) -> Path:
     """The quantized model as ONNX."""
-    run(folder, 'export.py', 'w8a8.py', 'work_dirs/w8a8/epoch_4.pth', '--out', 'model.onnx', '--images', 14)
+    within(folder, 'export', 'w8a8.py', 'work_dirs/w8a8/epoch_4.pth', '--out', 'model.onnx', '--images', 14)
     return folder / 'model.onnx'
 
 
@@ -78,7 +90,16 @@ def test_training_tells_what_it_does(folder: Path) -> None:
 
 
 def test_testing_gives_what_validation_gave(folder: Path) -> None:
-    run(folder, 'test.py', 'w8a8.py', 'work_dirs/w8a8/epoch_4.pth', '--out', 'metrics.json')
+    within(
+        folder,
+        'test',
+        'w8a8.py',
+        'work_dirs/w8a8/epoch_4.pth',
+        '--out',
+        'metrics.json',
+        '--cfg-options',
+        'visualizer.name=real-test',
+    )
     metrics = json.loads((folder / 'metrics.json').read_text())
     (log,) = (folder / 'work_dirs' / 'w8a8').glob('*/vis_data/scalars.json')
     validated = [line for line in map(json.loads, log.read_text().splitlines()) if 'coco/AP' in line][-1]
@@ -96,7 +117,7 @@ def test_keypoints_are_drawn_on_a_picture(shared_data: Path, folder: Path, expor
     person = max(annotations['annotations'], key=lambda item: item['bbox'][2] * item['bbox'][3])
     name = next(image['file_name'] for image in annotations['images'] if image['id'] == person['image_id'])
     picture = shared_data / 'coco' / name
-    run(folder, 'draw_keypoints.py', exported, picture, '--bbox', *person['bbox'], '--out', 'drawn.png')
+    within(folder, 'draw_keypoints', exported, picture, '--bbox', *person['bbox'], '--out', 'drawn.png')
     before, after = cv2.imread(str(picture)), cv2.imread(str(folder / 'drawn.png'))
     assert before.shape == after.shape
     changed = np.argwhere((before != after).any(axis=2))

@@ -318,12 +318,16 @@ def test_frequencies_match_the_probabilities_of_large_batches(n: int, kind: str,
 
 
 def test_frequencies_of_the_function_that_is_used() -> None:
+    """It draws an order and a start from its generator: all at once for the frequencies, and one by one to compare."""
     pi = inclusion_probabilities([0.0, 0.2, NAN, INF, 0.2], 3)
-    generator = torch.Generator().manual_seed(0)
-    counts = np.zeros(5, np.int64)
-    for _ in range(DRAWS):
-        chosen = systematic_sample(pi, generator)
-        counts[chosen] += 1
+    generator, again = (torch.Generator().manual_seed(0) for _ in range(2))
+    draws = [(torch.randperm(5, generator=generator), torch.rand((), dtype=torch.float64, generator=generator))
+             for _ in range(DRAWS)]  # fmt: skip
+    chosen = systematic_choice(
+        pi, torch.stack([order for order, _ in draws]), torch.stack([start for _, start in draws])
+    )
+    assert all(systematic_sample(pi, again).tolist() == expected for expected in chosen[: DRAWS // 20].tolist())
+    counts = np.bincount(chosen.ravel(), minlength=5)
     assert counts.sum() == 3 * DRAWS
     assert_frequencies(counts, pi)
 

@@ -23,7 +23,7 @@ from mm_sharp.validation import UserError
 from tests.conftest import ROOT
 from tests.distributed import free_port
 from tests.tiny_data import NARROW_RECIPE, draw_coco
-from tests.tool_runs import tool
+from tests.tool_runs import Tools, tool
 
 SAM = ROOT / 'configs' / 'demo' / 'simcc_res18-half_sam_demo-128x96.py'
 PLAIN = ROOT / 'configs' / 'demo' / 'simcc_res18-half_demo-128x96.py'
@@ -87,22 +87,30 @@ def test_training_writes_checkpoints_and_logs(trained: Path) -> None:
     assert Config.fromfile(trained / 'sam.py').optim_wrapper.type == 'SAMOptimWrapper'
 
 
-def test_a_run_with_the_base_optimizer_is_tested_and_resumed_without_trust(tiny: Path) -> None:
+@pytest.fixture
+def within(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tools:
+    """Runs tools in this process, in the folder of ``tiny``."""
+    return Tools(tiny, monkeypatch, capsys)
+
+
+def test_a_run_with_the_base_optimizer_is_tested_and_resumed_without_trust(tiny: Path, within: Tools) -> None:
     """A comparison run started by our tool is served by our tools, though its config uses nothing of ours."""
-    run('tools/train.py', 'plain.py', '--no-validate', cwd=tiny)
-    run('tools/test.py', 'plain.py', tiny / 'work_dirs' / 'plain' / 'epoch_1.pth', cwd=tiny)
-    done = run(
-        'tools/train.py', 'plain.py', '--no-validate', '--resume', '--cfg-options', 'train_cfg.max_epochs=2', cwd=tiny
-    )
-    assert 'resumed epoch: 1' in done.stdout + done.stderr
+    checkpoint = tiny / 'work_dirs' / 'plain' / 'epoch_1.pth'
+    # A process keeps one visualizer of each name.
+    within('train', 'plain.py', '--no-validate', '--cfg-options', 'visualizer.name=trained')
+    within('test', 'plain.py', checkpoint, '--cfg-options', 'visualizer.name=tested')
+    longer = '--cfg-options', 'visualizer.name=longer', 'train_cfg.max_epochs=2'
+    within('train', 'plain.py', '--no-validate', '--resume', *longer)
+    *_, log = sorted((tiny / 'work_dirs' / 'plain').glob('*/*.log'))
+    assert 'resumed epoch: 1' in log.read_text()
 
 
-def test_resuming_goes_on_from_the_last_checkpoint(trained: Path, tiny: Path) -> None:
+def test_resuming_goes_on_from_the_last_checkpoint(trained: Path, tiny: Path, within: Tools) -> None:
     work_dir = tiny / 'resumed'
     shutil.copytree(trained, work_dir)  # moved: last_checkpoint names a file in the old folder
-    run(
-        'tools/train.py', 'sam.py', '--resume', '--work-dir', work_dir, '--show-dir', 'people', '--interval', 1,
-        '--cfg-options', 'train_cfg.max_epochs=2', cwd=tiny,
+    within(
+        'train', 'sam.py', '--resume', '--work-dir', work_dir, '--show-dir', 'people', '--interval', 1,
+        '--cfg-options', 'train_cfg.max_epochs=2', 'visualizer.name=resumed',
     )  # fmt: skip
     assert [line['step'] for line in logged(work_dir)] == [3, 4]
     assert (work_dir / 'epoch_2.pth').is_file()
