@@ -14,9 +14,8 @@ _COLOURS = dict(zip(NAMES, ('#332288', '#DDCC77', '#117733', '#CC6677', '#88CCEE
 
 _BELOW: dict[str, Any] = {
     'fontsize': 'small',
-    'ncols': 7,
+    'ncols': 4,
     'loc': 'upper center',
-    'bbox_to_anchor': (0.5, -0.2),
     'handlelength': 1,
     'columnspacing': 1,
 }
@@ -47,6 +46,11 @@ def draw_chart(tables: Sequence[Table], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _legend(axes: Any, table: Table) -> None:
+    """Below the axis' label, whatever the panel's height: about 0.6 inches, in panels."""
+    axes.legend(**_BELOW, bbox_to_anchor=(0.5, -0.6 / (0.42 * len(table.rows) + 0.5)))
+
+
 def _draw_ratios(axes: Any, table: Table) -> None:
     """Bars from 0, with the quartiles as whiskers and a line at each limit."""
     places = range(len(table.rows))
@@ -63,7 +67,7 @@ def _draw_ratios(axes: Any, table: Table) -> None:
     axes.invert_yaxis()
     axes.set_xlabel('step time over the base optimizer')
     axes.set_title(f'batch size {table.batch_size}')
-    axes.legend(**_BELOW)
+    _legend(axes, table)
 
 
 def _draw_phases(axes: Any, table: Table) -> None:
@@ -76,5 +80,5 @@ def _draw_phases(axes: Any, table: Table) -> None:
         ends = {name: end + length for (name, end), length in zip(ends.items(), lengths, strict=True)}
     axes.invert_yaxis()
     axes.set_xlabel('time of a phase, base step = 1')
-    axes.set_title('where the time of a step between refreshes goes')
-    axes.legend(**_BELOW)
+    axes.set_title('phases of a step between refreshes')
+    _legend(axes, table)
