@@ -63,7 +63,7 @@ train-qat: $(INSTALLED) $(QAT_DIR)/float/epoch_4.pth ## train a float model, qua
 	@echo 'The model for ONNX Runtime, and a picture of what it finds:        $(QAT_DIR)/model.onnx, $(QAT_DIR)/keypoints.png'
 
 test: $(INSTALLED) lint types ## lint, check the types and run the whole test suite
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-kills: $(INSTALLED) ## kill training runs at random times, and resume them (about five minutes)
 	$(PY) -m pytest -m kills -s $(ARGS) tests/test_kills.py tests/test_rank_faults.py tests/test_endings.py tests/test_resume.py

@@ -19,6 +19,19 @@ pytest_plugins = ['pytester']
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Files that take half a minute and more for few tests: begun last, one of them would keep a core busy alone.
+_FIRST = (
+    *('test_tools', 'test_real_quantized', 'test_distributed_runs', 'test_resume', 'test_compat_environments'),
+    *('test_study_runs', 'test_ausam_statistics', 'test_quantization_sharpness_runs', 'test_history_hook'),
+    *('test_export_tool', 'test_soak', 'test_export', 'test_benchmark', 'test_quantization_build'),
+    *('test_quantization_checkpoints', 'test_mmpose_heads', 'test_quantization_sharpness', 'test_rank_faults'),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first; within a file, and among the others, everything stays in its order."""
+    items.sort(key=lambda item: item.path.stem not in _FIRST)
+
 
 @pytest.fixture(scope='session')
 def shared_data() -> Path:

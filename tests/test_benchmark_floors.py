@@ -13,10 +13,11 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mm_sharp import benchmark
-from mm_sharp.benchmark import Contestant, Quartiles, StepLimit
+from mm_sharp.benchmark import Contestant, Quartiles, StepLimit, Table
 from mm_sharp.benchmark.floors import SUFFIX, Floor, Pass, make_floor, own_work, passes_of
 from mm_sharp.benchmark.methods import whole_settings
 from mm_sharp.benchmark.subject import Ready, prepared
+from tests.tool_runs import tool as load
 from tests.toys import ToyNet, batches, make, toy_config
 
 N = 8
@@ -158,6 +159,18 @@ def test_floors_are_rows_of_the_table_and_have_no_phases(tmp_path: Path) -> None
     assert set(figures['own_work']['sam']) == {'low', 'median', 'high'}
     benchmark.draw_chart([table], tmp_path / 'chart.png', 'toy')
     assert (tmp_path / 'chart.png').stat().st_size > 1000
-    plain = benchmark.measure_table(cfg, settings, batch_size=4, rounds=10, warmup=1)
-    assert not plain.own
-    assert not any(SUFFIX in row.label for row in plain.rows)
+
+
+@pytest.mark.parametrize('options', [[], ['--floors']])
+def test_the_tool_asks_for_floors(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    tool, asked = load('benchmark'), []
+
+    def measured(*args: Any, floors: bool) -> Table:
+        asked.append(floors)
+        return Table(4, 1, [], {}, {}, {}, {})
+
+    monkeypatch.setattr(tool, 'configure', lambda args: (Config({'train_dataloader': {'batch_size': 4}}), {}))
+    monkeypatch.setattr(benchmark, 'keep_freed_memory', lambda: False)
+    monkeypatch.setattr(benchmark, 'measure_table', measured)
+    tool.measure_steps(tool.parse_arguments(['config.py', *options]))
+    assert asked == [bool(options)]
