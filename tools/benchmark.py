@@ -153,8 +153,8 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     for batch_size in dict.fromkeys(batch_sizes):
         table = benchmark.measure_table(cfg, settings, batch_size, args.rounds, args.warmup, floors=args.floors)
         tables.append(table)
-        if tables[-1].rounds != args.rounds:
-            print(f'--rounds {args.rounds} becomes {tables[-1].rounds}: whole refresh cycles')
+        if table.rounds != args.rounds:
+            print(f'--rounds {args.rounds} becomes {table.rounds}: whole refresh cycles')
     if args.plot is not None:
         of = ', '.join(filter(None, (machine()['device'], f'{torch.get_num_threads()} threads', args.amp)))
         benchmark.draw_chart(tables, Path(args.plot), f'{Path(args.config).stem}\n{of}')

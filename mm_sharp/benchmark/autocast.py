@@ -1,11 +1,13 @@
-"""The base optimizer under mixed precision on devices that MMEngine's own wrapper refuses (ours)."""
+"""Mixed precision for the base optimizer, where MMEngine's own wrapper refuses, and for bare passes (ours)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
+import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
@@ -50,3 +52,13 @@ class AutocastOptimWrapper(OptimWrapper):  # type: ignore[misc]
             self._precision.unscale(self.optimizer)
             self._clip_grad()
         self._precision.step(self.optimizer, **kwargs)
+
+
+def autocast_to(dtype: str | None, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the context of a forward pass.
+
+    Args:
+        dtype: ``'bfloat16'`` or ``'float16'``; None for no autocast.
+        device: Where the model is.
+    """
+    return nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=getattr(torch, dtype))

@@ -86,7 +86,7 @@ def compare(
             continue
         if len(seconds) < limit.refresh:
             raise ValueError(f'{name}: {len(seconds)} steps are less than a cycle of {limit.refresh}')
-        costly = (steps_before + np.arange(len(seconds))) % limit.refresh == 0
+        costly = limit.costlier(len(seconds), steps_before)
         between = quartiles(seconds[~costly]), quartiles(ratios[~costly])
         cycle = (
             _mean(limit.refresh, between[0], quartiles(seconds[costly])),

@@ -12,23 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from mm_sharp.benchmark.autocast import autocast_to
 from mm_sharp.benchmark.compare import Quartiles, quartiles
 from mm_sharp.benchmark.methods import StepLimit
 from mm_sharp.benchmark.steps import Contestant
 from mm_sharp.grad_switch import GradSwitch
-from mm_sharp.parameters import ParameterSelector
+from mm_sharp.parameters import ParameterSelector, parameters_of, trained_by
 from mm_sharp.perturbation import weight_mask
 from mm_sharp.random_state import RandomState
 from mm_sharp.replay import ModelCall
 from mm_sharp.sampling import sample_count
-from mm_sharp.step_record import StepTimer
 from mm_sharp.subset import subset
 
 # After a method's name: the floor under it.
@@ -101,14 +100,6 @@ class Floor(Contestant):
         self.optim_wrapper.optimizer.zero_grad()
         return log
 
-    def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
-        """One whole step, all of it one phase."""
-        timer = StepTimer(device)
-        timer.mark('start')
-        self.step(batch)
-        timer.mark('step')
-        return timer
-
     def _run(self, one: Pass, batch: Any) -> dict[str, Any]:
         switch = GradSwitch()
         switch.off(self._left_out(one.gradients))
@@ -128,7 +119,7 @@ class Floor(Contestant):
     def _left_out(self, share: float | None) -> list[nn.Parameter]:
         if share is None or share == 1.0:
             return []
-        trained = [p for group in self.optim_wrapper.optimizer.param_groups for p in group['params'] if p.requires_grad]
+        trained = trained_by(self.optim_wrapper.optimizer)
         perturbed = self.selector.select(self.model, trained)
         mask = weight_mask(len(perturbed), share, self._generator)
         taken = {id(parameter) for parameter, is_taken in zip(perturbed, mask, strict=True) if is_taken}
@@ -158,11 +149,7 @@ def make_floor(contestant: Contestant, settings: Mapping[str, Any], batch_size: 
     """
     passes = passes_of(settings['type'], settings, batch_size)
     assert passes is not None, 'only methods of this package have floors'
-    device = contestant.optim_wrapper.optimizer.param_groups[0]['params'][0].device
-    dtype = settings['dtype']
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if dtype is not None:
-        autocast = partial(torch.autocast, device.type, dtype=getattr(torch, dtype))
+    autocast = autocast_to(settings['dtype'], parameters_of(contestant.optim_wrapper.optimizer)[0].device)
     selector = ParameterSelector(contestant.name, settings['perturb'])
     return Floor(contestant.name, contestant.model, contestant.optim_wrapper, passes, batch_size, selector, autocast)
 
@@ -183,8 +170,7 @@ def own_work(
         if name + SUFFIX not in times:
             continue
         limit = limits[name]
-        refresh = 1 if limit is None else limit.refresh
-        common = np.array([refresh == 1 or (steps_before + number) % refresh != 0 for number in range(len(base))])
+        assert limit is not None, 'what has a floor has a limit'
         above = (np.asarray(times[name], np.float64) - np.asarray(times[name + SUFFIX], np.float64)) / base
-        found[name] = quartiles(above[common])
+        found[name] = quartiles(above[~limit.costlier(len(base), steps_before)])
     return found

@@ -23,9 +23,11 @@ from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from numpy.typing import NDArray
 
 from mm_sharp.benchmark.autocast import AutocastOptimWrapper
 from mm_sharp.cli import UsageError
@@ -62,6 +64,16 @@ class StepLimit:
     step: float
     cycle: float
     refresh: int = 1
+
+    def costlier(self, steps: int, before: int) -> NDArray[np.bool_]:
+        """Which of some steps refresh, and cost more than the others, (steps,): the first of every cycle.
+
+        Args:
+            steps: How many.
+            before: Steps made before them.
+        """
+        first: NDArray[np.bool_] = (before + np.arange(steps)) % self.refresh == 0
+        return first if self.refresh > 1 else np.zeros_like(first)
 
 
 METHODS = {

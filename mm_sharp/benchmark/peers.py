@@ -9,17 +9,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mm_sharp.benchmark.autocast import autocast_to
 from mm_sharp.benchmark.steps import Contestant
 from mm_sharp.cli import UsageError
+from mm_sharp.parameters import parameters_of
 from mm_sharp.step_record import StepTimer
 
 BY_HAND, LIBRARY = 'sam by hand', 'pytorch_optimizer.SAM'
@@ -155,8 +156,5 @@ def make_peer(name: str, model: nn.Module, optimizer: Optimizer, settings: Mappi
     else:
         # It builds a base optimizer of its own, out of the groups with all their values.
         sam = importlib.import_module(_MODULE).SAM(optimizer.param_groups, type(optimizer), rho=rho)
-    device = optimizer.param_groups[0]['params'][0].device
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if settings.get('dtype') == 'bfloat16':
-        autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    autocast = autocast_to(settings.get('dtype'), parameters_of(optimizer)[0].device)
     return Peer(name, model, None, sam, autocast)

@@ -77,8 +77,8 @@ def typical(
 
 
 def _medians(steps: Sequence[Phases], limit: StepLimit | None, done: int) -> Phases:
-    refresh = 1 if limit is None else limit.refresh
-    common = [step for number, step in enumerate(steps) if refresh == 1 or (done + number) % refresh]
+    costlier = [False] * len(steps) if limit is None else limit.costlier(len(steps), done)
+    common = [step for step, costs_more in zip(steps, costlier, strict=True) if not costs_more]
     return {phase: float(np.median([step[phase] for step in common or steps])) for phase in NAMES}
 
 
