@@ -75,7 +75,7 @@ reliability: $(INSTALLED) ## put every method through all faults, kills and long
 	$(PY) -m pytest -n 2 --dist loadfile -m '' --reliability $(CURDIR)/$(FOUND) $$(grep -l 'holds: Holds' tests/test_*.py)
 	$(PY) -m tests.reliability_page $(FOUND) docs/reliability.md
 
-sweep: $(INSTALLED) ## at rho = 0, is SAM the base optimizer? Try it on all models that the packages ship; write docs/model_sweep.md
+sweep: $(INSTALLED) ## try SAM at rho = 0 on all models that the packages ship; write docs/model_sweep.md
 	OMP_NUM_THREADS=1 $(PY) -m tests.sweep work_dirs/model_sweep.jsonl --page docs/model_sweep.md $(ARGS)
 
 lint: $(INSTALLED) ## ruff: lint and formatting

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument('--page', type=Path, help='the page that is written')
     parser.add_argument('--packages', default=','.join(PACKAGES))
     parser.add_argument('--methods', default='SAM')
+    parser.add_argument('--every', action='store_true', help='one config for each set of classes, not for each class')
     parser.add_argument('--only', default='', help='a part of the path of the configs to try')
     options = parser.parse_args()
     warnings.simplefilter('ignore')
@@ -28,7 +29,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open('w') as stream:
         for package in options.packages.split(','):
-            some, unread[package] = recipes(package)
+            some, unread[package] = recipes(package, options.every)
             for recipe in some:
                 if options.only not in recipe.path:
                     continue

@@ -46,7 +46,7 @@ def _pretrain(cfg: Config, size: int | None) -> Batch:
     if not cfg.get('train_dataloader') or (cfg.model.type == 'ImageClassifier' and 'head' not in cfg.model):
         raise ValueError('only for inference')
     if cfg.model.type == 'ImageClassifier':
-        return _classify(cfg, 32 if cfg.model.backbone.type == 'LeNet5' else size or 224)
+        return _classify(cfg, 32 if cfg.model.backbone.type == 'LeNet5' else size)
     from mmpretrain.registry import TRANSFORMS
 
     rng = np.random.default_rng(0)
@@ -79,13 +79,17 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
             yield from _steps(value)
 
 
-def _classify(cfg: Config, size: int) -> Batch:
+def _classify(cfg: Config, size: int | None) -> Batch:
     from mmpretrain.structures import DataSample
 
     backbone = cfg.model.backbone
     for key in ('img_size', 'input_size'):
-        if key in backbone:
-            backbone[key] = size
+        pair = isinstance(backbone.get(key), (tuple, list))
+        if size and key in backbone:
+            backbone[key] = (size, size) if pair else size
+        elif key in backbone:
+            size = backbone[key][0] if pair else backbone[key]
+    size = size or 224
     channels = backbone.get('in_channels', 1 if backbone.type == 'LeNet5' else 3)
     classes = min(values(cfg.model.get('head'), 'num_classes'), default=2)
     many = 'MultiLabel' in cfg.model.head.type or cfg.model.head.type == 'CSRAClsHead'

@@ -50,7 +50,7 @@ def page(found: Sequence[Found], unread: dict[str, dict[str, str]], methods: Seq
 
 
 def _table(found: Sequence[Found], unread: dict[str, dict[str, str]], methods: Sequence[str]) -> str:
-    names = [f'{method}: {verdict}' for method in methods for verdict in ('equal', 'differs', 'refused')]
+    names = [f'{method}: {verdict}' for method in methods for verdict in ('equal', 'differs', 'random', 'refused')]
     names = [name for name in names if name != 'SAM: refused']
     lines = [f'| package | configs | models | trained here | {" | ".join(names)} |', '|---' * (len(names) + 4) + '|']
     for package in dict.fromkeys(each['package'] for each in found):
@@ -65,9 +65,11 @@ def _table(found: Sequence[Found], unread: dict[str, dict[str, str]], methods: S
 
 
 def _verdict(said: str) -> str:
-    """Equal, refused by one of our own errors, or different."""
+    """Equal, refused by one of our own errors, different, or different from run to run without us, too."""
     if said == 'equal':
         return said
+    if said.startswith('the base optimizer itself'):
+        return 'random'
     return 'refused' if re.match('(PerSampleLoss|SampleId)Error', said) else 'differs'
 
 

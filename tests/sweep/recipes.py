@@ -62,8 +62,13 @@ def root(package: str) -> Path:
     return Path(origin).parent / '.mim' / 'configs'  # type: ignore[arg-type]
 
 
-def recipes(package: str) -> tuple[list[Recipe], dict[str, str]]:
-    """The first config of each set of classes, and the configs that cannot be read, with their errors."""
+def recipes(package: str, every: bool = False) -> tuple[list[Recipe], dict[str, str]]:
+    """The configs to try, and those that cannot be read, with their errors.
+
+    Args:
+        package: Which one's.
+        every: Of each set of classes the smallest config; otherwise only those with a class that none before has.
+    """
     # Each config that is inherited from would be looked up among the installed packages anew.
     for module, name in ((config, 'is_installed'), (config, 'get_installed_path'), (utils, 'load')):
         setattr(module, name, functools.cache(getattr(module, name)))
@@ -81,8 +86,13 @@ def recipes(package: str) -> tuple[list[Recipe], dict[str, str]]:
         if 'model' in cfg:
             found.setdefault(frozenset(_classes(cfg.model)), []).append(('deploy' in path, *_size(cfg.model), path))
     path, losses = EXTRA.get(package, ('', ()))
-    extra = [Recipe(package, path, 0, loss) for loss in losses]
-    return extra + [Recipe(package, min(paths)[-1], len(paths)) for paths in found.values()], unread
+    chosen = [Recipe(package, path, 0, loss) for loss in losses]
+    seen: set[str] = set()
+    for classes, paths in found.items():
+        if every or classes - seen:
+            chosen.append(Recipe(package, min(paths)[-1], len(paths)))
+            seen |= classes
+    return chosen, unread
 
 
 def _size(model: Mapping[str, Any]) -> tuple[float, float]:
@@ -120,13 +130,17 @@ def without_pretrained(part: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------ fewer layers
 _DEPTHS = ('depths', 'num_layers', 'num_blocks', 'blocks', 'layers')
-# Proposals, queries and samples of them; and the share of the layers that a config keeps.
+# Proposals, queries and samples of them; convolutions and channels in heads; the share of the layers that is kept.
 _LIMITS = {
     'nms_pre': 50,
     'max_per_img': 50,
-    'num': 32,
+    'num': 8,
     'num_queries': 50,
     'num_proposals': 20,
+    'num_convs': 1,
+    'stacked_convs': 1,
+    'fc_out_channels': 64,
+    'feedforward_channels': 256,
     'deepen_factor': 0.1,
 }
 
