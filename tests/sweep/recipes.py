@@ -129,7 +129,7 @@ def without_pretrained(part: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ fewer layers
-_DEPTHS = ('depths', 'num_layers', 'num_blocks', 'blocks', 'layers')
+_DEPTHS = ('depths', 'num_layers', 'num_blocks', 'blocks', 'layers', 'stage_blocks')
 # Proposals, queries and samples of them; convolutions and channels in heads; the share of the layers that is kept.
 _LIMITS = {
     'nms_pre': 50,
@@ -142,6 +142,7 @@ _LIMITS = {
     'fc_out_channels': 64,
     'feedforward_channels': 256,
     'deepen_factor': 0.1,
+    'use_torchvision': False,  # whose operators need its compiled part
 }
 
 
