@@ -31,6 +31,22 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     return _norms_finite(dense, float('inf'))
 
 
+@torch.no_grad()
+def finite_each(tensors: Sequence[Tensor]) -> Tensor:
+    """Of each tensor, whether every element is finite.
+
+    Args:
+        tensors: Any number of dense ones; devices and dtypes may be mixed.
+
+    Returns:
+        (N,), bool, on the device of the first one; on the CPU where there is none. No host synchronisation.
+    """
+    if not tensors:
+        return torch.ones(0, dtype=torch.bool)
+    device = tensors[0].device
+    return torch.stack([tensor.isfinite().all().to(device, non_blocking=True) for tensor in tensors])
+
+
 def _norms_finite(tensors: Sequence[Tensor], order: float) -> Tensor:
     norms: list[Tensor] = []
     for group in group_by_device_and_dtype(tensors):

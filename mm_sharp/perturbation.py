@@ -22,7 +22,7 @@ does not undo an addition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -150,6 +150,12 @@ def _add_where(finite: Tensor, parameters: list[Tensor], gradients: list[Tensor]
     torch._foreach_add_(parameters, gradients)
 
 
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors have in common which share memory."""
+    storage: int = tensor.untyped_storage()._cdata
+    return storage
+
+
 def weight_mask(count: int, beta: float, generator: torch.Generator) -> list[bool]:
     """Which of ``count`` tensors take part in the perturbation (ESAM's SWP).
 
@@ -173,8 +179,8 @@ def weight_mask(count: int, beta: float, generator: torch.Generator) -> list[boo
 class TensorBackup:
     """An exact copy of some tensors, in memory that is allocated once and used again every step (ours).
 
-    One backup at a time: :meth:`save`, then :meth:`restore` or :meth:`drop`. Restoring twice, or without saving, does
-    nothing.
+    One backup at a time: :meth:`save`, :meth:`write_back` any number of times, then :meth:`restore` or :meth:`drop`.
+    Restoring twice, or without saving, does nothing.
     """
 
     def __init__(self) -> None:
@@ -210,9 +216,20 @@ class TensorBackup:
         return dict(zip(self._tensors, self._copies, strict=True))
 
     @torch.no_grad()
+    def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
+        """Write the copies back, bit for bit, into the storage they were taken from.
+
+        Args:
+            apart_from: Tensors whose memory is not written to, whatever else lies in it.
+        """
+        taken = {storage_of(tensor) for tensor in apart_from}
+        kept = zip(self._tensors, self._copies, strict=True)
+        pairs = [pair for pair in kept if storage_of(pair[0]) not in taken] if taken else list(kept)
+        foreach_copy_([tensor for tensor, _ in pairs], [copy for _, copy in pairs])
+
     def restore(self) -> None:
-        """Write the copies back, bit for bit, into the storage they were taken from."""
-        foreach_copy_(self._tensors, self._copies)
+        """Write the copies back, and forget them."""
+        self.write_back()
         self.drop()
 
     def drop(self) -> None:
