@@ -84,7 +84,7 @@ def _fresh_element(element: BaseDataElement, copies: bool, leaves: list[Any] | N
     attributes.update(vars(element))
     attributes['_metainfo_fields'] = set(element._metainfo_fields)
     attributes['_data_fields'] = set(element._data_fields)
-    for name in element._data_fields:
+    for name in element._data_fields & attributes.keys():  # a name may outlive its value
         attributes[name] = fresh(attributes[name], copies, leaves)
     return twin
 

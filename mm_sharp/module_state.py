@@ -33,7 +33,7 @@ class ModuleStateBackup:
 
     Buffers are copied and copied back, so that they keep their storage; a buffer that was replaced by another tensor
     gets its old tensor back. Attributes are kept for submodules of classes outside torch, and put back where they were
-    replaced. Other Python state, such as lists, is not looked at.
+    replaced or deleted; those that are new are deleted. Other Python state, such as lists, is not looked at.
 
     Attributes:
         rare: What hardly any forward pass changes in place: frozen parameters, and tensors among the attributes. They
@@ -90,12 +90,8 @@ class ModuleStateBackup:
         for member, name, buffer, copy in self._odd:
             _put_back_odd(member, name, buffer, copy)
         for attributes, names, values in self._attributes:
-            if names.unchanged(attributes, values):
-                continue
-            for name, value in zip(names.own, values, strict=True):
-                # Not `!=`: nan differs from itself, and True equals 1.
-                if value is not _OTHER and attributes.get(name, _OTHER) is not value:
-                    attributes[name] = value
+            if not names.unchanged(attributes, values):
+                _put_back_attributes(attributes, names.own, values)
 
     def restore(self) -> None:
         """Put everything back, and forget it."""
@@ -141,9 +137,9 @@ class _Names:
         self.values: Callable[[Attributes], tuple[Any, ...]] = itemgetter(*self.own) if own else lambda _: ()
 
     def unchanged(self, attributes: Attributes, values: tuple[Any, ...]) -> bool:
-        """Whether the values are these very ones."""
+        """Whether the attributes are these, with these very values."""
         try:
-            return all(map(is_, self.values(attributes), values))
+            return self.count == len(attributes) and all(map(is_, self.values(attributes), values))
         except KeyError:  # one has been deleted
             return False
 
@@ -187,6 +183,17 @@ def _writable(buffer: Tensor) -> bool:
     if buffer.is_contiguous():
         return True
     return not any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+
+
+def _put_back_attributes(attributes: Attributes, names: tuple[str, ...], values: tuple[Any, ...]) -> None:
+    """Have the attributes that are kept be those that were there, with their values."""
+    for name, value in zip(names, values, strict=True):
+        # Not `!=`: nan differs from itself, and True equals 1.
+        if value is not _OTHER and attributes.get(name, _OTHER) is not value:
+            attributes[name] = value
+    for name in attributes.keys() - _TORCHS_OWN - set(names):
+        if type(attributes[name]) in _KEPT:
+            del attributes[name]
 
 
 def _put_back_odd(member: nn.Module, name: str, buffer: Tensor, copy: Tensor) -> None:

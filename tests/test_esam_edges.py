@@ -43,15 +43,16 @@ def test_batches_of_different_sizes(refresh: int | None) -> None:
 
 
 @both
-def test_the_second_pass_starts_from_the_state_that_the_first_left(refresh: int | None) -> None:
-    """Of the forward that selects nothing is left, neither after the step nor before the second pass."""
+def test_every_forward_starts_from_the_state_before_the_first(refresh: int | None) -> None:
+    """Of the forwards that select and of the second pass nothing is left after the step."""
     model = make()
     counts: list[int] = []
     model.register_forward_pre_hook(lambda *_: counts.append(model.norm.num_batches_tracked.item()))
     wrapper = ESAMOptimWrapper(momentum_sgd(model), **selecting(refresh))
     for batch in batches(2):
         model.train_step(batch, wrapper)
-    assert counts == ([0, 1, 1, 1, 2] if refresh else [0, 1, 1, 1, 2, 2])
+    assert counts == ([0, 0, 0, 1, 1] if refresh else [0, 0, 0, 1, 1, 1])
+    assert model.norm.num_batches_tracked == 2
 
 
 class Unused(ToyNet):

@@ -238,7 +238,7 @@ class Odd(torch.nn.Module):
 
 def test_attributes_come_back_whatever_they_are_called() -> None:
     """Names are remembered by class: other names, added and deleted ones must not be overlooked."""
-    kept, changed = torch.ones(3), [1]
+    kept, changed, other = torch.ones(3), [1], [2]
     model = torch.nn.Sequential(
         Odd(a=1, b=kept), Odd(b=2.5, c=True), Odd(), Odd(a=3, b=None), Odd(d=float('nan'), e='x', f=changed)
     )
@@ -249,17 +249,18 @@ def test_attributes_come_back_whatever_they_are_called() -> None:
         backup.save(model)
         first.a, first.b, second.c, fourth.a, fourth.b, fifth.d, fifth.e = 7, 8, False, 9, 10, 0.0, 'y'
         del second.b
-        third.new = 11
+        third.new, third.list = 11, other
         first.training = False
-        fifth.f = other = [2]
+        fifth.f = other
         backup.restore()
-        assert (first.a, second.b, second.c, third.new) == (1, 2.5, True, 11)
+        assert (first.a, second.b, second.c, hasattr(third, 'new')) == (1, 2.5, True, False)
         assert (fourth.a, fourth.b, fifth.e) == (3, None, 'x')
         assert first.b is kept
         assert fifth.d is nan
         assert fifth.f is other, 'a list is not looked at'
         assert first.training is True
-        del third.new
+        assert third.list is other
+        del third.list
         fifth.f = changed
         # As many attributes under other names, and a number where there was none.
         del first.a
