@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import MMDistributedDataParallel, MMSeparateDistributedDataParallel
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -41,6 +42,7 @@ def uneven_shard(batch: Batch, rank: int, processes: int) -> Batch:
 
 # Every case by name: (wrapper, options). All run in one pair of processes, since starting them takes seconds.
 PLAIN = dict(norm=False)
+BUCKETS = dict(gradient_as_bucket_view=True)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     'synced sam': ('sam', dict(model=PLAIN, sync_perturbation=True)),
     'synced asam': ('asam', dict(model=PLAIN, sync_perturbation=True)),
@@ -51,6 +53,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     'esam synced': ('esam', dict(model=PLAIN, sync_perturbation=True)),
     'ausam': ('ausam', dict(model=PLAIN)),
     'ausam synced': ('ausam', dict(model=PLAIN, sync_perturbation=True)),
+    'zeroed buckets': ('sam', dict(model=PLAIN, sync_perturbation=True, zeroed=True, ddp=BUCKETS)),
+    'parts per rank': ('sam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel)),
+    'parts synced sam': ('sam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel, sync_perturbation=True)),
+    'parts esam per rank': ('esam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel)),
+    'parts esam synced': ('esam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel, sync_perturbation=True)),
+    'parts ausam': ('ausam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel)),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     'unused': dict(ddp=dict(find_unused_parameters=True), sync_perturbation=True),
@@ -106,12 +114,17 @@ def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict
     options = dict(options)
     model_options, ddp_options = options.pop('model', {}), options.pop('ddp', {})
     part = uneven_shard if options.pop('uneven', False) else shard
-    model = MMDistributedDataParallel(make(**model_options), **ddp_options)
+    model = options.pop('kind', MMDistributedDataParallel)(make(**model_options), **ddp_options)
+    zeroed = options.pop('zeroed', False)
     wrapper = build(name, model, momentum_sgd(model), **options)
+    if zeroed:
+        wrapper.zero_grad = partial(wrapper.optimizer.zero_grad, set_to_none=False)  # type: ignore[method-assign]
     wrapper.initialize_count_status(model, 0, STEPS)
     reduced: list[int] = []
     # How many bytes DDP averages over the ranks, and when.
-    model.register_comm_hook(reduced, counting_all_reduce)
+    for child in [model] if type(model) is MMDistributedDataParallel else model.module.children():
+        if isinstance(child, MMDistributedDataParallel):
+            child.register_comm_hook(reduced, counting_all_reduce)
     counts, drawn, hashes = [], [], []
     for batch in batches(STEPS, size=8):
         model.train_step(part(batch, rank, processes), wrapper)
@@ -269,6 +282,22 @@ def test_ausam_on_ranks_equals_sam_on_what_each_draws(ranks: list[dict[str, Any]
         optimizer.step()
     assert_identical(first['state'], second['state'])
     assert_close(first['state'], arrays(model))
+
+
+def test_gradients_that_live_in_buckets_do_not_mix(ranks: list[dict[str, Any]]) -> None:
+    """The first pass averages into the memory of gradients that were set to zero and not taken away."""
+    for rank in ranks:
+        assert_identical(rank['zeroed buckets']['state'], rank['synced sam']['state'])
+
+
+@pytest.mark.parametrize('case', ['per rank', 'synced sam', 'esam per rank', 'esam synced', 'ausam'])
+def test_ddp_around_each_part_is_as_ddp_around_the_whole(ranks: list[dict[str, Any]], case: str) -> None:
+    for rank in ranks:
+        parts, whole = rank[f'parts {case}'], rank[case]
+        assert_close(parts['state'], whole['state'])
+        assert parts['reduced'] == whole['reduced'], 'the first pass communicates as it should not, or the other way'
+        assert parts['norm'] == pytest.approx(whole['norm'], rel=1e-5)
+    assert_identical(*(rank[f'parts {case}']['state'] for rank in ranks))
 
 
 @pytest.mark.parametrize(('option', 'name'), PAIRS)
