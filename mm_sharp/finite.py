@@ -26,9 +26,9 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     if not dense:
         return torch.tensor(True)
     # On the CPU the 2-norm is much faster than the largest magnitude, but it overflows before an element does.
-    if all(tensor.device.type == 'cpu' for tensor in dense) and _norms_finite(dense, 2):
+    if all(tensor.device.type == 'cpu' for tensor in dense) and _finite_norms(dense, 2).all():
         return torch.tensor(True)
-    return _norms_finite(dense, float('inf'))
+    return _finite_norms(dense, float('inf')).all()
 
 
 @torch.no_grad()
@@ -36,22 +36,22 @@ def finite_each(tensors: Sequence[Tensor]) -> Tensor:
     """Of each tensor, whether every element is finite.
 
     Args:
-        tensors: Any number of dense ones; devices and dtypes may be mixed.
+        tensors: At least one, dense, and none of them empty; devices and dtypes may be mixed.
 
     Returns:
-        (N,), bool, on the device of the first one; on the CPU where there is none. No host synchronisation.
+        (N,), bool, on the device of the first one. No host synchronisation.
     """
-    if not tensors:
-        return torch.ones(0, dtype=torch.bool)
-    device = tensors[0].device
-    return torch.stack([tensor.isfinite().all().to(device, non_blocking=True) for tensor in tensors])
+    return _finite_norms(tensors, float('inf'))
 
 
-def _norms_finite(tensors: Sequence[Tensor], order: float) -> Tensor:
-    norms: list[Tensor] = []
+def _finite_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
+    """Of each tensor, whether its norm is finite, (N,), bool, on the device of the first one."""
+    norms: list[Tensor] = [tensors[0]] * len(tensors)
     for group in group_by_device_and_dtype(tensors):
-        norms += torch._foreach_norm([tensors[i] for i in group], order)
-    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite().all()
+        found = torch._foreach_norm([tensors[i] for i in group], order)
+        for index, norm in zip(group, found, strict=True):
+            norms[index] = norm
+    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite()
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from mm_sharp.finite import all_finite, finite_each
 from mm_sharp.module_state import ModuleStateBackup
 from mm_sharp.rare_changes import RareChanges, Stamp, stamped_changed, stamps
 
+_FALSE = torch.tensor(False)
 _AVERAGED = (BaseAveragedModel, AveragedModel)
 
 
@@ -92,8 +93,8 @@ class ForwardState:
             Scalar, bool. No host synchronisation on an accelerator.
         """
         buffers = self._before.float_buffers()
-        if all(buffer.device.type == 'cpu' for buffer in buffers) and all_finite(buffers):
-            return torch.tensor(False)
+        if not buffers or (all(buffer.device.type == 'cpu' for buffer in buffers) and all_finite(buffers)):
+            return _FALSE
         return (finite_each(self._before.copies(buffers)) & ~finite_each(buffers)).any()
 
     def take_back(self) -> None:

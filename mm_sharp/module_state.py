@@ -25,6 +25,8 @@ _KEPT = frozenset({bool, int, float, str, type(None), Tensor})
 _TORCHS_OWN = frozenset(name for name, value in vars(nn.Module()).items() if type(value) not in _KEPT)
 _OTHER = object()
 
+_FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+
 Attributes = dict[str, Any]
 
 
@@ -104,9 +106,9 @@ class ModuleStateBackup:
         return [copies[tensor] for tensor in tensors]
 
     def float_buffers(self) -> list[Tensor]:
-        """The buffers that were copied in which a number may become infinite or nan."""
-        kinds = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-        return [buffer for buffer in self._backup.copies if buffer.dtype in kinds and buffer.device.type != 'meta']
+        """The buffers that were copied in which a number may become infinite or nan; none of them is empty."""
+        copied = self._backup.tensors
+        return [tensor for tensor in copied if tensor.dtype in _FLOATS and tensor.numel() and not tensor.is_meta]
 
     def drop(self) -> None:
         """Forget what was kept."""

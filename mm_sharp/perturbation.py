@@ -194,6 +194,11 @@ class TensorBackup:
         """Whether tensors are kept that have not been restored."""
         return bool(self._tensors)
 
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Those that are kept now."""
+        return self._tensors
+
     @torch.no_grad()
     def save(self, tensors: Sequence[Tensor]) -> None:
         """Copy ``tensors``.
