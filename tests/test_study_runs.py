@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
+import errno
+import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -16,7 +19,8 @@ import yaml
 from mmengine.runner import Runner
 
 from mm_sharp import cli
-from mm_sharp.study import Plan, Rows, Run, Workers, conduct, read_study
+from mm_sharp.cli import UsageError
+from mm_sharp.study import Plan, Rows, Run, Workers, conduct, locked, read_study
 from mm_sharp.study.execute import execute
 from tests.conftest import ROOT
 from tests.tiny_data import draw_coco
@@ -170,6 +174,48 @@ def test_a_study_goes_on_where_it_was(
     assert len(here.made) == SELECT + REPORT
     # Rows of a rho that is not chosen any more stay.
     assert {row['id'] for row in rows_of(out)} >= set(here.made)
+
+
+def test_a_folder_belongs_to_one_process_until_it_ends(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / 'out'
+    out.mkdir()
+    # Another process, with as few imports as it can have.
+    hold = (
+        'import fcntl, os, socket, sys\n'
+        'lock = open(sys.argv[1], "w")\n'
+        'fcntl.flock(lock, fcntl.LOCK_EX)\n'
+        'print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)\n'
+        'print("held", flush=True)\n'
+        'input()\n'
+    )
+    command = [sys.executable, '-S', '-c', hold, str(out / '.lock')]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == 'held\n'
+        code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', out)
+        assert (code, here.made, len(printed.splitlines())) == (2, [], 1)
+        assert f"process {other.pid} on {socket.gethostname()} makes runs in '{out}'" in printed
+        other.kill()
+    with locked(out):  # it did not say goodbye
+        assert (out / '.lock').read_text() == f'process {os.getpid()} on {socket.gethostname()}'
+        with pytest.raises(UsageError, match=f'process {os.getpid()} '), locked(out):
+            pass
+    with locked(out):
+        pass
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr('fcntl.flock', refuse)
+    with locked(tmp_path):
+        pass
+    assert f"'{tmp_path}' cannot be locked ([Errno {errno.ENOLCK}] No locks available)" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings('ignore')

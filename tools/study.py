@@ -50,15 +50,17 @@ def main(arguments: Sequence[str]) -> None:
     chosen_study = study.only(whole, args.settings) if args.settings else whole
     folder = args.out_dir or Path('work_dirs/study') / whole.name
     plan = study.Plan(chosen_study, folder)
-    rows = study.Rows(folder / 'results.csv')
     if args.table:
+        rows = study.Rows(folder / 'results.csv')
         found, missing = study.compare_what_is_there(plan, rows)
         for setting in missing:
             print(f'{setting}: not all of its runs have been made')
     else:
-        os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))
-        workers = study.Workers(args.jobs, args.threads, args.nice)
-        chosen = study.conduct(plan, rows, workers, redo=args.redo)
+        with study.locked(folder):
+            rows = study.Rows(folder / 'results.csv')
+            os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))
+            workers = study.Workers(args.jobs, args.threads, args.nice)
+            chosen = study.conduct(plan, rows, workers, redo=args.redo)
         found = [entry for name, rho in chosen.items() for entry in study.comparisons(plan, rows, name, rho)]
     if not found:
         raise cli.UsageError(f'{rows.file}: no setting has all of its runs yet')

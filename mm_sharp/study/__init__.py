@@ -6,6 +6,7 @@
 ``corruption.py``       keypoint annotations of which a share is wrong
 ``execute.py``          one run
 ``conduct.py``          all runs that are missing, several at a time
+``lock.py``             one process at a time in a folder of results
 ``rows.py``             the file with one row a run
 ``results.py``          the choice of rho, and the comparisons
 ``statistics.py``       means, intervals and paired differences
@@ -18,6 +19,7 @@
 """
 
 from mm_sharp.study.conduct import Workers, compare_what_is_there, conduct
+from mm_sharp.study.lock import locked
 from mm_sharp.study.plan import Plan, Run
 from mm_sharp.study.report import as_json, markdown, plot
 from mm_sharp.study.results import Comparison, choose_rho, comparisons
@@ -36,6 +38,7 @@ __all__ = [
     'compare_what_is_there',
     'comparisons',
     'conduct',
+    'locked',
     'markdown',
     'only',
     'plot',
