@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,7 +22,10 @@ from mmengine.runner import Runner
 from mm_sharp import cli
 from mm_sharp.cli import UsageError
 from mm_sharp.study import Plan, Rows, Run, Workers, conduct, locked, read_study
-from mm_sharp.study.execute import execute
+from mm_sharp.study.conduct import make_run
+from mm_sharp.study.digits import DigitsAccuracy
+from mm_sharp.study.execute import execute, numbers
+from mm_sharp.study.metric_check import check_metric
 from tests.conftest import ROOT
 from tests.tiny_data import draw_coco
 from tests.tool_runs import tool
@@ -58,6 +62,12 @@ class Here:
 
     def submit(self, call: Any, plan: Plan, run: Run) -> Future[Any]:
         future: Future[Any] = Future()
+        if call is not make_run:  # a question, no run
+            try:
+                future.set_result(call(copy.deepcopy(plan), run))
+            except RuntimeError as error:
+                future.set_exception(error)
+            return future
         self.made.append(run.id)
         if len(self.made) == self.fails_at:
             future.set_exception(RuntimeError('out of\nmemory'))
@@ -216,6 +226,57 @@ def test_a_file_system_without_locks_is_told_of(
     with locked(tmp_path):
         pass
     assert f"'{tmp_path}' cannot be locked ([Errno {errno.ENOLCK}] No locks available)" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize(
+    ('silent', 'made'),
+    [pytest.param(False, 0, id='before any run'), pytest.param(True, 1, id='after the first, where it learns late')],
+)
+def test_a_wrong_metric_shows_at_once(
+    tmp_path: Path,
+    here: Here,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    silent: bool,
+    made: int,
+) -> None:
+    file = write(tmp_path, metric={'name': 'digits/acc'})
+    if silent:  # as a detector's evaluation is, as long as nothing is found
+        compute = DigitsAccuracy.compute_metrics
+        monkeypatch.setattr(
+            DigitsAccuracy, 'compute_metrics', lambda self, results: compute(self, results) if here.made else {}
+        )
+    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
+    line = printed.splitlines()[-1]
+    assert code == 2
+    assert "metric.name: 'digits/acc' is not among what" in line
+    assert line.endswith(': digits/accuracy, digits/nll, train_loss, steps, train_seconds')
+    assert len(rows_of(tmp_path / 'out') if made else here.made) == made
+    # Right again, the run that was made counts.
+    write(tmp_path)
+    here.fails_at = len(here.made) + 1
+    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
+    assert f'1 of {SELECT - made} runs failed' in printed
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_an_untrained_model_that_cannot_be_evaluated_does_not_end_a_study(
+    tmp_path: Path, here: Here, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError('no boxes')
+
+    monkeypatch.setattr(DigitsAccuracy, 'compute_metrics', fail)
+    check_metric(Plan(read_study(write(tmp_path)), tmp_path / 'out'), Rows(tmp_path / 'none.csv'), here)
+    line = capsys.readouterr().err
+    assert "metric.name: 'digits/accuracy' could not be checked" in line
+    assert 'untrained (RuntimeError: no boxes); it will be after the first run' in line
+
+
+def test_figures_that_are_no_numbers_are_left_out() -> None:
+    figures = {'a': torch.tensor(1.5), 'b': 2, 'table': torch.ones(2, 2), 'list': [1], 'text': 'x', 'c': np.float32(3)}
+    assert numbers(figures) == {'a': 1.5, 'b': 2.0, 'c': 3.0}
 
 
 @pytest.mark.filterwarnings('ignore')

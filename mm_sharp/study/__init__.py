@@ -7,6 +7,7 @@
 ``execute.py``          one run
 ``conduct.py``          all runs that are missing, several at a time
 ``lock.py``             one process at a time in a folder of results
+``metric_check.py``     whether the evaluators give the study's metric
 ``rows.py``             the file with one row a run
 ``results.py``          the choice of rho, and the comparisons
 ``statistics.py``       means, intervals and paired differences

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mm_sharp.cli import UsageError
 from mm_sharp.study.corruption import corrupt_file
 from mm_sharp.study.execute import execute, prepare_process
+from mm_sharp.study.metric_check import check_metric
 from mm_sharp.study.plan import Plan, Run, order_by_need
 from mm_sharp.study.results import Comparison, choose_rho, comparisons
 from mm_sharp.study.rows import Rows
@@ -47,13 +48,14 @@ def conduct(plan: Plan, rows: Rows, workers: Workers, *, redo: bool = False) -> 
         The rho of each method (None for the base optimizer) by setting.
 
     Raises:
-        UsageError: A run failed, or was made with another config before.
+        UsageError: A run failed, or was made with another config before, or the study's metric is none of the figures.
     """
     chosen: dict[str, dict[str, float | None]] = {}
     for setting in plan.study.settings.values():
         if setting.corrupt and not plan.corrupted(setting).is_file():
             corrupt_file(plan.annotations(setting), plan.corrupted(setting), setting.corrupt)
     with _pool(workers) as pool:
+        check_metric(plan, rows, pool)
         for wave in order_by_need(plan.study.settings.values()):
             _make(plan, rows, [run for s in wave for run in plan.selection_runs(s.name)], pool, 'choosing rho', redo)
             chosen |= chosen_in(plan, rows, wave)
@@ -120,6 +122,7 @@ def _make(plan: Plan, rows: Rows, runs: Sequence[Run], pool: ProcessPoolExecutor
         error = future.exception()
         if error is None:
             rows.add(run, configs[run], future.result())
+            rows.value(run, plan.study.metric.name)  # what is missing now will be missing after all other runs
         else:
             errors.append((run, error))
     if errors:

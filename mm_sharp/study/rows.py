@@ -50,6 +50,11 @@ class Rows:
         """Whether a run has been made with another config."""
         return run.id in self.by_id and not self.has(run, config)
 
+    def has_figure(self, run: Run, metric: str) -> bool:
+        """Whether any run of the same setting and phase has such a figure."""
+        same = [row for row in self.by_id.values() if (row['setting'], row['phase']) == (run.setting, run.phase)]
+        return any(row.get(metric) for row in same)
+
     def add(self, run: Run, config: str, figures: Mapping[str, float]) -> None:
         """Append a run's row, or put it in place of an older one.
 
