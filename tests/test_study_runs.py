@@ -149,6 +149,9 @@ def test_a_study_goes_on_where_it_was(
     file, out = write(tmp_path), tmp_path / 'out'
     arguments = (file, '--out-dir', out)
 
+    code, printed = call(monkeypatch, capsys, *arguments, '--table')
+    assert (code, printed) == (2, f"study.py: error: no runs in '{out}' yet: without --table they are made\n")
+
     here.fails_at = 2
     code, printed = call(monkeypatch, capsys, *arguments)
     assert code == 2
@@ -156,7 +159,11 @@ def test_a_study_goes_on_where_it_was(
     assert len(rows_of(out)) == SELECT - 1
 
     here.fails_at = None
-    assert call(monkeypatch, capsys, *arguments, '--table')[0] == 2  # nothing to compare yet
+    code, printed = call(monkeypatch, capsys, *arguments, '--table')
+    assert code == 0
+    assert '| sam | 0.05 |  | 0 of 1 |' in printed
+    assert '- clean: rho is not chosen yet: 2 of 3 runs made for it' in printed
+    assert f'{out}: results.csv, table.md\n' in printed
     here.made.clear()
     assert call(monkeypatch, capsys, *arguments)[0] == 0
     assert len(here.made) == 1 + REPORT

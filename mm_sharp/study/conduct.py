@@ -14,8 +14,8 @@ from mm_sharp.cli import UsageError
 from mm_sharp.study.corruption import corrupt_file
 from mm_sharp.study.execute import execute, prepare_process
 from mm_sharp.study.metric_check import check_metric
-from mm_sharp.study.plan import Plan, Run, order_by_need
-from mm_sharp.study.results import Comparison, choose_rho, comparisons
+from mm_sharp.study.plan import Plan, Run, order_by_need, pools
+from mm_sharp.study.results import choose_rho
 from mm_sharp.study.rows import Rows
 from mm_sharp.study.spec import Setting
 
@@ -64,39 +64,12 @@ def conduct(plan: Plan, rows: Rows, workers: Workers, *, redo: bool = False) -> 
     return chosen
 
 
-def compare_what_is_there(plan: Plan, rows: Rows) -> tuple[list[Comparison], list[str]]:
-    """The comparisons of the settings whose runs have all been made, and the names of the other settings."""
-    found: list[Comparison] = []
-    missing: list[str] = []
-    for wave in order_by_need(plan.study.settings.values()):
-        for names in _pools(wave):
-            selection = [run for name in names for run in plan.selection_runs(name)]
-            if any(run.id not in rows.by_id for run in selection):
-                missing += names
-                continue
-            chosen = choose_rho(plan, rows, names)
-            for name in names:
-                if all(run.id in rows.by_id for run in plan.report_runs(name, chosen)):
-                    found += comparisons(plan, rows, name, chosen)
-                else:
-                    missing.append(name)
-    return found, missing
-
-
 def chosen_in(plan: Plan, rows: Rows, wave: Sequence[Setting]) -> dict[str, dict[str, float | None]]:
     """The rho of each method by setting, of settings whose selection runs have been made."""
     chosen: dict[str, dict[str, float | None]] = {}
-    for names in _pools(wave):
+    for names in pools(wave):
         chosen |= dict.fromkeys(names, choose_rho(plan, rows, names))
     return chosen
-
-
-def _pools(wave: Sequence[Setting]) -> list[list[str]]:
-    """Names of the settings that share a choice of rho."""
-    pools: dict[str, list[str]] = {}
-    for setting in wave:
-        pools.setdefault(setting.pool or setting.name, []).append(setting.name)
-    return list(pools.values())
 
 
 def make_run(plan: Plan, run: Run) -> dict[str, float]:

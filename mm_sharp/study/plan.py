@@ -48,10 +48,15 @@ class Run:
     seed: int
 
     @property
+    def recipe(self) -> str:
+        """What it has in common with the runs of other seeds, in its setting and phase."""
+        rho = '' if self.rho is None else f'_rho{self.rho:g}'
+        return f'{self.method}{rho}_{self.epochs}e'
+
+    @property
     def id(self) -> str:
         """A name, which is a relative path, too."""
-        rho = '' if self.rho is None else f'_rho{self.rho:g}'
-        return f'{self.phase}/{self.setting}/{self.method}{rho}_{self.epochs}e_seed{self.seed}'
+        return f'{self.phase}/{self.setting}/{self.recipe}_seed{self.seed}'
 
 
 class Plan:
@@ -188,6 +193,14 @@ def order_by_need(settings: Iterable[Setting]) -> list[list[Setting]]:
     for setting in settings:
         both[bool(setting.load_from)].append(setting)
     return [wave for wave in both if wave]
+
+
+def pools(wave: Iterable[Setting]) -> list[list[str]]:
+    """The names of the settings that share a choice of rho, for each choice."""
+    found: dict[str, list[str]] = {}
+    for setting in wave:
+        found.setdefault(setting.pool or setting.name, []).append(setting.name)
+    return list(found.values())
 
 
 def _read(setting: Setting) -> Config:
