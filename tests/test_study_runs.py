@@ -60,7 +60,7 @@ class Here:
     def __call__(self, *args: Any, **kwargs: Any) -> Here:
         return self
 
-    def submit(self, call: Any, plan: Plan, run: Run) -> Future[Any]:
+    def submit(self, call: Any, plan: Plan, run: Run, *number: int) -> Future[Any]:
         future: Future[Any] = Future()
         if call is not make_run:  # a question, no run
             try:
@@ -72,7 +72,7 @@ class Here:
         if len(self.made) == self.fails_at:
             future.set_exception(RuntimeError('out of\nmemory'))
         else:
-            future.set_result(call(copy.deepcopy(plan), run))
+            future.set_result(call(copy.deepcopy(plan), run, *number))
         return future
 
     def shutdown(self, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@
 ``conduct.py``          all runs that are missing, several at a time
 ``lock.py``             one process at a time in a folder of results
 ``metric_check.py``     whether the evaluators give the study's metric
+``progress.py``         how far the study is, and each run under way
 ``rows.py``             the file with one row a run
 ``results.py``          the choice of rho, and the comparisons
 ``unfinished.py``       what there is of a study whose runs have not all been made

@@ -24,6 +24,7 @@ from mmengine.utils import import_modules_from_strings
 from mm_sharp.compat import serve_every_run
 from mm_sharp.launcher_watch import end_with_parent
 from mm_sharp.runners import build_runner
+from mm_sharp.study.progress import Board, NotingHook
 
 # Steps whose mean loss is a run's training loss.
 LAST_STEPS = 50
@@ -31,13 +32,16 @@ LAST_STEPS = 50
 OWN_FIGURES = ('train_loss', 'steps', 'train_seconds')
 
 
-def prepare_process(threads: int, niceness: int) -> None:
+def prepare_process(threads: int, niceness: int, board: Board | None = None) -> None:
     """Set up a process for runs.
 
     Args:
         threads: Of torch on the CPU.
         niceness: Added to the process's, so that other work on the machine goes first.
+        board: Where it notes how far its run is.
     """
+    if board is not None:
+        board.take_place()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
     torch.set_num_threads(threads)
     os.nice(niceness)
@@ -47,20 +51,23 @@ def prepare_process(threads: int, niceness: int) -> None:
     serve_every_run()
 
 
-def execute(cfg: Config, weights: Path | None) -> dict[str, float]:
+def execute(cfg: Config, weights: Path | None, number: int = 1) -> dict[str, float]:
     """Train, and evaluate on the test data.
 
     Args:
         cfg: The whole config of the run, without validation.
         weights: Where to write the final weights, as ``tools/test.py`` takes them; None for nowhere.
+        number: Of the run, which its progress is noted under.
 
     Returns:
         The evaluators' metrics by name, those that are numbers; ``train_loss``, mean of the last :data:`LAST_STEPS`
         steps; ``steps``; and ``train_seconds``, which say little where other programs share the machine.
     """
+    notes = NotingHook(number)
     cfg = fit_for_many(cfg)
     with redirect_stdout(io.StringIO()):  # the COCO API prints what it loads
         runner = build_runner(cfg)
+        runner.register_hook(notes)
         begin = time.perf_counter()
         runner.train()
         seconds = time.perf_counter() - begin

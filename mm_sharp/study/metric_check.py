@@ -19,6 +19,7 @@ from mm_sharp.cli import UsageError
 from mm_sharp.runners import build_runner
 from mm_sharp.study.execute import OWN_FIGURES, fit_for_many, forget, numbers
 from mm_sharp.study.plan import Plan, Run, order_by_need
+from mm_sharp.study.progress import watch
 from mm_sharp.study.rows import Rows
 from mm_sharp.study.spec import BASE
 
@@ -46,8 +47,9 @@ def check_metric(plan: Plan, rows: Rows, pool: Executor) -> None:
         evaluator = repr(plan.config(run).test_evaluator)
         if name not in OWN_FIGURES and evaluator not in asked and not rows.has_figure(run, name):
             asked[evaluator] = run, pool.submit(figure_names, plan, run)
-    for run, future in asked.values():
-        error = future.exception()
+    of = {future: run for run, future in asked.values()}
+    for future in watch('checking metric.name', {future: run.setting for future, run in of.items()}):
+        run, error = of[future], future.exception()
         if error is not None:
             reason = f'{type(error).__name__}: {" ".join(str(error).split())}'
             if isinstance(error, BrokenExecutor):
