@@ -223,6 +223,24 @@ def test_a_folder_belongs_to_one_process_until_it_ends(
         pass
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_ctrl_c_says_what_is_kept_and_lets_go_of_the_folder(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / 'out'
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules['mm_sharp.study.conduct'], 'watch', interrupt)
+    code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', out)
+    assert code == 130
+    line = f'study.py: interrupted; 0 runs are in {out}/results.csv; the same command goes on'
+    assert printed.splitlines()[-1] == line
+    with locked(out):
+        pass
+
+
 def test_a_file_system_without_locks_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mm_sharp import cli, study
+from mm_sharp.endings import INTERRUPTED, StoppedError
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -61,7 +62,11 @@ def main(arguments: Sequence[str]) -> None:
     with study.locked(folder):
         rows = study.Rows(folder / 'results.csv')
         os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))
-        chosen = study.conduct(plan, rows, study.Workers(args.jobs, args.threads, args.nice), redo=args.redo)
+        try:
+            chosen = study.conduct(plan, rows, study.Workers(args.jobs, args.threads, args.nice), redo=args.redo)
+        except KeyboardInterrupt as error:
+            made = f'{len(rows.by_id)} runs are in {rows.file}'
+            raise StoppedError(f'interrupted; {made}; the same command goes on', INTERRUPTED) from error
         found = [entry for name, rho in chosen.items() for entry in study.comparisons(plan, rows, name, rho)]
         report(whole, study.SoFar(found), folder)
 

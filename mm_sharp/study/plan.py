@@ -217,6 +217,11 @@ def _read(setting: Setting) -> Config:
     for key in _NEEDED:
         if not cfg.get(key):
             raise UsageError(f'{where}.config: {setting.config} has no {key}')
+    if not cfg.train_cfg.get('max_epochs'):
+        raise UsageError(
+            f'{where}.config: {setting.config} does not train by epochs, as studies do: write '
+            f'train_cfg = dict(by_epoch=True, max_epochs={setting.epochs})'
+        )
     for split in ('train', 'val', 'test'):
         preflight.check_data(cfg, split)
     return cfg
