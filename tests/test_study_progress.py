@@ -124,3 +124,8 @@ def test_what_is_under_way_is_shown_before_anything_ends(
     assert 'all: 3 of 3' in shown
     assert ('50% |' in shown) == (screen is Screen)  # one run, and half of another
     assert 'first' not in shown
+
+
+def test_nothing_is_shown_where_there_is_nothing_to_wait_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(watch('all', {}, total=3)) == []
+    assert capsys.readouterr().err == ''

@@ -25,7 +25,7 @@ from mm_sharp.study import Plan, Rows, Run, Workers, conduct, locked, read_study
 from mm_sharp.study.conduct import make_run
 from mm_sharp.study.digits import DigitsAccuracy
 from mm_sharp.study.execute import execute, numbers
-from mm_sharp.study.metric_check import check_metric
+from mm_sharp.study.metric_check import check_metric, figure_names
 from tests.conftest import ROOT
 from tests.tiny_data import draw_coco
 from tests.tool_runs import tool
@@ -297,6 +297,22 @@ def test_an_untrained_model_that_cannot_be_evaluated_does_not_end_a_study(
     line = capsys.readouterr().err
     assert "metric.name: 'digits/accuracy' could not be checked" in line
     assert 'untrained (RuntimeError: no boxes); it will be after the first run' in line
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_run_writes_nothing_into_the_folder_of_the_check_before_it(tmp_path: Path) -> None:
+    settings = copy.deepcopy(STUDY['settings'])
+    # MMEngine keeps what has a name as long as the process lives.
+    settings['clean']['options']['visualizer'] = {
+        'type': 'Visualizer',
+        'name': 'visualizer',
+        'vis_backends': [{'type': 'LocalVisBackend'}],
+    }
+    plan = Plan(read_study(write(tmp_path, settings=settings)), tmp_path / 'out')
+    run = Run('report', 'clean', 'base', None, 1, 0)
+    assert figure_names(plan, run) == ['digits/accuracy', 'digits/nll']
+    assert make_run(plan, run)['steps'] == 2
+    assert list((tmp_path / 'out' / 'runs' / run.id).rglob('vis_data/config.py'))
 
 
 def test_figures_that_are_no_numbers_are_left_out() -> None:

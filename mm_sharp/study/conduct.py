@@ -122,7 +122,7 @@ def _make(plan: Plan, rows: Rows, missing: dict[Run, str], pool: ProcessPoolExec
     futures = {pool.submit(make_run, plan, run, number): run for number, run in enumerate(missing, 1)}
     names = {future: run.id for future, run in futures.items()}
     errors: list[tuple[Run, BaseException, str]] = []
-    for future in watch(part.title, names, total=part.total, board=part.board) if missing else ():
+    for future in watch(part.title, names, total=part.total, board=part.board):
         run = futures[future]
         error = future.exception()
         if error is None:

@@ -108,5 +108,7 @@ def forget(runner: Any) -> None:
         handler.close()
     for kind in (MMLogger, MessageHub, type(runner.visualizer)):
         kind._instance_dict.pop(runner.experiment_name, None)
+    # MMPose's has a name of its own, and would write what later runs log into this run's folder.
+    type(runner.visualizer)._instance_dict.pop(runner.visualizer.instance_name, None)
     del runner
     gc.collect()

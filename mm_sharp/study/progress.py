@@ -147,6 +147,8 @@ def watch(
         total: With those that have been made before; by default these are all.
         board: Says how far those under way are.
     """
+    if not futures:
+        return
     numbered = dict(enumerate(futures, 1))
     total = len(futures) if total is None else total
     waiting, begun = set(futures), time.time()
