@@ -51,6 +51,7 @@ def test_some_of_the_configs_that_a_package_ships(package: str) -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize('package', PACKAGES)
 def test_all_configs_that_a_package_ships(package: str, holds: Holds) -> None:
     files = shipped(package)
