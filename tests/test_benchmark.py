@@ -283,7 +283,9 @@ def test_a_quantized_model_is_compared_with_its_float_model(
 def test_the_quantized_subject_has_the_float_models_weights(tiny: Path, tmp_path: Path) -> None:
     config = tmp_path / 'w4a4.py'
     fragment = ROOT / 'configs' / '_base_' / 'quantization' / 'w4a4.py'
-    config.write_text(f"_base_ = ['{tiny}', '{fragment}']\nquantization = dict(policy=dict(fold_batchnorm=False))\n")
+    config.write_text(
+        f"_base_ = ['{tiny}', '{fragment}']\nsharp_quantization = dict(policy=dict(fold_batchnorm=False))\n"
+    )
     subject = benchmark.load_subject(Config.fromfile(config), batch_size=5)
     assert subject.float_model is not None
     weights = dict(subject.model.named_parameters())

@@ -15,6 +15,8 @@ PACKAGE = ROOT / 'mm_sharp'
 
 # Each module may import from its own layer's left, never from its right or from its own.
 LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({'config_types'}),
+    frozenset({'quantized_config'}),
     frozenset(
         {
             'compat',

@@ -44,7 +44,7 @@ log_level = 'WARNING'
 QUANTIZED = """
 _base_ = 'float.py'
 custom_imports = dict(imports=['mm_sharp'])
-quantization = dict(policy={policy}, calibration=dict(num_batches=2))
+sharp_quantization = dict(policy={policy}, calibration=dict(num_batches=2))
 load_from = '{float}'
 """
 

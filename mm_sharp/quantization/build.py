@@ -227,5 +227,5 @@ def _check_any(layers: list[LayerRecord]) -> None:
         reasons = '; '.join(f'{layer.name}: {layer.reason}' for layer in layers[:5])
         raise UserError(
             f'{OWNER}: no layer is quantized ({reasons or "the model has none"}). Write for example: '
-            'policy=dict(first_layers=8, last_layers=8, skip=[]), or quantization = None to train in float'
+            'policy=dict(first_layers=8, last_layers=8, skip=[]), or sharp_quantization = None to train in float'
         )
