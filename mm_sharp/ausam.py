@@ -151,7 +151,10 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         def counts() -> tuple[int, int]:
             return (0, 0) if self._draw is None else (len(self._draw.chosen), self._draw.size)
 
-        with one_is_enough(type(self).__name__, 'sampling_ratio', counts), super().recording(model):
+        with (
+            one_is_enough(type(self).__name__, 'sampling_ratio', counts, self._leave_out),
+            super().recording(model),
+        ):
             yield
 
     def choose_first_batch(self, call: ModelCall) -> ModelCall:
@@ -205,14 +208,21 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         super().load_own_state(state)
         self._sampler_states = state.get('samplers', [])
 
+    @property
+    def _leave_out(self) -> str:
+        """What leaves the last, incomplete batch of an epoch out, in ``train_dataloader``."""
+        drop = 'drop_last=True'
+        return drop if self.sampler is None else f"batch_sampler=dict(type='AUSAMSampler', {drop})"
+
     def _say_what_it_costs(self, draw: BatchDraw) -> None:
         if self._has_said_what_it_costs or len(draw.chosen) < draw.size or self.drawer.sampling_ratio == 1.0:
             return
         self._has_said_what_it_costs = True
         print_log(
             f'{type(self).__name__}: a batch of {draw.size} is drawn whole, so that its step costs what a step of SAM '
-            "costs, twice the base optimizer's. Take larger batches, train_dataloader = dict(batch_size=...); if only "
-            'the last one of an epoch is that small, drop_last=True leaves it out',
+            "costs, twice the base optimizer's. Take larger batches, train_dataloader = dict(batch_size=..., ...), or, "
+            f'if only the last one of an epoch is that small, leave it out, train_dataloader = dict({self._leave_out}, '
+            '...)',
             logger='current',
             level=logging.WARNING,
         )

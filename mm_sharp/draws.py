@@ -1,8 +1,8 @@
 """Random draws that depend on their place in the training alone (ours).
 
 A generator is made anew for every draw, from the run's seed and the draw's place: which kind of draw, which step, which
-rank. So a checkpoint needs nothing but the seed and the step's number to go on with the draws of a run that never
-stopped, on every rank, and a step that fails draws the same again.
+rank, and which of several wrappers. So a checkpoint needs nothing but the seed and two numbers to go on with the draws
+of a run that never stopped, on every rank, and a step that fails draws the same again.
 """
 
 from __future__ import annotations

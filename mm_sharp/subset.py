@@ -50,13 +50,16 @@ def fewest_samples(model: nn.Module) -> int:
 
 
 @contextmanager
-def one_is_enough(owner: str, ratio: str, counts: Callable[[], tuple[int, int]]) -> Iterator[None]:
+def one_is_enough(
+    owner: str, ratio: str, counts: Callable[[], tuple[int, int]], leave_out: str = 'drop_last=True'
+) -> Iterator[None]:
     """A context of a forward on some samples of a batch, in which torch's error at a single one shows the way out.
 
     Args:
         owner: Class that has taken them, for the message.
         ratio: Name of the argument that K follows from.
         counts: Gives K and N.
+        leave_out: What leaves out incomplete batches, as it is written into ``train_dataloader``.
 
     Raises:
         UserError: Only one of several was kept, and a layer normalises over the batch.
@@ -69,8 +72,8 @@ def one_is_enough(owner: str, ratio: str, counts: Callable[[], tuple[int, int]])
             raise
         raise UserError(
             f'{owner} trains on 1 of the {of} samples of this batch, and the model has a layer that normalises over '
-            f'several ({error}). Leave out last batches that are too small, train_dataloader = '
-            f"dict(drop_last=True, ...), or keep more of each, optim_wrapper = dict(type='{owner}', {ratio}=1.0, ...)"
+            f'several ({error}). Leave out last batches that are too small, train_dataloader = dict({leave_out}, ...), '
+            f"or keep more of each, optim_wrapper = dict(type='{owner}', {ratio}=1.0, ...)"
         ) from error
 
 

@@ -167,6 +167,6 @@ def test_a_batch_that_is_drawn_whole_pays_for_sam(
     for size in sizes:
         model.train_step(of_size(size), wrapper)
     assert len(lines) == len(said)
-    assert all(
-        part in line and 'costs' in line and 'batch_size' in line for part, line in zip(said, lines, strict=True)
-    )
+    leave_out = "dict(type='AUSAMSampler', drop_last=True)" if name == 'ausam-loader' else 'dict(drop_last=True'
+    for part, line in zip(said, lines, strict=True):
+        assert all(piece in line for piece in (part, 'costs', 'batch_size', leave_out))

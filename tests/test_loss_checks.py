@@ -166,3 +166,18 @@ def test_the_host_does_not_wait_for_the_comparison(weights: Tensor | None, monke
             record.losses(total)
         assert number == 0 or reads.count == later.count == len(lists) == 0
     per_sample.settle()
+
+
+@pytest.mark.usefixtures('device_is_far')
+def test_a_comparison_under_way_outlives_a_new_loss() -> None:
+    per_sample = PerSampleLoss(model := net(nn.CrossEntropyLoss(ignore_index=255), ignoring_from=1))
+    for number in range(2):
+        with per_sample.record() as record:
+            total = model(**ignoring(number))['loss']
+        record.losses(total)
+    model.loss_fn = nn.CrossEntropyLoss(reduction='sum', ignore_index=255)
+    with per_sample.record() as record:
+        total = model(**ignoring(2))['loss']
+    with pytest.raises(PerSampleLossError, match='neither'):
+        per_sample.settle()
+    record.losses(total)

@@ -66,7 +66,7 @@ class PerSampleLoss:
             known = self._facts.get(id(loss.module))
             facts[id(loss.module)] = known if known and known.hold_for(loss.module) else LossFacts(loss.module)
         if changed := facts != self._facts:
-            self._checks = Checks()
+            self._checks.passed_once = False  # those under way stay
         self._facts = facts
         return changed
 
