@@ -267,3 +267,31 @@ def test_without_a_selection_there_are_no_figures(batch: Batch) -> None:
     model.train_step(batch, wrapper)
     assert wrapper.last_step.figures is None
     assert wrapper.last_step.perturbed_loss.item() == pytest.approx(0.05 * batch['inputs'].mean().item())
+
+
+# ------------------------------------------------------------------ lazy modules
+class Lazy(ToyNet):
+    """Its layers get their shapes in the first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d(), nn.LazyLinear(3)
+
+
+@both
+@pytest.mark.parametrize('options', [{'beta': 0.3}, {'beta': 0.3, 'gamma': 1.0}], ids=['esam', 'all samples'])
+def test_lazy_modules_train_as_if_they_had_been_initialised(refresh: int | None, options: dict[str, float]) -> None:
+    models = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        model = Lazy().train()
+        if early:
+            for module, inputs in ((model.conv, (1, 2, 6, 6)), (model.norm, (1, 6, 4, 4)), (model.head, (1, 96))):
+                module.eval()(torch.zeros(inputs))
+                module.train()
+        wrapper = ESAMOptimWrapper(momentum_sgd(model), **selecting(refresh), **options)
+        for batch in batches(3):
+            model.train_step(batch, wrapper)
+        models.append(model)
+    assert same_state(*models)
+    assert all(parameter.requires_grad for parameter in models[0].parameters())
