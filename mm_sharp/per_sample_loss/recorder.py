@@ -100,7 +100,7 @@ class PerSampleLoss:
         try:
             handles.append(self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
             # First of the model's hooks: others are to see the losses that it returns.
-            handles.append(self.model.register_forward_hook(hooks.after_model, prepend=True))
+            handles.append(self.model.register_forward_hook(hooks.after_model, prepend=True, always_call=True))
             for loss in self.losses:
                 handles.append(loss.module.register_forward_pre_hook(hooks.before_loss, with_kwargs=True))
                 after = hooks.after_loss(loss)
@@ -125,6 +125,7 @@ class _Hooks:
         # Loss modules that are running, their shadows, and the versions of the tensors they were called with.
         self.open: list[tuple[nn.Module, nn.Module, list[int]]] = []
         self.long_outputs = False  # whether a loss module gave a tensor with a dimension
+        self.depth = 0  # of the calls of a model that calls itself
 
     @property
     def weights(self) -> Tensor | None:
@@ -135,6 +136,9 @@ class _Hooks:
         return self.record.full_size
 
     def before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.depth += 1
+        if self.depth > 1:
+            return
         self.open.clear()
         self.long_outputs = False
         self.record.terms.clear()
@@ -169,8 +173,9 @@ class _Hooks:
 
     def after_model(self, _: nn.Module, args: Any, output: Any) -> Any:
         """Take the losses of shape (N,) that a model returns as they are."""
+        self.depth -= 1
         size = self.record.size
-        if size is None or (size == 1 and self.long_outputs):
+        if self.depth or size is None or (size == 1 and self.long_outputs):
             return None  # one sample: what looks like (N,) may be a hooked loss with one dimension more
         template, tensors = tensors_of({'loss': output} if isinstance(output, Tensor) else output)
         if not isinstance(template, dict):
