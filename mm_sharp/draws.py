@@ -85,15 +85,15 @@ class Member:
 
     def state(self, seed: int | None) -> dict[str, int | bool | None]:
         """For a checkpoint; plain types."""
-        return {'number': self.number, 'interrupted': seed is not None and self._was_interrupted(seed)}
+        return {'number': self.number, 'interrupted': self.number is None and self._was_interrupted(seed)}
 
     def load(self, state: Mapping[str, Any], seed: int | None) -> None:
         """Go on from what :meth:`state` gave; from nothing, as a wrapper by itself."""
         self.number = state.get('number')
         self._last = None if seed is None else -1 if state.get('interrupted') else self._drawn[seed]
 
-    def _was_interrupted(self, seed: int) -> bool:
-        return self._last is not None and self._last != self._drawn[seed]
+    def _was_interrupted(self, seed: int | None) -> bool:
+        return seed is not None and self._last is not None and self._last != self._drawn[seed]
 
 
 def _fingerprint(weights: Iterable[Tensor]) -> int:

@@ -183,5 +183,6 @@ def test_the_first_member_draws_as_if_it_were_alone() -> None:
     for number, (_, wrapper) in enumerate((left, right)):
         wrapper.member.number = number
     both = train([left, right])
+    assert left[1].own_state()['member'] == {'number': 0, 'interrupted': False}
     assert [both[0]] == train([pair()[0]])
     assert equal_steps(*both) == 0
