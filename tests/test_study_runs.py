@@ -96,7 +96,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 def test_a_study_runs_from_the_command_line_in_processes_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / 'out'
     command = [sys.executable, ROOT / 'tools/study.py', write(tmp_path), '--out-dir', out]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr
     assert 'choosing rho' in done.stderr
     assert '**clean, equal compute** (digits/accuracy, 2 seeds)' in done.stdout
