@@ -374,6 +374,16 @@ def test_resume_passes_over_a_torn_checkpoint(tmp_path: Path) -> None:
     assert preflight.last_checkpoint(str(tmp_path / 'nowhere')) is None
 
 
+def test_of_checkpoints_written_at_one_tick_of_the_clock_the_later_is_the_newest(tmp_path: Path) -> None:
+    for number in (10, 9, 11, 2):
+        file = tmp_path / f'epoch_{number}.pth'
+        torch.save({}, file)
+        os.utime(file, (1, 1))
+    assert preflight.last_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_11.pth')
+    os.utime(tmp_path / 'epoch_2.pth', (2, 2))
+    assert preflight.last_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_2.pth')
+
+
 def test_a_checkpoint_that_is_more_than_data_needs_trust(tmp_path: Path) -> None:
     file = tmp_path / 'foreign.pth'
     model = torch.nn.Linear(2, 1)
