@@ -134,6 +134,7 @@ def _seed_workers_apart(loader: Any, state: RandomState) -> torch.Generator | No
     starts = getattr(loader, 'num_workers', 0) > 0 and getattr(loader, '_iterator', None) is None
     if not (starts and loader.persistent_workers) or loader.generator is not None:
         return None
-    loader.generator = torch.Generator()
-    loader.generator.set_state(state.cpu)
-    return loader.generator
+    generator = torch.Generator()
+    generator.set_state(state.cpu)
+    loader.generator = generator
+    return generator
