@@ -180,7 +180,7 @@ def last_checkpoint(work_dir: str) -> str | None:
     pointer = folder / 'last_checkpoint'
     named = pointer.read_text().strip() if pointer.is_file() else ''
     found = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
-    candidates = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
+    candidates = sorted(found, key=_age, reverse=True)
     if named:
         candidates = [Path(named), folder / Path(named).name, *candidates]
     return next((str(file) for file in candidates if file.exists() and _is_complete(file)), None)
@@ -190,6 +190,12 @@ def _say(line: str) -> None:
     """Print a line, once a run."""
     if is_main_process():
         print_log(line)
+
+
+def _age(file: Path) -> tuple[int, int]:
+    """When a checkpoint was written, and its epoch or iteration: two may be written at one tick of the disk's clock."""
+    number = file.stem.rpartition('_')[2]
+    return file.stat().st_mtime_ns, int(number) if number.isdecimal() else -1
 
 
 def _is_complete(file: Path) -> bool:

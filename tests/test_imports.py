@@ -41,7 +41,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({'two_pass', 'dataset_keys'}),
     frozenset({'per_sample_pass'}),
     frozenset({'sam', 'esam', 'ausam', 'hooks', 'ausam_sampler'}),
-    frozenset({'compilation', 'history_hook', 'quantization'}),
+    frozenset({'compilation', 'history_hook', 'resumed_draws', 'quantization'}),
 )
 # Command-line glue may import everything, and nothing imports it.
 GLUE = frozenset(

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mm_sharp import cli
@@ -110,7 +112,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 def test_a_study_runs_from_the_command_line_in_processes_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / 'out'
     command = [sys.executable, ROOT / 'tools/study.py', write(tmp_path), '--out-dir', out]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr
     assert 'choosing rho' in done.stderr
     assert '**clean, equal compute** (digits/accuracy, 2 seeds)' in done.stdout
@@ -139,6 +141,32 @@ def test_a_run_is_what_the_runner_makes_of_the_same_config(tmp_path: Path) -> No
     kept = torch.load(tmp_path / 'kept.pth', weights_only=True)['state_dict']
     for name, value in runner.model.state_dict().items():
         assert torch.equal(kept[name], value), name
+
+
+@pytest.mark.parametrize('named', [False, True], ids=['', 'a visualizer with a name'])
+def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, named: bool) -> None:
+    """Runs of one process may begin in the same second, by which MMEngine names what it keeps of them."""
+    plan = Plan(read_study(write(tmp_path)), tmp_path / 'out')
+    run = Run('report', 'clean', 'sam', 0.1, 2, 1)
+    alone = execute(plan.config(run), None)
+    failing = plan.config(run)
+    failing.custom_hooks = [*failing.get('custom_hooks', []), dict(type='FailsLate')]
+    again = plan.config(run)
+    for cfg in (failing, again) if named else ():
+        cfg.visualizer = dict(type='Visualizer', name='pictures', vis_backends=[dict(type='LocalVisBackend')])
+    again.work_dir = str(tmp_path / 'again')
+    with pytest.raises(RuntimeError, match='out of memory'):
+        execute(failing, None)
+    figures = execute(again, None)
+    assert figures['train_loss'] == alone['train_loss']
+    if named:
+        assert list((tmp_path / 'again').glob('*/vis_data/scalars.json'))
+
+
+@HOOKS.register_module()
+class FailsLate(Hook):
+    def after_train_epoch(self, runner: Any) -> None:
+        raise RuntimeError('out of memory')
 
 
 # As in the processes that Here stands in for.

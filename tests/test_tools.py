@@ -58,7 +58,7 @@ def run(command: str, *arguments: object, cwd: Path, code: int = 0) -> subproces
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
         check=False,
     )
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
@@ -72,9 +72,9 @@ def configure(name: str, *arguments: object) -> Config:
 
 
 def logged(work_dir: Path) -> list[dict[str, Any]]:
-    """The training steps in the JSON log of the latest run in a work directory."""
-    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    return [line for line in map(json.loads, logs[-1].read_text().splitlines()) if 'loss' in line]
+    """The training steps in the JSON log of the only run in a work directory."""
+    (log,) = work_dir.glob('*/vis_data/scalars.json')
+    return [line for line in map(json.loads, log.read_text().splitlines()) if 'loss' in line]
 
 
 def test_training_writes_checkpoints_and_logs(trained: Path) -> None:
@@ -107,7 +107,9 @@ def test_a_run_with_the_base_optimizer_is_tested_and_resumed_without_trust(tiny:
 
 def test_resuming_goes_on_from_the_last_checkpoint(trained: Path, tiny: Path, within: Tools) -> None:
     work_dir = tiny / 'resumed'
-    shutil.copytree(trained, work_dir)  # moved: last_checkpoint names a file in the old folder
+    work_dir.mkdir()
+    for name in ('epoch_1.pth', 'last_checkpoint'):  # which names the file in the old folder
+        shutil.copy(trained / name, work_dir)
     within(
         'train', 'sam.py', '--resume', '--work-dir', work_dir, '--show-dir', 'people', '--interval', 1,
         '--cfg-options', 'train_cfg.max_epochs=2', 'visualizer.name=resumed',
@@ -402,6 +404,16 @@ def test_resume_passes_over_a_torn_checkpoint(tmp_path: Path) -> None:
             (tmp_path / 'last_checkpoint').write_text(named)
         assert preflight.last_checkpoint(str(tmp_path)) == str(first)
     assert preflight.last_checkpoint(str(tmp_path / 'nowhere')) is None
+
+
+def test_of_checkpoints_written_at_one_tick_of_the_clock_the_later_is_the_newest(tmp_path: Path) -> None:
+    for number in (10, 9, 11, 2):
+        file = tmp_path / f'epoch_{number}.pth'
+        torch.save({}, file)
+        os.utime(file, (1, 1))
+    assert preflight.last_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_11.pth')
+    os.utime(tmp_path / 'epoch_2.pth', (2, 2))
+    assert preflight.last_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_2.pth')
 
 
 def test_a_checkpoint_that_is_more_than_data_needs_trust(tmp_path: Path) -> None:

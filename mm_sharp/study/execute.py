@@ -11,15 +11,15 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.utils import import_modules_from_strings
+from mmengine.logging import MMLogger
+from mmengine.utils import ManagerMixin, import_modules_from_strings
 
 from mm_sharp.compat import serve_every_run
 from mm_sharp.launcher_watch import end_with_parent
@@ -65,7 +65,7 @@ def execute(cfg: Config, weights: Path | None, number: int = 1) -> dict[str, flo
     """
     notes = NotingHook(number)
     cfg = fit_for_many(cfg)
-    with redirect_stdout(io.StringIO()):  # the COCO API prints what it loads
+    with forgotten_afterwards(), redirect_stdout(io.StringIO()):  # the COCO API prints what it loads
         runner = build_runner(cfg)
         runner.register_hook(notes)
         begin = time.perf_counter()
@@ -75,9 +75,9 @@ def execute(cfg: Config, weights: Path | None, number: int = 1) -> dict[str, flo
         if weights is not None:
             weights.parent.mkdir(parents=True, exist_ok=True)
             runner.save_checkpoint(str(weights.parent), weights.name, save_optimizer=False, save_param_scheduler=False)
-    loss = runner.message_hub.get_scalar('train/loss').mean(LAST_STEPS)
-    figures = {**metrics, **dict(zip(OWN_FIGURES, (loss, runner.iter, seconds), strict=True))}
-    forget(runner)
+        loss = runner.message_hub.get_scalar('train/loss').mean(LAST_STEPS)
+        figures = {**metrics, **dict(zip(OWN_FIGURES, (loss, runner.iter, seconds), strict=True))}
+        del runner
     return numbers(figures)
 
 
@@ -102,13 +102,28 @@ def numbers(figures: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def forget(runner: Any) -> None:
-    """Let go of what MMEngine keeps of a run as long as the process lives."""
-    for handler in list(runner.logger.handlers):
-        handler.close()
-    for kind in (MMLogger, MessageHub, type(runner.visualizer)):
-        kind._instance_dict.pop(runner.experiment_name, None)
-    # MMPose's has a name of its own, and would write what later runs log into this run's folder.
-    type(runner.visualizer)._instance_dict.pop(runner.visualizer.instance_name, None)
-    del runner
-    gc.collect()
+@contextmanager
+def forgotten_afterwards() -> Iterator[None]:
+    """Let go of what MMEngine would keep of a run as long as the process lives.
+
+    It keeps it by names, those of runs by the second: the next run would be given what is left of one that failed, or
+    the folder of the first one's pictures.
+    """
+    before = _names()
+    try:
+        yield
+    finally:
+        for kind, names in _names().items():
+            for name in names - before.get(kind, set()):
+                kept = kind._instance_dict.pop(name)
+                for handler in list(kept.handlers) if isinstance(kept, MMLogger) else ():
+                    handler.close()
+        gc.collect()
+
+
+def _names() -> dict[type[ManagerMixin], set[str]]:
+    """What MMEngine keeps now: loggers, message hubs, visualizers and scopes, by their names."""
+    kinds: list[type[ManagerMixin]] = [ManagerMixin]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return {kind: set(kind._instance_dict) for kind in kinds}

@@ -10,14 +10,14 @@ import io
 import sys
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from mm_sharp.cli import UsageError
 from mm_sharp.runners import build_runner
-from mm_sharp.study.execute import OWN_FIGURES, fit_for_many, forget, numbers
+from mm_sharp.study.execute import OWN_FIGURES, fit_for_many, forgotten_afterwards, numbers
 from mm_sharp.study.plan import Plan, Run, order_by_need
 from mm_sharp.study.progress import watch
 from mm_sharp.study.rows import Rows
@@ -71,10 +71,10 @@ def figure_names(plan: Plan, run: Run) -> list[str]:
     cfg = fit_for_many(plan.config(run))
     cfg.load_from = None  # it may not be there yet
     cfg.experiment_name = f'check_{cfg.experiment_name}'
-    with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), ExitStack() as stack:
+    # Forgotten before the folder goes, into which it writes.
+    with TemporaryDirectory() as folder, forgotten_afterwards(), redirect_stdout(io.StringIO()):
         cfg.work_dir = folder
         runner = build_runner(cfg)
-        stack.callback(forget, runner)  # whatever happens: it writes into the folder
         runner._test_loop = runner.build_test_loop(runner._test_loop)
         runner._test_loop.dataloader = _FirstBatches(runner._test_loop.dataloader)
         metrics = getattr(getattr(runner._test_loop, 'evaluator', None), 'metrics', [])
