@@ -21,8 +21,10 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, MODELS
 from mmengine.utils import ProgressBar
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 
+from mm_sharp.members import members
 from mm_sharp.random_state import RandomState
 from mm_sharp.validation import HOOK, check_bool, check_positive_int
 
@@ -30,6 +32,7 @@ from .calibration import calibrate
 from .collapse import Collapse
 from .float_outputs import without_quantizers
 from .guard import NotCalibratedError, is_calibrated, record_of
+from .scale_decay import decaying_scales, fit_groups
 
 CHECKPOINT = 'post_training.pth'
 
@@ -64,6 +67,15 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         self.bias_correction = check_bool(name, 'bias_correction', bias_correction, HOOK)
         self.baseline = check_bool(name, 'baseline', baseline, HOOK)
 
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Let runs resume that were begun when scales had weight decay; they go on with it."""
+        saved = checkpoint.get('optimizer')
+        if not runner._resume or runner._has_loaded or not isinstance(saved, dict):
+            return
+        for name, member in members(runner.optim_wrapper).items():
+            if isinstance(getattr(member, 'optimizer', None), Optimizer):
+                fit_groups(member.optimizer, saved.get(name, {}) if name else saved)
+
     def before_train(self, runner: Any) -> None:
         """Calibrate, if the model is quantized and has not been calibrated.
 
@@ -73,6 +85,13 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if record_of(model) is None:
             return
+        decaying = decaying_scales(runner.optim_wrapper, model)
+        if decaying:
+            _say(
+                f'{len(decaying)} scales of quantizers have weight decay, which pulls them towards 0 (the first is '
+                f'{decaying[0]}), as the config, the optimizer or the checkpoint that is resumed has it',
+                logging.WARNING,
+            )
         if is_calibrated(model):
             _say('The quantizers have their scales from the checkpoint: nothing to calibrate')
             return
