@@ -30,6 +30,7 @@ from mm_sharp.validation import HOOK, check_bool, check_positive_int
 
 from .calibration import calibrate
 from .collapse import Collapse
+from .exportable import warn_of_export
 from .float_outputs import without_quantizers
 from .guard import NotCalibratedError, is_calibrated, record_of
 from .scale_decay import decaying_scales, fit_groups
@@ -104,6 +105,8 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         try:
             self._calibrate(runner, model)
             _renew_averages(runner)
+            if is_main_process():
+                warn_of_export(model)
             if self.baseline:
                 self._report(runner)
         finally:
