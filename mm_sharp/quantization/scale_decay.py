@@ -27,7 +27,7 @@ _before: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary(
 
 def install() -> None:
     """Have MMEngine's constructors of optimizer wrappers keep scales from decay; a second call changes nothing."""
-    if not hasattr(OPTIM_WRAPPER_CONSTRUCTORS.build_func, '__wrapped__'):
+    if not hasattr(OPTIM_WRAPPER_CONSTRUCTORS.build_func, '_keeps_scales_from_decay'):
         OPTIM_WRAPPER_CONSTRUCTORS.build_func = _careful(OPTIM_WRAPPER_CONSTRUCTORS.build_func)
 
 
@@ -79,7 +79,7 @@ def _careful(build: Callable[..., Any]) -> Callable[..., Any]:
         constructor.__class__ = type(kind.__name__, (kind,), own)
         return constructor
 
-    build_func.__wrapped__ = build  # type: ignore[attr-defined]
+    build_func._keeps_scales_from_decay = True  # type: ignore[attr-defined]
     return build_func
 
 
