@@ -432,7 +432,7 @@ def test_the_hosts_own_time() -> None:
     assert [row.label for row in rows if 'cycle' not in row.label] == [
         *('base', 'sam', 'esam', 'esam-history, between refreshes', 'ausam', 'ausam-0.5')
     ]
-    assert sum(parameter.numel() for parameter in SmallModel().parameters()) == 3530
+    assert sum(parameter.numel() for parameter in SmallModel().parameters()) == 3164
     limits = {row.label: row.limit for row in rows}
     assert (limits['sam'], limits['ausam'], limits['ausam-0.5']) == (2.0, 2 * 10 / 16, 1.0)
     assert limits['esam-history, cycle of 10'] == pytest.approx((2 + 0.6 + 1.5 + 0.1) / 3)

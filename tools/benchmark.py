@@ -8,7 +8,7 @@ python tools/benchmark.py CONFIG --peers           also SAM as it is written by 
 python tools/benchmark.py CONFIG --floors          also each method's passes alone: what its own work comes to
 python tools/benchmark.py --parameters 25M 100M    climb and restoration alone, against the copy bandwidth
 python tools/benchmark.py --history 10M            a sample history: memory, look-up, save and load
-python tools/benchmark.py --host --threads 1       steps of a model of 3,530 weights: the host's own time
+python tools/benchmark.py --host --threads 1       steps of a model of 3,164 weights: the host's own time
 
 For each batch size: a table of step times, of ratios to the base optimizer in the same round, of the limits by
 arithmetic and of peak memory; and one of the shares of a step's phases. A config that quantizes its model gets a row
@@ -94,7 +94,7 @@ def _parser() -> cli.OneLineParser:
         '--parameters', nargs='+', metavar='COUNT', help='measure climb and restoration alone: 25M 100M 1B'
     )
     parser.add_argument('--history', metavar='SAMPLES', help='measure a sample history instead: 10M, 500k or 20000')
-    parser.add_argument('--host', action='store_true', help="measure the host's own time, on a model of 3,530 weights")
+    parser.add_argument('--host', action='store_true', help="measure the host's own time, on a model of 3,164 weights")
     parser.add_argument('--out', metavar='FILE', help='write the figures to a file (.json)')
     parser.add_argument('--plot', metavar='FILE', help='draw the tables as bars (.png)')
     parser.add_argument(
