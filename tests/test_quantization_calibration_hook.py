@@ -291,7 +291,7 @@ def test_resuming_what_has_no_scales_is_refused(folder: Path) -> None:
 
 # ------------------------------------------------------------------ several processes
 @DATASETS.register_module()
-class NoisySamples(ToySamples):
+class NoisyPictures(ToySamples):
     """Every rank draws other noise: nothing but the hook makes their scales equal."""
 
     def __init__(self, count: int) -> None:
@@ -331,7 +331,7 @@ def on_ranks(rank: int, processes: int, work_dir: str) -> dict[str, Tensor]:
         launcher='pytorch',
         model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None),
     )
-    config['train_dataloader']['dataset'] = dict(type='NoisySamples', count=24)
+    config['train_dataloader']['dataset'] = dict(type='NoisyPictures', count=24)
     runner = Runner.from_cfg(config)
     runner.train()
     parameters = {f'end {name}': value.detach() for name, value in runner.model.module.named_parameters()}
