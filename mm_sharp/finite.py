@@ -46,12 +46,13 @@ def finite_each(tensors: Sequence[Tensor]) -> Tensor:
 
 def _finite_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
     """Of each tensor, whether its norm is finite, (N,), bool, on the device of the first one."""
-    norms: list[Tensor] = [tensors[0]] * len(tensors)
-    for group in group_by_device_and_dtype(tensors):
-        found = torch._foreach_norm([tensors[i] for i in group], order)
-        for index, norm in zip(group, found, strict=True):
-            norms[index] = norm
-    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite()
+    groups = group_by_device_and_dtype(tensors)
+    found = [torch.stack(torch._foreach_norm([tensors[i] for i in group], order)).isfinite() for group in groups]
+    if len(groups) == 1:
+        return found[0]
+    finite = torch.cat([flags.to(tensors[0].device, non_blocking=True) for flags in found])
+    order_of = sorted(range(len(tensors)), key=[index for group in groups for index in group].__getitem__)
+    return finite[order_of]
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ class ForwardState:
         self._rare = RareChanges()
         self._looked_at: nn.Module | None = None
         self._keeps_rare = False
+        self._trained_ids: frozenset[int] = frozenset()
         self._stamps: list[Stamp] = []
 
     def keep(self, model: nn.Module, *, sharded: bool = False) -> None:
@@ -62,20 +63,16 @@ class ForwardState:
             if any(isinstance(member, _AVERAGED) for member in model.modules()):
                 self._rare.seen()  # it moves its weights through `.data`, at intervals
         self._model = model
+        self._trained_ids = frozenset(map(id, self._trained()))
         self._keeps_rare = not sharded and self._rare.next_step()
-        self._before.save(model, rare=self._keeps_rare)
+        self._before.save(model, self._trained_ids, rare=self._keeps_rare)
         self._stamps = [] if self._keeps_rare or sharded else stamps(self._before.rare)
 
     def rewind(self) -> None:
         """Keep what the first pass has made of it, and put back what was before."""
         assert self._model is not None, 'keep() comes first'
-        rare = self._before.rare
-        if self._keeps_rare:
-            self._rare.compare(rare, self._before.copies(rare))
-        elif stamped_changed(self._stamps):
-            self._rare.seen()
-            self._keeps_rare = True  # too late to put it back for this step's second pass, but not to end as the first
-        self._after.save(self._model, rare=self._keeps_rare)
+        # Seen by its stamps, it is too late to put it back for this step's second pass, but not to end as the first.
+        self._after.save(self._model, self._trained_ids, rare=self._look_at_rare())
         self._before.write_back()
 
     def again(self) -> None:
@@ -84,7 +81,19 @@ class ForwardState:
 
     def finish(self) -> None:
         """Have the state be as the first pass has left it; does nothing before :meth:`rewind`, or a second time."""
+        if self._model is not None and not self._after.keeps_rare:
+            # What the first pass left alone, the second may have moved: a teacher that was the student's equal.
+            self._look_at_rare()
+            self._before.write_back_rare()
         self._after.restore()
+
+    def _look_at_rare(self) -> bool:
+        """Find out if what is rarely changed has changed since :meth:`keep`; returns whether it may have."""
+        if self._keeps_rare:
+            return self._rare.compare(self._before.rare, self._before.rare_copies())
+        if changed := stamped_changed(self._stamps):
+            self._rare.seen()
+        return changed
 
     def newly_not_finite(self) -> Tensor:
         """Whether a buffer has now, and had not when it was kept, a number that is not finite.
@@ -92,10 +101,10 @@ class ForwardState:
         Returns:
             Scalar, bool. No host synchronisation on an accelerator.
         """
-        buffers = self._before.float_buffers()
-        if not buffers or (all(buffer.device.type == 'cpu' for buffer in buffers) and all_finite(buffers)):
+        buffers, copies = self._before.float_buffers()
+        if not buffers or (buffers[0].device.type == 'cpu' and all_finite(buffers)):
             return _FALSE
-        return (finite_each(self._before.copies(buffers)) & ~finite_each(buffers)).any()
+        return (finite_each(copies) & ~finite_each(buffers)).any()
 
     def take_back(self) -> None:
         """Have the state be as before the step, which has been made or undone, and forget it."""
@@ -108,7 +117,8 @@ class ForwardState:
         self.drop()
 
     def drop(self) -> None:
-        """Forget everything."""
-        self._before.drop()
-        self._after.drop()
+        """Forget everything; memory for what rarely changes stays only where it does."""
+        seldom = self._keeps_rare and not self._rare.every_step
+        self._before.drop(release_rare=seldom)
+        self._after.drop(release_rare=seldom)
         self._model, self._stamps = None, []

@@ -7,78 +7,94 @@ calls). :mod:`mm_sharp.forward_state` has the order in which a step keeps it and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import lru_cache
 from operator import is_, itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from mm_sharp.perturbation import TensorBackup
+from mm_sharp.rare_changes import is_ordinary
 
-# Kept as they are, by reference: they hold no memory of note, or are the model's own anyway.
-_KEPT = frozenset({bool, int, float, str, type(None), Tensor})
-# What every module has besides: dicts and sets.
-_TORCHS_OWN = frozenset(name for name, value in vars(nn.Module()).items() if type(value) not in _KEPT)
-_OTHER = object()
-
+# What every module has besides its own: dicts and sets.
+_TORCHS_OWN = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+_PLAIN = frozenset({bool, int, float, str, type(None), list, tuple, dict, set})
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState)
+_WRAPPERS = frozenset({'DistributedDataParallel', 'FullyShardedDataParallel'})
 _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+_MISSING = object()
 
 Attributes = dict[str, Any]
 
 
 class ModuleStateBackup:
-    """Keeps all buffers of a module, and the numbers, strings and tensors among its submodules' attributes.
+    """Keeps all buffers of a module, and its submodules' attributes.
 
-    Buffers are copied and copied back, so that they keep their storage; a buffer that was replaced by another tensor
-    gets its old tensor back. Attributes are kept for submodules of classes outside torch, and put back where they were
-    replaced or deleted; those that are new are deleted. Other Python state, such as lists, is not looked at.
+    Buffers are copied and copied back, so that they keep their storage; one that was replaced by another tensor gets
+    its old tensor back, and one that is new is taken away. Attributes are kept for submodules of classes outside torch,
+    and are put back where they were replaced, added or deleted; so is the state of random generators among them. What
+    happens within other objects, such as lists, is not looked at.
 
     Attributes:
-        rare: What hardly any forward pass changes in place: frozen parameters, and tensors among the attributes. They
-            are copied if :meth:`save` is told to.
+        rare: What hardly any forward pass changes in place: parameters that are not trained, and tensors among the
+            attributes. They are copied if :meth:`save` is told to.
     """
 
     def __init__(self) -> None:
         self.rare: list[Tensor] = []
-        self._backup = TensorBackup()
-        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
-        self._odd: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        # A module's attributes, the names of those that are its own, and their values, `_OTHER` for what is not kept.
+        self._backup, self._rare_backup = TensorBackup(), TensorBackup()
+        # By module, its buffers as it has them, and a copy of that dict.
+        self._buffers: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._odd: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+        # A module's attributes, the names of those that are its own, and their values.
         self._attributes: list[tuple[Attributes, _Names, tuple[Any, ...]]] = []
+        self._generators: list[tuple[Any, Any]] = []
 
-    def save(self, module: nn.Module, *, rare: bool = False) -> None:
+    def save(self, module: nn.Module, trained: Collection[int] | None = None, *, rare: bool = False) -> None:
         """Keep the state of ``module`` and all its submodules.
 
         Args:
             module: The module.
+            trained: ``id`` of the parameters that are trained; by default those that require a gradient.
             rare: Whether :attr:`rare` is copied, too.
         """
-        buffers: list[tuple[nn.Module, str, Tensor]] = []
+        buffers: list[tuple[dict[str, Any], str, Tensor]] = []
         rarely: list[Tensor] = []
-        self._attributes = []
+        self._attributes, self._buffers, self._generators = [], [], []
         # One look at each module: quantized models have thousands, which are not in the processor's cache any more.
         for member in submodules(module):
-            attributes = vars(member)
-            if attributes['_buffers']:
-                named = attributes['_buffers'].items()
-                buffers += [(member, name, tensor) for name, tensor in named if tensor is not None]
-            if parameters := attributes['_parameters']:
-                rarely += [tensor for tensor in parameters.values() if tensor is not None and not tensor.requires_grad]
+            held = member._buffers
+            if isinstance(held, dict):  # TorchScript has something else, which forwards cannot add to
+                self._buffers.append((held, dict(held)))
+            if held:
+                buffers += [(held, name, tensor) for name, tensor in held.items() if tensor is not None]
+            for parameter in member._parameters.values():
+                if parameter is not None and not (
+                    parameter.requires_grad if trained is None else id(parameter) in trained
+                ):
+                    rarely.append(parameter)
             if not _is_left_alone(type(member)):  # type: ignore[arg-type]  # mypy takes classes to have no hash
-                names, values = _own_values(type(member), attributes)
-                if not _KEPT.issuperset(map(type, values)):
-                    values = tuple(value if type(value) in _KEPT else _OTHER for value in values)
-                rarely += [value for value in values if type(value) is Tensor and not value.requires_grad]
-                self._attributes.append((attributes, names, values))
-        self._buffers = [entry for entry in buffers if not is_lazy(entry[2])]
-        self._odd = [(*entry, entry[2].clone()) for entry in self._buffers if not _is_plain(entry[2])]
-        self.rare = list({id(t): t for t in rarely if not is_lazy(t) and _is_plain(t) and _writable(t)}.values())
-        kept = [buffer for *_, buffer in self._buffers if _is_plain(buffer) and _writable(buffer)]
-        self._backup.save([*kept, *self.rare] if rare else kept)
+                names, values = _own_values(type(member), vars(member))
+                self._attributes.append((vars(member), names, values))
+                if not _PLAIN.issuperset(map(type, values)):
+                    self._look_at_values(values, rarely)
+        known = [entry for entry in buffers if not is_lazy(entry[2])]
+        self._odd = [(*entry, entry[2].clone()) for entry in known if not (is_ordinary(entry[2]) or entry[2].is_meta)]
+        self.rare = list({id(t): t for t in rarely if not is_lazy(t) and is_ordinary(t) and _writable(t)}.values())
+        self._backup.save([tensor for *_, tensor in known if is_ordinary(tensor) and _writable(tensor)])
+        self._rare_backup.save(self.rare if rare else [])
+
+    def _look_at_values(self, values: tuple[Any, ...], rarely: list[Tensor]) -> None:
+        """Find tensors and generators among a module's attributes."""
+        for value in values:
+            if isinstance(value, Tensor) and not value.requires_grad:
+                rarely.append(value)
+            elif isinstance(value, _GENERATORS):
+                self._generators.append((value, _generator_state(value)))
 
     def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
         """Put everything back, and keep it; does nothing without :meth:`save`.
@@ -86,34 +102,52 @@ class ModuleStateBackup:
         Args:
             apart_from: Tensors, such as the weights, whose memory is not written to though a buffer shares it.
         """
-        for member, name, buffer in self._buffers:
-            member._buffers[name] = buffer
+        for held, were in self._buffers:
+            if len(held) != len(were) or not all(map(is_, held.values(), were.values())):
+                held.clear()
+                held.update(were)
         self._backup.write_back(apart_from)
-        for member, name, buffer, copy in self._odd:
-            _put_back_odd(member, name, buffer, copy)
+        self._rare_backup.write_back(apart_from)
+        for held, name, buffer, copy in self._odd:
+            _put_back_odd(held, name, buffer, copy)
         for attributes, names, values in self._attributes:
             if not names.unchanged(attributes, values):
                 _put_back_attributes(attributes, names.own, values)
+        for generator, state in self._generators:
+            _set_generator_state(generator, state)
+
+    def write_back_rare(self) -> None:
+        """Put :attr:`rare` back alone."""
+        self._rare_backup.write_back()
 
     def restore(self) -> None:
         """Put everything back, and forget it."""
         self.write_back()
         self.drop()
 
-    def copies(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """What was saved of ``tensors``."""
-        copies = self._backup.copies
-        return [copies[tensor] for tensor in tensors]
+    @property
+    def keeps_rare(self) -> bool:
+        """Whether :attr:`rare` was copied."""
+        return self._rare_backup.saved
 
-    def float_buffers(self) -> list[Tensor]:
-        """The buffers that were copied in which a number may become infinite or nan; none of them is empty."""
-        copied = self._backup.tensors
-        return [tensor for tensor in copied if tensor.dtype in _FLOATS and tensor.numel() and not tensor.is_meta]
+    def rare_copies(self) -> list[Tensor]:
+        """What was saved of :attr:`rare`."""
+        return list(self._rare_backup.copies.values())
 
-    def drop(self) -> None:
-        """Forget what was kept."""
+    def float_buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The buffers in which a number may become infinite or nan, and their copies; none of them is empty."""
+        pairs = self._backup.copies.items()
+        found = [(tensor, copy) for tensor, copy in pairs if tensor.dtype in _FLOATS and tensor.numel()]
+        return [tensor for tensor, _ in found], [copy for _, copy in found]
+
+    def drop(self, *, release_rare: bool = False) -> None:
+        """Forget what was kept; with ``release_rare`` the memory for :attr:`rare` is given back."""
         self._backup.drop()
-        self._buffers, self._odd, self._attributes, self.rare = [], [], [], []
+        if release_rare:
+            self._rare_backup.release()
+        else:
+            self._rare_backup.drop()
+        self._buffers, self._odd, self._attributes, self._generators, self.rare = [], [], [], [], []
 
 
 def submodules(module: nn.Module) -> Iterator[nn.Module]:
@@ -121,7 +155,7 @@ def submodules(module: nn.Module) -> Iterator[nn.Module]:
     found, seen = [module], {id(module)}
     for member in found:  # which grows
         yield member
-        below = vars(member)['_modules']
+        below = member._modules
         for child in below.values() if below else ():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
@@ -167,17 +201,12 @@ def _own_values(kind: type, attributes: Attributes) -> tuple[_Names, tuple[Any, 
 
 @lru_cache(maxsize=1024)  # asked of every module, twice a step
 def _is_left_alone(kind: type) -> bool:
-    """Whether a class and all that it derives from are torch's (FSDP2 makes classes of its own from users'), or DDP's.
+    """Whether a class and all that it derives from are torch's (FSDP2 makes classes of its own from users').
 
-    The flags of DDP within a model say what happens to the next gradient, and are not the model's.
+    DDP's and FSDP1's of MMEngine count as torch's: their flags within a model say what happens to the next gradient.
     """
     torchs = all(cls is object or cls.__module__.startswith('torch.') for cls in kind.__mro__)
-    return torchs or issubclass(kind, DistributedDataParallel)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor can be copied together with others: not sparse, nested, of MKLDNN or of inference mode."""
-    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_inference()
+    return torchs or any(cls.__name__ in _WRAPPERS and cls.__module__.startswith('torch.') for cls in kind.__mro__)
 
 
 def _writable(buffer: Tensor) -> bool:
@@ -188,20 +217,32 @@ def _writable(buffer: Tensor) -> bool:
 
 
 def _put_back_attributes(attributes: Attributes, names: tuple[str, ...], values: tuple[Any, ...]) -> None:
-    """Have the attributes that are kept be those that were there, with their values."""
+    """Have a module's own attributes be those that were there, with their values."""
     for name, value in zip(names, values, strict=True):
         # Not `!=`: nan differs from itself, and True equals 1.
-        if value is not _OTHER and attributes.get(name, _OTHER) is not value:
+        if attributes.get(name, _MISSING) is not value:
             attributes[name] = value
     for name in attributes.keys() - _TORCHS_OWN - set(names):
-        if type(attributes[name]) in _KEPT:
-            del attributes[name]
+        del attributes[name]
 
 
-def _put_back_odd(member: nn.Module, name: str, buffer: Tensor, copy: Tensor) -> None:
-    """Put back what is not plain: in place where torch can, otherwise by another tensor."""
+def _put_back_odd(held: dict[str, Any], name: str, buffer: Tensor, copy: Tensor) -> None:
+    """Put back what is not ordinary: in place where torch can, otherwise by another tensor."""
     with torch.inference_mode(buffer.is_inference()), torch.no_grad():
         try:
             buffer.copy_(copy)
         except RuntimeError:  # such as a sparse tensor that has another number of elements by now
-            member._buffers[name] = copy.clone()
+            held[name] = copy.clone()
+
+
+def _generator_state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state()
+
+
+def _set_generator_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mmengine.model import MMSeparateDistributedDataParallel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from mm_sharp.module_state import submodules
@@ -79,6 +81,25 @@ class ParallelModel:
         for part in self._synchronised:
             contexts.enter_context(part.no_sync())
         return contexts
+
+    @contextmanager
+    def on_forward(self, model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[None]:
+        """Within, have ``call`` get the user's own model when its first forward begins.
+
+        Under DDP that is after the first rank's buffers were sent to the others, which further forwards are not.
+        """
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        assert isinstance(inner, nn.Module)
+
+        def once(*_: Any) -> None:
+            handle.remove()
+            call(unwrap(inner))
+
+        handle = inner.register_forward_pre_hook(once, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def clip_gradients(self, wrapper: TwoPassOptimWrapper) -> None:
         """Clip the gradients of a sharded model as ``clip_grad`` says: by the whole one's norm, and not the piece's."""

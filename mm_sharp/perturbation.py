@@ -23,6 +23,7 @@ does not undo an addition.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -186,6 +187,7 @@ class TensorBackup:
     def __init__(self) -> None:
         # Weak: memory for a tensor that is gone goes with it.
         self._memory: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._last: list[tuple[ref[Tensor], Tensor]] = []  # what was saved last, which is mostly saved again
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
 
@@ -211,7 +213,11 @@ class TensorBackup:
         """
         if self.saved:
             raise RuntimeError('The tensors of an earlier backup have not been restored')
-        copies = [self._copy_of(tensor) for tensor in tensors]
+        if len(tensors) == len(self._last) and all(map(_is_memory_of, self._last, tensors)):
+            copies = [copy for _, copy in self._last]
+        else:
+            copies = [self._copy_of(tensor) for tensor in tensors]
+            self._last = [(ref(tensor), copy) for tensor, copy in zip(tensors, copies, strict=True)]
         foreach_copy_(copies, tensors)
         self._tensors, self._copies = list(tensors), copies
 
@@ -230,6 +236,9 @@ class TensorBackup:
         taken = {storage_of(tensor) for tensor in apart_from}
         kept = zip(self._tensors, self._copies, strict=True)
         pairs = [pair for pair in kept if storage_of(pair[0]) not in taken] if taken else list(kept)
+        for tensor, copy in pairs:
+            if tensor.shape != copy.shape:  # resized since
+                tensor.data = torch.empty_like(copy)
         foreach_copy_([tensor for tensor, _ in pairs], [copy for _, copy in pairs])
 
     def restore(self) -> None:
@@ -241,14 +250,22 @@ class TensorBackup:
         """Forget the backup; the memory stays for the next one."""
         self._tensors, self._copies = [], []
 
+    def release(self) -> None:
+        """Forget the backup, and give the memory back."""
+        self.drop()
+        self._memory, self._last = WeakTensorKeyDictionary(), []
+
     def _copy_of(self, tensor: Tensor) -> Tensor:
         memory = self._memory.get(tensor)
-        if (
-            memory is None
-            or memory.shape != tensor.shape
-            or memory.dtype != tensor.dtype
-            or memory.device != tensor.device
-        ):
+        if memory is None or not _fits(memory, tensor):
             memory = torch.empty_like(tensor, requires_grad=False)
             self._memory[tensor] = memory
         return memory
+
+
+def _fits(memory: Tensor, tensor: Tensor) -> bool:
+    return memory.shape == tensor.shape and memory.dtype == tensor.dtype and memory.device == tensor.device
+
+
+def _is_memory_of(known: tuple[ref[Tensor], Tensor], tensor: Tensor) -> bool:
+    return known[0]() is tensor and _fits(known[1], tensor)

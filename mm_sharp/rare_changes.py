@@ -26,14 +26,18 @@ class RareChanges:
     def __init__(self) -> None:
         self._steps = 0
         self._seen = False
-        self._compared: HostCopy | None = None
+        self._compared: list[HostCopy] = []
+
+    @property
+    def every_step(self) -> bool:
+        """Whether a change was seen, so that copies are kept in every step."""
+        return self._seen
 
     def next_step(self) -> bool:
         """Begin a step; returns whether copies are to be kept in it."""
         self._steps += 1
-        if self._compared is not None and self._compared.ready:
-            self._seen |= bool(self._compared.numpy())
-            self._compared = None
+        while self._compared and self._compared[0].ready:
+            self._seen |= bool(self._compared.pop(0).numpy())
         return self._seen or self._steps <= _ALL_UP_TO or _is_triangular(self._steps)
 
     def seen(self) -> None:
@@ -41,21 +45,30 @@ class RareChanges:
         self._seen = True
 
     @torch.no_grad()
-    def compare(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-        """Find out if tensors have changed since they were copied. On an accelerator a later step knows the answer.
+    def compare(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+        """Find out if tensors have changed since they were copied.
 
         Args:
             tensors: The tensors.
             copies: Of each, the copy.
+
+        Returns:
+            Whether they may have; an accelerator is not waited for, so that a later step knows.
         """
         if self._seen or not tensors:
-            return
+            return self._seen
         pairs = zip(tensors, copies, strict=True)
         if all(tensor.device.type == 'cpu' for tensor in tensors):
             self._seen = not all(torch.equal(tensor, copy) for tensor, copy in pairs)
-            return
+            return self._seen
         changed = [(tensor != copy).any() for tensor, copy in pairs]
-        self._compared = HostCopy(torch.stack([flag.to(changed[0].device) for flag in changed]).any())
+        self._compared.append(HostCopy(torch.stack([flag.to(changed[0].device) for flag in changed]).any()))
+        return True
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether a tensor can be copied and compared with others: not sparse, nested, MKLDNN's, inference mode's, meta."""
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_inference() or tensor.is_meta)
 
 
 def _is_triangular(number: int) -> bool:

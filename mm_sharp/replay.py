@@ -58,11 +58,15 @@ ChooseBatch = Callable[[ModelCall], ModelCall]
 class CallRecorder:
     """Records the one call of a model within a context.
 
-    After the context, :attr:`call` is the recorded call, or None if the model was not called.
+    After the context, :attr:`call` is the recorded call, or None if the model was not called, or the call has failed.
+
+    Attributes:
+        is_open: Whether the context is.
     """
 
     def __init__(self) -> None:
         self.call: ModelCall | None = None
+        self.is_open = False
         self._inputs = InputKeeper()
         self._depth = 0
 
@@ -84,7 +88,8 @@ class CallRecorder:
         Raises:
             RuntimeError: ``model`` is called a second time (on the call).
         """
-        self.call, self._depth = None, 0
+        self.call, self._depth, self.is_open = None, 0, True
+        at_first: list[RandomState] = []
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._depth += 1
@@ -92,7 +97,9 @@ class CallRecorder:
                 return None
             if self.call is not None:
                 raise RuntimeError(_called_twice(model))
-            call = on_call(ModelCall(model, args, kwargs, RandomState.capture(devices)))
+            random_state = RandomState.capture(devices)
+            at_first.append(random_state)
+            call = on_call(ModelCall(model, args, kwargs, random_state))
             (kept_args, kept_kwargs), may_write = self._inputs.keep((call.args, call.kwargs))
             self.call = replace(call, args=kept_args, kwargs=kept_kwargs, may_write=may_write)
             return call.args, call.kwargs
@@ -102,6 +109,8 @@ class CallRecorder:
             if self._depth == 0 and self.call is not None:
                 self._inputs.look()
                 self.call.output = _copy_containers(output)
+                if output is None:  # the call has failed, and may be tried again
+                    self.call = None
 
         handles = [
             # Before the user's own hooks, which run in every pass, and after them.
@@ -112,11 +121,12 @@ class CallRecorder:
         try:
             yield
         except BaseException:
-            if self.call is not None:
-                self.call.random_state.restore()
-                self.call = None
+            self.call = None
+            if at_first:
+                at_first[0].restore()
             raise
         finally:
+            self.is_open = False
             for handle in handles:
                 handle.remove()
 

@@ -119,16 +119,25 @@ def check_shards(wrapper: TwoPassOptimWrapper, shards: Shards) -> None:
         )
 
 
-def require_call(owner: str, call: ModelCall | None) -> ModelCall:
+def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCall:
     """Return ``call``, or say how the forward pass is to be run.
 
     Args:
         owner: Class that asks, for the message.
         call: What was captured within ``optim_context``.
+        within: Whether that context is still open.
 
     Raises:
-        RuntimeError: Nothing was.
+        RuntimeError: Nothing was captured, or it is open.
     """
+    if within:
+        raise RuntimeError(
+            f'{owner}.update_params was called inside optim_context, which is for the first forward alone: what it '
+            'switches off there would be off in the second pass, too. Call it behind it:\n'
+            '    with optim_wrapper.optim_context(model):\n'
+            "        losses = model(inputs, data_samples, mode='loss')\n"
+            '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+        )
     if call is None:
         raise RuntimeError(
             f'{owner}.update_params needs the forward pass that gave the loss, to run it again. Call the model '

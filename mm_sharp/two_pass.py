@@ -118,6 +118,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._guard = StepGuard(name, self.device, self._parallel, self._state)
         self._timer: StepTimer | None = None
         self._figures: Callable[[], dict[str, float]] | None = None
+        self._trained: list[nn.Parameter] = []
         self._loss_is_checked = False
         self._within_update = False
 
@@ -144,6 +145,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             with (
                 self._parallel.no_sync(not synced),
                 self.precision.autocast(),
+                self._parallel.on_forward(model, self._keep_state),
                 self._recorder.record(model, devices_of(self.optimizer), self._on_call),
                 self.recording(model),
             ):
@@ -177,10 +179,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             zero_kwargs: Arguments of the optimizer's ``zero_grad``.
 
         Raises:
-            RuntimeError: No forward was captured.
+            RuntimeError: No forward was captured, or :meth:`optim_context` is still open.
             ValueError: ``loss`` is not what the captured forward's output gives.
         """
-        call = require_call(type(self).__name__, self._recorder.take())
+        call = require_call(type(self).__name__, self._recorder.take(), within=self._recorder.is_open)
         with self.aside('host'):
             parameters = self._parallel.parameters(call.model, self.optimizer)
             gradients = GradientsAside(parameters, in_buckets=self._parallel.in_buckets)
@@ -298,23 +300,26 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._timer = StepTimer(self.device) if self.record_timing else None
         self._mark('start')
         module = unwrap(call.model)
+        self._trained = trained_by(self.optimizer)
         self._figures = None
-        with self.aside('host'):
-            self._state.keep(module, sharded=self._parallel.shards is not None)
         with self.aside('recording'):
             call = self.choose_first_batch(call)
         with self.aside('host'):
             args, kwargs = without_keys(call.model, call.args, call.kwargs)
-            trained = trained_by(self.optimizer)
-            perturbed, scale = self.choose_perturbed(self.selector.select(module, trained))
+            perturbed, scale = self.choose_perturbed(self.selector.select(module, self._trained))
             # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
             skips = self.skips_gradients and self._parallel.shards is None
-            self._ascent.choose(perturbed, scale, skip=trained if skips else ())
+            self._ascent.choose(perturbed, scale, skip=self._trained if skips else ())
         return replace(call, args=args, kwargs=kwargs)
+
+    def _keep_state(self, module: nn.Module) -> None:
+        """Runs once, after :meth:`_on_call`, when the forward of the user's own model begins."""
+        with self.aside('host'):
+            self._state.keep(module, sharded=self._parallel.shards is not None)
 
     def _weights(self) -> list[Tensor]:
         """What the step moves, as memory of this process."""
-        return [local(weight) for weight in trained_by(self.optimizer)]
+        return [local(weight) for weight in self._trained]
 
     def suspects(self, call: ModelCall) -> str:
         """The samples of ``call`` that may have brought in what is not finite, for the log."""
