@@ -213,6 +213,8 @@ class TensorBackup:
         """
         if self.saved:
             raise RuntimeError('The tensors of an earlier backup have not been restored')
+        if not tensors:
+            return
         if len(tensors) == len(self._last) and all(map(_is_memory_of, self._last, tensors)):
             copies = [copy for _, copy in self._last]
         else:
@@ -233,6 +235,8 @@ class TensorBackup:
         Args:
             apart_from: Tensors whose memory is not written to, whatever else lies in it.
         """
+        if not self._tensors:
+            return
         taken = {storage_of(tensor) for tensor in apart_from}
         kept = zip(self._tensors, self._copies, strict=True)
         pairs = [pair for pair in kept if storage_of(pair[0]) not in taken] if taken else list(kept)

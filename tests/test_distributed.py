@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel, MMSeparateDistributedDataParallel
+from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -17,6 +18,7 @@ from mm_sharp import AUSAMOptimWrapper
 from mm_sharp.draws import Draw, generator_at
 from mm_sharp.perturbation import weight_mask
 from tests.distributed import run
+from tests.memory_toys import Queue
 from tests.rank_toys import SyncedNet, digest
 from tests.references import sam_gradients, sam_step
 from tests.references_esam import ReferenceESAM
@@ -95,6 +97,7 @@ def train_all(rank: int, processes: int) -> dict[str, Any]:
     except NotImplementedError as error:
         results['esam static error'] = str(error)
     results['spoilt'] = {name: train_spoilt(rank, name) for name in WRAPPERS if 'loader' not in name}
+    results['broadcast'] = [train_queue(rank, processes, name) for name in (None, 'sam', 'esam', 'ausam')]
     results['state keys'] = sorted(build('sam', make()).state_dict()['mm_sharp'])
     return results
 
@@ -143,6 +146,17 @@ def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict
         'drawn': drawn,
         'hashes': hashes,
     }
+
+
+def train_queue(rank: int, processes: int, name: str | None) -> Arrays:
+    """The weights of a model with memory, whose buffers DDP sends from the first rank, at a radius of zero."""
+    model = MMDistributedDataParallel(make(Queue), broadcast_buffers=True)
+    optimizer = momentum_sgd(model)
+    kwargs = {'beta': 1.0} if name == 'esam' else {}
+    wrapper = OptimWrapper(optimizer) if name is None else build(name, model, optimizer, whole=True, rho=0.0, **kwargs)
+    for batch in batches(STEPS, size=8):
+        model.train_step(shard(batch, rank, processes), wrapper)
+    return [parameter.detach().numpy().copy() for parameter in model.parameters()]
 
 
 # DDP compares the annotations themselves, and here they would be strings.
@@ -288,6 +302,13 @@ def test_gradients_that_live_in_buckets_do_not_mix(ranks: list[dict[str, Any]]) 
     """The first pass averages into the memory of gradients that were set to zero and not taken away."""
     for rank in ranks:
         assert_identical(rank['zeroed buckets']['state'], rank['synced sam']['state'])
+
+
+def test_every_pass_has_the_buffers_that_ddp_sent(ranks: list[dict[str, Any]]) -> None:
+    """They are sent in a step's first forward only, and the other ranks had others before."""
+    for base, *ours in (rank['broadcast'] for rank in ranks):
+        for weights in ours:
+            assert_identical(base, weights)
 
 
 @pytest.mark.parametrize('case', ['per rank', 'synced sam', 'esam per rank', 'esam synced', 'ausam'])

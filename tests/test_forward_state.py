@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Any
+from collections import OrderedDict, namedtuple
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from mmengine.model import BaseModel
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mm_sharp.call_inputs import InputKeeper
+from mm_sharp.call_inputs import fresh as own_containers
 from mm_sharp.forward_state import ForwardState
 from mm_sharp.per_sample_pass import PerSampleOptimWrapper
 from mm_sharp.rare_changes import RareChanges
@@ -428,3 +431,160 @@ def test_buffers_of_every_kind_train(kind: str) -> None:
         ours.train_step(batch, wrapper)
         base.train_step(batch, plain)
     assert same_weights('sam', ours, base)
+
+
+def test_generators_of_a_models_own_draw_the_same_in_every_pass() -> None:
+    class Drawing(Memory):
+        def remember(self) -> None:
+            self.own, self.numpy = torch.Generator().manual_seed(1), np.random.default_rng(1)
+
+        def recall(self, features: Tensor) -> Tensor:
+            return torch.rand(6, 1, 1, generator=self.own) + self.numpy.random()
+
+    ours, base = fresh(Drawing), fresh(Drawing)
+    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
+    for batch in batches(3):
+        ours.train_step(batch, wrapper)
+        base.train_step(batch, plain)
+    assert same_weights('sam', ours, base)
+    assert same_bits(ours.own.get_state(), base.own.get_state())
+    assert ours.numpy.random() == base.numpy.random()
+
+
+class Registering(Memory):
+    """Makes a buffer in its first forward, fills one that was None, and has state of other kinds than tensors."""
+
+    def remember(self) -> None:
+        self.register_buffer('later', None)
+        self.pair, self.array, self.number = (0, 0.0), np.zeros(6), np.float64(0)
+
+    def recall(self, features: Tensor) -> Tensor:
+        known = torch.zeros(6) if self.later is None else self.later
+        if not hasattr(self, 'made'):
+            self.register_buffer('made', torch.zeros(6))
+        means = features.mean((0, 2, 3))
+        self.made += means
+        self.later = known + means
+        self.pair = (self.pair[0] + 1, self.pair[1] + 0.5)
+        self.array, self.number = self.array + 1, self.number + 1
+        return (known + self.made + sum(self.pair) + torch.from_numpy(self.array).float()).view(6, 1, 1) / self.number
+
+
+@everywhere
+def test_new_buffers_and_attributes_of_every_kind(name: str) -> None:
+    ours, base = fresh(Registering), fresh(Registering)
+    wrapper, plain = build(name, ours, whole=True, rho=0.0), OptimWrapper(momentum_sgd(base))
+    if name.startswith('esam'):
+        wrapper.beta = 1.0
+    for batch in batches(3):
+        ours.train_step(batch, wrapper)
+        base.train_step(batch, plain)
+    assert same_weights(name, ours, base)
+    assert ours.pair == base.pair == (3, 1.5)
+
+
+@pytest.mark.filterwarnings('ignore')  # torch speaks against its own tracing
+def test_a_traced_part_trains() -> None:
+    ours, base = make(), make()
+    for model in (ours, base):
+        model.norm = torch.jit.trace(model.norm, torch.randn(4, 6, 4, 4))
+    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
+    for batch in batches(2):
+        ours.train_step(batch, wrapper)
+        base.train_step(batch, plain)
+    assert same_weights('sam', ours, base)
+
+
+def test_copies_of_frozen_weights_are_given_back() -> None:
+    model = fresh(HandTeacher)
+    model.move = lambda: None
+    wrapper = build('sam', model)
+    for batch in batches(3):
+        model.train_step(batch, wrapper)
+        assert not wrapper._state._before._rare_backup._memory
+        assert not wrapper._state._after._rare_backup._memory
+
+
+def test_frozen_weights_that_the_second_pass_alone_moves() -> None:
+    """A teacher that is the student's equal does not move in the first forward, and would at the perturbed weights."""
+    model = fresh(HandTeacher)
+    teacher = model.teacher.weight.clone()
+    wrapper = build('sam', model, rho=0.5)
+    model.train_step(batches(1)[0], wrapper)
+    assert torch.allclose(model.teacher.weight, teacher, atol=1e-7)
+
+
+def test_one_object_stays_one_for_every_pass() -> None:
+    class Twice(Sampled):
+        def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
+            data_samples[0].label.add_(1).remainder_(3)  # which is the last one's, too
+            return inputs
+
+    torch.manual_seed(1)
+    ours = Twice().train()
+    base = copy.deepcopy(ours)
+    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
+    for model, wrap in ((ours, wrapper), (base, plain)):
+        batch = sampled_batch()
+        batch['data_samples'][-1] = batch['data_samples'][0]
+        with wrap.optim_context(model):
+            losses = model(**batch)
+        wrap.update_params(model.parse_losses(losses)[0])
+    assert same_weights('sam', ours, base)
+
+
+def test_inputs_in_containers_of_other_kinds() -> None:
+    point = namedtuple('point', 'x y')
+    given = OrderedDict(a=torch.ones(3), b=point(torch.ones(2), [torch.zeros(1)]), c=np.ones(2))
+    given['again'] = given['a']
+    strided = given['d'] = torch.arange(12.0).view(3, 4)[:, ::2]
+    odd = given['e'] = torch.eye(3).to_sparse()
+    kept = own_containers(given, True)
+    assert type(kept) is OrderedDict
+    assert isinstance(kept['b'], point)
+    assert kept['again'] is kept['a']
+    assert kept['a'] is not given['a']
+    assert kept['b'].y is not given['b'].y
+    assert kept['c'] is not given['c']
+    assert kept['d'].stride() == strided.stride()
+    assert same_bits(kept['d'], strided)
+    assert kept['e'] is odd
+    leaf = torch.ones(3, requires_grad=True)
+    other = own_containers([leaf], False)[0]
+    other.sum().backward()
+    assert leaf.grad is None
+    assert other.requires_grad
+
+
+@everywhere
+def test_update_params_belongs_behind_the_context(name: str) -> None:
+    model = make()
+    wrapper = build(name, model)
+    (batch,) = batches(1)
+    with (
+        pytest.raises(RuntimeError, match=r'update_params was called inside optim_context(.|\n)*Call it behind it'),
+        wrapper.optim_context(model),
+    ):
+        wrapper.update_params(model.parse_losses(model(**batch))[0])
+    model.train_step(batch, wrapper)
+
+
+def test_a_forward_that_failed_may_be_tried_again() -> None:
+    class Failing(ToyNet):
+        failures: ClassVar[list[int]] = [1]
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if self.failures:
+                self.failures.pop()
+                raise MemoryError
+            return super().forward(*args, **kwargs)
+
+    model = make(Failing)
+    wrapper = build('sam', model)
+    (batch,) = batches(1)
+    with wrapper.optim_context(model):
+        with pytest.raises(MemoryError):
+            model(**batch)
+        losses = model(**batch)
+    wrapper.update_params(model.parse_losses(losses)[0])
+    assert wrapper.last_step is not None
