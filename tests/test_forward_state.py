@@ -485,9 +485,9 @@ def test_new_buffers_and_attributes_of_every_kind(name: str) -> None:
 
 @pytest.mark.filterwarnings('ignore')  # torch speaks against its own tracing
 def test_a_traced_part_trains() -> None:
-    ours, base = make(), make()
+    ours, base, example = make(), make(), torch.randn(4, 6, 4, 4)
     for model in (ours, base):
-        model.norm = torch.jit.trace(model.norm, torch.randn(4, 6, 4, 4))
+        model.norm = torch.jit.trace(model.norm, example)  # which moves its statistics
     wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
     for batch in batches(2):
         ours.train_step(batch, wrapper)
