@@ -93,7 +93,7 @@ doctor: $(INSTALLED) ## print versions, active fixes, and what is broken
 	$(PY) -m mm_sharp.doctor
 
 dist: $(INSTALLED) ## build the wheel and the source archive into dist/
-	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+	$(PY) -m hatchling build -d dist
 
 # uv resolves for Python 3.10 to 3.12 at once; torch and the libraries of its build stay out (see requirements/torch.txt).
 lock: ## compile requirements/dev.in into requirements/dev.txt (needs uv)

@@ -4,7 +4,8 @@ Importing the package registers, in MMEngine's root registries:
 
 - ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`
 - ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.history_hook.SampleHistoryHook`,
-  :class:`mm_sharp.compilation.CompileHook`, :class:`mm_sharp.compat.PlainCheckpointHook`
+  :class:`mm_sharp.resumed_draws.ResumedDrawsHook`, :class:`mm_sharp.compilation.CompileHook`,
+  :class:`mm_sharp.compat.PlainCheckpointHook`
 - ``DATA_SAMPLERS``: :class:`AUSAMSampler`
 - ``DATASETS``: :class:`IndexedDataset`
 
@@ -41,8 +42,10 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.history_hook import SampleHistoryHook as _SampleHistoryHook
     from mm_sharp.hooks import SharpnessHook
     from mm_sharp.indexed_dataset import IndexedDataset
+    from mm_sharp.resumed_draws import ResumedDrawsHook as _ResumedDrawsHook
     from mm_sharp.sam import SAMOptimWrapper
 
     _compat.add_to_our_runs(_SampleHistoryHook)
+    _compat.add_to_our_runs(_ResumedDrawsHook)
     _compat.add_to_our_runs(_CompileHook)
     _compat.add_to_our_runs(_CheckpointCheckHook, of_tools=True)

@@ -16,7 +16,6 @@ from mm_sharp.parallel_model import ParallelModel
 from mm_sharp.perturbation import TensorBackup, climb, global_norm
 from mm_sharp.quantized_perturbation import QuantizedPerturbation
 from mm_sharp.ranks import average_gradients
-from mm_sharp.replay import ModelCall
 from mm_sharp.shards import local
 from mm_sharp.support import check_perturbed
 
@@ -60,13 +59,12 @@ class Ascent:
         """Have all parameters get gradients again."""
         self._without_gradient.on()
 
-    def backward(self, wrapper: TwoPassOptimWrapper, call: ModelCall, loss: Tensor) -> None:
+    def backward(self, wrapper: TwoPassOptimWrapper, loss: Tensor) -> None:
         """Compute the gradients that the climb needs.
 
         Args:
             wrapper: The optimizer wrapper.
-            call: The first forward.
-            loss: Its loss.
+            loss: The first forward's loss.
         """
         # The loss scale is fitted to the second pass's loss, which accumulation divides.
         scaled = wrapper.precision.scale(loss if wrapper.precision.scaler is None else wrapper.scale_loss(loss))
@@ -76,8 +74,7 @@ class Ascent:
         if scaled.requires_grad or not self._without_gradient.active:
             scaled.backward()
         self._without_gradient.on()
-        by_hand = self._parallel.shards is None and wrapper.sync_perturbation and wrapper.skips_gradients
-        if by_hand and hasattr(call.model, 'no_sync'):
+        if self._parallel.averages and wrapper.sync_perturbation and wrapper.skips_gradients:
             average_gradients(self._perturbed)
 
     def climb(self, wrapper: TwoPassOptimWrapper, model: nn.Module) -> Tensor:

@@ -25,12 +25,16 @@ A loss that is the sum of its samples' is scaled by N / K, so that a step is as 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mmengine.dist import get_world_size
+from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mm_sharp.batch_draw import BatchDraw, BatchDrawer
@@ -39,7 +43,7 @@ from mm_sharp.per_sample_pass import PerSampleOptimWrapper
 from mm_sharp.replay import ModelCall
 from mm_sharp.sample_history import Keys
 from mm_sharp.sampling import Preference
-from mm_sharp.subset import call_size, subset
+from mm_sharp.subset import call_size, fewest_samples, one_is_enough, subset
 from mm_sharp.transfer import to_device
 from mm_sharp.validation import UserError, check_bool, check_choice, check_number
 
@@ -55,7 +59,9 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         optimizer: The base optimizer.
         rho: Radius of the perturbation; 0.05 is the SAM paper's default.
         sampling_ratio: Share of each mini-batch that is drawn, in (0, 1]; K = ceil(sampling_ratio * N). 0.5 costs what
-            the base optimizer costs, 0.6 a fifth more.
+            the base optimizer costs, 0.6 a fifth more; a batch of one sample, or another that is drawn whole, what SAM
+            costs. K is at least 2 (of several) where the model has a ``BatchNorm1d``, which cannot normalise a single
+            row (ours).
         s_min: Normalised score of the smallest, > 0. ``s_max / s_min`` bounds how much likelier one sample is drawn
             than another; with ``s_min == s_max`` the draw is uniform.
         s_max: Normalised score of the largest, >= ``s_min``.
@@ -114,6 +120,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         self._sampler_states: list[Any] = []
         self._draw: BatchDraw | None = None
         self._keys: Keys = []
+        self._looked_at: nn.Module | None = None
+        self._has_said_what_it_costs = False
 
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: Any, rank: int) -> None:
         """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already.
@@ -129,6 +137,26 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             sampler.load_state_dict(self._sampler_states[rank])
         self.sampler, self._sampler_states = sampler, []
 
+    def look_at(self, model: nn.Module) -> None:
+        """Fit the draws to what ``model`` can be trained on."""
+        if self._looked_at is not model:
+            self.drawer.fewest = fewest_samples(model)
+            self._looked_at = model
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """See :meth:`PerSampleOptimWrapper.recording`."""
+        self._draw = None
+
+        def counts() -> tuple[int, int]:
+            return (0, 0) if self._draw is None else (len(self._draw.chosen), self._draw.size)
+
+        with (
+            one_is_enough(type(self).__name__, 'sampling_ratio', counts, self._leave_out),
+            super().recording(model),
+        ):
+            yield
+
     def choose_first_batch(self, call: ModelCall) -> ModelCall:
         """The call on the samples that are drawn.
 
@@ -137,6 +165,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             ValueError: None of the arguments is a batch.
         """
         self.visits.flush()
+        self.look_at(call.model)
         size = call_size(type(self).__name__, call)
         keys = self.keys(call, size)
         if self.sampler is not None:
@@ -147,6 +176,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
                 keys = [keys[row] for row in draw.chosen]
                 call = subset(call, draw.chosen, size)
         self._draw, self._keys = draw, keys
+        self._say_what_it_costs(draw)
         self._weigh()
         return call
 
@@ -177,6 +207,25 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         """See :meth:`PerSampleOptimWrapper.load_own_state`."""
         super().load_own_state(state)
         self._sampler_states = state.get('samplers', [])
+
+    @property
+    def _leave_out(self) -> str:
+        """What leaves the last, incomplete batch of an epoch out, in ``train_dataloader``."""
+        drop = 'drop_last=True'
+        return drop if self.sampler is None else f"batch_sampler=dict(type='AUSAMSampler', {drop})"
+
+    def _say_what_it_costs(self, draw: BatchDraw) -> None:
+        if self._has_said_what_it_costs or len(draw.chosen) < draw.size or self.drawer.sampling_ratio == 1.0:
+            return
+        self._has_said_what_it_costs = True
+        print_log(
+            f'{type(self).__name__}: a batch of {draw.size} is drawn whole, so that its step costs what a step of SAM '
+            "costs, twice the base optimizer's. Take larger batches, train_dataloader = dict(batch_size=..., ...), or, "
+            f'if only the last one of an epoch is that small, leave it out, train_dataloader = dict({self._leave_out}, '
+            '...)',
+            logger='current',
+            level=logging.WARNING,
+        )
 
     def _weigh(self) -> None:
         """Have the loss modules of both passes scale, or weight, their samples."""

@@ -63,7 +63,7 @@ class BatchDraw:
 
 
 class BatchDrawer:
-    """Draws K = ceil(sampling_ratio * N) samples of each batch by their scores.
+    """Draws K = ceil(sampling_ratio * N) samples of each batch by their scores, and at least ``fewest`` if there are.
 
     Args:
         history: Where the scores come from.
@@ -71,6 +71,9 @@ class BatchDrawer:
         s_min: Normalised score of the smallest, > 0.
         s_max: Normalised score of the largest, >= ``s_min``.
         preference: Whether large scores or small ones are drawn more often, and where scores are clipped.
+
+    Attributes:
+        fewest: The fewest samples that the model can train on: what :func:`mm_sharp.subset.fewest_samples` gives.
     """
 
     def __init__(
@@ -86,10 +89,11 @@ class BatchDrawer:
         self.s_min = s_min
         self.s_max = s_max
         self.preference = preference or Preference()
+        self.fewest = 1
 
     def draw(self, keys: Keys, generator: torch.Generator) -> BatchDraw:
         """Draw from the batch of ``keys``, N pairs of a data set's name and a sample's id."""
         scores = self.history.scores(keys)
-        k = sample_count(self.sampling_ratio, len(keys))
+        k = sample_count(self.sampling_ratio, len(keys), self.fewest)
         pi = inclusion_probabilities(scores, k, self.s_min, self.s_max, self.preference)
         return BatchDraw(systematic_sample(pi, generator), pi, scores)

@@ -25,7 +25,7 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from mm_sharp import fragments
+from mm_sharp import fragments, quantized_config
 from mm_sharp.careful_loading import careful_loading
 from mm_sharp.endings import ending
 from mm_sharp.launcher_watch import end_with_launcher
@@ -218,6 +218,8 @@ def _reason(error: BaseException) -> str:
 def _check_keys(cfg: Config, options: dict[str, Any]) -> None:
     """Refuse options whose first key nothing reads: MMEngine would take a typing error for a new variable."""
     known = {*cfg.keys(), *signature(Runner.__init__).parameters, *_OTHER_KEYS} - {'self', 'cfg'}
+    if quantized_config.KEY in known:
+        known.add(quantized_config.OLD_KEY)
     for option in options:
         key = option.split('.')[0]
         if key not in known:
@@ -235,9 +237,12 @@ def _check_fragment_options(cfg: Config, options: dict[str, Any]) -> None:
             f'the config inherits; set sharp_optim_wrapper.type, or sharp_optim_wrapper=None to train without it'
         )
     places = dict(zip(fragments.KEYS, ('optim_wrapper', 'custom_hooks', 'model'), strict=True))
-    idle = {key: place for key, place in places.items() if key not in waiting and cfg.get(key)}
+    settings = {key: cfg.get(key) for key in fragments.KEYS} | {quantized_config.KEY: quantized_config.settings_of(cfg)}
+    idle = {key: place for key, place in places.items() if key not in waiting and settings[key]}
     for option in options:
         key, _, rest = option.partition('.')
+        if key == quantized_config.OLD_KEY and quantized_config.takes_old_key(cfg):
+            key = quantized_config.KEY
         if key in idle:
             raise UsageError(
                 f"--cfg-options {option}=…: without effect, since the config's {idle[key]} is not made from {key} when "

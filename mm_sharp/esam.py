@@ -40,7 +40,7 @@ from mm_sharp.perturbation import weight_mask
 from mm_sharp.replay import ModelCall
 from mm_sharp.sample_history import Keys
 from mm_sharp.sampling import FloatArray, IntArray, normalised_scores, sample_count, top_k
-from mm_sharp.subset import call_size, subset
+from mm_sharp.subset import call_size, fewest_samples, one_is_enough, subset
 from mm_sharp.support import check_compiled
 from mm_sharp.validation import check_choice, check_number, check_positive_int
 
@@ -54,7 +54,8 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         rho: Radius of the perturbation; 0.05 is the paper's.
         beta: Probability of each parameter tensor to be perturbed, in (0, 1]; 0.6 is the paper's for CIFAR.
         gamma: Share of the samples in the second pass, in (0, 1]; K = ceil(gamma * N). 0.5 is the paper's for CIFAR.
-            With 1 nothing is selected, and no losses of samples are needed.
+            With 1 nothing is selected, and no losses of samples are needed. K is at least 2 (of several) where the
+            model has a ``BatchNorm1d``, which cannot normalise a single row (ours).
         selection: ``'exact'``, by the loss increase measured in this step (the paper's; on a GPU the host waits for it
             once a step), or ``'history'``, by the average loss difference of earlier steps (ours).
         refresh: With ``'history'``, one step in so many selects exactly and writes the history (ours).
@@ -89,7 +90,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         self.selection = selection
         self.refresh = check_positive_int(name, 'refresh', refresh, example='10')
         super().__init__(optimizer, rho=rho, **kwargs)
-        self._size = 0
+        self._size, self._fewest = 0, 1
         self._checked: nn.Module | None = None  # the model that was found not to be compiled, or not in the way
         self._keys: Keys = []
         # What decides the factor on a subset's loss; any recorded step shows it.
@@ -127,10 +128,13 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         """Record the losses of the first pass, where this step needs them."""
         if self._checked is not model:
             check_compiled(type(self).__name__, model, sees_losses=self.gamma < 1.0, switches=self.beta < 1.0)
-            self._checked = model
+            self._checked, self._fewest = model, fewest_samples(model)
+        if self.gamma < 1.0 and self.losses_of(model).look_again():
+            self._reductions = set()
         if self.gamma == 1.0 or (not self._measures and self._reductions):
             self._record = None
             yield
+            self._settle()
             return
         with super().recording(model):
             yield
@@ -138,7 +142,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     def second_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward, on the samples that are selected."""
-        count = sample_count(self.gamma, self._size)
+        count = sample_count(self.gamma, self._size, self._fewest)
         # Other ranks may have more samples and select: a forward that communicates (SyncBatchNorm) needs all of them.
         if count == self._size and (self.gamma == 1.0 or get_world_size() == 1):
             return super().second_loss(call, loss, norm)
@@ -155,7 +159,8 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
                     self.record().losses(loss)
                 rows, scores = self._choose_by_history(count)
             self._figures = lambda: _figures(scores)
-        second = self._loss_on(call, rows, count)
+        with one_is_enough(type(self).__name__, 'gamma', lambda: (count, self._size)):
+            second = self._loss_on(call, rows, count)
         return second, second.detach() if whole is None else whole
 
     @property

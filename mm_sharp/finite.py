@@ -26,16 +26,33 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     if not dense:
         return torch.tensor(True)
     # On the CPU the 2-norm is much faster than the largest magnitude, but it overflows before an element does.
-    if all(tensor.device.type == 'cpu' for tensor in dense) and _norms_finite(dense, 2):
+    if all(tensor.device.type == 'cpu' for tensor in dense) and _finite_norms(dense, 2).all():
         return torch.tensor(True)
-    return _norms_finite(dense, float('inf'))
+    return _finite_norms(dense, float('inf')).all()
 
 
-def _norms_finite(tensors: Sequence[Tensor], order: float) -> Tensor:
-    norms: list[Tensor] = []
-    for group in group_by_device_and_dtype(tensors):
-        norms += torch._foreach_norm([tensors[i] for i in group], order)
-    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite().all()
+@torch.no_grad()
+def finite_each(tensors: Sequence[Tensor]) -> Tensor:
+    """Of each tensor, whether every element is finite.
+
+    Args:
+        tensors: At least one, dense, and none of them empty; devices and dtypes may be mixed.
+
+    Returns:
+        (N,), bool, on the device of the first one. No host synchronisation.
+    """
+    return _finite_norms(tensors, float('inf'))
+
+
+def _finite_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
+    """Of each tensor, whether its norm is finite, (N,), bool, on the device of the first one."""
+    groups = group_by_device_and_dtype(tensors)
+    found = [torch.stack(torch._foreach_norm([tensors[i] for i in group], order)).isfinite() for group in groups]
+    if len(groups) == 1:
+        return found[0]
+    finite = torch.cat([flags.to(tensors[0].device, non_blocking=True) for flags in found])
+    order_of = sorted(range(len(tensors)), key=[index for group in groups for index in group].__getitem__)
+    return finite[order_of]
 
 
 @torch.no_grad()

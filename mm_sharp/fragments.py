@@ -10,8 +10,9 @@ MMEngine refuses two entries of ``_base_`` that set the same key, and every reci
 =======================  ===========================================================================================
 ``sharp_optim_wrapper``  its ``type`` and arguments go into ``optim_wrapper``, below what the recipe and the user set
 ``sharp_hook``           goes to ``custom_hooks`` with it
-``quantization``         ``model`` becomes a ``QuantizedModel`` with its ``policy``; its ``calibration`` are the
+``sharp_quantization``   ``model`` becomes a ``QuantizedModel`` with its ``policy``; its ``calibration`` are the
                          arguments of a ``CalibrationHook`` in ``custom_hooks``
+                         (:mod:`mm_sharp.quantized_config`, which also reads the key's old name)
 =======================  ===========================================================================================
 
 A config that takes a fragment over by a line of its own (``optim_wrapper = _base_.sharp_optim_wrapper``) has the last
@@ -21,7 +22,6 @@ word, and so has one that builds its ``QuantizedModel`` itself. The value None s
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,12 +29,13 @@ from copy import deepcopy
 from inspect import signature
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
-from mmengine.config.lazy import LazyAttr, LazyObject
+from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS
 
-KEYS = ('sharp_optim_wrapper', 'sharp_hook', 'quantization')
-_QUANTIZATION = 'mm_sharp.quantization'
+from mm_sharp.config_types import is_type, type_name, unbuilt, written
+from mm_sharp.quantized_config import check_settings, has_quantized_model, import_quantization, quantized, settings_of
+
+KEYS = ('sharp_optim_wrapper', 'sharp_hook', 'sharp_quantization')
 _SCALES = 'tensor_quant'
 _OURS = '_applies_fragments'
 _as_written: ContextVar[bool] = ContextVar('as_written', default=False)
@@ -75,13 +76,11 @@ def as_written() -> Iterator[None]:
 def waiting(cfg: Config) -> set[str]:
     """Those of :data:`KEYS` that :func:`apply_fragments` would put into effect."""
     keys = set()
-    if _replaces(cfg.get('sharp_optim_wrapper'), cfg.get('optim_wrapper')):
+    if _replaces(written(cfg, 'sharp_optim_wrapper'), written(cfg, 'optim_wrapper')):
         keys |= {'sharp_optim_wrapper', 'sharp_hook'}
-    settings, model = cfg.get('quantization'), cfg.get('model')
-    # Of a dict with neither key it cannot be said that it is ours.
-    ours = isinstance(settings, dict) and not {'policy', 'calibration'}.isdisjoint(settings)
-    if ours and isinstance(model, dict) and not _is(model, 'QuantizedModel'):
-        keys.add('quantization')
+    model = written(cfg, 'model')
+    if isinstance(model, dict) and not is_type(model, 'QuantizedModel') and settings_of(cfg) is not None:
+        keys.add('sharp_quantization')
     return keys
 
 
@@ -102,14 +101,15 @@ def apply_fragments(cfg: Config) -> None:
         cfg.optim_wrapper = _merged(cfg.sharp_optim_wrapper, cfg.optim_wrapper)
         if cfg.get('sharp_hook'):
             _add_hook(cfg, cfg.sharp_hook)
-    if 'quantization' in keys:
-        _check_quantization(cfg.quantization)
-        cfg.model = _quantized(cfg.model, cfg.quantization.get('policy'))
-        if cfg.quantization.get('calibration') is not None:
-            _add_hook(cfg, {'type': 'CalibrationHook', **_unbuilt(cfg.quantization.calibration)})
-    if isinstance(cfg.get('model'), dict) and _is(cfg.model, 'QuantizedModel'):
-        _import_quantization(cfg)
-        if isinstance(cfg.get('optim_wrapper'), dict):
+    if 'sharp_quantization' in keys:
+        settings = settings_of(cfg)
+        check_settings(cfg, settings)
+        cfg.model = quantized(cfg.model, settings['policy'])
+        if settings.get('calibration') is not None:
+            _add_hook(cfg, {'type': 'CalibrationHook', **unbuilt(settings['calibration'])})
+    if has_quantized_model(cfg):
+        import_quantization(cfg)
+        if isinstance(written(cfg, 'optim_wrapper'), dict):
             _keep_scales_from_decay(cfg.optim_wrapper)
 
 
@@ -121,15 +121,15 @@ def _replaces(sharp: Any, existing: Any) -> bool:
     """
     if not sharp or not isinstance(sharp, dict) or not isinstance(existing, dict) or 'optimizer' not in existing:
         return False
-    return 'type' not in existing or _is(existing, 'OptimWrapper') or _is(existing, 'AmpOptimWrapper')
+    return 'type' not in existing or is_type(existing, 'OptimWrapper') or is_type(existing, 'AmpOptimWrapper')
 
 
 def _merged(sharp: dict[str, Any], existing: dict[str, Any]) -> dict[str, Any]:
     """The fragment's wrapper with everything that the recipe and the user have set."""
     if 'type' not in sharp:
         raise ValueError("sharp_optim_wrapper has no type: write sharp_optim_wrapper = dict(type='SAMOptimWrapper', …)")
-    ours, theirs = _unbuilt(deepcopy(sharp)), _unbuilt(existing)
-    if _is(existing, 'AmpOptimWrapper'):
+    ours, theirs = unbuilt(deepcopy(sharp)), unbuilt(existing)
+    if is_type(existing, 'AmpOptimWrapper'):
         theirs.pop('use_fsdp', None)  # ours see by the model whether it is sharded
         # Without a dtype that wrapper takes autocast's default, and it works on accelerators alone.
         theirs['dtype'] = theirs.get('dtype') or ours.get('dtype') or 'float16'
@@ -150,12 +150,12 @@ def _keep_scales_from_decay(wrapper: dict[str, Any]) -> None:
         custom = paramwise.get('custom_keys')
         # Other constructors, which several wrappers always have, may not know custom_keys; where the config has some
         # they do.
-        default = member is wrapper and _is(member, 'DefaultOptimWrapperConstructor', 'constructor', absent=True)
+        default = member is wrapper and is_type(member, 'DefaultOptimWrapperConstructor', 'constructor', absent=True)
         if (custom is None and not default) or _SCALES in (custom or {}):
             continue
         rule = _no_decay(member['optimizer'])
         if rule:
-            member['paramwise_cfg'] = {**_unbuilt(paramwise), 'custom_keys': {**_unbuilt(custom or {}), _SCALES: rule}}
+            member['paramwise_cfg'] = {**unbuilt(paramwise), 'custom_keys': {**unbuilt(custom or {}), _SCALES: rule}}
 
 
 def _no_decay(optimizer: Any) -> dict[str, float]:
@@ -170,78 +170,15 @@ def _no_decay(optimizer: Any) -> dict[str, float]:
     if optimizer.get('weight_decay') is not None:
         return {'decay_mult': 0.0} if optimizer['weight_decay'] else {}
     # MMEngine refuses decay_mult where the config leaves weight_decay to the optimizer, as AdamW's 0.01.
-    kind = OPTIMIZERS.module_dict.get(_name(optimizer, 'type').rpartition('.')[2])
+    kind = OPTIMIZERS.module_dict.get(type_name(optimizer, 'type').rpartition('.')[2])
     default = signature(kind).parameters.get('weight_decay') if kind is not None else None
     return {} if default is not None and not default.default else {'weight_decay': 0.0}
-
-
-# -------------------------------------------------------------------- quantization
-def _check_quantization(settings: dict[str, Any]) -> None:
-    """Refuse a ``quantization`` of a form that it cannot have; what is in the two dicts, their owners check."""
-    example = 'quantization = dict(policy=dict(weight_bit_width=4, act_bit_width=4), calibration=dict(num_batches=16))'
-    unknown = sorted(map(str, set(settings) - {'policy', 'calibration'}))
-    if unknown:
-        raise ValueError(f'quantization: unknown keys {unknown}; there are policy and calibration. Write {example}')
-    if not isinstance(settings.get('policy'), dict):
-        raise ValueError(f'quantization.policy={settings.get("policy")!r} must be a dict. Write {example}')
-    if not isinstance(settings.get('calibration'), (dict, type(None))):
-        raise ValueError(f'quantization.calibration={settings["calibration"]!r} must be a dict. Write {example}')
-
-
-def _quantized(model: dict[str, Any], policy: dict[str, Any]) -> dict[str, Any]:
-    """The config of a quantized model.
-
-    Only the float model's class becomes ``model``. Its arguments stay where they were, the scope that it is built in
-    among them, and ``QuantizedModel`` hands them on: programs read and set ``cfg.model.backbone``, ``cfg.model.head``
-    or ``cfg.model.train_cfg`` (MMPose's ``init_model`` does), and any tool's ``--cfg-options model.head.…`` still work.
-    """
-    arguments = _unbuilt(model)
-    inner: Any = model
-    if not {'model', 'policy'}.isdisjoint(arguments):
-        arguments = {}  # it has arguments of its own by these names
-    elif 'type' in arguments:
-        kind = arguments.pop('type')
-        inner = kind if isinstance(kind, str) else ConfigDict(type=kind)
-    return {**arguments, 'type': 'QuantizedModel', 'model': inner, 'policy': deepcopy(policy)}
-
-
-def _import_quantization(cfg: Config) -> None:
-    """Import what registers ``QuantizedModel``, now and wherever a copy of the config is read."""
-    entry = _unbuilt(cfg.get('custom_imports') or {'allow_failed_imports': False})
-    imports = entry.get('imports') or []
-    imports = [imports] if isinstance(imports, str) else list(imports)
-    if _QUANTIZATION not in imports:
-        cfg.custom_imports = {**entry, 'imports': [*imports, _QUANTIZATION]}
-    # By name: mm_sharp must work without the packages that quantization needs. Where they are missing, its error says
-    # how to install them.
-    importlib.import_module(_QUANTIZATION)
 
 
 # -------------------------------------------------------------------- helpers
 def _add_hook(cfg: Config, hook: dict[str, Any]) -> None:
     """Append a hook, unless there is one of its type."""
     hooks = cfg.get('custom_hooks') or []
-    kind = _name(hook, 'type').rpartition('.')[2]
-    if not any(_is(other, kind) if isinstance(other, dict) else type(other).__name__ == kind for other in hooks):
+    kind = type_name(hook, 'type').rpartition('.')[2]
+    if not any(is_type(other, kind) if isinstance(other, dict) else type(other).__name__ == kind for other in hooks):
         cfg.custom_hooks = [*hooks, deepcopy(hook)]
-
-
-def _unbuilt(config: dict[str, Any]) -> dict[str, Any]:
-    """A shallow copy, in which imports of new-style configs stay what they are: a built one cannot be written out."""
-    return dict(dict.items(config))
-
-
-def _name(config: dict[str, Any], key: str) -> str:
-    """A ``type`` (or the like) as text: in new-style configs it is an import that was not made yet, or a class."""
-    kind = _unbuilt(config).get(key)
-    if isinstance(kind, (LazyAttr, LazyObject)):
-        return f'{kind.module}.{kind}'
-    return f'{kind.__module__}.{kind.__qualname__}' if isinstance(kind, type) else str(kind)
-
-
-def _is(config: dict[str, Any], name: str, key: str = 'type', *, absent: bool = False) -> bool:
-    """Whether a config's ``type`` is one of MMEngine's or ours of this name, written as text or imported."""
-    if _unbuilt(config).get(key) is None:
-        return absent
-    package, _, last = _name(config, key).rpartition('.')
-    return last == name and package.split('.')[0] in ('', 'mmengine', 'mm_sharp')

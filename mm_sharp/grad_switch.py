@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 class GradSwitch:
@@ -19,9 +20,9 @@ class GradSwitch:
         return bool(self._off)
 
     def off(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Switch off those of ``parameters`` that require a gradient."""
+        """Switch off those of ``parameters`` that require a gradient; lazy ones only once they have a shape."""
         for parameter in parameters:
-            if parameter.requires_grad:
+            if parameter.requires_grad and not is_lazy(parameter):
                 parameter.requires_grad_(False)
                 self._off.append(parameter)
 

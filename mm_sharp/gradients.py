@@ -12,11 +12,13 @@ class GradientsAside:
 
     Args:
         parameters: Everything that a backward pass may give a gradient to.
+        in_buckets: Whether they may lie in memory that a backward pass of DDP writes to (``gradient_as_bucket_view``).
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, in_buckets: bool = False) -> None:
         self._parameters = parameters
         self._gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
+        self._values = [_clone(gradient) for gradient in self._gradients] if in_buckets else self._gradients
 
     def take_off(self) -> None:
         """Take them off their parameters, for the first pass."""
@@ -28,10 +30,16 @@ class GradientsAside:
 
         Copies, because accumulation is in place: :meth:`undo` must find the originals as they were.
         """
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = None if gradient is None else gradient.clone()
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            parameter.grad = _clone(value)
 
     def undo(self) -> None:
         """Put the gradients back as they were before the step."""
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+        for parameter, gradient, value in zip(self._parameters, self._gradients, self._values, strict=True):
+            if gradient is not value and gradient is not None and value is not None:
+                gradient.copy_(value)
             parameter.grad = gradient
+
+
+def _clone(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.clone()

@@ -30,9 +30,10 @@ _ITERATIONS_OF_ENDLESS_EPOCHS = 1000
 class SampleHistoryHook(Hook):  # type: ignore[misc]
     """Keep the history of loss differences in step with data set, ranks and data loader.
 
-    - Before training: samples of a loaded history that are not in the data set any more are dropped, and new ones start
-      unseen; the log says how many. Combined data sets whose samples would share a history are refused. An
-      ``AUSAMSampler`` in the training data loader gets the wrapper that it draws for.
+    - Before training: the members of an ``OptimWrapperDict`` are told apart, so that they draw independently. Samples
+      of a loaded history that are not in the data set any more are dropped, and new ones start unseen; the log says how
+      many. Combined data sets whose samples would share a history are refused. An ``AUSAMSampler`` in the training data
+      loader gets the wrapper that it draws for.
     - With several ranks, the histories are exchanged at the end of every epoch (in iteration-based training, after as
       many iterations as an epoch has), before validation and before a checkpoint that ``CheckpointHook`` writes.
     """
@@ -54,6 +55,9 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         """
         loader = runner.train_dataloader
         self._epoch_length = _epoch_length(loader)
+        for number, wrapper in enumerate(members(runner.optim_wrapper).values()):
+            if isinstance(wrapper, PerSampleOptimWrapper):
+                wrapper.member.number = number
         wrappers = [w for w in members(runner.optim_wrapper).values() if isinstance(w, PerSampleOptimWrapper)]
         self._wrappers = [wrapper for wrapper in wrappers if wrapper.uses_history]
         sampler = getattr(loader, 'batch_sampler', None)
@@ -68,6 +72,7 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
             if len(wrapper.history):
                 _reconcile(wrapper, keys)
             if isinstance(sampler, AUSAMSampler) and isinstance(wrapper, AUSAMOptimWrapper):
+                wrapper.look_at(runner.model)
                 wrapper.attach_sampler(sampler, keys, get_rank())
                 sampler.follow(runner.train_loop)
 

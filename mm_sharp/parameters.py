@@ -24,8 +24,9 @@ _EXAMPLE = (
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """All parameters of an optimizer, in its order."""
-    return [parameter for group in optimizer.param_groups for parameter in group['params']]
+    """All parameters of an optimizer, in its order, each once: torch only warns where a group holds one twice."""
+    found = {id(parameter): parameter for group in optimizer.param_groups for parameter in group['params']}
+    return list(found.values())
 
 
 def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:

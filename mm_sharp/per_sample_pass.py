@@ -12,7 +12,8 @@ from mmengine.dist import all_gather_object, get_rank, get_world_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mm_sharp.draws import Draw, generator_at, shared_seed
+from mm_sharp.draws import Draw, Member, generator_at, shared_seed
+from mm_sharp.parameters import parameters_of
 from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
 from mm_sharp.replay import ModelCall, unwrap
 from mm_sharp.sample_history import Keys, SampleHistory
@@ -38,6 +39,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         history: Average loss difference of every sample seen.
         visits: The last step's loss differences, on their way into the history.
         steps: Steps (micro-batches) taken so far.
+        member: Which of several wrappers it is, each of which draws independently.
         rank_states: Each rank's :meth:`rank_state` when the history was exchanged last; empty in a single process.
         dataset_size: Samples in the training set, where known: for the log.
     """
@@ -52,6 +54,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         self.steps = 0
         self.rank_states: list[Any] = []
         self.dataset_size: int | None = None
+        self.member = Member(partial(parameters_of, optimizer))
         self._seed: int | None = None
         self._per_sample: PerSampleLoss | None = None
         self._record: LossRecord | None = None
@@ -72,7 +75,8 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     def generator(self, kind: Draw, *, shared: bool = False) -> torch.Generator:
         """A generator for a draw of this step; with ``shared`` all ranks draw the same."""
-        return generator_at(self.seed, kind, *(() if shared else (get_rank(),)), self.steps)
+        rank = () if shared else (get_rank(),)
+        return generator_at(self.seed, kind, *rank, self.steps, *self.member.place(self.seed))
 
     def keys(self, call: ModelCall, size: int) -> Keys:
         """The keys of the ``size`` samples in a call.
@@ -120,9 +124,15 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
-        """Record the losses of the first pass."""
+        """Record the losses of the first pass, and report what an accelerator has found of the step before."""
         with self.losses_of(model).record() as self._record:
             yield
+        self._settle()
+
+    def _settle(self) -> None:
+        # Behind the forward, which the device has to do while the host waits for what came before.
+        if self._per_sample is not None:
+            self._per_sample.settle()
 
     def update_params(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """See :meth:`TwoPassOptimWrapper.update_params`; a step that fails draws the same again."""
@@ -136,6 +146,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         """Seed and number of the draws, the history, and the last step's differences on their way into it."""
         return {
             'seed': self._seed,
+            'member': self.member.state(self._seed),
             'steps': self.steps,
             'history': self.history.state_dict(),
             'visits': self.visits.state_dict(),
@@ -146,6 +157,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         # Rank 0's, as far as they were not exchanged: on every rank they would count as often.
         self.visits.load_state_dict(state.get('visits', {}) if get_rank() == 0 else {})
         self._seed, self.steps = state.get('seed'), state.get('steps', 0)
+        self.member.load(state.get('member', {}), self._seed)
         empty = SampleHistory(self.history.momentum).state_dict()
         self.history.load_state_dict(state.get('history', empty))
 

@@ -22,7 +22,8 @@ does not undo an addition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -150,6 +151,12 @@ def _add_where(finite: Tensor, parameters: list[Tensor], gradients: list[Tensor]
     torch._foreach_add_(parameters, gradients)
 
 
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors have in common which share memory."""
+    storage: int = tensor.untyped_storage()._cdata
+    return storage
+
+
 def weight_mask(count: int, beta: float, generator: torch.Generator) -> list[bool]:
     """Which of ``count`` tensors take part in the perturbation (ESAM's SWP).
 
@@ -173,13 +180,14 @@ def weight_mask(count: int, beta: float, generator: torch.Generator) -> list[boo
 class TensorBackup:
     """An exact copy of some tensors, in memory that is allocated once and used again every step (ours).
 
-    One backup at a time: :meth:`save`, then :meth:`restore` or :meth:`drop`. Restoring twice, or without saving, does
-    nothing.
+    One backup at a time: :meth:`save`, :meth:`write_back` any number of times, then :meth:`restore` or :meth:`drop`.
+    Restoring twice, or without saving, does nothing.
     """
 
     def __init__(self) -> None:
         # Weak: memory for a tensor that is gone goes with it.
         self._memory: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._last: list[tuple[ref[Tensor], Tensor]] = []  # what was saved last, which is mostly saved again
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
 
@@ -187,6 +195,11 @@ class TensorBackup:
     def saved(self) -> bool:
         """Whether tensors are kept that have not been restored."""
         return bool(self._tensors)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Those that are kept now."""
+        return self._tensors
 
     @torch.no_grad()
     def save(self, tensors: Sequence[Tensor]) -> None:
@@ -200,7 +213,13 @@ class TensorBackup:
         """
         if self.saved:
             raise RuntimeError('The tensors of an earlier backup have not been restored')
-        copies = [self._copy_of(tensor) for tensor in tensors]
+        if not tensors:
+            return
+        if len(tensors) == len(self._last) and all(map(_is_memory_of, self._last, tensors)):
+            copies = [copy for _, copy in self._last]
+        else:
+            copies = [self._copy_of(tensor) for tensor in tensors]
+            self._last = [(ref(tensor), copy) for tensor, copy in zip(tensors, copies, strict=True)]
         foreach_copy_(copies, tensors)
         self._tensors, self._copies = list(tensors), copies
 
@@ -210,23 +229,47 @@ class TensorBackup:
         return dict(zip(self._tensors, self._copies, strict=True))
 
     @torch.no_grad()
+    def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
+        """Write the copies back, bit for bit, into the storage they were taken from.
+
+        Args:
+            apart_from: Tensors whose memory is not written to, whatever else lies in it.
+        """
+        if not self._tensors:
+            return
+        taken = {storage_of(tensor) for tensor in apart_from}
+        kept = zip(self._tensors, self._copies, strict=True)
+        pairs = [pair for pair in kept if storage_of(pair[0]) not in taken] if taken else list(kept)
+        for tensor, copy in pairs:
+            if tensor.shape != copy.shape:  # resized since
+                tensor.data = torch.empty_like(copy)
+        foreach_copy_([tensor for tensor, _ in pairs], [copy for _, copy in pairs])
+
     def restore(self) -> None:
-        """Write the copies back, bit for bit, into the storage they were taken from."""
-        foreach_copy_(self._tensors, self._copies)
+        """Write the copies back, and forget them."""
+        self.write_back()
         self.drop()
 
     def drop(self) -> None:
         """Forget the backup; the memory stays for the next one."""
         self._tensors, self._copies = [], []
 
+    def release(self) -> None:
+        """Forget the backup, and give the memory back."""
+        self.drop()
+        self._memory, self._last = WeakTensorKeyDictionary(), []
+
     def _copy_of(self, tensor: Tensor) -> Tensor:
         memory = self._memory.get(tensor)
-        if (
-            memory is None
-            or memory.shape != tensor.shape
-            or memory.dtype != tensor.dtype
-            or memory.device != tensor.device
-        ):
+        if memory is None or not _fits(memory, tensor):
             memory = torch.empty_like(tensor, requires_grad=False)
             self._memory[tensor] = memory
         return memory
+
+
+def _fits(memory: Tensor, tensor: Tensor) -> bool:
+    return memory.shape == tensor.shape and memory.dtype == tensor.dtype and memory.device == tensor.device
+
+
+def _is_memory_of(known: tuple[ref[Tensor], Tensor], tensor: Tensor) -> bool:
+    return known[0]() is tensor and _fits(known[1], tensor)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseModel, is_model_wrapper
 from torch import Tensor, nn
 
+from mm_sharp.call_inputs import InputKeeper, fresh
 from mm_sharp.random_state import RandomState
 from mm_sharp.shards import is_flat_wrapper
 
@@ -26,9 +27,10 @@ class ModelCall:
 
     Args:
         model: The module that was called: DDP's or FSDP's wrapper where there is one.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
+        args: Positional arguments, as they were before the call.
+        kwargs: Keyword arguments, the same.
         random_state: The random state just before the call.
+        may_write: Whether the model may write to tensors and arrays among the arguments.
         output: What the call returned.
     """
 
@@ -36,16 +38,17 @@ class ModelCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random_state: RandomState
+    may_write: bool = False
     output: Any = field(default=None)
 
     def replay(self) -> Any:
         """Call the model again with the same arguments.
 
         Returns:
-            The new output. Lists and dicts among the arguments are fresh copies, so that a model that empties them
-            (``inputs.pop(...)``) can be called any number of times.
+            The new output. The model gets lists, dicts and data samples of its own, so that whatever it does to them it
+            can be called any number of times; and tensors of its own, where it may write to them.
         """
-        args, kwargs = _copy_containers((self.args, self.kwargs))
+        args, kwargs = fresh((self.args, self.kwargs), self.may_write)
         return self.model(*args, **kwargs)
 
 
@@ -55,11 +58,17 @@ ChooseBatch = Callable[[ModelCall], ModelCall]
 class CallRecorder:
     """Records the one call of a model within a context.
 
-    After the context, :attr:`call` is the recorded call, or None if the model was not called.
+    After the context, :attr:`call` is the recorded call, or None if the model was not called, or the call has failed.
+
+    Attributes:
+        is_open: Whether the context is.
     """
 
     def __init__(self) -> None:
         self.call: ModelCall | None = None
+        self.is_open = False
+        self._inputs = InputKeeper()
+        self._depth = 0
 
     @contextmanager
     def record(
@@ -68,7 +77,7 @@ class CallRecorder:
         devices: tuple[torch.device, ...],
         on_call: ChooseBatch,
     ) -> Iterator[None]:
-        """Record the call of ``model`` in this context.
+        """Record the call of ``model`` in this context. What the model calls of itself within it is a part of it.
 
         Args:
             model: The module that is going to be called.
@@ -79,38 +88,45 @@ class CallRecorder:
         Raises:
             RuntimeError: ``model`` is called a second time (on the call).
         """
-        self.call = None
+        self.call, self._depth, self.is_open = None, 0, True
+        at_first: list[RandomState] = []
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._depth += 1
+            if self._depth > 1:
+                return None
             if self.call is not None:
-                raise RuntimeError(
-                    f'{type(unwrap(model)).__name__} was called twice in one optim_context: a second pass could not '
-                    'tell which call the loss comes from. Put everything that the loss needs into one forward '
-                    '(model(..., mode="loss")), or use one optim_context and update_params for each call:\n'
-                    '    with optim_wrapper.optim_context(model):\n        losses = model(inputs, data_samples, '
-                    "mode='loss')\n    optim_wrapper.update_params(model.parse_losses(losses)[0])"
-                )
+                raise RuntimeError(_called_twice(model))
             random_state = RandomState.capture(devices)
-            self.call = on_call(ModelCall(model, args, kwargs, random_state))
-            # The model gets containers of its own: what it does to them must not reach the replay.
-            return _copy_containers((self.call.args, self.call.kwargs))
+            at_first.append(random_state)
+            call = on_call(ModelCall(model, args, kwargs, random_state))
+            (kept_args, kept_kwargs), may_write = self._inputs.keep((call.args, call.kwargs))
+            self.call = replace(call, args=kept_args, kwargs=kept_kwargs, may_write=may_write)
+            return call.args, call.kwargs
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            assert self.call is not None
-            self.call.output = _copy_containers(output)
+            self._depth -= 1
+            if self._depth == 0 and self.call is not None:
+                self._inputs.look()
+                self.call.output = _copy_containers(output)
+                if output is None:  # the call has failed, and may be tried again
+                    self.call = None
 
         handles = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
+            # Before the user's own hooks, which run in every pass, and after them.
+            model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            # Also where a call fails: a model may catch the error of a call within its own.
+            model.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
         try:
             yield
         except BaseException:
-            if self.call is not None:
-                self.call.random_state.restore()
-                self.call = None
+            self.call = None
+            if at_first:
+                at_first[0].restore()
             raise
         finally:
+            self.is_open = False
             for handle in handles:
                 handle.remove()
 
@@ -118,6 +134,16 @@ class CallRecorder:
         """The recorded call, which is then forgotten here."""
         call, self.call = self.call, None
         return call
+
+
+def _called_twice(model: nn.Module) -> str:
+    return (
+        f'{type(unwrap(model)).__name__} was called twice in one optim_context: a second pass could not '
+        'tell which call the loss comes from. Put everything that the loss needs into one forward '
+        '(model(..., mode="loss")), or use one optim_context and update_params for each call:\n'
+        '    with optim_wrapper.optim_context(model):\n        losses = model(inputs, data_samples, '
+        "mode='loss')\n    optim_wrapper.update_params(model.parse_losses(losses)[0])"
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -136,6 +162,12 @@ def is_compiled(module: nn.Module, method: str = 'forward') -> bool:
     """Whether ``torch.compile`` has got hold of a module's call, or of another of its methods."""
     by_hand = '_orig_mod' in module._modules or getattr(module, '_compiled_call_impl', None) is not None
     return hasattr(vars(module).get(method), '_torchdynamo_orig_callable') or (by_hand and method == 'forward')
+
+
+def has_own_parse_losses(model: nn.Module) -> bool:
+    """Whether a model adds its losses up in a way of its own, which may keep state from call to call."""
+    parse_losses = getattr(model, 'parse_losses', None)
+    return parse_losses is not None and getattr(parse_losses, '__func__', None) is not BaseModel.parse_losses
 
 
 def loss_of(call: ModelCall, output: Any) -> Tensor:

@@ -53,8 +53,8 @@ class Preference(NamedTuple):
 _LARGE = Preference()
 
 
-def sample_count(ratio: float, total: int) -> int:
-    """``ceil(ratio * total)``, and at least 1.
+def sample_count(ratio: float, total: int, fewest: int = 1) -> int:
+    """``ceil(ratio * total)``, and at least ``fewest`` where there are as many.
 
     Products are rounded to nine digits before: 7 % of 100 samples are 7 samples, though ``0.07 * 100 > 7`` in floating
     point (ours).
@@ -62,6 +62,7 @@ def sample_count(ratio: float, total: int) -> int:
     Args:
         ratio: Fraction of the samples, in (0, 1]: AUSAM's ``sampling_ratio``, ESAM's ``gamma``.
         total: Samples in the batch, at least 1.
+        fewest: The fewest samples that the model can train on, at least 1.
 
     Raises:
         ValueError: An argument is out of range.
@@ -71,7 +72,7 @@ def sample_count(ratio: float, total: int) -> int:
         raise _refusal('ratio', ratio, 'a number in (0, 1]')
     if isinstance(total, bool) or not isinstance(total, (int, np.integer)) or total < 1:
         raise _refusal('total', total, 'an integer of at least 1')
-    return max(1, min(int(total), math.ceil(round(ratio * int(total), 9))))
+    return min(int(total), max(fewest, math.ceil(round(ratio * int(total), 9))))
 
 
 def top_k(increases: Tensor, k: int) -> Tensor:

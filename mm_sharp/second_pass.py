@@ -1,42 +1,31 @@
-"""The captured call again, at other weights, without a trace in the model (ours)."""
+"""The captured call again, at other weights (ours)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mm_sharp.module_state import ModuleStateBackup
+from mm_sharp.forward_state import ForwardState
 from mm_sharp.parallel_model import ParallelModel
-from mm_sharp.replay import ModelCall, loss_of, unwrap
+from mm_sharp.replay import ModelCall, loss_of
 
 if TYPE_CHECKING:
     from mm_sharp.two_pass import TwoPassOptimWrapper
 
 
 class SecondPass:
-    """Runs captured calls again; buffers and counters stay what the first pass has left.
+    """Runs captured calls again.
 
     Args:
         parallel: The model that is called.
+        state: What its forward passes change in it.
     """
 
-    def __init__(self, parallel: ParallelModel) -> None:
+    def __init__(self, parallel: ParallelModel, state: ForwardState) -> None:
         self._parallel = parallel
-        self._between = ModuleStateBackup()
-
-    def begin(self, model: nn.Module) -> None:
-        """Keep the state of ``model``, the user's own, between the passes."""
-        self._between.save(model)
-
-    def end(self) -> None:
-        """Put back what was kept."""
-        self._between.restore()
-
-    def drop(self) -> None:
-        """Forget what was kept."""
-        self._between.drop()
+        self._state = state
 
     def loss(self, wrapper: TwoPassOptimWrapper, call: ModelCall) -> Tensor:
         """The loss of ``call`` at the weights as they are now, with the first pass's random draws."""
@@ -44,14 +33,13 @@ class SecondPass:
         torch.clear_autocast_cache()
         if wrapper.replay_rng:
             call.random_state.restore()
-        with self._parallel.no_sync(call.model, not wrapper.should_sync()), wrapper.precision.autocast():
+        with self._parallel.no_sync(not wrapper.should_sync()), wrapper.precision.autocast():
             output = call.replay()
         return loss_of(call, output)
 
     def loss_without_gradient(self, wrapper: TwoPassOptimWrapper, call: ModelCall) -> Tensor:
-        """The same, leaving no trace at all: no communication, and buffers as :meth:`begin` found them."""
-        with torch.no_grad(), self._parallel.no_sync(call.model, True):
+        """The same without communication; the next forward starts from the state that this one has started from."""
+        with torch.no_grad(), self._parallel.no_sync(True):
             loss = wrapper.forward_again(call)
-        self._between.restore()
-        self._between.save(unwrap(call.model))
+        self._state.again()
         return loss

@@ -1,8 +1,9 @@
 """What is not finite stays out of a training: gradients, buffers, and a line in the log (ours).
 
-Along a final gradient that is not finite the optimizer does not step, and buffers that a forward has left not finite
-are put back. On an accelerator the host does not know it in time and does not wait for it: the optimizer steps along a
-gradient of zero, and buffers are looked at when the next step begins. :mod:`mm_sharp.step_watch` writes the log.
+Along a final gradient that is not finite the optimizer does not step. Where the first forward has left a buffer not
+finite that was finite before (the variance of a huge sample overflows, though the loss does not), the model's state is
+put back. On an accelerator the host does not know it in time and does not wait for it: the optimizer steps along a
+gradient of zero, and the state is put back when the next step begins. :mod:`mm_sharp.step_watch` writes the log.
 """
 
 from __future__ import annotations
@@ -11,54 +12,56 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm_sharp.finite import all_finite, zero_unless
-from mm_sharp.module_state import ModuleStateBackup
+from mm_sharp.forward_state import ForwardState
 from mm_sharp.parallel_model import ParallelModel
 from mm_sharp.parameters import parameters_of
 from mm_sharp.shards import agree, local
 from mm_sharp.step_record import StepRecord
 from mm_sharp.step_watch import StepWatch
+from mm_sharp.transfer import HostCopy
 
 if TYPE_CHECKING:
     from mm_sharp.two_pass import TwoPassOptimWrapper
 
 
 class StepGuard:
-    """Keeps a module's state from before a step until the step is known to be sound.
+    """Keeps values that are not finite out of the weights and of the model's state.
 
     Args:
         owner: Class that steps, for messages.
         device: Where it steps.
         parallel: What it steps.
+        state: The model's state, which is forgotten when the step is known to be sound.
 
     Attributes:
         host_knows: Whether the host knows at once what is finite. Elsewhere than on the CPU it would have to wait.
     """
 
-    def __init__(self, owner: str, device: torch.device, parallel: ParallelModel) -> None:
+    def __init__(self, owner: str, device: torch.device, parallel: ParallelModel, state: ForwardState) -> None:
         self.host_knows = device.type == 'cpu'
         self._parallel = parallel
         self._watch = StepWatch(owner)
-        self._before = ModuleStateBackup()
+        self._state = state
+        self._spoilt: HostCopy | None = None
 
     def next_step(self) -> None:
         """Deal with what the last step has shown, and have nothing kept."""
         self._settle()
-        self._before.drop()  # an earlier forward may have been left without the rest of its step
+        self._state.drop()  # an earlier forward may have been left without the rest of its step
 
-    def keep(self, model: nn.Module) -> None:
-        """Keep the state of ``model``, just before the step's first forward."""
-        self._before.save(model)
+    def begin(self) -> None:
+        """Record whether the first forward's state is finite, before anything else runs.
 
-    def put_back(self) -> None:
-        """Have the model's state be as it was kept, after a step that failed."""
-        self._before.restore()
+        Copied now, it is on the host when the next step begins; later, the host would wait for all of this step.
+        """
+        self._spoilt = HostCopy(self._state.newly_not_finite())
 
-    def begin(self, loss: Tensor) -> None:
-        """Take up the first loss, before anything else runs."""
-        self._watch.begin(loss)
+    def forget(self) -> None:
+        """Forget a step that failed."""
+        self._spoilt = None
 
     def step_if_finite(self, wrapper: TwoPassOptimWrapper, step_kwargs: Mapping[str, Any]) -> Tensor | None:
         """Step, unless the final gradient is not finite.
@@ -95,8 +98,10 @@ class StepGuard:
             self._settle()
 
     def _settle(self) -> None:
-        """Log what is known by now, and put buffers back that are not finite."""
-        if self._watch.settle():
-            self._before.drop()
+        """Log what is known by now, and put the state back that is not finite."""
+        self._watch.settle()
+        spoilt, self._spoilt = self._spoilt, None
+        if spoilt is not None and spoilt.numpy():
+            self._state.take_back()
         else:
-            self._before.drop_if_finite()
+            self._state.drop()

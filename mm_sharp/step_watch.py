@@ -46,13 +46,8 @@ class StepWatch:
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self._first: HostCopy | None = None
         self._noted: deque[_Noted] = deque()
         self.events = 0
-
-    def begin(self, loss: Tensor) -> None:
-        """Take up a step's first loss, before anything else runs: it is on the host when the next step begins."""
-        self._first = HostCopy(loss.detach().to(torch.float32))
 
     def note(
         self, step: int, record: StepRecord, finite: Tensor | None, *, scaled: bool, names: Callable[[], str]
@@ -72,16 +67,10 @@ class StepWatch:
         values = torch.stack([value.detach().to(device, torch.float32) for value in seen])
         self._noted.append(_Noted(step, HostCopy(values), finite is not None, scaled, names))
 
-    def settle(self) -> bool:
-        """Log what was noted, as far as it has arrived: waiting for it would be waiting for the whole step.
-
-        Returns:
-            Whether the last step's first loss was finite; True if there was none.
-        """
+    def settle(self) -> None:
+        """Log what was noted, as far as it has arrived: waiting for it would be waiting for the whole step."""
         while self._noted and self._noted[0].values.ready:
             self._look_at(self._noted.popleft())
-        first, self._first = self._first, None
-        return first is None or math.isfinite(float(first.numpy()))
 
     def _look_at(self, noted: _Noted) -> None:
         first, second, norm, final = noted.values.numpy().tolist()

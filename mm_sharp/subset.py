@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.structures import BaseDataElement
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_sharp.per_sample_loss.layout import Layout, batch_size, fill
 from mm_sharp.replay import ModelCall, unwrap
@@ -35,6 +37,44 @@ def call_size(owner: str, call: ModelCall) -> int:
             'was called with: one must be a tensor or a list with a row for every sample, at least one'
         )
     return size
+
+
+def fewest_samples(model: nn.Module) -> int:
+    """The fewest samples of a batch that ``model`` can be trained on.
+
+    Returns:
+        2 if it has a ``BatchNorm1d``, whose input (N, C) has one value a channel for each sample, and a single one has
+        no variance; otherwise 1.
+    """
+    return 2 if any(isinstance(m, (nn.BatchNorm1d, nn.LazyBatchNorm1d)) for m in model.modules()) else 1
+
+
+@contextmanager
+def one_is_enough(
+    owner: str, ratio: str, counts: Callable[[], tuple[int, int]], leave_out: str = 'drop_last=True'
+) -> Iterator[None]:
+    """A context of a forward on some samples of a batch, in which torch's error at a single one shows the way out.
+
+    Args:
+        owner: Class that has taken them, for the message.
+        ratio: Name of the argument that K follows from.
+        counts: Gives K and N.
+        leave_out: What leaves out incomplete batches, as it is written into ``train_dataloader``.
+
+    Raises:
+        UserError: Only one of several was kept, and a layer normalises over the batch.
+    """
+    try:
+        yield
+    except ValueError as error:
+        kept, of = counts()
+        if kept != 1 or of == 1 or 'more than 1 value per channel' not in str(error):
+            raise
+        raise UserError(
+            f'{owner} trains on 1 of the {of} samples of this batch, and the model has a layer that normalises over '
+            f'several ({error}). Leave out last batches that are too small, train_dataloader = dict({leave_out}, ...), '
+            f"or keep more of each, optim_wrapper = dict(type='{owner}', {ratio}=1.0, ...)"
+        ) from error
 
 
 def subset(call: ModelCall, rows: IntArray | Tensor, size: int) -> ModelCall:

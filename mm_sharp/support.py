@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sharp.quantized_perturbation import quantizes_weights
-from mm_sharp.replay import ModelCall, is_compiled, loss_of, unwrap
+from mm_sharp.replay import ModelCall, has_own_parse_losses, is_compiled, loss_of, unwrap
 from mm_sharp.shards import Shards
 from mm_sharp.validation import UnsupportedError, UserError
 
@@ -31,7 +31,7 @@ def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = 
             the first pass is not synchronised.
     """
     check_step_is_not_compiled(owner, model)
-    if getattr(model, 'static_graph', False) and not synced:
+    if not synced and any(getattr(part, 'static_graph', False) for part in (model, *model.children())):
         # DDP learns the static graph in its first backward pass, and fails if that one runs under no_sync().
         way_out = ', or set sync_perturbation=True (one more all-reduce a step)' if can_sync else ''
         raise UnsupportedError(
@@ -119,16 +119,25 @@ def check_shards(wrapper: TwoPassOptimWrapper, shards: Shards) -> None:
         )
 
 
-def require_call(owner: str, call: ModelCall | None) -> ModelCall:
+def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCall:
     """Return ``call``, or say how the forward pass is to be run.
 
     Args:
         owner: Class that asks, for the message.
         call: What was captured within ``optim_context``.
+        within: Whether that context is still open.
 
     Raises:
-        RuntimeError: Nothing was.
+        RuntimeError: Nothing was captured, or it is open.
     """
+    if within:
+        raise RuntimeError(
+            f'{owner}.update_params was called inside optim_context, which is for the first forward alone: what it '
+            'switches off there would be off in the second pass, too. Call it behind it:\n'
+            '    with optim_wrapper.optim_context(model):\n'
+            "        losses = model(inputs, data_samples, mode='loss')\n"
+            '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+        )
     if call is None:
         raise RuntimeError(
             f'{owner}.update_params needs the forward pass that gave the loss, to run it again. Call the model '
@@ -140,6 +149,27 @@ def require_call(owner: str, call: ModelCall | None) -> ModelCall:
     return call
 
 
+def check_within(owner: str, method: str, within: bool) -> None:
+    """Refuse ``backward`` and ``step`` called by hand, which would be the base optimizer's, without a perturbation.
+
+    Args:
+        owner: Class that asks, for the message.
+        method: What was called.
+        within: Whether ``update_params`` is under way.
+
+    Raises:
+        RuntimeError: It is not.
+    """
+    if not within:
+        raise RuntimeError(
+            f'{owner}.{method} was called by hand: a sharpness-aware step has two backward passes, which only '
+            'update_params can run. In place of backward, step and zero_grad write:\n'
+            '    with optim_wrapper.optim_context(model):\n'
+            "        losses = model(inputs, data_samples, mode='loss')\n"
+            '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+        )
+
+
 def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
     """Make sure that the second pass can compute the loss that the first was handed.
 
@@ -148,9 +178,13 @@ def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
         call: The captured forward.
         loss: The scalar handed to ``update_params``.
 
+    A model's own ``parse_losses`` is not called for that: it may keep state, and was called once already.
+
     Raises:
         ValueError: ``loss`` is not what ``parse_losses`` makes of the captured output.
     """
+    if has_own_parse_losses(unwrap(call.model)):
+        return
     with torch.no_grad():
         expected = loss_of(call, call.output).to(loss.device, loss.dtype)
     tolerance = 1e-4 if loss.dtype in (torch.float32, torch.float64) else 1e-2

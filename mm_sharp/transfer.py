@@ -20,6 +20,11 @@ def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def host_waits(device: torch.device) -> bool:
+    """Whether the host has to wait for what is on ``device``."""
+    return device.type != 'cpu'
+
+
 class HostCopy:
     """A copy of a tensor on its way to the host.
 

@@ -4,10 +4,11 @@
 
     forward            the model's own, inside ``optim_context``; captured           L(w)
     first backward     gradients of this micro-batch alone                           g
+    rewind             buffers, counters, teachers as before the first forward
     climb              w <- w + e(g), after an exact copy of w was taken
-    second forward     the captured call again, same random state                    L(w + e)
+    second forward     the captured call again, same inputs, same random state       L(w + e)
     second backward    accumulates onto earlier micro-batches' gradients
-    restore            w, buffers, counters and random state as after the first pass
+    restore            w; buffers, counters and random state as after the first pass
     step               clipping and the base optimizer, if this micro-batch ends a cycle
 
 Methods (:class:`mm_sharp.method.Method`) choose *what* runs in each place and never *when*: ``choose_first_batch`` and
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mm_sharp.ascent import Ascent
+from mm_sharp.forward_state import ForwardState
 from mm_sharp.gradients import GradientsAside
 from mm_sharp.method import Method
 from mm_sharp.parallel_model import ParallelModel
@@ -38,10 +40,11 @@ from mm_sharp.random_state import RandomState
 from mm_sharp.replay import CallRecorder, ModelCall, unwrap
 from mm_sharp.sample_keys import without_keys
 from mm_sharp.second_pass import SecondPass
+from mm_sharp.shards import local
 from mm_sharp.step_guard import StepGuard
 from mm_sharp.step_record import StepRecord, StepTimer
 from mm_sharp.step_watch import suspects
-from mm_sharp.support import check_loss, check_model, require_call
+from mm_sharp.support import check_loss, check_model, check_within, require_call
 from mm_sharp.validation import check_bool, check_clip_grad, check_number, check_positive_int, check_steps_alone
 from mm_sharp.wrapper_state import load_state, pack_state
 
@@ -110,11 +113,14 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._recorder = CallRecorder()
         self._parallel = ParallelModel()
         self._ascent = Ascent(self._parallel)
-        self._second = SecondPass(self._parallel)
-        self._guard = StepGuard(name, self.device, self._parallel)
+        self._state = ForwardState(self._weights)
+        self._second = SecondPass(self._parallel, self._state)
+        self._guard = StepGuard(name, self.device, self._parallel, self._state)
         self._timer: StepTimer | None = None
         self._figures: Callable[[], dict[str, float]] | None = None
+        self._trained: list[nn.Parameter] = []
         self._loss_is_checked = False
+        self._within_update = False
 
     # ---------------------------------------------------------------- MMEngine's interface
     @contextmanager
@@ -137,15 +143,16 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._parallel.look_at(self, model)
         try:
             with (
-                self._parallel.no_sync(model, not synced),
+                self._parallel.no_sync(not synced),
                 self.precision.autocast(),
+                self._parallel.on_forward(model, self._keep_state),
                 self._recorder.record(model, devices_of(self.optimizer), self._on_call),
                 self.recording(model),
             ):
                 yield
         except BaseException as error:
             self._parallel.settle(type(error))
-            self._guard.put_back()
+            self._state.undo()
             raise
         finally:
             self._ascent.switch_on()
@@ -172,17 +179,19 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             zero_kwargs: Arguments of the optimizer's ``zero_grad``.
 
         Raises:
-            RuntimeError: No forward was captured.
+            RuntimeError: No forward was captured, or :meth:`optim_context` is still open.
             ValueError: ``loss`` is not what the captured forward's output gives.
         """
-        call = require_call(type(self).__name__, self._recorder.take())
+        call = require_call(type(self).__name__, self._recorder.take(), within=self._recorder.is_open)
         with self.aside('host'):
-            gradients = GradientsAside(self._parallel.parameters(call.model, self.optimizer))
+            parameters = self._parallel.parameters(call.model, self.optimizer)
+            gradients = GradientsAside(parameters, in_buckets=self._parallel.in_buckets)
         count, last_step = self.inner_count, self.last_step
+        self._within_update = True
         try:
             with self.aside('host'):
                 self._check_loss(call, loss)
-                self._guard.begin(loss)
+                self._guard.begin()
             record = self._run_passes(call, loss, gradients)
             due = self.should_update()
             finite = self._guard.step_if_finite(self, step_kwargs or {}) if due else None
@@ -190,6 +199,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             self._inner_count, self.last_step = count, last_step
             self._undo(call, gradients)
             raise
+        finally:
+            self._within_update = False
         if due:
             self.zero_grad(**(zero_kwargs or {}))
         scaled = self.precision.scaler is not None
@@ -199,12 +210,22 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._timer = None
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Back-propagate the (scaled) loss and count one micro-batch."""
+        """Back-propagate the (scaled) loss and count one micro-batch, within :meth:`update_params`.
+
+        Raises:
+            RuntimeError: It was called by hand.
+        """
+        check_within(type(self).__name__, 'backward', self._within_update)
         self.precision.scale(loss).backward(**kwargs)
         self._inner_count += 1
 
     def step(self, **kwargs: Any) -> None:
-        """Clip the final gradient, if asked to, and step the base optimizer."""
+        """Clip the final gradient, if asked to, and step the base optimizer, within :meth:`update_params`.
+
+        Raises:
+            RuntimeError: It was called by hand.
+        """
+        check_within(type(self).__name__, 'step', self._within_update)
         if self.clip_grad_kwargs:
             self.precision.unscale(self.optimizer)
             self._clip_grad()
@@ -231,23 +252,22 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     def _run_passes(self, call: ModelCall, loss: Tensor, gradients: GradientsAside) -> StepRecord:
         """Everything from the first backward to the restoration."""
         module = unwrap(call.model)
-        random_after_first = RandomState.capture(devices_of(self.optimizer))
-        with ExitStack() as afterwards:  # all of it, though a part fails
+        with ExitStack() as afterwards:  # all of it, though a part fails; in the order from the last line to the first
             afterwards.callback(self._mark, 'restore')
-            if self.replay_rng:
-                afterwards.callback(random_after_first.restore)
-            afterwards.callback(torch.clear_autocast_cache)
-            afterwards.callback(self._second.end)
+            gradients.take_off()
+            self._ascent.backward(self, loss)
+            self._mark('pass1')
+            with self.aside('host'):
+                if self.replay_rng:
+                    afterwards.callback(RandomState.capture(devices_of(self.optimizer)).restore)
+                afterwards.callback(torch.clear_autocast_cache)
+                afterwards.callback(self._state.finish)
+                self._state.rewind()
             afterwards.callback(self._ascent.take_back)
             afterwards.push(self._parallel.settle)  # before anything is written to the weights
-            gradients.take_off()
-            self._ascent.backward(self, call, loss)
-            self._mark('pass1')
             norm = self._ascent.climb(self, module)
             gradients.resume()
             self._mark('climb')
-            with self.aside('host'):
-                self._second.begin(module)
             second, perturbed_loss = self.second_loss(call, loss, norm)
             self.backward(self.scale_loss(second))
             self._mark('pass2')
@@ -258,11 +278,11 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""
         with ExitStack() as undo:
             undo.callback(call.random_state.restore)
-            undo.callback(self._guard.put_back)
+            undo.callback(self._guard.forget)
+            undo.callback(self._state.undo)
             undo.callback(gradients.undo)
             undo.callback(self.precision.forget_step)
             undo.callback(self._ascent.switch_on)
-            undo.callback(self._second.drop)
             undo.callback(self._ascent.take_back)
             undo.callback(self._parallel.settle, BaseException)
 
@@ -280,19 +300,26 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._timer = StepTimer(self.device) if self.record_timing else None
         self._mark('start')
         module = unwrap(call.model)
+        self._trained = trained_by(self.optimizer)
         self._figures = None
-        with self.aside('host'):
-            self._guard.keep(module)
         with self.aside('recording'):
             call = self.choose_first_batch(call)
         with self.aside('host'):
             args, kwargs = without_keys(call.model, call.args, call.kwargs)
-            trained = trained_by(self.optimizer)
-            perturbed, scale = self.choose_perturbed(self.selector.select(module, trained))
+            perturbed, scale = self.choose_perturbed(self.selector.select(module, self._trained))
             # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
             skips = self.skips_gradients and self._parallel.shards is None
-            self._ascent.choose(perturbed, scale, skip=trained if skips else ())
+            self._ascent.choose(perturbed, scale, skip=self._trained if skips else ())
         return replace(call, args=args, kwargs=kwargs)
+
+    def _keep_state(self, module: nn.Module) -> None:
+        """Runs once, after :meth:`_on_call`, when the forward of the user's own model begins."""
+        with self.aside('host'):
+            self._state.keep(module, sharded=self._parallel.shards is not None)
+
+    def _weights(self) -> list[Tensor]:
+        """What the step moves, as memory of this process."""
+        return [local(weight) for weight in self._trained]
 
     def suspects(self, call: ModelCall) -> str:
         """The samples of ``call`` that may have brought in what is not finite, for the log."""

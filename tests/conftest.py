@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import functools
 import gc
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import mm_sharp  # noqa: F401  # before any test file imports MMEngine: see mm_sharp.compat.yapf_grammar
 from tests.reliability import holds, pytest_addoption
 
 __all__ = ['ROOT', 'holds', 'pytest_addoption']
 pytest_plugins = ['pytester']
+
+# Hypothesis would fail tests that are slow here and now.
+settings.register_profile('no clock', deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile('no clock')
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +52,33 @@ def shared_data() -> Path:
 def _one_thread() -> None:
     """The tests' models are too small for several threads, and each core has a test process of its own."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _the_same_second() -> Iterator[None]:
+    """Every run of a process begins in the same second, as all may on a fast machine.
+
+    MMEngine names runs by the second, and keeps the logger, message hub and visualizer of each name for as long as the
+    process lives: runs that do not have names of their own fail here, on every machine.
+    """
+    import mmengine._strategy.base
+    import mmengine.runner.runner
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (mmengine.runner.runner, mmengine._strategy.base):
+            patch.setattr(module, 'time', _StandingClock)
+        yield
+
+
+class _StandingClock:
+    """What MMEngine's runners use of the module ``time``."""
+
+    strftime, localtime = staticmethod(time.strftime), staticmethod(time.localtime)
+
+    @staticmethod
+    def time() -> float:
+        """Noon of 1 January 2001, UTC."""
+        return 978350400.0
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -100,8 +133,23 @@ def spare_the_garbage_collector() -> Iterator[None]:
     files after would look through.
     """
     yield
+    _forget_runs()
     gc.collect()
     gc.freeze()
+
+
+def _forget_runs() -> None:
+    """Let go of what MMEngine keeps by runs' names, which those of another file may bear too."""
+    from mmengine.logging import MMLogger
+    from mmengine.utils import ManagerMixin
+
+    for logger in MMLogger._instance_dict.values():
+        for handler in list(logger.handlers):
+            handler.close()
+    kinds: list[type[ManagerMixin]] = [ManagerMixin]
+    for kind in kinds:
+        kind._instance_dict.clear()
+        kinds += kind.__subclasses__()
 
 
 @pytest.hookimpl(wrapper=True)

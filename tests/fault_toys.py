@@ -47,6 +47,18 @@ class FaultHook(Hook):
 
 
 @HOOKS.register_module()
+class HoldHook(Hook):
+    """Holds a run before an iteration, counted from 0, for whoever is to kill it."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if runner.iter == self.at:
+            time.sleep(3600)
+
+
+@HOOKS.register_module()
 class PauseHook(Hook):
     """Makes a toy's run last: a pause before every iteration, in seconds."""
 

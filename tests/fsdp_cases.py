@@ -202,6 +202,7 @@ def overflow_of_one(rank: int, processes: int, kind: str, dtype: str | None) -> 
         parameter.grad = None if none else torch.ones_like(parameter)
         if parameter.grad is not None and rank == processes - 1:
             local(parameter.grad).fill_(float('inf'))
+    wrapper._within_update = True
     wrapper._guard.step_if_finite(wrapper, {})
     return {'kept': before == pieces(net), 'halved': None if scale is None else scaler.get_scale() == scale / 2}
 

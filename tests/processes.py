@@ -60,7 +60,7 @@ class Run:
         """Training iterations logged."""
         return self.output.count('(train)')
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 120.0) -> bool:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 600.0) -> bool:
         """Wait for a condition; False if the run ended before it came true."""
         end = time.monotonic() + seconds
         while not condition():
@@ -87,7 +87,7 @@ class Run:
         return sorted(found)
 
     @staticmethod
-    def are_gone(pids: list[int], seconds: float = 10.0) -> bool:
+    def are_gone(pids: list[int], seconds: float = 600.0) -> bool:
         """Whether processes have ended; some take a moment."""
         end = time.monotonic() + seconds
         while any(_lives(pid) for pid in pids):
@@ -96,7 +96,7 @@ class Run:
             time.sleep(0.05)
         return True
 
-    def end(self, seconds: float = 120.0) -> int:
+    def end(self, seconds: float = 600.0) -> int:
         """Wait for its end; the exit code, negative for a signal."""
         try:
             return self._popen.wait(seconds)

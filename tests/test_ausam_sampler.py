@@ -32,7 +32,6 @@ from tests.tiny_runs import PLAIN, Points, make_runner
 Key = tuple[str, int]
 
 pytestmark = [
-    pytest.mark.filterwarnings('ignore:This DataLoader will create'),  # torch, where there are fewer than two cores
     pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning'),  # Python 3.12, of fork
 ]
 
@@ -87,7 +86,7 @@ def scored(scores: Sequence[float]) -> SampleHistory:
 
 
 # -------------------------------------------------------------------- mini-batches
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 40), st.integers(1, 12), st.booleans(), st.floats(0.05, 1.0))
 def test_batches_are_torchs_with_samples_missing(length: int, size: int, drop_last: bool, ratio: float) -> None:
     ours = make(range(length), size, ratio=ratio, drop_last=drop_last)

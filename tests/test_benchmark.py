@@ -18,6 +18,7 @@ from mmengine.config import Config
 from mm_sharp import benchmark, cli
 from mm_sharp.benchmark import Contestant, Quartiles, StepLimit, steps
 from mm_sharp.benchmark.history import ids_of
+from mm_sharp.benchmark.host import SmallModel
 from mm_sharp.benchmark.methods import limit_of
 from mm_sharp.sample_history import SampleHistory
 from tests.conftest import ROOT
@@ -283,7 +284,9 @@ def test_a_quantized_model_is_compared_with_its_float_model(
 def test_the_quantized_subject_has_the_float_models_weights(tiny: Path, tmp_path: Path) -> None:
     config = tmp_path / 'w4a4.py'
     fragment = ROOT / 'configs' / '_base_' / 'quantization' / 'w4a4.py'
-    config.write_text(f"_base_ = ['{tiny}', '{fragment}']\nquantization = dict(policy=dict(fold_batchnorm=False))\n")
+    config.write_text(
+        f"_base_ = ['{tiny}', '{fragment}']\nsharp_quantization = dict(policy=dict(fold_batchnorm=False))\n"
+    )
     subject = benchmark.load_subject(Config.fromfile(config), batch_size=5)
     assert subject.float_model is not None
     weights = dict(subject.model.named_parameters())
@@ -345,7 +348,8 @@ def test_several_batch_sizes_under_autocast_beside_peers(
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ([], 'give one of a CONFIG, --parameters COUNT and --history SAMPLES'),
+        ([], 'give one of a CONFIG, --parameters COUNT, --history SAMPLES and --host'),
+        (['--host', '--history', '1k'], 'give one of a CONFIG'),
         (['sam.py', '--history', '1k'], 'give one of a CONFIG'),
         (['--parameters', '1k', '--history', '1k'], 'give one of a CONFIG'),
         (['--parameters', '1k', '--plot', 'a.png'], '--plot draws the table of a CONFIG'),
@@ -420,3 +424,23 @@ def test_climb_and_restoration_alone(tool: ModuleType, tmp_path: Path, capsys: p
         assert cost['share_of_copy'] > 0
         assert f'{100 * cost["share_of_copy"]:.0f} %' in printed
     assert '8 numbers read or written by the climb' in printed
+
+
+def test_the_hosts_own_time() -> None:
+    """Whole cycles of steps on the small model, each method's limit by its wrapper's own defaults."""
+    rows = benchmark.measure_host(benchmark.parse_methods(METHODS), 3, 1, torch.device('cpu'))
+    assert [row.label for row in rows if 'cycle' not in row.label] == [
+        *('base', 'sam', 'esam', 'esam-history, between refreshes', 'ausam', 'ausam-0.5')
+    ]
+    assert sum(parameter.numel() for parameter in SmallModel().parameters()) == 3164
+    limits = {row.label: row.limit for row in rows}
+    assert (limits['sam'], limits['ausam'], limits['ausam-0.5']) == (2.0, 2 * 10 / 16, 1.0)
+    assert limits['esam-history, cycle of 10'] == pytest.approx((2 + 0.6 + 1.5 + 0.1) / 3)
+    assert next(row.steps for row in rows if row.label == 'base') == 10, 'a whole cycle'
+    assert all(row.seconds.median > 0 for row in rows)
+
+
+def test_the_hosts_time_by_the_tool(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool.main(['--host', '--rounds', '2', '--methods', 'sam', '--out', str(tmp_path / 'host.json')])
+    assert 'sam' in capsys.readouterr().out
+    assert [row['label'] for row in json.loads((tmp_path / 'host.json').read_text())['host']] == ['base', 'sam']

@@ -63,7 +63,7 @@ def test_ten_numbers(real: Any, seed: int, with_box: bool) -> None:
     assert 0 < stats[0] < 1, 'the data must be neither trivial nor hopeless'
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),
     images=st.integers(1, 8),

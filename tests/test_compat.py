@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -24,6 +26,7 @@ from mm_sharp.compat import (
     torchvision_ops,
 )
 from mm_sharp.compat.import_hook import FINDER, before_import, is_present
+from tests.conftest import ROOT
 
 FIXES = {fix.name: fix for fix in compat.fixes()}
 
@@ -171,6 +174,41 @@ def test_operators_are_defined_only_where_needed(
     torchvision_ops._repair('torchvision._meta_registrations')
     assert len(made) == int(defined)
     assert (torchvision_ops._library is not None) is defined
+
+
+# torchvision of another build than torch, and a package that imports it.
+MISMATCHED = {
+    'torchvision/__init__.py': 'from . import extension, _meta_registrations\n',
+    'torchvision/extension.py': 'def _has_ops():\n    return False\n',
+    'torchvision/_meta_registrations.py': 'import torch\ntorch.library.register_fake("torchvision::nms", min)\n',
+    'timm/__init__.py': 'import torchvision\n',
+}
+TIMM_FIRST = """
+import torch
+torch.version.cuda = torch.version.hip = None
+try:
+    import timm
+except RuntimeError as error:
+    print(error)
+import mm_sharp, timm
+print(mm_sharp.compat.torchvision_ops.describe().reason)
+"""
+
+
+def test_timm_before_mm_sharp_and_after_it(tmp_path: Path) -> None:
+    """What is imported before us fails as ever, and not for good; the doctor's line says in which order it works."""
+    for name, text in MISMATCHED.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', TIMM_FIRST],
+        capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}'},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = done.stdout.splitlines()
+    assert before == 'operator torchvision::nms does not exist'
+    assert 'Import mm_sharp before torchvision, timm' in after
+    assert before in after
 
 
 # mmcv

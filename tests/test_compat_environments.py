@@ -131,13 +131,29 @@ except ModuleNotFoundError as error:
         assert fixes[name][1].endswith('is not installed')
 
 
-def test_wheel_has_the_configs(tmp_path: Path) -> None:
-    if find_spec('hatchling') is None:  # not asked about pip: looking for it makes setuptools warn
-        pytest.skip('building a wheel needs pip and hatchling')
-    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-cache-dir']
-    done = subprocess.run([*command, '-w', str(tmp_path), str(ROOT)], capture_output=True, text=True, check=False)
+MAKE_DIST = '-m hatchling build -d dist'
+
+
+def build(source: Path, folder: Path) -> tuple[Path, Path]:
+    """Build the wheel and the source archive as ``make dist`` does, but into ``folder``."""
+    command = [sys.executable, *MAKE_DIST.split()[:-1], str(folder)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob('*.whl')
+    wheel, archive = sorted(folder.iterdir())
+    assert (wheel.suffix, archive.name[-7:]) == ('.whl', '.tar.gz')
+    return wheel, archive
+
+
+def test_the_wheel_of_the_source_archive_is_whole(tmp_path: Path) -> None:
+    """Of an installation from it, as of one from the wheel: the package, and the configs that ``mm_sharp::`` finds."""
+    if find_spec('hatchling') is None:
+        pytest.skip('building needs hatchling')
+    assert f'$(PY) {MAKE_DIST}\n' in (ROOT / 'Makefile').read_text()
+    first, archive = build(ROOT, tmp_path / 'dist')
+    subprocess.run([sys.executable, '-m', 'tarfile', '-e', archive, tmp_path], capture_output=True, check=True)
+    wheel, _ = build(tmp_path / archive.name[:-7], tmp_path / 'again')
+    with zipfile.ZipFile(first) as ours, zipfile.ZipFile(wheel) as file:
+        assert {info.filename: info.CRC for info in ours.infolist()} == {i.filename: i.CRC for i in file.infolist()}
     environment = make_environment(tmp_path / 'site', without=['mm_sharp'])
     with zipfile.ZipFile(wheel) as file:
         file.extractall(environment)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import MMDistributedDataParallel, MMSeparateDistributedDataParallel
+from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -16,6 +18,7 @@ from mm_sharp import AUSAMOptimWrapper
 from mm_sharp.draws import Draw, generator_at
 from mm_sharp.perturbation import weight_mask
 from tests.distributed import run
+from tests.memory_toys import Queue
 from tests.rank_toys import SyncedNet, digest
 from tests.references import sam_gradients, sam_step
 from tests.references_esam import ReferenceESAM
@@ -41,6 +44,7 @@ def uneven_shard(batch: Batch, rank: int, processes: int) -> Batch:
 
 # Every case by name: (wrapper, options). All run in one pair of processes, since starting them takes seconds.
 PLAIN = dict(norm=False)
+BUCKETS = dict(gradient_as_bucket_view=True)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     'synced sam': ('sam', dict(model=PLAIN, sync_perturbation=True)),
     'synced asam': ('asam', dict(model=PLAIN, sync_perturbation=True)),
@@ -51,6 +55,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     'esam synced': ('esam', dict(model=PLAIN, sync_perturbation=True)),
     'ausam': ('ausam', dict(model=PLAIN)),
     'ausam synced': ('ausam', dict(model=PLAIN, sync_perturbation=True)),
+    'zeroed buckets': ('sam', dict(model=PLAIN, sync_perturbation=True, zeroed=True, ddp=BUCKETS)),
+    'parts per rank': ('sam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel)),
+    'parts synced sam': ('sam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel, sync_perturbation=True)),
+    'parts esam per rank': ('esam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel)),
+    'parts esam synced': ('esam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel, sync_perturbation=True)),
+    'parts ausam': ('ausam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel)),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     'unused': dict(ddp=dict(find_unused_parameters=True), sync_perturbation=True),
@@ -87,6 +97,7 @@ def train_all(rank: int, processes: int) -> dict[str, Any]:
     except NotImplementedError as error:
         results['esam static error'] = str(error)
     results['spoilt'] = {name: train_spoilt(rank, name) for name in WRAPPERS if 'loader' not in name}
+    results['broadcast'] = [train_queue(rank, processes, name) for name in (None, 'sam', 'esam', 'ausam')]
     results['state keys'] = sorted(build('sam', make()).state_dict()['mm_sharp'])
     return results
 
@@ -106,12 +117,17 @@ def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict
     options = dict(options)
     model_options, ddp_options = options.pop('model', {}), options.pop('ddp', {})
     part = uneven_shard if options.pop('uneven', False) else shard
-    model = MMDistributedDataParallel(make(**model_options), **ddp_options)
+    model = options.pop('kind', MMDistributedDataParallel)(make(**model_options), **ddp_options)
+    zeroed = options.pop('zeroed', False)
     wrapper = build(name, model, momentum_sgd(model), **options)
+    if zeroed:
+        wrapper.zero_grad = partial(wrapper.optimizer.zero_grad, set_to_none=False)  # type: ignore[method-assign]
     wrapper.initialize_count_status(model, 0, STEPS)
     reduced: list[int] = []
     # How many bytes DDP averages over the ranks, and when.
-    model.register_comm_hook(reduced, counting_all_reduce)
+    for child in [model] if type(model) is MMDistributedDataParallel else model.module.children():
+        if isinstance(child, MMDistributedDataParallel):
+            child.register_comm_hook(reduced, counting_all_reduce)
     counts, drawn, hashes = [], [], []
     for batch in batches(STEPS, size=8):
         model.train_step(part(batch, rank, processes), wrapper)
@@ -130,6 +146,17 @@ def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict
         'drawn': drawn,
         'hashes': hashes,
     }
+
+
+def train_queue(rank: int, processes: int, name: str | None) -> Arrays:
+    """The weights of a model with memory, whose buffers DDP sends from the first rank, at a radius of zero."""
+    model = MMDistributedDataParallel(make(Queue), broadcast_buffers=True)
+    optimizer = momentum_sgd(model)
+    kwargs = {'beta': 1.0} if name == 'esam' else {}
+    wrapper = OptimWrapper(optimizer) if name is None else build(name, model, optimizer, whole=True, rho=0.0, **kwargs)
+    for batch in batches(STEPS, size=8):
+        model.train_step(shard(batch, rank, processes), wrapper)
+    return [parameter.detach().numpy().copy() for parameter in model.parameters()]
 
 
 # DDP compares the annotations themselves, and here they would be strings.
@@ -269,6 +296,29 @@ def test_ausam_on_ranks_equals_sam_on_what_each_draws(ranks: list[dict[str, Any]
         optimizer.step()
     assert_identical(first['state'], second['state'])
     assert_close(first['state'], arrays(model))
+
+
+def test_gradients_that_live_in_buckets_do_not_mix(ranks: list[dict[str, Any]]) -> None:
+    """The first pass averages into the memory of gradients that were set to zero and not taken away."""
+    for rank in ranks:
+        assert_identical(rank['zeroed buckets']['state'], rank['synced sam']['state'])
+
+
+def test_every_pass_has_the_buffers_that_ddp_sent(ranks: list[dict[str, Any]]) -> None:
+    """They are sent in a step's first forward only, and the other ranks had others before."""
+    for base, *ours in (rank['broadcast'] for rank in ranks):
+        for weights in ours:
+            assert_identical(base, weights)
+
+
+@pytest.mark.parametrize('case', ['per rank', 'synced sam', 'esam per rank', 'esam synced', 'ausam'])
+def test_ddp_around_each_part_is_as_ddp_around_the_whole(ranks: list[dict[str, Any]], case: str) -> None:
+    for rank in ranks:
+        parts, whole = rank[f'parts {case}'], rank[case]
+        assert_close(parts['state'], whole['state'])
+        assert parts['reduced'] == whole['reduced'], 'the first pass communicates as it should not, or the other way'
+        assert parts['norm'] == pytest.approx(whole['norm'], rel=1e-5)
+    assert_identical(*(rank[f'parts {case}']['state'] for rank in ranks))
 
 
 @pytest.mark.parametrize(('option', 'name'), PAIRS)

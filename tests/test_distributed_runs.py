@@ -65,7 +65,7 @@ def test_ranks_stay_equal(tmp_path: Path, name: str, processes: int, holds: Hold
     environment.update(PYTHON=sys.executable, PYTHONWARNINGS='ignore')
     done = subprocess.run(
         ['tools/dist_train.sh', config, str(processes), '--work-dir', tmp_path],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [(tmp_path / f'weights.{rank}').read_text().splitlines() for rank in range(processes)]

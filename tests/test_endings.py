@@ -36,7 +36,7 @@ def test_signals(tmp_path: Path, number: signal.Signals, holds: Holds) -> None:
     run = Run(config, tmp_path / 'work')
     assert run.wait_until(lambda: (tmp_path / 'work' / 'last_checkpoint').exists()), run.output
     run.send(number)
-    code = run.end(seconds=20)
+    code = run.end()
     if number is signal.SIGINT:
         assert code == 130
         assert 'Traceback' not in run.output

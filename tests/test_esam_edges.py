@@ -43,15 +43,16 @@ def test_batches_of_different_sizes(refresh: int | None) -> None:
 
 
 @both
-def test_the_second_pass_starts_from_the_state_that_the_first_left(refresh: int | None) -> None:
-    """Of the forward that selects nothing is left, neither after the step nor before the second pass."""
+def test_every_forward_starts_from_the_state_before_the_first(refresh: int | None) -> None:
+    """Of the forwards that select and of the second pass nothing is left after the step."""
     model = make()
     counts: list[int] = []
     model.register_forward_pre_hook(lambda *_: counts.append(model.norm.num_batches_tracked.item()))
     wrapper = ESAMOptimWrapper(momentum_sgd(model), **selecting(refresh))
     for batch in batches(2):
         model.train_step(batch, wrapper)
-    assert counts == ([0, 1, 1, 1, 2] if refresh else [0, 1, 1, 1, 2, 2])
+    assert counts == ([0, 0, 0, 1, 1] if refresh else [0, 0, 0, 1, 1, 1])
+    assert model.norm.num_batches_tracked == 2
 
 
 class Unused(ToyNet):
@@ -266,3 +267,31 @@ def test_without_a_selection_there_are_no_figures(batch: Batch) -> None:
     model.train_step(batch, wrapper)
     assert wrapper.last_step.figures is None
     assert wrapper.last_step.perturbed_loss.item() == pytest.approx(0.05 * batch['inputs'].mean().item())
+
+
+# ------------------------------------------------------------------ lazy modules
+class Lazy(ToyNet):
+    """Its layers get their shapes in the first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d(), nn.LazyLinear(3)
+
+
+@both
+@pytest.mark.parametrize('options', [{'beta': 0.3}, {'beta': 0.3, 'gamma': 1.0}], ids=['esam', 'all samples'])
+def test_lazy_modules_train_as_if_they_had_been_initialised(refresh: int | None, options: dict[str, float]) -> None:
+    models = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        model = Lazy().train()
+        if early:
+            for module, inputs in ((model.conv, (1, 2, 6, 6)), (model.norm, (1, 6, 4, 4)), (model.head, (1, 96))):
+                module.eval()(torch.zeros(inputs))
+                module.train()
+        wrapper = ESAMOptimWrapper(momentum_sgd(model), **selecting(refresh), **options)
+        for batch in batches(3):
+            model.train_step(batch, wrapper)
+        models.append(model)
+    assert same_state(*models)
+    assert all(parameter.requires_grad for parameter in models[0].parameters())

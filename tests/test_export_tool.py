@@ -160,6 +160,19 @@ def layer(equal: int = 1000, largest: int = 0) -> LayerAgreement:
         ({'metrics': {'AP': (math.nan, math.nan)}}, ''),
         ({'metrics': {'AP': (0.5, math.nan)}}, 'AP is nan'),
         ({'outputs': [OutputAgreement('heatmaps', math.inf, 0, 1)]}, 'heatmaps is not finite'),
+        # Nine of ten within a pixel, whatever the metrics.
+        ({'distances': [[0.5] * 9 + [50.0]], 'metrics': {'AP': (0.5, 0.5)}}, ''),
+        ({'distances': [[0.5] * 8 + [50.0] * 2], 'metrics': {'AP': (0.5, 0.5)}}, 'only 80.0% of the keypoints are wi'),
+        ({'distances': [[math.nan] + [0.0] * 20]}, 'only 95.2% of the keypoints are within 1 pixel'),
+        # Metrics that say nothing leave it to the keypoints.
+        (
+            {'distances': [[0.5] * 9 + [50.0]], 'metrics': {'AP': (0.0, 0.0)}},
+            "keypoints are 5.45 pixels from PyTorch's",
+        ),
+        ({'distances': [[0.5] * 9 + [50.0]]}, "keypoints are 5.45 pixels from PyTorch's"),
+        ({'distances': [[0.5] * 9 + [50.0]], 'metrics': {'AP': (0.0, 0.0), 'EPE': (4.0, 4.0)}}, ''),
+        ({'distances': [[50.0] * 17], 'metrics': {'PCK': (0.0, 0.0)}}, 'only 0.0% of the keypoints are within 1 pixel'),
+        ({'metrics': {'AP': (0.0, 0.0)}}, ''),
     ],
 )
 def test_tolerances(changes: dict[str, Any], fault: str) -> None:
@@ -170,6 +183,36 @@ def test_tolerances(changes: dict[str, Any], fault: str) -> None:
     assert ''.join(report.faults()).startswith(fault) if not fault else fault in report.faults()[0]
     assert report.as_dict()['agrees'] is (not fault)
     assert bool(report.faults()) is bool(fault)
+
+
+@pytest.mark.parametrize(
+    ('metrics', 'named'),
+    [
+        ({'AP': (0.5, 0.5)}, ''),
+        ({'AP': (0.0, 0.0), 'PCK': (0.3, 0.3)}, 'AP'),
+        ({'AP': (0.0, 0.0), 'PCK': (math.nan, math.nan)}, 'AP, PCK'),
+        ({'coco/AP': (-1.0, -1.0), 'coco/AP (L)': (-1.0, -1.0)}, 'coco/AP'),
+        ({'AP': (0.0, 0.5)}, ''),  # a fault
+    ],
+)
+def test_metrics_that_say_nothing(
+    metrics: dict[str, Any],
+    named: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = ExportReport('model.onnx', 'qcdq', 5000, [layer()], [], [[0.0]], metrics)
+    assert [warning.partition(' of both')[0] for warning in report.warnings()] == ([named] if named else [])
+    assert report.as_dict()['warnings'] == report.warnings()
+    if named:
+        monkeypatch.chdir(folder)
+        module = tool('export')
+        monkeypatch.setattr(module, 'export', lambda *args: report)
+        module.main(['w4a4.py', 'model.pth'])
+        said = capsys.readouterr()
+        assert f'warning: {named} of both programs is 0 or not a number, which says nothing' in said.err
+        assert 'The file agrees with PyTorch.' in said.out
 
 
 def test_differences_of_outputs() -> None:

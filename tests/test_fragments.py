@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from torch import nn
 from mm_sharp import SAMOptimWrapper, SharpnessHook, benchmark, cli, fragments
 from mm_sharp.fragments import apply_fragments, as_written
 from mm_sharp.preflight import check_wrappers
+from mm_sharp.quantized_config import CALIBRATION_KEYS, POLICY_KEYS
 from tests.conftest import ROOT
 from tests.toys import toy_config
 
@@ -52,7 +55,8 @@ EXPLICIT = (
 )
 SHARP = {'type': 'SAMOptimWrapper', 'rho': 0.1}
 SGD = {'type': 'SGD', 'lr': 0.1, 'weight_decay': 1e-4}
-QUANTIZATION = 'quantization = dict(policy=dict(weight_bit_width=4, act_bit_width=4), calibration=dict(num_batches=2))'
+SETTINGS = 'dict(policy=dict(weight_bit_width=4, act_bit_width=4), calibration=dict(num_batches=2))'
+QUANTIZATION = f'sharp_quantization = {SETTINGS}'
 POLICY = {'weight_bit_width': 4, 'act_bit_width': 4}
 
 
@@ -216,12 +220,12 @@ def test_a_fragment_read_on_its_own_stays_what_it_is(quantization: None, tmp_pat
         assert Config.fromfile(file).to_dict() == written.to_dict()
 
 
-@pytest.mark.parametrize('key', ['sharp_optim_wrapper', 'quantization'])
+@pytest.mark.parametrize('key', ['sharp_optim_wrapper', 'sharp_quantization'])
 def test_none_switches_a_fragment_off(tmp_path: Path, key: str, quantization: None) -> None:
     file = write(tmp_path, [RECIPES['simcc'], 'w4a4', fragment('sam')], f'{key} = None')
     cfg = Config.fromfile(file)
     assert ('type' in cfg.optim_wrapper) == (key != 'sharp_optim_wrapper')
-    assert (cfg.model.type == 'QuantizedModel') == (key != 'quantization')
+    assert (cfg.model.type == 'QuantizedModel') == (key != 'sharp_quantization')
     types = [hook.type for hook in cfg.custom_hooks]
     assert types == ['SyncBuffersHook', 'CalibrationHook' if key == 'sharp_optim_wrapper' else 'SharpnessHook']
 
@@ -361,8 +365,8 @@ def test_options_for_the_wrapper_by_either_name(tmp_path: Path, option: str) -> 
 def test_options_speak_of_the_keys_as_they_are_written(tmp_path: Path, quantization: None) -> None:
     file = write(tmp_path, [RECIPES['simcc'], 'w4a4', fragment('sam')])
     options = {
-        'model.head.simcc_split_ratio': 3.0, 'quantization.policy.weight_bit_width': 8,
-        'quantization.calibration.num_batches': 5, 'sharp_hook.interval': 7,
+        'model.head.simcc_split_ratio': 3.0, 'sharp_quantization.policy.weight_bit_width': 8,
+        'sharp_quantization.calibration.num_batches': 5, 'sharp_hook.interval': 7,
     }  # fmt: skip
     cfg = load(file, **options)
     assert cfg.model.policy.to_dict() == {'weight_bit_width': 8, 'act_bit_width': 4}
@@ -370,7 +374,7 @@ def test_options_speak_of_the_keys_as_they_are_written(tmp_path: Path, quantizat
     assert cfg.custom_hooks[-2:] == [
         {'type': 'SharpnessHook', 'interval': 7}, {'type': 'CalibrationHook', 'num_batches': 5},
     ]  # fmt: skip
-    assert load(file, quantization=None).model.type == 'TopdownPoseEstimator'
+    assert load(file, sharp_quantization=None).model.type == 'TopdownPoseEstimator'
     # Without options a tool has what every other reader has.
     everyone = Config.fromfile(file)
     everyone.work_dir, everyone.launcher = 'work_dirs/user', 'none'
@@ -382,7 +386,7 @@ def test_options_speak_of_the_keys_as_they_are_written(tmp_path: Path, quantizat
     [
         ('sharp_optim_wrapper.rho', 'optim_wrapper is not made from .* as optim_wrapper.rho'),
         ('sharp_hook.interval', 'custom_hooks is not made from'),
-        ('quantization.policy.weight_bit_width', 'model is not made from .* as model.policy.weight_bit_width'),
+        ('sharp_quantization.policy.weight_bit_width', 'model is not made from .* as model.policy.weight_bit_width'),
     ],
 )
 def test_an_option_without_effect_is_refused(tmp_path: Path, option: str, instead: str, quantization: None) -> None:
@@ -396,7 +400,7 @@ def test_an_option_without_effect_is_refused(tmp_path: Path, option: str, instea
 @pytest.mark.parametrize(
     ('line', 'message'),
     [
-        ('quantization = dict(polcy=dict())', r"unknown keys \['polcy'\]"),
+        ('sharp_quantization = dict(polcy=dict())', r"unknown keys \['polcy'\]"),
     ],
 )
 def test_a_bad_form_is_the_users_error(tmp_path: Path, line: str, message: str) -> None:
@@ -431,7 +435,7 @@ def test_a_fragment_quantizes_the_recipes_model(tmp_path: Path, recipe: str, qua
     assert cfg.custom_imports.imports == ['mm_sharp', 'mm_sharp.quantization']
     assert cfg.custom_hooks[-1] == {'type': 'CalibrationHook', 'num_batches': 2}
     cfg.model.policy.weight_bit_width = 8
-    assert cfg.quantization.policy.weight_bit_width == 4
+    assert cfg.sharp_quantization.policy.weight_bit_width == 4
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -439,7 +443,7 @@ def test_a_fragment_quantizes_the_recipes_model(tmp_path: Path, recipe: str, qua
 def test_our_own_fragments_make_a_whole_config(tmp_path: Path, recipe: str, name: str, quantization: None) -> None:
     bases = [RECIPES[recipe], fragment(f'quantization/{name}'), fragment('ausam')]
     cfg = Config.fromfile(write(tmp_path, bases, "load_from = 'float.pth'"))
-    own = Config.fromfile(FRAGMENTS / 'quantization' / f'{name}.py').quantization
+    own = Config.fromfile(FRAGMENTS / 'quantization' / f'{name}.py').sharp_quantization
     assert (cfg.model.type, cfg.model.policy) == ('QuantizedModel', own.policy)
     assert cfg.optim_wrapper.type == 'AUSAMOptimWrapper'
     assert cfg.custom_hooks[-2:] == [{'type': 'SharpnessHook'}, {'type': 'CalibrationHook', **own.calibration}]
@@ -448,7 +452,7 @@ def test_our_own_fragments_make_a_whole_config(tmp_path: Path, recipe: str, name
 
 def test_a_model_with_arguments_of_these_names(quantization: None) -> None:
     model = {'type': 'Wrapped', 'model': {'type': 'Net'}}
-    cfg = applied(quantization={'policy': POLICY}, model=deepcopy(model))
+    cfg = applied(sharp_quantization={'policy': POLICY}, model=deepcopy(model))
     assert cfg.model.to_dict() == {'type': 'QuantizedModel', 'model': model, 'policy': POLICY}
 
 
@@ -462,7 +466,7 @@ def test_a_model_with_arguments_of_these_names(quantization: None) -> None:
     ],
 )
 def test_the_import_is_added_once(before: Any, after: list[str], quantization: None) -> None:
-    cfg = applied(quantization={'policy': POLICY}, model={'type': 'Net'}, custom_imports=before)
+    cfg = applied(sharp_quantization={'policy': POLICY}, model={'type': 'Net'}, custom_imports=before)
     assert cfg.custom_imports.imports == after
     assert cfg.custom_imports.get('allow_failed_imports', False) == (before or {}).get('allow_failed_imports', False)
 
@@ -477,10 +481,10 @@ def test_the_import_is_added_once(before: Any, after: list[str], quantization: N
     ],
 )
 def test_calibration_becomes_a_hook(changes: dict[str, Any], hooks: list[Any], quantization: None) -> None:
-    cfg = applied(quantization={'policy': POLICY, **changes}, model={'type': 'Net'})
+    cfg = applied(sharp_quantization={'policy': POLICY, **changes}, model={'type': 'Net'})
     assert cfg.get('custom_hooks', []) == hooks
     own = [{'type': 'CalibrationHook', 'num_batches': 99}]
-    cfg = applied(quantization={'policy': POLICY, **changes}, model={'type': 'Net'}, custom_hooks=own)
+    cfg = applied(sharp_quantization={'policy': POLICY, **changes}, model={'type': 'Net'}, custom_hooks=own)
     assert cfg.custom_hooks == own
 
 
@@ -494,13 +498,13 @@ def test_calibration_becomes_a_hook(changes: dict[str, Any], hooks: list[Any], q
     ],
 )
 def test_a_bad_quantization_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=rf'quantization.*{message}.*Write quantization = dict\(policy='):
-        applied(quantization=settings, model={'type': 'Net'})
+    with pytest.raises(ValueError, match=rf'sharp_quantization.*{message}.*Write sharp_quantization = dict\(policy='):
+        applied(sharp_quantization=settings, model={'type': 'Net'})
 
 
 def test_a_quantized_model_of_ones_own_keeps_its_policy(quantization: None) -> None:
     model = {'type': 'QuantizedModel', 'model': {'type': 'Net'}, 'policy': {'weight_bit_width': 2}}
-    cfg = applied(quantization={'policy': POLICY}, model=deepcopy(model), optim_wrapper={'optimizer': SGD})
+    cfg = applied(sharp_quantization={'policy': POLICY}, model=deepcopy(model), optim_wrapper={'optimizer': SGD})
     assert cfg.model.to_dict() == model
     assert 'custom_hooks' not in cfg
     assert cfg.custom_imports.imports == ['mm_sharp.quantization']
@@ -516,6 +520,114 @@ def test_without_brevitas_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tm
         Config.fromfile(file)
     with pytest.raises(cli.UsageError, match=r'pip install "?mm_sharp\[quant\]'):
         load(file)
+
+
+# -------------------------------------------------------------------- the old name of sharp_quantization
+INT8 = {'policy': 'int8'}
+ANOTHER = [
+    *(INT8, {**INT8, 'calibration': {'num_batches': 2}}, {'policy': {'bits': 4}}, {'policy': {}}, {'bits': 4}),
+    *({'policy': POLICY, 'calibration': 16}, {'policy': POLICY, 'calibration': {'samples': 2}}, {'policy': [4, 4]}, {}),
+    *({'calibration': {'num_batches': 2}}, {'policy': POLICY, 'backend': 'x'}, {'policy': {**POLICY, 'bits': 4}}),
+    *('int8', 8, None, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('settings', ANOTHER, ids=str)
+@pytest.mark.parametrize('bases', [[], [fragment('sam')]], ids=['alone', 'SAM'])
+def test_another_projects_quantization_is_left_alone(tmp_path: Path, settings: Any, bases: list[str]) -> None:
+    """Its model is built in float, whether the config uses the rest of ours or not."""
+    file = write(tmp_path, [RECIPES['simcc'], *bases], f'quantization = {settings!r}')
+    cfg, tools = Config.fromfile(file), load(file)
+    assert cfg.model.type == tools.model.type == 'TopdownPoseEstimator'
+    assert cfg.to_dict()['quantization'] == tools.to_dict()['quantization'] == settings
+    if isinstance(settings, dict):
+        assert load(file, **{'quantization.policy': 'int4'}).quantization.policy == 'int4'
+
+
+@pytest.mark.parametrize('settings', [INT8, {'bits': 4}, 'int8'], ids=str)
+def test_another_projects_quantization_beside_our_fragment(tmp_path: Path, settings: Any, quantization: None) -> None:
+    cfg = Config.fromfile(write(tmp_path, [RECIPES['simcc'], 'w4a4'], f'quantization = {settings!r}'))
+    assert (cfg.model.type, cfg.model.policy, cfg.quantization) == ('QuantizedModel', POLICY, settings)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {'policy': POLICY},
+        {'policy': POLICY, 'calibration': {'num_batches': 2}},
+        {'policy': {'input_size': (32, 32)}, 'calibration': None},
+        {'policy': {}, 'calibration': {'baseline': False}},
+    ],
+    ids=str,
+)
+def test_the_old_name_of_exactly_our_form_means_what_the_new_one_does(settings: Any, quantization: None) -> None:
+    old = applied(quantization=settings, model={'type': 'Net'}).to_dict()
+    new = applied(sharp_quantization=settings, model={'type': 'Net'}).to_dict()
+    assert old.pop('quantization') == new.pop('sharp_quantization') == settings
+    assert old == new
+    assert old['model']['policy'] == settings['policy']
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        'dict(policy=dict(weight_bit_width=8))',
+        'dict(calibration=dict(num_batches=5))',
+        'dict(calibration=None)',
+        "dict(policy=dict(layers=[dict(pattern='^head', weight_bit_width=8)], skip=['head.gau']))",
+        'dict(policy=dict(_delete_=True, act_bit_width=8))',
+        'dict(_delete_=True, policy=dict(act_bit_width=8))',
+        'None',
+    ],
+)
+def test_a_config_that_inherits_a_fragment_changes_it_by_either_name(
+    tmp_path: Path, line: str, quantization: None
+) -> None:
+    bases = [RECIPES['simcc'], 'w4a4', fragment('sam')]
+    old = load(write(tmp_path, bases, f'quantization = {line}')).to_dict()
+    new = load(write(tmp_path, bases, f'sharp_quantization = {line}')).to_dict()
+    for cfg in (old, new):
+        cfg.pop('quantization', None), cfg.pop('sharp_quantization')
+    assert old == new
+    assert (old['model']['type'] == 'QuantizedModel') == (line != 'None')
+
+
+def test_options_by_the_old_name(tmp_path: Path, quantization: None) -> None:
+    file = write(tmp_path, [RECIPES['simcc'], 'w4a4', fragment('sam')])
+    cfg = load(file, **{'quantization.policy.weight_bit_width': 8, 'quantization.calibration.num_batches': 5})
+    assert cfg.model.policy.to_dict() == {'weight_bit_width': 8, 'act_bit_width': 4}
+    assert cfg.custom_hooks[-1] == {'type': 'CalibrationHook', 'num_batches': 5}
+    assert load(file, quantization=None).model.type == 'TopdownPoseEstimator'
+    Config.fromfile(file).dump(tmp_path / 'copy.py')
+    with pytest.raises(
+        cli.UsageError, match=r'quantization.policy.weight_bit_width=…: without effect, .*as model.policy'
+    ):
+        load(tmp_path / 'copy.py', **{'quantization.policy.weight_bit_width': 8})
+
+
+def test_a_copy_that_a_run_has_left_with_the_old_name_is_read_as_it_is(tmp_path: Path, quantization: None) -> None:
+    cfg = Config.fromfile(write(tmp_path, [RECIPES['simcc'], fragment('sam')], f'quantization = {SETTINGS}'))
+    assert cfg.model.policy == POLICY
+    cfg.dump(tmp_path / 'copy.py')
+    assert Config.fromfile(tmp_path / 'copy.py').to_dict() == cfg.to_dict()
+
+
+def test_another_projects_model_of_the_same_name_is_left_alone() -> None:
+    model = {'type': 'QuantizedModel', 'net': {'type': 'Net'}, 'policy': {'bits': 4}}
+    config = {'model': model, 'optim_wrapper': {'optimizer': SGD}, 'custom_imports': {'imports': ['theirs']}}
+    assert applied(**deepcopy(config)).to_dict() == config
+
+
+def test_our_keys_are_those_that_quantization_knows() -> None:
+    pytest.importorskip('brevitas', reason='needs the extra: pip install mm_sharp[quant]')
+    from mm_sharp.quantization import CalibrationHook
+    from mm_sharp.quantization.policy import LayerPolicy, QuantizationPolicy
+
+    layer, model = (
+        {field.name for field in dataclasses.fields(policy)} for policy in (LayerPolicy, QuantizationPolicy)
+    )
+    assert (model - {'default', 'overrides'}) | layer | {'layers'} == POLICY_KEYS
+    assert {*inspect.signature(CalibrationHook).parameters} == CALIBRATION_KEYS
 
 
 # -------------------------------------------------------------------- weight decay of the scales

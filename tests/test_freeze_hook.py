@@ -103,7 +103,9 @@ def train(work_dir: Path, freeze: dict[str, Any], **changes: Any) -> tuple[Runne
 
 
 def wrapped(wrapper: str, optimizer: str, **options: Any) -> dict[str, Any]:
-    return copy.deepcopy({**WRAPPERS[wrapper], 'optimizer': OPTIMIZERS[optimizer], **options})
+    """With weight decay for the scales, which must not move them either."""
+    decay = dict(custom_keys={'tensor_quant': dict(decay_mult=1.0)})
+    return copy.deepcopy({**WRAPPERS[wrapper], 'optimizer': OPTIMIZERS[optimizer], 'paramwise_cfg': decay, **options})
 
 
 def from_then_on(changes: list[bool], epochs: int) -> None:

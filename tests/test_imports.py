@@ -15,6 +15,8 @@ PACKAGE = ROOT / 'mm_sharp'
 
 # Each module may import from its own layer's left, never from its right or from its own.
 LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({'config_types'}),
+    frozenset({'quantized_config'}),
     frozenset(
         {
             'compat',
@@ -26,11 +28,12 @@ LAYERS: tuple[frozenset[str], ...] = (
             'validation',
             'demo',
             'sample_table',
+            'transfer',
         }
     ),
-    frozenset({'checkpoint_check', 'finite', 'shards'}),
-    frozenset({'parameters', 'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'replay'}),
-    frozenset({'draws', 'ranks', 'transfer', 'sampling', 'sample_history'}),
+    frozenset({'checkpoint_check', 'finite', 'rare_changes', 'shards'}),
+    frozenset({'parameters', 'gradients', 'grad_switch', 'module_state', 'precision', 'step_record', 'call_inputs'}),
+    frozenset({'draws', 'ranks', 'replay', 'sampling', 'sample_history', 'forward_state'}),
     frozenset({'per_sample_loss', 'sample_keys', 'batch_draw', 'visits'}),
     frozenset({'step_watch', 'support', 'wrapper_state', 'subset', 'indexed_dataset', 'loader_draws', 'method'}),
     frozenset({'parallel_model'}),
@@ -38,7 +41,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({'two_pass', 'dataset_keys'}),
     frozenset({'per_sample_pass'}),
     frozenset({'sam', 'esam', 'ausam', 'hooks', 'ausam_sampler'}),
-    frozenset({'compilation', 'history_hook', 'quantization'}),
+    frozenset({'compilation', 'history_hook', 'resumed_draws', 'quantization'}),
 )
 # Command-line glue may import everything, and nothing imports it.
 GLUE = frozenset(

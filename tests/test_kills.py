@@ -54,11 +54,13 @@ def write_config(path: Path, wrapper: str, processes: int) -> Path:
 
 def kill(run: Run, number: signal.Signals, moment: str, chance: random.Random) -> bool:
     """Kill a run; False if it came to its end before."""
+    steps = chance.randint(1, 8)  # and no time, in which a fast machine would come to the end
     if moment == 'starting':
-        time.sleep(chance.uniform(0.0, 5.0))
+        end = time.monotonic() + chance.uniform(0.0, 5.0)
+        run.wait_until(lambda: run.steps > 0 or time.monotonic() > end)
     else:
-        run.wait_until(lambda: run.steps > 0)
-        time.sleep(chance.uniform(0.0, 0.8))
+        run.wait_until(lambda: run.steps >= steps)
+        time.sleep(chance.uniform(0.0, 0.02))
     if moment == 'writing' and not run.wait_until(lambda: any(run.work_dir.glob('.*.partial'))):
         return False
     workers = run.workers() if run.processes > 1 else []
@@ -76,7 +78,7 @@ def kill(run: Run, number: signal.Signals, moment: str, chance: random.Random) -
     return code != 0
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(('wrapper', 'processes'), [('sam', 1), ('esam-history', 1), ('ausam', 2)])
 def test_killed_again_and_again(tmp_path: Path, wrapper: str, processes: int, holds: Holds) -> None:
     config = write_config(tmp_path / 'config.py', wrapper, processes)

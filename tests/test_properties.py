@@ -29,7 +29,7 @@ EXAMPLES = 60
 SECTION = 'Properties'
 VALID = 'valid configs drawn at random'
 bounded = settings(
-    max_examples=EXAMPLES, derandomize=True, deadline=None, database=None,
+    max_examples=EXAMPLES, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 

@@ -48,7 +48,7 @@ TRAINED = {
     'td-hm_res50_coco': ('w8a8', 'w4a4_ausam'),
     'rtmpose-s_coco': ('w8a8_ausam', 'w4a4_sam'),
 }
-FRAGMENTS = {'sharp_optim_wrapper', 'sharp_hook', 'quantization', 'custom_imports'}
+FRAGMENTS = {'sharp_optim_wrapper', 'sharp_hook', 'sharp_quantization', 'custom_imports'}
 # What differs from MMPose's recipe besides: the fine-tuning.
 SCHEDULE = {
     'train_cfg',

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mm_sharp.quantization import CalibrationHook, is_calibrated
 from mm_sharp.quantization.calibration_hook import CHECKPOINT
+from mm_sharp.quantization.collapse import Collapse
 from tests.conftest import ROOT
 from tests.distributed import run
 from tests.mmpose_cases import QUIET
@@ -44,7 +45,7 @@ log_level = 'WARNING'
 QUANTIZED = """
 _base_ = 'float.py'
 custom_imports = dict(imports=['mm_sharp'])
-quantization = dict(policy={policy}, calibration=dict(num_batches=2))
+sharp_quantization = dict(policy={policy}, calibration=dict(num_batches=2))
 load_from = '{float}'
 """
 
@@ -112,6 +113,11 @@ def trained(folder: Path, **changes: Any) -> Runner:
     return runner
 
 
+def trained_by(runner: Runner) -> str:
+    runner.train()
+    return log_of(runner)
+
+
 def start_of(runner: Runner) -> NoteStart:
     return next(hook for hook in runner.hooks if isinstance(hook, NoteStart))
 
@@ -166,6 +172,31 @@ def test_the_accuracy_before_training_is_logged_and_its_model_saved(base: Runner
     assert not (Path(base.work_dir) / 'last_checkpoint').read_text().endswith(CHECKPOINT)
     tested = build(folder, load_from=str(file))
     assert tested.test() == logged
+
+
+def test_what_is_nothing_in_float_too_is_a_warning(base: Runner) -> None:
+    """The weights are random here."""
+    assert log_of(base).count('coco/AP is 0.0000 without the quantizers, too, so it is not for them: look at') == 1
+
+
+def test_a_collapse_is_measured_against_the_float_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[dict[str, float]] = []
+
+    def warning(self: Collapse, metrics: dict[str, float], evaluate_float: Any) -> str:
+        measured.extend([dict(metrics), evaluate_float()])
+        return 'collapsed'
+
+    monkeypatch.setattr(Collapse, 'warning', warning)
+    runner = build(folder, log_level='INFO')
+    logged = trained_by(runner)
+    plain = Config.fromfile(folder / 'float.py')
+    plain.update(load_from=str(folder / 'float.pth'), work_dir=runner.work_dir, experiment_name=f'val{next(_numbers)}')
+    plain.visualizer.name = plain.experiment_name
+    quantized, floats = measured
+    assert floats == pytest.approx(Runner.from_cfg(plain).val(), abs=1e-3)
+    assert floats != quantized
+    assert logged.count('collapsed') == 1
+    assert is_calibrated(runner.model)
 
 
 def test_training_from_the_saved_model_is_training_from_the_float_model(base: Runner, folder: Path) -> None:
@@ -260,7 +291,7 @@ def test_resuming_what_has_no_scales_is_refused(folder: Path) -> None:
 
 # ------------------------------------------------------------------ several processes
 @DATASETS.register_module()
-class NoisySamples(ToySamples):
+class NoisyPictures(ToySamples):
     """Every rank draws other noise: nothing but the hook makes their scales equal."""
 
     def __init__(self, count: int) -> None:
@@ -300,7 +331,7 @@ def on_ranks(rank: int, processes: int, work_dir: str) -> dict[str, Tensor]:
         launcher='pytorch',
         model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None),
     )
-    config['train_dataloader']['dataset'] = dict(type='NoisySamples', count=24)
+    config['train_dataloader']['dataset'] = dict(type='NoisyPictures', count=24)
     runner = Runner.from_cfg(config)
     runner.train()
     parameters = {f'end {name}': value.detach() for name, value in runner.model.module.named_parameters()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,7 +92,7 @@ def exchange(ranks: Sequence[SampleHistory], order: Callable[[list[Any]], None] 
 
 
 # -------------------------------------------------------------------- averages
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     momenta, st.booleans(), st.lists(st.one_of(visits, st.sampled_from(['look', 'save', 'merge', 'sort'])), max_size=20)
 )
@@ -197,7 +197,7 @@ def test_an_empty_batch_changes_nothing() -> None:
 
 
 # -------------------------------------------------------------------- ranks
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     momenta, st.sampled_from([2, 4]), st.lists(st.lists(visits, min_size=4, max_size=4), max_size=4), st.integers(0, 99)
 )
@@ -434,7 +434,7 @@ def test_a_million_samples_take_at_most_16_bytes_each(kind: str, distributed: bo
     assert most <= 16
 
 
-def test_ten_million_samples_fit_and_are_found_in_less_than_a_millisecond() -> None:
+def test_ten_million_samples_fit_and_a_look_up_is_as_large_as_its_batch() -> None:
     total, part = 10_000_000, 500_000
     history = SampleHistory()
     for start in range(0, total, part):
@@ -442,14 +442,13 @@ def test_ten_million_samples_fit_and_are_found_in_less_than_a_millisecond() -> N
         history.update_of('a', numbers, numbers)
     assert len(history) == total
     assert history.nbytes / total <= 16
-    rng, times = np.random.default_rng(0), []
-    for _ in range(20):
-        wanted = [('a', int(number)) for number in rng.integers(0, total, 256)]
-        start_time = time.perf_counter()
-        scores = history.scores(wanted)
-        times.append(time.perf_counter() - start_time)
-        assert scores.tolist() == [number for _, number in wanted]
-    assert min(times) < 1e-3
+    wanted = [('a', int(number)) for number in np.random.default_rng(0).integers(0, total, 256)]
+    tracemalloc.start()
+    scores = history.scores(wanted)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert scores.tolist() == [number for _, number in wanted]
+    assert most < 100_000  # bytes: nothing is copied or compared that is as long as the history
 
 
 # -------------------------------------------------------------------- bad input

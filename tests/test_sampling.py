@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -37,7 +37,6 @@ def test_sample_count_rounds_up(ratio: float, total: int, expected: int) -> None
     assert sample_count(ratio, total) == expected
 
 
-@settings(deadline=None)
 @given(st.integers(1, 1000), st.integers(1, 10_000))
 def test_sample_count_equals_exact_arithmetic(permille: int, total: int) -> None:
     assert sample_count(permille / 1000, total) == math.ceil(Fraction(permille, 1000) * total)
@@ -64,7 +63,6 @@ def ranking(values: list[float]) -> list[int]:
 numbers = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 2.0, INF, -INF, NAN, -NAN]), st.floats(width=32))
 
 
-@settings(deadline=None)
 @given(st.lists(numbers, min_size=1, max_size=40), st.data())
 def test_top_k_takes_the_largest(values: list[float], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(values)))
@@ -140,7 +138,6 @@ any_scores = st.lists(
 bounds = st.tuples(st.floats(1e-3, 10), st.floats(1, 1e3)).map(lambda t: (t[0], t[0] * t[1]))
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(finite_scores, st.just(NAN)), min_size=1, max_size=20), bounds, st.data())
 def test_probabilities_equal_exact_redistribution(
     scores: list[float], s: tuple[float, float], data: st.DataObject
@@ -150,7 +147,6 @@ def test_probabilities_equal_exact_redistribution(
     assert pi == pytest.approx(by_redistribution(scores, k, *s), rel=1e-9)
 
 
-@settings(deadline=None)
 @given(any_scores, bounds, st.data())
 def test_probabilities_keep_their_promises(scores: list[float], s: tuple[float, float], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(scores)))
@@ -166,7 +162,6 @@ def test_probabilities_keep_their_promises(scores: list[float], s: tuple[float, 
     assert inclusion_probabilities(np.array(scores)[shuffle], k, *s) == pytest.approx(pi[shuffle], rel=1e-12)
 
 
-@settings(deadline=None)
 @given(st.lists(finite_scores, min_size=2, max_size=40), st.data())
 def test_the_bound_is_reached_where_no_cap_is_active(scores: list[float], data: st.DataObject) -> None:
     pi = inclusion_probabilities(scores, data.draw(st.integers(1, max(1, len(scores) // 4))), 0.3, 1.0)
@@ -216,7 +211,6 @@ def test_preferences_worked_by_hand(scores: list[float], preference: Preference,
     assert pi == pytest.approx([size / sum(sizes) for size in sizes], rel=1e-12)
 
 
-@settings(deadline=None)
 @given(any_scores, bounds, st.booleans(), st.floats(0.01, 1), st.data())
 def test_with_every_preference_probabilities_keep_their_promises(
     scores: list[float], s: tuple[float, float], small: bool, quantile: float, data: st.DataObject
@@ -332,7 +326,7 @@ def test_frequencies_of_the_function_that_is_used() -> None:
     assert_frequencies(counts, pi)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(any_scores, st.floats(1e-6, 1), st.integers(0, 2**32), st.data())
 def test_every_draw_has_k_distinct_samples(scores: list[float], s_min: float, seed: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(scores)))
@@ -344,7 +338,6 @@ def test_every_draw_has_k_distinct_samples(scores: list[float], s_min: float, se
     assert chosen[-1] < len(scores)
 
 
-@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=2, max_size=40).filter(any), st.integers(0, 99))
 def test_certain_samples_are_always_taken(certain: list[bool], seed: int) -> None:
     pi = np.array(certain, dtype=float)
@@ -469,12 +462,19 @@ def test_weights_refuse_bad_input(pi: list[float], chosen: list[int], message: s
         horvitz_thompson_weights(pi, chosen)
 
 
-def test_a_draw_takes_well_under_a_millisecond() -> None:
-    scores, generator = np.random.default_rng(0).exponential(size=1024), torch.Generator().manual_seed(0)
-    times = []
-    for _ in range(50):
-        start = time.perf_counter()
-        pi = inclusion_probabilities(scores, 615)
+def test_a_draw_runs_no_python_for_each_sample() -> None:
+    """It takes a fraction of a millisecond for a thousand samples; what does not depend on the machine is the calls."""
+    assert calls_of_a_draw(64) == calls_of_a_draw(16384) < 400
+
+
+def calls_of_a_draw(size: int) -> int:
+    """Functions of Python and C that are called in one draw of 0.6 of the samples."""
+    scores, generator = np.random.default_rng(0).exponential(size=size), torch.Generator().manual_seed(0)
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event))
+    try:
+        pi = inclusion_probabilities(scores, size * 3 // 5)
         horvitz_thompson_weights(pi, systematic_sample(pi, generator))
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1e-3
+    finally:
+        sys.setprofile(None)
+    return sum('call' in event for event in calls)

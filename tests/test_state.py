@@ -236,11 +236,11 @@ class Odd(torch.nn.Module):
             setattr(self, name, value)
 
 
-def test_numbers_come_back_whatever_the_attributes_are_called() -> None:
+def test_attributes_come_back_whatever_they_are_called() -> None:
     """Names are remembered by class: other names, added and deleted ones must not be overlooked."""
-    kept = torch.ones(3)
+    kept, changed, other = torch.ones(3), [1], [2]
     model = torch.nn.Sequential(
-        Odd(a=1, b=kept), Odd(b=2.5, c=True), Odd(), Odd(a=3, b=None), Odd(d=float('nan'), e='x')
+        Odd(a=1, b=kept), Odd(b=2.5, c=True), Odd(), Odd(a=3, b=None), Odd(d=float('nan'), e='x', f=changed)
     )
     backup = ModuleStateBackup()
     for _ in range(2):  # the second time from memory
@@ -249,15 +249,19 @@ def test_numbers_come_back_whatever_the_attributes_are_called() -> None:
         backup.save(model)
         first.a, first.b, second.c, fourth.a, fourth.b, fifth.d, fifth.e = 7, 8, False, 9, 10, 0.0, 'y'
         del second.b
-        third.new = 11
+        third.new, third.list = 11, other
+        changed.append(3)
         first.training = False
+        fifth.f = other
         backup.restore()
-        assert (first.a, first.b, second.b, second.c, third.new) == (1, 8, 2.5, True, 11)  # a tensor is not looked at
-        assert (fourth.a, fourth.b, fifth.e) == (3, 10, 'y')  # nor what was no number
+        assert (first.a, second.b, second.c, hasattr(third, 'new')) == (1, 2.5, True, False)
+        assert (fourth.a, fourth.b, fifth.e) == (3, None, 'x')
+        assert first.b is kept
         assert fifth.d is nan
+        assert fifth.f is changed
+        assert changed.pop() == 3, 'what happens within a list is not looked at'
         assert first.training is True
-        del third.new
-        first.b, fourth.b, fifth.e = kept, None, 'x'
+        assert not hasattr(third, 'list')
         # As many attributes under other names, and a number where there was none.
         del first.a
         first.z = 12

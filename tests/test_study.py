@@ -76,6 +76,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     'corrupt': (small(settings={'a': {**SETTING, 'corrupt': 2}}), 'settings.a.corrupt: 2 is not allowed'),
     'load_from': (small(settings={'a': {**SETTING, 'load_from': 'b'}}), "settings.a.load_from: 'b' is not allowed"),
     'selects': (small(settings={'a': {**SETTING, 'selects': False}}), 'settings.a.selects: False is not allowed'),
+    'a method that is a word': (
+        small(methods={'base': {}, 'sam': 'SAM'}),
+        "methods.sam: 'SAM' is not allowed: it must be changes of optim_wrapper, as {type: SAMOptimWrapper}",
+    ),
+    'a setting that is a word': (small(settings={'a': 'a.py'}), "settings.a: 'a.py' is not allowed: it must be a mapp"),
     'slash': (small(settings={'a/b': SETTING}), "settings.a/b: 'a/b' is not allowed: it must be a name without /"),
     'a chain': (
         small(settings={'a': {**SETTING, 'load_from': 'b'}, 'b': {**SETTING, 'load_from': 'a'}}),
@@ -108,6 +113,7 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
         ({'settings': {'clean': {**SETTING, 'options': {'model.width.x': 3}}}}, 'settings.clean.options do not fit'),
         ({'settings': {'clean': {**SETTING, 'options': {'val_dataloader': None}}}}, 'has no val_dataloader'),
         ({'settings': {'clean': {**SETTING, 'corrupt': 0.2}}}, 'has no ann_file to be spoilt'),
+        ({'settings': {'clean': {**SETTING, 'options': {'train_cfg.max_epochs': None}}}}, 'does not train by epochs'),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_configs_is_refused_before_any_run(
@@ -222,6 +228,8 @@ def test_rows_are_there_again_after_a_file_was_cut_off(tmp_path: Path) -> None:
     text = file.read_text()
     file.write_text(text[: len(text) - 4])
     again = Rows(file)
+    # Who only reads leaves the file alone: another process may be about to write the rest of the line.
+    assert file.read_text() == text[: len(text) - 4]
     assert [again.has(run, 'abc') for run in runs[:4]] == [True, True, False, False]
     again.add(runs[2], 'abc', {'digits/accuracy': 50.0})
     assert Rows(file).value(runs[2], 'digits/accuracy') == 50.0

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import copy
 import csv
+import errno
+import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mm_sharp import cli
-from mm_sharp.study import Plan, Rows, Run, Workers, conduct, read_study
-from mm_sharp.study.execute import execute
+from mm_sharp.cli import UsageError
+from mm_sharp.study import Plan, Rows, Run, Workers, conduct, locked, read_study
+from mm_sharp.study.conduct import make_run
+from mm_sharp.study.digits import DigitsAccuracy
+from mm_sharp.study.execute import execute, numbers
+from mm_sharp.study.metric_check import check_metric, figure_names
 from tests.conftest import ROOT
 from tests.tiny_data import draw_coco
 from tests.tool_runs import tool
@@ -52,13 +62,19 @@ class Here:
     def __call__(self, *args: Any, **kwargs: Any) -> Here:
         return self
 
-    def submit(self, call: Any, plan: Plan, run: Run) -> Future[Any]:
+    def submit(self, call: Any, plan: Plan, run: Run, *number: int) -> Future[Any]:
         future: Future[Any] = Future()
+        if call is not make_run:  # a question, no run
+            try:
+                future.set_result(call(copy.deepcopy(plan), run))
+            except RuntimeError as error:
+                future.set_exception(error)
+            return future
         self.made.append(run.id)
         if len(self.made) == self.fails_at:
             future.set_exception(RuntimeError('out of\nmemory'))
         else:
-            future.set_result(call(copy.deepcopy(plan), run))
+            future.set_result(call(copy.deepcopy(plan), run, *number))
         return future
 
     def shutdown(self, **kwargs: Any) -> None:
@@ -96,7 +112,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 def test_a_study_runs_from_the_command_line_in_processes_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / 'out'
     command = [sys.executable, ROOT / 'tools/study.py', write(tmp_path), '--out-dir', out]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr
     assert 'choosing rho' in done.stderr
     assert '**clean, equal compute** (digits/accuracy, 2 seeds)' in done.stdout
@@ -127,6 +143,32 @@ def test_a_run_is_what_the_runner_makes_of_the_same_config(tmp_path: Path) -> No
         assert torch.equal(kept[name], value), name
 
 
+@pytest.mark.parametrize('named', [False, True], ids=['', 'a visualizer with a name'])
+def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, named: bool) -> None:
+    """Runs of one process may begin in the same second, by which MMEngine names what it keeps of them."""
+    plan = Plan(read_study(write(tmp_path)), tmp_path / 'out')
+    run = Run('report', 'clean', 'sam', 0.1, 2, 1)
+    alone = execute(plan.config(run), None)
+    failing = plan.config(run)
+    failing.custom_hooks = [*failing.get('custom_hooks', []), dict(type='FailsLate')]
+    again = plan.config(run)
+    for cfg in (failing, again) if named else ():
+        cfg.visualizer = dict(type='Visualizer', name='pictures', vis_backends=[dict(type='LocalVisBackend')])
+    again.work_dir = str(tmp_path / 'again')
+    with pytest.raises(RuntimeError, match='out of memory'):
+        execute(failing, None)
+    figures = execute(again, None)
+    assert figures['train_loss'] == alone['train_loss']
+    if named:
+        assert list((tmp_path / 'again').glob('*/vis_data/scalars.json'))
+
+
+@HOOKS.register_module()
+class FailsLate(Hook):
+    def after_train_epoch(self, runner: Any) -> None:
+        raise RuntimeError('out of memory')
+
+
 # As in the processes that Here stands in for.
 @pytest.mark.filterwarnings('ignore')
 def test_a_study_goes_on_where_it_was(
@@ -135,6 +177,9 @@ def test_a_study_goes_on_where_it_was(
     file, out = write(tmp_path), tmp_path / 'out'
     arguments = (file, '--out-dir', out)
 
+    code, printed = call(monkeypatch, capsys, *arguments, '--table')
+    assert (code, printed) == (2, f"study.py: error: no runs in '{out}' yet: without --table they are made\n")
+
     here.fails_at = 2
     code, printed = call(monkeypatch, capsys, *arguments)
     assert code == 2
@@ -142,7 +187,11 @@ def test_a_study_goes_on_where_it_was(
     assert len(rows_of(out)) == SELECT - 1
 
     here.fails_at = None
-    assert call(monkeypatch, capsys, *arguments, '--table')[0] == 2  # nothing to compare yet
+    code, printed = call(monkeypatch, capsys, *arguments, '--table')
+    assert code == 0
+    assert '| sam | 0.05 |  | 0 of 1 |' in printed
+    assert '- clean: rho is not chosen yet: 2 of 3 runs made for it' in printed
+    assert f'{out}: results.csv, table.md\n' in printed
     here.made.clear()
     assert call(monkeypatch, capsys, *arguments)[0] == 0
     assert len(here.made) == 1 + REPORT
@@ -170,6 +219,133 @@ def test_a_study_goes_on_where_it_was(
     assert len(here.made) == SELECT + REPORT
     # Rows of a rho that is not chosen any more stay.
     assert {row['id'] for row in rows_of(out)} >= set(here.made)
+
+
+def test_a_folder_belongs_to_one_process_until_it_ends(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / 'out'
+    out.mkdir()
+    # Another process, with as few imports as it can have.
+    hold = (
+        'import fcntl, os, socket, sys\n'
+        'lock = open(sys.argv[1], "w")\n'
+        'fcntl.flock(lock, fcntl.LOCK_EX)\n'
+        'print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)\n'
+        'print("held", flush=True)\n'
+        'input()\n'
+    )
+    command = [sys.executable, '-S', '-c', hold, str(out / '.lock')]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == 'held\n'
+        code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', out)
+        assert (code, here.made, len(printed.splitlines())) == (2, [], 1)
+        assert f"process {other.pid} on {socket.gethostname()} makes runs in '{out}'" in printed
+        other.kill()
+    with locked(out):  # it did not say goodbye
+        assert (out / '.lock').read_text() == f'process {os.getpid()} on {socket.gethostname()}'
+        with pytest.raises(UsageError, match=f'process {os.getpid()} '), locked(out):
+            pass
+    with locked(out):
+        pass
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_ctrl_c_says_what_is_kept_and_lets_go_of_the_folder(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / 'out'
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules['mm_sharp.study.conduct'], 'watch', interrupt)
+    code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', out)
+    assert code == 130
+    line = f'study.py: interrupted; 0 runs are in {out}/results.csv; the same command goes on'
+    assert printed.splitlines()[-1] == line
+    with locked(out):
+        pass
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr('fcntl.flock', refuse)
+    with locked(tmp_path):
+        pass
+    assert f"'{tmp_path}' cannot be locked ([Errno {errno.ENOLCK}] No locks available)" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize(
+    ('silent', 'made'),
+    [pytest.param(False, 0, id='before any run'), pytest.param(True, 1, id='after the first, where it learns late')],
+)
+def test_a_wrong_metric_shows_at_once(
+    tmp_path: Path,
+    here: Here,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    silent: bool,
+    made: int,
+) -> None:
+    file = write(tmp_path, metric={'name': 'digits/acc'})
+    if silent:  # as a detector's evaluation is, as long as nothing is found
+        compute = DigitsAccuracy.compute_metrics
+        monkeypatch.setattr(
+            DigitsAccuracy, 'compute_metrics', lambda self, results: compute(self, results) if here.made else {}
+        )
+    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
+    line = printed.splitlines()[-1]
+    assert code == 2
+    assert "metric.name: 'digits/acc' is not among what" in line
+    assert line.endswith(': digits/accuracy, digits/nll, train_loss, steps, train_seconds')
+    assert len(rows_of(tmp_path / 'out') if made else here.made) == made
+    # Right again, the run that was made counts.
+    write(tmp_path)
+    here.fails_at = len(here.made) + 1
+    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
+    assert f'1 of {SELECT - made} runs failed' in printed
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_an_untrained_model_that_cannot_be_evaluated_does_not_end_a_study(
+    tmp_path: Path, here: Here, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError('no boxes')
+
+    monkeypatch.setattr(DigitsAccuracy, 'compute_metrics', fail)
+    check_metric(Plan(read_study(write(tmp_path)), tmp_path / 'out'), Rows(tmp_path / 'none.csv'), here)
+    line = capsys.readouterr().err
+    assert "metric.name: 'digits/accuracy' could not be checked" in line
+    assert 'untrained (RuntimeError: no boxes); it will be after the first run' in line
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_run_writes_nothing_into_the_folder_of_the_check_before_it(tmp_path: Path) -> None:
+    settings = copy.deepcopy(STUDY['settings'])
+    # MMEngine keeps what has a name as long as the process lives.
+    settings['clean']['options']['visualizer'] = {
+        'type': 'Visualizer',
+        'name': 'visualizer',
+        'vis_backends': [{'type': 'LocalVisBackend'}],
+    }
+    plan = Plan(read_study(write(tmp_path, settings=settings)), tmp_path / 'out')
+    run = Run('report', 'clean', 'base', None, 1, 0)
+    assert figure_names(plan, run) == ['digits/accuracy', 'digits/nll']
+    assert make_run(plan, run)['steps'] == 2
+    assert list((tmp_path / 'out' / 'runs' / run.id).rglob('vis_data/config.py'))
+
+
+def test_figures_that_are_no_numbers_are_left_out() -> None:
+    figures = {'a': torch.tensor(1.5), 'b': 2, 'table': torch.ones(2, 2), 'list': [1], 'text': 'x', 'c': np.float32(3)}
+    assert numbers(figures) == {'a': 1.5, 'b': 2.0, 'c': 3.0}
 
 
 @pytest.mark.filterwarnings('ignore')

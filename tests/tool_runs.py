@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,7 @@ OPTIM_WRAPPERS: dict[str, dict[str, Any]] = {
     'ausam': dict(type='AUSAMOptimWrapper', sampling_ratio=0.5, optimizer=SGD),
     'plain': dict(type='OptimWrapper', optimizer=SGD),
 }
+_numbers = itertools.count()
 
 
 def tool(name: str) -> ModuleType:
@@ -48,7 +50,7 @@ def write_toy(path: Path, wrapper: str = 'sam', **changes: Any) -> Path:
     if wrapper == 'plain':
         config['custom_hooks'] = []
     config.update(copy.deepcopy(changes))
-    # MMEngine makes it of the work directory and the time, and keeps logs by it as long as a process lives.
+    # Whoever runs it in this process gives it a name of its own.
     del config['work_dir'], config['experiment_name']
     Config(config).dump(str(path))
     return path
@@ -64,7 +66,7 @@ class Tools:
     """
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
-        self._patch, self._capture, self._runs = patch, capture, 0
+        self._patch, self._capture = patch, capture
         self._folder = folder
 
     def __call__(self, name: str, *arguments: object, code: int = 0, lines: int | None = 1) -> str:
@@ -73,8 +75,7 @@ class Tools:
         Returns:
             What it wrote to stderr, which has one line if it failed.
         """
-        self._runs += 1
-        experiment = f'experiment_name={self._folder.name}-{self._runs}'
+        experiment = f'experiment_name=tool-run-{next(_numbers)}'
         options = [str(argument) for argument in arguments]
         if '--cfg-options' not in options:
             options.append('--cfg-options')

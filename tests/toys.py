@@ -130,7 +130,7 @@ def toy_config(work_dir: Path, **changes: Any) -> dict[str, Any]:
         default_hooks=dict(logger=dict(type='LoggerHook', interval=2)),
         custom_hooks=[dict(type='SharpnessHook')],
         # MMEngine keeps loggers and message hubs by this name for as long as the process lives.
-        experiment_name='-'.join(work_dir.parts[-2:]),
+        experiment_name='-'.join(work_dir.parts[1:]),
         log_level='WARNING',
         randomness=dict(seed=0),
     )

@@ -8,6 +8,7 @@ python tools/benchmark.py CONFIG --peers           also SAM as it is written by 
 python tools/benchmark.py CONFIG --floors          also each method's passes alone: what its own work comes to
 python tools/benchmark.py --parameters 25M 100M    climb and restoration alone, against the copy bandwidth
 python tools/benchmark.py --history 10M            a sample history: memory, look-up, save and load
+python tools/benchmark.py --host --threads 1       steps of a model of 3,164 weights: the host's own time
 
 For each batch size: a table of step times, of ratios to the base optimizer in the same round, of the limits by
 arithmetic and of peak memory; and one of the shares of a step's phases. A config that quantizes its model gets a row
@@ -46,8 +47,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = _parser()
     args = parser.parse_args(arguments)
-    if sum(given is not None for given in (args.config, args.history, args.parameters)) != 1:
-        parser.error('give one of a CONFIG, --parameters COUNT and --history SAMPLES')
+    if sum(map(bool, (args.config, args.history, args.parameters, args.host))) != 1:
+        parser.error('give one of a CONFIG, --parameters COUNT, --history SAMPLES and --host')
     for option in ('batch_size', 'rounds', 'warmup', 'threads'):
         given = getattr(args, option)
         for value in given if isinstance(given, list) else [given]:
@@ -93,6 +94,7 @@ def _parser() -> cli.OneLineParser:
         '--parameters', nargs='+', metavar='COUNT', help='measure climb and restoration alone: 25M 100M 1B'
     )
     parser.add_argument('--history', metavar='SAMPLES', help='measure a sample history instead: 10M, 500k or 20000')
+    parser.add_argument('--host', action='store_true', help="measure the host's own time, on a model of 3,164 weights")
     parser.add_argument('--out', metavar='FILE', help='write the figures to a file (.json)')
     parser.add_argument('--plot', metavar='FILE', help='draw the tables as bars (.png)')
     parser.add_argument(
@@ -178,6 +180,13 @@ def measure_history(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return benchmark.history_table(costs), {**machine(), 'history': [asdict(cost) for cost in costs]}
 
 
+def measure_host(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure the host's own time of a step; returns the table and the figures."""
+    methods = benchmark.parse_methods(args.methods)
+    rows = benchmark.measure_host(methods, args.rounds, args.warmup, torch.device(get_device()))
+    return benchmark.step_table(rows), {**machine(), 'host': [asdict(row) for row in rows]}
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     device = torch.cuda.get_device_name() if get_device() == 'cuda' else f'{get_device()} ({platform.machine()})'
@@ -190,8 +199,8 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    measure = measure_climb if args.parameters else measure_history if args.history else measure_steps
-    table, figures = measure(args)
+    kinds = {'parameters': measure_climb, 'history': measure_history, 'host': measure_host, 'config': measure_steps}
+    table, figures = next(measure for option, measure in kinds.items() if getattr(args, option))(args)
     print(table)
     print(f'{figures["device"]}, {figures["cores"]} cores, {figures["threads"]} threads, torch {figures["torch"]}')
     if args.out is not None:

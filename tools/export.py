@@ -171,6 +171,8 @@ def main(arguments: Sequence[str]) -> None:
     file = results(Path(report.file))
     file.write_text(json.dumps(report.as_dict(), indent=2) + '\n', encoding='utf-8')
     print(f'\nAll layers: {file}')
+    for warning in report.warnings():
+        sys.stderr.write(f'{Path(sys.argv[0]).name}: warning: {warning}\n')
     if report.faults():
         sys.stderr.write(
             f'{Path(sys.argv[0]).name}: {report.file} does not agree with PyTorch: {"; ".join(report.faults())}\n'

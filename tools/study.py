@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mm_sharp import cli, study
+from mm_sharp.endings import INTERRUPTED, StoppedError
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -34,7 +35,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         '--settings', nargs='+', metavar='NAME', help="only these of the study's settings, and those that they need"
     )
     parser.add_argument('--redo', action='store_true', help='make runs again whose configs have changed')
-    parser.add_argument('--table', action='store_true', help='make no runs: compare those that are there')
+    parser.add_argument(
+        '--table', action='store_true', help='make no runs: compare those that are there, and say what is missing'
+    )
     parser.add_argument('--debug', action='store_true', help='show the traceback of errors')
     args = parser.parse_args(arguments)
     for option, low, high in (('jobs', 1, 1024), ('threads', 1, 1024), ('nice', 0, 19)):
@@ -50,23 +53,37 @@ def main(arguments: Sequence[str]) -> None:
     chosen_study = study.only(whole, args.settings) if args.settings else whole
     folder = args.out_dir or Path('work_dirs/study') / whole.name
     plan = study.Plan(chosen_study, folder)
-    rows = study.Rows(folder / 'results.csv')
     if args.table:
-        found, missing = study.compare_what_is_there(plan, rows)
-        for setting in missing:
-            print(f'{setting}: not all of its runs have been made')
-    else:
+        rows = study.Rows(folder / 'results.csv')
+        if not rows.by_id:
+            raise cli.UsageError(f"no runs in '{folder}' yet: without --table they are made")
+        report(whole, study.compare_what_is_there(plan, rows), folder)
+        return
+    with study.locked(folder):
+        rows = study.Rows(folder / 'results.csv')
         os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))
-        workers = study.Workers(args.jobs, args.threads, args.nice)
-        chosen = study.conduct(plan, rows, workers, redo=args.redo)
+        try:
+            chosen = study.conduct(plan, rows, study.Workers(args.jobs, args.threads, args.nice), redo=args.redo)
+        except KeyboardInterrupt as error:
+            made = f'{len(rows.by_id)} runs are in {rows.file}'
+            raise StoppedError(f'interrupted; {made}; the same command goes on', INTERRUPTED) from error
         found = [entry for name, rho in chosen.items() for entry in study.comparisons(plan, rows, name, rho)]
-    if not found:
-        raise cli.UsageError(f'{rows.file}: no setting has all of its runs yet')
-    table = study.markdown(whole, found)
-    (folder / 'table.md').write_text(table + '\n')
-    (folder / 'comparisons.json').write_text(study.as_json(whole, found))
-    study.plot(whole, found, folder / 'differences.png')
-    print(f'{table}\n\nBold: the 95 % interval leaves out 0. {folder}: results.csv, table.md, differences.png')
+        report(whole, study.SoFar(found), folder)
+
+
+def report(whole: study.Study, found: study.SoFar, folder: Path) -> None:
+    """Print and write what was found; of an unfinished study with what is missing."""
+    parts = [study.markdown(whole, found.comparisons), study.markdown_trials(whole, found.trials)]
+    parts.append('\n'.join(f'- {note}' for note in found.notes))
+    text = '\n\n'.join(part for part in parts if part)
+    (folder / 'table.md').write_text(text + '\n')
+    files = 'results.csv, table.md'
+    if found.comparisons:
+        (folder / 'comparisons.json').write_text(study.as_json(whole, found.comparisons, found.notes))
+        study.plot(whole, found.comparisons, folder / 'differences.png')
+        files += ', differences.png'
+        text += '\n\nBold: the 95 % interval leaves out 0.'
+    print(f'{text}\n{folder}: {files}')
 
 
 if __name__ == '__main__':

@@ -36,7 +36,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         '--amp',
         action='store_true',
-        help="mixed precision: float16, unless the config's optim_wrapper has a dtype of its own",
+        help="mixed precision: float16, on the CPU bfloat16, unless the config's optim_wrapper has a dtype of its own",
     )
     parser.add_argument('--no-validate', action='store_true', help='train without validation')
     parser.add_argument(

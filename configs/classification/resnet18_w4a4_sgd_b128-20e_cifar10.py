@@ -7,7 +7,7 @@ _base_ = ['./resnet18_sgd_b128-200e_cifar10.py', '../_base_/quantization/w4a4.py
 load_from = 'https://download.openmmlab.com/mmclassification/v0/resnet/resnet18_b16x8_cifar10_20210528-bd6371c8.pth'
 
 # Classifiers have no codec that knows it.
-quantization = dict(policy=dict(input_size=(32, 32)))
+sharp_quantization = dict(policy=dict(input_size=(32, 32)))
 
 # A tenth of the learning rate that those weights were trained with, which is LSQ's (Esser et al. 2020) for 2 to 4 bits,
 # too, and their own weight decay. The number of epochs and the freezing are ours, as in configs/qat, and not tried at

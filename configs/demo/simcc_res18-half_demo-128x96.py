@@ -54,6 +54,9 @@ model = dict(
     test_cfg=dict(flip_test=True),
 )
 
+# By these names MMPose's MMPoseInferencer reads them.
+dataset_type = 'CocoDataset'
+data_mode = 'topdown'
 data_root = 'data/demo/'
 # Shown by the tools where the data set is missing.
 data_hint = 'make it with: python tools/make_demo_data.py --out data/demo'
@@ -81,9 +84,9 @@ train_dataloader = dict(
     drop_last=True,  # the loss is a sum over the batch, so a short last batch would take a short step
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type='CocoDataset',
+        type=dataset_type,
         data_root=data_root,
-        data_mode='topdown',
+        data_mode=data_mode,
         ann_file='annotations/person_keypoints_train.json',
         data_prefix=dict(img='train/'),
         pipeline=train_pipeline,
@@ -97,9 +100,9 @@ val_dataloader = dict(
     drop_last=False,
     sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
     dataset=dict(
-        type='CocoDataset',
+        type=dataset_type,
         data_root=data_root,
-        data_mode='topdown',
+        data_mode=data_mode,
         ann_file='annotations/person_keypoints_val.json',
         data_prefix=dict(img='val/'),
         test_mode=True,

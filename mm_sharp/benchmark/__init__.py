@@ -13,6 +13,7 @@
 ``table.py``            all of that at one batch size
 ``chart.py``            the tables as bars
 ``climbing.py``         climb and restoration alone, against the copy bandwidth
+``host.py``             the host's own time of a step
 ``history.py``          memory and times of a :class:`mm_sharp.sample_history.SampleHistory`
 ======================  ===============================================================================
 
@@ -23,6 +24,7 @@ from mm_sharp.benchmark.chart import draw_chart
 from mm_sharp.benchmark.climbing import ClimbCost, climb_table, measure_climb
 from mm_sharp.benchmark.compare import Quartiles, Row, compare, quartiles, step_table
 from mm_sharp.benchmark.history import HistoryCost, history_table, measure_history
+from mm_sharp.benchmark.host import measure_host
 from mm_sharp.benchmark.memory import keep_freed_memory
 from mm_sharp.benchmark.methods import METHODS, Method, StepLimit, parse_methods, step_limit, wrapper_settings
 from mm_sharp.benchmark.peers import PEERS, check_peers
@@ -53,6 +55,7 @@ __all__ = [
     'load_subject',
     'measure_climb',
     'measure_history',
+    'measure_host',
     'measure_phases',
     'measure_rounds',
     'measure_table',

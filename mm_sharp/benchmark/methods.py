@@ -27,6 +27,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from numpy.typing import NDArray
 
 from mm_sharp.benchmark.autocast import AutocastOptimWrapper
@@ -182,6 +183,12 @@ def whole_settings(cfg: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the wrapper's defaults, and the name of its class as ``type``."""
     kind = wrapper_class(cfg, 'optim_wrapper', {'type': settings['type']})
     return {**_arguments(kind), **settings, 'type': kind.__name__}
+
+
+def all_settings(method: Method) -> dict[str, Any]:
+    """A method's settings without a config: its arguments and its wrapper's defaults."""
+    kind = OPTIM_WRAPPERS.get(method.type)
+    return {**_arguments(kind), **method.arguments, 'type': method.type}
 
 
 def limit_of(kind: str, settings: Mapping[str, Any], batch_size: int) -> StepLimit:

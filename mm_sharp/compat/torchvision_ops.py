@@ -9,6 +9,10 @@ Repair: define the two operators' schemas, and an implementation that raises, ju
 registers its shape functions. By then torchvision itself has tried to load its library, so its own verdict
 is used and nothing is guessed. With a CUDA torch nothing is done: there the mismatch is a real one.
 
+What is imported before mm_sharp cannot be mended: ``import timm``, which imports torchvision, ends with torch's
+``operator torchvision::nms does not exist``. So mm_sharp comes first. A program that goes on after that error and
+imports mm_sharp then can import both: Python removes a module whose import failed, and its second import is mended.
+
 Ends with: a torchvision that was built for the installed torch (a ``+cpu`` wheel beside a CPU torch).
 """
 
@@ -44,7 +48,8 @@ def describe() -> Fix:
     if _library is not None:
         reason = (
             f"torch {torch.__version__} has no CUDA and torchvision's compiled operators don't load; "
-            'torchvision imports, calling nms raises'
+            'torchvision imports, calling nms raises. Import mm_sharp before torchvision, timm, mmpretrain and mmpose: '
+            "without it their import ends with 'operator torchvision::nms does not exist'"
         )
         return Fix(_NAME, True, reason, _ENDS)
     if not is_present('torchvision'):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sharp.per_sample_loss.evaluate import Evaluator, run, same_random_state, shadow
+from mm_sharp.per_sample_loss.find import same_modules
 from mm_sharp.per_sample_loss.layout import Layout, tensors_of
 from mm_sharp.per_sample_loss.reduction import Reduction, compared, known_reduction
 
@@ -25,6 +26,7 @@ class LossFacts:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._parts = tuple(module.modules())
         self.known = known_reduction(module)
         self.evaluator = Evaluator()
         self._by_sample = type(module).__name__ == 'AssociativeEmbeddingLoss'
@@ -33,6 +35,10 @@ class LossFacts:
         self._confirmed: set[int] = set()  # outputs that were compared on more than one sample
         names = list(inspect.signature(module.forward).parameters)
         self._names = names if 'avg_factor' in names else None
+
+    def hold_for(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the loss that this is about, made of the same modules."""
+        return same_modules(self._parts, module.modules())
 
     def layout(self, size: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
         """Take the arguments of a call apart.

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from mmengine.logging import MessageHub
 from torch import nn
+from torch.nn.modules.loss import _Loss
 
 from mm_sharp.validation import UnsupportedError
 
 # MMPose heads that match predictions with people: a row of their losses is an anchor or a person.
 _ROWS_ARE_NOT_SAMPLES = ('YOLOXPoseHead', 'RTMOHead', 'CIDHead', 'EDPoseHead')
+
+NAMING_RULE = (
+    'a module is taken for a loss if its attribute has "loss" or "criterion" in its name, if the name of its class '
+    'ends in "Loss" or "Criterion", or if it is derived from one of torch.nn\'s losses'
+)
 
 
 class PerSampleLossError(UnsupportedError):
@@ -70,8 +77,9 @@ class LossModule:
 def find_losses(model: nn.Module) -> list[LossModule]:
     """The outermost loss modules of ``model``, each once.
 
-    A loss is a child whose attribute has "loss" in its name or whose class's name ends in "Loss", in lists and dicts
-    of modules too, registered ones and plain ones. What a loss is made of is not looked at.
+    A loss is what ``NAMING_RULE`` says, in lists and dicts of modules too, registered ones and plain ones. What a loss
+    is made of is not looked at; only within a "criterion" of a class that does not say whether it is one, losses are
+    looked for as well: it may be no more than a holder of them.
 
     Raises:
         PerSampleLossError: ``model`` has a head whose losses have rows that are not samples.
@@ -91,21 +99,58 @@ def find_losses(model: nn.Module) -> list[LossModule]:
 
 def has_losses(name: str, module: nn.Module) -> bool:
     """Whether a module that is called ``name`` is a loss, or has one."""
-    return 'loss' in name.lower() or type(module).__name__.endswith('Loss') or any(True for _ in _walk(module, ''))
+    return _has_a_losses_name(name) or _is_of_a_losses_class(module) or any(True for _ in _walk(module, ''))
+
+
+class Structure:
+    """The modules among which a model's losses were found.
+
+    Args:
+        model: The model.
+        losses: What :func:`find_losses` found.
+    """
+
+    def __init__(self, model: nn.Module, losses: Iterable[LossModule]) -> None:
+        # Only torch's own modules that have no children are sure not to be given a loss.
+        holders = [m for m in model.modules() if m._modules or not type(m).__module__.startswith('torch.nn.')]
+        self._children = [(module, tuple(module._modules.values())) for module in holders]
+        owners = {id(loss.owner): loss.owner for loss in losses}.values()
+        plain = [(owner, name) for owner in owners for name, value in _plain_containers(owner) if _modules_in(value)]
+        self._plain = [(owner, name, _modules_in(vars(owner)[name])) for owner, name in plain]
+
+    def is_unchanged(self) -> bool:
+        """Whether the model still has them, and no others: in microseconds, so that every step can ask."""
+        return all(same_modules(seen, module._modules.values()) for module, seen in self._children) and all(
+            same_modules(seen, _modules_in(vars(owner).get(name))) for owner, name, seen in self._plain
+        )
+
+
+def same_modules(left: Iterable[nn.Module | None], right: Iterable[nn.Module | None]) -> bool:
+    """Whether both are the same objects."""
+    left, right = tuple(left), tuple(right)
+    return len(left) == len(right) and all(map(is_, left, right))
+
+
+def _has_a_losses_name(name: str) -> bool:
+    return 'loss' in name.lower() or 'criterion' in name.lower()
+
+
+def _is_of_a_losses_class(module: Any) -> bool:
+    return isinstance(module, _Loss) or (
+        isinstance(module, nn.Module) and type(module).__name__.endswith(('Loss', 'Criterion'))
+    )
 
 
 def _walk(owner: nn.Module, prefix: str) -> Iterator[LossModule]:
     for name, value in [*owner.named_children(), *_plain_containers(owner)]:
         path = prefix + name
-        if 'loss' in name.lower():
+        certain = 'loss' in name.lower() or _is_of_a_losses_class(value)
+        if certain or _has_a_losses_name(name):
             yield from _losses_in(value, owner, path)
-        elif isinstance(value, nn.Module):
-            if type(value).__name__.endswith('Loss'):
-                yield from _losses_in(value, owner, path)
-            else:
-                yield from _walk(value, path + '.')
-        else:
-            yield from (loss for loss in _losses_in(value, owner, path) if type(loss.module).__name__.endswith('Loss'))
+        elif not isinstance(value, nn.Module):
+            yield from (loss for loss in _losses_in(value, owner, path) if _is_of_a_losses_class(loss.module))
+        if not certain and isinstance(value, nn.Module):
+            yield from _walk(value, path + '.')
 
 
 def _plain_containers(module: nn.Module) -> list[tuple[str, Any]]:
@@ -114,6 +159,14 @@ def _plain_containers(module: nn.Module) -> list[tuple[str, Any]]:
         for name, value in vars(module).items()
         if type(value) in (list, tuple, dict) and not name.startswith('_')
     ]
+
+
+def _modules_in(value: Any) -> list[nn.Module]:
+    """The modules in nested plain containers."""
+    if isinstance(value, nn.Module):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [module for part in parts for module in _modules_in(part)]
 
 
 def _losses_in(value: Any, owner: nn.Module, path: str) -> Iterator[LossModule]:

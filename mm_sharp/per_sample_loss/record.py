@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mm_sharp.per_sample_loss.facts import HALF, STRICT
-from mm_sharp.per_sample_loss.find import PerSampleLossError
-from mm_sharp.per_sample_loss.reduction import Reduction
+from mm_sharp.per_sample_loss.find import NAMING_RULE, PerSampleLossError
+from mm_sharp.per_sample_loss.reduction import ROUNDING, Reduction
+from mm_sharp.transfer import HostCopy, host_waits
 
 LOOSE = 1e-3
 
@@ -23,20 +25,54 @@ class LossTerm:
         name: Where it comes from, for messages.
         values: l_i, (N,), float32, detached, as the model adds them up.
         reduction: What the batch's loss is of them.
-        combined: The batch's loss made of them again, (), float32.
+        combined: The batch's loss made of them again, (), float32; weighted, where the samples are.
+        replaced: What the loss module returned, (), float32, where a weighted loss took its place; otherwise None.
     """
 
     name: str
     values: Tensor
     reduction: Reduction
     combined: Tensor
+    replaced: Tensor | None = None
+
+    def scale(self) -> Tensor:
+        """The size of what is added up, (): sums that cancel are no more exact than that."""
+        sizes = self.values.abs()
+        return sizes.sum() if self.reduction is Reduction.SUM else sizes.mean()
 
 
 @dataclass
-class Verified:
-    """Whether a model's records have passed their check once; shared by all of them."""
+class Checks:
+    """The comparisons of a model's records with what the model returned; shared by all of them."""
 
-    once: bool = False
+    passed_once: bool = False
+    _under_way: list[tuple[LossRecord, HostCopy, float]] = field(default_factory=list)
+
+    def run(self, record: LossRecord, total: Tensor) -> None:
+        """Compare a record with the total loss, ().
+
+        On the CPU it is said at once. An accelerator compares without the host waiting for it, but for the very first
+        time, and :meth:`settle` says what came out.
+
+        Raises:
+            PerSampleLossError: They differ.
+        """
+        tolerance = HALF if record.half else LOOSE if self.passed_once else STRICT
+        figures = record.figures(total)
+        if not (self.passed_once and host_waits(total.device)):
+            self.passed_once |= record.judge(figures.tolist(), tolerance)
+        else:
+            self._under_way.append((record, HostCopy(figures), tolerance))
+
+    def settle(self) -> None:
+        """Say what the comparisons have shown that are not said yet; waits for them.
+
+        Raises:
+            PerSampleLossError: One of them has shown a difference.
+        """
+        under_way, self._under_way = self._under_way, []
+        for record, copy, tolerance in under_way:
+            record.judge(copy.numpy().tolist(), tolerance)
 
 
 @dataclass
@@ -48,9 +84,8 @@ class LossRecord:
         size: Samples in the batch, N; None before the forward.
         terms: One for every loss computed.
         half: Whether autocast to 16 bits was on; the total is then compared with a tolerance of 2 %.
-        verified: Whether an earlier record of this model passed its check. The first check allows a relative
-            difference of 1e-5; later ones allow 1e-3, since a sum that cancels is no reason to stop a training, and
-            are made on the CPU only: on an accelerator they would wait for the device.
+        checks: The comparisons of this model's records. The first one allows a relative difference of 1e-5; later ones
+            allow 1e-3, since a sum that cancels is no reason to stop a training.
         weights: Weights of the samples, (N,), or None; see :meth:`PerSampleLoss.record`.
         full_size: The number of samples from which these were drawn, or None.
     """
@@ -59,7 +94,7 @@ class LossRecord:
     size: int | None = None
     terms: list[LossTerm] = field(default_factory=list)
     half: bool = False
-    verified: Verified = field(default_factory=Verified)
+    checks: Checks = field(default_factory=Checks)
     weights: Tensor | None = None
     full_size: int | None = None
 
@@ -74,21 +109,22 @@ class LossRecord:
             weights were given); a model that mixes sums and means has no such identity.
 
         Raises:
-            PerSampleLossError: Nothing was recorded, or what was recorded does not add up to ``total``.
+            PerSampleLossError: Nothing was recorded, or what was recorded does not add up to ``total``, or (with
+                weights) what a loss module returned is neither sum nor mean of its samples. On an accelerator all but
+                the first comparison are reported by :meth:`Checks.settle`.
         """
         if not self.terms:
             raise PerSampleLossError(
-                f'{self.owner}: no loss module was called. Calls such as F.mse_loss(...) cannot be seen: make the loss '
-                'a module, self.loss = nn.MSELoss() in __init__ and self.loss(output, target) in forward, or return '
-                'losses of shape (N,), one for each sample.'
+                f'{self.owner}: no loss module was called; {NAMING_RULE}. Calls such as F.mse_loss(...) cannot be '
+                'seen: make the loss a module, self.loss = nn.MSELoss() in __init__ and self.loss(output, target) in '
+                'forward, or return losses of shape (N,), one for each sample.'
             )
-        if not self.verified.once or total.device.type == 'cpu':
-            self.verified.once |= self._check(total.detach())
-        return torch.stack([term.values for term in self.terms]).sum(0)
+        self.checks.run(self, total.detach())
+        return _added([term.values for term in self.terms])
 
     def values(self) -> Tensor | None:
         """:meth:`losses` without any check, for messages; None where nothing was recorded."""
-        return torch.stack([term.values for term in self.terms]).sum(0) if self.terms else None
+        return _added([term.values for term in self.terms]) if self.terms else None
 
     @property
     def reduction(self) -> Reduction | None:
@@ -108,22 +144,49 @@ class LossRecord:
             raise ValueError(f'{self.owner} has no one factor for a subset ({kinds}): use record(full_size={of})')
         return self.reduction.subset_factor(kept, of)
 
-    def _check(self, total: Tensor) -> bool:
-        """Compare with the total; returns whether there was anything to compare with."""
-        parts = torch.stack([term.combined for term in self.terms]).to(total.device, torch.float64)
-        sizes = [term.values.abs() for term in self.terms]
-        scales = [s.sum() if t.reduction is Reduction.SUM else s.mean() for s, t in zip(sizes, self.terms, strict=True)]
-        recorded, expected, scale = torch.stack(
-            [parts.sum(), total.double(), torch.stack(scales).sum().to(parts)]
-        ).tolist()
-        tolerance = HALF if self.half else LOOSE if self.verified.once else STRICT
-        difference = abs(recorded - expected)
-        # An overflow in 16 bits is no reason to stop; one sample's nan in a finite total (ignored labels) is.
-        if math.isfinite(expected) and not difference <= tolerance * max(abs(expected), scale) + 1e-8:
+    def figures(self, total: Tensor) -> Tensor:
+        """What is to be compared: rows of a value, the value that it must be, and their scale, float64.
+
+        First the sum over all terms and ``total``; then, for every term that was replaced, what its samples give
+        without their weights, and what the loss module returned.
+        """
+        scales = [term.scale() for term in self.terms]
+        rows = [_added([term.combined for term in self.terms]), total, _added(scales)]
+        for term, scale in zip(self.terms, scales, strict=True):
+            if term.replaced is not None:
+                rows += [term.reduction.combine(term.values), term.replaced, scale]
+        return torch.stack([figure.to(total.device, torch.float64) for figure in rows]).view(-1, 3)
+
+    def judge(self, figures: Sequence[Sequence[float]], tolerance: float) -> bool:
+        """Compare what :meth:`figures` gave; returns whether there was anything to compare with.
+
+        Raises:
+            PerSampleLossError: A value differs by more than the relative ``tolerance``.
+        """
+        replaced = [term for term in self.terms if term.replaced is not None]
+        for term, figure in zip(replaced, figures[1:], strict=True):
+            if _differ(figure, tolerance):
+                raise PerSampleLossError(
+                    f'{term.name}: on a batch of {term.values.numel()} it is {figure[1]:.6g}, but the '
+                    f'{term.reduction.value} of its samples alone is {figure[0]:.6g}: it is neither the sum nor the '
+                    'mean of its samples.'
+                )
+        if _differ(figures[0], tolerance):
             names = '; '.join(f'{term.name} = {term.combined.item():.6g}' for term in self.terms)
             raise PerSampleLossError(
-                f'{self.owner}: its loss modules give {recorded:.6g} ({names}), but its total loss is '
-                f'{expected:.6g}. Something scales, drops or adds a loss outside of the loss modules; a weight belongs '
-                "into the loss's own config (loss_weight=...), and a further term into a loss module."
+                f'{self.owner}: its loss modules give {figures[0][0]:.6g} ({names}), but its total loss is '
+                f'{figures[0][1]:.6g}. Either one of them is neither the sum nor the mean of its samples, or something '
+                "scales, drops or adds a loss outside of them: a weight belongs into the loss's own config "
+                f'(loss_weight=...), and a further term into a loss module ({NAMING_RULE}).'
             )
-        return math.isfinite(expected)
+        return math.isfinite(figures[0][1])
+
+
+def _differ(figures: Sequence[float], tolerance: float) -> bool:
+    value, expected, scale = figures
+    # An overflow in 16 bits is no reason to stop; one sample's nan in a finite loss (ignored labels) is.
+    return math.isfinite(expected) and not abs(value - expected) <= tolerance * max(abs(expected), scale) + ROUNDING
+
+
+def _added(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).sum(0)

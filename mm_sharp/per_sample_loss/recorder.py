@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mm_sharp.per_sample_loss.evaluate import same_random_state, shadow
 from mm_sharp.per_sample_loss.facts import LossFacts, autocast_on, first_tensor
-from mm_sharp.per_sample_loss.find import LossModule, PerSampleLossError, find_losses
+from mm_sharp.per_sample_loss.find import LossModule, PerSampleLossError, Structure, find_losses
 from mm_sharp.per_sample_loss.layout import batch_size, fill, slots_of, tensors_of
-from mm_sharp.per_sample_loss.record import LossRecord, LossTerm, Verified
+from mm_sharp.per_sample_loss.record import Checks, LossRecord, LossTerm
 from mm_sharp.per_sample_loss.reduction import Reduction
 from mm_sharp.replay import unwrap
 
@@ -21,7 +21,8 @@ from mm_sharp.replay import unwrap
 class PerSampleLoss:
     """Records the loss of every sample of a model's batches.
 
-    One instance serves a model's whole training: it remembers what it found out about each loss module.
+    One instance serves a model's whole training: it remembers what it found out about each loss module. Losses may be
+    replaced or added at any time between two forwards.
 
     Args:
         model: Any model; its loss modules are looked up now. A DDP wrapper is looked through.
@@ -34,9 +35,40 @@ class PerSampleLoss:
     def __init__(self, model: nn.Module, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.model = unwrap(model)
         self.around = around
+        self._facts: dict[int, LossFacts] = {}
+        self._checks = Checks()
+        self._find()
+
+    def look_again(self) -> bool:
+        """Find the losses anew where modules of the model have been replaced, added or taken away.
+
+        Returns:
+            Whether the losses are others now.
+
+        Raises:
+            PerSampleLossError: See above.
+        """
+        return not self._structure.is_unchanged() and self._find()
+
+    def settle(self) -> None:
+        """Report what an accelerator has found of the forwards before; waits for it, not for what runs now.
+
+        Raises:
+            PerSampleLossError: What was recorded is not what the model returned.
+        """
+        self._checks.settle()
+
+    def _find(self) -> bool:
         self.losses = find_losses(self.model)
-        self._facts = {id(loss.module): LossFacts(loss.module) for loss in self.losses}
-        self._verified = Verified()
+        self._structure = Structure(self.model, self.losses)
+        facts = {}
+        for loss in self.losses:
+            known = self._facts.get(id(loss.module))
+            facts[id(loss.module)] = known if known and known.hold_for(loss.module) else LossFacts(loss.module)
+        if changed := facts != self._facts:
+            self._checks.passed_once = False  # those under way stay
+        self._facts = facts
+        return changed
 
     @property
     def looped(self) -> dict[str, Exception]:
@@ -61,13 +93,14 @@ class PerSampleLoss:
             ValueError: ``weights`` or ``full_size`` do not fit the batch (in the forward).
             PerSampleLossError: A loss has no form for single samples (in the forward).
         """
-        record = LossRecord(type(self.model).__name__, verified=self._verified, weights=weights, full_size=full_size)
+        self.look_again()
+        record = LossRecord(type(self.model).__name__, checks=self._checks, weights=weights, full_size=full_size)
         hooks = _Hooks(self.model, self._facts, record, self.around)
         handles = []
         try:
             handles.append(self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
             # First of the model's hooks: others are to see the losses that it returns.
-            handles.append(self.model.register_forward_hook(hooks.after_model, prepend=True))
+            handles.append(self.model.register_forward_hook(hooks.after_model, prepend=True, always_call=True))
             for loss in self.losses:
                 handles.append(loss.module.register_forward_pre_hook(hooks.before_loss, with_kwargs=True))
                 after = hooks.after_loss(loss)
@@ -92,6 +125,7 @@ class _Hooks:
         # Loss modules that are running, their shadows, and the versions of the tensors they were called with.
         self.open: list[tuple[nn.Module, nn.Module, list[int]]] = []
         self.long_outputs = False  # whether a loss module gave a tensor with a dimension
+        self.depth = 0  # of the calls of a model that calls itself
 
     @property
     def weights(self) -> Tensor | None:
@@ -102,6 +136,9 @@ class _Hooks:
         return self.record.full_size
 
     def before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.depth += 1
+        if self.depth > 1:
+            return
         self.open.clear()
         self.long_outputs = False
         self.record.terms.clear()
@@ -136,8 +173,9 @@ class _Hooks:
 
     def after_model(self, _: nn.Module, args: Any, output: Any) -> Any:
         """Take the losses of shape (N,) that a model returns as they are."""
+        self.depth -= 1
         size = self.record.size
-        if size is None or (size == 1 and self.long_outputs):
+        if self.depth or size is None or (size == 1 and self.long_outputs):
             return None  # one sample: what looks like (N,) may be a hooked loss with one dimension more
         template, tensors = tensors_of({'loss': output} if isinstance(output, Tensor) else output)
         if not isinstance(template, dict):
@@ -191,6 +229,8 @@ class _Hooks:
             reduction = facts.reduction(twin, layout, index, values.detach(), returned, self.record.half)
             factor = loss.outside_factor(self.model, index)
             outputs[index] = self._add(loss.name, values, reduction, factor, outputs[index])
+            if self.weights is not None:
+                self.record.terms[-1].replaced = returned.float() * factor
         return fill(template, outputs) if self.weights is not None or self.full_size is not None else None
 
     def _add(self, name: str, values: Tensor, reduction: Reduction, factor: float, output: Tensor) -> Tensor:

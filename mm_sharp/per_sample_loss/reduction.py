@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ROUNDING = 1e-8  # of a loss that is zero
+
 
 class Reduction(Enum):
     """What a loss of N samples is of their losses as batches of one, l_i."""
@@ -77,7 +79,7 @@ def compared(values: Tensor, returned: Tensor, tolerance: float) -> Reduction | 
         tolerance: Largest allowed relative difference, as a fraction of the sum (mean) of \\|l_i\\|.
 
     Returns:
-        What it is; None where the values cannot tell: all zero, or not all finite.
+        What it is; None where the values cannot tell: all zero, as the batch's loss then is, or not all finite.
     """
     values, returned = values.double(), returned.double()
     size = values.abs().sum()
@@ -86,7 +88,7 @@ def compared(values: Tensor, returned: Tensor, tolerance: float) -> Reduction | 
     # One transfer for all that is asked.
     *equal, known = [
         *((returned - sums).abs() <= tolerance * scale),
-        (size > 0) & size.isfinite() & returned.isfinite(),
+        ((size > 0) | (returned.abs() > ROUNDING)) & size.isfinite() & returned.isfinite(),
     ]
     is_sum, is_mean, usable = torch.stack([*equal, known]).tolist()
     if not usable or (is_sum and is_mean):

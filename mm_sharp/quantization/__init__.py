@@ -1,8 +1,9 @@
 """Quantization-aware training with Brevitas, for any model of MMEngine's kind.
 
 Importing it registers, in MMEngine's root registries, ``QuantizedModel`` (``MODELS``), :class:`CalibrationHook` and
-:class:`FreezeHook` (``HOOKS``); a run whose model is quantized gets a :class:`CalibrationHook` by itself. Nothing
-else of mm_sharp imports Brevitas.
+:class:`FreezeHook` (``HOOKS``); a run whose model is quantized gets a :class:`CalibrationHook` by itself, and its
+quantizers' scales have no weight decay (:mod:`mm_sharp.quantization.scale_decay`). Nothing else of mm_sharp imports
+Brevitas.
 """
 
 from mm_sharp.compat import add_to_our_runs as _add_to_our_runs
@@ -16,6 +17,7 @@ from .guard import NotCalibratedError, check_calibrated, is_calibrated
 from .loading import CheckpointMismatchError
 from .policy import LayerPolicy, QuantizationPolicy
 from .record import LayerRecord, QuantizationRecord
+from .scale_decay import install as _keep_scales_from_decay
 
 __all__ = [
     'CalibrationHook',
@@ -34,3 +36,4 @@ __all__ = [
 ]
 
 _add_to_our_runs(CalibrationHook)
+_keep_scales_from_decay()

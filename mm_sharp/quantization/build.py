@@ -22,8 +22,9 @@ from torch import nn
 
 from mm_sharp.validation import UserError
 
+from .float_outputs import FloatOutputs
 from .flow import LAYERS, LayerFlow, trace_flow
-from .folding import fold_batchnorms
+from .folding import fold_batchnorms, has_hooks, unfolded_batchnorms
 from .guard import watch_calls
 from .layer_fixes import mend
 from .loading import watch_loading
@@ -82,7 +83,8 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: The policy's patterns match nothing, no layer would be quantized, or the input's size is unknown.
+        ValueError: The policy's patterns match nothing, no layer would be quantized, the input's size is unknown, or
+            the model computes something else than the float model did, quantizers apart.
     """
     if isinstance(getattr(model, 'quantization', None), QuantizationRecord):
         raise UserError(f'{OWNER}: the model is quantized already')
@@ -90,10 +92,14 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     float_bytes = size_in_bytes(model)
     _make_plain(model)
     size = _input_size(model, policy)
-    flows = trace_flow(model, _noise(model, size))
+    noise = _noise(model, size)
+    flows = trace_flow(model, noise)
+    outputs = FloatOutputs(model, noise)
+    pairs = {name: flow.batchnorm for name, flow in flows.items() if flow.batchnorm}
     folded: list[str] = []
+    unfolded: dict[str, str] = {}
     if policy.fold_batchnorm:
-        folded = fold_batchnorms(model, {name: flow.batchnorm for name, flow in flows.items() if flow.batchnorm})
+        folded, unfolded = fold_batchnorms(model, pairs), unfolded_batchnorms(model, pairs)
     places = _places(model)
     layers = [
         _quantize_layer(name, module, places[module], flows.get(name), policy)
@@ -102,7 +108,8 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     ]
     _check_any(layers)
     weights = sum(4 * layer.weights for layer in layers if layer.policy is not None)
-    record = QuantizationRecord(policy, layers, folded, float_bytes, 0, size)
+    outputs.check(model, {layer: norm for layer, norm in pairs.items() if norm in folded})
+    record = QuantizationRecord(policy, layers, folded, float_bytes, 0, size, unfolded=unfolded)
     model.quantization = record  # type: ignore[assignment]
     model.register_buffer(LAYOUT, record.layout())
     record.other_bytes = _full_size(model) - weights
@@ -124,6 +131,8 @@ def _quantize_layer(
     chosen: LayerPolicy | str
     if type(module) not in _QUANTIZED:
         chosen = f'{kind} has a forward of its own'
+    elif has_hooks(module):
+        chosen = f'{kind} has hooks, as weight normalisation is one'
     elif flow is None:
         chosen = 'not called in inference'
     else:
@@ -227,5 +236,5 @@ def _check_any(layers: list[LayerRecord]) -> None:
         reasons = '; '.join(f'{layer.name}: {layer.reason}' for layer in layers[:5])
         raise UserError(
             f'{OWNER}: no layer is quantized ({reasons or "the model has none"}). Write for example: '
-            'policy=dict(first_layers=8, last_layers=8, skip=[]), or quantization = None to train in float'
+            'policy=dict(first_layers=8, last_layers=8, skip=[]), or sharp_quantization = None to train in float'
         )

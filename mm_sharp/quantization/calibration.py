@@ -96,12 +96,12 @@ def _correct_biases(model: nn.Module, batches: Sequence[Any], progress: Callable
             progress()
 
 
-def _forward(model: nn.Module, batch: Any) -> None:
-    """What inference runs, up to the head's raw output."""
+def _forward(model: nn.Module, batch: Any) -> Any:
+    """What inference runs, up to the head's raw output, which is returned."""
     preprocessor = getattr(model, 'data_preprocessor', None)
     data = batch if preprocessor is None else preprocessor(batch, False)
     inputs = data['inputs'] if isinstance(data, dict) else data[0]
-    model(inputs, None, mode='tensor')
+    return model(inputs, None, mode='tensor')
 
 
 @contextmanager

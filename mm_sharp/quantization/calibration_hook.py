@@ -8,6 +8,8 @@ to calibrate.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from copy import deepcopy
 from numbers import Real
 from typing import Any
 
@@ -19,13 +21,19 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, MODELS
 from mmengine.utils import ProgressBar
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 
+from mm_sharp.members import members
 from mm_sharp.random_state import RandomState
 from mm_sharp.validation import HOOK, check_bool, check_positive_int
 
 from .calibration import calibrate
+from .collapse import Collapse
+from .exportable import warn_of_export
+from .float_outputs import without_quantizers
 from .guard import NotCalibratedError, is_calibrated, record_of
+from .scale_decay import decaying_scales, fit_groups
 
 CHECKPOINT = 'post_training.pth'
 
@@ -44,7 +52,9 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         num_batches: Batches of the training data loader's size.
         bias_correction: Correct biases afterwards; see :func:`mm_sharp.quantization.calibrate`.
         baseline: Evaluate on the validation set (if the run has one), log the metrics as ``post_training/…``, and save
-            the model as ``post_training.pth`` in the work directory, to be tested, exported or trained further.
+            the model as ``post_training.pth`` in the work directory, to be tested, exported or trained further. Where
+            little seems to be left of a trained model's accuracy, it is evaluated in float, too, and a warning says
+            where to look.
 
     Raises:
         ValueError: An argument is out of range.
@@ -58,6 +68,15 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         self.bias_correction = check_bool(name, 'bias_correction', bias_correction, HOOK)
         self.baseline = check_bool(name, 'baseline', baseline, HOOK)
 
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Let runs resume that were begun when scales had weight decay; they go on with it."""
+        saved = checkpoint.get('optimizer')
+        if not runner._resume or runner._has_loaded or not isinstance(saved, dict):
+            return
+        for name, member in members(runner.optim_wrapper).items():
+            if isinstance(getattr(member, 'optimizer', None), Optimizer):
+                fit_groups(member.optimizer, saved.get(name, {}) if name else saved)
+
     def before_train(self, runner: Any) -> None:
         """Calibrate, if the model is quantized and has not been calibrated.
 
@@ -67,6 +86,13 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if record_of(model) is None:
             return
+        decaying = decaying_scales(runner.optim_wrapper, model)
+        if decaying:
+            _say(
+                f'{len(decaying)} scales of quantizers have weight decay, which pulls them towards 0 (the first is '
+                f'{decaying[0]}), as the config, the optimizer or the checkpoint that is resumed has it',
+                logging.WARNING,
+            )
         if is_calibrated(model):
             _say('The quantizers have their scales from the checkpoint: nothing to calibrate')
             return
@@ -79,6 +105,8 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         try:
             self._calibrate(runner, model)
             _renew_averages(runner)
+            if is_main_process():
+                warn_of_export(model)
             if self.baseline:
                 self._report(runner)
         finally:
@@ -106,35 +134,51 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         )
         if runner.val_loop is None:
             return
-        metrics = evaluate(runner.model, runner.val_loop.dataloader, runner.val_loop.evaluator)
-        # Some metrics of MMPretrain's are tensors (a confusion matrix).
-        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
+        loader, evaluator = runner.val_loop.dataloader, runner.val_loop.evaluator
+        first: list[Any] = []
+        numbers = evaluate(runner.model, loader, evaluator, first.append)
         figures = '  '.join(f'{name}: {value:.4f}' for name, value in numbers.items())
         _say(f'Before training (post-training quantization, {CHECKPOINT}):  {figures}')
         runner.visualizer.add_scalars({f'post_training/{name}': value for name, value in numbers.items()}, step=0)
+        if runner._load_from is None or not first:
+            return  # there is no accuracy to lose
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+        def evaluate_float() -> dict[str, float]:
+            with without_quantizers(model):
+                return evaluate(runner.model, loader, evaluator)
+
+        warning = Collapse(model, first[0]).warning(numbers, evaluate_float)
+        if warning:
+            _say(warning, logging.WARNING)
 
 
 @torch.no_grad()
-def evaluate(model: Any, loader: Any, evaluator: Any) -> dict[str, float]:
+def evaluate(model: Any, loader: Any, evaluator: Any, first: Callable[[Any], Any] | None = None) -> dict[str, float]:
     """A model's metrics, without a Runner's validation hooks, which would take them for those of an epoch.
+
+    What is no number is left out: some metrics of MMPretrain's are tensors (a confusion matrix).
 
     Args:
         model: A module with ``val_step``; it ends in the mode that it had.
         loader: The validation set.
         evaluator: MMEngine's.
+        first: Given the first batch.
     """
     training = model.training
     model.eval()
     _say(f'Evaluating on {len(loader.dataset)} validation samples')
     bar = _bar(len(loader))
-    for batch in loader:
+    for number, batch in enumerate(loader):
+        if first is not None and number == 0:
+            first(deepcopy(batch))
         evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
         if bar:
             bar.update()
     _end(bar)
     metrics = evaluator.evaluate(len(loader.dataset))
     model.train(training)
-    return dict(metrics)
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
 
 
 def _some_batches(loader: DataLoader[Any], count: int, seed: int) -> DataLoader[Any]:

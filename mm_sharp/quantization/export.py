@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from mm_sharp.validation import UserError
 
 from .deployment import codec_constants
+from .exportable import OPSET, exporting
 from .guard import check_calibrated, record_of
 from .packages import require
 
 FORMATS = ('qcdq', 'qonnx')
 # The key of a file's metadata under which the constants are, as JSON.
 METADATA_KEY = 'mm_sharp'
-_OPSET = 17
 
 
 class Network(nn.Module):
@@ -71,7 +71,7 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
 
     Raises:
         ValueError: The format is unknown.
-        UserError: The model is not quantized, or its head's outputs are not known.
+        UserError: The model is not quantized, its head's outputs are not known, or ONNX has no form of an operator.
         NotCalibratedError: The model is not calibrated.
         ImportError: A package is missing.
     """
@@ -157,18 +157,19 @@ def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int
         outputs = network(inputs)
     names = output_names(outputs)
     export = export_onnx_qcdq if file_format == 'qcdq' else export_qonnx
-    export(
-        network,
-        args=inputs,
-        export_path=str(file),
-        input_names=['input'],
-        output_names=list(names),
-        dynamic_axes={name: {0: 'batch'} for name in ('input', *names)},
-        opset_version=_OPSET,
-        dynamo=False,
-        # Weights are constants, not inputs that a caller could replace.
-        keep_initializers_as_inputs=False,
-    )
+    with exporting():
+        export(
+            network,
+            args=inputs,
+            export_path=str(file),
+            input_names=['input'],
+            output_names=list(names),
+            dynamic_axes={name: {0: 'batch'} for name in ('input', *names)},
+            opset_version=OPSET,
+            dynamo=False,
+            # Weights are constants, not inputs that a caller could replace.
+            keep_initializers_as_inputs=False,
+        )
     return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
 
 

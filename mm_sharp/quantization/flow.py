@@ -108,12 +108,12 @@ def trace_flow(model: nn.Module, inputs: Tensor) -> dict[str, LayerFlow]:
         if isinstance(module, (*LAYERS, _BatchNorm))
     ]
     try:
-        with _evaluation(model), torch.enable_grad():
+        with evaluation(model), torch.enable_grad():
             outputs = model(image, None, mode='tensor')
     finally:
         for handle in handles:
             handle.remove()
-    return _Graph(calls, seen, [tensor.grad_fn for tensor in _tensors(outputs)]).flows()
+    return _Graph(calls, seen, [tensor.grad_fn for tensor in tensors_of(outputs)]).flows()
 
 
 class _Graph:
@@ -215,19 +215,20 @@ def _bounded_below(node: Any, name: str) -> bool:
     return name == 'PowBackward0' and bool(node._saved_exponent % 2 == 0)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without activation checkpointing, which hides the graph."""
     training = {module: module.training for module in model.modules()}
     checkpointed = [module for module in model.modules() if getattr(module, 'with_cp', False)]

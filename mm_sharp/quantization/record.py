@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class QuantizationRecord:
         input_size: Width and height in pixels that the model was traced with.
         calibrated: Whether every quantizer is known to be initialised.
         calibrating: Whether statistics are being collected.
+        unfolded: Names of the BatchNorms that were to be folded and could not be, and why.
     """
 
     policy: QuantizationPolicy
@@ -59,6 +60,7 @@ class QuantizationRecord:
     input_size: tuple[int, int]
     calibrated: bool = False
     calibrating: bool = False
+    unfolded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> list[LayerRecord]:
@@ -95,6 +97,9 @@ class QuantizationRecord:
             if layer.policy is not None:
                 how = f'{layer.policy.weight_bit_width:>4}  {layer.policy.act_bit_width} {layer.input_range}'
             lines.append(f'{layer.name:<{width}}  {count}  {how}')
+        for reason in dict.fromkeys(self.unfolded.values()):
+            names = ', '.join(name for name, why in self.unfolded.items() if why == reason)
+            lines.append(f'BatchNorm not folded, {reason}: {names}')
         return '\n'.join([*lines, *self._sums()])
 
     def _sums(self) -> list[str]:

@@ -6,8 +6,12 @@
 ``corruption.py``       keypoint annotations of which a share is wrong
 ``execute.py``          one run
 ``conduct.py``          all runs that are missing, several at a time
+``lock.py``             one process at a time in a folder of results
+``metric_check.py``     whether the evaluators give the study's metric
+``progress.py``         how far the study is, and each run under way
 ``rows.py``             the file with one row a run
 ``results.py``          the choice of rho, and the comparisons
+``unfinished.py``       what there is of a study whose runs have not all been made
 ``statistics.py``       means, intervals and paired differences
 ``report.py``           tables and pictures
 ``digits.py``           scikit-learn's digits: data set, model and metric, which configs import
@@ -17,18 +21,21 @@
 ``tools/study.py`` is the command line, ``configs/study/`` has the studies.
 """
 
-from mm_sharp.study.conduct import Workers, compare_what_is_there, conduct
+from mm_sharp.study.conduct import Workers, conduct
+from mm_sharp.study.lock import locked
 from mm_sharp.study.plan import Plan, Run
-from mm_sharp.study.report import as_json, markdown, plot
+from mm_sharp.study.report import as_json, markdown, markdown_trials, plot
 from mm_sharp.study.results import Comparison, choose_rho, comparisons
 from mm_sharp.study.rows import Rows
 from mm_sharp.study.spec import Study, only, read_study
+from mm_sharp.study.unfinished import SoFar, compare_what_is_there
 
 __all__ = [
     'Comparison',
     'Plan',
     'Rows',
     'Run',
+    'SoFar',
     'Study',
     'Workers',
     'as_json',
@@ -36,7 +43,9 @@ __all__ = [
     'compare_what_is_there',
     'comparisons',
     'conduct',
+    'locked',
     'markdown',
+    'markdown_trials',
     'only',
     'plot',
     'read_study',

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ from tqdm import tqdm
 from mm_sharp.cli import UsageError
 from mm_sharp.study.corruption import corrupt_file
 from mm_sharp.study.execute import execute, prepare_process
-from mm_sharp.study.plan import Plan, Run, order_by_need
-from mm_sharp.study.results import Comparison, choose_rho, comparisons
+from mm_sharp.study.metric_check import check_metric
+from mm_sharp.study.plan import Plan, Run, order_by_need, pools
+from mm_sharp.study.progress import Board, Note, note_down, watch
+from mm_sharp.study.results import choose_rho
 from mm_sharp.study.rows import Rows
 from mm_sharp.study.spec import Setting
 
@@ -34,6 +37,21 @@ class Workers:
     niceness: int = 0
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of the study whose progress is shown.
+
+    Args:
+        title: Of it.
+        total: Its runs, with those that have been made before.
+        board: Says how far those under way are.
+    """
+
+    title: str
+    total: int
+    board: Board
+
+
 def conduct(plan: Plan, rows: Rows, workers: Workers, *, redo: bool = False) -> dict[str, dict[str, float | None]]:
     """Make all runs that are missing: those that choose rho first, then those that are reported.
 
@@ -47,84 +65,75 @@ def conduct(plan: Plan, rows: Rows, workers: Workers, *, redo: bool = False) -> 
         The rho of each method (None for the base optimizer) by setting.
 
     Raises:
-        UsageError: A run failed, or was made with another config before.
+        UsageError: A run failed, or was made with another config before, or the study's metric is none of the figures.
     """
     chosen: dict[str, dict[str, float | None]] = {}
     for setting in plan.study.settings.values():
         if setting.corrupt and not plan.corrupted(setting).is_file():
             corrupt_file(plan.annotations(setting), plan.corrupted(setting), setting.corrupt)
-    with _pool(workers) as pool:
+    board = Board(workers.jobs)
+    with _pool(workers, board) as pool:
+        check_metric(plan, rows, pool)
         for wave in order_by_need(plan.study.settings.values()):
-            _make(plan, rows, [run for s in wave for run in plan.selection_runs(s.name)], pool, 'choosing rho', redo)
+            runs = [run for setting in wave for run in plan.selection_runs(setting.name)]
+            _make(plan, rows, _missing(plan, rows, runs, redo), pool, Part('choosing rho', len(runs), board))
             chosen |= chosen_in(plan, rows, wave)
             runs = [run for setting in wave for run in plan.report_runs(setting.name, chosen[setting.name])]
-            _make(plan, rows, runs, pool, 'runs to report', redo)
+            _make(plan, rows, _missing(plan, rows, runs, redo), pool, Part('runs to report', len(runs), board))
     return chosen
-
-
-def compare_what_is_there(plan: Plan, rows: Rows) -> tuple[list[Comparison], list[str]]:
-    """The comparisons of the settings whose runs have all been made, and the names of the other settings."""
-    found: list[Comparison] = []
-    missing: list[str] = []
-    for wave in order_by_need(plan.study.settings.values()):
-        for names in _pools(wave):
-            selection = [run for name in names for run in plan.selection_runs(name)]
-            if any(run.id not in rows.by_id for run in selection):
-                missing += names
-                continue
-            chosen = choose_rho(plan, rows, names)
-            for name in names:
-                if all(run.id in rows.by_id for run in plan.report_runs(name, chosen)):
-                    found += comparisons(plan, rows, name, chosen)
-                else:
-                    missing.append(name)
-    return found, missing
 
 
 def chosen_in(plan: Plan, rows: Rows, wave: Sequence[Setting]) -> dict[str, dict[str, float | None]]:
     """The rho of each method by setting, of settings whose selection runs have been made."""
     chosen: dict[str, dict[str, float | None]] = {}
-    for names in _pools(wave):
+    for names in pools(wave):
         chosen |= dict.fromkeys(names, choose_rho(plan, rows, names))
     return chosen
 
 
-def _pools(wave: Sequence[Setting]) -> list[list[str]]:
-    """Names of the settings that share a choice of rho."""
-    pools: dict[str, list[str]] = {}
-    for setting in wave:
-        pools.setdefault(setting.pool or setting.name, []).append(setting.name)
-    return list(pools.values())
+def make_run(plan: Plan, run: Run, number: int = 1) -> dict[str, float]:
+    """One run, in a worker process; returns its figures.
+
+    Args:
+        plan: The study.
+        run: What is trained.
+        number: That its progress is noted under.
+    """
+    try:
+        return execute(plan.config(run), plan.weights(run) if plan.keeps_weights(run) else None, number)
+    finally:
+        note_down(Note())
 
 
-def make_run(plan: Plan, run: Run) -> dict[str, float]:
-    """One run, in a worker process; returns its figures."""
-    return execute(plan.config(run), plan.weights(run) if plan.keeps_weights(run) else None)
-
-
-def _make(plan: Plan, rows: Rows, runs: Sequence[Run], pool: ProcessPoolExecutor, title: str, redo: bool) -> None:
-    """Make the missing ones of some runs."""
-    configs = {run: plan.fingerprint(run) for run in dict.fromkeys(runs)}
+def _missing(plan: Plan, rows: Rows, runs: Sequence[Run], redo: bool) -> dict[Run, str]:
+    """Those of some runs that are to be made, and the fingerprints of their configs."""
+    configs = {run: plan.fingerprint(run) for run in runs}
     old = [run.id for run, config in configs.items() if rows.outdated(run, config)]
     if old and not redo:
         raise UsageError(
             f'{len(old)} runs in {rows.file} were made with other configs, {old[0]} among them: make them again with '
             '--redo, or give another --out-dir'
         )
-    missing = [run for run, config in configs.items() if not _is_there(plan, rows, run, config)]
-    futures: dict[Future[dict[str, float]], Run] = {pool.submit(make_run, plan, run): run for run in missing}
-    errors: list[tuple[Run, BaseException]] = []
-    done = len(configs) - len(missing)
-    for future in tqdm(as_completed(futures), title, len(configs), initial=done, unit='run', disable=not missing):
+    return {run: config for run, config in configs.items() if not _is_there(plan, rows, run, config)}
+
+
+def _make(plan: Plan, rows: Rows, missing: dict[Run, str], pool: ProcessPoolExecutor, part: Part) -> None:
+    """Make the missing runs."""
+    futures = {pool.submit(make_run, plan, run, number): run for number, run in enumerate(missing, 1)}
+    names = {future: run.id for future, run in futures.items()}
+    errors: list[tuple[Run, BaseException, str]] = []
+    for future in watch(part.title, names, total=part.total, board=part.board):
         run = futures[future]
         error = future.exception()
         if error is None:
-            rows.add(run, configs[run], future.result())
-        else:
-            errors.append((run, error))
+            rows.add(run, missing[run], future.result())
+            rows.value(run, plan.study.metric.name)  # what is missing now will be missing after all other runs
+            continue
+        errors.append((run, error, f'{type(error).__name__}: {" ".join(str(error).split())}'))
+        if len(errors) == 1 and len(missing) > 1:
+            tqdm.write(f'{run.id} failed: {errors[0][2]}; the others go on', sys.stderr)
     if errors:
-        run, error = errors[0]
-        reason = f'{type(error).__name__}: {" ".join(str(error).split())}'
+        run, error, reason = errors[0]
         raise UsageError(
             f'{len(errors)} of {len(missing)} runs failed; {run.id}: {reason} (--debug shows where). The others are in '
             f'{rows.file}; the same command goes on'
@@ -136,12 +145,12 @@ def _is_there(plan: Plan, rows: Rows, run: Run, config: str) -> bool:
 
 
 @contextmanager
-def _pool(workers: Workers) -> Iterator[ProcessPoolExecutor]:
+def _pool(workers: Workers, board: Board | None = None) -> Iterator[ProcessPoolExecutor]:
     """Worker processes, which do not outlive the context whatever ends it."""
     # A fork would copy the threads' locks of torch, without the threads.
     context = multiprocessing.get_context('spawn')
     pool = ProcessPoolExecutor(
-        workers.jobs, context, initializer=prepare_process, initargs=(workers.threads, workers.niceness)
+        workers.jobs, context, initializer=prepare_process, initargs=(workers.threads, workers.niceness, board)
     )
     try:
         yield pool

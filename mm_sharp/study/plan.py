@@ -48,10 +48,15 @@ class Run:
     seed: int
 
     @property
+    def recipe(self) -> str:
+        """What it has in common with the runs of other seeds, in its setting and phase."""
+        rho = '' if self.rho is None else f'_rho{self.rho:g}'
+        return f'{self.method}{rho}_{self.epochs}e'
+
+    @property
     def id(self) -> str:
         """A name, which is a relative path, too."""
-        rho = '' if self.rho is None else f'_rho{self.rho:g}'
-        return f'{self.phase}/{self.setting}/{self.method}{rho}_{self.epochs}e_seed{self.seed}'
+        return f'{self.phase}/{self.setting}/{self.recipe}_seed{self.seed}'
 
 
 class Plan:
@@ -190,6 +195,14 @@ def order_by_need(settings: Iterable[Setting]) -> list[list[Setting]]:
     return [wave for wave in both if wave]
 
 
+def pools(wave: Iterable[Setting]) -> list[list[str]]:
+    """The names of the settings that share a choice of rho, for each choice."""
+    found: dict[str, list[str]] = {}
+    for setting in wave:
+        found.setdefault(setting.pool or setting.name, []).append(setting.name)
+    return list(found.values())
+
+
 def _read(setting: Setting) -> Config:
     where = f'settings.{setting.name}'
     try:
@@ -204,6 +217,11 @@ def _read(setting: Setting) -> Config:
     for key in _NEEDED:
         if not cfg.get(key):
             raise UsageError(f'{where}.config: {setting.config} has no {key}')
+    if not cfg.train_cfg.get('max_epochs'):
+        raise UsageError(
+            f'{where}.config: {setting.config} does not train by epochs, as studies do: write '
+            f'train_cfg = dict(by_epoch=True, max_epochs={setting.epochs})'
+        )
     for split in ('train', 'val', 'test'):
         preflight.check_data(cfg, split)
     return cfg

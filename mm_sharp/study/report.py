@@ -11,31 +11,59 @@ from typing import Any
 from mm_sharp.study.results import Comparison
 from mm_sharp.study.spec import BASE, Study
 from mm_sharp.study.statistics import Interval
+from mm_sharp.study.unfinished import Trial
 
 _HEAD = ('method', 'rho', 'epochs', 'compute', 'mean', 'over base')
 _TITLES = {'epochs': 'equal epochs', 'compute': 'equal compute'}
 
 
 def markdown(study: Study, found: Sequence[Comparison]) -> str:
-    """A table for each setting and budget, in Markdown. Bold: the interval of the difference leaves out 0."""
+    """A table for each setting and budget, in Markdown. Bold: the interval of the difference leaves out 0.
+
+    Where runs are missing, a column says how many seeds a method has.
+    """
     parts = []
     for setting, budget in dict.fromkeys((entry.setting, entry.budget) for entry in found):
         rows = [entry for entry in found if (entry.setting, entry.budget) == (setting, budget)]
-        head = [*_HEAD, *([f'over {study.control}'] if study.control else [])]
-        lines = [head, ['---'] * len(head)]
+        whole = {entry.method: entry.mean.count for entry in rows} == dict.fromkeys(study.methods, len(study.seeds))
+        head = [*_HEAD, *([f'over {study.control}'] if study.control else []), *([] if whole else ['seeds'])]
+        lines = []
         for entry in rows:
             cells = [entry.method, '' if entry.rho is None else f'{entry.rho:g}', str(entry.epochs)]
             cells += [f'{entry.compute:.2f}', _mean(entry.mean)]
             cells.append(_difference(entry.over_base))
-            lines.append(cells + ([_difference(entry.over_control)] if study.control else []))
-        table = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-        parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {rows[0].mean.count} seeds)\n\n{table}')
+            cells += [_difference(entry.over_control)] if study.control else []
+            lines.append(cells if whole else [*cells, f'{entry.mean.count} of {len(study.seeds)}'])
+        seeds = f'{len(study.seeds)} seeds' if whole else 'unfinished'
+        parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{_table(head, lines)}')
     return '\n\n'.join(parts)
 
 
-def as_json(study: Study, found: Sequence[Comparison]) -> str:
-    """All comparisons, with numbers as they are."""
-    return json.dumps({'study': asdict(study), 'comparisons': [asdict(entry) for entry in found]}, indent=2) + '\n'
+def markdown_trials(study: Study, trials: Sequence[Trial]) -> str:
+    """A table for each unfinished choice of rho, in Markdown."""
+    parts = []
+    for settings in dict.fromkeys(trial.settings for trial in trials):
+        lines = [
+            [
+                trial.method,
+                '' if trial.rho is None else f'{trial.rho:g}',
+                '' if trial.mean is None else f'{trial.mean:.2f}',
+                f'{trial.made} of {trial.of}',
+            ]
+            for trial in trials
+            if trial.settings == settings
+        ]
+        title = f'**{", ".join(settings)}, choosing rho** ({study.metric.name} on the validation data, unfinished)'
+        parts.append(f'{title}\n\n{_table(["method", "rho", "mean", "runs"], lines)}')
+    return '\n\n'.join(parts)
+
+
+def as_json(study: Study, found: Sequence[Comparison], notes: Sequence[str] = ()) -> str:
+    """All comparisons, with numbers as they are, and what is to be said of them."""
+    content: dict[str, Any] = {'study': asdict(study), 'comparisons': [asdict(entry) for entry in found]}
+    if notes:
+        content['notes'] = list(notes)
+    return json.dumps(content, indent=2) + '\n'
 
 
 def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
@@ -65,6 +93,10 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return '\n'.join(f'| {" | ".join(line)} |' for line in (head, ['---'] * len(head), *lines))
 
 
 def _draw(axis: Any, place: int, difference: Interval, better: str) -> None:

@@ -25,8 +25,8 @@ class Comparison:
         epochs: Of its runs.
         compute: Of its runs by arithmetic, over the base optimizer's at equal epochs.
         mean: Of the metric, in the study's scale.
-        over_base: Paired difference from the base optimizer; None for itself.
-        over_control: Paired difference from the control; None for itself, and without one.
+        over_base: Paired difference from the base optimizer; None for itself, and without a seed in common.
+        over_control: Paired difference from the control; None likewise, and without a control.
     """
 
     setting: str
@@ -67,26 +67,58 @@ def choose_rho(plan: Plan, rows: Rows, settings: Sequence[str]) -> dict[str, flo
     return chosen
 
 
-def comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float | None]) -> list[Comparison]:
-    """All methods in a setting, whose runs have been made, under each budget."""
+def comparisons(
+    plan: Plan, rows: Rows, setting: str, chosen: dict[str, float | None], *, unfinished: bool = False
+) -> list[Comparison]:
+    """All methods in a setting under each budget.
+
+    Args:
+        plan: The study.
+        rows: The runs made.
+        setting: Its name.
+        chosen: The rho of each method.
+        unfinished: Take the seeds that are there, without those that have diverged; differences are over the seeds that
+            both methods have. A method without any is left out.
+
+    Raises:
+        UsageError: A run has diverged.
+    """
     study = plan.study
 
-    def values(method: str, epochs: int) -> list[float]:
+    def values(method: str, epochs: int) -> dict[int, float]:
         runs = [Run('report', setting, method, chosen[method], epochs, seed) for seed in study.seeds]
-        figures = {run.id: study.metric.scale * rows.value(run, study.metric.name) for run in runs}
-        for name, figure in figures.items():
-            if not math.isfinite(figure):
-                raise UsageError(f'{name} has diverged: its {study.metric.name} is {figure}; try a smaller rho')
-        return list(figures.values())
+        if unfinished:
+            runs = [run for run in runs if run.id in rows.by_id and not diverged(plan, rows, run)]
+        for run in runs:
+            if diverged(plan, rows, run):
+                figure = rows.value(run, study.metric.name)
+                raise UsageError(
+                    f'{run.id} has diverged: its {study.metric.name} is {figure}; try a smaller rho (--table shows the '
+                    'others)'
+                )
+        return {run.seed: study.metric.scale * rows.value(run, study.metric.name) for run in runs}
 
     found = []
     for budget in study.budgets:
         epochs = {method: plan.epochs(setting, method, budget) for method in study.methods}
         of = {method: values(method, epochs[method]) for method in study.methods}
         for method, own in of.items():
-            control = None if method in (BASE, study.control) or not study.control else paired(own, of[study.control])
-            base = None if method == BASE else paired(own, of[BASE])
+            if not own:
+                continue
+            control = None if method in (BASE, study.control) or not study.control else _over(own, of[study.control])
+            base = None if method == BASE else _over(own, of[BASE])
             compute = epochs[method] * plan.cost(setting, method) / study.settings[setting].epochs
             setup = setting, budget, method, chosen[method], epochs[method], compute
-            found.append(Comparison(*setup, interval(own), base, control))
+            found.append(Comparison(*setup, interval(list(own.values())), base, control))
     return found
+
+
+def diverged(plan: Plan, rows: Rows, run: Run) -> bool:
+    """Whether a run that has been made has no finite figure."""
+    return not math.isfinite(rows.value(run, plan.study.metric.name))
+
+
+def _over(own: dict[int, float], other: dict[int, float]) -> Interval | None:
+    """The paired difference over the seeds that both have; None where there is none."""
+    both = [seed for seed in own if seed in other]
+    return paired([own[seed] for seed in both], [other[seed] for seed in both]) if both else None

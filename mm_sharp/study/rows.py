@@ -18,7 +18,7 @@ class Rows:
     """The runs that have been made.
 
     Args:
-        file: ``results.csv``; read if it is there. Each new row is written at once.
+        file: ``results.csv``; read if it is there. Each new row is written at once; without one nothing is.
 
     Raises:
         UsageError: The file is not one of these.
@@ -28,6 +28,7 @@ class Rows:
         self.file = file
         self.by_id: dict[str, dict[str, str]] = {}
         self._columns: list[str] = []
+        self._cut_off = False
         if not file.is_file() or not file.stat().st_size:
             return
         text = file.read_text()
@@ -38,8 +39,8 @@ class Rows:
         if not set(KEYS) <= set(self._columns):
             raise UsageError(f"'{file}' is not a study's table of runs: move it away")
         self.by_id = {row['id']: row for row in reader}
-        if whole != text:
-            self._write_all()
+        # Mended with the next row: who only reads may do so while another process writes.
+        self._cut_off = whole != text
 
     def has(self, run: Run, config: str) -> bool:
         """Whether a run has been made, with the same config."""
@@ -48,6 +49,11 @@ class Rows:
     def outdated(self, run: Run, config: str) -> bool:
         """Whether a run has been made with another config."""
         return run.id in self.by_id and not self.has(run, config)
+
+    def has_figure(self, run: Run, metric: str) -> bool:
+        """Whether any run of the same setting and phase has such a figure."""
+        same = [row for row in self.by_id.values() if (row['setting'], row['phase']) == (run.setting, run.phase)]
+        return any(row.get(metric) for row in same)
 
     def add(self, run: Run, config: str, figures: Mapping[str, float]) -> None:
         """Append a run's row, or put it in place of an older one.
@@ -63,8 +69,9 @@ class Rows:
         replaces = row['id'] in self.by_id
         self.by_id[row['id']] = row
         self._columns += new
-        if new or replaces:
+        if new or replaces or self._cut_off:
             self._write_all()
+            self._cut_off = False
             return
         with self.file.open('a', newline='') as stream:
             self._writer(stream).writerow(row)

@@ -31,6 +31,10 @@ from mm_sharp.wrapper_checks import did_you_mean
 
 BASE = 'base'
 BUDGETS = ('epochs', 'compute')
+_FORMS = {
+    'methods': 'changes of optim_wrapper, as {type: SAMOptimWrapper}',
+    'settings': 'a mapping, as {config: my_config.py, epochs: 20}',
+}
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,8 @@ def read_study(file: Path) -> Study:
         given['selection'] = Selection(**_entries(Selection, 'selection', given['selection']))
     for key in ('methods', 'settings'):
         _require(isinstance(given[key], dict) and bool(given[key]), key, given[key], 'a mapping by name')
+        for name, own in given[key].items():
+            _require(own is None or isinstance(own, dict), f'{key}.{name}', own, _FORMS[key])
     given['methods'] = {str(name): dict(own or {}) for name, own in given['methods'].items()}
     given['settings'] = {
         str(name): Setting(**_entries(Setting, f'settings.{name}', {'name': str(name), **(own or {})}))
@@ -193,7 +199,7 @@ def _check(study: Study) -> None:
     for name, setting in study.settings.items():
         where = f'settings.{name}'
         _require('/' not in name, where, name, 'a name without /')
-        _require(Path(setting.config).is_file(), f'{where}.config', setting.config, 'a config file that exists')
+        _require(Path(setting.config).is_file(), f'{where}.config', setting.config, f'a file in {Path.cwd()}')
         good = isinstance(setting.epochs, int) and not isinstance(setting.epochs, bool) and setting.epochs >= 1
         _require(good, f'{where}.epochs', setting.epochs, 'an integer of at least 1')
         _require(isinstance(setting.options, dict), f'{where}.options', setting.options, 'a mapping of dotted keys')

@@ -1,5 +1,5 @@
 # Quantization-aware training with 2-bit weights (-1, 0 or 1 step) and 4-bit inputs; used as w8a8.py is.
-quantization = dict(
+sharp_quantization = dict(
     policy=dict(
         weight_bit_width=2,
         act_bit_width=4,

@@ -1,5 +1,5 @@
 # Quantization-aware training with 4-bit weights and 8-bit inputs; used as w8a8.py is.
-quantization = dict(
+sharp_quantization = dict(
     policy=dict(
         weight_bit_width=4,
         act_bit_width=8,

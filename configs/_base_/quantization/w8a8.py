@@ -3,9 +3,9 @@
 #   _base_ = ['mmpose::body_2d_keypoint/…/some_recipe.py', 'mm_sharp::_base_/quantization/w8a8.py']
 #   load_from = 'float.pth'
 #
-# It sets one key, which no recipe has; `--cfg-options quantization.policy.…` changes it. All keys of a policy:
+# It sets one key, which no recipe has; `--cfg-options sharp_quantization.policy.…` changes it. All keys of a policy:
 # mm_sharp/quantization/policy.py.
-quantization = dict(
+sharp_quantization = dict(
     policy=dict(
         weight_bit_width=8,
         act_bit_width=8,
