@@ -91,7 +91,7 @@ def _classify(cfg: Config, size: int | None) -> Batch:
             size = backbone[key][0] if pair else backbone[key]
     size = size or 224
     channels = backbone.get('in_channels', 1 if backbone.type == 'LeNet5' else 3)
-    classes = min(values(cfg.model.get('head'), 'num_classes'), default=2)
+    classes = min((n for n in values(cfg.model, 'num_classes') if n > 0), default=2)
     many = 'MultiLabel' in cfg.model.head.type or cfg.model.head.type == 'CSRAClsHead'
     inputs = torch.randint(0, 256, (BATCH, channels, size, size), dtype=torch.uint8)
     samples = [
@@ -111,8 +111,8 @@ def _detect(cfg: Config, size: int | None) -> Batch:
     size = size or 320
     for augments in values(cfg.model, 'batch_augments'):
         for augment in augments or ():  # they enlarge pictures
-            if 'size' in augment:
-                augment['size'] = (size, size)
+            for key in {'size', 'scale'} & set(augment):
+                augment[key] = (size, size)
             if 'random_size_range' in augment:
                 augment['random_size_range'] = (size // 2, size)
     classes = min((n for n in values(cfg.model, 'num_classes') if isinstance(n, int)), default=80)

@@ -21,7 +21,7 @@ losses, the batches, and the random state of torch, NumPy and Python. Stand-ins 
 operators `nms`, `roi_align`, `deform_conv`, `modulated_deform_conv` and `masked_conv`, which mmcv-lite lacks."""
 # What an error means, the first that fits.
 _REASONS = {
-    'only for inference': 'only for inference',
+    "only for inference|doesn't support .*train": 'only for inference',
     'MissingOperatorError': 'calls a compiled operator of MMCV that has no stand-in',
     'URLError|Connection|connect|huggingface|Hub|download': 'needs a download',
     'No module|not installed|ImportError|requires|install': 'needs a package that is not installed',

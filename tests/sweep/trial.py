@@ -102,8 +102,8 @@ def _compare(model: nn.Module, batch: Batch, base: State, method: str) -> str:
 
 
 def _line(error: Exception) -> str:
-    text = str(error).strip() or '(no message)'
-    return f'{type(error).__name__}: {text.splitlines()[0]} … {text.splitlines()[-1]}'[:600]
+    lines = [' '.join(line.split()) for line in str(error).strip().splitlines()] or ['(no message)']
+    return f'{type(error).__name__}: ' + ' … '.join(lines[:1] + lines[1:][-1:])
 
 
 def seed() -> None:
