@@ -22,7 +22,7 @@ import mmpretrain.models  # noqa: F401
 import torch
 
 from tests.sweep import operators
-from tests.sweep.recipes import Recipe
+from tests.sweep.recipes import Recipe, root
 from tests.sweep.trial import trial
 
 LIMIT = 60  # seconds of the processor for a model
@@ -55,4 +55,5 @@ def _child(pipe: Connection, recipe: Recipe, methods: Sequence[str], limit: int)
     warnings.simplefilter('ignore')
     sys.stdout = sys.stderr = open(os.devnull, 'w')  # noqa: SIM115  # for as long as the process lives
     operators.install()
+    os.chdir(root(recipe.package).parent)  # some configs name others from there
     pipe.send(trial(recipe, methods))

@@ -87,7 +87,8 @@ def _ready(scope: str, cfg: Config, size: int | None) -> tuple[nn.Module, Batch]
     if weights > LARGEST:
         raise ValueError(f'too large: {weights / 1e6:.0f} million weights')
     model.init_weights()
-    return model.train(), batch
+    model.train()  # which may return nothing
+    return model, batch
 
 
 def _compare(model: nn.Module, batch: Batch, base: State, method: str) -> str:
