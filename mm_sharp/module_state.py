@@ -132,12 +132,12 @@ class ModuleStateBackup:
 
     def rare_copies(self) -> list[Tensor]:
         """What was saved of :attr:`rare`."""
-        return list(self._rare_backup.copies.values())
+        return [copy for _, copy in self._rare_backup.pairs]
 
     def float_buffers(self) -> tuple[list[Tensor], list[Tensor]]:
         """The buffers in which a number may become infinite or nan, and their copies; none of them is empty."""
-        pairs = self._backup.copies.items()
-        found = [(tensor, copy) for tensor, copy in pairs if tensor.dtype in _FLOATS and tensor.numel()]
+        pairs = self._backup.pairs
+        found = [pair for pair in pairs if pair[0].dtype in _FLOATS and pair[0].numel()]
         return [tensor for tensor, _ in found], [copy for _, copy in found]
 
     def drop(self, *, release_rare: bool = False) -> None:
