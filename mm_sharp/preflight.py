@@ -126,8 +126,8 @@ def enable_amp(cfg: Config) -> None:
         elif cls in (OptimWrapper, AmpOptimWrapper):
             if on_cpu:
                 raise UsageError(
-                    "--amp: MMEngine's AmpOptimWrapper needs a GPU: leave out --amp, or train with a wrapper that can do "
-                    f"it on the CPU, {key}=dict(type='SAMOptimWrapper', …)"
+                    "--amp: MMEngine's AmpOptimWrapper needs a GPU: leave out --amp, or take a wrapper that does it "
+                    f"on the CPU, {key}=dict(type='SAMOptimWrapper', …)"
                 )
             wrapper['type'] = 'AmpOptimWrapper'
             wrapper.setdefault('loss_scale', 'dynamic')

@@ -78,7 +78,8 @@ class Collapse:
         if nothing and not before[nothing[0]] > 0:
             return (
                 f'{nothing[0]} is {before[nothing[0]]:.4f} without the quantizers, too, so the quantizers are not '
-                'the cause: look at the weights (is load_from a trained model of this recipe?) and at the validation set'
+                'the cause: look at the weights (is load_from a trained model of this recipe?) and '
+                'at the validation set'
             )
         return None
 
