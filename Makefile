@@ -16,7 +16,7 @@ QAT_CONFIG := configs/demo/simcc_res18-half_w4a4_ausam_demo-128x96.py
 QAT_DIR := work_dirs/demo-qat
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-qat test test-kills reliability lint format types lock doctor dist clean
+.PHONY: help install train train-qat test test-kills reliability sweep lint format types lock doctor dist clean
 
 help: ## list the targets
 	@echo 'mm_sharp: sharpness-aware training for OpenMMLab. Targets:'
@@ -74,6 +74,9 @@ reliability: $(INSTALLED) ## put every method through all faults, kills and long
 	mkdir -p $(dir $(FOUND)) && rm -f $(FOUND)
 	$(PY) -m pytest -n 2 --dist loadfile -m '' --reliability $(CURDIR)/$(FOUND) $$(grep -l 'holds: Holds' tests/test_*.py)
 	$(PY) -m tests.reliability_page $(FOUND) docs/reliability.md
+
+sweep: $(INSTALLED) ## try SAM at rho = 0 on all models that the packages ship; write docs/model_sweep.md
+	OMP_NUM_THREADS=1 $(PY) -m tests.sweep work_dirs/model_sweep.jsonl --page docs/model_sweep.md $(ARGS)
 
 lint: $(INSTALLED) ## ruff: lint and formatting
 	$(VENV)/bin/ruff check .
