@@ -210,7 +210,7 @@ def test_a_step_that_fails_is_no_visit_and_draws_the_same_again(name: str, numbe
     for batch in data[:2]:
         failing.train_step(batch, wrapper)
         sound.train_step(batch, other)
-    failing.numbers = (number,)
+    failing.numbers = Notes([number])
     with pytest.raises(KeyboardInterrupt):
         failing.train_step(data[2], wrapper)
     failed = wrapper._draw
