@@ -111,7 +111,7 @@ class Ascent:
             norm_of=global_norm if shards is None else shards.norm_of(perturbed, wrapper.device),
         )
         if wrapper.perturb_quantized:
-            self._quantized.apply(model, perturbed, self._weights.copies)
+            self._quantized.apply(model, perturbed, dict(self._weights.pairs))
         return norm
 
     def take_back(self) -> None:

@@ -59,7 +59,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         optimizer: The base optimizer.
         rho: Radius of the perturbation; 0.05 is the SAM paper's default.
         sampling_ratio: Share of each mini-batch that is drawn, in (0, 1]; K = ceil(sampling_ratio * N). 0.5 costs what
-            the base optimizer costs, 0.6 a fifth more; a batch of one sample, or another that is drawn whole, what SAM
+            the base optimizer costs, 0.6 a fifth more; a batch of one sample, or another that is used whole, what SAM
             costs. K is at least 2 (of several) where the model has a ``BatchNorm1d``, which cannot normalise a single
             row (ours).
         s_min: Normalised score of the smallest, > 0. ``s_max / s_min`` bounds how much likelier one sample is drawn
@@ -219,7 +219,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             return
         self._has_said_what_it_costs = True
         print_log(
-            f'{type(self).__name__}: a batch of {draw.size} is drawn whole, so that its step costs what a step of SAM '
+            f'{type(self).__name__}: a batch of {draw.size} is used whole, so its step costs what a step of SAM '
             "costs, twice the base optimizer's. Take larger batches, train_dataloader = dict(batch_size=..., ...), or, "
             f'if only the last one of an epoch is that small, leave it out, train_dataloader = dict({self._leave_out}, '
             '...)',

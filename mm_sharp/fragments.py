@@ -22,21 +22,36 @@ word, and so has one that builds its ``QuantizedModel`` itself. The value None s
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
+from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import OPTIMIZERS
 
 from mm_sharp.config_types import is_type, type_name, unbuilt, written
-from mm_sharp.quantized_config import check_settings, has_quantized_model, import_quantization, quantized, settings_of
+from mm_sharp.quantized_config import (
+    check_settings,
+    has_quantized_model,
+    import_quantization,
+    imports_us,
+    left_alone,
+    merge_old_key,
+    quantized,
+    settings_of,
+)
 
 KEYS = ('sharp_optim_wrapper', 'sharp_hook', 'sharp_quantization')
+_PREFIX = 'sharp_'
 _SCALES = 'tensor_quant'
+# Lines that the log has already: a tool reads a config more than once.
+_said: set[str] = set()
 _OURS = '_applies_fragments'
 _as_written: ContextVar[bool] = ContextVar('as_written', default=False)
 
@@ -93,9 +108,10 @@ def apply_fragments(cfg: Config) -> None:
         cfg: The whole config.
 
     Raises:
-        ValueError: A key of a fragment has a form that it cannot have.
+        ValueError: A key of a fragment has a form that it cannot have, or a key begins as ours do and is none of them.
         ImportError: The config quantizes, and Brevitas is not installed.
     """
+    _check_names(cfg)
     keys = waiting(cfg)
     if 'sharp_optim_wrapper' in keys:
         cfg.optim_wrapper = _merged(cfg.sharp_optim_wrapper, cfg.optim_wrapper)
@@ -104,6 +120,8 @@ def apply_fragments(cfg: Config) -> None:
     if 'sharp_quantization' in keys:
         settings = settings_of(cfg)
         check_settings(cfg, settings)
+        if merge_old_key(cfg):
+            _say_once('quantization is the old name of sharp_quantization: it was merged into it')
         cfg.model = quantized(cfg.model, settings['policy'])
         if settings.get('calibration') is not None:
             _add_hook(cfg, {'type': 'CalibrationHook', **unbuilt(settings['calibration'])})
@@ -176,6 +194,29 @@ def _no_decay(optimizer: Any) -> dict[str, float]:
 
 
 # -------------------------------------------------------------------- helpers
+def _check_names(cfg: Config) -> None:
+    """Refuse a misspelt key of ours; warn of a ``quantization`` that may be one.
+
+    Raises:
+        ValueError: A top-level key begins as ours do and is none of them.
+    """
+    ours = [key for key in dict.keys(cfg._cfg_dict) if str(key).startswith(_PREFIX)]
+    for key in ours:
+        if key not in KEYS:
+            close = get_close_matches(key, KEYS, n=1)
+            hint = f'did you mean {close[0]}?' if close else f'there are {", ".join(KEYS)}'
+            raise ValueError(f'{key} is no key of mm_sharp: {hint}')
+    line = left_alone(cfg, uses_us=bool(ours) or imports_us(cfg))
+    if line:
+        _say_once(line, logging.WARNING)
+
+
+def _say_once(line: str, level: int = logging.INFO) -> None:
+    if line not in _said:
+        _said.add(line)
+        print_log(line, 'current', level)
+
+
 def _add_hook(cfg: Config, hook: dict[str, Any]) -> None:
     """Append a hook, unless there is one of its type."""
     hooks = cfg.get('custom_hooks') or []

@@ -7,6 +7,7 @@ calls). :mod:`mm_sharp.forward_state` has the order in which a step keeps it and
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import lru_cache
 from operator import is_, itemgetter
@@ -22,7 +23,8 @@ from mm_sharp.rare_changes import is_ordinary
 
 # What every module has besides its own: dicts and sets.
 _TORCHS_OWN = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-_PLAIN = frozenset({bool, int, float, str, type(None), list, tuple, dict, set})
+_PLAIN = frozenset({bool, int, float, str, type(None), tuple, torch.Size, torch.dtype, torch.device})
+_CONTAINERS = frozenset({list, dict, set, deque})
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState)
 _WRAPPERS = frozenset({'DistributedDataParallel', 'FullyShardedDataParallel'})
 _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
@@ -52,6 +54,7 @@ class ModuleStateBackup:
         self._odd: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         # A module's attributes, the names of those that are its own, and their values.
         self._attributes: list[tuple[Attributes, _Names, tuple[Any, ...]]] = []
+        self._contents: list[tuple[Any, Any]] = []
         self._generators: list[tuple[Any, Any]] = []
 
     def save(self, module: nn.Module, trained: Collection[int] | None = None, *, rare: bool = False) -> None:
@@ -64,7 +67,7 @@ class ModuleStateBackup:
         """
         buffers: list[tuple[dict[str, Any], str, Tensor]] = []
         rarely: list[Tensor] = []
-        self._attributes, self._buffers, self._generators = [], [], []
+        self._attributes, self._buffers, self._contents, self._generators = [], [], [], []
         # One look at each module: quantized models have thousands, which are not in the processor's cache any more.
         for member in submodules(module):
             held = member._buffers
@@ -80,21 +83,24 @@ class ModuleStateBackup:
             if not _is_left_alone(type(member)):  # type: ignore[arg-type]  # mypy takes classes to have no hash
                 names, values = _own_values(type(member), vars(member))
                 self._attributes.append((vars(member), names, values))
-                if not _PLAIN.issuperset(map(type, values)):
-                    self._look_at_values(values, rarely)
+                if not _PLAIN.issuperset(map(type, values)):  # by far faster than a look at each
+                    for value in values:
+                        self._look_at(value, rarely)
         known = [entry for entry in buffers if not is_lazy(entry[2])]
         self._odd = [(*entry, entry[2].clone()) for entry in known if not (is_ordinary(entry[2]) or entry[2].is_meta)]
         self.rare = list({id(t): t for t in rarely if not is_lazy(t) and is_ordinary(t) and _writable(t)}.values())
         self._backup.save([tensor for *_, tensor in known if is_ordinary(tensor) and _writable(tensor)])
         self._rare_backup.save(self.rare if rare else [])
 
-    def _look_at_values(self, values: tuple[Any, ...], rarely: list[Tensor]) -> None:
-        """Find tensors and generators among a module's attributes."""
-        for value in values:
-            if isinstance(value, Tensor) and not value.requires_grad:
+    def _look_at(self, value: Any, rarely: list[Tensor]) -> None:
+        """Keep what is within the value of an attribute; of a tensor it depends."""
+        if type(value) in _CONTAINERS:
+            self._contents.append((value, value.copy()))
+        elif isinstance(value, Tensor):
+            if not value.requires_grad:
                 rarely.append(value)
-            elif isinstance(value, _GENERATORS):
-                self._generators.append((value, _generator_state(value)))
+        elif isinstance(value, _GENERATORS):
+            self._generators.append((value, _generator_state(value)))
 
     def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
         """Put everything back, and keep it; does nothing without :meth:`save`.
@@ -103,9 +109,7 @@ class ModuleStateBackup:
             apart_from: Tensors, such as the weights, whose memory is not written to though a buffer shares it.
         """
         for held, were in self._buffers:
-            if len(held) != len(were) or not all(map(is_, held.values(), were.values())):
-                held.clear()
-                held.update(were)
+            _put_back_contents(held, were)
         self._backup.write_back(apart_from)
         self._rare_backup.write_back(apart_from)
         for held, name, buffer, copy in self._odd:
@@ -113,6 +117,8 @@ class ModuleStateBackup:
         for attributes, names, values in self._attributes:
             if not names.unchanged(attributes, values):
                 _put_back_attributes(attributes, names.own, values)
+        for value, was in self._contents:
+            _put_back_contents(value, was)
         for generator, state in self._generators:
             _set_generator_state(generator, state)
 
@@ -132,12 +138,12 @@ class ModuleStateBackup:
 
     def rare_copies(self) -> list[Tensor]:
         """What was saved of :attr:`rare`."""
-        return list(self._rare_backup.copies.values())
+        return [copy for _, copy in self._rare_backup.pairs]
 
     def float_buffers(self) -> tuple[list[Tensor], list[Tensor]]:
         """The buffers in which a number may become infinite or nan, and their copies; none of them is empty."""
-        pairs = self._backup.copies.items()
-        found = [(tensor, copy) for tensor, copy in pairs if tensor.dtype in _FLOATS and tensor.numel()]
+        pairs = self._backup.pairs
+        found = [pair for pair in pairs if pair[0].dtype in _FLOATS and pair[0].numel()]
         return [tensor for tensor, _ in found], [copy for _, copy in found]
 
     def drop(self, *, release_rare: bool = False) -> None:
@@ -147,7 +153,8 @@ class ModuleStateBackup:
             self._rare_backup.release()
         else:
             self._rare_backup.drop()
-        self._buffers, self._odd, self._attributes, self._generators, self.rare = [], [], [], [], []
+        self._buffers, self._odd, self._attributes, self._contents = [], [], [], []
+        self._generators, self.rare = [], []
 
 
 def submodules(module: nn.Module) -> Iterator[nn.Module]:
@@ -224,6 +231,16 @@ def _put_back_attributes(attributes: Attributes, names: tuple[str, ...], values:
             attributes[name] = value
     for name in attributes.keys() - _TORCHS_OWN - set(names):
         del attributes[name]
+
+
+def _put_back_contents(value: Any, was: Any) -> None:
+    """Have a list, dict, set or deque hold what it held."""
+    mapping = isinstance(value, dict)
+    held, before = (value.values(), was.values()) if mapping else (value, was)
+    if len(value) == len(was) and all(map(is_, held, before)) and (not mapping or value.keys() == was.keys()):
+        return
+    value.clear()
+    value.extend(was) if isinstance(value, (list, deque)) else value.update(was)
 
 
 def _put_back_odd(held: dict[str, Any], name: str, buffer: Tensor, copy: Tensor) -> None:

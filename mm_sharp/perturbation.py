@@ -22,7 +22,7 @@ does not undo an addition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from weakref import ref
 
 import torch
@@ -196,11 +196,6 @@ class TensorBackup:
         """Whether tensors are kept that have not been restored."""
         return bool(self._tensors)
 
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """Those that are kept now."""
-        return self._tensors
-
     @torch.no_grad()
     def save(self, tensors: Sequence[Tensor]) -> None:
         """Copy ``tensors``.
@@ -224,9 +219,9 @@ class TensorBackup:
         self._tensors, self._copies = list(tensors), copies
 
     @property
-    def copies(self) -> Mapping[Tensor, Tensor]:
-        """By tensor, what was saved of those that are kept now."""
-        return dict(zip(self._tensors, self._copies, strict=True))
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that are kept now, each with what was saved of it."""
+        return list(zip(self._tensors, self._copies, strict=True))
 
     @torch.no_grad()
     def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:

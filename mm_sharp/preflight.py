@@ -125,7 +125,10 @@ def enable_amp(cfg: Config) -> None:
                     _say(f"--amp: {key}.dtype='bfloat16', since the CPU is {_SLOWER} float16 than in float32")
         elif cls in (OptimWrapper, AmpOptimWrapper):
             if on_cpu:
-                raise UsageError("--amp: MMEngine's AmpOptimWrapper needs a GPU; on the CPU, SAMOptimWrapper can do it")
+                raise UsageError(
+                    "--amp: MMEngine's AmpOptimWrapper needs a GPU: leave out --amp, or take a wrapper that does it "
+                    f"on the CPU, {key}=dict(type='SAMOptimWrapper', …)"
+                )
             wrapper['type'] = 'AmpOptimWrapper'
             wrapper.setdefault('loss_scale', 'dynamic')
         else:

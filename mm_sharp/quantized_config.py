@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from copy import deepcopy
+from difflib import get_close_matches
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -30,6 +31,8 @@ POLICY_KEYS = frozenset(
 CALIBRATION_KEYS = frozenset({'num_batches', 'bias_correction', 'baseline'})
 _PACKAGE = 'mm_sharp.quantization'
 _PARTS = ('policy', 'calibration')
+# Of a key with a slip of the finger, as difflib measures it.
+_CLOSE = 0.8
 
 
 def settings_of(cfg: Config) -> Any:
@@ -57,6 +60,44 @@ def takes_old_key(cfg: Config) -> bool:
     if isinstance(old, dict):
         return any(part in old and isinstance(old[part], (dict, type(None))) for part in _PARTS)
     return old is None
+
+
+def merge_old_key(cfg: Config) -> bool:
+    """Merge the old key into the new one beside it, in place, so that a copy of the config has one key with the numbers
+    that are used; returns whether there was anything to merge.
+    """
+    if KEY not in cfg._cfg_dict or not takes_old_key(cfg):
+        return False
+    merged = settings_of(cfg)
+    del cfg._cfg_dict[OLD_KEY]
+    cfg[KEY] = merged
+    return True
+
+
+def left_alone(cfg: Config, uses_us: bool) -> str:
+    """What to say of a ``quantization`` that is left alone and may be meant for us; empty if there is nothing to say.
+
+    Args:
+        cfg: The config.
+        uses_us: Whether it uses anything else of this package. If not, the value must be nearly of our form.
+    """
+    old = written(cfg, OLD_KEY)
+    if not isinstance(old, dict) or not old or takes_old_key(cfg):
+        return ''
+    policies = [
+        value
+        for part, value in unbuilt(old).items()
+        if isinstance(value, dict) and value and get_close_matches(str(part), ['policy'], cutoff=_CLOSE)
+    ]
+    nearly_ours = any(
+        all(get_close_matches(str(key), POLICY_KEYS, cutoff=_CLOSE) for key in unbuilt(policy)) for policy in policies
+    )
+    if not uses_us and not nearly_ours:
+        return ''
+    return (
+        f'{OLD_KEY} = {old!r} is left alone, since it has not the form of mm_sharp: if it is meant to quantize the '
+        f'model, write {KEY} = dict(policy=dict(weight_bit_width=4, act_bit_width=4))'
+    )
 
 
 def check_settings(cfg: Config, settings: Any) -> None:
@@ -102,7 +143,7 @@ def has_quantized_model(cfg: Config) -> bool:
         return False
     if '.' in type_name(model, 'type') or KEY in cfg._cfg_dict or takes_old_key(cfg):
         return True
-    names_us = any(str(name).split('.')[0] == 'mm_sharp' for name in _imports(cfg))
+    names_us = imports_us(cfg)
     policy = unbuilt(model).get('policy')
     return names_us or (isinstance(policy, dict) and 'model' in model and set(policy) <= POLICY_KEYS)
 
@@ -116,6 +157,11 @@ def import_quantization(cfg: Config) -> None:
     # By name: mm_sharp must work without the packages that quantization needs. Where they are missing, its error says
     # how to install them.
     importlib.import_module(_PACKAGE)
+
+
+def imports_us(cfg: Config) -> bool:
+    """Whether a config's ``custom_imports`` name this package."""
+    return any(str(name).split('.')[0] == 'mm_sharp' for name in _imports(cfg))
 
 
 def _imports(cfg: Config) -> list[Any]:

@@ -136,7 +136,8 @@ def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCa
             'switches off there would be off in the second pass, too. Call it behind it:\n'
             '    with optim_wrapper.optim_context(model):\n'
             "        losses = model(inputs, data_samples, mode='loss')\n"
-            '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+            '    optim_wrapper.update_params(model.parse_losses(losses)[0])\n'
+            'For a model that returns the loss as a tensor, the last line is: optim_wrapper.update_params(losses)'
         )
     if call is None:
         raise RuntimeError(
@@ -144,7 +145,8 @@ def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCa
             'that was handed to optim_context inside it, once for each update_params:\n'
             '    with optim_wrapper.optim_context(model):\n'
             "        losses = model(inputs, data_samples, mode='loss')\n"
-            '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+            '    optim_wrapper.update_params(model.parse_losses(losses)[0])\n'
+            'For a model that returns the loss as a tensor, the last line is: optim_wrapper.update_params(losses)'
         )
     return call
 
@@ -166,7 +168,8 @@ def check_within(owner: str, method: str, within: bool) -> None:
             'update_params can run. In place of backward, step and zero_grad write:\n'
             '    with optim_wrapper.optim_context(model):\n'
             "        losses = model(inputs, data_samples, mode='loss')\n"
-            '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+            '    optim_wrapper.update_params(model.parse_losses(losses)[0])\n'
+            'For a model that returns the loss as a tensor, the last line is: optim_wrapper.update_params(losses)'
         )
 
 

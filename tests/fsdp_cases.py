@@ -22,7 +22,7 @@ from mm_sharp.shards import local
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from tests.references import gradients_of
 from tests.test_distributed import shard
-from tests.toys import ToyNet, batches, make
+from tests.toys import Notes, ToyNet, batches, make
 from tests.wrappers import build, momentum_sgd
 
 STEPS = 4
@@ -36,7 +36,7 @@ class Faulty(ToyNet):
 
     def __init__(self, fault: str = '', at: int = -1) -> None:
         super().__init__(norm=False)
-        self.fault, self.at, self.passes = fault, at, []
+        self.fault, self.at, self.passes = fault, at, Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         # A list, because the wrapper takes numbers back.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm as new_spectral_norm
 
-from tests.toys import ToyNet
+from tests.toys import Notes, ToyNet
 
 
 class Memory(ToyNet):
@@ -22,7 +22,7 @@ class Memory(ToyNet):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[list[Tensor]] = []
+        self.seen: list[list[Tensor]] = Notes()
         self.remember()
         # ESAM has other weights without gradients in its first pass.
         self.frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from mm_sharp.quantization import QuantizationPolicy, calibrate, quantize
 from tests import mmpose_cases, toys
 from tests.conftest import ROOT
-from tests.toys import Batch, ToyNet, make, same_bits
+from tests.toys import Batch, Notes, ToyNet, make, same_bits
 
 SIZE = (6, 6)
 # Bits of weights and inputs, and what scales start from, as in configs/_base_/quantization.
@@ -165,7 +165,7 @@ class Watch:
     """The parameters as each forward pass with gradients saw them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.seen: list[Parameters] = []
+        self.seen: list[Parameters] = Notes()
         model.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, *_: Any) -> None:

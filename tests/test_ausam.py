@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mm_sharp import AUSAMOptimWrapper, SAMOptimWrapper
 from tests.references_ausam import ReferenceAUSAM, inclusion_probabilities, mean_sizes, mean_squares, terms
-from tests.toys import batches, make, same_state
+from tests.toys import Notes, batches, make, same_state
 from tests.wrappers import momentum_sgd
 
 NAN = math.nan
@@ -29,7 +29,7 @@ class Listener(BaseModel):
         super().__init__()
         self.layer = nn.Linear(3, 2)
         self.loss_module = nn.MSELoss()
-        self.seen: list[list[int]] = []
+        self.seen: list[list[int]] = Notes()
 
     def losses(self, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
         return {'loss': self.loss_module(self.layer(features), targets)}

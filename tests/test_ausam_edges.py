@@ -12,7 +12,7 @@ from torch.optim import SGD
 
 from mm_sharp.sample_keys import SampleIdError
 from tests.references_ausam import ReferenceAUSAM, mean_sizes, mean_squares, terms
-from tests.toys import NaNSecond, ToyNet, batches, make, same_bits, same_state
+from tests.toys import NaNSecond, Notes, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import build, momentum_sgd, same_weights
 
 both = pytest.mark.parametrize('name', ['ausam', 'ausam-reweight'])
@@ -104,7 +104,7 @@ class Spoilt(ToyNet):
 
     def __init__(self, sample: int, value: float, in_pass: int) -> None:
         super().__init__(norm=False)
-        self.sample, self.value, self.in_pass, self.forwards = sample, value, in_pass, []
+        self.sample, self.value, self.in_pass, self.forwards = sample, value, in_pass, Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         if len(self.forwards) % 2 == self.in_pass:
@@ -189,12 +189,12 @@ class Failing(ToyNet):
 
     def __init__(self, *numbers: int) -> None:
         super().__init__()
-        self.numbers, self.forwards = numbers, []
+        self.numbers, self.forwards = Notes(numbers), Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         number = len(self.forwards)
         if number in self.numbers:
-            self.numbers = tuple(n for n in self.numbers if n != number)
+            self.numbers.remove(number)
             raise KeyboardInterrupt
         losses = super().forward(inputs, targets, sample_idx, mode)
         self.forwards.append(None)
@@ -210,7 +210,7 @@ def test_a_step_that_fails_is_no_visit_and_draws_the_same_again(name: str, numbe
     for batch in data[:2]:
         failing.train_step(batch, wrapper)
         sound.train_step(batch, other)
-    failing.numbers = (number,)
+    failing.numbers = Notes([number])
     with pytest.raises(KeyboardInterrupt):
         failing.train_step(data[2], wrapper)
     failed = wrapper._draw

@@ -18,7 +18,7 @@ from mm_sharp import AUSAMOptimWrapper
 from mm_sharp.batch_draw import BatchDraw
 from mm_sharp.per_sample_loss import PerSampleLoss
 from mm_sharp.sampling import horvitz_thompson_weights, inclusion_probabilities, systematic_choice
-from tests.toys import Batch
+from tests.toys import Batch, Notes
 
 NAN = math.nan
 # Ties, zeros, one dominant score, and samples never seen.
@@ -132,7 +132,7 @@ class Watched(SGD):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.parameters(), lr=0.0)
-        self.seen: list[Tensor] = []
+        self.seen: list[Tensor] = Notes()
 
     def step(self, closure: Any = None) -> None:
         self.seen.append(torch.cat([p.grad.flatten() for g in self.param_groups for p in g['params']]))

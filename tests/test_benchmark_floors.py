@@ -18,7 +18,7 @@ from mm_sharp.benchmark.floors import SUFFIX, Floor, Pass, make_floor, own_work,
 from mm_sharp.benchmark.methods import whole_settings
 from mm_sharp.benchmark.subject import Ready, prepared
 from tests.tool_runs import tool as load
-from tests.toys import ToyNet, batches, make, toy_config
+from tests.toys import Notes, ToyNet, batches, make, toy_config
 
 N = 8
 HALF = {'gamma': 0.5, 'beta': 0.6, 'refresh': 10}
@@ -54,7 +54,7 @@ class Seen:
     """Notes each forward pass of a model: its samples, whether it is differentiated, and for how many tensors."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.passes: list[tuple[int, bool, int]] = []
+        self.passes: list[tuple[int, bool, int]] = Notes()
         self.parameters = list(model.parameters())
         model.register_forward_pre_hook(self, with_kwargs=True)
 

@@ -10,7 +10,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from tests.toys import CountingNet, NaNSecond, ToyNet, batches, make, same_bits, same_state
+from tests.toys import CountingNet, NaNSecond, Notes, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import WRAPPERS, build, momentum_sgd, same_weights
 
 pytestmark = pytest.mark.parametrize('name', WRAPPERS)
@@ -20,7 +20,7 @@ class Watch:
     """Copies of the weights as each forward pass saw them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.seen: list[list[Tensor]] = []
+        self.seen: list[list[Tensor]] = Notes()
         self.handle = model.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
@@ -49,7 +49,7 @@ class Interrupting(ToyNet):
 
     def __init__(self, error: BaseException, where: str) -> None:
         super().__init__()
-        self.error, self.where, self.forwards = error, where, []
+        self.error, self.where, self.forwards = error, where, Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         if torch.is_grad_enabled():
@@ -108,7 +108,7 @@ class HalfUsed(ToyNet):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-        self.forwards: list[None] = []
+        self.forwards: list[None] = Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         used = self.second if len(self.forwards) % 2 else self.first
@@ -332,7 +332,7 @@ class MaskWatch:
     """The dropout masks of each forward pass."""
 
     def __init__(self, model: ToyNet) -> None:
-        self.masks: list[Tensor] = []
+        self.masks: list[Tensor] = Notes()
         model.dropout.register_forward_hook(
             lambda _, inputs, output: self.masks.append((output == 0) & (inputs[0] != 0))
         )

@@ -15,7 +15,7 @@ from mm_sharp import ESAMOptimWrapper
 from mm_sharp.draws import Draw, generator_at
 from mm_sharp.perturbation import weight_mask
 from tests.references_esam import ReferenceESAM, ToyLoss
-from tests.toys import Batch, ToyNet, batches, make, same_bits, same_state
+from tests.toys import Batch, Notes, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import momentum_sgd
 
 both = pytest.mark.parametrize('refresh', [None, 3], ids=['exact', 'history'])
@@ -45,7 +45,7 @@ class Rows:
     """The ids of the samples that each forward pass with gradients ran on."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.ids: list[list[int]] = []
+        self.ids: list[list[int]] = Notes()
         model.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mm_sharp import ESAMOptimWrapper
 from mm_sharp.draws import Draw, generator_at
 from mm_sharp.perturbation import weight_mask
-from tests.toys import ToyNet, batches, make, same_bits
+from tests.toys import Notes, ToyNet, batches, make, same_bits
 from tests.wrappers import momentum_sgd
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ class Computed(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.passes: list[list[str]] = []
+        self.passes: list[list[str]] = Notes()
         self.weights = {tuple(p.shape): n for n, p in model.named_parameters() if p.ndim > 1}
         self.norms = {len(m.weight): n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
         model.register_forward_pre_hook(self.next_pass)
@@ -83,8 +83,8 @@ class Arrived:
     """The names of the parameters that a gradient reached, pass by pass; and the weights that each forward saw."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.passes: list[list[str]] = []
-        self.weights: list[dict[str, Tensor]] = []
+        self.passes: list[list[str]] = Notes()
+        self.weights: list[dict[str, Tensor]] = Notes()
         self.model = model
         model.register_forward_pre_hook(self.next_pass)
         for name, parameter in model.named_parameters():
@@ -207,7 +207,7 @@ class Breaking(DeepNet):
 
     def __init__(self, where: tuple[int, str]) -> None:
         super().__init__()
-        self.where, self.forwards = where, []
+        self.where, self.forwards = where, Notes()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         number = len(self.forwards)

@@ -74,7 +74,7 @@ def batch(folder: Path) -> dict[str, Any]:
 
 def test_the_command_line_exports_checks_and_reports(folder: Path, exported: str) -> None:
     assert 'QCDQ in ONNX Runtime against PyTorch, 4 people' in exported
-    assert 'The file agrees with PyTorch.' in exported
+    assert 'The file agrees with PyTorch: the keypoints differ by ' in exported
     assert '4/4' in exported  # the progress bar
     results = folder / 'work_dirs' / 'w4a4'
     assert sorted(path.name for path in results.iterdir()) == [
@@ -212,7 +212,7 @@ def test_metrics_that_say_nothing(
         module.main(['w4a4.py', 'model.pth'])
         said = capsys.readouterr()
         assert f'warning: {named} of both programs is 0 or not a number, which says nothing' in said.err
-        assert 'The file agrees with PyTorch.' in said.out
+        assert 'The file agrees with PyTorch: the keypoints differ by ' in said.out
 
 
 def test_differences_of_outputs() -> None:

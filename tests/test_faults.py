@@ -24,7 +24,7 @@ from mm_sharp.replay import ModelCall
 from mm_sharp.sample_history import SampleHistory
 from mm_sharp.two_pass import TwoPassOptimWrapper
 from tests.reliability import Holds
-from tests.toys import Batch, CountingNet, batches, make
+from tests.toys import Batch, CountingNet, Notes, batches, make
 from tests.wrappers import build
 
 METHODS = ('sam', 'esam', 'esam-history', 'ausam', 'ausam-reweight', 'ausam-loader')
@@ -46,7 +46,7 @@ class Injected(CountingNet):
         super().__init__()
         self.dropout = nn.Dropout(0.3)
         self.fault: tuple[str, str] | None = None
-        self.passes: list[None] = []
+        self.passes: list[None] = Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         if torch.is_grad_enabled():

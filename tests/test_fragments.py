@@ -66,6 +66,15 @@ def quantization(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'mm_sharp.quantization', ModuleType('mm_sharp.quantization'))
 
 
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that reading a config writes to the log."""
+    lines: list[str] = []
+    monkeypatch.setattr(fragments, '_said', set())
+    monkeypatch.setattr(fragments, 'print_log', lambda line, *_: lines.append(line))
+    return lines
+
+
 def write(folder: Path, bases: list[str], *lines: str) -> Path:
     """A user's config; the base 'w4a4' is a quantization fragment beside it."""
     (folder / 'w4a4.py').write_text(QUANTIZATION)
@@ -401,12 +410,25 @@ def test_an_option_without_effect_is_refused(tmp_path: Path, option: str, instea
     ('line', 'message'),
     [
         ('sharp_quantization = dict(polcy=dict())', r"unknown keys \['polcy'\]"),
+        ('sharp_quantisation = dict(policy=dict())', 'sharp_quantisation is no key .* mean sharp_quantization'),
+        ('sharp_optim_wraper = None', 'sharp_optim_wraper is no key .* mean sharp_optim_wrapper'),
+        (
+            'sharp_1234567890123 = 1',
+            'sharp_1234567890123 is no key .*there are sharp_optim_wrapper, sharp_hook, sharp_quantization',
+        ),
     ],
 )
 def test_a_bad_form_is_the_users_error(tmp_path: Path, line: str, message: str) -> None:
     file = write(tmp_path, [RECIPES['simcc'], 'w4a4', fragment('sam')], line)
     with pytest.raises(cli.UsageError, match=message):
         load(file)
+
+
+def test_a_misspelt_key_is_refused_without_a_fragment_and_by_every_reader(tmp_path: Path) -> None:
+    file = write(tmp_path, [RECIPES['simcc']], 'sharp_quantisation = dict(policy=dict())')
+    for read in (Config.fromfile, load):
+        with pytest.raises((ValueError, cli.UsageError), match='did you mean sharp_quantization'):
+            read(file)
 
 
 @pytest.mark.parametrize('name', benchmark.METHODS)
@@ -628,6 +650,42 @@ def test_our_keys_are_those_that_quantization_knows() -> None:
     )
     assert (model - {'default', 'overrides'}) | layer | {'layers'} == POLICY_KEYS
     assert {*inspect.signature(CalibrationHook).parameters} == CALIBRATION_KEYS
+
+
+@pytest.mark.parametrize(
+    ('bases', 'settings', 'told'),
+    [
+        (['w4a4'], {'polcy': {'weight_bit_width': 4}}, True),
+        ([], {'policy': {'weight_bitwidth': 4}}, True),
+        ([], {'polcy': {'weight_bit_width': 4}}, True),
+        ([fragment('sam')], {'bits': 4}, True),
+        ([], {'bits': 4}, False),
+        ([], {'policy': {'bits': 4}}, False),
+        ([], {'policy': 'int8'}, False),
+        (['w4a4'], {'policy': {'weight_bit_width': 8}}, False),
+    ],
+)
+def test_a_quantization_that_is_left_alone_is_said_to_be(
+    tmp_path: Path, bases: list[str], settings: Any, told: bool, quantization: None, said: list[str]
+) -> None:
+    file = write(tmp_path, [RECIPES['simcc'], *bases], f'quantization = {settings!r}')
+    cfg = Config.fromfile(file)
+    load(file)
+    found = [line for line in said if 'is left alone' in line]
+    assert len(found) == told, 'once'
+    assert all('write sharp_quantization = dict(policy=dict(' in line for line in found)
+    if told:
+        assert cfg.quantization == settings
+
+
+def test_the_old_name_is_merged_into_the_new_one(tmp_path: Path, quantization: None, said: list[str]) -> None:
+    file = write(tmp_path, [RECIPES['simcc'], 'w4a4'], 'quantization = dict(policy=dict(weight_bit_width=8))')
+    for cfg in (Config.fromfile(file), load(file)):
+        assert 'quantization' not in cfg
+        assert cfg.sharp_quantization.policy == {'weight_bit_width': 8, 'act_bit_width': 4} == cfg.model.policy
+        cfg.dump(tmp_path / 'copy.py')
+        assert Config.fromfile(tmp_path / 'copy.py').to_dict() == cfg.to_dict()
+    assert said == ['quantization is the old name of sharp_quantization: it was merged into it']
 
 
 # -------------------------------------------------------------------- weight decay of the scales

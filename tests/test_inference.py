@@ -10,14 +10,19 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.structures import InstanceData
+from mmpose.datasets.datasets.utils import parse_pose_metainfo
+from torch.utils.data import DataLoader
 
 from tests.conftest import ROOT
 from tests.test_docs import blocks
 from tests.tiny_data import NARROW_RECIPE, draw_coco
+from tests.tiny_runs import make_runner
 
 DEMO = sorted((ROOT / 'configs' / 'demo').glob('*.py'))
 FLOAT = 'simcc_res18-half_ausam_demo-128x96.py'
 W4A4 = 'simcc_res18-half_w4a4_ausam_demo-128x96.py'
+POINTS = np.random.default_rng(0).uniform(10, 85, (1, 17, 2)).astype(np.float32)
 EXAMPLES = blocks(ROOT / 'docs' / 'inference.md', 'python')
 # MMPose's, of its own use of torch.
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.cuda.amp.autocast.* is deprecated')
@@ -46,13 +51,23 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         calibrate(model, [pseudo_collate([_sample(model, picture)])])
     else:
         model = init_model(str(config), device='cpu')
-    torch.save({'state_dict': model.state_dict(), 'meta': {}}, checkpoint)
+    save_as_a_run_does(model, checkpoint)
     return {
         f'configs/demo/{FLOAT}': str(config),
         'work_dirs/demo/epoch_8.pth': str(checkpoint),
         'data/demo/val/000001.png': str(picture),
         'work_dirs/demo/inference': str(folder / 'inference'),
     }
+
+
+def save_as_a_run_does(model: Any, checkpoint: Path) -> None:
+    """Save a model by a Runner of ours that trains on its config's data set."""
+    from mmpose.registry import DATASETS
+
+    dataset = DATASETS.build(model.cfg.train_dataloader.dataset)
+    runner = make_runner(checkpoint.parent, model=model, train_dataloader=DataLoader(dataset, batch_size=1))
+    runner._train_loop = runner.build_train_loop(runner._train_loop)  # as Runner.train() does first
+    runner.save_checkpoint(str(checkpoint.parent), checkpoint.name, save_optimizer=False, save_param_scheduler=False)
 
 
 def _sample(model: Any, picture: Path) -> Any:
@@ -86,6 +101,38 @@ def test_the_examples_find_the_same_keypoints(trained: dict[str, str], capsys: p
     written = Path(trained['work_dirs/demo/inference'])
     assert (written / 'predictions' / '000001.json').is_file()
     assert (written / 'visualizations' / '000001.png').is_file()
+
+
+def test_the_keypoints_are_drawn_in_the_data_sets_colours_without_mm_sharp(trained: dict[str, str]) -> None:
+    """What MMPose reads of the checkpoint, it takes undecoded."""
+    from mmpose.visualization import PoseLocalVisualizer
+
+    content = torch.load(trained['work_dirs/demo/epoch_8.pth'], weights_only=True)
+    found = content['meta']['dataset_meta']
+    parsed = parse_pose_metainfo({'from_file': 'configs/_base_/datasets/coco.py'})
+    for key in ('keypoint_colors', 'skeleton_link_colors', 'sigmas', 'dataset_keypoint_weights'):
+        assert np.array_equal(np.asarray(found[key], parsed[key].dtype), parsed[key]), key
+    pictures = []
+    for meta in (parsed, found):
+        visualizer = PoseLocalVisualizer(name=f'colours{len(pictures)}')
+        visualizer.set_dataset_meta(meta)
+        people = InstanceData(keypoints=POINTS, keypoint_scores=np.ones((1, 17)), keypoints_visible=np.ones((1, 17)))
+        pictures.append(visualizer._draw_instances_kpts(np.zeros((128, 96, 3), np.uint8), people))
+    assert pictures[0].any()
+    assert np.array_equal(*pictures)
+
+
+def test_a_checkpoint_of_before_gives_its_colours(trained: dict[str, str], tmp_path: Path) -> None:
+    """Its ``dataset_meta`` holds our dicts in place of arrays."""
+    from mmpose.apis import init_model
+
+    content = torch.load(trained['work_dirs/demo/epoch_8.pth'], weights_only=True)
+    content['meta']['dataset_meta'] = content['meta'].pop('mm_sharp_dataset_meta')
+    torch.save(content, tmp_path / 'before.pth')
+    config = trained[f'configs/demo/{FLOAT}']
+    model = init_model(config, str(tmp_path / 'before.pth'), device='cpu')
+    parsed = parse_pose_metainfo({'from_file': 'configs/_base_/datasets/coco.py'})
+    assert np.array_equal(model.dataset_meta['keypoint_colors'], parsed['keypoint_colors'])
 
 
 @pytest.mark.parametrize('file', DEMO, ids=lambda file: file.stem)

@@ -19,7 +19,7 @@ from mm_sharp.sample_history import SampleHistory
 from mm_sharp.sampling import sample_count
 from mm_sharp.subset import fewest_samples
 from mm_sharp.validation import UserError
-from tests.toys import Batch, ToyNet, batches, make, same_state, toy_config
+from tests.toys import Batch, Notes, ToyNet, batches, make, same_state, toy_config
 from tests.wrappers import build, same_weights
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ class RowNet(ToyNet):
     def __init__(self, pooled: bool = False, lazy: bool = False) -> None:
         super().__init__(norm=False)
         self.rows_norm = nn.BatchNorm2d(96) if pooled else nn.LazyBatchNorm1d() if lazy else nn.BatchNorm1d(96)
-        self.pooled, self.sizes = pooled, []
+        self.pooled, self.sizes = pooled, Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         self.sizes.append(len(inputs))

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from mm_sharp.per_sample_loss import PerSampleLoss, PerSampleLossError
 from tests.test_per_sample_loss import HostReads
-from tests.toys import Batch, same_state
+from tests.toys import Batch, Notes, same_state
 from tests.wrappers import build
 
 N = 6
@@ -38,7 +38,7 @@ class Net(BaseModel):
     def __init__(self, loss: nn.Module, ignoring_from: int = 10**9) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
-        self.loss_fn, self.ignoring_from, self.forwards = loss, ignoring_from, []
+        self.loss_fn, self.ignoring_from, self.forwards = loss, ignoring_from, Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Tensor, mode: str = 'loss') -> dict[str, Tensor]:
         if len(self.forwards) >= self.ignoring_from:

@@ -18,7 +18,7 @@ from mm_sharp.draws import Draw, Member, generator_at
 from mm_sharp.sample_history import Keys
 from tests.checkpoints import through_disk
 from tests.test_runner import ToyPair
-from tests.toys import Batch, ToyNet, batches, make, toy_config
+from tests.toys import Batch, Notes, ToyNet, batches, make, toy_config
 from tests.wrappers import momentum_sgd
 
 STEPS = 8
@@ -30,7 +30,7 @@ class Noting(ToyNet):
 
     def __init__(self) -> None:
         super().__init__(norm=False)
-        self.seen: list[list[int]] = []
+        self.seen: list[list[int]] = Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         self.seen.append(sample_idx.tolist())

@@ -22,7 +22,7 @@ from tests.mmpose_cases import CASES, QUIET, set_epoch
 from tests.mmpose_cases import build as build_recipe
 from tests.reliability import Holds
 from tests.spoilt import finite, logged, spoil
-from tests.toys import NaNSecond, ToyNet, batches, make, same_bits, same_state
+from tests.toys import NaNSecond, Notes, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import WRAPPERS, build, momentum_sgd
 
 METHODS = ('sam', 'asam', 'esam', 'esam-history', 'ausam', 'ausam-reweight')
@@ -135,7 +135,7 @@ class Overflowing(ToyNet):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[list[int]] = []
+        self.seen: list[list[int]] = Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         if self.seen:

@@ -176,7 +176,12 @@ def test_the_accuracy_before_training_is_logged_and_its_model_saved(base: Runner
 
 def test_what_is_nothing_in_float_too_is_a_warning(base: Runner) -> None:
     """The weights are random here."""
-    assert log_of(base).count('coco/AP is 0.0000 without the quantizers, too, so it is not for them: look at') == 1
+    assert (
+        log_of(base).count(
+            'coco/AP is 0.0000 without the quantizers, too, so the quantizers are not the cause: look at'
+        )
+        == 1
+    )
 
 
 def test_a_collapse_is_measured_against_the_float_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ from tests.quantized_toys import (
 from tests.references import gradients_of, sam_perturbation
 from tests.references_ausam import ReferenceAUSAM, mean_sizes, mean_squares, terms
 from tests.references_esam import ReferenceESAM
-from tests.toys import Batch, same_bits, same_state
+from tests.toys import Batch, Notes, same_bits, same_state
 from tests.wrappers import build
 
 NAMES = ('sam', 'asam', 'esam', 'esam-history', 'ausam', 'ausam-reweight')
@@ -50,7 +50,7 @@ class Rows:
     """The ids of the samples that each forward pass with gradients ran on."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.ids: list[list[int]] = []
+        self.ids: list[list[int]] = Notes()
         # After the forward: AUSAM's own hook takes the samples out before it.
         model.register_forward_hook(self, with_kwargs=True)
 

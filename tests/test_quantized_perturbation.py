@@ -13,7 +13,7 @@ from torch.optim import SGD
 from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, SAMOptimWrapper
 from tests import toys
 from tests.quantized_toys import ResidualToy, Watch, batches, is_spared, parameters_of, quantized, slow_sgd, unequal
-from tests.toys import ToyNet, make, same_bits
+from tests.toys import Notes, ToyNet, make, same_bits
 
 RHO = 0.05
 LAYERS = ('conv', 'branch')
@@ -23,7 +23,7 @@ class Multiplied:
     """The weights that a layer multiplies its input by, call by call with gradients."""
 
     def __init__(self, layer: Any) -> None:
-        self.seen: list[Tensor] = []
+        self.seen: list[Tensor] = Notes()
         self._inner = layer.inner_forward_impl
         layer.inner_forward_impl = self
 

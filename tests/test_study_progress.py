@@ -41,11 +41,11 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Board:
 def test_a_note_says_what_a_run_does_and_how_long_it_will(board: Board) -> None:
     assert board.notes() == []
     for note, text, share in (
-        (Note(3, 100), 'starting, 00:50 gone', 0),
-        (Note(3, 100, 110), 'starting, 00:50 gone', 0),
+        (Note(3, 100), 'starting, 00:50 elapsed', 0),
+        (Note(3, 100, 110), 'starting, 00:50 elapsed', 0),
         # Forty seconds for 20 of 80 steps.
-        (Note(3, 100, 110, 20, 80, 2, 8), 'epoch 2 of 8, step 20 of 80, 00:50 gone, 02:00 left', 0.25),
-        (Note(3, 100, 110, 1, 1, tests=1), 'evaluating, 00:50 gone', 1),
+        (Note(3, 100, 110, 20, 80, 2, 8), 'epoch 2 of 8, step 20 of 80, 00:50 elapsed, 02:00 left', 0.25),
+        (Note(3, 100, 110, 1, 1, tests=1), 'evaluating, 00:50 elapsed', 1),
     ):
         progress.note_down(note)
         assert board.notes() == [note]
@@ -120,7 +120,7 @@ def test_what_is_under_way_is_shown_before_anything_ends(
     assert sorted(future.result() for future in watch('all', futures, total=3, board=board)) == [0, 1]
     thread.join()
     shown = stream.getvalue()
-    assert 'all: 1 of 3, 00:00 gone, 00:00 left' in shown
+    assert 'all: 1 of 3, 00:00 elapsed, 00:00 left' in shown
     assert 'all: 3 of 3' in shown
     assert ('50% |' in shown) == (screen is Screen)  # one run, and half of another
     assert 'first' not in shown

@@ -75,3 +75,13 @@ def test_a_finished_study_is_compared_the_same_and_rows_of_other_configs_are_tol
         f"clean: {count} runs were made with other configs than the study's now, {first} among them"
         for count, first in ((10, 'select/clean/base_6e_seed100'), (12, 'report/clean/base_6e_seed0'))
     ]
+
+
+def test_rows_from_before_the_study_was_edited_are_counted(tmp_path: Path) -> None:
+    some(plan_of(tmp_path), 'report/clean/sam', 'report/clean/half')
+    edited = plan_of(tmp_path, settings={'clean': {**SETTING, 'epochs': 8}})
+    found = compare_what_is_there(edited, Rows(edited.folder / 'results.csv'))
+    assert found.notes == [
+        '13 rows belong to other settings (made with another config), select/clean/base_6e_seed100 among them',
+        'clean: rho is not chosen yet: 0 of 10 runs made for it',
+    ]

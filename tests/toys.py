@@ -16,6 +16,10 @@ from torch.utils.data import Dataset
 Batch = dict[str, Tensor]
 
 
+class Notes(list[Any]):
+    """What a test's model notes of its forward passes: not a plain list, so that nobody puts it back."""
+
+
 class SizeLoss(nn.Module):
     """A small penalty on large outputs."""
 
@@ -78,11 +82,10 @@ class NaNSecond(ToyNet):
 
     def __init__(self, factors: dict[int, float]) -> None:
         super().__init__()
-        self.factors, self.forwards = factors, []
+        self.factors, self.forwards = factors, Notes()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
         losses = super().forward(inputs, targets, sample_idx, mode)
-        # A list, because the wrapper takes numbers back after the second pass.
         factor = self.factors.get(len(self.forwards), 1.0)
         self.forwards.append(factor)
         return {name: loss * factor for name, loss in losses.items()}

@@ -178,7 +178,7 @@ def main(arguments: Sequence[str]) -> None:
             f'{Path(sys.argv[0]).name}: {report.file} does not agree with PyTorch: {"; ".join(report.faults())}\n'
         )
         raise SystemExit(1)
-    print('The file agrees with PyTorch.')
+    print(f'The file agrees with PyTorch{report.by_what()}.')
 
 
 if __name__ == '__main__':

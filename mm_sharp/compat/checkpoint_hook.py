@@ -16,10 +16,16 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, Registry
-from mmengine.runner import FlexibleRunner, Runner
+from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
 
 from .fix import Fix
-from .plain_checkpoint import from_plain, missing_statistics, to_plain
+from .plain_checkpoint import (
+    from_plain,
+    join_dataset_meta,
+    missing_statistics,
+    split_dataset_meta,
+    to_plain,
+)
 from .whole_files import WholeFilesHook
 
 _NAME = 'plain checkpoints'
@@ -51,6 +57,8 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
         left: list[str] = []
         for key in list(checkpoint):
             checkpoint[key] = to_plain(checkpoint[key], f'checkpoint[{key!r}]', left)
+        if 'meta' in checkpoint:
+            checkpoint['meta'] = split_dataset_meta(checkpoint['meta'])
         for line in left:
             if line not in self._told:
                 self._told.add(line)
@@ -71,6 +79,8 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
                 logger='current',
                 level=logging.WARNING,
             )
+        if 'meta' in checkpoint:
+            checkpoint['meta'] = join_dataset_meta(checkpoint['meta'])
         for key in list(checkpoint):
             checkpoint[key] = from_plain(checkpoint[key], f'checkpoint[{key!r}]')
 
@@ -92,10 +102,12 @@ class RestoreCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no ty
 
 
 def install() -> None:
-    """Wrap ``register_hooks`` of MMEngine's runners; a second call changes nothing."""
+    """Wrap ``register_hooks`` of MMEngine's runners and what loads checkpoints; a second call changes nothing."""
     for runner_class in (Runner, FlexibleRunner):
         if not hasattr(runner_class.register_hooks, '__wrapped__'):
             runner_class.register_hooks = _with_our_hook(runner_class.register_hooks)
+    if not hasattr(CheckpointLoader.load_checkpoint, '__wrapped__'):
+        CheckpointLoader.load_checkpoint = classmethod(_with_dataset_meta(CheckpointLoader.load_checkpoint.__func__))
 
 
 def serve_every_run() -> None:
@@ -144,6 +156,25 @@ def _with_our_hook(register_hooks: Callable[..., None]) -> Callable[..., None]:
             hook = PlainCheckpointHook()
             self.register_hook(hook)
         self.register_hook(RestoreCheckpointHook(hook))
+
+    return wrapper
+
+
+def _with_dataset_meta(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Rebuild ``meta['dataset_meta']`` for programs without a Runner, as MMPose's inference.
+
+    Checkpoints that this package wrote before it wrote lists there need it.
+    """
+
+    @functools.wraps(load_checkpoint)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        checkpoint = load_checkpoint(*args, **kwargs)
+        meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+        if isinstance(meta, dict) and 'dataset_meta' in meta:
+            rebuilt = from_plain(join_dataset_meta(meta), "checkpoint['meta']")
+            if rebuilt is not meta:
+                checkpoint['meta'] = rebuilt
+        return checkpoint
 
     return wrapper
 

@@ -26,6 +26,10 @@ Bytes go into a uint8 tensor and not into a tensor of the array's type, because 
 (MPS has no float64, and a checkpoint is mapped to the device as a whole); it is fast for a log of millions of
 steps, too.
 
+The data set's description is written twice where it holds arrays: MMPose's inference reads
+``meta['dataset_meta']`` as it is in the file, without this module, so there arrays are lists. The exact ones, by which
+a resumed run compares its data set, are beside it (:func:`split_dataset_meta`).
+
 Ends with: an mmengine that saves plain checkpoints (none as of 0.10.7).
 """
 
@@ -52,6 +56,10 @@ _ATOMS = (
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 # Numbers, text, bytes and dates: kinds of numpy types whose bytes are their value. Not 'O', objects.
 _BYTE_KINDS = 'biufcSUmM'
+# Those of them whose ``tolist`` gives plain types.
+_LIST_KINDS = 'biufcSU'
+# In ``checkpoint['meta']``: what MMEngine saves and MMPose reads, and what ``from_plain`` rebuilds it from.
+_DESCRIPTION, _EXACT = 'dataset_meta', 'mm_sharp_dataset_meta'
 
 
 def to_plain(value: Any, path: str, left: list[str]) -> Any:
@@ -107,6 +115,46 @@ def from_plain(value: Any, path: str) -> Any:
         parts = [from_plain(item, f'{path}[{i}]') for i, item in enumerate(value)]
         changed = any(new is not old for new, old in zip(parts, value, strict=True))
         return type(value)(parts) if changed else value
+    return value
+
+
+def split_dataset_meta(meta: Any) -> Any:
+    """A plain ``checkpoint['meta']`` whose ``dataset_meta`` programs without this module understand, too.
+
+    Args:
+        meta: What ``to_plain`` made of it; it is not changed.
+
+    Returns:
+        ``meta`` itself if its ``dataset_meta`` holds no arrays. Else a copy in which they are lists, with the exact
+        ``dataset_meta`` beside them, for :func:`join_dataset_meta`.
+    """
+    if not isinstance(meta, Mapping) or _DESCRIPTION not in meta:
+        return meta
+    listed = _with_lists(meta[_DESCRIPTION])
+    if listed is meta[_DESCRIPTION]:
+        return meta
+    return {**meta, _DESCRIPTION: listed, _EXACT: meta[_DESCRIPTION]}
+
+
+def join_dataset_meta(meta: Any) -> Any:
+    """The inverse of :func:`split_dataset_meta`; returns ``meta`` itself if there is nothing to join."""
+    if not isinstance(meta, Mapping) or _EXACT not in meta:
+        return meta
+    joined = {**meta, _DESCRIPTION: meta[_EXACT]}
+    del joined[_EXACT]
+    return joined
+
+
+def _with_lists(value: Any) -> Any:
+    """``value``, in plain types, with lists for arrays; ``value`` itself if it holds none."""
+    if isinstance(value, Mapping):
+        if value.get(TAG) == _ARRAY and np.dtype(value['dtype']).kind in _LIST_KINDS:
+            return _rebuild_array(dict(value)).tolist()
+        items = {key: _with_lists(item) for key, item in value.items()}
+        return items if any(items[key] is not item for key, item in value.items()) else value
+    if type(value) in (list, tuple):
+        parts = [_with_lists(item) for item in value]
+        return type(value)(parts) if any(new is not old for new, old in zip(parts, value, strict=True)) else value
     return value
 
 

@@ -77,8 +77,9 @@ class Collapse:
                 )
         if nothing and not before[nothing[0]] > 0:
             return (
-                f'{nothing[0]} is {before[nothing[0]]:.4f} without the quantizers, too, so it is not for them: look at '
-                'the weights (is load_from a trained model of this recipe?) and at the validation set'
+                f'{nothing[0]} is {before[nothing[0]]:.4f} without the quantizers, too, so the quantizers are not '
+                'the cause: look at the weights (is load_from a trained model of this recipe?) and '
+                'at the validation set'
             )
         return None
 

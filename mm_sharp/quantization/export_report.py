@@ -100,6 +100,13 @@ class ExportReport:
             'checkpoint trained, and is it of this data?): the keypoints were compared instead'
         ]
 
+    def by_what(self) -> str:
+        """How near the keypoints and the metrics are, as the end of a sentence; empty where there is neither."""
+        distances = np.asarray(self.distances)
+        parts = [f'the keypoints differ by {distances.mean():.2g} pixels on average'] if distances.size else []
+        parts += [f'{name} {theirs:.4g} (PyTorch: {ours:.4g})' for name, (ours, theirs) in self._judged().items()]
+        return f': {"; ".join(parts)}' if parts else ''
+
     def _judged(self) -> dict[str, tuple[float, float]]:
         return {name: values for name, values in self.metrics.items() if ' ' not in name}
 

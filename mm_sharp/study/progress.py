@@ -57,14 +57,14 @@ class Note:
 
     def text(self, now: float) -> str:
         """For people."""
-        gone = f'{_clock(now - self.begun)} gone'
+        elapsed = f'{_clock(now - self.begun)} elapsed'
         if self.tests:
-            return f'evaluating, {gone}'
+            return f'evaluating, {elapsed}'
         if not self.step:
-            return f'starting, {gone}'
+            return f'starting, {elapsed}'
         left = (now - self.trained) * (self.steps - self.step) / self.step
         return (
-            f'epoch {self.epoch:.0f} of {self.epochs:.0f}, step {self.step:.0f} of {self.steps:.0f}, {gone}, '
+            f'epoch {self.epoch:.0f} of {self.epochs:.0f}, step {self.step:.0f} of {self.steps:.0f}, {elapsed}, '
             f'{_clock(left)} left'
         )
 
@@ -158,7 +158,7 @@ def watch(
             now = time.time()
             notes = [note for note in (board.notes() if board else []) if numbered.get(int(note.run)) in waiting]
             done = len(futures) - len(waiting) + sum(note.share for note in notes)
-            head = f'{title}: {total - len(waiting)} of {total}, {_clock(now - begun)} gone'
+            head = f'{title}: {total - len(waiting)} of {total}, {_clock(now - begun)} elapsed'
             if done and waiting:
                 head += f', {_clock((now - begun) * (len(futures) - done) / done)} left'
             under_way = [f'{futures[numbered[int(note.run)]]}: {note.text(now)}' for note in notes]

@@ -48,7 +48,7 @@ class SoFar:
 
 def compare_what_is_there(plan: Plan, rows: Rows) -> SoFar:
     """All that the rows of a study say, finished or not."""
-    found = SoFar()
+    found = SoFar(notes=_of_other_settings(plan, rows))
     for wave in order_by_need(plan.study.settings.values()):
         for names in pools(wave):
             runs = [run for name in names for run in plan.selection_runs(name)]
@@ -97,6 +97,29 @@ def _outdated(plan: Plan, rows: Rows, title: str, runs: Sequence[Run]) -> list[s
     if not old:
         return []
     return [f"{title}: {len(old)} runs were made with other configs than the study's now, {old[0].id} among them"]
+
+
+def _of_other_settings(plan: Plan, rows: Rows) -> list[str]:
+    """A line about rows that none of the study's runs would write, such as those from before its file was edited."""
+    study = plan.study
+    selecting = {run.id for name in study.settings for run in plan.selection_runs(name)}
+    reported = {
+        (name, method, str(plan.epochs(name, method, budget)), str(seed))
+        for name in study.settings for method in study.methods for budget in study.budgets for seed in study.seeds
+    }  # fmt: skip
+    others = [
+        row['id']
+        for row in rows.by_id.values()
+        if row['setting'] in study.settings  # with --settings, the file has rows of the others
+        and row['id'] not in selecting
+        and (
+            row['phase'] != 'report'
+            or tuple(row[key] for key in ('setting', 'method', 'epochs', 'seed')) not in reported
+        )
+    ]
+    if not others:
+        return []
+    return [f'{len(others)} rows belong to other settings (made with another config), {others[0]} among them']
 
 
 def _by_recipe(plan: Plan, runs: Sequence[Run]) -> str:

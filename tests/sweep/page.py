@@ -10,9 +10,9 @@ Found = dict[str, Any]
 
 HEAD = """# The packages' models at rho = 0
 
-At `rho = 0` a step of SAM is the base optimizer's, bit for bit, whatever a model does in its forward: momentum
-teachers, queues, counters, random masks, batches that are changed in place. `make sweep` tries this on all models that
-MMPretrain, MMDetection and MMPose ship, one config for each set of classes, and writes this page.
+At `rho = 0` a step of SAM is the base optimizer's, bit for bit, for models that keep state in their forward, too:
+momentum teachers, queues, counters, random masks, batches that are changed in place. `make sweep` tries this on the
+models that MMPretrain, MMDetection and MMPose ship, one config for each class, and writes this page.
 
 Each model is made shallow (one layer a stage, or as many as its config allows) and trained for two steps on small
 pictures of noise, by `OptimWrapper` and by `SAMOptimWrapper(rho=0.0)`, from equal weights, seeds and batches. Compared
@@ -26,6 +26,11 @@ _REASONS = {
     'URLError|Connection|connect|huggingface|Hub|download': 'needs a download',
     'No module|not installed|ImportError|requires|install': 'needs a package that is not installed',
     'too large|takes more than|hangs|code -9': 'too large to be tried',
+}
+# Why a model is not equal, by a part of its config's path.
+_CAUSES = {
+    'swav/': 'its forward normalises a weight that is trained, and the second pass does it again: rounding '
+    '([what is not put back](reliability.md))',
 }
 
 
@@ -78,4 +83,8 @@ def _reason(error: str) -> str:
 
 
 def _list(some: Iterable[Found], key: str) -> str:
-    return '\n'.join(f'- {each["package"]} `{each["path"]}`: {each[key][:200]}' for each in some)
+    return '\n'.join(f'- {each["package"]} `{each["path"]}`: {_cause(each["path"])}{each[key][:200]}' for each in some)
+
+
+def _cause(path: str) -> str:
+    return next((f'{cause}. ' for part, cause in _CAUSES.items() if part in path), '')
