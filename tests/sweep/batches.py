@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.dataset import default_collate
 
-from tests.mmpose_cases import CASES, NEED_OPERATORS, Case
+from tests.mmpose_cases import CASES, NEED_OPERATORS, Case, motion_sample
 from tests.narrow import narrow
 
 BATCH = 2
@@ -180,7 +181,7 @@ def _persons(cfg: Config, size: int) -> Batch:
         sample = ReIDDataSample()
         sample.set_gt_label(number // 2)
         samples.append(sample)
-    return {'inputs': torch.randint(0, 256, (2 * BATCH, 3, 128, 64), dtype=torch.uint8), 'data_samples': samples}
+    return {'inputs': torch.randint(0, 256, (2 * BATCH, 3, 256, 128), dtype=torch.uint8), 'data_samples': samples}
 
 
 _SPECIAL: dict[str, Callable[[Config, int], Batch]] = {
@@ -204,17 +205,21 @@ _MADE_BY_CASES = {
 
 def _pose(cfg: Config, size: int | None) -> Batch:
     head = cfg.model.get('head') or {}
-    names = {cfg.model.type, head.get('type')} | ({'TrajectoryRegressionHead'} if 'traj_head' in cfg.model else set())
+    name = 'TrajectoryRegressionHead' if 'traj_head' in cfg.model else head.get('type', cfg.model.type)
     for case in (*NEED_OPERATORS, *CASES):
-        if case.name in names & _MADE_BY_CASES:
+        if case.name == name and name in _MADE_BY_CASES:
             narrow(cfg.model)
             case.edit(cfg)
+            frames = next(values(cfg._cfg_dict, 'seq_len'), None)
+            if name == 'TemporalRegressionHead' and frames:
+                case = replace(case, sample=motion_sample(frames, 1))
             return case.batch(cfg)
     if size:
         width, height = next(values(cfg._cfg_dict, 'input_size'))
         _divide(cfg._cfg_dict, next(n for n in (4, 3, 2, 1) if not (width // 32 % n or height // 32 % n)))
-    keypoints = next(n for key in ('num_keypoints', 'num_joints', 'out_channels') for n in values(head, key))
-    return Case('', '', None, None, int(keypoints)).batch(cfg)
+    channels = next(n for key in ('num_keypoints', 'num_joints', 'out_channels') for n in values(head, key))
+    combined = 'combined' in values(cfg._cfg_dict, 'heatmap_type')  # a heatmap and two offsets for each keypoint
+    return Case('', '', None, None, int(channels) // (3 if combined else 1)).batch(cfg)
 
 
 def _divide(part: Any, by: int) -> None:

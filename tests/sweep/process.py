@@ -26,6 +26,7 @@ from tests.sweep.recipes import Recipe, root
 from tests.sweep.trial import trial
 
 LIMIT = 60  # seconds of the processor for a model
+MEMORY = 12 * 2**30  # bytes of its addresses
 
 
 def attempt(recipe: Recipe, methods: Sequence[str] = ('SAM',), limit: int = LIMIT) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def attempt(recipe: Recipe, methods: Sequence[str] = ('SAM',), limit: int = LIMI
 
 def _child(pipe: Connection, recipe: Recipe, methods: Sequence[str], limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
     sys.stdout = sys.stderr = open(os.devnull, 'w')  # noqa: SIM115  # for as long as the process lives
