@@ -65,7 +65,7 @@ def test_all_configs_that_a_package_ships(package: str, holds: Holds) -> None:
         package,
         'each reads as it does without',
         len(ours),
-        'configs',
+        'shipped configs read with and without us',
     )
 
 
