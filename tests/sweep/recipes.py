@@ -117,7 +117,7 @@ def without_pretrained(part: Any) -> None:
     """Remove pretrained weights from a config, at any depth, in place: nothing is downloaded."""
     if isinstance(part, dict):
         start = part.get('init_cfg')
-        if isinstance(start, Mapping) and start.get('type') == 'Pretrained':
+        if isinstance(start, Mapping) and 'checkpoint' in start:  # the type may be missing
             part['init_cfg'] = None
         for key in ('pretrained', 'teacher_ckpt', 'teacher_pretrained', 'load_from'):
             if isinstance(part.get(key), str):
