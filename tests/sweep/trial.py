@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
-from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import BaseDataElement
@@ -81,7 +80,7 @@ def _ready(scope: str, cfg: Config, size: int | None) -> tuple[nn.Module, Batch]
     except Exception as error:
         problem = error
     seed()
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))  # first, for a package that is missing says more than a batch that is
+    model = MODELS.build(cfg.model)  # first, for a package that is missing says more than a batch that is
     if problem is not None:
         raise problem
     weights = sum(parameter.numel() for parameter in model.parameters())
