@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -127,7 +128,7 @@ def _detect(cfg: Config, size: int | None) -> Batch:
         num_items=[3] * BATCH,
         num_classes=max(min(classes, 10), 2),
         sem_seg_output_strides=1 if panoptic else 8,
-        with_mask=True,
+        with_mask=re.search('mask_head|loss_mask|mask_loss|Mask', str(cfg.model)) is not None,
         with_semantic=True,
         use_box_type=True,
     )

@@ -11,8 +11,10 @@ Found = dict[str, Any]
 HEAD = """# The packages' models at rho = 0
 
 At `rho = 0` a step of SAM is the base optimizer's, bit for bit, for models that keep state in their forward, too:
-momentum teachers, queues, counters, random masks, batches that are changed in place. `make sweep` tries this on the
-models that MMPretrain, MMDetection and MMPose ship, one config for each class, and writes this page.
+momentum teachers, queues, counters, random masks, batches that are changed in place. `make sweep` tries this on models
+that MMPretrain, MMDetection and MMPose ship, and writes this page. It takes a config if its model has a class (a
+backbone, a neck, a head, a loss, an assigner) that no config before has; with `ARGS=--every`, one for each set of
+classes.
 
 Each model is made shallow (one layer a stage, or as many as its config allows) and trained for two steps on small
 pictures of noise, by `OptimWrapper` and by `SAMOptimWrapper(rho=0.0)`, from equal weights, seeds and batches. Compared
@@ -46,6 +48,9 @@ def page(found: Sequence[Found], unread: dict[str, dict[str, str]], methods: Seq
     for method in methods:
         different = [each for each in found if method in each and _verdict(each[method]) == 'differs']
         parts.append(f'## {method}: not equal\n\n' + (_list(different, method) or 'None.'))
+        random = [each for each in found if method in each and _verdict(each[method]) == 'random']
+        if random:
+            parts.append(f'## {method}: not to be compared, for two runs without it differ\n\n' + _list(random, method))
     untried = [each for each in found if 'error' in each]
     for reason in (*_REASONS.values(), 'other'):
         some = [each for each in untried if _reason(each['error']) == reason]
@@ -57,7 +62,10 @@ def page(found: Sequence[Found], unread: dict[str, dict[str, str]], methods: Seq
 def _table(found: Sequence[Found], unread: dict[str, dict[str, str]], methods: Sequence[str]) -> str:
     names = [f'{method}: {verdict}' for method in methods for verdict in ('equal', 'differs', 'random', 'refused')]
     names = [name for name in names if name != 'SAM: refused']
-    lines = [f'| package | configs | models | trained here | {" | ".join(names)} |', '|---' * (len(names) + 4) + '|']
+    lines = [
+        f'| package | configs with their classes | tried | trained here | {" | ".join(names)} |',
+        '|---' * (len(names) + 4) + '|',
+    ]
     for package in dict.fromkeys(each['package'] for each in found):
         some = [each for each in found if each['package'] == package]
         tried = [each for each in some if 'error' not in each]
@@ -66,7 +74,10 @@ def _table(found: Sequence[Found], unread: dict[str, dict[str, str]], methods: S
         numbers = [configs, len(some), len(tried), *(said.count(name) for name in names)]
         lines.append(f'| {package} | ' + ' | '.join(map(str, numbers)) + ' |')
     unreadable = sum(map(len, unread.values()))
-    return '\n'.join(lines) + f'\n\n{unreadable} configs cannot be read: they inherit from files that are not shipped.'
+    return (
+        '\n'.join(lines)
+        + f'\n\n{unreadable} configs cannot be read by MMEngine; most inherit from files that are not shipped.'
+    )
 
 
 def _verdict(said: str) -> str:

@@ -44,7 +44,7 @@ class Recipe:
         return f'{self.path} with {self.loss}' if self.loss else self.path
 
     def config(self) -> Config:
-        """The config with nothing to download."""
+        """The config with nothing to download, for one process."""
         cfg = Config.fromfile(root(self.package) / self.path)
         if 'data_preprocessor' in cfg and 'data_preprocessor' not in cfg.model:
             cfg.model.data_preprocessor = cfg.data_preprocessor
@@ -52,7 +52,7 @@ class Recipe:
             cfg.model.head.loss = {'type': self.loss}
             if self.loss == 'SeesawLoss':
                 cfg.model.head.loss.num_classes = cfg.model.head.num_classes
-        without_pretrained(cfg._cfg_dict)
+        for_one_process(cfg._cfg_dict)
         return cfg
 
 
@@ -113,11 +113,13 @@ def _classes(part: Any) -> Iterator[str]:
             yield from _classes(value)
 
 
-def without_pretrained(part: Any) -> None:
-    """Remove pretrained weights from a config, at any depth, in place: nothing is downloaded."""
+def for_one_process(part: Any) -> None:
+    """Take out of a config what is downloaded, at any depth, in place; and the norms that need several processes."""
     if isinstance(part, dict):
+        if part.get('type') in ('SyncBN', 'MMSyncBN'):
+            part['type'] = 'BN'
         start = part.get('init_cfg')
-        if isinstance(start, Mapping) and start.get('type') == 'Pretrained':
+        if isinstance(start, Mapping) and 'checkpoint' in start:  # the type may be missing
             part['init_cfg'] = None
         for key in ('pretrained', 'teacher_ckpt', 'teacher_pretrained', 'load_from'):
             if isinstance(part.get(key), str):
@@ -125,7 +127,7 @@ def without_pretrained(part: Any) -> None:
         part = list(part.values())
     if isinstance(part, (list, tuple)):
         for value in part:
-            without_pretrained(value)
+            for_one_process(value)
 
 
 # ------------------------------------------------------------------------------------------------ fewer layers
