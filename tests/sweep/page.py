@@ -94,7 +94,12 @@ def _reason(error: str) -> str:
 
 
 def _list(some: Iterable[Found], key: str) -> str:
-    return '\n'.join(f'- {each["package"]} `{each["path"]}`: {_cause(each["path"])}{each[key][:200]}' for each in some)
+    lines = []
+    for each in some:
+        # The packages' own folders, which a reader would look for among ours.
+        said = re.sub(r"(?<=['\s])configs/", '', each[key])[:200]
+        lines.append(f'- {each["package"]} `{each["path"]}`: {_cause(each["path"])}{said}')
+    return '\n'.join(lines)
 
 
 def _cause(path: str) -> str:
