@@ -16,6 +16,13 @@ from mm_sharp.validation import UnsupportedError, UserError
 if TYPE_CHECKING:
     from mm_sharp.two_pass import TwoPassOptimWrapper
 
+_RIGHT_FORM = (
+    '    with optim_wrapper.optim_context(model):\n'
+    "        losses = model(inputs, data_samples, mode='loss')\n"
+    '    optim_wrapper.update_params(model.parse_losses(losses)[0])\n'
+    'For a model that returns the loss as a tensor, the last line is: optim_wrapper.update_params(losses)'
+)
+
 
 def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = True) -> None:
     """Refuse model wrappers under which the first pass would be wrong or fail.
@@ -133,20 +140,12 @@ def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCa
     if within:
         raise RuntimeError(
             f'{owner}.update_params was called inside optim_context, which is for the first forward alone: what it '
-            'switches off there would be off in the second pass, too. Call it behind it:\n'
-            '    with optim_wrapper.optim_context(model):\n'
-            "        losses = model(inputs, data_samples, mode='loss')\n"
-            '    optim_wrapper.update_params(model.parse_losses(losses)[0])\n'
-            'For a model that returns the loss as a tensor, the last line is: optim_wrapper.update_params(losses)'
+            'switches off there would be off in the second pass, too. Call it behind it:\n' + _RIGHT_FORM
         )
     if call is None:
         raise RuntimeError(
             f'{owner}.update_params needs the forward pass that gave the loss, to run it again. Call the model '
-            'that was handed to optim_context inside it, once for each update_params:\n'
-            '    with optim_wrapper.optim_context(model):\n'
-            "        losses = model(inputs, data_samples, mode='loss')\n"
-            '    optim_wrapper.update_params(model.parse_losses(losses)[0])\n'
-            'For a model that returns the loss as a tensor, the last line is: optim_wrapper.update_params(losses)'
+            'that was handed to optim_context inside it, once for each update_params:\n' + _RIGHT_FORM
         )
     return call
 
@@ -165,11 +164,7 @@ def check_within(owner: str, method: str, within: bool) -> None:
     if not within:
         raise RuntimeError(
             f'{owner}.{method} was called by hand: a sharpness-aware step has two backward passes, which only '
-            'update_params can run. In place of backward, step and zero_grad write:\n'
-            '    with optim_wrapper.optim_context(model):\n'
-            "        losses = model(inputs, data_samples, mode='loss')\n"
-            '    optim_wrapper.update_params(model.parse_losses(losses)[0])\n'
-            'For a model that returns the loss as a tensor, the last line is: optim_wrapper.update_params(losses)'
+            'update_params can run. In place of backward, step and zero_grad write:\n' + _RIGHT_FORM
         )
 
 

@@ -36,6 +36,13 @@ def fresh(kind: type[ToyNet], **kwargs: Any) -> Any:
     return make(kind, **kwargs)
 
 
+def train_both(ours: Any, wrapper: Any, base: Any, plain: Any, data: list[Batch]) -> None:
+    """A step of each on every batch, in turns."""
+    for batch in data:
+        ours.train_step(batch, wrapper)
+        base.train_step(batch, plain)
+
+
 def equal(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(map(same_bits, left, right))
 
@@ -47,9 +54,7 @@ def test_a_radius_of_zero_is_the_base_optimizer(name: str, kind: str) -> None:
     wrapper, plain = build(name, ours, whole=True, rho=0.0), OptimWrapper(momentum_sgd(base))
     if name.startswith('esam'):
         wrapper.beta = 1.0
-    for batch in batches(STEPS):
-        ours.train_step(batch, wrapper)
-        base.train_step(batch, plain)
+    train_both(ours, wrapper, base, plain, batches(STEPS))
     assert same_weights(name, ours, base)
     if not name.endswith('reweight'):
         assert equal(ours.state(), base.state())
@@ -127,9 +132,7 @@ def test_a_teacher_that_rests_most_of_the_time(kind: type[Memory], interval: int
 
     ours, base = fresh(Resting), fresh(Resting)
     wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
-    for batch in batches(4 * interval):
-        ours.train_step(batch, wrapper)
-        base.train_step(batch, plain)
+    train_both(ours, wrapper, base, plain, batches(4 * interval))
     assert equal(ours.state(), base.state())
     assert same_weights('sam', ours, base)
 
@@ -326,9 +329,7 @@ def test_the_users_own_hooks_run_once_a_pass(name: str) -> None:
     wrapper, plain = build(name, ours, whole=True, rho=0.0), OptimWrapper(momentum_sgd(base))
     if name.startswith('esam'):
         wrapper.beta = 1.0
-    for batch in batches(2):
-        ours.train_step(batch, wrapper)
-        base.train_step(batch, plain)
+    train_both(ours, wrapper, base, plain, batches(2))
     assert same_weights(name, ours, base)
 
 
@@ -349,9 +350,7 @@ def test_a_model_may_call_itself(name: str) -> None:
     for each in (wrapper, plain):
         if isinstance(each, PerSampleOptimWrapper):
             each.member.number = 0  # both draw the same
-    for batch in batches(3):
-        ours.train_step(batch, wrapper)
-        base.train_step(batch, plain)
+    train_both(ours, wrapper, base, plain, batches(3))
     assert same_weights('sam', ours, base)
 
 
@@ -386,9 +385,7 @@ def test_parse_losses_of_a_models_own_runs_once_a_pass() -> None:
 
     ours, base = make(WarmUp), make(WarmUp)
     wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
-    for batch in batches(3):
-        ours.train_step(batch, wrapper)
-        base.train_step(batch, plain)
+    train_both(ours, wrapper, base, plain, batches(3))
     assert ours.calls == base.calls == 3
     assert same_weights('sam', ours, base)
 
@@ -430,9 +427,7 @@ def test_buffers_of_every_kind_train(kind: str) -> None:
     for model in (ours, base):
         model.register_buffer('odd', odd(), persistent=False)
     wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
-    for batch in batches(2):
-        ours.train_step(batch, wrapper)
-        base.train_step(batch, plain)
+    train_both(ours, wrapper, base, plain, batches(2))
     assert same_weights('sam', ours, base)
 
 
@@ -446,9 +441,7 @@ def test_generators_of_a_models_own_draw_the_same_in_every_pass() -> None:
 
     ours, base = fresh(Drawing), fresh(Drawing)
     wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
-    for batch in batches(3):
-        ours.train_step(batch, wrapper)
-        base.train_step(batch, plain)
+    train_both(ours, wrapper, base, plain, batches(3))
     assert same_weights('sam', ours, base)
     assert same_bits(ours.own.get_state(), base.own.get_state())
     assert ours.numpy.random() == base.numpy.random()
@@ -479,9 +472,7 @@ def test_new_buffers_and_attributes_of_every_kind(name: str) -> None:
     wrapper, plain = build(name, ours, whole=True, rho=0.0), OptimWrapper(momentum_sgd(base))
     if name.startswith('esam'):
         wrapper.beta = 1.0
-    for batch in batches(3):
-        ours.train_step(batch, wrapper)
-        base.train_step(batch, plain)
+    train_both(ours, wrapper, base, plain, batches(3))
     assert same_weights(name, ours, base)
     assert ours.pair == base.pair == (3, 1.5)
 
@@ -492,9 +483,7 @@ def test_a_traced_part_trains() -> None:
     for model in (ours, base):
         model.norm = torch.jit.trace(model.norm, example)  # which moves its statistics
     wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
-    for batch in batches(2):
-        ours.train_step(batch, wrapper)
-        base.train_step(batch, plain)
+    train_both(ours, wrapper, base, plain, batches(2))
     assert same_weights('sam', ours, base)
 
 
