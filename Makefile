@@ -66,13 +66,13 @@ test: $(INSTALLED) lint types ## lint, check the types and run the whole test su
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-kills: $(INSTALLED) ## kill training runs at random times, and resume them (about five minutes)
-	$(PY) -m pytest -m kills -s $(ARGS) tests/test_kills.py tests/test_rank_faults.py tests/test_endings.py tests/test_resume.py
+	$(PY) -m pytest -m kills -s $(ARGS) tests/step/test_kills.py tests/step/test_rank_faults.py tests/cli/test_endings.py tests/step/test_resume.py
 
 FOUND := work_dirs/reliability.jsonl
 
 reliability: $(INSTALLED) ## put every method through all faults, kills and long runs; write the tables of docs/reliability.md
 	mkdir -p $(dir $(FOUND)) && rm -f $(FOUND)
-	$(PY) -m pytest -n 2 --dist loadfile -m '' --reliability $(CURDIR)/$(FOUND) $$(grep -l 'holds: Holds' tests/test_*.py)
+	$(PY) -m pytest -n 2 --dist loadfile -m '' --reliability $(CURDIR)/$(FOUND) $$(grep -l 'holds: Holds' tests/*/test_*.py)
 	$(PY) -m tests.reliability_page $(FOUND) docs/reliability.md
 
 sweep: $(INSTALLED) ## try SAM at rho = 0 on all models that the packages ship; write docs/model_sweep.md

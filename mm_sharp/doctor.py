@@ -25,7 +25,7 @@ DISTRIBUTIONS = (
 # Modules whose import shows whether a package works, if the distribution on the left is there. With MMPose's
 # modules all of its registries load.
 _IMPORTS = (
-    *(('torch', 'torch'), ('numpy', 'numpy'), ('mmengine', 'mmengine.runner'), ('mm_sharp', 'mm_sharp.sam')),
+    *(('torch', 'torch'), ('numpy', 'numpy'), ('mmengine', 'mmengine.runner'), ('mm_sharp', 'mm_sharp.methods.sam')),
     *(('torchvision', 'torchvision'), ('mmpose', 'cv2'), ('mmpose', 'mmcv'), ('mmdet', 'mmdet')),
     *(('mmpose', f'mmpose.{part}') for part in ('datasets', 'models', 'evaluation', 'visualization', 'engine')),
     *(('mmpretrain', 'mmpretrain.models'), ('brevitas', 'brevitas'), ('onnx', 'onnx'), ('onnxruntime', 'onnxruntime')),

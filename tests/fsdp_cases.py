@@ -1,4 +1,4 @@
-"""What the processes of tests/test_fsdp.py do: every case is trained in one group of them."""
+"""What the processes of tests/step/test_fsdp.py do: every case is trained in one group of them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import SGD
 
-from mm_sharp.shards import local
-from mm_sharp.two_pass import TwoPassOptimWrapper
+from mm_sharp.ops.fsdp import local_shard
+from mm_sharp.step.two_pass import TwoPassOptimWrapper
 from tests.references import gradients_of
-from tests.test_distributed import shard
+from tests.step.test_distributed import shard
 from tests.toys import Notes, ToyNet, batches, make
 from tests.wrappers import build, momentum_sgd
 
@@ -90,7 +90,7 @@ def whole_weights(model: nn.Module) -> list[np.ndarray]:
 
 def pieces(model: nn.Module) -> list[tuple[int, bytes]]:
     """Where this process's pieces are, and their bits."""
-    held = [local(parameter).detach() for parameter in model.parameters()]
+    held = [local_shard(parameter).detach() for parameter in model.parameters()]
     return [(piece.data_ptr(), piece.clone().numpy().tobytes()) for piece in held]
 
 
@@ -104,7 +104,7 @@ def train(
     validate: bool = False,
     lr: float = 0.05,
     faults: int = 0,
-    spoilt: int = -1,
+    corrupted: int = -1,
     **options: Any,
 ) -> Result:
     """Train a toy on this process's shards of the batches.
@@ -118,7 +118,7 @@ def train(
         validate: Run the model without gradients between the steps, which leaves FSDP's outermost weights gathered.
         lr: The optimizer's; 0 leaves the weights in place.
         faults: Steps that are to fail; each is tried again with the same batch.
-        spoilt: The step in which the last process has a sample that is nan.
+        corrupted: The step in which the last process has a sample that is nan.
         options: The wrapper's.
     """
     net = sharded(kind, make(norm=False) if model is None else model)
@@ -131,7 +131,7 @@ def train(
     with count_all_reduces() as reduced, as_before_213() if 'before' in kind else nullcontext():
         for step, batch in enumerate(batches(STEPS, size=8)):
             part = shard(batch, rank, processes)
-            if step == spoilt and rank == processes - 1:
+            if step == corrupted and rank == processes - 1:
                 part['inputs'][0] = float('nan')
             if validate:
                 with torch.no_grad():
@@ -201,7 +201,7 @@ def overflow_of_one(rank: int, processes: int, kind: str, dtype: str | None) -> 
         none = kind == 'flat' and (rank == 0 or parameter.numel() == 0)
         parameter.grad = None if none else torch.ones_like(parameter)
         if parameter.grad is not None and rank == processes - 1:
-            local(parameter.grad).fill_(float('inf'))
+            local_shard(parameter.grad).fill_(float('inf'))
     wrapper._within_update = True
     wrapper._guard.step_if_finite(wrapper, {})
     return {'kept': before == pieces(net), 'halved': None if scale is None else scaler.get_scale() == scale / 2}

@@ -1,4 +1,4 @@
-"""Runs of MMEngine's FlexibleRunner under its FSDPStrategy, for tests/test_fsdp.py."""
+"""Runs of MMEngine's FlexibleRunner under its FSDPStrategy, for tests/step/test_fsdp.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from mmengine.runner import FlexibleRunner
 
-from mm_sharp.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.two_pass import TwoPassOptimWrapper
 from tests.fsdp_cases import LAYERS, Result, whole_weights
 from tests.toys import toy_config
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from mmengine.config import Config
 
-from mm_sharp import cli
+from mm_sharp.cli import options as cli
 from tests.conftest import ROOT
 from tests.toys import toy_config
 

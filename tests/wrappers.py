@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, SAMOptimWrapper
-from mm_sharp.batch_draw import BatchDraw
-from mm_sharp.sample_history import Keys
-from mm_sharp.two_pass import TwoPassOptimWrapper
+from mm_sharp.samples.draw import BatchDraw
+from mm_sharp.samples.history import Keys
+from mm_sharp.step.two_pass import TwoPassOptimWrapper
 from tests.toys import same_state
 
 WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {

@@ -26,8 +26,12 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from tqdm import tqdm
 
+from mm_sharp.analysis import sharpness
+
 # Importing the package mends the stack; MMPose is first imported after it, when a model is built.
-from mm_sharp import cli, preflight, sharpness
+from mm_sharp.cli import options as cli
+from mm_sharp.config import preflight
+from mm_sharp.errors import UsageError
 
 _OWN_CONFIG = re.compile(r'(.+\.(?:py|json|ya?ml)):(.+)')
 
@@ -121,10 +125,10 @@ def checkpoints(args: argparse.Namespace) -> list[tuple[str, str, str]]:
         pairs.append((own[1], own[2]) if own else (args.config, given))
     names = args.names or _names([checkpoint for _, checkpoint in pairs])
     if len(names) != len(pairs):
-        raise cli.UsageError(f'--names {" ".join(names)}: {len(names)} names for {len(pairs)} checkpoints')
+        raise UsageError(f'--names {" ".join(names)}: {len(names)} names for {len(pairs)} checkpoints')
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise cli.UsageError(f'{twice[0]!r} is the name of two checkpoints: give each its own with --names')
+        raise UsageError(f'{twice[0]!r} is the name of two checkpoints: give each its own with --names')
     return [(name, *pair) for name, pair in zip(names, pairs, strict=True)]
 
 
@@ -175,7 +179,7 @@ def settings_of(args: argparse.Namespace) -> sharpness.Settings:
     )
 
 
-class Subject(NamedTuple):
+class Workload(NamedTuple):
     """A checkpoint that is ready to be measured.
 
     Args:
@@ -195,7 +199,7 @@ class Subject(NamedTuple):
     samples: sharpness.Samples
 
 
-def load(args: argparse.Namespace) -> list[Subject]:
+def load(args: argparse.Namespace) -> list[Workload]:
     """Load all models and samples: what is wrong with the last checkpoint shows before the first is measured."""
     subjects = []
     # Configs that load the same data share the samples.
@@ -207,7 +211,7 @@ def load(args: argparse.Namespace) -> list[Subject]:
             if key not in samples:
                 with _bar('loading samples', args.samples) as tick:
                     samples[key] = sharpness.load_samples(cfg, args.split, args.samples, args.seed, tick)
-        subjects.append(Subject(name, config, checkpoint, cfg, loaded, samples[key]))
+        subjects.append(Workload(name, config, checkpoint, cfg, loaded, samples[key]))
     return subjects
 
 

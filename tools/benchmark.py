@@ -38,7 +38,10 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mm_sharp import benchmark, cli, preflight
+from mm_sharp.analysis import benchmark
+from mm_sharp.cli import options as cli
+from mm_sharp.config import preflight
+from mm_sharp.errors import UsageError
 
 _FACTORS = {'': 1, 'k': 1e3, 'M': 1e6, 'B': 1e9}
 
@@ -115,7 +118,7 @@ def parse_count(text: str, option: str = '--history') -> int:
     match = re.fullmatch(r'(\d+(?:\.\d+)?)([kMB]?)', text)
     count = float(match[1]) * _FACTORS[match[2]] if match else 0.0
     if count < 1 or count != int(count):
-        raise cli.UsageError(f'{option} {text}: it must be a whole number of at least 1, as 20000, 500k, 10M or 1B')
+        raise UsageError(f'{option} {text}: it must be a whole number of at least 1, as 20000, 500k, 10M or 1B')
     return int(count)
 
 
@@ -132,7 +135,7 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
     cfg = cli.load_config(args)
     preflight.check_wrappers(cfg)
     if not cfg.get('train_dataloader'):
-        raise cli.UsageError(f"'{args.config}' has no train_dataloader: there is nothing to train on")
+        raise UsageError(f"'{args.config}' has no train_dataloader: there is nothing to train on")
     preflight.check_data(cfg, 'train')
     settings = {method.name: benchmark.wrapper_settings(cfg, method, args.amp) for method in methods}
     if args.peers:
@@ -149,7 +152,7 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     cfg, settings = configure(args)
     batch_sizes = args.batch_size or [cfg.train_dataloader.get('batch_size')]
     if not all(batch_sizes):
-        raise cli.UsageError('the config has no train_dataloader.batch_size: give --batch-size')
+        raise UsageError('the config has no train_dataloader.batch_size: give --batch-size')
     keeps = benchmark.keep_freed_memory()
     tables = []
     for batch_size in dict.fromkeys(batch_sizes):

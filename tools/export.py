@@ -22,8 +22,11 @@ from mmengine.runner import CheckpointLoader
 from mmengine.utils import ProgressBar
 from torch import nn
 
+from mm_sharp.cli import options as cli
+from mm_sharp.config import preflight
+
 # Importing the package mends the stack; MMPose is first imported after it, when the model is built.
-from mm_sharp import cli, preflight
+from mm_sharp.errors import UsageError
 
 # The package qonnx runs a graph node by node, which takes seconds a picture.
 _IMAGES = {'qcdq': 64, 'qonnx': 4}
@@ -82,7 +85,7 @@ def configure(args: argparse.Namespace) -> Config:
     """
     cfg = cli.load_config(args)
     if cfg.get('test_dataloader') is None or not cfg.get('test_evaluator'):
-        raise cli.UsageError(
+        raise UsageError(
             f"'{args.config}' has no test_dataloader or no test_evaluator: there is nothing to check the export on"
         )
     preflight.check_data(cfg, 'test')
@@ -116,7 +119,7 @@ def load_model(cfg: Config, checkpoint: str, trust: bool) -> nn.Module:
         model.load_state_dict(content.get('state_dict', content), strict=False)
         check_calibrated(model)
     except RuntimeError as error:  # torch's of shapes, ours of calibration
-        raise cli.UsageError(f"'{checkpoint}' cannot be exported: {error}") from error
+        raise UsageError(f"'{checkpoint}' cannot be exported: {error}") from error
     return model.eval()
 
 
@@ -166,7 +169,7 @@ def main(arguments: Sequence[str]) -> None:
         require(f'exporting to {args.format}', 'onnx', 'onnxoptimizer', _RUNTIMES[args.format])
         report = export(cfg, load_model(cfg, args.checkpoint, args.trust_checkpoint), args)
     except ImportError as error:
-        raise cli.UsageError(str(error)) from error
+        raise UsageError(str(error)) from error
     print(report.table())
     file = results(Path(report.file))
     file.write_text(json.dumps(report.as_dict(), indent=2) + '\n', encoding='utf-8')

@@ -19,14 +19,18 @@ from pathlib import Path
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mm_sharp import cli, study
-from mm_sharp.endings import INTERRUPTED, StoppedError
+from mm_sharp.analysis import study
+from mm_sharp.cli import options as cli
+from mm_sharp.cli.process import INTERRUPTED, StoppedError
+from mm_sharp.errors import UsageError
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.OneLineParser(description='Compare methods over settings and seeds')
-    parser.add_argument('study', type=Path, metavar='STUDY.yaml', help='what is compared (see mm_sharp/study/spec.py)')
+    parser.add_argument(
+        'study', type=Path, metavar='STUDY.yaml', help='what is compared (see mm_sharp/analysis/study/spec.py)'
+    )
     parser.add_argument('--out-dir', type=Path, help='folder of the results (default: work_dirs/study/<name>)')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time, each in a process (default: 1)')
     parser.add_argument('--threads', type=int, default=1, help='threads of torch in each (default: 1)')
@@ -56,14 +60,14 @@ def main(arguments: Sequence[str]) -> None:
     if args.table:
         rows = study.Rows(folder / 'results.csv')
         if not rows.by_id:
-            raise cli.UsageError(f"no runs in '{folder}' yet: without --table they are made")
+            raise UsageError(f"no runs in '{folder}' yet: without --table they are made")
         report(whole, study.compare_what_is_there(plan, rows), folder)
         return
     with study.locked(folder):
         rows = study.Rows(folder / 'results.csv')
         os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))
         try:
-            chosen = study.conduct(plan, rows, study.Workers(args.jobs, args.threads, args.nice), redo=args.redo)
+            chosen = study.run_missing(plan, rows, study.Workers(args.jobs, args.threads, args.nice), redo=args.redo)
         except KeyboardInterrupt as error:
             made = f'{len(rows.by_id)} runs are in {rows.file}'
             raise StoppedError(f'interrupted; {made}; the same command goes on', INTERRUPTED) from error

@@ -18,9 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mmengine
 from mmengine.config import Config
 
+from mm_sharp.cli import options as cli
+from mm_sharp.cli import runners
+from mm_sharp.compat import enable_for_all_runs
+from mm_sharp.config import preflight
+
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp import cli, preflight, runners
-from mm_sharp.compat import serve_every_run
+from mm_sharp.errors import UsageError
 
 _FORMATS = ('.json', '.yaml', '.yml', '.pkl', '.pickle')
 
@@ -46,7 +50,7 @@ def configure(args: argparse.Namespace) -> Config:
     """
     cfg = cli.load_config(args)
     if cfg.get('test_dataloader') is None or not cfg.get('test_evaluator'):
-        raise cli.UsageError(f"'{args.config}' has no test_dataloader or no test_evaluator: there is nothing to test")
+        raise UsageError(f"'{args.config}' has no test_dataloader or no test_evaluator: there is nothing to test")
     cli.show_predictions(cfg, args)
     if args.dump is not None:
         evaluators = cfg.test_evaluator
@@ -74,7 +78,7 @@ def _test(cfg: Config) -> tuple[Any, dict[str, float]]:
 def main(arguments: Sequence[str]) -> None:
     """Evaluate."""
     args = parse_arguments(arguments)
-    serve_every_run()
+    enable_for_all_runs()
     cfg = configure(args)
     runner, metrics = cli.run_with_checkpoint(lambda: _test(cfg), args.trust_checkpoint)
     if runner.rank != 0:

@@ -17,10 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mmengine.config import Config
 from mmengine.dist import get_rank
 
+from mm_sharp.cli import options as cli
+from mm_sharp.cli import runners
+from mm_sharp.cli.process import say_how_to_go_on
+from mm_sharp.compat import enable_for_all_runs
+
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp import build_errors, cli, preflight, runners, training_checks
-from mm_sharp.compat import serve_every_run
-from mm_sharp.endings import say_how_to_go_on
+from mm_sharp.config import build_errors, preflight, training_checks
+from mm_sharp.errors import UsageError
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -61,7 +65,7 @@ def configure(args: argparse.Namespace) -> Config:
         preflight.enable_amp(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-            raise cli.UsageError('--auto-scale-lr needs a line in the config: auto_scale_lr = dict(base_batch_size=…)')
+            raise UsageError('--auto-scale-lr needs a line in the config: auto_scale_lr = dict(base_batch_size=…)')
         cfg.auto_scale_lr.enable = True
     cli.show_predictions(cfg, args)
     _draw_in_validation(cfg, args)
@@ -104,9 +108,9 @@ def _resume(cfg: Config, resume: str | None) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Train."""
     args = parse_arguments(arguments)
-    serve_every_run()
+    enable_for_all_runs()
     cfg = configure(args)
-    with say_how_to_go_on(lambda: preflight.last_checkpoint(cfg.work_dir)), build_errors.explained(cfg):
+    with say_how_to_go_on(lambda: preflight.last_checkpoint(cfg.work_dir)), build_errors.friendly_build_errors(cfg):
         cli.run_with_checkpoint(lambda: runners.build_runner(cfg).train(), args.trust_checkpoint)
     if get_rank() == 0:
         print(f'Done. Checkpoints and logs: {cfg.work_dir}')

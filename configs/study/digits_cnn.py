@@ -1,6 +1,6 @@
 # A small CNN on scikit-learn's digits: 20 steps of 40 pictures an epoch, a few seconds a run on one core.
 # The validation is on the split by which settings are chosen, the test on the one that is reported.
-custom_imports = dict(imports=['mm_sharp', 'mm_sharp.study.digits'])
+custom_imports = dict(imports=['mm_sharp', 'mm_sharp.analysis.study.digits'])
 default_scope = 'mmengine'
 
 batch_size = 40

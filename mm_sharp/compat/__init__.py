@@ -14,7 +14,7 @@ a file of its own, whose docstring names the cause, the repair and the version t
 ``package_lookup``     no ``pkg_resources``: MMEngine finds installed packages without it
 ``config_scope``       ``mm_sharp::…`` in configs
 ``checkpoint_hook``    checkpoints that load with ``torch.load(weights_only=True)``
-``whole_files``        checkpoints that are written as a whole, before old ones are removed
+``atomic_writes``        checkpoints that are written as a whole, before old ones are removed
 ``fsdp_strategy``      runs under MMEngine's FSDPStrategy can be resumed
 ``flexible_runner``    and so can those of its FlexibleRunner, at the right epoch
 =====================  ======================================================================================
@@ -33,6 +33,7 @@ from . import yapf_grammar  # installs itself: what comes next imports MMEngine,
 
 # isort: split
 from . import (
+    atomic_writes,
     bfloat16_arrays,
     checkpoint_hook,
     config_scope,
@@ -42,32 +43,31 @@ from . import (
     mmcv_ops,
     package_lookup,
     torchvision_ops,
-    whole_files,
     xtcocotools_names,
 )
-from .checkpoint_hook import PlainCheckpointHook, add_to_our_runs, serve_every_run
+from .atomic_writes import CheckpointWriteError
+from .checkpoint_hook import PlainCheckpointHook, enable_for_all_runs, register_default_hook
 from .fix import Fix
 from .mmcv_ops import MissingOperatorError
 from .trust import explain_load_error, only_weights, trust_checkpoints
-from .whole_files import CheckpointWriteError
 
 __all__ = [
     'CheckpointWriteError',
     'Fix',
     'MissingOperatorError',
     'PlainCheckpointHook',
-    'add_to_our_runs',
     'apply',
+    'enable_for_all_runs',
     'explain_load_error',
     'fixes',
     'only_weights',
-    'serve_every_run',
+    'register_default_hook',
     'trust_checkpoints',
 ]
 
 _FIXES = (
     *(yapf_grammar, torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas, bfloat16_arrays),
-    *(package_lookup, config_scope, checkpoint_hook, whole_files, fsdp_strategy, flexible_runner),
+    *(package_lookup, config_scope, checkpoint_hook, atomic_writes, fsdp_strategy, flexible_runner),
 )  # fmt: skip
 _REPAIRED_AT_IMPORT = ('torchvision', 'mmcv.ops', 'xtcocotools.mask', 'mmpose.visualization', 'mmpose.models')
 

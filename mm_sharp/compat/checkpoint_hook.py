@@ -18,6 +18,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, Registry
 from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
 
+from .atomic_writes import WholeFilesHook
 from .fix import Fix
 from .plain_checkpoint import (
     from_plain,
@@ -26,7 +27,6 @@ from .plain_checkpoint import (
     split_dataset_meta,
     to_plain,
 )
-from .whole_files import WholeFilesHook
 
 _NAME = 'plain checkpoints'
 _ENDS = 'an mmengine that saves plain checkpoints (none as of 0.10.7)'
@@ -110,7 +110,7 @@ def install() -> None:
         CheckpointLoader.load_checkpoint = classmethod(_with_dataset_meta(CheckpointLoader.load_checkpoint.__func__))
 
 
-def serve_every_run() -> None:
+def enable_for_all_runs() -> None:
     """From now on, the checkpoints of every Runner of this process are saved and checked as those of our runs are.
 
     For command lines: a run that ``tools/train.py`` started can then be resumed and tested by our tools, a comparison
@@ -120,12 +120,12 @@ def serve_every_run() -> None:
     _in_every_run = True
 
 
-def add_to_our_runs(hook: type[Hook], of_tools: bool = False) -> type[Hook]:
+def register_default_hook(hook: type[Hook], of_tools: bool = False) -> type[Hook]:
     """Have a hook, made without arguments, added to every Runner whose config uses mm_sharp.
 
     Args:
         hook: Its class; a Runner that has one already gets no second.
-        of_tools: Also to those that :func:`serve_every_run` is for.
+        of_tools: Also to those that :func:`enable_for_all_runs` is for.
     """
     _run_hooks.setdefault(hook, of_tools)
     return hook

@@ -11,7 +11,7 @@ by handing it annotations in which the difference no longer shows:
 - ``use_area=False`` replaces areas by 0.53 times the box also where sizes are told apart;
 - parts of COCO-WholeBody (``keypoints_face`` and so on) have keypoints and scores of their own.
 
-Tested for equal numbers against xtcocotools in ``tests/test_coco_stand_in.py``.
+Tested for equal numbers against xtcocotools in ``tests/compat/test_coco_stand_in.py``.
 """
 
 from __future__ import annotations

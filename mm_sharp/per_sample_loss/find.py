@@ -11,7 +11,7 @@ from mmengine.logging import MessageHub
 from torch import nn
 from torch.nn.modules.loss import _Loss
 
-from mm_sharp.validation import UnsupportedError
+from mm_sharp.errors import UnsupportedError
 
 # MMPose heads that match predictions with people: a row of their losses is an anchor or a person.
 _ROWS_ARE_NOT_SAMPLES = ('YOLOXPoseHead', 'RTMOHead', 'CIDHead', 'EDPoseHead')

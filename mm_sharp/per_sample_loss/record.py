@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mm_sharp.ops.host_copy import HostCopy, host_waits
 from mm_sharp.per_sample_loss.facts import HALF, STRICT
 from mm_sharp.per_sample_loss.find import NAMING_RULE, PerSampleLossError
 from mm_sharp.per_sample_loss.reduction import ROUNDING, Reduction
-from mm_sharp.transfer import HostCopy, host_waits
 
 LOOSE = 1e-3
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_sharp.ops.model_call import unwrap
 from mm_sharp.per_sample_loss.evaluate import same_random_state, shadow
 from mm_sharp.per_sample_loss.facts import LossFacts, autocast_on, first_tensor
 from mm_sharp.per_sample_loss.find import LossModule, PerSampleLossError, Structure, find_losses
 from mm_sharp.per_sample_loss.layout import batch_size, fill, slots_of, tensors_of
 from mm_sharp.per_sample_loss.record import Checks, LossRecord, LossTerm
 from mm_sharp.per_sample_loss.reduction import Reduction
-from mm_sharp.replay import unwrap
 
 
 class PerSampleLoss:

@@ -6,7 +6,7 @@ quantizers' scales have no weight decay (:mod:`mm_sharp.quantization.scale_decay
 Brevitas.
 """
 
-from mm_sharp.compat import add_to_our_runs as _add_to_our_runs
+from mm_sharp.compat import register_default_hook as _add_to_our_runs
 
 from . import brevitas_switches  # noqa: F401  # first: it says what is missing, if Brevitas is
 from .build import quantize, quantized_model

@@ -20,7 +20,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
-from mm_sharp.validation import UserError
+from mm_sharp.errors import UserError
 
 from .float_outputs import FloatOutputs
 from .flow import LAYERS, LayerFlow, trace_flow

@@ -15,7 +15,7 @@ import torch
 from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
 from torch import nn
 
-from mm_sharp.validation import UserError
+from mm_sharp.errors import UserError
 
 from .guard import check_calibrated, forget, record_of
 

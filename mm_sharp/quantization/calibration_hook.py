@@ -24,9 +24,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 
-from mm_sharp.members import members
-from mm_sharp.random_state import RandomState
-from mm_sharp.validation import HOOK, check_bool, check_positive_int
+from mm_sharp.errors import HOOK, check_bool, check_positive_int
+from mm_sharp.ops.rng import RandomState
+from mm_sharp.step.optim_wrappers import optim_wrappers
 
 from .calibration import calibrate
 from .collapse import Collapse
@@ -73,7 +73,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         saved = checkpoint.get('optimizer')
         if not runner._resume or runner._has_loaded or not isinstance(saved, dict):
             return
-        for name, member in members(runner.optim_wrapper).items():
+        for name, member in optim_wrappers(runner.optim_wrapper).items():
             if isinstance(getattr(member, 'optimizer', None), Optimizer):
                 fit_groups(member.optimizer, saved.get(name, {}) if name else saved)
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mm_sharp.validation import UserError
+from mm_sharp.errors import UserError
 
 VERSION = 1
 _PACKAGES = ('mm_sharp', 'brevitas', 'torch', 'onnx', 'mmpose', 'mmengine')

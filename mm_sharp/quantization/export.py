@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_sharp.validation import UserError
+from mm_sharp.errors import UserError
 
 from .deployment import codec_constants
 from .exportable import OPSET, exporting

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.nn import functional as F  # noqa: N812
 
-from mm_sharp.validation import UnsupportedError, UserError
+from mm_sharp.errors import UnsupportedError, UserError
 
 from .deployment import codec_constants
 from .float_outputs import without_quantizers

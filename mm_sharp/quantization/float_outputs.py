@@ -15,8 +15,8 @@ from brevitas.graph.calibrate import quantization_status_manager
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mm_sharp.random_state import RandomState
-from mm_sharp.validation import UserError
+from mm_sharp.errors import UserError
+from mm_sharp.ops.rng import RandomState
 
 from .flow import LAYERS, evaluation, tensors_of
 from .policy import OWNER

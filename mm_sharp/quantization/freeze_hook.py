@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mm_sharp.members import members
-from mm_sharp.validation import UserError
+from mm_sharp.errors import UserError
+from mm_sharp.step.optim_wrappers import optim_wrappers
 
 _EXAMPLE = "custom_hooks = [dict(type='FreezeHook', batchnorm_stats=6, quantizer_scales=8)]"
 
@@ -119,7 +119,7 @@ class FreezeHook(Hook):  # type: ignore[misc]
                 scale.grad = None  # of an accumulation that began before
                 # Not requires_grad_(False): DDP would wait for their gradients.
                 self._handles.append(scale.register_hook(torch.zeros_like))
-            for member in members(runner.optim_wrapper).values():
+            for member in optim_wrappers(runner.optim_wrapper).values():
                 self._handles.append(member.optimizer.register_step_pre_hook(self._hide_scales))
             _say(f'From epoch {done + 1} on, {len(self._scales)} scales and zero points of quantizers are frozen')
         self._scales_are_frozen = True

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm_sharp.validation import UserError
+from mm_sharp.errors import UserError
 
 from .record import QuantizationRecord
 

@@ -13,7 +13,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mm_sharp.validation import UserError
+from mm_sharp.errors import UserError
 
 from .guard import forget, record_of, uninitialised
 from .record import LAYOUT, summary

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mm_sharp.validation import UserError, check_bool, check_choice
+from mm_sharp.errors import UserError, check_bool, check_choice
 
 OWNER = 'QuantizedModel'
 _BIT_WIDTHS = range(2, 9)

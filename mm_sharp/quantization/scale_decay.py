@@ -1,7 +1,8 @@
 """No weight decay for quantizers' scales, whatever built the optimizer (ours).
 
 Decay would pull a step size towards 0, which has nothing to do with what is regularised. MMEngine's default constructor
-reads ``custom_keys``, where :mod:`mm_sharp.fragments` asks for that; others need not (MMPose's layer decay does not).
+reads ``custom_keys``, where :mod:`mm_sharp.config.fragments` asks for that; others need not (MMPose's layer decay does
+not).
 So, when a constructor has built an optimizer for a model with quantizers, the scales that still decay are moved into
 groups of their own, equal to the ones that they come from but for the decay.
 """
@@ -18,7 +19,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 from torch.optim import Optimizer
 
-from mm_sharp.members import members
+from mm_sharp.step.optim_wrappers import optim_wrappers
 
 _SCALES = 'tensor_quant'
 # What the groups of an optimizer were before scales were moved out of them.
@@ -37,7 +38,7 @@ def keep_scales_from_decay(optim_wrapper: Any, model: nn.Module) -> None:
     Optimizers that share their parameters out to processes know them by their groups, and stay as they are.
     """
     scales = _scales(model)
-    for member in members(optim_wrapper).values():
+    for member in optim_wrappers(optim_wrapper).values():
         optimizer = getattr(member, 'optimizer', None)
         if scales and isinstance(optimizer, Optimizer) and not hasattr(optimizer, 'consolidate_state_dict'):
             _move(optimizer, scales)
@@ -46,7 +47,7 @@ def keep_scales_from_decay(optim_wrapper: Any, model: nn.Module) -> None:
 def decaying_scales(optim_wrapper: Any, model: nn.Module) -> list[str]:
     """Names of the quantizers' scales that have weight decay."""
     scales = _scales(model)
-    optimizers = (getattr(member, 'optimizer', None) for member in members(optim_wrapper).values())
+    optimizers = (getattr(member, 'optimizer', None) for member in optim_wrappers(optim_wrapper).values())
     groups = [group for optimizer in optimizers for group in getattr(optimizer, 'param_groups', ())]
     return [scales[id(p)] for group in groups if group.get('weight_decay') for p in group['params'] if id(p) in scales]
 

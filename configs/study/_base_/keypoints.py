@@ -1,7 +1,7 @@
 # What the study's keypoint recipes share: drawn people at 64x48, no augmentation, everything remembered in memory.
 _base_ = ['mmpose::_base_/default_runtime.py']
 
-custom_imports = dict(imports=['mm_sharp', 'mm_sharp.study.remembered'])
+custom_imports = dict(imports=['mm_sharp', 'mm_sharp.analysis.study.cached'])
 
 batch_size = 16
 base_lr = 4e-3
@@ -48,7 +48,7 @@ data_root = 'data/study/'
 data_hint = 'make it with: python tools/make_demo_data.py --out data/study --train 2048 --val 1024 --seed 1'
 
 places = dict(batch_size=batch_size, num_workers=0, persistent_workers=False)
-dataset = dict(type='RememberedCocoDataset', data_root=data_root, data_mode='topdown', serialize_data=False)
+dataset = dict(type='CachedCocoDataset', data_root=data_root, data_mode='topdown', serialize_data=False)
 # Of MMPose's many keys only those that are used: all are copied for each sample in each step.
 pack = dict(
     type='PackPoseInputs', meta_keys=('id', 'img_id', 'dataset_name', 'input_size', 'input_center', 'input_scale')

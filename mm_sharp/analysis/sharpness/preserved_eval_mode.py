@@ -1,0 +1,40 @@
+"""A model in evaluation mode, put back as it was (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from mm_sharp.analysis.sharpness.second_derivatives import differentiable_twice
+from mm_sharp.ops.module_state import ModuleStateBackup
+from mm_sharp.ops.perturbation import TensorBackup
+
+
+@contextmanager
+def preserved_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within, a model is in evaluation mode, and has second derivatives where they exist; then it is as it was.
+
+    Weights and buffers come back bit for bit. Activation checkpointing (``with_cp``), which saves memory and changes no
+    value, would stand in the way of second derivatives: it is off meanwhile.
+    """
+    training = {module: module.training for module in model.modules()}
+    checkpointed: list[Any] = [module for module in model.modules() if getattr(module, 'with_cp', False)]
+    weights, state = TensorBackup(), ModuleStateBackup()
+    weights.save(list(model.parameters()))
+    state.save(model)
+    model.eval()
+    for module in checkpointed:
+        module.with_cp = False
+    try:
+        with differentiable_twice():
+            yield
+    finally:
+        weights.restore()
+        state.restore()
+        for module in checkpointed:
+            module.with_cp = True
+        for module, mode in training.items():
+            module.training = mode

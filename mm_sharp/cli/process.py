@@ -1,0 +1,77 @@
+"""How a command line ends that did not come to its end: Ctrl-C, a full disk (ours).
+
+SIGTERM is not among them. It ends a training run at once, as the operating system has it: batch systems send it shortly
+before SIGKILL, a checkpoint is whole at any time (:mod:`mm_sharp.compat.atomic_writes`), and the run goes on with
+``--resume`` after either.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mm_sharp.compat import CheckpointWriteError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+INTERRUPTED, NOT_WRITTEN = 130, 1  # 128 + SIGINT, as shells have it
+
+
+class StoppedError(Exception):
+    """The program ends with a line and an exit code.
+
+    Args:
+        message: What happened and how to go on.
+        code: The exit code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def ending(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code with which a program ends after an error; None if the error is a bug."""
+    if isinstance(error, StoppedError):
+        return str(error), error.code
+    if _interrupted(error):
+        return 'interrupted', INTERRUPTED
+    if _not_written(error):
+        assert isinstance(error, OSError)
+        return f"error: cannot write '{error.filename}': {error.strerror}", NOT_WRITTEN
+    return None
+
+
+@contextmanager
+def say_how_to_go_on(last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
+    """Within, a training run that Ctrl-C or a full disk ends says how to go on.
+
+    Args:
+        last_checkpoint: Finds the newest checkpoint that can be resumed.
+
+    Raises:
+        StoppedError: It was ended so.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        end = ending(error)
+        if end is None:
+            raise
+        message, code = end
+        newest = last_checkpoint()
+        if newest is None:
+            raise StoppedError(f'{message}; there is no checkpoint yet', code) from error
+        room = '' if code == INTERRUPTED else 'make room, and '
+        raise StoppedError(f'{message}; {room}go on from {newest} with --resume', code) from error
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C came first: MMEngine's Config, for one, makes a SyntaxError of it while it formats its text."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _not_written(error: BaseException) -> bool:
+    return isinstance(error, CheckpointWriteError) or (isinstance(error, OSError) and error.errno in _NO_ROOM)

@@ -1,0 +1,52 @@
+"""Build the runner that a config asks for (ours)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import FlexibleRunner, Runner
+
+from mm_sharp.errors import UsageError
+
+# What the strategies' model wrappers need on the CPU: by default MMEngine puts the model on a GPU.
+_ON_CPU: dict[str, dict[str, Any]] = {
+    'FSDPStrategy': {'device_id': 'cpu'},
+    'DDPStrategy': {'device_ids': None, 'broadcast_buffers': False},
+}
+_WRAPPERS = {'FSDPStrategy': 'MMFullyShardedDataParallel', 'DDPStrategy': 'MMDistributedDataParallel'}
+
+
+def build_runner(cfg: Config) -> Any:
+    """MMEngine's ``Runner``, or what ``runner_type`` names: ``'FlexibleRunner'`` trains under FSDP.
+
+    Args:
+        cfg: The whole config; on the CPU, its ``strategy`` is given what it needs there.
+
+    Raises:
+        UsageError: No runner of this type is registered, or it does not take the config's strategy or checkpoint.
+    """
+    kind = cfg.get('runner_type', 'Runner')
+    found = RUNNERS.get(kind) if isinstance(kind, str) else kind
+    if found is None:
+        raise UsageError(f"runner_type={kind!r} is not registered: write runner_type='FlexibleRunner', or take it out")
+    if not issubclass(found, FlexibleRunner):
+        if cfg.get('strategy'):
+            raise UsageError("strategy is for MMEngine's FlexibleRunner alone: write runner_type = 'FlexibleRunner'")
+        if cfg.get('load_from') and Path(cfg.load_from).is_dir():
+            raise UsageError(
+                f"'{cfg.load_from}' is a folder of parts, saved under FSDP: load it with the runner_type and strategy "
+                "that saved it, or save whole weights, by strategy=dict(state_dict_cfg='full')"
+            )
+        return Runner.from_cfg(cfg) if found is Runner else RUNNERS.build(cfg)
+    strategy = cfg.get('strategy') or {}
+    name = strategy.get('type')
+    if name in _ON_CPU and get_device() == 'cpu':
+        wrapper = {'type': _WRAPPERS[name], **_ON_CPU[name], **(strategy.get('model_wrapper') or {})}
+        cfg.strategy = {**strategy, 'model_wrapper': wrapper}
+    if cfg.get('env_cfg') is None:  # FlexibleRunner takes what Runner has a default for
+        cfg.env_cfg = {'dist_cfg': {'backend': 'gloo' if get_device() == 'cpu' else 'nccl'}}
+    return RUNNERS.build(cfg)

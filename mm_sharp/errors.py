@@ -1,0 +1,180 @@
+"""Checks of constructor arguments: every error names the argument, its value and what is allowed (ours)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from inspect import signature
+from typing import Any
+
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim import Optimizer
+
+# How an argument is written in a config, by what takes it.
+WRAPPER = "optim_wrapper = dict(type='{owner}', {name}={example}, ...)"
+HOOK = "custom_hooks = [dict(type='{owner}', {name}={example})]"
+
+_CLIPPING: dict[str, tuple[Callable[..., Any], str]] = {
+    'norm': (clip_grad_norm_, 'max_norm'),
+    'value': (clip_grad_value_, 'clip_value'),
+}
+_CLIP_GRAD = "dict(max_norm=1.0) or dict(type='value', clip_value=0.1)"
+
+
+class UsageError(Exception):
+    """Something that the user can put right; its message says how."""
+
+
+class UserError(ValueError):
+    """A mistake in a user's files that shows only while a run is under way; the tools print it as one line."""
+
+
+class KindError(UserError, TypeError):
+    """Something in a user's files is of another kind than it must be."""
+
+
+class UnsupportedError(UserError, NotImplementedError):
+    """A config asks for what cannot be done."""
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: object,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+    example: str,
+    form: str = WRAPPER,
+) -> float:
+    """Return ``value`` as a float, or raise.
+
+    Args:
+        owner: Class that takes the argument, for the message.
+        name: The argument's name.
+        value: What the user gave.
+        low: Smallest allowed value.
+        high: Largest allowed value.
+        low_open: Whether ``low`` itself is refused.
+        high_open: Whether ``high`` itself is refused.
+        example: A right value, as it is written in a config.
+        form: How the argument is written in a config, with places for ``owner``, ``name`` and ``example``.
+
+    Raises:
+        ValueError: ``value`` is not a finite number (``bool`` counts as none) within the range.
+    """
+    left = '(' if low_open else '['
+    allowed = f'a finite number in {left}{low:g}, {high:g}{")" if high_open or math.isinf(high) else "]"}'
+    ok = is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+    if ok:
+        assert isinstance(value, (int, float))
+        ok = (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
+    if not ok:
+        raise UserError(_message(owner, name, value, allowed, example, form))
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_bool(owner: str, name: str, value: object, form: str = WRAPPER) -> bool:
+    """Return ``value``, or raise.
+
+    Raises:
+        ValueError: ``value`` is neither ``True`` nor ``False``.
+    """
+    if not isinstance(value, bool):
+        raise UserError(_message(owner, name, value, 'True or False', 'True', form))
+    return value
+
+
+def check_choice(owner: str, name: str, value: object, choices: Collection[object], form: str = WRAPPER) -> None:
+    """Raise unless ``value`` is one of ``choices``.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        allowed = 'one of ' + ', '.join(repr(choice) for choice in choices)
+        raise UserError(_message(owner, name, value, allowed, repr(next(iter(choices))), form))
+
+
+def check_positive_int(owner: str, name: str, value: object, *, example: str, form: str = WRAPPER) -> int:
+    """Return ``value``, or raise.
+
+    Raises:
+        ValueError: ``value`` is not an integer of at least 1 (and below 2**31: torch computes with it).
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise UserError(_message(owner, name, value, 'an integer of at least 1 (and below 2**31)', example, form))
+    return value
+
+
+def check_clip_grad(owner: str, value: object) -> None:
+    """Raise unless ``value`` is what MMEngine's ``clip_grad`` takes, with arguments that its clipping function takes.
+
+    Raises:
+        ValueError: It is neither None nor a dict of the arguments of ``torch.nn.utils.clip_grad_norm_``, or, with
+            ``type='value'``, of ``clip_grad_value_``.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Mapping) or not set(value) - {'type'} or value.get('type', 'norm') not in tuple(_CLIPPING):
+        allowed = f"None or a dict of a clipping function's arguments, with type one of {tuple(_CLIPPING)}"
+        raise UserError(_message(owner, 'clip_grad', value, allowed, _CLIP_GRAD, WRAPPER))
+    clip, limit = _CLIPPING[value.get('type', 'norm')]
+    try:
+        signature(clip).bind([], **{str(key): item for key, item in value.items() if key != 'type'})
+    except TypeError as error:
+        kind = f'the arguments of torch.nn.utils.{clip.__name__} ({error})'
+        raise UserError(_message(owner, 'clip_grad', value, kind, _CLIP_GRAD, WRAPPER)) from error
+    ok = _is_limit(value[limit]) and _is_order(value.get('norm_type', 2.0))
+    switches = [value.get('foreach') or False, value.get('error_if_nonfinite', False)]
+    if not ok or not all(isinstance(switch, bool) for switch in switches):
+        kind = f"a dict with a {limit} above 0 (at most 3e38, or inf), a norm_type above 0 or 'inf', and switches"
+        raise UserError(_message(owner, 'clip_grad', value, kind, _CLIP_GRAD, WRAPPER))
+
+
+def check_steps_alone(owner: str, optimizer: Optimizer) -> None:
+    """Refuse optimizers that compute the loss themselves, and so again and again, in their ``step``.
+
+    Raises:
+        UnsupportedError: ``step`` must be given a function.
+    """
+    closure = signature(type(optimizer).step).parameters.get('closure')
+    if closure is not None and closure.default is closure.empty:
+        name = type(optimizer).__name__
+        raise UnsupportedError(
+            f'{owner}: optimizer={name} is not allowed: it evaluates the loss several times in one step (closure), and '
+            f"MMEngine's optimizer wrappers do so once. Write for example: optim_wrapper = dict(type='{owner}', "
+            "optimizer=dict(type='SGD', lr=0.01, momentum=0.9), ...)"
+        )
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number that a float can hold: infinite ones are, nan and ``bool`` are not."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return not math.isnan(float(value))
+    except OverflowError:
+        return False
+
+
+def _is_limit(value: Any) -> bool:
+    # torch compares it with numbers of 32 bits.
+    return is_number(value) and (0 < value <= 3e38 or value == math.inf)
+
+
+def _is_order(value: Any) -> bool:
+    return value == 'inf' or (is_number(value) and value > 0)
+
+
+def _message(owner: str, name: str, value: object, allowed: str, example: str, form: str) -> str:
+    written = form.format(owner=owner, name=name, example=example)
+    return f'{owner}: {name}={value!r} is not allowed: it must be {allowed}. Write for example: {written}'
+
+
+def some(keys: Iterable[str], count: int = 4) -> str:
+    """The first of ``keys``, and how many more there are."""
+    keys = [' '.join(key.split()) for key in keys]
+    return ', '.join(keys[:count]) + (f' and {len(keys) - count} more' if len(keys) > count else '')

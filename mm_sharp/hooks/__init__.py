@@ -1,0 +1,5 @@
+"""Hooks of a Runner."""
+
+from mm_sharp.hooks.sharpness import SharpnessHook
+
+__all__ = ['SharpnessHook']

@@ -1,0 +1,146 @@
+"""Checks of a checkpoint that is resumed or tested: is it of this model and of this optimizer? (ours)
+
+MMEngine loads weights by name and goes on with random ones, and a line in the log, where the names or shapes do not
+fit; and torch's optimizers load each other's state, which fails steps later or never. A run that is resumed must go on
+exactly where it was, and a test must test what was trained: for them every such difference is an error. A checkpoint
+that training starts from (``load_from``) may be of a part of the model, but not of none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import BaseLoop
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from mm_sharp.errors import UserError, some
+from mm_sharp.ops.optimizer_state import OTHERWISE, check_base_optimizer
+
+# Quantized models have rules of their own about their quantizers, which may be missing (mm_sharp.quantization.loading).
+_QUANTIZER = 'tensor_quant'
+
+
+class CheckpointCheckHook(Hook):  # type: ignore[misc]  # MMEngine ships no types
+    """Refuses a checkpoint that does not belong to the run which resumes or tests it.
+
+    Added by itself to every run that uses mm_sharp, and to the runs of our tools.
+    """
+
+    priority = 'LOWEST'  # after the hooks that change what was loaded
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Check everything but the weights, which :class:`_Loading` checks when the model has looked at them.
+
+        Raises:
+            UserError: The checkpoint does not fit.
+        """
+        # Runner.resume would run it: a config is a program, which a checkpoint of anyone's may bring along.
+        if isinstance(checkpoint.get('meta'), dict):
+            checkpoint['meta'].pop('config', None)
+        model = _unwrapped(runner.model)
+        if model is None:
+            return
+        resumes = bool(runner._resume) and not runner._has_loaded
+        if resumes:
+            _check_entries(checkpoint)
+            for optimizer, state in _optimizers(runner.optim_wrapper, checkpoint['optimizer']):
+                check_base_optimizer(optimizer, state)
+        trains = isinstance(runner._train_loop, BaseLoop)
+        _Loading(model, 'resume' if resumes else 'train' if trains else 'test')
+
+
+def check_next_load(model: nn.Module) -> None:
+    """Have a model refuse the next state dict that it loads, as a test does, unless all of the model is in it.
+
+    The model then raises :class:`UserError`.
+    """
+    _Loading(model, 'test')
+
+
+class _Loading:
+    """Looks on while a model loads a state dict, once.
+
+    Args:
+        model: It will load one next.
+        purpose: ``'resume'``: keys and shapes must be equal; ``'test'``: nothing may be missing or of another shape;
+            ``'train'``: something must fit.
+    """
+
+    def __init__(self, model: nn.Module, purpose: str) -> None:
+        self._purpose = purpose
+        self._weights = {name for name, _ in model.named_parameters()}
+        self._errors: list[str] = []
+        # Not by strict=True, with which MMEngine raises on rank 0 only.
+        before = model._register_load_state_dict_pre_hook(self._before)
+        after = model.register_load_state_dict_post_hook(self._after)
+        self._handles = (before, after)
+
+    def _before(self, state: Any, prefix: str, *args: Any) -> None:
+        self._errors = args[-1]  # into which the modules write what does not fit
+
+    def _after(self, model: nn.Module, keys: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        missing = [key for key in keys.missing_keys if 'num_batches_tracked' not in key and _QUANTIZER not in key]
+        unexpected = list(keys.unexpected_keys)
+        if self._purpose == 'train':
+            misshapen = {name for error in self._errors for name in re.findall(r'size mismatch for (\S+):', error)}
+            if self._weights and self._weights <= {*keys.missing_keys, *misshapen}:
+                raise UserError(
+                    f'the checkpoint holds none of the {len(self._weights)} weights of the model ({some(missing)}): '
+                    f'it holds {some(unexpected) or "others of the same names"}; load_from needs a checkpoint of this '
+                    'model or of parts of it'
+                )
+            return
+        faults = [f'{len(missing)} of its weights are missing ({some(missing)})'] if missing else []
+        faults += [f'{len(self._errors)} do not fit ({some(self._errors, 2)})'] if self._errors else []
+        if self._purpose == 'resume' and unexpected:
+            faults.append(f'{len(unexpected)} are not in the model ({some(unexpected)})')
+        if faults:
+            advice = OTHERWISE if self._purpose == 'resume' else 'use the config that it was trained with'
+            raise UserError(f'the checkpoint is not of this model: {", ".join(faults)}: {advice}')
+
+
+def _check_entries(checkpoint: Mapping[str, Any]) -> None:
+    """Raise if a checkpoint lacks what a run needs to go on.
+
+    Raises:
+        UserError: Something is missing.
+    """
+    meta = checkpoint.get('meta')
+    lacking = [key for key in ('meta', 'optimizer', 'message_hub') if not isinstance(checkpoint.get(key), Mapping)]
+    lacking += [f'meta.{key}' for key in ('epoch', 'iter') if isinstance(meta, Mapping) and not _is_count(meta, key)]
+    if lacking:
+        raise UserError(
+            f'the checkpoint cannot be resumed, only its weights can be used: it has no {some(lacking)}. Write '
+            'load_from=… and leave out --resume'
+        )
+
+
+def _is_count(meta: Mapping[str, Any], key: str) -> bool:
+    return isinstance(meta.get(key), int) and meta[key] >= 0
+
+
+def _optimizers(wrapper: Any, state: Mapping[str, Any]) -> Iterator[tuple[Optimizer, Mapping[str, Any]]]:
+    """Each optimizer with its part of the state."""
+    if isinstance(wrapper, OptimWrapperDict):
+        for name, member in wrapper.items():
+            yield member.optimizer, state.get(name, {})
+    elif isinstance(getattr(wrapper, 'optimizer', None), Optimizer):
+        yield wrapper.optimizer, state
+
+
+def _unwrapped(model: nn.Module) -> nn.Module | None:
+    """The model that loads; None if its weights are sharded, which have names and shapes of their own."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        if not isinstance(model, (DistributedDataParallel, DataParallel, BaseTTAModel)):
+            return None
+        model = model.module
+    return model

@@ -1,0 +1,152 @@
+"""What the sample history needs of a Runner: the data set, the ranks, the data loader (ours).
+
+The hook is added by itself to every Runner that uses this package, so that one line in a config is enough; it does
+nothing where no optimizer wrapper keeps a history.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from mmengine.dist import get_rank
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
+
+from mm_sharp.errors import UserError
+from mm_sharp.methods.ausam import AUSAMOptimWrapper
+from mm_sharp.methods.per_sample import PerSampleOptimWrapper
+from mm_sharp.samples.ausam_sampler import AUSAMSampler
+from mm_sharp.samples.dataset_keys import DatasetKeys
+from mm_sharp.samples.keys import SampleIdError
+from mm_sharp.step.optim_wrappers import optim_wrappers
+
+_ITERATIONS_OF_ENDLESS_EPOCHS = 1000
+
+
+@HOOKS.register_module()
+class SampleHistoryHook(Hook):  # type: ignore[misc]
+    """Keep the history of loss differences in step with data set, ranks and data loader.
+
+    - Before training: the members of an ``OptimWrapperDict`` are told apart, so that they draw independently. Samples
+      of a loaded history that are not in the data set any more are dropped, and new ones start unseen; the log says how
+      many. Combined data sets whose samples would share a history are refused. An ``AUSAMSampler`` in the training data
+      loader gets the wrapper that it draws for.
+    - With several ranks, the histories are exchanged at the end of every epoch (in iteration-based training, after as
+      many iterations as an epoch has), before validation and before a checkpoint that ``CheckpointHook`` writes.
+    """
+
+    priority = 'LOW'  # before CheckpointHook
+
+    def __init__(self) -> None:
+        self._wrappers: list[PerSampleOptimWrapper] = []
+        self._epoch_length = 1
+        self._exchanged = True
+
+    def before_train(self, runner: Any) -> None:
+        """Bring together wrapper, data set and data loader.
+
+        Raises:
+            ValueError: There is an ``AUSAMSampler`` without exactly one ``AUSAMOptimWrapper``, or in a data loader
+                that delivers batches out of order.
+            SampleIdError: Samples of several data sets would share a history, or have no id.
+        """
+        loader = runner.train_dataloader
+        self._epoch_length = _epoch_length(loader)
+        for number, wrapper in enumerate(optim_wrappers(runner.optim_wrapper).values()):
+            if isinstance(wrapper, PerSampleOptimWrapper):
+                wrapper.member.number = number
+        wrappers = [w for w in optim_wrappers(runner.optim_wrapper).values() if isinstance(w, PerSampleOptimWrapper)]
+        self._wrappers = [wrapper for wrapper in wrappers if wrapper.uses_history]
+        sampler = getattr(loader, 'batch_sampler', None)
+        if isinstance(sampler, AUSAMSampler):
+            _check_sampler(loader, runner.optim_wrapper, wrappers)
+        if not self._wrappers or not hasattr(loader.dataset, '__len__'):
+            return  # a data set that only iterates: its samples are known when they arrive
+        keys = DatasetKeys(loader.dataset)
+        keys.check_collisions()
+        for wrapper in self._wrappers:
+            wrapper.dataset_size = keys.count()
+            if len(wrapper.history):
+                _reconcile(wrapper, keys)
+            if isinstance(sampler, AUSAMSampler) and isinstance(wrapper, AUSAMOptimWrapper):
+                wrapper.look_at(runner.model)
+                wrapper.attach_sampler(sampler, keys, get_rank())
+                sampler.follow(runner.train_loop)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """In iteration-based training: exchange as often as an epoch is long, and before checkpoints."""
+        self._exchanged = False
+        ends = (runner.iter + 1) % self._epoch_length == 0 or self.is_last_train_iter(runner)
+        if _checkpoint_is_due(runner) or (ends and isinstance(runner.train_loop, IterBasedTrainLoop)):
+            self._exchange()
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Exchange at the end of every epoch."""
+        self._exchange()
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """The best checkpoint may be written after validation."""
+        self._exchange()
+
+    def _exchange(self) -> None:
+        # Ranks go through the same hooks, so that all of them come here or none.
+        if not self._exchanged:
+            for wrapper in self._wrappers:
+                wrapper.exchange_history()
+        self._exchanged = True
+
+
+def _epoch_length(loader: Any) -> int:
+    try:
+        return max(1, len(loader))
+    except TypeError:  # a sampler without end
+        return _ITERATIONS_OF_ENDLESS_EPOCHS
+
+
+def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[PerSampleOptimWrapper]) -> None:
+    found = sum(isinstance(wrapper, AUSAMOptimWrapper) for wrapper in wrappers)
+    # Another member of an OptimWrapperDict would train on the samples drawn without knowing of it.
+    if found != 1 or len(optim_wrappers(optim_wrapper)) > 1:
+        uses = f'{found} of them' if found > 1 else type(optim_wrapper).__name__
+        raise UserError(
+            f'AUSAMSampler draws the batches for one AUSAMOptimWrapper, but the config uses {uses}: write '
+            "optim_wrapper = dict(type='AUSAMOptimWrapper', ...), or take batch_sampler=dict(type='AUSAMSampler') out "
+            'of train_dataloader'
+        )
+    if not getattr(loader, 'in_order', True):
+        raise UserError(
+            'train_dataloader.in_order=False is not allowed: AUSAMSampler must know which draw a batch is from. Take '
+            'it out of train_dataloader'
+        )
+
+
+def _reconcile(wrapper: PerSampleOptimWrapper, keys: DatasetKeys) -> None:
+    """Fit a loaded history to the data set, and say so."""
+    level = logging.INFO
+    try:
+        known = keys.ids_by_name()
+    except SampleIdError:
+        message = (
+            f'{len(wrapper.history)} samples have been seen; the data set cannot tell the ids of its samples '
+            'beforehand, so that it is not known whether all of them are still in it'
+        )
+    else:
+        kept, dropped, unseen = wrapper.history.reconcile(known)
+        message = f'{kept} samples of the data set have been seen, {unseen} not yet'
+        if dropped:
+            level = logging.WARNING
+            message += f'; {dropped} that are not in the data set any more were dropped'
+    print_log(f'Sample history: {message}', logger='current', level=level)
+
+
+def _checkpoint_is_due(runner: Any) -> bool:
+    """Whether ``CheckpointHook`` writes a checkpoint after this iteration."""
+    hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
+    return any(
+        hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
+        or (hook.save_last and hook.is_last_train_iter(runner))
+        for hook in hooks
+    )

@@ -1,0 +1,114 @@
+"""Log the sharpness that training sees (ours)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.registry import HOOKS
+
+from mm_sharp.errors import HOOK, UserError, check_positive_int
+from mm_sharp.step.optim_wrappers import optim_wrappers
+from mm_sharp.step.timing import StepRecord
+from mm_sharp.step.two_pass import TwoPassOptimWrapper
+
+
+@HOOKS.register_module()
+class SharpnessHook(Hook):  # type: ignore[misc]
+    """Log what each step finds anyway, at the logger's interval: no extra pass, and no wait for the device in between.
+
+    The scalars go to MMEngine's message hub, and so to the console, the JSON log and TensorBoard:
+
+    ====================  ===========================================================================
+    ``L_w``               L(w), the loss of the first pass
+    ``L_w_e``             L(w + e), the loss of the second pass
+    ``sharpness``         L(w + e) - L(w)
+    ``g_norm``            norm of the first gradient (ASAM: of T g), without loss scaling
+    ``pass2_share``       fraction of the step's time spent in the second forward and backward pass
+
+    ESAM and AUSAM
+    ``mean_difference``   mean of l_i(w + e) - l_i(w) over the samples that they were measured of
+    ``sampling_entropy``  how even the samples' chances (AUSAM), or loss differences (ESAM), are, from 0 to 1
+    ``large_scores``      share of the batch whose score is above the middle between smallest and largest
+    ``share_seen``        share of the training set in the history of loss differences
+    ====================  ===========================================================================
+
+    AUSAM's losses are those of the samples drawn, estimates of the whole batch's. ESAM's ``L_w_e`` is that of the whole
+    batch where the step measured it (``selection='exact'``, or a step that refreshes the history), else that of the
+    samples selected, which makes ``sharpness`` larger than the batch's. In the steps between, its figures are those of
+    the averages that the samples are selected by, which have no sign.
+
+    All are of the one iteration that is logged, and of rank 0. (Their names avoid those that MMEngine's log processor
+    smooths over a window: it would mix values that are many iterations apart.) With several optimizer wrappers the
+    names are prefixed by the wrapper's.
+
+    Args:
+        interval: Iterations between two entries; by default the ``LoggerHook``'s.
+
+    Raises:
+        ValueError: ``interval`` is not a positive integer, or (when training starts) no wrapper of ours is used.
+    """
+
+    priority = 'NORMAL'  # before LoggerHook, which reads the message hub
+
+    def __init__(self, interval: int | None = None) -> None:
+        if interval is not None:
+            check_positive_int('SharpnessHook', 'interval', interval, example='50', form=HOOK)
+        self.interval = interval
+        self._interval = interval or 1
+        self._wrappers: dict[str, TwoPassOptimWrapper] = {}
+
+    def before_train(self, runner: Any) -> None:
+        """Find the wrappers and the logger's interval."""
+        self._wrappers = _two_pass_wrappers(runner.optim_wrapper)
+        if not self._wrappers:
+            raise UserError(
+                f'SharpnessHook needs a sharpness-aware optimizer wrapper, but the config uses '
+                f"{type(runner.optim_wrapper).__name__}: write optim_wrapper = dict(type='SAMOptimWrapper', ...), or "
+                'take SharpnessHook out of custom_hooks'
+            )
+        if self.interval is None:
+            loggers = [hook for hook in runner.hooks if isinstance(hook, LoggerHook)]
+            self._interval = loggers[0].interval if loggers else 10
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Have the step timed if it is going to be logged."""
+        due = self._is_due(runner, batch_idx)
+        for wrapper in self._wrappers.values():
+            wrapper.record_timing = due
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Write the step's values to the message hub, if it is going to be logged."""
+        if not self._is_due(runner, batch_idx):
+            return
+        for prefix, wrapper in self._wrappers.items():
+            if wrapper.last_step is not None:
+                for name, value in {**_scalars(wrapper.last_step), **wrapper.log_scalars()}.items():
+                    runner.message_hub.update_scalar(f'train/{prefix}{name}', value)
+
+    def _is_due(self, runner: Any, batch_idx: int) -> bool:
+        # LoggerHook may log the last iteration of an epoch too: values must be there, and of that iteration.
+        last = self.end_of_epoch(runner.train_dataloader, batch_idx)
+        return bool(self.every_n_inner_iters(batch_idx, self._interval) or last)
+
+
+def _two_pass_wrappers(optim_wrapper: Any) -> dict[str, TwoPassOptimWrapper]:
+    """Our wrappers by log prefix."""
+    found = optim_wrappers(optim_wrapper).items()
+    return {name and f'{name}.': wrapper for name, wrapper in found if isinstance(wrapper, TwoPassOptimWrapper)}
+
+
+def _scalars(step: StepRecord) -> dict[str, float]:
+    loss, perturbed = float(step.loss), float(step.perturbed_loss)
+    scalars = {
+        'L_w': loss,
+        'L_w_e': perturbed,
+        'sharpness': perturbed - loss,
+        'g_norm': float(step.grad_norm),
+    }
+    if step.figures is not None:
+        scalars.update(step.figures())
+    if step.timer is not None:
+        seconds = step.timer.seconds()
+        scalars['pass2_share'] = seconds['pass2'] / sum(seconds.values())
+    return scalars

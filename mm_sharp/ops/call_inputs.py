@@ -1,0 +1,133 @@
+"""The inputs of a model call, as they were before it (ours).
+
+Every forward pass of a step gets the same batch, whatever an earlier one has done to it: lists, dicts and data samples
+are handed out as shallow copies, and tensors and arrays as copies where the model was seen to write to them
+(:mod:`mm_sharp.ops.rare_changes`). The first pass gets what the caller has passed, and changes it as it would without
+us.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.structures import BaseDataElement
+from torch import Tensor
+
+from mm_sharp.ops.rare_changes import RareChanges, Stamp, is_ordinary, stamped_changed, stamps
+
+Leaves = list[tuple[Any, Any]]
+
+_ATOMS = frozenset({type(None), bool, int, float, str, bytes})
+
+
+class InputKeeper:
+    """Keeps the inputs of a step's first forward pass for the further ones."""
+
+    def __init__(self) -> None:
+        self._rare = RareChanges()
+        self._pairs: list[tuple[Any, Any]] = []
+        self._stamps: list[Stamp] = []
+
+    def keep(self, value: Any) -> tuple[Any, bool]:
+        """Keep inputs, just before the first forward pass.
+
+        Args:
+            value: The arguments.
+
+        Returns:
+            The kept ones, and whether the model may write to tensors and arrays among them: further passes then get
+            copies (:func:`fresh`).
+        """
+        may_write = self._rare.next_step()
+        pairs: list[tuple[Any, Any]] = []
+        kept = fresh(value, may_write, pairs)
+        self._pairs = pairs if may_write else []
+        self._stamps = [] if may_write else stamps(leaf for leaf, _ in pairs if isinstance(leaf, Tensor))
+        return kept, may_write
+
+    def look(self) -> None:
+        """Find out if the first forward pass has written to them."""
+        tensors = [pair for pair in self._pairs if isinstance(pair[0], Tensor)]
+        arrays = [pair for pair in self._pairs if not isinstance(pair[0], Tensor)]
+        self._rare.compare([tensor for tensor, _ in tensors], [copy for _, copy in tensors])
+        if stamped_changed(self._stamps) or not all(map(_same_array, arrays)):
+            self._rare.seen()
+        self._pairs, self._stamps = [], []
+
+
+def fresh(value: Any, copies: bool, leaves: Leaves | None = None, memo: dict[int, Any] | None = None) -> Any:
+    """``value`` with lists, tuples, dicts and data samples of its own.
+
+    Args:
+        value: Arguments of a model.
+        copies: Whether tensors and NumPy arrays are copied as well.
+        leaves: Takes the tensors and arrays of ``value`` that can be copied, each with what stands for it.
+        memo: What was made of an object, by its ``id``: what is one object stays one.
+    """
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    memo = {} if memo is None else memo
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, (Tensor, np.ndarray)):
+        memo[id(value)] = _fresh_leaf(value, copies, leaves)
+    elif kind is tuple:
+        return tuple(fresh(item, copies, leaves, memo) for item in value)
+    elif isinstance(value, tuple) and hasattr(value, '_make'):
+        return kind._make(fresh(item, copies, leaves, memo) for item in value)
+    elif isinstance(value, (list, dict)):
+        twin = memo[id(value)] = copy.copy(value)
+        for key, item in enumerate(value) if isinstance(value, list) else value.items():
+            twin[key] = fresh(item, copies, leaves, memo)
+    elif isinstance(value, BaseDataElement):
+        _fresh_element(value, copies, leaves, memo)
+    else:
+        return value
+    return memo[id(value)]
+
+
+def _fresh_leaf(value: Any, copies: bool, leaves: Leaves | None) -> Any:
+    """A tensor or an array, copied where that is asked for and possible."""
+    if isinstance(value, Tensor):
+        if value.requires_grad and value.is_leaf:
+            value = value.detach().requires_grad_()  # its gradient is that of the first pass
+        if not is_ordinary(value):
+            return value
+    twin = _copied(value) if copies else value
+    if leaves is not None:
+        leaves.append((value, twin))
+    return twin
+
+
+def _copied(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value.copy()
+    if value.is_contiguous() or 0 in value.stride():
+        return value.clone()
+    # Strided as it is, so that sums are taken in the same order.
+    twin = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    return twin.copy_(value)
+
+
+def _fresh_element(element: BaseDataElement, copies: bool, leaves: Leaves | None, memo: dict[int, Any]) -> None:
+    """The same for a data sample: what is set, replaced or deleted in it does not reach the original."""
+    twin = memo[id(element)] = object.__new__(type(element))
+    attributes = vars(twin)
+    attributes.update(vars(element))
+    attributes['_metainfo_fields'] = set(element._metainfo_fields)
+    attributes['_data_fields'] = set(element._data_fields)
+    # A name may outlive its value. Meta information is many small things that hardly anybody changes in place.
+    names = element._data_fields | element._metainfo_fields if copies else element._data_fields
+    for name in names & attributes.keys():
+        attributes[name] = fresh(attributes[name], copies, leaves, memo)
+
+
+def _same_array(pair: tuple[Any, Any]) -> bool:
+    array, was = pair
+    if array.dtype.kind == 'O':  # what its objects are to each other, nobody knows here
+        return True
+    return bool(np.array_equal(array, was, equal_nan=array.dtype.kind in 'fc'))

@@ -1,0 +1,236 @@
+"""Fully sharded models (FSDP): what this process holds of the parameters, and what all processes hold together (ours).
+
+Under FSDP every process holds a piece of each parameter, of its averaged gradient and of the optimizer's state. A
+perturbation works element by element on the pieces, once the norm of *all* pieces is known, which costs one all-reduce
+of a number a step; whether the optimizer steps is agreed on by another, of a flag. Both of torch's kinds are known:
+
+- FSDP1, ``FullyShardedDataParallel``, which MMEngine's ``MMFullyShardedDataParallel`` derives from: the model is
+  wrapped, and its parameters are views of a flat one's piece between the steps, of the whole one in a pass;
+- FSDP2, ``fully_shard``: the model's parameters are DTensors between the steps, and others in a pass.
+
+So what asks for names, or writes to parameters, does it between the passes. Where a pass was broken off,
+:meth:`Shards.settle` gets there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, get_world_size
+from torch import Tensor, nn
+
+from mm_sharp.ops.perturbation import global_norm
+
+NormOf = Callable[[Sequence[Tensor]], Tensor]
+
+
+def is_flat_wrapper(module: nn.Module) -> bool:
+    """Whether ``module`` is FSDP1's wrapper of another."""
+    return any(cls.__name__ == 'FullyShardedDataParallel' for cls in type(module).__mro__)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP, of either kind, was applied to ``module`` itself."""
+    return any(cls.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for cls in type(module).__mro__)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This process's piece of ``tensor``, sharing its memory; ``tensor`` itself unless it is a DTensor."""
+    to_local = getattr(tensor, 'to_local', None)
+    if to_local is None:
+        return tensor
+    with torch.no_grad():  # with gradients the piece would be a new tensor every time
+        piece: Tensor = to_local()
+    return piece
+
+
+def any_rank(flag: Tensor) -> Tensor:
+    """Whether ``flag`` holds in any process, the same answer in all of them, which must all ask.
+
+    Args:
+        flag: A scalar of bool, on the device that the processes communicate from.
+
+    Returns:
+        A scalar of bool on the same device. No host synchronisation where the backend needs none.
+    """
+    together = flag.to(torch.float32)
+    all_reduce(together, 'max')
+    return together > 0
+
+
+def shards_of(model: nn.Module) -> Shards | None:
+    """The pieces of ``model`` in this process; None if no part of it is sharded."""
+    return Shards(model) if any(map(is_sharded, model.modules())) else None
+
+
+class Shards:
+    """A sharded model's pieces in this process.
+
+    Args:
+        model: The model as ``optim_context`` gets it. All processes must take part in all steps.
+
+    Attributes:
+        model: The same.
+        parameters: The pieces' parameters, all of the model's.
+        flat: Whether flat parameters stand for the model's own (FSDP1 with ``use_orig_params=False``).
+        offloads: Whether FSDP1 keeps the pieces on the CPU.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._wrappers: list[Any] = [module for module in model.modules() if is_flat_wrapper(module)]
+        marked = [module for module in model.modules() if is_sharded(module)]
+        self._modules: list[Any] = [module for module in marked if not is_flat_wrapper(module)]
+        self.flat = any(not wrapper._use_orig_params for wrapper in self._wrappers)
+        self.offloads = any(wrapper.cpu_offload.offload_params for wrapper in self._wrappers)
+        self.settle()
+        self.parameters = list(model.parameters())
+        self._parts = self._distinct_parts()
+
+    # ---------------------------------------------------------------- all processes together
+    def norm_of(self, parameters: Sequence[Tensor], device: torch.device) -> NormOf:
+        """The function that takes the 2-norm of whole tensors, given this process's pieces.
+
+        Args:
+            parameters: What the tensors are gradients of, in order.
+            device: Where a process without a single tensor has the norm.
+
+        Returns:
+            A function like :func:`mm_sharp.ops.perturbation.global_norm`. All processes must call it, with pieces or
+            without: it is one all-reduce of one number, and gives all of them the same, bit for bit.
+        """
+        weights = [self._parts.get(id(parameter), 1) / get_world_size() for parameter in parameters]
+
+        def norm(tensors: Sequence[Tensor]) -> Tensor:
+            total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else device)
+            for weight in dict.fromkeys(weights):
+                members = [t for t, w in zip(tensors, weights, strict=True) if w == weight]
+                # A piece that several processes hold counts once. In double precision squares do not overflow.
+                total += weight * global_norm(members).to(total).square()
+            all_reduce(total)
+            wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+            return total.sqrt().to(torch.float64 if wide else torch.float32)
+
+        return norm
+
+    @torch.no_grad()
+    def clip_(
+        self,
+        parameters: Sequence[nn.Parameter],
+        device: torch.device,
+        *,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        error_if_nonfinite: bool = False,
+        **_: Any,
+    ) -> Tensor | None:
+        """Clip gradients as ``clip_grad_norm_`` or ``clip_grad_value_`` of torch do those of whole tensors.
+
+        Args:
+            parameters: With or without a gradient; all processes must ask.
+            device: As of :meth:`norm_of`.
+            max_norm: Largest 2-norm that is left, or None to clip by value.
+            clip_value: Largest absolute value that is left.
+            error_if_nonfinite: Raise where the norm is not finite, in all processes.
+
+        Returns:
+            The norm before clipping; None when clipping by value.
+
+        Raises:
+            RuntimeError: The norm is not finite, and ``error_if_nonfinite`` is set.
+        """
+        members = [parameter for parameter in parameters if parameter.grad is not None]
+        gradients = [local_shard(p.grad) for p in members if p.grad is not None]
+        if max_norm is None:
+            assert clip_value is not None, 'check_shards has looked'
+            for gradient in gradients:
+                gradient.clamp_(-clip_value, clip_value)
+            return None
+        norm = self.norm_of(members, device)(gradients)
+        if error_if_nonfinite and not bool(torch.isfinite(norm)):
+            raise RuntimeError(f'clip_grad: the norm of the gradient is {norm.item()}, and error_if_nonfinite=True')
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.device, gradient.dtype))
+        return norm
+
+    def share_overflow(self, scaler: Any, optimizer: Any) -> None:
+        """Have the processes' loss scalers agree on whether a gradient of ``optimizer`` overflowed.
+
+        Args:
+            scaler: A ``GradScaler`` that has just unscaled the gradients of ``optimizer``.
+            optimizer: The optimizer.
+        """
+        found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device']
+        if not found:  # a process without any gradient: torch asks for an entry
+            device = scaler._scale.device
+            found[device] = torch.zeros(1, device=device)
+        overflow = any_rank(torch.stack([flag.reshape(()).to(scaler._scale.device) for flag in found.values()]).any())
+        for flag in found.values():
+            flag.fill_(overflow.to(flag.device, flag.dtype).reshape(()))
+
+    # ---------------------------------------------------------------- this process
+    def settle(self, broken_off: bool = False) -> None:
+        """Have the parameters be pieces: after a forward without a backward pass, or an error in the midst of a pass.
+
+        Without it, torch would go on with the whole parameters that it has gathered before, whatever happens to the
+        pieces. Does nothing where they are pieces already. No communication.
+
+        Args:
+            broken_off: Whether an error has come in between.
+        """
+        for wrapper in self._wrappers:
+            _settle_flat(wrapper, broken_off)
+        for module in self._modules:
+            _settle_module(module, broken_off)
+
+    def _distinct_parts(self) -> dict[int, int]:
+        """By ``id`` of a parameter, into how many different pieces it is cut; others are whole everywhere."""
+        parts: dict[int, int] = {}
+        for wrapper in self._wrappers:
+            handle = wrapper._handle
+            if handle is None or not handle.uses_sharded_strategy:
+                continue
+            flat = handle.flat_param
+            held = (*(flat._params or ()), *(flat._shared_params or ())) if wrapper._use_orig_params else (flat,)
+            parts.update((id(parameter), wrapper.process_group.size()) for parameter in held)
+        sliced: list[Any] = [parameter for parameter in self.parameters if hasattr(parameter, 'to_local')]
+        for parameter in sliced:
+            cuts = enumerate(parameter.placements)
+            sizes = [parameter.device_mesh.size(axis) for axis, place in cuts if not place.is_replicate()]
+            parts[id(parameter)] = math.prod(sizes)
+        return parts
+
+
+def _settle_flat(wrapper: Any, broken_off: bool) -> None:
+    """The same for one of FSDP1's wrappers; the outermost one speaks for all within it."""
+    if not wrapper._is_root:  # None until the first forward
+        return
+    handles = [handle for handle in wrapper._all_handles if handle.uses_sharded_strategy]
+    if broken_off or not all(handle.needs_unshard() for handle in handles):
+        from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback
+
+        # What ends every backward pass: frees the whole parameters and gets everything ready for the next forward.
+        _post_backward_final_callback(wrapper, wrapper)
+
+
+def _settle_module(module: Any, broken_off: bool) -> None:
+    """The same for one of FSDP2's modules."""
+    state = module._get_fsdp_state()
+    if broken_off and hasattr(module, 'reset_iter_state'):
+        if state._is_root:  # it speaks for all within it
+            module.reset_iter_state()
+        return
+    if broken_off:  # before torch 2.13
+        group, idle = state._fsdp_param_group, type(state._training_state).IDLE
+        state._training_state = idle
+        state._state_ctx.iter_forward_root, state._state_ctx.post_backward_final_callback_queued = None, False
+        if group is not None:
+            group.wait_for_unshard()  # weights fetched ahead would be taken for the next pass's
+            group._training_state = idle
+            group._post_forward_indices.clear()
+            group.comm_ctx.post_forward_order.clear()
+    module.reshard()

@@ -1,0 +1,203 @@
+"""Capture one training forward of a model, and run it again.
+
+MMEngine's ``train_step`` runs ``optim_context(model)`` around pre-processing and forward and then hands over a
+scalar. The hooks here see the model call itself, after pre-processing, so that both passes work on the same augmented
+batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel, is_model_wrapper
+from torch import Tensor, nn
+
+from mm_sharp.ops.call_inputs import InputKeeper, fresh
+from mm_sharp.ops.fsdp import is_flat_wrapper
+from mm_sharp.ops.rng import RandomState
+
+
+@dataclass
+class ModelCall:
+    """One call ``output = model(*args, **kwargs)``.
+
+    Args:
+        model: The module that was called: DDP's or FSDP's wrapper where there is one.
+        args: Positional arguments, as they were before the call.
+        kwargs: Keyword arguments, the same.
+        random_state: The random state just before the call.
+        may_write: Whether the model may write to tensors and arrays among the arguments.
+        output: What the call returned.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: RandomState
+    may_write: bool = False
+    output: Any = field(default=None)
+
+    def replay(self) -> Any:
+        """Call the model again with the same arguments.
+
+        Returns:
+            The new output. The model gets lists, dicts and data samples of its own, so that whatever it does to them it
+            can be called any number of times; and tensors of its own, where it may write to them.
+        """
+        args, kwargs = fresh((self.args, self.kwargs), self.may_write)
+        return self.model(*args, **kwargs)
+
+
+ChooseBatch = Callable[[ModelCall], ModelCall]
+
+
+class CallRecorder:
+    """Records the one call of a model within a context.
+
+    After the context, :attr:`call` is the recorded call, or None if the model was not called, or the call has failed.
+
+    Attributes:
+        is_open: Whether the context is.
+    """
+
+    def __init__(self) -> None:
+        self.call: ModelCall | None = None
+        self.is_open = False
+        self._inputs = InputKeeper()
+        self._depth = 0
+
+    @contextmanager
+    def record(
+        self,
+        model: nn.Module,
+        devices: tuple[torch.device, ...],
+        on_call: ChooseBatch,
+    ) -> Iterator[None]:
+        """Record the call of ``model`` in this context. What the model calls of itself within it is a part of it.
+
+        Args:
+            model: The module that is going to be called.
+            devices: Devices whose random state is recorded.
+            on_call: Sees the call before it runs, and returns the call that runs instead: the same, or one on a part
+                of the batch.
+
+        Raises:
+            RuntimeError: ``model`` is called a second time (on the call).
+        """
+        self.call, self._depth, self.is_open = None, 0, True
+        at_first: list[RandomState] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._depth += 1
+            if self._depth > 1:
+                return None
+            if self.call is not None:
+                raise RuntimeError(_called_twice(model))
+            random_state = RandomState.capture(devices)
+            at_first.append(random_state)
+            call = on_call(ModelCall(model, args, kwargs, random_state))
+            (kept_args, kept_kwargs), may_write = self._inputs.keep((call.args, call.kwargs))
+            self.call = replace(call, args=kept_args, kwargs=kept_kwargs, may_write=may_write)
+            return call.args, call.kwargs
+
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._depth -= 1
+            if self._depth == 0 and self.call is not None:
+                self._inputs.look()
+                self.call.output = _copy_containers(output)
+                if output is None:  # the call has failed, and may be tried again
+                    self.call = None
+
+        handles = [
+            # Before the user's own hooks, which run in every pass, and after them.
+            model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            # Also where a call fails: a model may catch the error of a call within its own.
+            model.register_forward_hook(after, with_kwargs=True, always_call=True),
+        ]
+        try:
+            yield
+        except BaseException:
+            self.call = None
+            if at_first:
+                at_first[0].restore()
+            raise
+        finally:
+            self.is_open = False
+            for handle in handles:
+                handle.remove()
+
+    def take(self) -> ModelCall | None:
+        """The recorded call, which is then forgotten here."""
+        call, self.call = self.call, None
+        return call
+
+
+def _called_twice(model: nn.Module) -> str:
+    return (
+        f'{type(unwrap(model)).__name__} was called twice in one optim_context: a second pass could not '
+        'tell which call the loss comes from. Put everything that the loss needs into one forward '
+        '(model(..., mode="loss")), or use one optim_context and update_params for each call:\n'
+        '    with optim_wrapper.optim_context(model):\n        losses = model(inputs, data_samples, '
+        "mode='loss')\n    optim_wrapper.update_params(model.parse_losses(losses)[0])"
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's model inside DDP, FSDP, ``torch.compile`` and the like."""
+    while True:
+        wrapped = is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel)
+        wrapped = wrapped or is_flat_wrapper(model)
+        # The other one is torch's OptimizedModule, whose class takes seconds to import.
+        inner = model.module if wrapped else model._modules.get('_orig_mod')
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def is_compiled(module: nn.Module, method: str = 'forward') -> bool:
+    """Whether ``torch.compile`` has got hold of a module's call, or of another of its methods."""
+    by_hand = '_orig_mod' in module._modules or getattr(module, '_compiled_call_impl', None) is not None
+    return hasattr(vars(module).get(method), '_torchdynamo_orig_callable') or (by_hand and method == 'forward')
+
+
+def has_own_parse_losses(model: nn.Module) -> bool:
+    """Whether a model adds its losses up in a way of its own, which may keep state from call to call."""
+    parse_losses = getattr(model, 'parse_losses', None)
+    return parse_losses is not None and getattr(parse_losses, '__func__', None) is not BaseModel.parse_losses
+
+
+def loss_of(call: ModelCall, output: Any) -> Tensor:
+    """The scalar that ``train_step`` makes of a model's output.
+
+    Args:
+        call: The call that gave ``output``.
+        output: A dict of losses, which the model's ``parse_losses`` adds up, or a tensor, which is averaged.
+
+    Raises:
+        TypeError: ``output`` is neither.
+    """
+    if isinstance(output, Tensor):
+        return output.mean()
+    model = unwrap(call.model)
+    parse_losses = getattr(model, 'parse_losses', None)
+    if isinstance(output, dict) and callable(parse_losses):
+        loss: Tensor = parse_losses(output)[0]
+        return loss
+    raise TypeError(
+        f'{type(model).__name__} returned {type(output).__name__} within optim_context: a second pass needs a loss '
+        "that can be computed again. Return a dict of losses (mode='loss') from a model that derives from "
+        'mmengine.model.BaseModel, or the loss itself as a tensor.'
+    )
+
+
+def _copy_containers(value: Any) -> Any:
+    """``value`` with fresh dicts, lists and tuples; everything in them is shared."""
+    if type(value) is dict:
+        return {key: _copy_containers(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy_containers(item) for item in value)
+    return value

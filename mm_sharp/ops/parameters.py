@@ -1,0 +1,178 @@
+"""Which parameters an optimizer trains, and which of them are perturbed: the ``perturb`` argument (ours).
+
+What is left out is still trained; it only stays where it is during the second pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from mm_sharp.errors import UserError
+
+_SWITCHES = ('norm', 'bias', 'quantizer_scale')
+_PATTERNS = ('include', 'exclude')
+_EXAMPLE = (
+    "perturb='auto', perturb='all', perturb='weights' (no norm layers, biases or quantizer scales) or "
+    "perturb=dict(norm=False, bias=True, quantizer_scale=False, include=['^backbone'], exclude=['head'])"
+)
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters of an optimizer, in its order, each once: torch only warns where a group holds one twice."""
+    found = {id(parameter): parameter for group in optimizer.param_groups for parameter in group['params']}
+    return list(found.values())
+
+
+def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Those of an optimizer's parameters that require a gradient now."""
+    return [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
+
+
+def devices_of(optimizer: Optimizer) -> tuple[torch.device, ...]:
+    """The devices of an optimizer's parameters, each once."""
+    return tuple(dict.fromkeys(parameter.device for parameter in parameters_of(optimizer)))
+
+
+class ParameterSelector:
+    """Selects the parameters of an optimizer that take part in the perturbation.
+
+    Args:
+        owner: Class that takes the argument, for error messages.
+        perturb: ``'all'``; ``'auto'``, all but, in a model with quantizers, their scales and every bias: of a few bits,
+            a scale's perturbation can exceed the scale itself; ``'weights'``, which leaves out normalisation layers,
+            biases and the scales of quantizers; or a dict with any of the switches ``norm``, ``bias`` and
+            ``quantizer_scale`` (all True unless given) and of ``include`` and ``exclude``, regular expressions (one or
+            a list) searched in parameter names: a parameter must match one of ``include``, if given, and none of
+            ``exclude``. ``bias`` does not speak of norm layers' biases, which ``norm`` governs.
+
+    Raises:
+        ValueError: ``perturb`` has another form.
+    """
+
+    def __init__(self, owner: str, perturb: str | Mapping[str, object]) -> None:
+        self._owner = owner
+        self._perturb = perturb
+        if perturb in ('all', 'auto'):
+            perturb = {}
+        elif perturb == 'weights':
+            perturb = dict.fromkeys(_SWITCHES, False)
+        if not isinstance(perturb, Mapping):
+            raise self._error('it must be a string of these or a dict')
+        unknown = set(perturb) - {*_SWITCHES, *_PATTERNS}
+        if unknown:
+            raise self._error(f'unknown keys {sorted(map(str, unknown))}')
+        self._switches = {name: self._switch(name, perturb.get(name, True)) for name in _SWITCHES}
+        self._include = self._compile('include', perturb.get('include'))
+        self._exclude = self._compile('exclude', perturb.get('exclude'))
+        self._cached_for: tuple[int, ...] = ()
+        self._selected: list[nn.Parameter] = []
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether no parameter of a model without quantizers is left out."""
+        return all(self._switches.values()) and not self._include and not self._exclude
+
+    def select(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """The members of ``parameters`` that are perturbed, in order.
+
+        Args:
+            model: Module whose parameter names and layer types the rules speak of.
+            parameters: The optimizer's parameters. One that ``model`` does not hold has no name: only ``include``
+                can leave it out.
+
+        Raises:
+            ValueError: A pattern matches no parameter, or nothing is left to perturb.
+        """
+        key = (id(model), *map(id, parameters))
+        if key != self._cached_for:
+            self._selected = self._apply(model, parameters)
+            self._cached_for = key
+        return self._selected
+
+    def _apply(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        names = {id(parameter): _plain_name(name) for name, parameter in model.named_parameters()}
+        kinds = _kinds(model)
+        spared = self._perturb == 'auto' and 'quantizer_scale' in kinds.values()
+        for key, patterns in (('include', self._include), ('exclude', self._exclude)):
+            for pattern in patterns:
+                if not any(pattern.search(name) for name in names.values()):
+                    raise self._error(f'{key} pattern {pattern.pattern!r} matches no parameter of the model')
+        selected = []
+        for parameter in parameters:
+            kind, name = kinds.get(id(parameter)), names.get(id(parameter), '')
+            if kind is not None and not self._switches[kind]:
+                continue
+            if spared and (kind == 'quantizer_scale' or _is_bias(name)):
+                continue
+            if self._include and not _matches(self._include, name):
+                continue
+            if not _matches(self._exclude, name):
+                selected.append(parameter)
+        if not selected:
+            raise self._error('it leaves no parameter to perturb')
+        return selected
+
+    def _switch(self, name: str, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise self._error(f'{name}={value!r} must be True or False')
+        return value
+
+    def _compile(self, name: str, value: object) -> list[re.Pattern[str]]:
+        if value is None:
+            return []
+        patterns = [value] if isinstance(value, str) else value
+        if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+            raise self._error(f'{name}={value!r} must be a regular expression or a list of them')
+        try:
+            return [re.compile(pattern) for pattern in patterns]
+        except re.error as error:
+            raise self._error(f'{name}={value!r} is not a regular expression ({error})') from error
+
+    def _error(self, reason: str) -> UserError:
+        return UserError(f'{self._owner}: perturb={self._perturb!r} is not allowed: {reason}. Write {_EXAMPLE}')
+
+
+def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
+    return any(pattern.search(name) for pattern in patterns)
+
+
+def _plain_name(name: str) -> str:
+    """``name`` without the parts that wrappers within the model (FSDP's, activation checkpointing's) put in."""
+    return re.sub(r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.', '', name)
+
+
+def _is_bias(name: str) -> bool:
+    last = name.rpartition('.')[2]
+    return last == 'bias' or last.endswith('_bias')
+
+
+def _kinds(model: nn.Module) -> dict[int, str]:
+    """Switch that governs a parameter, by its ``id``; parameters that no switch governs are absent."""
+    kinds: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        norm = is_norm_layer(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            # Brevitas keeps the learned scales of every quantizer below a module called `tensor_quant`.
+            if 'tensor_quant' in f'{prefix}.{name}':
+                kinds[id(parameter)] = 'quantizer_scale'
+            elif norm:
+                kinds[id(parameter)] = 'norm'
+            elif _is_bias(name):
+                kinds[id(parameter)] = 'bias'
+    return kinds
+
+
+def is_norm_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a normalisation layer.
+
+    torch's own classes share no base class, and OpenMMLab adds some (``LayerNorm2d``, ``ScaleNorm``, ``GRN``):
+    besides the batch and instance norms, a layer counts by its class's name.
+    """
+    names = (cls.__name__ for cls in type(module).__mro__)
+    return isinstance(module, _NormBase) or any(n.endswith(('Norm', 'Norm2d')) or n == 'GRN' for n in names)

@@ -1,0 +1,104 @@
+"""A wrapper's part of a checkpoint: plain types and tensors only (ours)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mmengine.dist import get_world_size
+from mmengine.logging import print_log
+
+from mm_sharp.errors import UserError
+from mm_sharp.ops.optimizer_state import check_base_optimizer
+from mm_sharp.ops.parameters import devices_of
+from mm_sharp.ops.rng import RandomState
+
+if TYPE_CHECKING:
+    from mm_sharp.step.two_pass import TwoPassOptimWrapper
+
+_KEY = 'mm_sharp'
+_VERSION = 1
+
+
+def pack_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str, Any]:
+    """Add the loss scaler's state and our own to the base optimizer's.
+
+    Args:
+        wrapper: The wrapper that is saved.
+        state: What ``OptimWrapper.state_dict`` gave.
+
+    Returns:
+        ``state`` with ``'loss_scaler'`` (float16 only, as MMEngine names it) and ``'mm_sharp'``. A plain
+        ``OptimWrapper`` ignores both. The random state is that of this process, and is left out where there are
+        several: only rank 0 writes checkpoints.
+    """
+    packed = dict(state)
+    if wrapper.precision.scaler is not None:
+        packed['loss_scaler'] = wrapper.precision.scaler.state_dict()
+    own: dict[str, Any] = {'version': _VERSION, 'wrapper': type(wrapper).__name__}
+    own['base_optimizer'] = type(wrapper.optimizer).__name__
+    if get_world_size() == 1:
+        own['random_state'] = RandomState.capture(devices_of(wrapper.optimizer)).state_dict()
+    own.update(wrapper.own_state())
+    packed[_KEY] = own
+    return packed
+
+
+def load_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str, Any]:
+    """Load our part of ``state``.
+
+    Args:
+        wrapper: The wrapper that is loaded.
+        state: What :func:`pack_state` gave, or the state of MMEngine's own wrappers. Not changed.
+
+    Returns:
+        The rest, for ``OptimWrapper.load_state_dict``.
+
+    Raises:
+        UserError: The state is of another wrapper of ours, of another base optimizer, of other parameters, or its
+            version is newer than this package's. Nothing is changed then.
+    """
+    rest = dict(state)
+    own, scaler_state = rest.pop(_KEY, None), rest.pop('loss_scaler', None)
+    _check(type(wrapper).__name__, own)
+    check_base_optimizer(wrapper.optimizer, state)
+    if own is None:
+        _say(f'The checkpoint holds no state of mm_sharp: {type(wrapper).__name__} starts with its own anew')
+    if wrapper.precision.scaler is not None and scaler_state:
+        wrapper.precision.scaler.load_state_dict(scaler_state)
+    elif wrapper.precision.scaler is not None:
+        _say('The checkpoint holds no loss scale: dynamic scaling starts anew')
+    if own is not None and 'random_state' in own and get_world_size() == 1:
+        RandomState.from_state_dict(own['random_state']).restore()
+    wrapper.load_own_state(own or {})
+    return rest
+
+
+def _check(name: str, own: Any) -> None:
+    """Refuse the state of another wrapper or of a newer version.
+
+    Raises:
+        UserError: See above.
+    """
+    if own is None:
+        return
+    if not isinstance(own, Mapping) or not {'version', 'wrapper'} <= own.keys():
+        raise UserError(
+            "the checkpoint's optimizer state is damaged: 'mm_sharp' must be a dict with version and wrapper"
+        )
+    if own['version'] > _VERSION:
+        raise UserError(
+            f"the checkpoint's optimizer state has version {own['version']}, and this mm_sharp reads up to {_VERSION}: "
+            'install the mm_sharp that wrote it, or a newer one'
+        )
+    if own['wrapper'] != name:
+        raise UserError(
+            f'the checkpoint was written by {own["wrapper"]}, and the config has {name}: to go on with it, write '
+            f"optim_wrapper = dict(type='{own['wrapper']}', …); to start from its weights with {name}, write "
+            'load_from=… and leave out --resume'
+        )
+
+
+def _say(message: str) -> None:
+    print_log(message, logger='current', level=logging.WARNING)

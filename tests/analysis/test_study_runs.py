@@ -1,0 +1,418 @@
+"""tools/study.py: its runs are those of tools/train.py, and a study that was broken off goes on where it was."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import errno
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from mm_sharp.analysis.study import Plan, Rows, Run, Workers, locked, read_study, run_missing
+from mm_sharp.analysis.study.digits import DigitsAccuracy
+from mm_sharp.analysis.study.execute import execute, numbers
+from mm_sharp.analysis.study.metric_check import check_metric, figure_names
+from mm_sharp.analysis.study.run_missing import make_run
+from mm_sharp.cli import options as cli
+from mm_sharp.errors import UsageError
+from tests.conftest import ROOT
+from tests.tiny_data import draw_coco
+from tests.tool_runs import tool
+
+STUDY: dict[str, Any] = {
+    'name': 'small',
+    'metric': {'name': 'digits/accuracy'},
+    'seeds': [0, 1],
+    'selection': {'seeds': [100], 'rho': [0.05, 0.1]},
+    'budgets': ['epochs', 'compute'],
+    'keep': ['sam'],
+    'methods': {'base': {}, 'sam': {'type': 'SAMOptimWrapper'}},
+    'settings': {
+        'clean': {
+            'config': str(ROOT / 'configs/study/digits_cnn.py'),
+            'epochs': 2,
+            'options': {'train_dataloader.dataset.size': 80, 'model.width': 4},
+        }
+    },
+}
+# The base optimizer and SAM at two rhos; then, at two seeds, both, and SAM with half the epochs.
+SELECT, REPORT = 3, 6
+
+
+class Here:
+    """Stands in for a pool of processes: a run is made when it is asked for, in this process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.made: list[str] = []
+        self.fails_at: int | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Here:
+        return self
+
+    def submit(self, call: Any, plan: Plan, run: Run, *number: int) -> Future[Any]:
+        future: Future[Any] = Future()
+        if call is not make_run:  # a question, no run
+            try:
+                future.set_result(call(copy.deepcopy(plan), run))
+            except RuntimeError as error:
+                future.set_exception(error)
+            return future
+        self.made.append(run.id)
+        if len(self.made) == self.fails_at:
+            future.set_exception(RuntimeError('out of\nmemory'))
+        else:
+            future.set_result(call(copy.deepcopy(plan), run, *number))
+        return future
+
+    def shutdown(self, **kwargs: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Here:
+    pool = Here()
+    monkeypatch.setattr(sys.modules['mm_sharp.analysis.study.run_missing'], 'ProcessPoolExecutor', pool)
+    # As in the processes that it stands in for: every run's checkpoints are plain.
+    monkeypatch.setattr('mm_sharp.compat.checkpoint_hook._in_every_run', True)
+    return pool
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    file = folder / 'study.yaml'
+    file.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return file
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Run the tool in this process; returns the exit code and all that it printed."""
+    monkeypatch.setattr(sys, 'argv', ['tools/study.py', *map(str, arguments)])
+    code = cli.run_tool(tool('study').main)
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / 'results.csv').open(newline='') as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_study_runs_from_the_command_line_in_processes_of_its_own(tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    command = [sys.executable, ROOT / 'tools/study.py', write(tmp_path), '--out-dir', out]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert 'choosing rho' in done.stderr
+    assert '**clean, equal compute** (digits/accuracy, 2 seeds)' in done.stdout
+    rows = rows_of(out)
+    assert len(rows) == SELECT + REPORT
+    assert {row['phase'] for row in rows} == {'select', 'report'}
+    assert all(0 <= float(row['digits/accuracy']) <= 100 and float(row['train_loss']) > 0 for row in rows)
+    assert {(row['epochs'], row['steps']) for row in rows} == {('1', '2.0'), ('2', '4.0')}
+    for name in ('table.md', 'comparisons.json', 'differences.png'):
+        assert (out / name).stat().st_size > 100
+    (kept,) = sorted((out / 'weights').rglob('*_2e_*.pth'))
+    weights = torch.load(kept, weights_only=True)
+    assert 'backbone.0.weight' in weights['state_dict']
+    assert 'optimizer' not in weights
+
+
+def test_a_run_is_what_the_runner_makes_of_the_same_config(tmp_path: Path) -> None:
+    plan = Plan(read_study(write(tmp_path)), tmp_path / 'out')
+    run = Run('report', 'clean', 'sam', 0.1, 2, 1)
+    figures = execute(plan.config(run), tmp_path / 'kept.pth')
+    cfg = plan.config(run)
+    cfg.experiment_name = 'by_hand'
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.test()['digits/accuracy'] == figures['digits/accuracy']
+    kept = torch.load(tmp_path / 'kept.pth', weights_only=True)['state_dict']
+    for name, value in runner.model.state_dict().items():
+        assert torch.equal(kept[name], value), name
+
+
+@pytest.mark.parametrize('named', [False, True], ids=['', 'a visualizer with a name'])
+def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, named: bool) -> None:
+    """Runs of one process may begin in the same second, by which MMEngine names what it keeps of them."""
+    plan = Plan(read_study(write(tmp_path)), tmp_path / 'out')
+    run = Run('report', 'clean', 'sam', 0.1, 2, 1)
+    alone = execute(plan.config(run), None)
+    failing = plan.config(run)
+    failing.custom_hooks = [*failing.get('custom_hooks', []), dict(type='FailsLate')]
+    again = plan.config(run)
+    for cfg in (failing, again) if named else ():
+        cfg.visualizer = dict(type='Visualizer', name='pictures', vis_backends=[dict(type='LocalVisBackend')])
+    again.work_dir = str(tmp_path / 'again')
+    with pytest.raises(RuntimeError, match='out of memory'):
+        execute(failing, None)
+    figures = execute(again, None)
+    assert figures['train_loss'] == alone['train_loss']
+    if named:
+        assert list((tmp_path / 'again').glob('*/vis_data/scalars.json'))
+
+
+@HOOKS.register_module()
+class FailsLate(Hook):
+    def after_train_epoch(self, runner: Any) -> None:
+        raise RuntimeError('out of memory')
+
+
+# As in the processes that Here stands in for.
+@pytest.mark.filterwarnings('ignore')
+def test_a_study_goes_on_where_it_was(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tmp_path), tmp_path / 'out'
+    arguments = (file, '--out-dir', out)
+
+    code, printed = call(monkeypatch, capsys, *arguments, '--table')
+    assert (code, printed) == (2, f"study.py: error: no runs in '{out}' yet: without --table they are made\n")
+
+    here.fails_at = 2
+    code, printed = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert '1 of 3 runs failed; select/clean/sam_rho0.05_2e_seed100: RuntimeError: out of memory' in printed
+    assert len(rows_of(out)) == SELECT - 1
+
+    here.fails_at = None
+    code, printed = call(monkeypatch, capsys, *arguments, '--table')
+    assert code == 0
+    assert '| sam | 0.05 |  | 0 of 1 |' in printed
+    assert '- clean: rho is not chosen yet: 2 of 3 runs made for it' in printed
+    assert f'{out}: results.csv, table.md\n' in printed
+    here.made.clear()
+    assert call(monkeypatch, capsys, *arguments)[0] == 0
+    assert len(here.made) == 1 + REPORT
+    before = (out / 'comparisons.json').read_text()
+
+    here.made.clear()
+    code, printed = call(monkeypatch, capsys, *arguments, '--table')
+    assert (code, here.made) == (0, [])
+    assert '| sam |' in printed
+    lines = (out / 'results.csv').read_text().splitlines(keepends=True)
+    lost = next(i for i, line in enumerate(lines) if line.startswith('report/clean/base'))
+    (out / 'results.csv').write_text(''.join(lines[:lost] + lines[lost + 1 :]))
+    assert call(monkeypatch, capsys, *arguments)[0] == 0
+    assert here.made == [lines[lost].split(',')[0]]
+    assert (out / 'comparisons.json').read_text() == before
+
+    changed = {'clean': {**STUDY['settings']['clean'], 'options': {'model.width': 8}}}
+    write(tmp_path, settings=changed)
+    code, printed = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert '3 runs in' in printed
+    assert 'were made with other configs' in printed
+    here.made.clear()
+    assert call(monkeypatch, capsys, *arguments, '--redo')[0] == 0
+    assert len(here.made) == SELECT + REPORT
+    # Rows of a rho that is not chosen any more stay.
+    assert {row['id'] for row in rows_of(out)} >= set(here.made)
+
+
+def test_a_folder_belongs_to_one_process_until_it_ends(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / 'out'
+    out.mkdir()
+    # Another process, with as few imports as it can have.
+    hold = (
+        'import fcntl, os, socket, sys\n'
+        'lock = open(sys.argv[1], "w")\n'
+        'fcntl.flock(lock, fcntl.LOCK_EX)\n'
+        'print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)\n'
+        'print("held", flush=True)\n'
+        'input()\n'
+    )
+    command = [sys.executable, '-S', '-c', hold, str(out / '.lock')]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == 'held\n'
+        code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', out)
+        assert (code, here.made, len(printed.splitlines())) == (2, [], 1)
+        assert f"process {other.pid} on {socket.gethostname()} makes runs in '{out}'" in printed
+        other.kill()
+    with locked(out):  # it did not say goodbye
+        assert (out / '.lock').read_text() == f'process {os.getpid()} on {socket.gethostname()}'
+        with pytest.raises(UsageError, match=f'process {os.getpid()} '), locked(out):
+            pass
+    with locked(out):
+        pass
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_ctrl_c_says_what_is_kept_and_lets_go_of_the_folder(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / 'out'
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules['mm_sharp.analysis.study.run_missing'], 'watch', interrupt)
+    code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', out)
+    assert code == 130
+    line = f'study.py: interrupted; 0 runs are in {out}/results.csv; the same command goes on'
+    assert printed.splitlines()[-1] == line
+    with locked(out):
+        pass
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr('fcntl.flock', refuse)
+    with locked(tmp_path):
+        pass
+    assert f"'{tmp_path}' cannot be locked ([Errno {errno.ENOLCK}] No locks available)" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize(
+    ('silent', 'made'),
+    [pytest.param(False, 0, id='before any run'), pytest.param(True, 1, id='after the first, where it learns late')],
+)
+def test_a_wrong_metric_shows_at_once(
+    tmp_path: Path,
+    here: Here,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    silent: bool,
+    made: int,
+) -> None:
+    file = write(tmp_path, metric={'name': 'digits/acc'})
+    if silent:  # as a detector's evaluation is, as long as nothing is found
+        compute = DigitsAccuracy.compute_metrics
+        monkeypatch.setattr(
+            DigitsAccuracy, 'compute_metrics', lambda self, results: compute(self, results) if here.made else {}
+        )
+    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
+    line = printed.splitlines()[-1]
+    assert code == 2
+    assert "metric.name: 'digits/acc' is not among what" in line
+    assert line.endswith(': digits/accuracy, digits/nll, train_loss, steps, train_seconds')
+    assert len(rows_of(tmp_path / 'out') if made else here.made) == made
+    # Right again, the run that was made counts.
+    write(tmp_path)
+    here.fails_at = len(here.made) + 1
+    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
+    assert f'1 of {SELECT - made} runs failed' in printed
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_an_untrained_model_that_cannot_be_evaluated_does_not_end_a_study(
+    tmp_path: Path, here: Here, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError('no boxes')
+
+    monkeypatch.setattr(DigitsAccuracy, 'compute_metrics', fail)
+    check_metric(Plan(read_study(write(tmp_path)), tmp_path / 'out'), Rows(tmp_path / 'none.csv'), here)
+    line = capsys.readouterr().err
+    assert "metric.name: 'digits/accuracy' could not be checked" in line
+    assert 'untrained (RuntimeError: no boxes); it will be after the first run' in line
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_run_writes_nothing_into_the_folder_of_the_check_before_it(tmp_path: Path) -> None:
+    settings = copy.deepcopy(STUDY['settings'])
+    # MMEngine keeps what has a name as long as the process lives.
+    settings['clean']['options']['visualizer'] = {
+        'type': 'Visualizer',
+        'name': 'visualizer',
+        'vis_backends': [{'type': 'LocalVisBackend'}],
+    }
+    plan = Plan(read_study(write(tmp_path, settings=settings)), tmp_path / 'out')
+    run = Run('report', 'clean', 'base', None, 1, 0)
+    assert figure_names(plan, run) == ['digits/accuracy', 'digits/nll']
+    assert make_run(plan, run)['steps'] == 2
+    assert list((tmp_path / 'out' / 'runs' / run.id).rglob('vis_data/config.py'))
+
+
+def test_figures_that_are_no_numbers_are_left_out() -> None:
+    figures = {'a': torch.tensor(1.5), 'b': 2, 'table': torch.ones(2, 2), 'list': [1], 'text': 'x', 'c': np.float32(3)}
+    assert numbers(figures) == {'a': 1.5, 'b': 2.0, 'c': 3.0}
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_setting_starts_from_anothers_weights(tmp_path: Path, here: Here) -> None:
+    clean = STUDY['settings']['clean']
+    settings = {'tuned': {**clean, 'epochs': 1, 'load_from': 'clean'}, 'clean': clean}
+    plan = Plan(read_study(write(tmp_path, settings=settings, seeds=[0], budgets=['epochs'])), tmp_path / 'out')
+    chosen = run_missing(plan, Rows(tmp_path / 'out/results.csv'), Workers())
+    assert list(chosen) == ['clean', 'tuned']
+    assert here.made.index('report/clean/base_2e_seed0') < here.made.index('report/tuned/base_1e_seed0')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('--jobs', '0'), '--jobs 0: it must be an integer from 1'),
+        (('--nice', '20'), '--nice 20'),
+        (('--settings', 'none'), "--settings: 'none' is not allowed: it must be one of clean"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', tmp_path / 'out', *arguments)
+    assert code == 2
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+def test_a_remembered_data_set_gives_what_the_plain_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmengine.registry import DefaultScope
+    from mmpose.registry import DATASETS
+
+    import mm_sharp.analysis.study.cached  # noqa: F401  (registers it)
+
+    folder = draw_coco(tmp_path / 'data')
+    codec = dict(type='SimCCLabel', input_size=(48, 64), sigma=(2.0, 2.0), simcc_split_ratio=2.0)
+    pipeline = [
+        dict(type='LoadImage'),
+        dict(type='GetBBoxCenterScale'),
+        dict(type='TopdownAffine', input_size=(48, 64)),
+        dict(type='GenerateTarget', encoder=codec),
+        dict(type='PackPoseInputs'),
+    ]
+    config = dict(
+        data_root=str(folder),
+        ann_file='annotations/person_keypoints_train.json',
+        data_prefix=dict(img='train/'),
+        pipeline=pipeline,
+    )
+    with DefaultScope.overwrite_default_scope('mmpose'):
+        plain = DATASETS.build(dict(type='CocoDataset', **config))
+        first = DATASETS.build(dict(type='CachedCocoDataset', **config))
+        want = [plain[i] for i in range(len(plain))]
+        got = [first[i] for i in range(len(first))]
+        # From here on nothing is read from the disk, by a later data set with the same arguments neither.
+        monkeypatch.setattr('mmpose.datasets.transforms.LoadImage.transform', lambda *_: pytest.fail('read again'))
+        again = DATASETS.build(dict(type='CachedCocoDataset', **config))
+        got += [again[i] for i in range(len(again))]
+        first[0]['data_samples'].set_metainfo({'touched': True})
+    for number, sample in enumerate(got):
+        wanted = want[number % len(want)]
+        assert torch.equal(sample['inputs'], wanted['inputs'])
+        labels, wanted_labels = (one['data_samples'].gt_instance_labels for one in (sample, wanted))
+        assert torch.equal(labels.keypoint_x_labels, wanted_labels.keypoint_x_labels)
+    assert 'touched' not in again[0]['data_samples'].metainfo

@@ -1,0 +1,582 @@
+"""Every forward pass of a step starts from the state before the first, and the step ends as the first has left it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict, namedtuple
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from mmengine.structures import BaseDataElement, InstanceData
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from mm_sharp.methods.per_sample import PerSampleOptimWrapper
+from mm_sharp.ops.call_inputs import InputKeeper
+from mm_sharp.ops.call_inputs import fresh as own_containers
+from mm_sharp.ops.forward_state import ForwardState
+from mm_sharp.ops.host_copy import HostCopy
+from mm_sharp.ops.rare_changes import RareChanges
+from tests.memory_toys import MEMORIES, Codebook, HandTeacher, Memory, Teacher
+from tests.toys import Batch, Notes, ToyNet, batches, make, same_bits
+from tests.wrappers import WRAPPERS, build, momentum_sgd, same_weights
+
+everywhere = pytest.mark.parametrize('name', [name for name in WRAPPERS if 'loader' not in name])
+remembering = pytest.mark.parametrize('kind', MEMORIES)
+STEPS = 6
+
+
+def fresh(kind: type[ToyNet], **kwargs: Any) -> Any:
+    """A model whose own random numbers are those of every other one of its kind."""
+    return make(kind, **kwargs)
+
+
+def train_both(ours: Any, wrapper: Any, base: Any, plain: Any, data: list[Batch]) -> None:
+    """A step of each on every batch, in turns."""
+    for batch in data:
+        ours.train_step(batch, wrapper)
+        base.train_step(batch, plain)
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(map(same_bits, left, right))
+
+
+@remembering
+@everywhere
+def test_a_radius_of_zero_is_the_base_optimizer(name: str, kind: str) -> None:
+    ours, base = fresh(MEMORIES[kind]), fresh(MEMORIES[kind])
+    wrapper, plain = build(name, ours, whole=True, rho=0.0), OptimWrapper(momentum_sgd(base))
+    if name.startswith('esam'):
+        wrapper.beta = 1.0
+    train_both(ours, wrapper, base, plain, batches(STEPS))
+    assert same_weights(name, ours, base)
+    if not name.endswith('reweight'):
+        assert equal(ours.state(), base.state())
+
+
+@remembering
+@everywhere
+def test_every_forward_sees_the_state_before_the_first(name: str, kind: str) -> None:
+    model = fresh(MEMORIES[kind])
+    wrapper = build(name, model, rho=0.5)
+    for batch in batches(STEPS):
+        before = model.state()
+        first = _first_forward(model, wrapper, batch)
+        passes, model.seen = model.seen, Notes()
+        assert len(passes) == (3 if name == 'esam' or (name == 'esam-history' and wrapper.steps % 2) else 2)
+        assert all(equal(seen, before) for seen in passes)
+        assert equal(model.state(), first)
+
+
+def _first_forward(model: Memory, wrapper: Any, batch: Batch) -> list[Tensor]:
+    """Make a step; returns the state just after its first forward."""
+    states: list[list[Tensor]] = []
+    hook = model.register_forward_hook(lambda *_: states.append(model.state()))
+    model.train_step(batch, wrapper)
+    hook.remove()
+    return states[0]
+
+
+@everywhere
+@pytest.mark.parametrize('kind', ['Codebook', 'Flat'])
+def test_memory_shared_with_weights_keeps_no_perturbation(name: str, kind: str) -> None:
+    model = fresh(MEMORIES[kind])
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    wrapper = build(name, model, SGD(model.parameters(), lr=0.0), rho=0.5)
+    for batch in batches(3):
+        model.train_step(batch, wrapper)
+        assert equal(list(model.parameters()), weights)
+    assert isinstance(model, Codebook)
+    assert model.table.untyped_storage().data_ptr() == model.head.weight.untyped_storage().data_ptr()
+
+
+def test_statistics_are_put_back_without_the_weights_that_share_their_memory() -> None:
+    """After the optimizer's step, which must not be undone with the statistics of a batch that overflows."""
+    model = fresh(Codebook)
+    wrapper = build('sam', model)
+    good, bad = batches(2)
+    model.train_step(good, wrapper)
+    before = model.head.weight.detach().clone()
+    mean, variance = model.norm.running_mean.clone(), model.norm.running_var.clone()
+    bad['inputs'][3] = 1e22  # normalised it is finite, but the square of its distance from the mean is not
+    loss = model.train_step(bad, wrapper)['loss']
+    assert loss.isfinite()
+    assert same_bits(model.norm.running_mean, mean)
+    assert same_bits(model.norm.running_var, variance)
+    assert not same_bits(model.head.weight, before)
+    assert same_bits(model.table, model.head.weight)
+
+
+def test_a_buffer_that_was_never_finite_stops_no_statistics() -> None:
+    model = make()
+    model.register_buffer('mask', torch.full((3, 3), -torch.inf).triu(1))
+    wrapper = build('sam', model)
+    for batch in batches(3):
+        model.train_step(batch, wrapper)
+    assert model.norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize('interval', [1, 3, 10])
+@pytest.mark.parametrize('kind', [Teacher, HandTeacher])
+def test_a_teacher_that_rests_most_of_the_time(kind: type[Memory], interval: int) -> None:
+    class Resting(kind):  # type: ignore[misc, valid-type]
+        def recall(self, features: Tensor) -> Tensor:
+            self.calls = getattr(self, 'calls', 0) + 1
+            return super().recall(features) if self.calls % interval == 0 else torch.zeros(())
+
+    ours, base = fresh(Resting), fresh(Resting)
+    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
+    train_both(ours, wrapper, base, plain, batches(4 * interval))
+    assert equal(ours.state(), base.state())
+    assert same_weights('sam', ours, base)
+
+
+def test_frozen_weights_are_copied_in_few_steps() -> None:
+    """Nothing is paid for what no forward changes; what one changes is kept in every step from then on."""
+    rare, kept = RareChanges(), []
+    tensor = torch.zeros(3)
+    for number in range(1, 101):
+        if rare.next_step():
+            kept.append(number)
+        rare.compare([tensor], [torch.zeros(3)])
+    assert kept == [*range(1, 11), 15, 21, 28, 36, 45, 55, 66, 78, 91]
+    rare.compare([tensor.fill_(1)], [torch.zeros(3)])
+    assert all(rare.next_step() for _ in range(20))
+
+
+def test_accelerators_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(HostCopy):
+        ready = False
+
+    monkeypatch.setattr('mm_sharp.ops.rare_changes.HostCopy', Late)
+    rare = RareChanges()
+    for _ in range(10):
+        rare.next_step()
+    meta = type('Elsewhere', (Tensor,), {'device': property(lambda _: torch.device('meta'))})
+    elsewhere = torch.zeros(3).as_subclass(meta)
+    monkeypatch.setattr(torch, 'stack', lambda flags: torch.tensor([True]))
+    rare.compare([elsewhere], [torch.zeros(3).as_subclass(meta)])
+    assert not rare.next_step()
+    Late.ready = True
+    assert rare.next_step()
+
+
+def test_frozen_weights_of_a_sharded_model_are_left_alone() -> None:
+    model = fresh(HandTeacher)
+    state = ForwardState(lambda: list(model.parameters()))
+    state.keep(model, sharded=True)
+    before = model.teacher.weight.clone()
+    model.teacher.weight.add_(1)
+    state.rewind()
+    state.finish()
+    assert same_bits(model.teacher.weight, before + 1)
+
+
+# ------------------------------------------------------------------ inputs
+class Sampled(BaseModel):
+    """A linear model on data samples with labels and instances, which subclasses change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+        self.label_loss, self.point_loss = nn.CrossEntropyLoss(), nn.MSELoss()
+
+    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
+        return inputs
+
+    def forward(self, inputs: Tensor, data_samples: list[Any], mode: str = 'loss') -> Any:
+        output = self.net(self.spoil(inputs, data_samples))
+        labels = torch.stack([sample.label for sample in data_samples])
+        points = torch.stack([sample.gt_instances.points for sample in data_samples])
+        return {'loss': self.label_loss(output, labels), 'loss_points': self.point_loss(output, points)}
+
+
+class InPlace(Sampled):
+    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
+        return inputs.sub_(0.5).div_(0.5)
+
+
+class PastAutograd(Sampled):
+    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
+        inputs.numpy()[...] *= 2
+        return inputs
+
+
+class Replaced(Sampled):
+    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
+        for sample in data_samples:
+            sample.label = (sample.label + 1) % 3
+            sample.gt_instances.points = sample.gt_instances.points * 2
+        return inputs
+
+
+class LabelsInPlace(Sampled):
+    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
+        for sample in data_samples:
+            sample.label.add_(1).remainder_(3)
+            sample.gt_instances.points.mul_(2)
+        return inputs
+
+
+class Popped(Sampled):
+    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
+        for sample in data_samples:
+            sample.gt_instances.points = sample.pop('spare')
+            sample.set_metainfo({'visits': sample.get('visits', 0) + 1})
+            inputs = inputs * sample.visits
+        return inputs
+
+
+KINDS = (InPlace, PastAutograd, Replaced, LabelsInPlace, Popped)
+
+
+def sampled_batch(size: int = 6, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for number in range(size):
+        sample = BaseDataElement(metainfo=dict(id=number, dataset_name='toy'))
+        sample.label = torch.randint(3, (), generator=generator)
+        sample.gt_instances = InstanceData(points=torch.randn(3, generator=generator))
+        sample.spare = torch.randn(3, generator=generator)
+        samples.append(sample)
+    return dict(inputs=torch.randn(size, 4, generator=generator), data_samples=samples)
+
+
+@everywhere
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_a_pass_does_to_its_inputs_does_not_reach_the_next(name: str, kind: type[Sampled]) -> None:
+    """And the caller's own batch is changed as the base optimizer's forward changes it, once."""
+    torch.manual_seed(1)
+    ours = kind().train()
+    base = copy.deepcopy(ours)
+    wrapper = build(name, ours, whole=True, rho=0.0)
+    if name.startswith('esam'):
+        wrapper.beta = 1.0
+    plain = OptimWrapper(momentum_sgd(base))
+    for number in range(3):
+        left, right = sampled_batch(seed=number), sampled_batch(seed=number)
+        ours.train_step(left, wrapper)
+        base.train_step(right, plain)
+        assert same_bits(left['inputs'], right['inputs'])
+        assert all(map(_same_sample, left['data_samples'], right['data_samples']))
+    assert same_weights(name, ours, base)
+
+
+def _same_sample(left: Any, right: Any) -> bool:
+    same = [*left.keys()] == [*right.keys()] and dict(left.metainfo_items()) == dict(right.metainfo_items())
+    return (
+        same and same_bits(left.label, right.label) and same_bits(left.gt_instances.points, right.gt_instances.points)
+    )
+
+
+def test_esam_selects_and_trains_on_the_same_inputs() -> None:
+    """Three forwards, of which the third is on some of the samples: all on what was handed over."""
+    seen: list[Tensor] = []
+
+    class Noted(InPlace):
+        def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
+            seen.append(inputs.clone())
+            return super().spoil(inputs, data_samples)
+
+    model = Noted()
+    wrapper = build('esam', model)
+    batch = sampled_batch()
+    before = batch['inputs'].clone()
+    model.train_step(batch, wrapper)
+    first, second, third = seen
+    assert same_bits(first, before)
+    assert same_bits(second, before)
+    assert all(any(same_bits(row, other) for other in before) for row in third)
+
+
+def test_inputs_are_copied_in_few_steps() -> None:
+    keeper, copied = InputKeeper(), []
+    batch = sampled_batch()
+    for number in range(1, 31):
+        kept, may_write = keeper.keep(batch)
+        keeper.look()
+        if may_write:
+            copied.append(number)
+        assert (kept['inputs'] is batch['inputs']) != may_write
+        assert (kept['data_samples'][0].label is batch['data_samples'][0].label) != may_write
+        assert kept['data_samples'][0] is not batch['data_samples'][0]
+    assert copied == [*range(1, 11), 15, 21, 28]
+    keeper.keep(batch)
+    batch['data_samples'][2].gt_instances.points.mul_(2)
+    keeper.look()
+    assert keeper.keep(batch)[1], 'a change is seen though nothing was copied'
+
+
+# ------------------------------------------------------------------ calls
+@everywhere
+def test_the_users_own_hooks_run_once_a_pass(name: str) -> None:
+    class Doubled(ToyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_forward_pre_hook(self.double, with_kwargs=True)
+
+        @staticmethod
+        def double(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return args, {**kwargs, 'inputs': kwargs['inputs'] * 2}
+
+    ours, base = make(Doubled), make(Doubled)
+    wrapper, plain = build(name, ours, whole=True, rho=0.0), OptimWrapper(momentum_sgd(base))
+    if name.startswith('esam'):
+        wrapper.beta = 1.0
+    train_both(ours, wrapper, base, plain, batches(2))
+    assert same_weights(name, ours, base)
+
+
+@everywhere
+def test_a_model_may_call_itself(name: str) -> None:
+    class Nested(ToyNet):
+        def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+            if mode == 'mean':
+                return super().forward(inputs, targets, mode='tensor').mean(1)
+            losses = super().forward(inputs, targets)
+            with contextlib.suppress(TypeError):
+                self(inputs, targets, mode='mean', unknown=True)
+            assert self(inputs[:2], targets[:2], mode='mean').shape == (2,)
+            return losses
+
+    ours, base = make(Nested, norm=False), make(ToyNet, norm=False)
+    wrapper, plain = build(name, ours, rho=0.1), build(name, base, rho=0.1)
+    for each in (wrapper, plain):
+        if isinstance(each, PerSampleOptimWrapper):
+            each.member.number = 0  # both draw the same
+    train_both(ours, wrapper, base, plain, batches(3))
+    assert same_weights('sam', ours, base)
+
+
+@everywhere
+@pytest.mark.parametrize('method', ['backward', 'step'])
+def test_steps_by_hand_are_refused(name: str, method: str) -> None:
+    """MMEngine's own way of three calls would train without any perturbation."""
+    model = make()
+    wrapper = build(name, model)
+    (batch,) = batches(1)
+    before = copy.deepcopy(model.state_dict())
+    with wrapper.optim_context(model):
+        loss = model.parse_losses(model(**batch))[0]
+    with pytest.raises(
+        RuntimeError,
+        match=rf'{method} was called by hand(.|\n)*model.parse_losses(.|\n)*as a tensor.*update_params\(losses\)',
+    ):
+        wrapper.backward(loss) if method == 'backward' else wrapper.step()
+    assert all(same_bits(parameter, before[key]) for key, parameter in model.named_parameters())
+    model.train_step(batch, wrapper)
+    assert wrapper.last_step is not None
+
+
+def test_parse_losses_of_a_models_own_runs_once_a_pass() -> None:
+    class WarmUp(ToyNet):
+        calls = 0
+
+        def parse_losses(self, losses: Any) -> Any:
+            self.calls += 1
+            total, log = super().parse_losses(losses)
+            return total * min(1.0, self.calls / 10), log
+
+    ours, base = make(WarmUp), make(WarmUp)
+    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
+    train_both(ours, wrapper, base, plain, batches(3))
+    assert ours.calls == base.calls == 3
+    assert same_weights('sam', ours, base)
+
+
+def test_a_parameter_that_is_twice_in_a_group_counts_once() -> None:
+    model = make(norm=False)
+    weights = list(model.parameters())
+    with pytest.warns(UserWarning, match='duplicate parameters'):
+        optimizer = SGD([*weights, weights[0]], lr=0.1)
+    wrapper = build('sam', model, optimizer, rho=0.05)
+    places: list[Tensor] = []
+    model.register_forward_pre_hook(lambda *_: places.append(torch.cat([w.detach().flatten() for w in weights])))
+    model.train_step(batches(1)[0], wrapper)
+    assert (places[1] - places[0]).norm().item() == pytest.approx(0.05, rel=1e-4)
+
+
+ODD = {
+    'sparse': lambda: torch.eye(3).to_sparse(),
+    'compressed': lambda: torch.eye(3).to_sparse_csr(),
+    'nested': lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    'mkldnn': lambda: torch.ones(2, 2).to_mkldnn(),
+    'overlapping': lambda: torch.arange(6.0).as_strided((3, 4), (1, 1)),
+    'expanded': lambda: torch.zeros(1).expand(5),
+    'float8': lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    'complex': lambda: torch.ones(3, dtype=torch.complex64),
+    'uint16': lambda: torch.ones(3, dtype=torch.uint16),
+    'meta': lambda: torch.empty(3, device='meta'),
+}
+
+
+@pytest.mark.filterwarnings('ignore:Sparse CSR', 'ignore:The PyTorch API of nested')
+@pytest.mark.parametrize('kind', [*ODD, 'inference', 'quantized'])
+def test_buffers_of_every_kind_train(kind: str) -> None:
+    def odd() -> Tensor:
+        with torch.inference_mode(kind == 'inference'):
+            return ODD.get(kind, lambda: torch.ones(3))()
+
+    ours, base = make(), make()
+    for model in (ours, base):
+        model.register_buffer('odd', odd(), persistent=False)
+    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
+    train_both(ours, wrapper, base, plain, batches(2))
+    assert same_weights('sam', ours, base)
+
+
+def test_generators_of_a_models_own_draw_the_same_in_every_pass() -> None:
+    class Drawing(Memory):
+        def remember(self) -> None:
+            self.own, self.numpy = torch.Generator().manual_seed(1), np.random.default_rng(1)
+
+        def recall(self, features: Tensor) -> Tensor:
+            return torch.rand(6, 1, 1, generator=self.own) + self.numpy.random()
+
+    ours, base = fresh(Drawing), fresh(Drawing)
+    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
+    train_both(ours, wrapper, base, plain, batches(3))
+    assert same_weights('sam', ours, base)
+    assert same_bits(ours.own.get_state(), base.own.get_state())
+    assert ours.numpy.random() == base.numpy.random()
+
+
+class Registering(Memory):
+    """Makes a buffer in its first forward, fills one that was None, and has state of other kinds than tensors."""
+
+    def remember(self) -> None:
+        self.register_buffer('later', None)
+        self.pair, self.array, self.number = (0, 0.0), np.zeros(6), np.float64(0)
+
+    def recall(self, features: Tensor) -> Tensor:
+        known = torch.zeros(6) if self.later is None else self.later
+        if not hasattr(self, 'made'):
+            self.register_buffer('made', torch.zeros(6))
+        means = features.mean((0, 2, 3))
+        self.made += means
+        self.later = known + means
+        self.pair = (self.pair[0] + 1, self.pair[1] + 0.5)
+        self.array, self.number = self.array + 1, self.number + 1
+        return (known + self.made + sum(self.pair) + torch.from_numpy(self.array).float()).view(6, 1, 1) / self.number
+
+
+@everywhere
+def test_new_buffers_and_attributes_of_every_kind(name: str) -> None:
+    ours, base = fresh(Registering), fresh(Registering)
+    wrapper, plain = build(name, ours, whole=True, rho=0.0), OptimWrapper(momentum_sgd(base))
+    if name.startswith('esam'):
+        wrapper.beta = 1.0
+    train_both(ours, wrapper, base, plain, batches(3))
+    assert same_weights(name, ours, base)
+    assert ours.pair == base.pair == (3, 1.5)
+
+
+@pytest.mark.filterwarnings('ignore')  # torch speaks against its own tracing
+def test_a_traced_part_trains() -> None:
+    ours, base, example = make(), make(), torch.randn(4, 6, 4, 4)
+    for model in (ours, base):
+        model.norm = torch.jit.trace(model.norm, example)  # which moves its statistics
+    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
+    train_both(ours, wrapper, base, plain, batches(2))
+    assert same_weights('sam', ours, base)
+
+
+def test_copies_of_frozen_weights_are_given_back() -> None:
+    model = fresh(HandTeacher)
+    model.move = lambda: None
+    wrapper = build('sam', model)
+    for batch in batches(3):
+        model.train_step(batch, wrapper)
+        assert not wrapper._state._before._rare_backup._memory
+        assert not wrapper._state._after._rare_backup._memory
+
+
+def test_frozen_weights_that_the_second_pass_alone_moves() -> None:
+    """A teacher that is the student's equal does not move in the first forward, and would at the perturbed weights."""
+    model = fresh(HandTeacher)
+    teacher = model.teacher.weight.clone()
+    wrapper = build('sam', model, rho=0.5)
+    model.train_step(batches(1)[0], wrapper)
+    assert torch.allclose(model.teacher.weight, teacher, atol=1e-7)
+
+
+def test_one_object_stays_one_for_every_pass() -> None:
+    class Twice(Sampled):
+        def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
+            data_samples[0].label.add_(1).remainder_(3)  # which is the last one's, too
+            return inputs
+
+    torch.manual_seed(1)
+    ours = Twice().train()
+    base = copy.deepcopy(ours)
+    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
+    for model, wrap in ((ours, wrapper), (base, plain)):
+        batch = sampled_batch()
+        batch['data_samples'][-1] = batch['data_samples'][0]
+        with wrap.optim_context(model):
+            losses = model(**batch)
+        wrap.update_params(model.parse_losses(losses)[0])
+    assert same_weights('sam', ours, base)
+
+
+def test_inputs_in_containers_of_other_kinds() -> None:
+    point = namedtuple('point', 'x y')
+    given = OrderedDict(a=torch.ones(3), b=point(torch.ones(2), [torch.zeros(1)]), c=np.ones(2))
+    given['again'] = given['a']
+    strided = given['d'] = torch.arange(12.0).view(3, 4)[:, ::2]
+    odd = given['e'] = torch.eye(3).to_sparse()
+    kept = own_containers(given, True)
+    assert type(kept) is OrderedDict
+    assert isinstance(kept['b'], point)
+    assert kept['again'] is kept['a']
+    assert kept['a'] is not given['a']
+    assert kept['b'].y is not given['b'].y
+    assert kept['c'] is not given['c']
+    assert kept['d'].stride() == strided.stride()
+    assert same_bits(kept['d'], strided)
+    assert kept['e'] is odd
+    leaf = torch.ones(3, requires_grad=True)
+    other = own_containers([leaf], False)[0]
+    other.sum().backward()
+    assert leaf.grad is None
+    assert other.requires_grad
+
+
+@everywhere
+def test_update_params_belongs_behind_the_context(name: str) -> None:
+    model = make()
+    wrapper = build(name, model)
+    (batch,) = batches(1)
+    with (
+        pytest.raises(RuntimeError, match=r'update_params was called inside optim_context(.|\n)*Call it behind it'),
+        wrapper.optim_context(model),
+    ):
+        wrapper.update_params(model.parse_losses(model(**batch))[0])
+    model.train_step(batch, wrapper)
+
+
+def test_a_forward_that_failed_may_be_tried_again() -> None:
+    class Failing(ToyNet):
+        failures: ClassVar[list[int]] = [1]
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if self.failures:
+                self.failures.pop()
+                raise MemoryError
+            return super().forward(*args, **kwargs)
+
+    model = make(Failing)
+    wrapper = build('sam', model)
+    (batch,) = batches(1)
+    with wrapper.optim_context(model):
+        with pytest.raises(MemoryError):
+            model(**batch)
+        losses = model(**batch)
+    wrapper.update_params(model.parse_losses(losses)[0])
+    assert wrapper.last_step is not None

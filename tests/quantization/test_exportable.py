@@ -1,0 +1,132 @@
+"""Networks whose sizes torch's exporter takes for values, and those that it cannot write: one line, before training."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from mm_sharp.errors import UserError
+from mm_sharp.quantization import QuantizationPolicy, calibrate, exportable, quantize
+from mm_sharp.quantization.export import export_onnx
+from mm_sharp.quantization.exportable import warn_of_export
+from tests.mmpose_cases import QUIET
+from tests.quantized_models import conv, policy
+from tests.toys import same_state
+
+pytestmark = QUIET
+HEIGHT, WIDTH = 13, 10
+
+
+class Codec:
+    def __init__(self, input_size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
+        self.input_size = input_size
+
+
+class TopdownPoseEstimator(nn.Module):
+    """As the export knows MMPose's: by its name and its codec."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.first, self.head, self.between = conv(3, 4), conv(4, 5), between
+        self.head.decoder = Codec()
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor') -> Tensor:
+        maps: Tensor = self.head(self.between(self.first(inputs).relu()))
+        return maps
+
+
+class Fourier(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.fft.fft2(inputs).abs()
+
+
+def model_of(between: Any) -> Any:
+    torch.manual_seed(0)
+    model = TopdownPoseEstimator(between)
+    decoder = model.head.decoder
+    quantize(model, QuantizationPolicy.from_config(policy(8, 8, input_size=(WIDTH, HEIGHT))))
+    model.head.decoder = decoder  # the layer was replaced
+    calibrate(model, [{'inputs': images(4)}])
+    return model.eval()
+
+
+def images(count: int) -> Tensor:
+    return torch.rand(count, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(count))
+
+
+SIZES: dict[str, Any] = {
+    'of another tensor': lambda x: F.adaptive_avg_pool2d(x, F.avg_pool2d(x, 2).shape[-2:]),
+    'that divides nothing': lambda x: F.adaptive_avg_pool2d(x, (5, 3)),
+    'that divides all': nn.AdaptiveAvgPool2d((13, 5)),
+    'for both sides': nn.AdaptiveAvgPool2d(4),
+    'of one side': nn.AdaptiveAvgPool2d((None, 2)),
+    'of everything': nn.AdaptiveAvgPool2d(1),
+    'larger than the input': nn.AdaptiveAvgPool2d((20, 11)),
+}
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_pooling_to_a_size_is_exported(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(SIZES[name])
+    file = export_onnx(model, tmp_path / 'model.onnx', 'qcdq', {})
+    session = onnxruntime.InferenceSession(str(file))
+    for count in (1, 3):  # the batch's size is free
+        (found,) = session.run(None, {'input': images(count).numpy()})
+        with torch.no_grad():
+            expected = model(images(count)).numpy()
+        # A rounding flip is a step of the last layer's input; nearly all values have none.
+        assert np.mean(np.abs(found - expected) < 1e-5) > 0.99
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    assert F.adaptive_avg_pool2d is not exportable._pool
+
+
+@pytest.mark.parametrize(
+    ('sides', 'size'), [((13, 10), (5, 3)), ((7, 7), (7, 3)), ((4, 6), (9, 12)), ((12, 6), (4, 3))]
+)
+def test_pooling_computes_the_same(sides: tuple[int, int], size: tuple[int, int]) -> None:
+    inputs = torch.rand(2, 3, *sides, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(exportable._pool(inputs, size), F.adaptive_avg_pool2d(inputs, size), rtol=1e-6)
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = model_of(Fourier())
+    with pytest.raises(UserError, match=r"cannot write the network as ONNX: between: .*'aten::fft_fft2'") as caught:
+        export_onnx(model, tmp_path / 'model.onnx', 'qcdq', {})
+    assert '\n' not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    assert 'graph(' not in ''.join(capfd.readouterr())
+
+
+def warnings_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[tuple[str, int]] = []
+    monkeypatch.setattr(exportable, 'print_log', lambda message, logger, level: said.append((message, level)))
+    warn_of_export(model)
+    assert all(level == logging.WARNING and '\n' not in message for message, level in said)
+    return [message for message, _ in said]
+
+
+def test_it_is_said_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    (message,) = warnings_of(model_of(Fourier()), monkeypatch)
+    assert message.startswith('This model can be trained and tested, but tools/export.py will refuse it: torch cannot')
+    assert 'between: ' in message
+    model = model_of(nn.Identity())
+    model.head.decoder = None
+    (message,) = warnings_of(model, monkeypatch)
+    assert 'a TopdownPoseEstimator whose head has a codec can be' in message
+
+
+def test_what_can_be_exported_is_left_as_it_is_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, copy = model_of(nn.AdaptiveAvgPool2d(3)), model_of(nn.AdaptiveAvgPool2d(3))
+    assert warnings_of(model.train(), monkeypatch) == []
+    assert model.training
+    assert same_state(model, copy)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images(2)), copy(images(2)))
