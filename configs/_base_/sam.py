@@ -5,7 +5,8 @@
 #
 # MMEngine refuses two entries of `_base_` with the same key, and every recipe has `optim_wrapper` and `custom_hooks`.
 # So the two dicts have names of their own, and take effect when the config has been read
-(mm_sharp / config / fragments.py).custom_imports = dict(imports=['mm_sharp'], allow_failed_imports=False)
+# (mm_sharp/config/fragments.py).
+custom_imports = dict(imports=['mm_sharp'], allow_failed_imports=False)
 
 # rho is the paper's value.
 sharp_optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05)
