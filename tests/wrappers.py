@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, SAMOptimWrapper
 from mm_sharp.samples.draw import BatchDraw
 from mm_sharp.samples.history import Keys
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.toys import same_state
 
 WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {

@@ -170,11 +170,11 @@ def test_accelerators_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_frozen_weights_of_a_sharded_model_are_left_alone() -> None:
     model = fresh(HandTeacher)
     state = ForwardState(lambda: list(model.parameters()))
-    state.keep(model, sharded=True)
+    state.snapshot(model, sharded=True)
     before = model.teacher.weight.clone()
     model.teacher.weight.add_(1)
     state.rewind()
-    state.finish()
+    state.restore()
     assert same_bits(model.teacher.weight, before + 1)
 
 

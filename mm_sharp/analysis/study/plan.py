@@ -21,7 +21,7 @@ from mm_sharp.analysis.study.spec import BASE, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.wrapper_checks import wrapper_class
 from mm_sharp.errors import UsageError
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 # What a config must have; the validation is what rho is chosen by, the test what is reported.
 _NEEDED = ('train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator', 'test_dataloader', 'test_evaluator')
