@@ -53,9 +53,9 @@ class FirstGradients:
         self._pending: list[tuple[nn.Parameter, Tensor]] = []
 
     @torch.no_grad()
-    def keep(self, parameters: Sequence[nn.Parameter], factor: float) -> None:
-        """Copy the gradients that ``parameters`` have now, times ``factor``, until the micro-batch counts."""
-        self._pending = [(p, p.grad * factor) for p in parameters if p.grad is not None]
+    def keep(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Copy the gradients that ``parameters`` have now, until the micro-batch counts."""
+        self._pending = [(p, p.grad.clone()) for p in parameters if p.grad is not None]
 
     @torch.no_grad()
     def commit(self) -> None:

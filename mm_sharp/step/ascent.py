@@ -44,6 +44,7 @@ class Ascent:
         self._perturbed: Sequence[nn.Parameter] = ()
         self._skipped: list[nn.Parameter] = []
         self._average_by_hand = False
+        self._parts = 1
         self._frozen = FrozenParams()
         self._weights = TensorBackup()
         self._quantized = QuantizedPerturbation()
@@ -68,15 +69,18 @@ class Ascent:
         """Have all parameters get gradients again."""
         self._frozen.unfreeze()
 
-    def first_backward(self, loss: Tensor, micro_batches: int) -> None:
+    def first_backward(self, loss: Tensor, micro_batches: int, *, mean: bool = False) -> None:
         """Compute the gradients that the perturbation needs.
 
         Args:
             loss: The first forward's loss.
-            micro_batches: How many add up to an optimizer step: the loss scale is fitted to their mean.
+            micro_batches: How many add up to an optimizer step.
+            mean: Whether the gradients are to be this micro-batch's part of a mean over them.
         """
-        if self._precision.scaler is not None and micro_batches > 1:
-            loss = loss / micro_batches
+        # The loss scale is fitted to the mean.
+        self._parts = micro_batches if mean or self._precision.scaler is not None else 1
+        if self._parts > 1:
+            loss = loss / self._parts
         scaled = self._precision.scale(loss)
         # Checkpointed layers run again in the backward pass.
         self._frozen.freeze(self._skipped)
@@ -87,13 +91,12 @@ class Ascent:
         if self._average_by_hand and self._parallel.averages:
             average_gradients(self._perturbed)
 
-    def perturb(self, model: nn.Module, direct: Direct, micro_batches: int, device: torch.device) -> Tensor:
+    def perturb(self, model: nn.Module, direct: Direct, device: torch.device) -> Tensor:
         """Perturb the chosen parameters by their gradients, after an exact copy was taken.
 
         Args:
             model: Module that holds the parameters.
             direct: The method's :meth:`mm_sharp.step.method.Method.direction`.
-            micro_batches: As of :meth:`first_backward`.
             device: Where the norm is if nothing has a gradient.
 
         Returns:
@@ -112,18 +115,24 @@ class Ascent:
         weights = [local_shard(parameter) for parameter in perturbed]
         gradients = [local_shard(parameter.grad) for parameter in perturbed if parameter.grad is not None]
         self._weights.save(weights)
-        inverse = self._precision.inverse_scale()
         norm = perturb_(
             weights,
             gradients,
             direct(weights, gradients),
             eps=self.settings.eps,
-            inverse_grad_scale=None if inverse is None else inverse / (1.0 / micro_batches),
+            inverse_grad_scale=self._inverse_grad_scale(),
             norm_of=global_norm if shards is None else shards.norm_of(perturbed, device),
         )
         if self.settings.perturb_quantized:
             self._quantized.apply(model, perturbed, dict(self._weights.pairs))
         return norm
+
+    def _inverse_grad_scale(self) -> Tensor | None:
+        """What undoes, in the first gradient, the loss scale and the division by the micro-batches."""
+        inverse = self._precision.inverse_scale()
+        if inverse is None:
+            return torch.tensor(float(self._parts)) if self._parts > 1 else None
+        return inverse / (1.0 / self._parts)
 
     def restore(self) -> None:
         """Put the weights back, bit for bit, and take off the quantizers what was added to them."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.dist import get_world_size
 from mmengine.logging import print_log
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mm_sharp.errors import UserError
@@ -17,6 +18,7 @@ from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rng import RandomState
 
 _KEY = 'mm_sharp'
+_KEPT = 'mm_sharp_kept'
 _VERSION = 1
 
 
@@ -78,6 +80,39 @@ def unpack_state(
     if own is not None and 'random_state' in own and get_world_size() == 1:
         RandomState.from_state_dict(own['random_state']).restore()
     return rest, own or {}
+
+
+def with_kept(state: dict[str, Any], optimizer: Optimizer, kept: Mapping[nn.Parameter, Tensor]) -> dict[str, Any]:
+    """Add what a method keeps of each parameter to the base optimizer's state of it, which FSDP saves by pieces.
+
+    Args:
+        state: What ``OptimWrapper.state_dict`` gave; not changed.
+        optimizer: The base optimizer.
+        kept: By parameter.
+    """
+    if not kept:
+        return state
+    states = dict(state['state'])
+    for number, parameter in enumerate(_in_order(optimizer)):
+        if parameter in kept:
+            states[number] = {**states.get(number, {}), _KEPT: kept[parameter]}
+    return {**state, 'state': states}
+
+
+def without_kept(state: dict[str, Any], optimizer: Optimizer) -> tuple[dict[str, Any], dict[nn.Parameter, Tensor]]:
+    """The inverse of :func:`with_kept`: the base optimizer's state, and what the method keeps."""
+    states: dict[Any, dict[str, Any]] = state.get('state', {})
+    if not any(_KEPT in each for each in states.values()):
+        return state, {}
+    parameters = _in_order(optimizer)
+    kept = {parameters[n]: each[_KEPT].to(parameters[n].device) for n, each in states.items() if _KEPT in each}
+    rest = {number: {name: v for name, v in each.items() if name != _KEPT} for number, each in states.items()}
+    return {**state, 'state': {number: each for number, each in rest.items() if each}}, kept
+
+
+def _in_order(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters as an optimizer's state numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group['params']]
 
 
 def _check(name: str, own: Any) -> None:

@@ -39,5 +39,15 @@ class FinalGradient:
         ]
 
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-        """The inner product of two lists of tensors, one of each parameter, taken as vectors; scalar, float32."""
-        return self.total(self.parameters, [(a.float() * b.float()).sum() for a, b in zip(left, right, strict=True)])
+        """The inner product of two lists of tensors, one of each parameter, taken as vectors.
+
+        Returns:
+            Scalar of at least float32. No host synchronisation.
+        """
+        products = [torch.dot(_wide(a), _wide(b)) for a, b in zip(left, right, strict=True)]
+        return self.total(self.parameters, products)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()

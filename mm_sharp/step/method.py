@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.ops.perturbation import Direction, asam_stretches
 from mm_sharp.step.final_gradient import FinalGradient
@@ -57,11 +59,13 @@ class Method:
         settings: What the arguments say.
         second_pass: Runs the captured forward again.
         skips_gradients: Whether the first pass computes the gradients of the perturbed parameters only.
-        changes_gradient: Whether :meth:`final_gradient` does anything.
+        changes_gradient: Whether :meth:`final_gradient` does anything; it is then given the first passes' gradients.
+        kept: What the method keeps of each parameter.
     """
 
     settings: StepSettings
     second_pass: SecondPass
+    kept: dict[nn.Parameter, Tensor]
     skips_gradients: ClassVar[bool] = False
     changes_gradient: ClassVar[bool] = False
 
@@ -110,12 +114,24 @@ class Method:
         return Passes.BOTH
 
     # ---------------------------------------------------------------- 5: what the optimizer gets
-    def keeps_first_gradient(self) -> bool:
-        """Whether :meth:`final_gradient` needs the first passes' gradients of this step, too."""
-        return False
-
     def final_gradient(self, gradient: FinalGradient) -> None:
         """Change the gradients that the optimizer is about to step along: pass 2's, or pass 1's where it ran alone."""
+
+    def keep(self, parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor], valid: Tensor) -> None:
+        """Keep a tensor of each parameter's shape from step to step, and in checkpoints.
+
+        Args:
+            parameters: The parameters.
+            tensors: What to keep.
+            valid: Scalar of bool; where it is False, what was kept before stays. The device is not waited for.
+        """
+        before = self.kept_of(parameters)
+        pairs = zip(parameters, tensors, before, strict=True)
+        self.kept = {p: torch.where(valid.to(new.device), new, old) for p, new, old in pairs}
+
+    def kept_of(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What was kept of each parameter; zero where nothing was."""
+        return [self.kept[p] if p in self.kept else torch.zeros_like(local_shard(p)) for p in parameters]
 
     # ---------------------------------------------------------------- state, log, cost
     def own_state(self) -> dict[str, Any]:

@@ -126,10 +126,10 @@ class ParallelModel:
         return self.shards.clip_(parameters, device, **clip_grad)
 
     def total(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Tensor:
-        """The sum over all parameters of a number that each piece of them has; scalar, float32."""
+        """The sum over all parameters of a number that each piece of them has; scalar."""
         if self.shards is not None:
             return self.shards.total(parameters, values)
-        return torch.stack([value.to(values[0].device) for value in values]).sum()
+        return torch.stack([value.to(values[0]) for value in values]).sum()
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over the processes in place, as DDP does gradients; FSDP has done so already."""

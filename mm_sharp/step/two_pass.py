@@ -97,19 +97,17 @@ class TwoPassStep:
             batch: The micro-batch, after its first forward.
         """
         batch.gradients.stash()
-        self.ascent.first_backward(batch.loss, batch.micro_batches)  # g
+        self.ascent.first_backward(batch.loss, batch.micro_batches, mean=method.changes_gradient)  # g
         self.timer.mark('pass1')
         with self.timer.exclude('host'):
-            if method.keeps_first_gradient():
-                self._keep_first_gradient(batch)
+            if method.changes_gradient:
+                self.first_gradients.keep(batch.trained)
             drawn = self.recorder.random_state_now(batch.call, batch.devices) if self.replay_rng else None
         interrupted = True
         try:
             with self.timer.exclude('host'):
                 self.state.rewind()
-            norm = self.ascent.perturb(  # w + e
-                self.parallel.module, method.direction, batch.micro_batches, batch.loss.device
-            )
+            norm = self.ascent.perturb(self.parallel.module, method.direction, batch.loss.device)  # w + e
             batch.gradients.unstash()
             self.timer.mark('perturb')
             second, perturbed_loss = method.perturbed_loss(batch.call, batch.loss, norm)  # L(w + e)
@@ -153,11 +151,6 @@ class TwoPassStep:
 
     def _backward(self, loss: Tensor, micro_batches: int) -> None:
         self.precision.scale(loss / micro_batches if micro_batches > 1 else loss).backward()
-
-    def _keep_first_gradient(self, batch: MicroBatch) -> None:
-        # Under a loss scale, the first loss was divided already.
-        factor = 1.0 if self.precision.scaler is not None else 1.0 / batch.micro_batches
-        self.first_gradients.keep(batch.trained, factor)
 
 
 def in_order(*actions: Callable[[], object]) -> None:

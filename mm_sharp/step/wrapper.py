@@ -24,7 +24,7 @@ from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.samples.keys import without_keys
 from mm_sharp.step.ascent import Ascent
-from mm_sharp.step.checkpoint import pack_state, unpack_state
+from mm_sharp.step.checkpoint import pack_state, unpack_state, with_kept, without_kept
 from mm_sharp.step.checks import check_loss, check_model, check_shards, check_within, require_call
 from mm_sharp.step.final_gradient import FinalGradient
 from mm_sharp.step.method import Method, Passes
@@ -116,6 +116,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._two_pass = TwoPassStep(
             self._ascent, self.precision, self._parallel, self._state, self._recorder, settings.replay_rng
         )
+        self.kept: dict[nn.Parameter, Tensor] = {}
         self._inner_count: int
         self._metrics: Callable[[], dict[str, float]] | None = None
         self._trained: list[nn.Parameter] = []
@@ -258,7 +259,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         It loads under ``torch.load(weights_only=True)``, and into a plain ``OptimWrapper``.
         """
         name = type(self).__name__
-        return pack_state(name, super().state_dict(), self.optimizer, self.precision, self.own_state())
+        state = with_kept(super().state_dict(), self.optimizer, self.kept)
+        return pack_state(name, state, self.optimizer, self.precision, self.own_state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or the state of a plain ``OptimWrapper``.
@@ -270,12 +272,18 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """
         rest, own = unpack_state(type(self).__name__, state_dict, self.optimizer, self.precision)
         self.load_own_state(own)
+        rest, self.kept = without_kept(rest, self.optimizer)
         super().load_state_dict(rest)
 
     # ---------------------------------------------------------------- what methods use
     def exclude_from_timing(self, name: str) -> AbstractContextManager[None]:
         """A context whose time is not the phase's that it lies in; see :class:`mm_sharp.step.timing.StepTimer`."""
         return self._two_pass.timer.exclude(name)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that are behind this micro-batch."""
+        return self._inner_count // int(self._accumulative_counts)
 
     def offending_samples(self, call: ModelCall) -> str:
         """The samples of ``call`` that may have brought in what is not finite, for the log."""
