@@ -17,7 +17,6 @@ A method (:class:`mm_sharp.step.method.Method`) decides *what* runs in each plac
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -154,7 +153,12 @@ class TwoPassStep:
 
 
 def in_order(*actions: Callable[[], object]) -> None:
-    """Call all of them, though one fails; its error comes afterwards."""
-    with ExitStack() as stack:  # which calls the last first
-        for action in reversed(actions):
-            stack.callback(action)
+    """Call all of them, though one fails; the first error comes afterwards."""
+    errors: list[BaseException] = []
+    for action in actions:
+        try:
+            action()
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]

@@ -119,7 +119,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self.kept: dict[nn.Parameter, Tensor] = {}
         self._inner_count: int
         self._metrics: Callable[[], dict[str, float]] | None = None
+        self._parameters: list[nn.Parameter] = []
         self._trained: list[nn.Parameter] = []
+        self._devices: tuple[torch.device, ...] = ()
         self._passes = Passes.BOTH
         self._loss_checks = RareChanges()
         self._within_update = False
@@ -151,17 +153,16 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """
         self._passes = self.passes()
         synced = self._first_pass_is_synced()
-        check_model(type(self).__name__, model, synced, can_sync=not self.skips_gradients)
         self._guard.next_step()
         self._attach(model)
-        self._trained = trained_by(self.optimizer)
-        devices = devices_of(self.optimizer)
+        self._parameters = parameters_of(self.optimizer)
+        self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         try:
             with (
                 self._parallel.no_sync(not synced),
                 self.precision.autocast(),
                 self._parallel.on_forward(self._snapshot) if self._parallel.is_ddp else _NOTHING,
-                self._recorder.record(model, devices, self._on_call),
+                self._recorder.record(model, self._devices, self._on_call),
                 self.recording(model) if self._passes is Passes.BOTH else _NOTHING,
             ):
                 yield
@@ -301,24 +302,31 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """Get to know the model, once."""
         if not self._parallel.attach(model):
             return
-        shards = self._parallel.shards
+        self._devices = devices_of(self.optimizer)
+        self._check_model(model)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Refuse what the step cannot handle."""
+        name, shards = type(self).__name__, self._parallel.shards
         self.precision.share_overflow = None if shards is None else shards.share_overflow
-        if shards is None:
-            return
+        can_sync = not self.skips_gradients
         try:
-            check_shards(
-                type(self).__name__,
-                shards,
-                perturb_quantized=self.settings.perturb_quantized,
-                by_name=not self.selector.takes_all or self.skips_gradients,
-                clip_grad=self.clip_grad_kwargs,
-                accumulative_counts=self._accumulative_counts,
-            )
-        except ValueError:
-            self._parallel.detach()
+            check_model(name, model, self.settings.sync_perturbation and can_sync, can_sync=can_sync)
+            if shards is not None:
+                check_shards(
+                    name,
+                    shards,
+                    perturb_quantized=self.settings.perturb_quantized,
+                    by_name=not self.selector.takes_all or self.skips_gradients,
+                    clip_grad=self.clip_grad_kwargs,
+                    accumulative_counts=self._accumulative_counts,
+                )
+        except Exception:
+            self._parallel.detach()  # so that it is refused again
             raise
-        # In a pass, the parameters that have the names may be others.
-        self.selector.select(self._parallel.module, trained_by(self.optimizer))
+        if shards is not None:
+            # In a pass, the parameters that have the names may be others.
+            self.selector.select(self._parallel.module, trained_by(self.optimizer))
 
     def _on_call(self, call: ModelCall) -> ModelCall:
         """Runs just before the model's forward."""
@@ -338,21 +346,21 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                 by_hand = self.settings.sync_perturbation and self.skips_gradients
                 self._ascent.choose(perturbed, skip, average_by_hand=by_hand)
         if not self._parallel.is_ddp:
-            self._snapshot(self._parallel.module)
+            self._snapshot()
         return replace(call, args=args, kwargs=kwargs)
 
-    def _snapshot(self, module: nn.Module) -> None:
+    def _snapshot(self) -> None:
         """Runs once, after :meth:`_on_call`, when the forward of the user's own model begins."""
         with self.exclude_from_timing('host'):
             sharded = self._parallel.shards is not None
-            self._state.snapshot(module, sharded=sharded, broadcast=self._parallel.broadcasts)
+            self._state.snapshot(self._parallel.tree, sharded=sharded, broadcast=self._parallel.broadcasts)
 
     def _micro_batch(self, call: ModelCall, loss: Tensor) -> MicroBatch:
         with self.exclude_from_timing('host'):
-            parameters = self._parallel.parameters(self.optimizer)
+            parameters = self._parallel.parameters(self._parameters)
             stash = GradientStash(parameters, in_buckets=self._parallel.in_buckets)
             micro_batches = round(1.0 / self.scale_loss(1.0))
-            return MicroBatch(call, loss, stash, self._trained, micro_batches, devices_of(self.optimizer))
+            return MicroBatch(call, loss, stash, self._trained, micro_batches, self._devices)
 
     def _weights(self) -> list[Tensor]:
         """What the step moves, as memory of this process."""
@@ -369,7 +377,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             self.step(**step_kwargs)
             return None
         with self.exclude_from_timing('host'):
-            finite = self._guard.verdict(parameters_of(self.optimizer))
+            finite = self._guard.verdict(self._parameters)
         if not self._guard.host_knows or finite:
             self.step(**step_kwargs)
         return finite
