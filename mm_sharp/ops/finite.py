@@ -11,7 +11,6 @@ from torch import Tensor
 from mm_sharp.ops.perturbation import group_by_device_and_dtype
 
 _TRUE = torch.tensor(True)
-_FEW = 2**16
 
 
 @torch.no_grad()
@@ -50,16 +49,14 @@ def finite_each(tensors: Sequence[Tensor]) -> Tensor:
 def quickly_finite(tensors: Sequence[Tensor]) -> bool:
     """A quick look at tensors on the CPU, of one dtype: True if they are finite, False if that is not known yet.
 
-    Sums and 2-norms take less time than the largest magnitude, but overflow before an element does.
+    2-norms take less time than the largest magnitude, but overflow before an element does.
     """
-    kind = tensors[0].dtype if tensors else torch.float32
-    if not all(t.dtype is kind and t.layout is torch.strided and t.device.type == 'cpu' for t in tensors):
+    if not tensors:
+        return True
+    kind = tensors[0].dtype
+    if not all(t.dtype is kind and t.layout is torch.strided and t.is_cpu and t.numel() for t in tensors):
         return False
-    if sum(tensor.numel() for tensor in tensors) <= _FEW:
-        total = torch.cat([tensor.reshape(-1) for tensor in tensors]).sum() if tensors else _TRUE
-    else:
-        total = torch.stack(torch._foreach_norm(list(tensors), 2)).sum()
-    return math.isfinite(total.item())
+    return math.isfinite(torch.stack(torch._foreach_norm(list(tensors), 2)).sum().item())
 
 
 def _finite_norms(tensors: Sequence[Tensor], order: float) -> Tensor:

@@ -116,14 +116,14 @@ class TwoPassStep:
         finally:
             self._restore(drawn, interrupted)  # w
             self.timer.mark('restore')
-        return StepRecord(batch.loss.detach(), perturbed_loss, norm, self.timer)
+        return StepRecord(batch.loss.detach(), perturbed_loss, norm, self.timer.if_running())
 
     def run_first_alone(self, batch: MicroBatch) -> StepRecord:
         """The base optimizer's pass: its gradient is the one that counts."""
         batch.gradients.unstash()
         self._backward(batch.loss, batch.micro_batches)
         self.timer.mark('pass1')
-        return StepRecord(batch.loss.detach(), timer=self.timer)
+        return StepRecord(batch.loss.detach(), timer=self.timer.if_running())
 
     def undo(self, batch: MicroBatch) -> None:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""

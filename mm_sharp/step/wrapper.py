@@ -65,6 +65,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     Attributes:
         last_step: What the last step has found.
         record_timing: Whether the next step is timed.
+        optimizer_steps: Optimizer steps so far, those before a resume included.
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
@@ -116,6 +117,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._two_pass = TwoPassStep(
             self._ascent, self.precision, self._parallel, self._state, self._recorder, settings.replay_rng
         )
+        self.optimizer_steps = 0
         self.kept: dict[nn.Parameter, Tensor] = {}
         self._inner_count: int
         self._metrics: Callable[[], dict[str, float]] | None = None
@@ -220,6 +222,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         finally:
             self._within_update = False
         if due:
+            self.optimizer_steps += 1
             self._two_pass.first_gradients.clear()
             self.zero_grad(**(zero_kwargs or {}))
         else:
@@ -261,7 +264,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """
         name = type(self).__name__
         state = with_kept(super().state_dict(), self.optimizer, self.kept)
-        return pack_state(name, state, self.optimizer, self.precision, self.own_state())
+        return pack_state(
+            name, state, self.optimizer, self.precision, {'optimizer_steps': self.optimizer_steps, **self.own_state()}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or the state of a plain ``OptimWrapper``.
@@ -272,6 +277,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             ValueError: The state was written by a newer version of mm_sharp.
         """
         rest, own = unpack_state(type(self).__name__, state_dict, self.optimizer, self.precision)
+        self.optimizer_steps = own.get('optimizer_steps', 0)
         self.load_own_state(own)
         rest, self.kept = without_kept(rest, self.optimizer)
         super().load_state_dict(rest)
@@ -280,11 +286,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     def exclude_from_timing(self, name: str) -> AbstractContextManager[None]:
         """A context whose time is not the phase's that it lies in; see :class:`mm_sharp.step.timing.StepTimer`."""
         return self._two_pass.timer.exclude(name)
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps that are behind this micro-batch."""
-        return self._inner_count // int(self._accumulative_counts)
 
     def offending_samples(self, call: ModelCall) -> str:
         """The samples of ``call`` that may have brought in what is not finite, for the log."""
