@@ -27,15 +27,10 @@ DISTRIBUTIONS = (
 # By distribution, modules whose import shows whether it works. With MMPose's modules all of its registries load.
 _MODULES = {
     **{name: (name,) for name in ('torch', 'numpy', 'torchvision', 'mmdet', 'brevitas', 'onnx', 'onnxruntime')},
-    'mmengine': ('mmengine.runner',),
-    'mm_sharp': ('mm_sharp.methods.sam',),
-    'mmpretrain': ('mmpretrain.models',),
-    'mmpose': (
-        'cv2',
-        'mmcv',
-        *(f'mmpose.{part}' for part in ('datasets', 'models', 'evaluation', 'visualization', 'engine')),
-    ),
-}
+    'mmengine': ('mmengine.runner',), 'mm_sharp': ('mm_sharp.methods.sam',), 'mmpretrain': ('mmpretrain.models',),
+    'mmpose': ('cv2', 'mmcv', 'mmpose.datasets', 'mmpose.models', 'mmpose.evaluation', 'mmpose.visualization',
+        'mmpose.engine'),
+}  # fmt: skip
 _INSTALLED_AS = {'cv2': '"opencv-python-headless<4.12"', 'mmcv': '"mmcv-lite>=2.0.0,<2.2.0"'}
 # fmt: off
 # When, what is wrong then, and what to type. «!name»: it is not installed; {name}: its version.

@@ -212,9 +212,10 @@ def check_arguments(cls: type, given: Mapping[str, object], others: Iterable[typ
         return
     form, (first, value) = "optim_wrapper = dict(type='{}', {}, ...)", next(iter(wrong.items()))
     written, close = ', '.join(f'{name}={value!r}' for name, value in wrong.items()), closest(first, known)
-    owners = [other.__name__ for other in others if wrong.keys() <= arguments_of(other).keys()]
+    owners = [other for other in others if wrong.keys() <= arguments_of(other).keys()]
     if owners:
-        hint = f'{owners[0]} has. Take it out, or write {form.format(owners[0], written)}'
+        owner = min(owners, key=lambda other: len(arguments_of(other))).__name__  # the plainest
+        hint = f'{owner} has. Take it out, or write {form.format(owner, written)}'
     else:
         right = f'write {form.format(cls.__name__, f"{close}={value!r}")}' if close else 'take it out'
         hint = f'{did_you_mean(first, known)}. For example, {right}'

@@ -19,14 +19,7 @@ from mm_sharp.errors import UsageError, UserError
 
 @contextmanager
 def careful_loading(trust: bool) -> Iterator[None]:
-    """Within, checkpoints are loaded by the rules of our tools, whoever loads them.
-
-    Args:
-        trust: Load files that can run code, too.
-
-    Raises:
-        UserError: A checkpoint was refused, cannot be read, or does not fit its run; or trust is not possible.
-    """
+    """Within, whoever loads a checkpoint: one that can run code needs ``trust``, and what is wrong is a UserError."""
     if trust and is_set(ALWAYS):
         raise UserError(f'--trust-checkpoint: {ALWAYS} is set, which forbids it; unset it, or leave the option out')
     with ExitStack() as stack:
@@ -41,15 +34,9 @@ def careful_loading(trust: bool) -> Iterator[None]:
 
 
 def check_checkpoint(path: str, source: str, hint: str = '') -> None:
-    """Check that a checkpoint is there and was written to its end.
+    """Refuse a checkpoint that is missing or cut off; ``source`` is the option or key that names it.
 
-    Args:
-        path: The file; URLs are left to MMEngine.
-        source: The option or key that names it.
-        hint: How to come by it, where that is known.
-
-    Raises:
-        UsageError: It is missing or cut off.
+    URLs are left to MMEngine. ``hint`` says how to come by the file, where that is known.
     """
     if '://' in path:
         return

@@ -23,7 +23,7 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from mm_sharp.cli.loading import careful_loading
-from mm_sharp.cli.process import end_process_group, end_with_launcher, ending
+from mm_sharp.cli.process import end_process_group, end_with_parent, ending
 from mm_sharp.config import fragments
 from mm_sharp.errors import UsageError, UserError, closest, is_number
 
@@ -60,14 +60,10 @@ class CfgOptions(DictAction):  # type: ignore[misc]
 
 
 def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
-    """Run a tool on the command line's arguments.
+    """Run a tool's ``main`` on the command line's arguments, and return the exit code.
 
-    Args:
-        tool: Its ``main``, given the arguments without the program's name.
-
-    Returns:
-        The exit code: 0, or 2 after a :class:`UsageError` or :class:`UserError`, 130 after Ctrl-C, 1 on a full disk;
-        these are printed to stderr as one line: once a node, a :class:`UserError` by each process that has it.
+    It is 2 after a :class:`UsageError` or :class:`UserError`, 130 after Ctrl-C, 1 on a full disk. These are printed to
+    stderr as one line: once a node, a :class:`UserError` by each process that has it.
     """
     arguments = sys.argv[1:]
     for harmless in _HARMLESS:
@@ -112,14 +108,7 @@ def common_parser(description: str) -> OneLineParser:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config file and apply the options that training and testing share.
-
-    Args:
-        args: Parsed arguments of :func:`common_parser`.
-
-    Raises:
-        UsageError: The file is missing, cannot be read, or an option does not fit it.
-    """
+    """Read the config file and apply the options of :func:`common_parser`; what does not fit is a UsageError."""
     if not Path(args.config).is_file():
         raise UsageError(f"no config file '{args.config}' in {Path.cwd()}")
     try:
@@ -213,7 +202,8 @@ def _check_fragment_options(cfg: Config, options: dict[str, Any]) -> None:
 def _launch(cfg: Config, launcher: str) -> None:
     """Set the launcher; on the CPU, start the process group here, since MMEngine's start needs a GPU."""
     cfg.launcher = launcher
-    end_with_launcher()
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        end_with_parent()
     if launcher == 'none' or get_device() != 'cpu':
         return
     if launcher != 'pytorch':

@@ -24,12 +24,7 @@ INTERRUPTED, NOT_WRITTEN = 130, 1  # 128 + SIGINT, as shells have it
 
 
 class StoppedError(Exception):
-    """The program ends with a line and an exit code.
-
-    Args:
-        message: What happened and how to go on.
-        code: The exit code.
-    """
+    """The program ends with a line, which says how to go on, and an exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -49,14 +44,7 @@ def ending(error: BaseException) -> tuple[str, int] | None:
 
 @contextmanager
 def say_how_to_go_on(last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
-    """Within, a training run that Ctrl-C or a full disk ends says how to go on.
-
-    Args:
-        last_checkpoint: Finds the newest checkpoint that can be resumed.
-
-    Raises:
-        StoppedError: It was ended so.
-    """
+    """Within, a training run that Ctrl-C or a full disk ends raises a :class:`StoppedError` that says how to go on."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -69,12 +57,6 @@ def say_how_to_go_on(last_checkpoint: Callable[[], str | None]) -> Iterator[None
             raise StoppedError(f'{message}; there is no checkpoint yet', code) from error
         room = '' if code == INTERRUPTED else 'make room, and '
         raise StoppedError(f'{message}; {room}go on from {newest} with --resume', code) from error
-
-
-def end_with_launcher() -> None:
-    """Have this process end by SIGTERM soon after torchrun, if that started it."""
-    if 'TORCHELASTIC_RUN_ID' in os.environ:
-        end_with_parent()
 
 
 def end_with_parent() -> None:

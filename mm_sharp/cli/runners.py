@@ -1,4 +1,4 @@
-"""Build the runner that a config asks for (ours)."""
+"""Build the runner that a config asks for."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ _WRAPPERS = {'FSDPStrategy': 'MMFullyShardedDataParallel', 'DDPStrategy': 'MMDis
 def build_runner(cfg: Config) -> Any:
     """MMEngine's ``Runner``, or what ``runner_type`` names: ``'FlexibleRunner'`` trains under FSDP.
 
-    Args:
-        cfg: The whole config; on the CPU, its ``strategy`` is given what it needs there.
-
-    Raises:
-        UsageError: No runner of this type is registered, or it does not take the config's strategy or checkpoint.
+    On the CPU, the config's ``strategy`` is given what it needs there.
     """
     kind = cfg.get('runner_type', 'Runner')
     found = RUNNERS.get(kind) if isinstance(kind, str) else kind

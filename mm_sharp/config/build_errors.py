@@ -20,11 +20,7 @@ from mm_sharp.errors import UsageError, arguments_of, closest, did_you_mean
 
 @contextmanager
 def friendly_build_errors(cfg: Config) -> Iterator[None]:
-    """A context in which ``cfg`` is built and used.
-
-    Raises:
-        UsageError: In place of an error that :func:`explain` explains.
-    """
+    """Within, ``cfg`` is built and used; an error that :func:`explain` explains becomes a UsageError."""
     try:
         yield
     except (KeyError, TypeError) as error:
@@ -58,11 +54,12 @@ def explain(cfg: Config, error: Exception) -> str | None:
 
 
 def not_registered(key: str, name: str, names: Collection[str]) -> str:
-    """What to do about the ``type`` at a key; MMPose registers so many that the whole list would hide the rest."""
+    """What to do about the ``type`` at a key; MMPose registers so many that a list of them would hide the rest."""
     close = closest(name, names)
-    hint = did_you_mean(name, names) if len(names) < 40 else f'did you mean {close!r}?' if close else ''
+    listed = f'there are {", ".join(sorted(names))}. Else ' if len(names) < 40 else ''
+    hint = f'did you mean {close!r}? Else ' if close else listed
     imports = "custom_imports = dict(imports=['my_module'])"
-    return f'{key}: {name!r} is not registered; {hint} Else import the module that registers it: {imports}'
+    return f'{key}: {name!r} is not registered; {hint}import the module that registers it: {imports}'
 
 
 def type_name(kind: Any) -> str:

@@ -7,16 +7,14 @@ A config inherits a recipe and fragments, and needs no line more::
 MMEngine refuses two entries of ``_base_`` that set the same key, and every recipe sets ``model``, ``optim_wrapper`` and
 ``custom_hooks``. So fragments set keys of their own, which are moved to where they belong once the file has been read:
 
-=======================  ===========================================================================================
-``sharp_optim_wrapper``  its ``type`` and arguments go into ``optim_wrapper``, below what the recipe and the user set
-``sharp_hook``           goes to ``custom_hooks`` with it
-``sharp_quantization``   ``model`` becomes a ``QuantizedModel`` with its ``policy``; its ``calibration`` are the
-                         arguments of a ``CalibrationHook`` in ``custom_hooks``
-=======================  ===========================================================================================
+- ``sharp_optim_wrapper``: its type and arguments go into ``optim_wrapper``, below what the recipe and the user set
+- ``sharp_hook``: goes to ``custom_hooks`` with it
+- ``sharp_quantization``: ``model`` becomes a ``QuantizedModel`` with its ``policy``; its ``calibration`` are the
+  arguments of a ``CalibrationHook`` in ``custom_hooks``
 
 A config without these keys is left as it is. A config that uses a fragment by a line of its own
 (``optim_wrapper = _base_.sharp_optim_wrapper``) has the last word, and so has one that builds its ``QuantizedModel``
-itself. The value None switches a key off. Configs must be readable without Brevitas, so there is none in this file.
+itself. None switches a key off. There is no Brevitas in this file: configs must be readable without it.
 """
 
 from __future__ import annotations
@@ -88,8 +86,7 @@ def pending_fragments(cfg: Config) -> set[str]:
 def apply_fragments(cfg: Config) -> None:
     """Put the fragments that a config inherits into effect, in place; a second call changes nothing.
 
-    Args:
-        cfg: The whole config. A fragment that is read on its own stays as it is.
+    A fragment that is read on its own stays as it is.
 
     Raises:
         ValueError: A key of ours is misspelt, or has a value that it cannot have.
@@ -180,7 +177,7 @@ def _check_keys(cfg: Config) -> None:
 
 def _check_quantization(settings: Any) -> None:
     """Refuse settings of the wrong form; what is in the two dicts, their owners check."""
-    forms = {'policy': dict, 'calibration': (dict, type(None))}
+    forms: dict[str, Any] = {'policy': dict, 'calibration': (dict, type(None))}
     is_right = isinstance(settings, dict) and set(settings) <= set(forms)
     if not is_right or not all(isinstance(settings.get(part), kinds) for part, kinds in forms.items()):
         raise ValueError(

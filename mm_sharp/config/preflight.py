@@ -24,7 +24,6 @@ from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, Opti
 from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import Sampler
 
 from mm_sharp.config.build_errors import not_registered, type_name
 from mm_sharp.errors import UsageError, arguments_of, check_arguments, did_you_mean, is_number
@@ -41,38 +40,33 @@ _PARAMWISE_KEYS = (
     *('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult'),
     *('dcn_offset_lr_mult', 'bypass_duplicate', 'custom_keys'),
 )
+_CONSTRUCTOR = DefaultOptimWrapperConstructor.__name__
+_NONE = type(None)
 _SLOWER = '15 to 23 times slower in'
 
 
 # -------------------------------------------------------------------- optimizer wrappers
 def check_wrappers(cfg: Config) -> None:
-    """Build every optimizer wrapper of ours or MMEngine's once, around a single number.
-
-    Raises:
-        UsageError: Unknown type or wrong argument, or a fragment that the config inherits has not taken effect.
-    """
+    """Build every optimizer wrapper of ours or MMEngine's once, around a single number; what fails is a UsageError."""
     members = wrapper_configs(cfg)
     classes = {key: wrapper_class(cfg, key, wrapper) for key, wrapper in members.items()}
+    kind = cfg.optim_wrapper.get('constructor', _CONSTRUCTOR)
+    constructor = _registered(cfg, OPTIM_WRAPPER_CONSTRUCTORS, 'optim_wrapper.constructor', kind)
     for key, wrapper in members.items():
         if classes[key].__module__.startswith(('mm_sharp.', 'mmengine.')):  # others may want a real optimizer
             _check_wrapper(cfg, key, classes[key], wrapper)
+            if constructor is DefaultOptimWrapperConstructor and wrapper.get('paramwise_cfg'):
+                _check_paramwise(key, classes[key], wrapper)
     if cfg.get('sharp_optim_wrapper') and not any(issubclass(cls, TwoPassOptimWrapper) for cls in classes.values()):
-        if len(members) > 1:
-            advice = "give those that shall use it their type, as NAME=dict(type='SAMOptimWrapper', …)"
-        else:
-            advice = 'add the line `optim_wrapper = _base_.sharp_optim_wrapper`'
         raise UsageError(
             'the config inherits a fragment of mm_sharp, but trains without it, since its optim_wrapper is '
-            f'{", ".join(cls.__name__ for cls in classes.values())}: {advice}'
+            f'{", ".join(cls.__name__ for cls in classes.values())}: add the line `optim_wrapper = '
+            "_base_.sharp_optim_wrapper`, or give one of several its type, as NAME=dict(type='SAMOptimWrapper', …)"
         )
 
 
 def wrapper_configs(cfg: Config) -> dict[str, Any]:
-    """The config of each optimizer wrapper by its dotted key: one, or several for an ``OptimWrapperDict``.
-
-    Raises:
-        UsageError: There is none, or several without a constructor that can build them.
-    """
+    """The config of each optimizer wrapper by its dotted key: one, or several for an ``OptimWrapperDict``."""
     top, members = cfg.get('optim_wrapper'), {}
     if isinstance(top, dict):
         parts = {'optim_wrapper': top, **{f'optim_wrapper.{key}': value for key, value in top.items()}}
@@ -84,7 +78,7 @@ def wrapper_configs(cfg: Config) -> dict[str, Any]:
         )
     if 'optim_wrapper' in members:
         return {'optim_wrapper': top}
-    if _constructor(cfg, top) is DefaultOptimWrapperConstructor:
+    if type_name(top.get('constructor', _CONSTRUCTOR)) == _CONSTRUCTOR:
         raise UsageError(
             f'optim_wrapper.constructor must be one of your own for {", ".join(members)}: the default one builds a '
             f"single wrapper. Write optim_wrapper = dict(constructor='MyConstructor', …), or one wrapper: {_WRAPPER}"
@@ -93,21 +87,15 @@ def wrapper_configs(cfg: Config) -> dict[str, Any]:
 
 
 def wrapper_class(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> type[OptimWrapper]:
-    """The class that MMEngine will build for an optimizer wrapper's config.
-
-    Raises:
-        UsageError: Its type is not registered.
-    """
-    return _registered(cfg, OPTIM_WRAPPERS, f'{key}.type', wrapper.get('type', 'OptimWrapper'), wrapper.get('_scope_'))
+    """The class that MMEngine will build for an optimizer wrapper's config."""
+    kind = wrapper.get('type', 'OptimWrapper')
+    return _registered(cfg, OPTIM_WRAPPERS, f'{key}.type', kind, wrapper.get('_scope_'))  # type: ignore[no-any-return]
 
 
 def enable_amp(cfg: Config) -> None:
     """Train in mixed precision: our wrappers get a dtype, MMEngine's plain one becomes its ``AmpOptimWrapper``.
 
     The dtype is float16, or bfloat16 on the CPU, which does float16 in software. One that the config sets stays.
-
-    Raises:
-        UsageError: A wrapper for which there is no way.
     """
     on_cpu = get_device() == 'cpu'
     for key, wrapper in wrapper_configs(cfg).items():
@@ -133,18 +121,12 @@ def _check_wrapper(cfg: Config, key: str, cls: type[OptimWrapper], wrapper: Mapp
     others = ('type', '_scope_', 'optimizer', 'constructor', 'paramwise_cfg')
     arguments = {name: deepcopy(value) for name, value in wrapper.items() if name not in others}
     classes = [c for c in OPTIM_WRAPPERS.module_dict.values() if isinstance(c, type)]
-    is_ours = issubclass(cls, TwoPassOptimWrapper)
-    with _in_one_line(f'{key} (type {cls.__name__})'):
+    with _in_one_line(key):
         check_arguments(cls, arguments, [other for other in classes if issubclass(other, TwoPassOptimWrapper)])
         cls(optimizer=_optimizer(cfg, key, wrapper), **arguments)
-    if is_ours and arguments.get('dtype') in ('float16', torch.float16) and get_device() == 'cpu':
+    is_half = issubclass(cls, TwoPassOptimWrapper) and arguments.get('dtype') in ('float16', torch.float16)
+    if is_half and get_device() == 'cpu':
         _say(f"{key}.dtype='float16': the CPU is {_SLOWER} it than in float32; take dtype='bfloat16'")
-    paramwise = wrapper.get('paramwise_cfg')
-    if _constructor(cfg, cfg.optim_wrapper) is DefaultOptimWrapperConstructor and paramwise:
-        with _in_one_line(f'{key}.paramwise_cfg={paramwise!r}', _PARAMWISE):
-            DefaultOptimWrapperConstructor({'optimizer': dict(wrapper['optimizer'])}, deepcopy(paramwise))
-            if is_ours:
-                _check_paramwise(paramwise)
 
 
 def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
@@ -167,95 +149,75 @@ def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
     return torch.optim.SGD(weights, lr=1.0)
 
 
-def _constructor(cfg: Config, wrapper: Mapping[str, Any]) -> Any:
-    kind = wrapper.get('constructor', DefaultOptimWrapperConstructor)
-    return _registered(cfg, OPTIM_WRAPPER_CONSTRUCTORS, 'optim_wrapper.constructor', kind)
-
-
-def _check_paramwise(paramwise: Mapping[str, Any]) -> None:
-    factors = dict(paramwise)
-    for name in paramwise:
-        if name not in _PARAMWISE_KEYS:
-            raise ValueError(f'there is no key {name!r}; {did_you_mean(name, _PARAMWISE_KEYS)}')
-    for part, rule in (paramwise.get('custom_keys') or {}).items():
-        if not isinstance(rule, Mapping):
-            raise ValueError(f'custom_keys.{part}={rule!r} must be a dict')
-        factors.update({f'custom_keys.{part}.{name}': value for name, value in rule.items()})
-    for name, value in factors.items():
-        if name.endswith('_mult') and not is_number(value):
-            raise ValueError(f'{name}={value!r} must be a number')
+def _check_paramwise(key: str, cls: type[OptimWrapper], wrapper: Mapping[str, Any]) -> None:
+    """Have MMEngine's constructor check its ``paramwise_cfg``; for our wrappers, refuse what it would pass over."""
+    paramwise = wrapper['paramwise_cfg']
+    with _in_one_line(f'{key}.paramwise_cfg={paramwise!r}', _PARAMWISE):
+        DefaultOptimWrapperConstructor({'optimizer': dict(wrapper['optimizer'])}, deepcopy(paramwise))
+        if not issubclass(cls, TwoPassOptimWrapper):
+            return
+        for name in paramwise:
+            if name not in _PARAMWISE_KEYS:
+                raise ValueError(f'there is no key {name!r}; {did_you_mean(name, _PARAMWISE_KEYS)}')
+        for place, rules in {'': paramwise, **(paramwise.get('custom_keys') or {})}.items():
+            if not isinstance(rules, Mapping):
+                raise ValueError(f'custom_keys.{place}={rules!r} must be a dict')
+            for name, value in rules.items():
+                if name.endswith('_mult') and not is_number(value):
+                    raise ValueError(f'{place}{place and "."}{name}={value!r} must be a number')
 
 
 # -------------------------------------------------------------------- the rest of a training
-# Key, its kind or the smallest integer that it may be, and an example.
-_FORMS: tuple[tuple[str, Any, str], ...] = (
-    ('model', Mapping, "model = dict(type='TopdownPoseEstimator', …)"),
-    ('train_dataloader', Mapping, "train_dataloader = dict(batch_size=32, sampler=dict(type='DefaultSampler'), …)"),
-    ('train_cfg', Mapping, 'train_cfg = dict(by_epoch=True, max_epochs=10)'),
-    ('train_dataloader.batch_size', 1, 'train_dataloader = dict(batch_size=32)'),
-    ('train_dataloader.num_workers', 0, 'train_dataloader = dict(num_workers=4)'),
-    ('train_dataloader.sampler', (Mapping, Sampler), "train_dataloader = dict(sampler=dict(type='DefaultSampler'))"),
-    ('train_dataloader.batch_sampler', (Mapping, Sampler), "dict(batch_sampler=dict(type='AUSAMSampler'))"),
-    ('load_from', str, "load_from = 'work_dirs/mine/epoch_1.pth'"),
-    ('work_dir', str, "work_dir = 'work_dirs/mine'"),
-    ('randomness.seed', 0, 'randomness = dict(seed=0)'),
-    ('auto_scale_lr.base_batch_size', 1, 'auto_scale_lr = dict(base_batch_size=512)'),
-    ('compile', (bool, Mapping), "compile = True, or compile = dict(backend='inductor')"),
-    ('default_hooks', Mapping, "default_hooks = dict(logger=dict(type='LoggerHook', interval=50))"),
-    ('custom_hooks', (list, tuple), "custom_hooks = [dict(type='SharpnessHook')]"),
+# Key, what it must be (a kind, or an integer of at least a number), and an example.
+_FORMS: tuple[tuple[str, str, Any, str], ...] = (
+    ('model', 'a dict', Mapping, "model = dict(type='TopdownPoseEstimator', …)"),
+    ('train_dataloader', 'a dict', Mapping, "train_dataloader = dict(sampler=dict(type='DefaultSampler'), …)"),
+    ('train_cfg', 'a dict', Mapping, 'train_cfg = dict(by_epoch=True, max_epochs=10)'),
+    ('train_dataloader.batch_size', 'an integer above 0', 1, 'train_dataloader = dict(batch_size=32)'),
+    ('train_dataloader.num_workers', 'an integer from 0 on', 0, 'train_dataloader = dict(num_workers=4)'),
+    ('train_dataloader.sampler', 'a dict', (Mapping, _NONE), "dict(sampler=dict(type='DefaultSampler'))"),
+    ('train_dataloader.batch_sampler', 'a dict', (Mapping, _NONE), "dict(batch_sampler=dict(type='AUSAMSampler'))"),
+    ('load_from', 'a path', (str, _NONE), "load_from = 'work_dirs/mine/epoch_1.pth'"),
+    ('work_dir', 'a path', (str, _NONE), "work_dir = 'work_dirs/mine'"),
+    ('randomness.seed', 'an integer from 0 on', 0, 'randomness = dict(seed=0)'),
+    ('auto_scale_lr.base_batch_size', 'an integer above 0', 1, 'auto_scale_lr = dict(base_batch_size=512)'),
+    ('compile', 'True, False or a dict', (bool, Mapping, _NONE), "compile = dict(backend='inductor')"),
+    ('default_hooks', 'a dict', (Mapping, _NONE), "default_hooks = dict(logger=dict(type='LoggerHook', interval=50))"),
+    ('custom_hooks', 'a list', (list, tuple, _NONE), "custom_hooks = [dict(type='SharpnessHook')]"),
 )
-_REQUIRED = ('model', 'train_dataloader', 'train_cfg')
 
 
 def check_training(cfg: Config) -> None:
-    """Check all that a training run needs, its data and checkpoints apart.
-
-    Raises:
-        UsageError: A part is missing, or a value is not of its kind.
-    """
-    for key, kind, example in _FORMS:
+    """Check all that a training run needs, its data and checkpoints apart; what is wrong is a UsageError."""
+    for key, allowed, kind, example in _FORMS:
         value: Any = cfg
         for part in key.split('.'):
             value = value.get(part) if isinstance(value, (Config, Mapping)) else None
-        _check_form(key, value, kind, example)
+        is_int = value is None or (type(value) is int and isinstance(kind, int) and value >= kind)
+        if not (is_int if isinstance(kind, int) else isinstance(value, kind)):
+            what = f'{key} is missing' if value is None else f'{key}={value!r} is not allowed'
+            raise UsageError(f'{what}: it must be {allowed}. Write for example: {example}')
     check_wrappers(cfg)
     _check_sampler(cfg.train_dataloader)
-    hooks = {f'default_hooks.{name}': hook for name, hook in (cfg.get('default_hooks') or {}).items()}
-    hooks |= {f'custom_hooks.{number}': hook for number, hook in enumerate(cfg.get('custom_hooks') or [])}
-    for key, hook in hooks.items():
-        _check_hook(cfg, key, hook)
-
-
-def _check_form(key: str, value: Any, kind: Any, example: str) -> None:
-    if value is None and key not in _REQUIRED:
-        return
-    if isinstance(kind, int):
-        right, allowed = type(value) is int and value >= kind, f'an integer of at least {kind}'
-    else:
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        names = {Mapping: 'a dict', str: 'a path', bool: 'True', list: 'a list', tuple: 'a tuple', Sampler: 'a Sampler'}
-        right, allowed = isinstance(value, kind), ' or '.join(names[one] for one in kinds)
-    if not right:
-        what = f'{key} is missing' if value is None else f'{key}={value!r} is not allowed'
-        raise UsageError(f'{what}: it must be {allowed}. Write for example: {example}')
+    for name, hook in (cfg.get('default_hooks') or {}).items():
+        _check_hook(cfg, f'default_hooks.{name}', hook)
+    for number, hook in enumerate(cfg.get('custom_hooks') or []):
+        _check_hook(cfg, f'custom_hooks.{number}', hook)
 
 
 def _check_sampler(loader: Mapping[str, Any]) -> None:
     """Refuse an ``AUSAMSampler`` in the place of a sampler, or beside what torch refuses."""
-    for key in ('sampler', 'batch_sampler'):
-        config = loader.get(key)
-        if not isinstance(config, Mapping) or type_name(config.get('type')) != 'AUSAMSampler':
-            continue
-        if key == 'sampler':
-            what = 'sampler: AUSAMSampler is a batch sampler, which works on top of a sampler'
-        elif loader.get('drop_last'):
-            what = 'drop_last=True does not go with a batch_sampler, which has its own'
-        else:
-            continue
-        raise UsageError(
-            f'train_dataloader.{what}. Write train_dataloader = dict(drop_last=False, batch_sampler=dict('
-            "type='AUSAMSampler', drop_last=True), sampler=dict(type='DefaultSampler', shuffle=True))"
-        )
+    sampler, batch_sampler = (type_name((loader.get(key) or {}).get('type')) for key in ('sampler', 'batch_sampler'))
+    if sampler == 'AUSAMSampler':
+        what = 'sampler: AUSAMSampler is a batch sampler, which works on top of a sampler'
+    elif batch_sampler == 'AUSAMSampler' and loader.get('drop_last'):
+        what = 'drop_last=True does not go with a batch_sampler, which has its own'
+    else:
+        return
+    raise UsageError(
+        f"train_dataloader.{what}. Write train_dataloader = dict(sampler=dict(type='DefaultSampler', shuffle=True), "
+        "drop_last=False, batch_sampler=dict(type='AUSAMSampler', drop_last=True))"
+    )
 
 
 def _check_hook(cfg: Config, key: str, hook: Any) -> None:
@@ -267,8 +229,7 @@ def _check_hook(cfg: Config, key: str, hook: Any) -> None:
     example = f'dict(type={type_name(hook["type"])!r}, interval=50)'
     if type(hook.get('interval', 1)) is not int:
         raise UsageError(f'{key}.interval={hook["interval"]!r} must be an integer. Write for example: {example}')
-    with HOOKS.switch_scope_and_registry(hook.get('_scope_') or cfg.get('default_scope', 'mmengine')) as registry:
-        cls = registry.get(hook['type']) if isinstance(hook['type'], str) else hook['type']
+    cls, _ = _look_up(cfg, HOOKS, hook['type'], hook.get('_scope_'))
     # What is not registered yet, MMEngine may import before it builds it.
     if cls is not None and cls.__module__.startswith(('mmengine.', 'mm_sharp.')):
         arguments = {n: deepcopy(v) for n, v in hook.items() if n not in ('type', '_scope_', 'priority')}
@@ -278,15 +239,7 @@ def _check_hook(cfg: Config, key: str, hook: Any) -> None:
 
 # -------------------------------------------------------------------- data
 def check_data(cfg: Config, *splits: str) -> None:
-    """Check that the files of the data sets are there.
-
-    Args:
-        cfg: The whole config.
-        *splits: Of ``'train'``, ``'val'`` and ``'test'``, those that will be read.
-
-    Raises:
-        UsageError: A file or folder is missing.
-    """
+    """Check that the files of the data sets are there; ``splits`` are of ``'train'``, ``'val'`` and ``'test'``."""
     for split in splits:
         evaluators = cfg.get(f'{split}_evaluator') or []
         evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
@@ -321,12 +274,15 @@ def _join(root: str, path: str) -> str:
 
 
 # -------------------------------------------------------------------- helpers
-def _registered(cfg: Config, registry: Registry, key: str, kind: Any, scope: str | None = None) -> Any:
-    """The class that MMEngine finds for a ``type``."""
-    if not isinstance(kind, str):
-        return kind
+def _look_up(cfg: Config, registry: Registry, kind: Any, scope: str | None) -> tuple[Any, set[str]]:
+    """The class that MMEngine finds for a ``type``, None if there is none, and the names that it would find."""
     with registry.switch_scope_and_registry(scope or cfg.get('default_scope', 'mmengine')) as found:
-        cls, names = found.get(kind), {*found.module_dict, *registry.module_dict}
+        cls = found.get(kind) if isinstance(kind, str) else kind
+        return cls, {*found.module_dict, *registry.module_dict}
+
+
+def _registered(cfg: Config, registry: Registry, key: str, kind: Any, scope: str | None = None) -> Any:
+    cls, names = _look_up(cfg, registry, kind, scope)
     if cls is None:
         raise UsageError(not_registered(key, kind, names))
     return cls

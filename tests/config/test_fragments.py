@@ -213,7 +213,7 @@ def test_what_is_left_alone(case: str) -> None:
     ('case', 'advice'),
     [
         ("another package's", 'OptimWrapperOfOnesOwn: add the line `optim_wrapper = _base_.sharp_optim_wrapper`'),
-        ('several', r"OptimWrapper, OptimWrapper: give .* type, as NAME=dict\(type='SAMOptimWrapper'"),
+        ('several', r"OptimWrapper, OptimWrapper: add .* type, as NAME=dict\(type='SAMOptimWrapper'"),
     ],
 )
 def test_what_cannot_take_effect_is_refused_before_training(case: str, advice: str) -> None:
