@@ -1,4 +1,4 @@
-"""Checks of constructor arguments: every error names the argument, its value and what is allowed (ours)."""
+"""Checks of constructor arguments: every error names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 

@@ -14,10 +14,9 @@ from mm_sharp.errors import UsageError
 
 # What the strategies' model wrappers need on the CPU: by default MMEngine puts the model on a GPU.
 _ON_CPU: dict[str, dict[str, Any]] = {
-    'FSDPStrategy': {'device_id': 'cpu'},
-    'DDPStrategy': {'device_ids': None, 'broadcast_buffers': False},
+    'FSDPStrategy': {'type': 'MMFullyShardedDataParallel', 'device_id': 'cpu'},
+    'DDPStrategy': {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False},
 }
-_WRAPPERS = {'FSDPStrategy': 'MMFullyShardedDataParallel', 'DDPStrategy': 'MMDistributedDataParallel'}
 
 
 def build_runner(cfg: Config) -> Any:
@@ -41,8 +40,7 @@ def build_runner(cfg: Config) -> Any:
     strategy = cfg.get('strategy') or {}
     name = strategy.get('type')
     if name in _ON_CPU and get_device() == 'cpu':
-        wrapper = {'type': _WRAPPERS[name], **_ON_CPU[name], **(strategy.get('model_wrapper') or {})}
-        cfg.strategy = {**strategy, 'model_wrapper': wrapper}
+        cfg.strategy = {**strategy, 'model_wrapper': {**_ON_CPU[name], **(strategy.get('model_wrapper') or {})}}
     if cfg.get('env_cfg') is None:  # FlexibleRunner takes what Runner has a default for
         cfg.env_cfg = {'dist_cfg': {'backend': 'gloo' if get_device() == 'cpu' else 'nccl'}}
     return RUNNERS.build(cfg)

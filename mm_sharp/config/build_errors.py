@@ -33,13 +33,13 @@ def friendly_build_errors(cfg: Config) -> Iterator[None]:
 def explain(cfg: Config, error: Exception) -> str | None:
     """The mistake in ``cfg`` that an error speaks of, by its key; None where the error comes from elsewhere."""
     text = str(error)
+    roots = [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)]
+    registries = [*roots, *(child for root in roots for child in root.children.values())]
     for key, config in _typed(cfg._cfg_dict, ''):
         name = type_name(config['type'])
-        kinds = [kind for registry in _registries() for kind in [registry.module_dict.get(name)] if kind is not None]
-        if isinstance(error, KeyError) and not kinds and name in text:
-            return not_registered(
-                f'{key}.type', name, {one for registry in _registries() for one in registry.module_dict}
-            )
+        kinds = [registry.module_dict[name] for registry in registries if name in registry.module_dict]
+        if isinstance(error, KeyError) and not kinds and f'{name} is not in' in text:
+            return not_registered(f'{key}.type', name, {one for registry in registries for one in registry.module_dict})
         takes = {n: p for kind in kinds if isinstance(kind, type) for n, p in arguments_of(kind).items()}
         for argument in config:
             if argument not in {*takes, 'type', '_scope_'} and f"'{argument}'" in text:
@@ -69,17 +69,10 @@ def type_name(kind: Any) -> str:
 
 def _typed(config: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Dotted key and content of every dict with a ``type``."""
+    items: Any = enumerate(config) if isinstance(config, (list, tuple)) else ()
     if isinstance(config, Mapping):
+        items = config.items()
         if config.get('type') is not None:
             yield key, config
-        items = [(str(name), value) for name, value in config.items()]
-    else:
-        items = [(str(i), value) for i, value in enumerate(config)] if isinstance(config, (list, tuple)) else []
     for name, value in items:
-        yield from _typed(value, f'{key}.{name}' if key else name)
-
-
-def _registries() -> list[Registry]:
-    """MMEngine's registries and those of other packages below them."""
-    roots = [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)]
-    return [*roots, *(child for root in roots for child in root.children.values())]
+        yield from _typed(value, f'{key}.{name}' if key else str(name))
