@@ -109,7 +109,7 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
     ('changes', 'message'),
     [
         ({'methods': {'base': {}, 'half': {'type': 'AUSAMOptimWrapper', 's_min': -1}}}, 'methods.half in settings'),
-        ({'methods': {'base': {}, 'half': {'type': 'NoWrapper'}}}, 'no optimizer wrapper'),
+        ({'methods': {'base': {}, 'half': {'type': 'NoWrapper'}}}, "'NoWrapper' is not registered"),
         ({'settings': {'clean': {**SETTING, 'options': {'model.width.x': 3}}}}, 'settings.clean.options do not fit'),
         ({'settings': {'clean': {**SETTING, 'options': {'val_dataloader': None}}}}, 'has no val_dataloader'),
         ({'settings': {'clean': {**SETTING, 'corrupt': 0.2}}}, 'has no ann_file to be corrupted'),

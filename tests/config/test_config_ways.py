@@ -116,7 +116,7 @@ def test_a_wrong_value_is_named_before_anything_is_built(
         f"_base_ = ['{RECIPE}', 'mm_sharp::_base_/{fragment}.py']",
         f'optim_wrapper = dict(_base_.sharp_optim_wrapper, {changed})',
     )
-    with pytest.raises(UsageError, match=f'optim_wrapper .*{names}'):
+    with pytest.raises(UsageError, match=f'optim_wrapper: .*{names}'):
         check_wrappers(cfg)
 
 

@@ -22,7 +22,7 @@ from mmengine.logging import MMLogger
 from mmengine.utils import ManagerMixin, import_modules_from_strings
 
 from mm_sharp.analysis.study.progress import Board, NotingHook
-from mm_sharp.cli.launcher_watch import end_with_parent
+from mm_sharp.cli.process import end_with_parent
 from mm_sharp.cli.runners import build_runner
 from mm_sharp.compat import enable_for_all_runs
 

@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mm_sharp.analysis.benchmark import step_limit
 from mm_sharp.analysis.study.spec import BASE, Setting, Study
 from mm_sharp.config import fragments, preflight
-from mm_sharp.config.wrapper_checks import wrapper_class
+from mm_sharp.config.preflight import wrapper_class
 from mm_sharp.errors import UsageError
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 

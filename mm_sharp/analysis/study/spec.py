@@ -26,8 +26,7 @@ from typing import Any
 
 import yaml
 
-from mm_sharp.config.wrapper_checks import did_you_mean
-from mm_sharp.errors import UsageError
+from mm_sharp.errors import UsageError, did_you_mean
 
 BASE = 'base'
 BUDGETS = ('epochs', 'compute')
