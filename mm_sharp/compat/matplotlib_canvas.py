@@ -1,11 +1,9 @@
-"""``tostring_rgb`` of matplotlib's canvas, which MMPose's 3-D visualizer calls.
+"""``tostring_rgb`` of matplotlib's canvas.
 
-Cause: matplotlib 3.10 removed ``FigureCanvasAgg.tostring_rgb``; MMPose 1.3.2's ``Pose3dLocalVisualizer`` turns
-its figure into pixels by it.
+Cause: matplotlib 3.10 removed ``FigureCanvasAgg.tostring_rgb``, by which MMPose 1.3.2's ``Pose3dLocalVisualizer`` turns
+its figure into pixels.
 
-Repair: where the method is missing, add one of the same meaning just before that visualizer is imported.
-
-Ends with: an mmpose whose visualizer uses ``buffer_rgba`` (none as of 1.3.2).
+Fix: where the method is missing, one of the same meaning is added before that visualizer is imported.
 """
 
 from __future__ import annotations
@@ -16,36 +14,21 @@ from typing import Any
 import numpy as np
 
 from .fix import Fix
-from .import_hook import before_import, is_present
-
-_NAME = 'matplotlib canvas'
-_ENDS = 'an mmpose whose 3-D visualizer uses buffer_rgba (none as of 1.3.2)'
-_active = False
 
 
-def install() -> None:
-    """Arrange for the repair to run if MMPose's 3-D visualizer is imported later."""
-    before_import('mmpose.visualization.local_visualizer_3d', _repair)
-
-
-def describe() -> Fix:
-    """Whether the method was added; MMPose's visualizers should have been imported before."""
-    if _active:
-        return Fix(_NAME, True, 'matplotlib has no tostring_rgb any more, which 3-D pose is drawn with', _ENDS)
-    if not is_present('mmpose'):
-        return Fix(_NAME, False, 'mmpose is not installed', _ENDS)
-    return Fix(_NAME, False, "matplotlib has tostring_rgb, or MMPose's visualizers were not imported", _ENDS)
-
-
-def _repair(name: str) -> None:
-    """Add the method if it is missing."""
-    global _active
+def _patch(module: str) -> str | None:
     canvas: Any = importlib.import_module('matplotlib.backends.backend_agg').FigureCanvasAgg
-    if not hasattr(canvas, 'tostring_rgb'):
-        canvas.tostring_rgb = _tostring_rgb
-        _active = True
+    if hasattr(canvas, 'tostring_rgb'):
+        return None
+    # Three bytes a pixel, row by row.
+    canvas.tostring_rgb = lambda self: np.asarray(self.buffer_rgba())[..., :3].tobytes()
+    return 'matplotlib no longer has tostring_rgb, by which MMPose draws 3-D poses'
 
 
-def _tostring_rgb(self: Any) -> bytes:
-    """The drawn figure as bytes, three (red, green, blue) a pixel, row by row."""
-    return np.asarray(self.buffer_rgba())[..., :3].tobytes()
+FIX = Fix(
+    name='matplotlib canvas',
+    package='mmpose',
+    patch=_patch,
+    ends_with='an mmpose whose 3-D visualizer uses buffer_rgba (none as of 1.3.2)',
+    before=('mmpose.visualization.local_visualizer_3d',),
+)

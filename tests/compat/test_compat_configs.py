@@ -13,9 +13,7 @@ from mmengine.hub import get_config
 from mmengine.utils import package_utils
 
 import mm_sharp
-from mm_sharp.compat import (
-    package_lookup,
-)
+from mm_sharp.compat import config_scope, package_lookup
 
 CONFIG = 'sam/td-hm_res50_sam_8xb64-210e_coco-256x192.py'
 
@@ -42,19 +40,17 @@ def test_lookup_is_replaced_only_without_pkg_resources(monkeypatch: pytest.Monke
     original = package_utils.is_installed
     module.is_installed = original  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, 'mm_test_user', module)
-    monkeypatch.setattr(package_lookup, '_active', False)
     replaced = []
     monkeypatch.setattr(package_lookup, '_replace', lambda old, new: replaced.append((old, new)))
     monkeypatch.setattr(package_lookup, 'is_present', lambda name: True)
-    package_lookup.install()
+    assert package_lookup._patch('mmengine') is None
     assert replaced == []
     monkeypatch.setattr(package_lookup, 'is_present', lambda name: False)
-    package_lookup.install()
+    assert package_lookup._patch('mmengine') is not None
     assert replaced == [
         (original, package_lookup.is_installed),
         (package_utils.get_installed_path, package_lookup.get_installed_path),
     ]
-    assert package_lookup.describe().active
 
 
 def test_replacing_reaches_those_who_imported_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +99,8 @@ def test_missing_config(tmp_path: Path) -> None:
 
 
 def test_a_mmengine_that_knows_us_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mm_sharp.compat import config_scope
-
     marker = staticmethod(lambda *arguments: ('path', 'mm_sharp'))
     monkeypatch.setattr(Config, '_get_cfg_path', marker)
     monkeypatch.setitem(MODULE2PACKAGE, 'mm_sharp', 'mm_sharp')
-    config_scope.install()
+    assert config_scope._patch('mmengine') is None
     assert Config._get_cfg_path() == ('path', 'mm_sharp')

@@ -1,4 +1,4 @@
-"""MMPose on the mended stack: registries, metrics and visualizers."""
+"""MMPose on the patched stack: registries, metrics and visualizers."""
 
 from __future__ import annotations
 
@@ -139,10 +139,9 @@ def test_canvas_is_changed_only_where_needed(monkeypatch: pytest.MonkeyPatch, mi
         Canvas.tostring_rgb = 'original'  # type: ignore[attr-defined]
     backend = SimpleNamespace(FigureCanvasAgg=Canvas)
     monkeypatch.setattr(matplotlib_canvas, 'importlib', SimpleNamespace(import_module=lambda name: backend))
-    monkeypatch.setattr(matplotlib_canvas, '_active', False)
-    matplotlib_canvas._repair('mmpose.visualization.local_visualizer_3d')
+    found = matplotlib_canvas._patch('mmpose.visualization.local_visualizer_3d')
     assert (Canvas.tostring_rgb != 'original') is missing  # type: ignore[attr-defined]
-    assert matplotlib_canvas.describe().active is missing
+    assert (found is not None) is missing
 
 
 def test_arrays_of_bfloat16(mmpose: Any) -> None:
@@ -167,10 +166,9 @@ def test_to_numpy_is_replaced_only_where_it_fails(monkeypatch: pytest.MonkeyPatc
 
     module = SimpleNamespace(to_numpy=to_numpy)
     monkeypatch.setattr(bfloat16_arrays, 'importlib', SimpleNamespace(import_module=lambda name: module))
-    monkeypatch.setattr(bfloat16_arrays, '_active', False)
-    bfloat16_arrays._repair('mmpose.models')
+    found = bfloat16_arrays._patch('mmpose.models')
     assert (module.to_numpy is to_numpy) is works
-    assert bfloat16_arrays.describe().active is not works
+    assert (found is None) is works
     assert module.to_numpy(torch.ones(1, dtype=torch.bfloat16)).tolist() == [1.0]
 
 
