@@ -1,8 +1,8 @@
 """What is broken on today's stack, and how it is patched.
 
 ``apply`` runs when ``mm_sharp`` is imported. A fix patches only what is missing or broken, never a working install;
-none changes how a config behaves that doesn't use this package. Each lies in a file of its own: the docstring names the
-cause, ``FIX`` how it is recognised, what is done, and the version that makes it unnecessary.
+none changes how a config behaves that doesn't use this package. A file's docstring names the cause and what is done; a
+:class:`Fix` at its end, when that runs and which version makes it unnecessary.
 """
 
 from __future__ import annotations
@@ -13,22 +13,11 @@ import warnings
 from . import yapf_grammar  # installs itself: what comes next imports MMEngine, and that imports yapf
 
 # isort: split
-from . import (
-    atomic_writes,
-    bfloat16_arrays,
-    checkpoint_hook,
-    config_scope,
-    flexible_runner,
-    matplotlib_canvas,
-    mmcv_ops,
-    package_lookup,
-    torchvision_ops,
-    xtcocotools_names,
-)
+from . import atomic_writes, checkpoint_hook, config_names, flexible_runner, mmpose_arrays, operators, xtcocotools_names
 from .atomic_writes import CheckpointWriteError
 from .checkpoint_hook import PlainCheckpointHook, enable_for_all_runs, register_default_hook
 from .fix import Fix
-from .mmcv_ops import MissingOperatorError
+from .operators import MissingOperatorError
 from .trust import explain_load_error, only_weights, trust_checkpoints
 
 __all__ = [
@@ -45,13 +34,11 @@ __all__ = [
     'trust_checkpoints',
 ]
 
-_FIXES = tuple(
-    module.FIX
-    for module in (
-        *(yapf_grammar, torchvision_ops, mmcv_ops, xtcocotools_names, matplotlib_canvas, bfloat16_arrays),
-        *(package_lookup, config_scope, checkpoint_hook, atomic_writes, flexible_runner),
-    )
-)  # fmt: skip
+_FIXES = (
+    *(yapf_grammar.FIX, operators.TORCHVISION, operators.MMCV, xtcocotools_names.FIX),
+    *(mmpose_arrays.BFLOAT16, mmpose_arrays.CANVAS, config_names.LOOKUP, config_names.SCOPE),
+    *(checkpoint_hook.FIX, atomic_writes.FIX, flexible_runner.FIX),
+)
 
 
 def apply() -> None:

@@ -4,11 +4,10 @@ Cause: MMEngine writes a checkpoint straight into the file that it is to be, and
 ``save_best`` removes an old one before it writes the new one. A run that is killed in between, or whose disk is full,
 is left with a torn file and, with ``max_keep_ckpts=1``, with no other.
 
-Fix, in runs that use this package: what their runner and their ``CheckpointHook`` write goes into a file beside it
-first (``.epoch_3.pth.1234.partial``, with the number of the process), is flushed to the disk and then renamed, which
-happens as a whole or not at all; so does ``last_checkpoint``, which names the newest. What they remove is removed
-after all of that. The disk needs room for one checkpoint more than ``max_keep_ckpts``. Files of this machine only:
-other storage backends have their own ways.
+Fix, in runs that use this package: what their runner and their ``CheckpointHook`` write, ``last_checkpoint`` included,
+goes into a file beside it first (``.epoch_3.pth.1234.partial``, with the number of the process), is flushed to the disk
+and renamed, which happens as a whole or not at all. What they remove is removed after that. The disk needs room for one
+checkpoint more than ``max_keep_ckpts``. Files of this machine only: other storage backends have their own ways.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from mmengine.runner import FlexibleRunner, Runner
 
 from .fix import Fix
 
-_PARTIAL = '.partial'
 _METHODS = (
     *((kind, 'save_checkpoint') for kind in (Runner, FlexibleRunner)),
     *((CheckpointHook, name) for name in ('_save_checkpoint_with_step', '_save_best_checkpoint', '_publish_model')),
@@ -42,18 +40,16 @@ class CheckpointWriteError(OSError):
 
 
 class AtomicWritesHook(Hook):  # type: ignore[misc]  # MMEngine ships no types
-    """Marks the runs whose checkpoints are written as a whole, and clears away what a killed run left half written."""
+    """Marks the runs whose checkpoints are written as a whole, and removes what a killed run left half written."""
 
     priority = 'LOWEST'  # after CheckpointHook, which learns its folder in before_train
 
     def before_train(self, runner: Any) -> None:
-        """Remove left-over files."""
-        if is_main_process():
-            folders = {getattr(hook, 'out_dir', None) for hook in runner.hooks if isinstance(hook, CheckpointHook)}
-            for folder in map(Path, {runner.work_dir, *folders} - {None}):
-                # A checkpoint of sharded weights is a folder.
-                for file in (*folder.glob(f'.*{_PARTIAL}'), *folder.glob(f'*/.*{_PARTIAL}')):
-                    file.unlink(missing_ok=True)
+        """Remove left-over files, also in the folders that checkpoints of sharded weights are."""
+        folders = {getattr(hook, 'out_dir', None) for hook in runner.hooks if isinstance(hook, CheckpointHook)}
+        for folder in map(Path, {runner.work_dir, *folders} - {None} if is_main_process() else ()):
+            for file in (*folder.glob('.*.partial'), *folder.glob('*/.*.partial')):
+                file.unlink(missing_ok=True)
 
 
 def write_atomically(content: bytes, path: str | Path) -> None:
@@ -63,7 +59,7 @@ def write_atomically(content: bytes, path: str | Path) -> None:
         CheckpointWriteError: It could not be written. It is as before, and nothing else is left.
     """
     target = Path(os.path.realpath(path))  # a link stays one
-    partial = target.with_name(f'.{target.name}.{os.getpid()}{_PARTIAL}')
+    partial = target.with_name(f'.{target.name}.{os.getpid()}.partial')
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open('wb') as stream:
@@ -79,7 +75,7 @@ def write_atomically(content: bytes, path: str | Path) -> None:
     with suppress(OSError):  # some systems cannot open a folder, and do without
         folder = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the renaming comes before a removal on the disk, too
+            os.fsync(folder)  # on the disk, too, the renaming comes before a removal
         finally:
             os.close(folder)
 
@@ -156,7 +152,6 @@ def _patch(module: str) -> str:
 
 FIX = Fix(
     name='atomic writes',
-    package='mmengine',
     patch=_patch,
     ends_with='an mmengine that writes a checkpoint before it removes another (none as of 0.10.7)',
 )

@@ -3,9 +3,8 @@
 Cause: MMEngine's checkpoints do not load with ``torch.load(weights_only=True)``, the default from torch 2.6 on.
 
 Fix: a hook rewrites checkpoints when a Runner saves and loads them. It is added to every Runner that uses this package,
-and to no other. Whether a config has our ``optim_wrapper`` or one of our hooks shows when a Runner is built, so
-``Runner.register_hooks`` is wrapped. That works in MMPose's own ``tools/train.py``, too, where nothing but
-``custom_imports`` loads us.
+and to no other: that shows when a Runner is built, so ``Runner.register_hooks`` is wrapped. It works in MMPose's own
+``tools/train.py``, too, where nothing but ``custom_imports`` loads us.
 """
 
 from __future__ import annotations
@@ -37,11 +36,10 @@ _default_hooks: dict[type[Hook], bool] = {AtomicWritesHook: True}
 class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no types
     """Save checkpoints in plain types and rebuild MMEngine's objects when one is loaded.
 
-    Added by itself to runs that use mm_sharp; in the config of any other run, add
-    ``custom_hooks = [dict(type='PlainCheckpointHook')]``.
-
-    A checkpoint that was saved without this hook is loaded unchanged. One that was saved with it can be
-    tested and its weights loaded without it, too; resuming without it starts an empty log.
+    Added by itself to runs that use mm_sharp; in any other config, add
+    ``custom_hooks=[dict(type='PlainCheckpointHook')]``. Checkpoints that were saved without it load unchanged. One
+    that was saved with it can be tested and its weights loaded without it, too; resuming without it starts an empty
+    log.
     """
 
     # Saving: after all hooks that add to the checkpoint. Loading: RestoreCheckpointHook goes first.
@@ -59,15 +57,13 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
         left: list[str] = []
         for key in list(checkpoint):
             checkpoint[key] = to_plain(checkpoint[key], f'checkpoint[{key!r}]', left)
-        for line in left:
-            if line not in self._told:
-                self._told.add(line)
-                print_log(
-                    f'{line} has no plain form and is saved as it is: this checkpoint will not load with '
-                    'torch.load(weights_only=True), but only with --trust-checkpoint',
-                    logger='current',
-                    level=logging.WARNING,
-                )
+        for line in sorted({*left} - self._told):
+            text = (
+                f'{line} has no plain form and is saved as it is: this checkpoint will not load with '
+                'torch.load(weights_only=True), but only with --trust-checkpoint'
+            )
+            print_log(text, logger='current', level=logging.WARNING)
+        self._told.update(left)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Rebuild what ``before_save_checkpoint`` rewrote."""
@@ -91,32 +87,25 @@ class RestoreCheckpointHook(PlainCheckpointHook):
 
 
 def enable_for_all_runs() -> None:
-    """From now on, the checkpoints of every Runner of this process are saved and checked as those of our runs are.
+    """From now on, checkpoints of every Runner of this process are saved and checked as those of our runs are.
 
-    For command lines: a run that ``tools/train.py`` started can then be resumed and tested by our tools, a comparison
-    run with the base optimizer included.
+    So our tools can resume and test whatever they trained, comparisons with the base optimizer included.
     """
     global _in_every_run
     _in_every_run = True
 
 
 def register_default_hook(hook: type[Hook], of_tools: bool = False) -> type[Hook]:
-    """Have a hook, made without arguments, added to every Runner whose config uses mm_sharp.
+    """Have a hook, made without arguments, added to every Runner whose config uses mm_sharp and that has none yet.
 
-    Args:
-        hook: Its class; a Runner that has one already gets no second.
-        of_tools: Also to those that :func:`enable_for_all_runs` is for.
+    With ``of_tools``, also to those that :func:`enable_for_all_runs` is for.
     """
     _default_hooks.setdefault(hook, of_tools)
     return hook
 
 
 def uses_mm_sharp(runner: Any) -> bool:
-    """Whether a Runner has an optimizer wrapper or a hook of this package, or a subclass of one.
-
-    Args:
-        runner: a Runner whose hooks have been registered; its ``optim_wrapper`` may still be a config.
-    """
+    """Whether a Runner, its hooks registered, has an optimizer wrapper or a hook of this package, or of a subclass."""
     return any(map(_is_ours, [*runner.hooks, runner.optim_wrapper]))
 
 
@@ -155,10 +144,7 @@ def _with_default_hooks(register_hooks: Callable[..., None]) -> Callable[..., No
 
 
 def _with_dataset_meta(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Rebuild the data set's description for programs without a Runner.
-
-    Checkpoints that this package wrote before it wrote lists there need it.
-    """
+    """Checkpoints from before lists were written in the first description need it in programs without a Runner."""
 
     @functools.wraps(load_checkpoint)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -180,7 +166,6 @@ def _patch(module: str) -> str:
 
 FIX = Fix(
     name='plain checkpoints',
-    package='mmengine',
     patch=_patch,
     ends_with='an mmengine that saves plain checkpoints (none as of 0.10.7)',
 )

@@ -46,18 +46,13 @@ _SUMMARY = [
     for kind in ('precision', 'recall')
     for iou, size in ((None, 'all'), (0.5, 'all'), (0.75, 'all'), (None, 'medium'), (None, 'large'))
 ]
-_CROWD_SPLIT = (0.2, 0.8)  # easy below the first crowd index, hard from the second on
 
 
 class COCO(FasterCOCO):  # type: ignore[misc]
     """A COCO annotation file: images, categories and annotations by id.
 
-    Fills in ``iscrowd``, which may be missing in a file.
-
-    Args:
-        annotation_file: path of the JSON file. None: an empty object, to be filled by hand.
-        test_index: keep only these keypoints of every annotation.
-        ann_data: the content of the file, where it has been read already.
+    ``ann_data`` is the content of the file, where it has been read already. With ``test_index`` only these keypoints
+    are kept of every annotation.
     """
 
     def __init__(
@@ -127,15 +122,14 @@ class COCOeval:
 
     def evaluate(self) -> None:
         """Match detections with annotations, image by image."""
-        params = self.params
+        params = copy.copy(self.params)
         numbers = {image: number for number, image in enumerate(sorted(set(params.imgIds)), start=1)}
         truth = [self._person(a) for a in self._select(self.cocoGt, numbers)]
         detections = self._detections(self._select(self.cocoDt, numbers))
-        self._engine = COCOeval_faster(
-            *(_dataset(annotations, numbers, params.catIds) for annotations in (truth, detections)), iouType='keypoints'
-        )
-        self._engine.params = copy.copy(params)
-        self._engine.params.iouType, self._engine.params.imgIds = 'keypoints', list(numbers.values())
+        sides = (_dataset(annotations, numbers, params.catIds) for annotations in (truth, detections))
+        params.iouType, params.imgIds = 'keypoints', list(numbers.values())
+        self._engine = COCOeval_faster(*sides, iouType='keypoints')
+        self._engine.params = params
         self._engine.evaluate()
 
     def accumulate(self) -> None:
@@ -148,18 +142,12 @@ class COCOeval:
         crowd = self.params.iouType == 'keypoints_crowd'
         rows = [row for row in _SUMMARY if row[2] == 'all' or not crowd]
         stats = [self._mean(*row) for row in rows]
-        lines = [
-            f' Average {kind.capitalize():<9} @[ OKS={"0.50:0.95" if iou is None else iou:<9} | area={size:>6} ]'
-            f' = {value:.3f}'
-            for (kind, iou, size), value in zip(rows, stats, strict=True)
-        ]
+        names = [f'{kind:<9} @[ OKS={iou or "0.50:0.95":<9} | area={size:>6} ]' for kind, iou, size in rows]
         if crowd:
-            stats += (by_crowd := self._precision_by_crowd())
-            lines += [
-                f' Average Precision @[ OKS=0.50:0.95 | crowd={name:>6} ] = {value:.3f}'
-                for name, value in zip(('easy', 'medium', 'hard'), by_crowd, strict=True)
-            ]
-        print_log('\n'.join(['', *lines]), logger='current')
+            stats += self._precision_by_crowd()
+            names += [f'precision @[ OKS=0.50:0.95 | crowd={name:>6} ]' for name in ('easy', 'medium', 'hard')]
+        lines = (f'\n Average {name} = {value:.3f}' for name, value in zip(names, stats, strict=True))
+        print_log(''.join(lines), logger='current')
         self.stats = np.array(stats)
 
     def _mean(self, kind: str, iou: float | None, size: str) -> float:
@@ -171,17 +159,12 @@ class COCOeval:
         return float(np.mean(values)) if values.size else -1.0
 
     def _precision_by_crowd(self) -> list[float]:
-        """AP of easy, medium and hard images (CrowdPose), by the crowd index in the annotation file.
-
-        Settings without a person count as -1 and the result is rounded to four digits, as the benchmark's own code
-        does.
-        """
+        """AP of easy, medium and hard images (CrowdPose), rounded and with -1 for nobody, as the benchmark has it."""
         with open(self.cocoGt.anno_file[0], encoding='utf-8') as file:
             images = json.load(file)['images']
-        low, high = _CROWD_SPLIT
         groups: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
         for image in images:
-            groups[(image['crowdIndex'] >= low) + (image['crowdIndex'] >= high)].append(image['id'])
+            groups[(image['crowdIndex'] >= 0.2) + (image['crowdIndex'] >= 0.8)].append(image['id'])
         return [round(self._precision_on(group), 4) for group in groups]
 
     def _precision_on(self, images: list[Any]) -> float:
@@ -208,11 +191,6 @@ class COCOeval:
             person['num_keypoints'] = int(np.count_nonzero(np.array(person['keypoints'][2::3]) > 0))
         if not self.use_area:
             person['area'] = person['bbox'][2] * person['bbox'][3] * _AREA_OF_BOX
-        elif 'area' not in person:
-            raise ValueError(
-                f'annotation {person["id"]} has no area, which use_area=True needs: set use_area=False '
-                'in the metric, e.g. val_evaluator = dict(type="CocoMetric", use_area=False, ...)'
-            )
         return person
 
     def _detections(self, found: list[Annotation]) -> list[Annotation]:

@@ -13,7 +13,6 @@ go by name in every run.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,22 +25,20 @@ _OWN = 'mm_sharp'  # in the state of our wrappers
 _OPTIMIZER = ('state', 'param_groups')
 
 
+class _GivenMeta(dict[str, Any]):
+    """Keeps the epoch and the iteration that it was made with."""
+
+    def update(self, *args: Any, **changes: Any) -> None:
+        given = {key: self[key] for key in ('epoch', 'iter') if key in self}
+        super().update(*args, **{**changes, **given})
+
+
 def _keep_epoch(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save_checkpoint)
     def wrapper(self: Any, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        given = {key: value for key, value in (meta or {}).items() if key in ('epoch', 'iter')}
-        if not given or not uses_mm_sharp(self):
-            return save_checkpoint(self, *args, meta=meta, **kwargs)
-        save = self.strategy.save_checkpoint
-
-        def save_given(*args: Any, extra_ckpt: dict[str, Any], **kwargs: Any) -> None:
-            save(*args, extra_ckpt={**extra_ckpt, 'meta': {**extra_ckpt['meta'], **given}}, **kwargs)
-
-        self.strategy.save_checkpoint = save_given
-        try:
-            return save_checkpoint(self, *args, meta={**(meta or {})}, **kwargs)
-        finally:
-            del self.strategy.save_checkpoint
+        if meta is not None and uses_mm_sharp(self):
+            meta = _GivenMeta(meta)
+        save_checkpoint(self, *args, meta=meta, **kwargs)
 
     return wrapper
 
@@ -52,8 +49,7 @@ def _patch_fsdp() -> None:
         from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
     except ImportError:  # this torch or mmengine has no FSDP
         return
-    save, load = FSDPStrategy.optim_state_dict, FSDPStrategy.load_optim_state_dict
-    order_is_new = next(iter(inspect.signature(FSDP.optim_state_dict_to_load).parameters)) == 'model'
+    save = FSDPStrategy.optim_state_dict
 
     @functools.wraps(save)
     def optim_state_dict(self: Any) -> Any:
@@ -63,16 +59,13 @@ def _patch_fsdp() -> None:
         packed = FSDP.optim_state_dict(self.model, self.optim_wrapper, {key: whole[key] for key in _OPTIMIZER})
         return {**whole, **packed} if packed else packed  # empty where another process saves for all
 
-    @functools.wraps(load)
-    def load_optim_state_dict(self: Any, state_dict: dict[str, Any]) -> Any:
-        if not order_is_new and _OWN not in state_dict:
-            return load(self, state_dict)
+    def load_optim_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
         loadable = FSDP.optim_state_dict_to_load(
             model=self.model,
             optim=self.optim_wrapper.optimizer,
             optim_state_dict={key: state_dict[key] for key in _OPTIMIZER if key in state_dict},
         )
-        return self.optim_wrapper.load_state_dict({**state_dict, **loadable})
+        self.optim_wrapper.load_state_dict({**state_dict, **loadable})
 
     FSDPStrategy.optim_state_dict, FSDPStrategy.load_optim_state_dict = optim_state_dict, load_optim_state_dict
 
@@ -85,7 +78,6 @@ def _patch(module: str) -> str:
 
 FIX = Fix(
     name='resuming FlexibleRunner',
-    package='mmengine',
     patch=_patch,
     ends_with='an mmengine whose FlexibleRunner and FSDPStrategy resume exactly (none as of 0.10.7)',
 )

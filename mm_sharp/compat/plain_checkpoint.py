@@ -11,11 +11,8 @@ in the runner          in the file                                              
 =====================  ==============================================================  =====================
 ``HistoryBuffer``      dict: values, counts, max_length                                ``HistoryBuffer``
 numpy array            dict: dtype, shape, bytes                                       numpy array
-numpy array of         list                                                            list
-objects
 ``ShardedTensor``      dict: pieces, where they begin, size, number of processes       ``ShardedTensor``
-numpy number, path,    the plain type                                                  the plain type
-subclass of dict, …
+others, e.g. paths     the plain type that they are most like                          the plain type
 =====================  ==============================================================  =====================
 
 Bytes are a uint8 tensor because every device can hold one: MPS has no float64, and a checkpoint is mapped to a device
@@ -48,15 +45,11 @@ _BYTE_KINDS = 'biufcSUmM'
 
 
 def to_plain(value: Any, path: str, left: list[str]) -> Any:
-    """``value`` with everything that ``weights_only=True`` refuses rewritten in plain types.
+    """``value`` with everything that ``weights_only=True`` refuses rewritten; ``value`` itself if it holds nothing
+    such.
 
-    Args:
-        value: anything found in a checkpoint; it is not changed.
-        path: where it was found, for messages, e.g. ``"checkpoint['meta']"``.
-        left: receives a line for each object that has no plain form; such an object is kept.
-
-    Returns:
-        ``value`` itself if nothing in it had to be rewritten.
+    ``path`` says where it was found, e.g. ``"checkpoint['meta']"``. Objects that have no plain form are kept: ``left``
+    receives a line for each.
     """
     if _is_sharded_tensor(value):
         return _plain_shards(value)
@@ -75,14 +68,7 @@ def to_plain(value: Any, path: str, left: list[str]) -> Any:
 
 
 def from_plain(value: Any, path: str) -> Any:
-    """The inverse of ``to_plain`` as far as the table in this module says.
-
-    Args:
-        value: anything found in a loaded checkpoint; it is not changed.
-        path: where it was found, for messages.
-
-    Returns:
-        ``value`` itself if there was nothing to rebuild, so always for a checkpoint of plain MMEngine.
+    """The inverse of ``to_plain``; ``value`` itself if it is of plain MMEngine.
 
     Raises:
         ValueError: a marked dict that ``to_plain`` doesn't write.

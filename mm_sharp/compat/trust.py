@@ -42,7 +42,7 @@ def only_weights() -> Iterator[None]:
 
 
 def is_set(switch: str) -> bool:
-    """Whether the user has set one of torch's switches, as torch understands it."""
+    """Whether one of torch's switches is set, as torch understands it."""
     return os.environ.get(switch, '0').lower() in ('1', 'y', 'yes', 'true')
 
 

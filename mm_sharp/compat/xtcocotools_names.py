@@ -3,8 +3,7 @@
 Cause: xtcocotools 1.14.3, which MMPose imports for data sets and metrics, has wheels for Python up to 3.11 only, and
 these are compiled against numpy 1: beside numpy 2 they fail at import.
 
-Fix: where ``xtcocotools._mask`` (its compiled part) cannot be imported, the names that MMPose imports are served by
-``coco_stand_in``, on top of faster-coco-eval.
+Fix: where its compiled part cannot be imported, ``coco_stand_in`` serves what MMPose imports, by faster-coco-eval.
 """
 
 from __future__ import annotations
@@ -59,7 +58,6 @@ def _patch(module: str) -> str | None:
 
 FIX = Fix(
     name=_PACKAGE,
-    package=_PACKAGE,
     patch=_patch,
     ends_with='an xtcocotools with wheels for the installed Python and numpy',
     before=(_PACKAGE, *(f'{_PACKAGE}.{part}' for part in _SOURCES)),

@@ -44,7 +44,6 @@ def _patch(module: str) -> str:
 
 FIX = Fix(
     name='yapf grammars',
-    package='yapf',
     patch=_patch,
     ends_with='a yapf that flushes its cache before it renames it (none as of 0.43.0)',
     before=('yapf_third_party._ylib2to3.pygram',),  # reads the grammars when it is imported

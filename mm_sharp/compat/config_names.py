@@ -1,14 +1,20 @@
-"""``pkg_resources``, which MMEngine needs to inherit configs.
+"""Configs by the name of a package.
 
-Cause: ``mmengine.utils.is_installed`` and ``get_installed_path`` import ``pkg_resources``, which setuptools no longer
-has from version 81 on. ``_base_ = ['mmpose::…']`` and ``mmengine.hub.get_config`` call them.
+**Of others**: ``_base_ = ['mmpose::…']`` and ``mmengine.hub.get_config`` need ``is_installed`` and
+``get_installed_path`` of ``mmengine.utils``, which import ``pkg_resources``; setuptools no longer has it from version
+81 on. Fix: where it is missing, both are replaced by functions that ask the standard library. ``pkg_resources`` itself
+is not faked: other packages test for it, and would call what a stand-in does not have.
 
-Fix: where ``pkg_resources`` is missing, both are replaced by functions that ask the standard library. ``pkg_resources``
-itself is not faked: other packages test for it, and would call what a stand-in does not have.
+**Of ours**: MMEngine resolves such names for the packages of a fixed table. It looks for ``<package>/.mim/configs``,
+and marks what it reads with the package's name as the registry scope. Fix: enter ``mm_sharp`` in the table, and leave
+the mark away for our configs. All our names are in MMEngine's root registries, so a mark would only hide the scope of
+the inheriting config, usually ``mmpose``. MMEngine reads ``_base_`` before it obeys ``custom_imports``: with MMPose's
+own tools, name the base by its path instead.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import sys
@@ -18,8 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import mmengine.utils.package_utils as package_utils
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 
 from .fix import Fix, is_present
+
+_SCOPE = 'mm_sharp'
+# MMEngine turns this name into a folder, that of the distribution or else of the module. The distribution 'mm_sharp'
+# has no files beside its metadata in an editable install; this module is always in our folder.
+_LOCATOR = 'mm_sharp.errors'
 
 
 def is_installed(package: str) -> bool:
@@ -59,7 +72,7 @@ def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
             setattr(module, old.__name__, new)
 
 
-def _patch(module: str) -> str | None:
+def _patch_lookup(module: str) -> str | None:
     if is_present('pkg_resources'):
         return None
     for new in (is_installed, get_installed_path):
@@ -67,9 +80,27 @@ def _patch(module: str) -> str | None:
     return 'setuptools is missing or too new to have it; the standard library is asked instead'
 
 
-FIX = Fix(
+def _patch_scope(module: str) -> str | None:
+    if MODULE2PACKAGE.setdefault(_SCOPE, _LOCATOR) != _LOCATOR:
+        return None  # this mmengine knows us by itself
+    get_cfg_path = Config._get_cfg_path
+
+    @functools.wraps(get_cfg_path)
+    def without_our_scope(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        path, scope = get_cfg_path(cfg_path, filename)
+        return path, None if scope == _SCOPE else scope
+
+    Config._get_cfg_path = staticmethod(without_our_scope)
+    return f'resolved to {Path(__file__).parents[1] / ".mim" / "configs"}'
+
+
+LOOKUP = Fix(
     name='pkg_resources',
-    package='mmengine',
-    patch=_patch,
+    patch=_patch_lookup,
     ends_with='an mmengine without pkg_resources (none as of 0.10.7), or setuptools below 81',
+)
+SCOPE = Fix(
+    name='mm_sharp:: configs',
+    patch=_patch_scope,
+    ends_with='an mmengine whose table of packages is open (none as of 0.10.7)',
 )
