@@ -31,14 +31,12 @@ import cv2
 from tqdm import tqdm
 
 from mm_sharp.demo import folder as layout
-from mm_sharp.demo.coco_format import coco_annotation, coco_file, coco_image
-from mm_sharp.demo.mpii_format import head_box, mat_file, mpii_record
+from mm_sharp.demo.formats import HeadBox, coco_annotation, coco_file, coco_image, head_box, mat_file, mpii_record
 from mm_sharp.demo.scene import draw_scene
 from mm_sharp.demo.settings import GENERATOR_VERSION, SETTINGS, SPLITS, Settings
 
 #: Six digits in the names of the files.
 MAX_IMAGES = 999_999
-_CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class _Drawn:
     image: dict[str, Any]
     coco: list[dict[str, Any]]
     mpii: list[dict[str, Any]]
-    heads: list[tuple[float, float, float, float]]
+    heads: list[HeadBox]
     digest: str
 
 
@@ -95,68 +93,37 @@ def make_dataset(
         OSError: if a file can't be written.
         RuntimeError: if a worker process was killed.
     """
-    workers = _check_arguments(train, val, seed, workers)
+    workers = min(os.cpu_count() or 1, 16) if workers is None else workers
+    arguments = {'train': train, 'val': val, 'seed': seed}
+    _check_arguments({**arguments, 'workers': workers})
     out = Path(out)
-    request = _request({'train': train, 'val': val, 'seed': seed}, settings)
+    identity = {'generator_version': GENERATOR_VERSION, 'arguments': arguments, 'settings': asdict(settings)}
+    request: dict[str, Any] = json.loads(json.dumps(identity))  # in the types that JSON gives back
     if not layout.claim_folder(out, request, force=force):
         return False
-    drawn = _draw_all(out, {'train': train, 'val': val}, seed, settings, workers, progress)
+    tasks = [
+        _Task(out / split / f'{index + 1:06d}.png', seed, split, index, settings)
+        for split in SPLITS
+        for index in range(arguments[split])
+    ]
+    for path in {task.path.parent for task in tasks}:
+        path.mkdir(exist_ok=True)
+    with _mapped(tasks, workers) as results:
+        bar = tqdm(results, 'drawing people', len(tasks), unit='image', disable=not progress, mininterval=0.5)
+        drawn = list(bar)
     digest = hashlib.sha256()
-    for split in SPLITS:
-        _write_split(out, split, drawn[split], digest)
+    _write_split(out, 'train', drawn[:train], digest)
+    _write_split(out, 'val', drawn[train:], digest)
     layout.finish_folder(out, {**request, 'sha256': digest.hexdigest()})
     return True
 
 
-def _check_arguments(train: int, val: int, seed: int, workers: int | None) -> int:
-    """Validate, and choose the number of workers."""
-    for name, value, low, high in (
-        ('train', train, 1, MAX_IMAGES),
-        ('val', val, 1, MAX_IMAGES),
-        ('seed', seed, 0, 2**32 - 1),
-        ('workers', 0 if workers is None else workers, 0, 256),
-    ):
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    limits = {'train': (1, MAX_IMAGES), 'val': (1, MAX_IMAGES), 'seed': (0, 2**32 - 1), 'workers': (0, 256)}
+    for name, (low, high) in limits.items():
+        value = arguments[name]
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f'{name}={value!r} must be a whole number in [{low}, {high}]')
-    return min(os.cpu_count() or 1, 16) if workers is None else workers
-
-
-def _request(arguments: dict[str, int], settings: Settings) -> dict[str, Any]:
-    """What identifies a data set, in the types that JSON gives back."""
-    request: dict[str, Any] = json.loads(
-        json.dumps(
-            {
-                'generator_version': GENERATOR_VERSION,
-                'arguments': arguments,
-                'settings': asdict(settings),
-            }
-        )
-    )
-    return request
-
-
-def _draw_all(
-    out: Path,
-    sizes: dict[str, int],
-    seed: int,
-    settings: Settings,
-    workers: int,
-    progress: bool,
-) -> dict[str, list[_Drawn]]:
-    """Draw and write all images; the results in the order of their numbers."""
-    for split in SPLITS:
-        (out / split).mkdir(exist_ok=True)
-    tasks = [
-        _Task(out / split / f'{index + 1:06d}.png', seed, split, index, settings)
-        for split in SPLITS
-        for index in range(sizes[split])
-    ]
-    drawn: dict[str, list[_Drawn]] = {split: [] for split in SPLITS}
-    with _mapped(tasks, workers) as results:
-        bar = tqdm(results, 'drawing people', len(tasks), unit='image', disable=not progress, mininterval=0.5)
-        for task, result in zip(tasks, bar, strict=True):
-            drawn[task.split].append(result)
-    return drawn
 
 
 @contextmanager
@@ -168,19 +135,16 @@ def _mapped(tasks: list[_Task], workers: int) -> Iterator[Iterator[_Drawn]]:
     # On Linux a fork spares each worker the import of torch. Python 3.12 warns that threads don't
     # survive it; the workers need none: they do elementwise numpy and write PNG files.
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _ignore_interrupt)
+    # Ctrl-C is the parent's to handle; it ends the workers.
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, signal.signal, ignore_interrupt)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', '.*multi-threaded, use of fork', DeprecationWarning)
-            results = pool.map(_draw_image, tasks, chunksize=_CHUNK)
+            results = pool.map(_draw_image, tasks, chunksize=8)
         yield results
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupt() -> None:
-    """Ctrl-C is the parent's to handle; it ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _draw_image(task: _Task) -> _Drawn:
@@ -189,12 +153,11 @@ def _draw_image(task: _Task) -> _Drawn:
     if not cv2.imwrite(str(task.path), cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)):
         raise OSError(f'could not write {task.path}')
     image = coco_image(task.index + 1)
-    people = list(enumerate(scene.people))
     return _Drawn(
         image=image,
-        coco=[coco_annotation(person, image['id'], number) for number, person in people],
-        mpii=[mpii_record(person, image['file_name']) for _, person in people],
-        heads=[head_box(person) for _, person in people],
+        coco=[coco_annotation(person, image['id'], number) for number, person in enumerate(scene.people)],
+        mpii=[mpii_record(person, image['file_name']) for person in scene.people],
+        heads=[head_box(person) for person in scene.people],
         digest=hashlib.sha256(scene.image.tobytes()).hexdigest(),
     )
 

@@ -28,11 +28,7 @@ def mpii_path(split: str) -> str:
     return f'mpii/mpii_{split}.json'
 
 
-_FILES = (
-    *(coco_path(split) for split in SPLITS),
-    *(mpii_path(split) for split in SPLITS),
-    MPII_GROUND_TRUTH,
-)
+_FILES = (*map(coco_path, SPLITS), *map(mpii_path, SPLITS), MPII_GROUND_TRUTH)
 _OURS = re.compile('|'.join((*(rf'{split}/\d{{6}}\.png' for split in SPLITS), *map(re.escape, (*_FILES, PREVIEW)))))
 
 
@@ -41,11 +37,6 @@ def write_json(path: Path, content: object) -> None:
     part = path.with_name(path.name + '.part')
     part.write_text(json.dumps(content) + '\n', encoding='utf-8')
     part.replace(path)
-
-
-def read_meta(folder: Path) -> dict[str, Any] | None:
-    """The content of our ``meta.json``; None if there is none, or one that isn't ours."""
-    return _read_own(folder / META)
 
 
 def claim_folder(folder: Path, request: dict[str, Any], *, force: bool = False) -> bool:
@@ -65,7 +56,7 @@ def claim_folder(folder: Path, request: dict[str, Any], *, force: bool = False) 
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f'{folder} is a file: choose another folder with --out')
-    meta = read_meta(folder)
+    meta = _read_own(folder / META)
     interrupted = _read_own(folder / UNFINISHED) is not None
     if meta is None and not interrupted and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f'{folder} holds other files than a demo data set: choose another folder with --out')
@@ -92,6 +83,7 @@ def finish_folder(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def _read_own(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file of ours; None if there is none, or one that isn't ours."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError):
@@ -107,8 +99,7 @@ def _is_whole(folder: Path, arguments: dict[str, int]) -> bool:
 
 
 def _describe(meta: dict[str, Any]) -> str:
-    arguments = meta.get('arguments', {})
-    words = [f'--{name} {value}' for name, value in arguments.items()]
+    words = [f'--{name} {value}' for name, value in meta.get('arguments', {}).items()]
     return ' '.join([*words, f'(generator version {meta.get("generator_version")})'])
 
 
