@@ -8,15 +8,6 @@ needed to train; ``import mm_sharp`` doesn't import it.
 from mm_sharp.demo.dataset import make_dataset
 from mm_sharp.demo.preview import write_preview
 from mm_sharp.demo.scene import Person, Scene, draw_scene
-from mm_sharp.demo.settings import GENERATOR_VERSION, SETTINGS, Settings
+from mm_sharp.demo.settings import SETTINGS, Settings
 
-__all__ = [
-    'GENERATOR_VERSION',
-    'SETTINGS',
-    'Person',
-    'Scene',
-    'Settings',
-    'draw_scene',
-    'make_dataset',
-    'write_preview',
-]
+__all__ = ['SETTINGS', 'Person', 'Scene', 'Settings', 'draw_scene', 'make_dataset', 'write_preview']

@@ -6,7 +6,6 @@ parts a keypoint counts as seen, and how deep under the surface it may lie there
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mm_sharp.demo.exact import Draws, Vector
@@ -21,9 +20,10 @@ HAIR_COLOURS: tuple[Colour, ...] = (
     (30, 24, 22), (70, 45, 30), (120, 76, 40), (186, 148, 88), (150, 66, 34), (150, 150, 150),
 )  # fmt: skip
 
+_SIDES = ('left', 'right')
 _SIDED = ('upper_arm', 'forearm', 'hand', 'thigh', 'shin', 'foot', 'eye', 'ear', 'flank')
 _CENTRAL = ('chest', 'belly', 'pelvis', 'shoulders', 'neck', 'face', 'hair', 'nose', 'mouth', 'front')
-_NAMES = (*(f'{side}_{part}' for side in ('left', 'right') for part in _SIDED), *_CENTRAL)
+_NAMES = (*(f'{side}_{part}' for side in _SIDES for part in _SIDED), *_CENTRAL)
 PARTS: dict[str, int] = {name: number for number, name in enumerate(_NAMES)}
 
 #: For each keypoint, without its side: its own parts (a leading ``*`` stands for the side) and the largest
@@ -50,22 +50,15 @@ def own_parts(keypoint: str) -> tuple[frozenset[int], float]:
 
 @dataclass(frozen=True)
 class Outfit:
-    """Colours and cuts of one person.
-
-    Attributes:
-        skin, hair, shoes, shirt_front: plain colours; the last is a zip or a row of buttons.
-        shirt, trousers: paint of the left and of the right side.
-        sleeve, leg: share of the arm and of the leg that is covered, 0 to 2 (2 segments).
-        long_hair, bald: style of the hair.
-    """
+    """Colours and cuts of one person."""
 
     skin: Colour
     hair: Colour
     shoes: Colour
-    shirt_front: Colour
-    shirt: tuple[Paint, Paint]
+    shirt_front: Colour  # a zip or a row of buttons
+    shirt: tuple[Paint, Paint]  # of the left and of the right side
     trousers: tuple[Paint, Paint]
-    sleeve: float
+    sleeve: float  # the share of the arm that is covered, 0 to 2 segments
     leg: float
     long_hair: bool
     bald: bool
@@ -110,38 +103,20 @@ def draw_outfit(draws: Draws, settings: Settings = SETTINGS) -> Outfit:
     )
 
 
+#: A capsule: its part, the points at its ends, the radii there in a unit ('girth', 'head' or 'metres'), and its paint.
+Row = tuple[str, str, str, float, float, str, Paint]
+
+
 def body_capsules(points: Points, body: Proportions, outfit: Outfit) -> list[Capsule]:
     """The capsules of a person whose points are given in camera coordinates."""
-    capsules = [*_trunk(points, body.girth, outfit), *_head(points, body, outfit)]
-    for index, side in enumerate(('left', 'right')):
-        capsules += _limbs(points, body.girth, outfit, side, index)
-    return capsules
-
-
-def _capsule(
-    points: Points, ends: tuple[str, str], radii: tuple[float, float], part: str, paint: Paint, scale: float = 1.0
-) -> Capsule:
-    return Capsule(points[ends[0]], points[ends[1]], (radii[0] * scale, radii[1] * scale), PARTS[part], paint)
-
-
-def _cut(paint: Paint, covered: float, end: Colour) -> Paint:
-    """A garment that covers the given share of a segment; beyond it, ``end`` shows."""
-    return replace(paint, cut=covered, end=end) if covered < 1 else paint
-
-
-def _trunk(points: Points, girth: float, outfit: Outfit) -> Iterator[Capsule]:
-    shirt, trousers, zip_ = outfit.shirt[0], outfit.trousers[0], Paint(outfit.shirt_front)
-    yield _capsule(points, ('thorax', 'waist'), (0.07, 0.105), 'chest', shirt, girth)
-    hem = _cut(shirt, 0.6, trousers.base)
-    yield _capsule(points, ('waist', 'pelvis'), (0.105, 0.108), 'belly', hem, girth)
-    yield _capsule(points, ('left_hip', 'right_hip'), (0.092, 0.092), 'pelvis', trousers, girth)
-    yield _capsule(points, ('left_shoulder', 'right_shoulder'), (0.058, 0.058), 'shoulders', shirt, girth)
-    for index, side in enumerate(('left', 'right')):
-        paint = _cut(outfit.shirt[index], 0.88, outfit.trousers[index].base)
-        top = _between(points[f'{side}_shoulder'], points['thorax'], 0.3)
-        yield Capsule(top, points[f'{side}_hip'], (0.075 * girth, 0.085 * girth), PARTS[f'{side}_flank'], paint)
-    yield _capsule(points, ('collar', 'belly'), (0.014, 0.014), 'front', zip_)
-    yield _capsule(points, ('belly', 'buckle'), (0.014, 0.02), 'front', zip_)
+    units = {'girth': body.girth, 'head': body.head, 'metres': 1.0}
+    armpits = {f'{side}_armpit': _between(points[f'{side}_shoulder'], points['thorax'], 0.3) for side in _SIDES}
+    points = {**points, **armpits}
+    rows = [*_trunk(outfit), *_head(outfit), *_limbs(outfit, 0), *_limbs(outfit, 1)]
+    return [
+        Capsule(points[start], points[end], (first * units[unit], second * units[unit]), PARTS[part], paint)
+        for part, start, end, first, second, unit, paint in rows
+    ]
 
 
 def _between(a: Vector, b: Vector, share: float) -> Vector:
@@ -150,36 +125,56 @@ def _between(a: Vector, b: Vector, share: float) -> Vector:
     return (x, y, z)
 
 
-def _head(points: Points, body: Proportions, outfit: Outfit) -> Iterator[Capsule]:
-    size = body.head
+def _cut(paint: Paint, covered: float, end: Colour) -> Paint:
+    """A garment that covers the given share of a segment; beyond it, ``end`` shows."""
+    return replace(paint, cut=covered, end=end) if covered < 1 else paint
+
+
+def _trunk(outfit: Outfit) -> list[Row]:
+    shirt, trousers, front = outfit.shirt[0], outfit.trousers[0], Paint(outfit.shirt_front)
+    left, right = (_cut(outfit.shirt[index], 0.88, outfit.trousers[index].base) for index in (0, 1))
+    return [
+        ('chest', 'thorax', 'waist', 0.07, 0.105, 'girth', shirt),
+        ('belly', 'waist', 'pelvis', 0.105, 0.108, 'girth', _cut(shirt, 0.6, trousers.base)),
+        ('pelvis', 'left_hip', 'right_hip', 0.092, 0.092, 'girth', trousers),
+        ('shoulders', 'left_shoulder', 'right_shoulder', 0.058, 0.058, 'girth', shirt),
+        ('left_flank', 'left_armpit', 'left_hip', 0.075, 0.085, 'girth', left),
+        ('right_flank', 'right_armpit', 'right_hip', 0.075, 0.085, 'girth', right),
+        ('front', 'collar', 'belly', 0.014, 0.014, 'metres', front),
+        ('front', 'belly', 'buckle', 0.014, 0.02, 'metres', front),
+    ]
+
+
+def _head(outfit: Outfit) -> list[Row]:
     skin, hair, shadow = Paint(outfit.skin), Paint(outfit.hair), Paint(_darker(outfit.skin, 3, 4))
-    yield _capsule(points, ('thorax', 'skull_low'), (0.055, 0.055), 'neck', skin, body.girth)
-    yield _capsule(points, ('skull_low', 'skull_high'), (0.29, 0.33), 'face', skin, size)
-    yield _capsule(points, ('nose_bridge', 'nose'), (0.05, 0.07), 'nose', shadow, size)
-    yield _capsule(points, ('left_mouth', 'right_mouth'), (0.04, 0.04), 'mouth', Paint((150, 50, 55)), size)
-    for side in ('left', 'right'):
-        eye, ear = f'{side}_eye', f'{side}_ear'
-        yield _capsule(points, (eye, eye), (0.07, 0.07), eye, Paint((15, 15, 25)), size)
-        yield _capsule(points, (ear, ear), (0.08, 0.08), ear, shadow, size)
+    rows = [
+        ('neck', 'thorax', 'skull_low', 0.055, 0.055, 'girth', skin),
+        ('face', 'skull_low', 'skull_high', 0.29, 0.33, 'head', skin),
+        ('nose', 'nose_bridge', 'nose', 0.05, 0.07, 'head', shadow),
+        ('mouth', 'left_mouth', 'right_mouth', 0.04, 0.04, 'head', Paint((150, 50, 55))),
+    ]
+    for eye, ear in (('left_eye', 'left_ear'), ('right_eye', 'right_ear')):
+        rows.append((eye, eye, eye, 0.07, 0.07, 'head', Paint((15, 15, 25))))
+        rows.append((ear, ear, ear, 0.08, 0.08, 'head', shadow))
     if not outfit.bald:
-        yield _capsule(points, ('hair_low', 'hair_high'), (0.32, 0.34), 'hair', hair, size)
+        rows.append(('hair', 'hair_low', 'hair_high', 0.32, 0.34, 'head', hair))
     if outfit.long_hair:
-        yield _capsule(points, ('hair_low', 'hair_end'), (0.32, 0.2), 'hair', hair, size)
+        rows.append(('hair', 'hair_low', 'hair_end', 0.32, 0.2, 'head', hair))
+    return rows
 
 
-def _limbs(points: Points, girth: float, outfit: Outfit, side: str, index: int) -> Iterator[Capsule]:
-    """Arm and leg: (ends, radii at girth 1, part, paint) of each segment."""
+def _limbs(outfit: Outfit, index: int) -> list[Row]:
+    """Arm and leg of one side."""
     shirt, trousers, skin = outfit.shirt[index], outfit.trousers[index], Paint(outfit.skin)
-    sleeve, leg = outfit.sleeve, outfit.leg
-    arm, thigh = _cut(shirt, sleeve, outfit.skin), _cut(trousers, leg, outfit.skin)
+    sleeve, leg, side = outfit.sleeve, outfit.leg, _SIDES[index]
     forearm = skin if sleeve <= 1 else _cut(shirt, sleeve - 1, outfit.skin)
     shin = skin if leg <= 1 else _cut(trousers, leg - 1, outfit.skin)
-    for start, end, radii, part, paint in (
-        ('shoulder', 'elbow', (0.058, 0.045), 'upper_arm', arm),
-        ('elbow', 'wrist', (0.045, 0.034), 'forearm', forearm),
-        ('wrist', 'hand', (0.036, 0.043), 'hand', skin),
-        ('hip', 'knee', (0.088, 0.062), 'thigh', thigh),
-        ('knee', 'ankle', (0.062, 0.042), 'shin', shin),
-        ('heel', 'toe', (0.05, 0.04), 'foot', Paint(outfit.shoes)),
-    ):
-        yield _capsule(points, (f'{side}_{start}', f'{side}_{end}'), radii, f'{side}_{part}', paint, girth)
+    rows = (
+        ('upper_arm', 'shoulder', 'elbow', 0.058, 0.045, _cut(shirt, sleeve, outfit.skin)),
+        ('forearm', 'elbow', 'wrist', 0.045, 0.034, forearm),
+        ('hand', 'wrist', 'hand', 0.036, 0.043, skin),
+        ('thigh', 'hip', 'knee', 0.088, 0.062, _cut(trousers, leg, outfit.skin)),
+        ('shin', 'knee', 'ankle', 0.062, 0.042, shin),
+        ('foot', 'heel', 'toe', 0.05, 0.04, Paint(outfit.shoes)),
+    )
+    return [(f'{side}_{a}', f'{side}_{b}', f'{side}_{c}', r0, r1, 'girth', paint) for a, b, c, r0, r1, paint in rows]

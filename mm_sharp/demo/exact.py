@@ -26,8 +26,7 @@ Item = TypeVar('Item')
 
 #: Angle units in a full turn, about 0.09 degrees each.
 TURN = 4096
-_SINE_SCALE = 1 << 24
-_SINE = tuple(round(math.sin(2 * math.pi * k / TURN) * _SINE_SCALE) / _SINE_SCALE for k in range(TURN))
+_SINE = tuple(round(math.sin(2 * math.pi * k / TURN) * 2**24) / 2**24 for k in range(TURN))
 
 
 def angle_units(degrees: float) -> int:
@@ -35,19 +34,9 @@ def angle_units(degrees: float) -> int:
     return round(degrees * TURN / 360)
 
 
-def sine(units: int) -> float:
-    """Sine of an angle in units of 1/4096 turn, rounded to 2^-24."""
-    return _SINE[units % TURN]
-
-
-def cosine(units: int) -> float:
-    """Cosine of an angle in units of 1/4096 turn, rounded to 2^-24."""
-    return _SINE[(units + TURN // 4) % TURN]
-
-
 def rotation(axis: str, units: int) -> Matrix:
-    """Right-handed rotation about the axis ``'x'``, ``'y'`` or ``'z'``."""
-    c, s = cosine(units), sine(units)
+    """Right-handed rotation about the axis ``'x'``, ``'y'`` or ``'z'`` by an angle in units of 1/4096 turn."""
+    c, s = _SINE[(units + TURN // 4) % TURN], _SINE[units % TURN]
     return {
         'x': ((1.0, 0.0, 0.0), (0.0, c, -s), (0.0, s, c)),
         'y': ((c, 0.0, s), (0.0, 1.0, 0.0), (-s, 0.0, c)),
@@ -78,10 +67,7 @@ def add(a: Vector, b: Vector) -> Vector:
 
 
 class Draws:
-    """The random numbers of one image: a function of ``(seed, split, index)``, each in [0, 2^32), and of nothing else.
-
-    So image 7 is the same whether ten or ten thousand images are drawn, in whatever order and process.
-    """
+    """The random numbers of one image, which depend on ``(seed, split, index)``, each in [0, 2^32), alone."""
 
     def __init__(self, seed: int, split: int, index: int) -> None:
         for name, value in (('seed', seed), ('split', split), ('index', index)):
@@ -118,12 +104,7 @@ class Draws:
 
     def weighted(self, weights: Mapping[str, int]) -> str:
         """One of the keys, with probability proportional to its whole-number weight."""
-        ticket = self.integer(1, sum(weights.values()))
-        for name, weight in weights.items():
-            ticket -= weight
-            if ticket <= 0:
-                return name
-        raise AssertionError('weights are positive')
+        return self.choice([name for name, weight in weights.items() for _ in range(weight)])
 
     def array(self, *shape: int) -> npt.NDArray[np.float64]:
         """Numbers in [0, 1), of the given shape."""

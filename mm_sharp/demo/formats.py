@@ -39,11 +39,6 @@ _LINKS = (
 )  # fmt: skip
 SKELETON = [[COCO_KEYPOINTS.index(a) + 1, COCO_KEYPOINTS.index(b) + 1] for a, b in _LINKS]
 
-#: People per image that have an annotation id of their own.
-_IDS_PER_IMAGE = 10
-
-_SCALE_UNIT = 200.0
-_CENTRE_SHIFT = 15.0
 _HEAD = ('head_top', 'upper_neck', 'left_ear', 'right_ear', 'nose')
 #: MATLAB's header begins with 116 bytes of free text; scipy writes the time of day there.
 _MAT_TEXT = b'MATLAB 5.0 MAT-file, mm_sharp demo people'.ljust(116)
@@ -62,7 +57,7 @@ def coco_annotation(person: Person, image_id: int, number: int) -> dict[str, Any
     Ids follow from the image alone and are never 0, which COCO's evaluation takes for "no match".
     """
     return {
-        'id': image_id * _IDS_PER_IMAGE + number,
+        'id': image_id * 10 + number,
         'image_id': image_id,
         'category_id': 1,
         'iscrowd': 0,
@@ -88,9 +83,9 @@ def coco_file(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -
 def mpii_record(person: Person, file_name: str) -> dict[str, Any]:
     """The record of one person."""
     left, top, width, height = person.box
-    scale = max(width, height) / _SCALE_UNIT
+    scale = max(width, height) / 200.0
     # MMPose takes left + width as the right edge of a box; so does this middle.
-    centre = [left + width / 2 + 1, top + height / 2 + 1 - _CENTRE_SHIFT * scale]
+    centre = [left + width / 2 + 1, top + height / 2 + 1 - 15.0 * scale]
     points = [person.points[name] for name in MPII_JOINTS]
     return {
         'image': file_name,

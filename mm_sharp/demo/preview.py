@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from mm_sharp.demo.folder import PREVIEW, coco_path
+from mm_sharp.demo.folder import COCO, PREVIEW
 from mm_sharp.demo.formats import SKELETON
 from mm_sharp.demo.settings import HEIGHT, WIDTH
 from mm_sharp.demo.skeleton import COCO_KEYPOINTS
@@ -23,25 +23,21 @@ _SIZE = (WIDTH * _ZOOM, HEIGHT * _ZOOM)
 _COLOURS = {'left': (80, 220, 60), 'right': (0, 140, 255), 'nose': (255, 255, 255)}
 
 
-def write_preview(folder: Path | str, count: int, split: str = 'train') -> Path:
-    """Write the first ``count`` images of a split into ``preview.png``, whose path is returned.
+def write_preview(folder: Path | str, count: int) -> Path:
+    """Write the first ``count`` training images with their annotations into ``preview.png``, and return its path.
 
-    With boxes and keypoints: seen keypoints are filled, hidden ones are rings.
-
-    Raises:
-        ValueError: if count is below 1.
-        OSError: if the annotations or an image can't be read, or the picture not be written.
+    Keypoints that are seen are filled, hidden ones are rings.
     """
     if count < 1:
         raise ValueError(f'preview={count} must be at least 1')
     folder = Path(folder)
-    content = json.loads((folder / coco_path(split)).read_text(encoding='utf-8'))
+    content = json.loads((folder / COCO['train']).read_text(encoding='utf-8'))
     images = content['images'][:count]
     columns = min(_COLUMNS, len(images))
     sheet = np.zeros((-(-len(images) // columns), columns, *reversed(_SIZE), 3), np.uint8)
     for number, image in enumerate(images):
         people = [a for a in content['annotations'] if a['image_id'] == image['id']]
-        sheet[divmod(number, columns)] = _annotated(folder / split / image['file_name'], people)
+        sheet[divmod(number, columns)] = _annotated(folder / 'train' / image['file_name'], people)
     path = folder / PREVIEW
     picture = sheet.swapaxes(1, 2).reshape(sheet.shape[0] * _SIZE[1], columns * _SIZE[0], 3)
     if not cv2.imwrite(str(path), picture):

@@ -85,22 +85,13 @@ class Camera:
 
 @dataclass(frozen=True)
 class Paint:
-    """Colours of a capsule (RGB, 0 to 255).
-
-    Attributes:
-        base: colour of the first end.
-        other: second colour of the pattern.
-        rings: bands along the capsule; 0 for none.
-        strips: bands across it; 0 for none. With rings: checks.
-        cut: fraction of the length from which on ``end`` is used, as where a sleeve ends.
-        end: colour of the far end.
-    """
+    """Colours of a capsule (RGB, 0 to 255)."""
 
     base: Colour
-    other: Colour = (0, 0, 0)
-    rings: int = 0
-    strips: int = 0
-    cut: float = 2.0
+    other: Colour = (0, 0, 0)  # of the pattern
+    rings: int = 0  # bands along the capsule
+    strips: int = 0  # bands across it; with rings: checks
+    cut: float = 2.0  # the fraction of the length from which on ``end`` is used, as where a sleeve ends
     end: Colour = (0, 0, 0)
 
 
@@ -145,17 +136,6 @@ class Layer:
         return drawn
 
 
-@dataclass(frozen=True)
-class _Patch:
-    """The pixels of one capsule inside its window, all arrays of the window's shape."""
-
-    inside: Mask
-    t: Floats
-    side: Floats
-    depth: Floats
-    normal: tuple[Floats, Floats, Floats]
-
-
 def draw_capsule(layer: Layer, capsule: Capsule, camera: Camera, light: Light) -> None:
     """Draw a capsule into a layer, where it is nearer than what is there.
 
@@ -168,17 +148,21 @@ def draw_capsule(layer: Layer, capsule: Capsule, camera: Camera, light: Light) -
     balls = list(zip((capsule.first, capsule.second), capsule.radii, strict=True))
     ends = [camera.project(centre) for centre, _ in balls]
     radii = [camera.focal * radius / centre[2] for centre, radius in balls]
-    left, top, right, bottom = _window(ends, radii, width, height)
+    discs = [(u, v, radius) for (u, v), radius in zip(ends, radii, strict=True)]
+    left = max(math.floor(min(u - r for u, _, r in discs)), 0)
+    top = max(math.floor(min(v - r for _, v, r in discs)), 0)
+    right = min(math.ceil(max(u + r for u, _, r in discs)) + 1, width)
+    bottom = min(math.ceil(max(v + r for _, v, r in discs)) + 1, height)
     if left >= right or top >= bottom:
         return
     u = np.arange(left, right, dtype=np.float64)[None, :]
     v = np.arange(top, bottom, dtype=np.float64)[:, None]
-    patch = _cast(u, v, ends, radii, (capsule.first[2], capsule.second[2]), camera.focal)
+    inside, depth, *surface = _cast(u, v, ends, radii, (capsule.first[2], capsule.second[2]), camera.focal)
     window = (slice(top, bottom), slice(left, right))
-    seen = patch.inside & (patch.depth < layer.depth[window])
-    layer.depth[window][seen] = patch.depth[seen]
+    seen = inside & (depth < layer.depth[window])
+    layer.depth[window][seen] = depth[seen]
     layer.part[window][seen] = capsule.part
-    layer.colour[window][seen] = _shade(patch, seen, capsule.paint, light)
+    layer.colour[window][seen] = _shade([part[seen] for part in surface], capsule.paint, light)
 
 
 def draw_card(layer: Layer, box: tuple[int, int, int, int], depth: float, part: int, colour: Colour) -> None:
@@ -191,20 +175,10 @@ def draw_card(layer: Layer, box: tuple[int, int, int, int], depth: float, part: 
     layer.colour[window][seen] = colour
 
 
-def _window(ends: list[tuple[float, float]], radii: list[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """The part of the image that two discs touch: left, top, right, bottom, ends excluded."""
-    discs = [(u, v, radius) for (u, v), radius in zip(ends, radii, strict=True)]
-    left = max(math.floor(min(u - r for u, _, r in discs)), 0)
-    top = max(math.floor(min(v - r for _, v, r in discs)), 0)
-    right = min(math.ceil(max(u + r for u, _, r in discs)) + 1, width)
-    bottom = min(math.ceil(max(v + r for _, v, r in discs)) + 1, height)
-    return left, top, right, bottom
-
-
 def _cast(
     u: Floats, v: Floats, ends: list[tuple[float, float]], radii: list[float], depths: tuple[float, float], focal: float
-) -> _Patch:
-    """The equations in the module's docstring, over a window of pixels."""
+) -> tuple[Mask, Floats, Floats, Floats, Floats, Floats, Floats]:
+    """The equations in the module's docstring, over a window of pixels: inside, depth, t, side, and the normal."""
     (u0, v0), (u1, v1) = ends
     length = math.sqrt((u1 - u0) * (u1 - u0) + (v1 - v0) * (v1 - v0))
     taper = radii[0] - radii[1]
@@ -226,13 +200,12 @@ def _cast(
     lift = np.sqrt(np.maximum(bulge, 0.0))
     middle = depths[0] + t * (depths[1] - depths[0])
     side, depth = (y * axis[0] - x * axis[1]) / radius, middle - lift * middle / focal
-    return _Patch(inside, t, side, depth, normal=(x / radius, y / radius, -lift / radius))
+    return inside, depth, t, side, x / radius, y / radius, -lift / radius
 
 
-def _shade(patch: _Patch, seen: Mask, paint: Paint, light: Light) -> npt.NDArray[np.uint8]:
-    """Colours (n, 3) of the n seen pixels: pattern, then ambient and directed light."""
-    t, side = patch.t[seen], patch.side[seen]
-    x, y, z = (part[seen] for part in patch.normal)
+def _shade(surface: list[Floats], paint: Paint, light: Light) -> npt.NDArray[np.uint8]:
+    """Colours (n, 3) of n pixels from their t, side and normal: pattern, then ambient and directed light."""
+    t, side, x, y, z = surface
     lit = x * light.direction[0] + y * light.direction[1] + z * light.direction[2]
     strength = light.ambient + light.diffuse * np.maximum(lit, 0.0)
     odd = np.zeros(t.shape, np.int64)

@@ -23,26 +23,20 @@ from mm_sharp.demo.skeleton import COCO_KEYPOINTS, Points, Proportions, body_poi
 MIN_SEEN_KEYPOINTS, MIN_AREA = 5, 400
 _ATTEMPTS = 200
 
-#: Pixel coordinates (u, v), and COCO's flag (0 outside, 1 hidden, 2 seen).
-Keypoint = tuple[float, float, int]
-
 
 @dataclass(frozen=True)
 class Person:
     """What a picture shows of one person.
 
     Attributes:
-        keypoints: for each COCO keypoint (u, v, flag); pixels, centres at whole numbers. The flag
-            is 2 where the keypoint is seen, 1 where the person's own body, another person or an
-            object hides it, 0 (and u = v = 0) outside of the image.
-        points: exact pixel coordinates of every point of the skeleton, also outside of the image,
-            rounded to 1/100 pixel.
-        box: left, top, width, height of the body's outline inside the image, whole pixels.
-            What an object or another person covers is part of it, as the keypoints there are.
+        keypoints: for each COCO keypoint its pixel coordinates (u, v), centres at whole numbers, and a flag: 2 where it
+            is seen, 1 where the person's own body, another person or an object hides it, 0 (and u = v = 0) outside.
+        points: pixel coordinates of every point of the skeleton, also outside of the image, rounded to 1/100.
+        box: left, top, width, height of the body's outline inside the image, with what others cover.
         area: number of pixels of the image that show this person.
     """
 
-    keypoints: tuple[Keypoint, ...]
+    keypoints: tuple[tuple[float, float, int], ...]
     points: dict[str, tuple[float, float]]
     box: tuple[int, int, int, int]
     area: int
@@ -50,7 +44,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Figure:
-    """A person before it is judged: points in camera coordinates, its own layer, its girth."""
+    """A person as drawn: points in camera coordinates, its own layer, its girth."""
 
     seen: Points
     layer: Layer
@@ -78,16 +72,13 @@ def draw_scene(seed: int, split: str, index: int, settings: Settings = SETTINGS)
     draws = Draws(seed, SPLITS.index(split), index)
     for _ in range(_ATTEMPTS):
         scene = _attempt(draws, settings)
-        if all(_in_view(person) for person in scene.people):
+        seen = [sum(flag == 2 for _, _, flag in person.keypoints) for person in scene.people]
+        if min(seen) >= MIN_SEEN_KEYPOINTS and min(person.area for person in scene.people) >= MIN_AREA:
             return scene
     raise RuntimeError(
         f'settings leave nobody in view in {_ATTEMPTS} attempts (image {index} of {split}): lower '
         'truncation, second_person_chance or occluder_chance'
     )
-
-
-def _in_view(person: Person) -> bool:
-    return sum(flag == 2 for _, _, flag in person.keypoints) >= MIN_SEEN_KEYPOINTS and person.area >= MIN_AREA
 
 
 def is_inside(u: float, v: float) -> bool:
