@@ -28,8 +28,6 @@ def write_preview(folder: Path | str, count: int) -> Path:
 
     Keypoints that are seen are filled, hidden ones are rings.
     """
-    if count < 1:
-        raise ValueError(f'preview={count} must be at least 1')
     folder = Path(folder)
     content = json.loads((folder / COCO['train']).read_text(encoding='utf-8'))
     images = content['images'][:count]

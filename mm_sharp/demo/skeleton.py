@@ -67,8 +67,8 @@ FAMILIES: dict[str, Ranges] = {
         'elbow_flexion': (20, 100), 'waist_bend': (-5, 25),
     },
     'arms_up': {
-        'shoulder_flexion': (0, 60), 'shoulder_abduction': (85, 140), 'elbow_flexion': (0, 90), 'hip_abduction': (0,
-        30),
+        'shoulder_flexion': (0, 60), 'shoulder_abduction': (85, 140), 'elbow_flexion': (0, 90),
+        'hip_abduction': (0, 30),
     },
     'bending': {
         'root_lean': (0, 20), 'waist_bend': (25, 70), 'hip_flexion': (5, 40), 'knee_flexion': (5, 50),
