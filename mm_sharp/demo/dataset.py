@@ -62,7 +62,6 @@ def make_dataset(
         force: replace a data set of ours that was made with other arguments.
 
     Raises:
-        ValueError: if an argument is out of range.
         FileExistsError: if ``out`` holds other files, or another data set of ours without ``force``.
         OSError: if a file can't be written.
         RuntimeError: if a worker process was killed.

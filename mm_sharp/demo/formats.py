@@ -1,18 +1,15 @@
 """People as COCO keypoint annotations, and as MMPose's ``MpiiDataset`` reads MPII.
 
-**COCO** (``person_keypoints_*.json``): coordinates count from 0 at the centre of the top left pixel. The box is the
-body's outline inside the image, with what other people and objects cover, so that it holds the hidden keypoints too;
-the area is the number of pixels that show the person. The skeleton's numbers count keypoints from 1.
+**COCO**: coordinates count from 0 at the centre of the top left pixel. The box is the body's outline inside the image,
+with what others cover, so that it holds the hidden keypoints too; the area counts the pixels that show the person.
 
 **MPII** is a list of records, and head boxes in a MATLAB file. Its conventions, as MMPose's reader undoes them:
 
 - coordinates count from 1, so a point (u, v) of ours is written as (u + 1, v + 1);
 - ``scale`` is the person's size over 200 pixels: here the longer side of the box;
-- ``center`` lies higher than the middle of the body. The reader moves it down by 15 * scale pixels, so it is
-  written that much above the middle of the box, and the reader ends exactly there;
+- ``center`` is 15 * scale pixels above the middle of the box: the reader moves it down by that much;
 - a joint outside of the image is (-1, -1) with ``joints_vis`` 0; hidden joints inside count as annotated, 1;
-- the head box's diagonal times 0.6 is the unit of PCKh. It is the box around the neck's upper end, the top of
-  the head, the ears and the nose.
+- the head box's diagonal times 0.6 is the unit of PCKh.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Rounded limbs before a camera, drawn into a layer with colour, depth and part number.
+"""Rounded limbs before a pinhole camera, drawn into a layer with colour, depth and part number.
 
-**Camera**: a pinhole that looks at a body from any direction. A point of the world (x to the right of a viewer who
-faces it from +z, y up, z toward that viewer) is turned by the azimuth about y, by the elevation about x and by the
-roll about z, and moved ``distance`` away:
+**Camera**: a point of the world (x to the right of a viewer who faces it from +z, y up, z toward that viewer) is turned
+about y, x and z, and moved ``distance`` away:
 
     (x', y', z') = R_z(roll) R_x(elevation) R_y(-azimuth) p
     X = x',  Y = -y',  Z = distance - z'
@@ -11,10 +10,10 @@ roll about z, and moved ``distance`` away:
 with u to the right and v down, whole numbers at pixel centres. At azimuth 0 the camera faces the front of a person who
 looks along +z, and the person's left is on the right of the picture.
 
-**Capsules**: the only solid is a *tapered capsule*, the hull of two balls in camera space. Its outline is exact for the
-two projected discs; depth and surface normal inside are those of the ball that touches the pixel's ray in the picture
-plane, which differs from ray casting by less than the limb's own thickness. With L the distance of the discs in pixels,
-r0 and r1 their radii, along and across the coordinates of a pixel in the capsule's frame:
+**Capsules**: the only solid is the hull of two balls in camera space. Its outline is exact for the two projected discs;
+depth and normal inside are those of the ball that touches the pixel's ray in the picture plane, which differs from ray
+casting by less than the limb's thickness. With L the distance of the discs in pixels, r0 and r1 their radii, along and
+across the coordinates of a pixel in the capsule's frame:
 
     sin(alpha) = (r0 - r1) / L
     t = clamp((along - |across| tan(alpha)) / L, 0, 1)

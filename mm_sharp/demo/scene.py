@@ -1,8 +1,4 @@
-"""One picture: people before a camera, what hides them, light; and what can be said about each person.
-
-``draw_scene(seed, split, index)`` is a pure function: the picture and its annotations follow from these
-three numbers and the settings alone.
-"""
+"""One picture: people before a camera, what hides them, light; and what can be said about each person."""
 
 from __future__ import annotations
 
@@ -61,12 +57,7 @@ class Scene:
 
 
 def draw_scene(seed: int, split: str, index: int, settings: Settings = SETTINGS) -> Scene:
-    """Draw picture number ``index`` (from 0) of a split, with every person at least partly in view.
-
-    Raises:
-        ValueError: if an argument is out of range.
-        RuntimeError: if the settings hardly ever leave a person in view.
-    """
+    """Draw picture number ``index`` (from 0) of a split, with every person at least partly in view."""
     if split not in SPLITS:
         raise ValueError(f'split={split!r} must be one of {SPLITS}')
     draws = Draws(seed, SPLITS.index(split), index)

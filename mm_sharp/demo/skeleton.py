@@ -155,15 +155,18 @@ def body_points(body: Proportions, pose: Pose) -> Points:
     root = chain(rotation('x', pose['root_lean']), rotation('z', -pose['root_tilt']))
     bend, side, twist = (pose[f'waist_{dof}'] for dof in ('bend', 'side', 'twist'))
     chest = chain(root, rotation('x', bend), rotation('z', -side), rotation('y', twist))
-    points: Points = {'pelvis': (0.0, 0.0, 0.0)}
-    points['waist'] = rotate(root, (0.0, 0.4 * body.torso, 0.0))
-    points['thorax'] = add(points['waist'], rotate(chest, (0.0, 0.6 * body.torso, 0.0)))
-    points['upper_neck'] = add(points['thorax'], rotate(chest, (0.0, body.neck, 0.0)))
-    # The middle line of the shirt's front, just outside of the trunk's surface.
-    front = 0.115 * body.girth
-    points['collar'] = add(points['thorax'], rotate(chest, (0.0, -0.05, 0.085 * body.girth)))
-    points['belly'] = add(points['waist'], rotate(chest, (0.0, 0.0, front)))
-    points['buckle'] = rotate(root, (0.0, 0.05, front))
+    waist = rotate(root, (0.0, 0.4 * body.torso, 0.0))
+    thorax = add(waist, rotate(chest, (0.0, 0.6 * body.torso, 0.0)))
+    points: Points = {
+        'pelvis': (0.0, 0.0, 0.0),
+        'waist': waist,
+        'thorax': thorax,
+        'upper_neck': add(thorax, rotate(chest, (0.0, body.neck, 0.0))),
+        # The middle line of the shirt's front, just outside of the trunk's surface.
+        'collar': add(thorax, rotate(chest, (0.0, -0.05, 0.085 * body.girth))),
+        'belly': add(waist, rotate(chest, (0.0, 0.0, 0.115 * body.girth))),
+        'buckle': rotate(root, (0.0, 0.05, 0.115 * body.girth)),
+    }
     _add_head(points, body, pose, chest)
     for name, sign in (('left', 1), ('right', -1)):
         _add_arm(points, body, pose, chest, name, sign)
