@@ -105,7 +105,7 @@ def test_a_study_runs_from_the_command_line_in_processes_of_its_own(tmp_path: Pa
 def test_a_run_is_what_the_runner_makes_of_the_same_config(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, tiny())
     run = Run('report', 'clean', 'sam', 0.1, 2, 0)
-    metrics = make_run(plan, run)
+    metrics = make_run(plan, run, tmp_path / 'progress.json')
     cfg = plan.config(run)
     cfg.experiment_name = 'by_hand'
     runner = Runner.from_cfg(cfg)
@@ -125,7 +125,7 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, named: bool, monke
         settings['clean']['options']['visualizer'] = visualizer
     plan = plan_of(tmp_path, tiny(settings=settings))
     run, other = (Run('report', 'clean', 'sam', 0.1, 2, seed) for seed in (1, 2))
-    alone = make_run(plan, run)
+    alone = make_run(plan, run, tmp_path / 'progress.json')
     config = plan.config
 
     def failing(run: Run) -> Any:
@@ -136,9 +136,9 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, named: bool, monke
     with monkeypatch.context() as patch:
         patch.setattr(plan, 'config', failing)
         with pytest.raises(RuntimeError, match='out of memory'):
-            make_run(plan, other)
+            make_run(plan, other, tmp_path / 'progress.json')
     plan.folder = tmp_path / 'again'
-    assert make_run(plan, run)['train_loss'] == alone['train_loss']
+    assert make_run(plan, run, tmp_path / 'progress.json')['train_loss'] == alone['train_loss']
     if named:
         assert list((tmp_path / 'again' / 'runs' / run.id).glob('*/vis_data/scalars.json'))
 

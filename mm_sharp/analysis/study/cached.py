@@ -19,13 +19,7 @@ class CachedCocoDataset(CocoDataset):  # type: ignore[misc]
     A study trains a small model hundreds of times on the same few thousand pictures: to decode and crop them each time
     would take as long as the steps. Samples are kept as long as the process, for all data sets with the same arguments.
     Only for pipelines without random augmentation, and with ``num_workers=0``: each worker would keep its own.
-
-    Example:
-        In a config::
-
-            custom_imports = dict(imports=['mm_sharp', 'mm_sharp.analysis.study.cached'])
-            train_dataloader = dict(
-                num_workers=0, persistent_workers=False, dataset=dict(type='CachedCocoDataset', ...))
+    ``configs/study/_base_/keypoints.py`` shows how it is used.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

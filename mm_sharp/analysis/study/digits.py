@@ -1,10 +1,8 @@
 """Classification of small real pictures, which takes seconds on one core; see ``configs/study/digits_cnn.py``.
 
 The pictures are scikit-learn's digits: 1,797 handwritten ones, 8x8 pixels, of 10 classes (the test part of the UCI
-"Optical Recognition of Handwritten Digits" set). They come with the package, so nothing is downloaded.
-
-Three splits, the same in every run: 800 pictures to train on, 297 to choose settings such as ``rho`` by, and 700 to
-report on.
+"Optical Recognition of Handwritten Digits" set), so nothing is downloaded. Three splits are the same in every run: 800
+pictures to train on, 297 to choose settings such as ``rho`` by, and 700 to report on.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,8 @@ def markdown_trials(plan: Plan, rows: Rows, settings: Sequence[str]) -> str:
 
 def as_json(study: Study, found: Sequence[Comparison], notes: Sequence[str] = ()) -> str:
     """All comparisons, with numbers as they are, and what is to be said of them."""
-    content: dict[str, Any] = {'study': asdict(study), 'comparisons': [asdict(entry) for entry in found]}
-    if notes:
-        content['notes'] = list(notes)
-    return json.dumps(content, indent=2) + '\n'
+    content = {'study': asdict(study), 'comparisons': [asdict(entry) for entry in found]}
+    return json.dumps({**content, **({'notes': list(notes)} if notes else {})}, indent=2) + '\n'
 
 
 def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
@@ -67,17 +66,15 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
     methods = [method for method in study.methods if method != BASE]
     figure = Figure(figsize=(4.2 * len(budgets) + 1.2, (0.26 * len(methods) + 0.75) * len(settings)), dpi=110)
     axes: Any = figure.subplots(len(settings), len(budgets), squeeze=False, sharex='row', sharey=True)
-    for row, setting in enumerate(settings):
-        for column, budget in enumerate(budgets):
-            axis = axes[row][column]
-            axis.axvline(0, color='0.6', linewidth=1)
-            for entry in found:
-                if (entry.setting, entry.budget) == (setting, budget) and entry.over_base is not None:
-                    _draw(axis, methods.index(entry.method), entry.over_base, study.metric.better)
-            axis.set_yticks(range(len(methods)), methods, fontsize=8)
-            axis.set_ylim(len(methods) - 0.5, -0.5)
-            axis.tick_params(axis='x', labelsize=7)
-            axis.set_title(f'{setting}, {_TITLES[budget]}', fontsize=8)
+    for axis, (setting, budget) in zip(axes.flat, product(settings, budgets), strict=True):
+        axis.axvline(0, color='0.6', linewidth=1)
+        for entry in found:
+            if (entry.setting, entry.budget) == (setting, budget) and entry.over_base is not None:
+                _draw(axis, methods.index(entry.method), entry.over_base, study.metric.better)
+        axis.set_yticks(range(len(methods)), methods, fontsize=8)
+        axis.set_ylim(len(methods) - 0.5, -0.5)
+        axis.tick_params(axis='x', labelsize=7)
+        axis.set_title(f'{setting}, {_TITLES[budget]}', fontsize=8)
     figure.supxlabel(f'{study.metric.name}: difference from the base optimizer, 95 % interval', fontsize=8)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)

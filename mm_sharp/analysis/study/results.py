@@ -1,9 +1,8 @@
 """The file with one row for each run, and from its rows the choice of rho and the comparisons.
 
-Intervals are Student's, for a mean of independent normal values: with five seeds they are 2.8 standard errors wide on
-each side. Two methods are compared by their difference at each seed, since they share initial weights and order of the
-samples. If the interval of that difference leaves out 0, it is significant at 5 %, for one comparison: of twenty, one
-is by chance.
+Intervals are Student's, for a mean of independent normal values. Two methods are compared by their difference at each
+seed, since they share initial weights and order of the samples there. If the interval of the difference leaves out 0,
+it is significant at 5 %, for one comparison: of twenty, one is by chance.
 """
 
 from __future__ import annotations

@@ -78,8 +78,7 @@ def _make(title: str, runs: Sequence[Run], plan: Plan, rows: Rows, pool: Executo
         futures = {pool.submit(make_run, plan, run, note): run for run, note in notes.items()}
         for future in watch(title, {future: (run.id, notes[run]) for future, run in futures.items()}, len(runs)):
             run = futures[future]
-            error = future.exception()
-            if error is None:
+            if (error := future.exception()) is None:
                 rows.add(run, missing[run], future.result())
                 rows.value(run, plan.study.metric.name)  # what is missing now will be missing after all other runs
                 continue
@@ -103,7 +102,6 @@ def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Ru
             f'{len(old)} runs in {rows.file} were made with other configs, {old[0]} among them: make them again with '
             '--redo, or give another --out-dir'
         )
-
     lost = {run for run in runs if plan.keeps_weights(run) and not plan.weights(run).is_file()}
     return {run: config for run, config in configs.items() if run in lost or rows.config(run) != config}
 

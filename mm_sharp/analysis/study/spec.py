@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,9 @@ def _entries(kind: Any, where: str, content: Any) -> dict[str, Any]:
 def _check(study: Study) -> None:
     metric, budgets = study.metric, study.budgets
     _require(metric.better in ('higher', 'lower'), 'metric.better', metric.better, "'higher' or 'lower'")
-    _require(_is_positive(metric.scale), 'metric.scale', metric.scale, 'a number above 0, as 100')
+    _require(
+        is_number(metric.scale) and 0 < metric.scale < inf, 'metric.scale', metric.scale, 'a number above 0, as 100'
+    )
     _require(study.methods.get(BASE) == {}, 'methods.base', study.methods.get(BASE), "{}: the config's own optimizer")
     _check_seeds('seeds', study.seeds)
     _require(bool(budgets) and set(budgets) <= set(BUDGETS), 'budgets', budgets, '[epochs, compute] or one')
@@ -136,7 +139,7 @@ def _check(study: Study) -> None:
         _check_seeds('selection.seeds', seeds)
         both = sorted(set(seeds) & set(study.seeds))
         _require(not both, 'selection.seeds', seeds, f'other than seeds, which has {both}, too')
-        good = isinstance(rho, list) and bool(rho) and all(map(_is_positive, rho))
+        good = isinstance(rho, list) and bool(rho) and all(is_number(r) and 0 < r < inf for r in rho)
         _require(good, 'selection.rho', rho, 'a list of numbers above 0, as [0.02, 0.05]')
 
 
@@ -147,16 +150,15 @@ def _check_setting(study: Study, where: str, setting: Setting) -> None:
     _require(good, f'{where}.epochs', setting.epochs, 'an integer of at least 1')
     _require(isinstance(setting.options, dict), f'{where}.options', setting.options, 'a mapping of dotted keys')
     _require(isinstance(setting.selects, bool), f'{where}.selects', setting.selects, 'true or false')
-    pool = [s for s in study.settings.values() if (s.pool or s.name) == (setting.pool or setting.name)]
-    good = any(s.selects for s in pool)
+    pool = setting.pool or setting.name
+    good = any(other.selects for other in study.settings.values() if (other.pool or other.name) == pool)
     _require(good, f'{where}.selects', setting.selects, 'true for at least one setting of a pool')
     good = is_number(setting.corrupt) and 0 <= setting.corrupt <= 1
     _require(good, f'{where}.corrupt', setting.corrupt, 'a share in [0, 1], as 0.2')
     if setting.load_from:
         _check_names(f'{where}.load_from', [setting.load_from], study.settings)
         good = not study.settings[setting.load_from].load_from
-        allowed = 'a setting that starts from random weights itself'
-        _require(good, f'{where}.load_from', setting.load_from, allowed)
+        _require(good, f'{where}.load_from', setting.load_from, 'a setting that starts from random weights itself')
 
 
 def _check_seeds(where: str, seeds: Any) -> None:
@@ -167,10 +169,6 @@ def _check_seeds(where: str, seeds: Any) -> None:
 def _check_names(where: str, names: Collection[str], known: Collection[str]) -> None:
     for name in names:
         _require(name in known, where, name, f'one of {", ".join(known)}')
-
-
-def _is_positive(value: Any) -> bool:
-    return is_number(value) and 0 < value < float('inf')
 
 
 def _require(good: bool, where: str, value: object, allowed: str) -> None:

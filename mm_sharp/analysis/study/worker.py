@@ -41,16 +41,16 @@ def prepare_process(threads: int, niceness: int) -> None:
     enable_for_all_runs()
 
 
-def make_run(plan: Plan, run: Run, progress: Path | None = None) -> dict[str, float]:
+def make_run(plan: Plan, run: Run, progress: Path) -> dict[str, float]:
     """Train, evaluate on the test data, and note in a file how far it is.
 
     Returns:
         The evaluators' metrics by name, those that are numbers; ``train_loss``, the mean of the last 50 steps;
         ``steps``; and ``train_seconds``, which say little where other programs share the machine.
     """
-    hooks = [ProgressHook(progress)] if progress is not None else []
+    hook = ProgressHook(progress)
     runner = new_runner(plan.config(run))
-    runner.register_custom_hooks(hooks)
+    runner.register_hook(hook)
     begin = time.perf_counter()
     runner.train()
     seconds = time.perf_counter() - begin
