@@ -9,17 +9,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mm_sharp.analysis.study import Rows, Run, as_json, choose_rho, compare, markdown, markdown_trials, plot
+from mm_sharp.analysis.study import (
+    Plan,
+    Rows,
+    Run,
+    as_json,
+    choose_rho,
+    compare,
+    markdown,
+    markdown_trials,
+    plot,
+    read_study,
+)
 from mm_sharp.analysis.study.results import interval
 from mm_sharp.errors import UsageError
 from tests.conftest import ROOT
 from tests.studies import SETTING, filled, plan_of
 
 
-def test_the_published_rows_can_be_read() -> None:
+def test_the_published_rows_can_be_read_and_are_known_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     rows = [Rows(ROOT / 'docs' / 'data' / f'study_{name}.csv') for name in ('digits', 'keypoints')]
     assert [len(one.by_id) for one in rows] == [252, 447]
     assert rows[0].value(Run('select', 'clean', 'sam', 0.05, 20, 100), 'digits/accuracy') == 98.98989898989899
+    plan = Plan(read_study(ROOT / 'configs/study/digits.yaml'), ROOT / 'work_dirs')
+    runs = [run for name in plan.study.settings for run in plan.selection_runs(name)]
+    assert [rows[0].config(run) for run in runs] == [plan.fingerprint(run) for run in runs]
 
 
 def test_rows_are_there_again_after_a_file_was_cut_off(tmp_path: Path) -> None:

@@ -21,6 +21,13 @@ from mm_sharp.step.two_pass import TwoPassOptimWrapper
 # What a config must have: rho is chosen on the validation data, the results are of the test data.
 _NEEDED = ('train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator', 'test_dataloader', 'test_evaluator')
 
+# Names that have changed, as configs had them before: rows that were written then are known again.
+_FORMER_NAMES = {
+    'mm_sharp.analysis.study.cached': 'mm_sharp.study.remembered',
+    'mm_sharp.analysis.study.digits': 'mm_sharp.study.digits',
+    'CachedCocoDataset': 'RememberedCocoDataset',
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -131,7 +138,10 @@ class Plan:
         anywhere = copy.copy(self)
         anywhere.folder = Path('/study')
         content = {k: v for k, v in anywhere.config(run).to_dict().items() if k not in ('work_dir', 'experiment_name')}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:12]
+        text = json.dumps(content, sort_keys=True, default=repr)
+        for now, before in _FORMER_NAMES.items():
+            text = text.replace(now, before)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def weights(self, run: Run) -> Path:
         """The file with a run's weights, if they are kept."""
