@@ -80,7 +80,7 @@ def watch(title: str, futures: Mapping[Future[_Result], tuple[str, Path]], total
                 lines[0] += f', {_clock(elapsed * left / (len(futures) - left))} left'
             lines += [f'{name}: {text}' for name, (_, text) in in_flight.items()]
             if live is not None:
-                live.update(Text('\n'.join(lines), no_wrap=True, overflow='ellipsis'), refresh=True)
+                live.update(Text('\n'.join(lines)), refresh=True)
             elif not waiting or time.monotonic() >= next_line:
                 next_line = time.monotonic() + _LINE
                 sys.stderr.write('; '.join(lines) + '\n')
