@@ -69,7 +69,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         loss_scale: ``'dynamic'``, a number > 0, or a dict of ``GradScaler``'s arguments.
         accumulative_counts: Micro-batches per optimizer step; each is perturbed by its own gradient.
         clip_grad: As :class:`mmengine.optim.OptimWrapper` takes it; it acts on the final gradient only.
-        unknown: Refused, with the name that was meant.
+        kwargs: None of any other name; what was meant is named.
 
     Attributes:
         last_step: What the last step has found.
@@ -95,10 +95,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         loss_scale: str | float | Mapping[str, Any] = 'dynamic',
         accumulative_counts: int = 1,
         clip_grad: Mapping[str, Any] | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
         name = type(self).__name__
-        check_arguments(type(self), unknown, _ours())
+        check_arguments(type(self), kwargs, _ours())
         check_positive_int(name, 'accumulative_counts', accumulative_counts, example='4')
         check_clip_grad(name, clip_grad)
         check_steps_alone(name, optimizer)

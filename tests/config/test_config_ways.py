@@ -231,4 +231,4 @@ def test_a_cards_table_gives_the_defaults(folder: str) -> None:
     }
     own = inspect.signature(OPTIM_WRAPPERS.get(f'{METHODS[folder]}OptimWrapper')).parameters
     elsewhere = re.findall(r'`(\w+)`', card)
-    assert set(own) - {'optimizer', 'kwargs', 'unknown', 'accumulative_counts', 'clip_grad'} <= set(elsewhere)
+    assert set(own) - {'optimizer', 'kwargs', 'accumulative_counts', 'clip_grad'} <= set(elsewhere)
