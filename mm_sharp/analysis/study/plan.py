@@ -16,7 +16,6 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mm_sharp.analysis.benchmark import step_limit
 from mm_sharp.analysis.study.spec import BASE, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.wrapper_checks import wrapper_class
@@ -182,9 +181,10 @@ class Plan:
         except UsageError as error:
             raise UsageError(f'methods.{method} in settings.{setting.name}: {error}') from error
         kind = wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper)
-        self._has_rho[method] = issubclass(kind, TwoPassOptimWrapper) and 'rho' not in self.study.methods[method]
-        settings = {'type': kind.__name__, **cfg.optim_wrapper}
-        self._costs[setting.name, method] = step_limit(cfg, settings, cfg.train_dataloader.batch_size).cycle
+        ours = issubclass(kind, TwoPassOptimWrapper)
+        self._has_rho[method] = ours and 'rho' not in self.study.methods[method]
+        settings = {**cfg.optim_wrapper, 'batch_size': cfg.train_dataloader.batch_size}
+        self._costs[setting.name, method] = kind.theoretical_cost(**settings) if ours else 1.0
 
 
 def order_by_need(settings: Iterable[Setting]) -> list[list[Setting]]:
