@@ -68,7 +68,7 @@ NEW_NAMES = {
     'support': 'step.checks',
     'training_checks': 'config.training_checks',
     'transfer': 'ops.host_copy',
-    'two_pass': 'step.two_pass',
+    'two_pass': 'step.wrapper',
     'validation': 'errors',
     'visits': 'samples.pending',
     'wrapper_checks': 'config.wrapper_checks',

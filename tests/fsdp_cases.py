@@ -19,7 +19,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import SGD
 
 from mm_sharp.ops.fsdp import local_shard
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.references import gradients_of
 from tests.step.test_distributed import shard
 from tests.toys import Notes, ToyNet, batches, make

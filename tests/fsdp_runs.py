@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from mmengine.runner import FlexibleRunner
 
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.fsdp_cases import LAYERS, Result, whole_weights
 from tests.toys import toy_config
 

@@ -10,8 +10,8 @@ python tools/benchmark.py --parameters 25M 100M    perturbation and restoration 
 python tools/benchmark.py --host                   steps of a model of 3,164 weights, a batch of 16, one thread: the
                                                    host's own time, as multiples of the base optimizer's
 
-A method is a registered optimizer wrapper, by its name without OptimWrapper; NAME-VALUE is the method with another value
-of its first own argument of that kind, as ausam-0.5 (sampling_ratio=0.5) or esam-history (selection='history').
+A method is a registered optimizer wrapper, by its name without OptimWrapper; NAME-VALUE is the method with another
+value of its first own argument of that kind, as ausam-0.5 (sampling_ratio=0.5) or esam-history (selection='history').
 
 For each batch size: a table of step times, of ratios to the base optimizer in the same round, of theoretical costs and
 of peak memory; and one of the shares of a step's phases. A config that quantizes its model gets a row more: the base

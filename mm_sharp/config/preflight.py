@@ -34,7 +34,7 @@ from mm_sharp.methods.ausam import AUSAMOptimWrapper
 from mm_sharp.methods.esam import ESAMOptimWrapper
 from mm_sharp.methods.sam import SAMOptimWrapper
 from mm_sharp.samples.ausam_sampler import AUSAMSampler
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 _FLOAT16 = ('float16', torch.float16)
 _SLOWER = '15 to 23 times slower in'

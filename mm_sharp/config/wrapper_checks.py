@@ -23,7 +23,7 @@ from mm_sharp.errors import UsageError, is_number
 from mm_sharp.methods.ausam import AUSAMOptimWrapper
 from mm_sharp.methods.esam import ESAMOptimWrapper
 from mm_sharp.methods.sam import SAMOptimWrapper
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 _OURS = (SAMOptimWrapper, ESAMOptimWrapper, AUSAMOptimWrapper)
 _SGD = "optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"

@@ -72,7 +72,7 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
             if len(wrapper.history):
                 _reconcile(wrapper, keys)
             if isinstance(sampler, AUSAMSampler) and isinstance(wrapper, AUSAMOptimWrapper):
-                wrapper.look_at(runner.model)
+                wrapper.attach_model(runner.model)
                 wrapper.attach_sampler(sampler, keys, get_rank())
                 sampler.follow(runner.train_loop)
 

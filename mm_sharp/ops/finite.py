@@ -1,13 +1,16 @@
-"""Whether tensors are finite, and gradients that are not (ours)."""
+"""Whether tensors are finite, and gradients that are not."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mm_sharp.ops.perturbation import group_by_device_and_dtype
+
+_TRUE = torch.tensor(True)
 
 
 @torch.no_grad()
@@ -23,11 +26,9 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """
     dense = [tensor if tensor.layout == torch.strided else tensor._values() for tensor in tensors]
     dense = [tensor for tensor in dense if tensor.numel()]
-    if not dense:
-        return torch.tensor(True)
     # On the CPU the 2-norm is much faster than the largest magnitude, but it overflows before an element does.
-    if all(tensor.device.type == 'cpu' for tensor in dense) and _finite_norms(dense, 2).all():
-        return torch.tensor(True)
+    if not dense or (not any(tensor.is_cuda for tensor in dense) and _norms_are_finite(dense)):
+        return _TRUE
     return _finite_norms(dense, float('inf')).all()
 
 
@@ -42,6 +43,15 @@ def finite_each(tensors: Sequence[Tensor]) -> Tensor:
         (N,), bool, on the device of the first one. No host synchronisation.
     """
     return _finite_norms(tensors, float('inf'))
+
+
+def _norms_are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether the 2-norms of tensors on the CPU are, and their sum."""
+    if any(tensor.device.type != 'cpu' for tensor in tensors):
+        return False
+    groups = group_by_device_and_dtype(tensors)
+    norms = [torch._foreach_norm([tensors[i] for i in group], 2) for group in groups]
+    return all(math.isfinite(torch.stack(each).sum().item()) for each in norms)
 
 
 def _finite_norms(tensors: Sequence[Tensor], order: float) -> Tensor:

@@ -29,6 +29,7 @@ from mm_sharp.analysis.benchmark.workload import Ready, Workload
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.errors import UsageError
 from mm_sharp.step import timing as step_record
+from mm_sharp.step.method import Cost
 from mm_sharp.step.timing import StepTimer
 from tests.conftest import ROOT
 from tests.toys import ToyNet, batches, make, toy_config
@@ -194,20 +195,20 @@ def test_asides_are_taken_out_of_their_phases(clock: Callable[..., None]) -> Non
     timer = StepTimer(CPU)
     timer.mark('start')
     clock(1)
-    with timer.aside('recording'):
+    with timer.exclude('recording'):
         clock(2)
-        with timer.aside('host'):
+        with timer.exclude('host'):
             clock(4)
     clock(8)
     timer.mark('pass1')
-    with pytest.raises(RuntimeError), timer.aside('host'):
+    with pytest.raises(RuntimeError), timer.exclude('host'):
         clock(16, fails=True)
     clock(32)
-    timer.mark('climb')
+    timer.mark('perturb')
     clock(64)
     timer.mark('step')
     assert timer.seconds() == {
-        'pass1': 9, 'climb': 32, 'pass2': 0, 'restore': 0, 'step': 64, 'recording': 6, 'host': 16,
+        'pass1': 9, 'perturb': 32, 'pass2': 0, 'restore': 0, 'step': 64, 'recording': 6, 'host': 16,
     }  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def test_phases_of_each_method(tmp_path: Path) -> None:
     # SAM records nothing: that takes no time but the clock's.
     used['sam'].discard('recording')
     assert min(step['recording'] for step in found['ausam']) > max(step['recording'] for step in found['sam'])
-    passes = {'pass1', 'climb', 'pass2', 'step', 'host'}
+    passes = {'pass1', 'perturb', 'pass2', 'step', 'host'}
     assert used == {
         'base': {'pass1', 'step', 'host'}, 'sam': {*passes, 'restore'}, 'esam': {*NAMES}, 'esam-history': {*NAMES},
         'ausam': {*NAMES}, BY_HAND: passes,
@@ -250,9 +251,9 @@ def test_typical_phases_are_those_between_refreshes() -> None:
     def step(number: float) -> dict[str, float]:
         return dict.fromkeys(NAMES, number)
 
-    found = typical([step(5), step(100), step(7)], [1.7, 1.4, 1.4], done=2)
+    found = typical([step(5), step(100), step(7)], Cost(1.4, 1.5, 3), done=2)
     assert found == step(6)
-    assert typical([step(1), step(2), step(9)], [], done=2) == step(2)
+    assert typical([step(1), step(2), step(9)], None, done=2) == step(2)
     lines = phase_table({'sam': {**step(1), 'pass1': 94.0}}).splitlines()
     assert lines[1].split() == ['sam', '94.0', *['1.0'] * 6]
 
@@ -360,7 +361,7 @@ def test_perturbation_and_restoration_are_measured(monkeypatch: pytest.MonkeyPat
 def test_the_chart_shows_each_bar(tmp_path: Path) -> None:
     phases = {'base': dict.fromkeys(NAMES, 1.0), 'sam': dict.fromkeys(NAMES, 2.0)}
     times = {'base': [0.1, 0.1], 'sam': [0.2, 0.3]}
-    rows = compare(times, {'base': [], 'sam': [2.0]}, 8)
+    rows = compare(times, {'base': None, 'sam': Cost(2, 2)}, 8)
     tables = [Table(size, 2, rows, phases, {'base': {}, 'sam': {}}, times) for size in (8, 16)]
     chart.draw_chart(tables, tmp_path / 'new' / 'chart.png', 'a title')
     picture = cv2.imread(str(tmp_path / 'new' / 'chart.png'))

@@ -16,7 +16,7 @@ from torch.optim import SGD
 
 from mm_sharp import SAMOptimWrapper, SharpnessHook
 from mm_sharp.ops.parameters import ParameterSelector, is_norm_layer
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.toys import make
 from tests.wrappers import WRAPPERS, build
 

@@ -73,7 +73,7 @@ class Baseline(Candidate):
         loss.backward()
         mark('pass1')
         self.optim_wrapper.first_step(zero_grad=True)
-        mark('climb')
+        mark('perturb')
         loss_of(self.model, batch)[0].backward()
         mark('pass2')
         self.optim_wrapper.second_step(zero_grad=True)

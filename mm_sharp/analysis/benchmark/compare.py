@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_sharp.step.method import Cost
+
 
 class Quartiles(NamedTuple):
     """Lower quartile, median and upper quartile."""
@@ -54,44 +56,44 @@ class Row:
 
 def compare(
     times: Mapping[str, Sequence[float]],
-    costs: Mapping[str, Sequence[float]],
+    costs: Mapping[str, Cost | None],
     batch_size: int,
     steps_before: int = 0,
     peaks: Mapping[str, int | None] | None = None,
 ) -> list[Row]:
     """One row a method; two for one that makes costlier steps at intervals: its other steps, and whole cycles.
 
-    A cycle's quartiles are means over its steps: those of the common steps and of the costlier ones, as often as it has
-    them. (A median of few whole cycles would take in every disturbance.)
+    A cycle's quartiles are means over its steps: those of the other steps and of the costlier one. (A median of few
+    whole cycles would take in every disturbance.)
 
     Args:
         times: Seconds of each round's step by method, in whole cycles; the others are compared with ``'base'``.
-        costs: Theoretical ones of the steps of a cycle, by method; empty where theory says nothing.
+        costs: In theory, by method; None where theory says nothing.
         batch_size: Samples a step.
         steps_before: Steps that each method had made before.
         peaks: Most bytes at once, by method.
     """
     rows, base = [], np.asarray(times['base'])
     for name, steps in times.items():
-        cycle, seconds, peak = costs[name], np.asarray(steps), (peaks or {}).get(name)
-        costly = costlier(cycle, len(steps), steps_before)
-        common, rare = [(seconds[of], (seconds / base)[of]) for of in (~costly, costly)]
-        between = [quartiles(values) for values in common]
-        found = [(name, len(common[0]), between, min(cycle, default=None))]
-        if len(rare[0]):
-            pairs = zip(between, map(quartiles, rare), strict=True)
-            mean = [Quartiles(*np.average(pair, 0, [(~costly).mean(), costly.mean()]).tolist()) for pair in pairs]
-            found = [(f'{name}, between refreshes', *found[0][1:])]
-            found.append((f'{name}, cycle of {len(cycle)}', len(steps), mean, sum(cycle) / len(cycle)))
-        for label, count, (time, ratio), cost in found:
-            rows.append(Row(label, count, time, ratio, cost, batch_size / time.median, peak))
+        cost, seconds, peak = costs[name], np.asarray(steps), (peaks or {}).get(name)
+        costly = costlier(cost, len(steps), steps_before)
+        both = seconds, seconds / base
+        most = [quartiles(values[~costly]) for values in both]
+        found = [(name, int((~costly).sum()), most, None if cost is None else cost.step)]
+        if cost is not None and costly.any():
+            pairs = zip(most, (quartiles(values[costly]) for values in both), strict=True)
+            mean = [Quartiles(*np.average(pair, 0, [cost.length - 1, 1]).tolist()) for pair in pairs]
+            found = [(f'{name}, most steps', *found[0][1:])]
+            found.append((f'{name}, cycle of {cost.length}', len(steps), mean, cost.cycle))
+        for label, count, (time, ratio), theoretical in found:
+            rows.append(Row(label, count, time, ratio, theoretical, batch_size / time.median, peak))
     return rows
 
 
-def costlier(cycle: Sequence[float], steps: int, before: int) -> NDArray[np.bool_]:
-    """Which of so many steps cost more than the others of their cycle, (steps,), given those made before them."""
-    in_cycle = [cost > min(cycle) for cost in cycle] or [False]
-    return np.array([in_cycle[number % len(in_cycle)] for number in range(before, before + steps)])
+def costlier(cost: Cost | None, steps: int, before: int) -> NDArray[np.bool_]:
+    """Which of so many steps cost more than most, (steps,): the first of every cycle, given those made before them."""
+    length = 1 if cost is None else cost.length
+    return np.array([length > 1 and (before + number) % length == 0 for number in range(steps)])
 
 
 def step_table(rows: Sequence[Row]) -> str:

@@ -16,7 +16,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mm_sharp.analysis.benchmark.compare import Row, compare
-from mm_sharp.analysis.benchmark.methods import Method, step_costs
+from mm_sharp.analysis.benchmark.methods import Method, theoretical_cost
 from mm_sharp.analysis.benchmark.steps import step_seconds
 from mm_sharp.analysis.benchmark.table import whole_cycles
 from mm_sharp.analysis.benchmark.workload import Workload
@@ -44,7 +44,7 @@ def measure_host(methods: Sequence[Method], rounds: int, warmup: int) -> list[Ro
     """Time at least so many whole steps on :class:`SmallModel`, of all methods in turn, the base optimizer first."""
     optimizer = {'type': 'SGD', 'lr': 0.0, 'momentum': 0.9}
     settings = {method.name: {'type': method.type, **method.arguments, 'optimizer': optimizer} for method in methods}
-    costs = {name: step_costs(own, BATCH_SIZE) for name, own in settings.items()}
+    costs = {name: theoretical_cost(own, BATCH_SIZE) for name, own in settings.items()}
     device = torch.device(get_device())
     with torch.random.fork_rng():
         torch.manual_seed(0)

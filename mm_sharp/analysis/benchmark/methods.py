@@ -22,7 +22,8 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mm_sharp.config.preflight import check_wrappers
 from mm_sharp.config.wrapper_checks import arguments_of, wrapper_class, wrapper_configs
 from mm_sharp.errors import UsageError
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.method import Cost
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 # What every wrapper keeps of a config's; a step is a whole one, so accumulative_counts is not among them.
 SHARED = ('optimizer', 'constructor', 'paramwise_cfg')
@@ -40,7 +41,7 @@ class Method:
 def all_methods() -> dict[str, Method]:
     """The base optimizer and every registered sharpness-aware wrapper, by name; the costliest first."""
     kinds = {name: kind for name, kind in OPTIM_WRAPPERS.module_dict.items() if issubclass(kind, TwoPassOptimWrapper)}
-    ordered = sorted(kinds, key=lambda name: -kinds[name].theoretical_cost())
+    ordered = sorted(kinds, key=lambda name: -kinds[name].theoretical_cost(32).cycle)
     names = {kind.removesuffix('OptimWrapper').lower(): kind for kind in ordered}
     return {name: Method(name, kind) for name, kind in {'base': 'OptimWrapper', **names}.items()}
 
@@ -108,8 +109,7 @@ def wrapper_settings(cfg: Config, method: Method, amp: str | None = None) -> dic
     return settings if dtype is None else {**settings, 'dtype': dtype}
 
 
-def step_costs(settings: Mapping[str, Any], batch_size: int) -> list[float]:
-    """What the steps of a cycle cost in theory, given a wrapper's config, in steps of the base optimizer."""
+def theoretical_cost(settings: Mapping[str, Any], batch_size: int) -> Cost:
+    """What a step costs in theory, given its wrapper's config, in steps of the base optimizer."""
     kind = OPTIM_WRAPPERS.get(settings['type'])
-    costs: list[float] = [1.0]
-    return kind.step_costs(**settings, batch_size=batch_size) if issubclass(kind, TwoPassOptimWrapper) else costs
+    return kind.theoretical_cost(batch_size, **settings) if issubclass(kind, TwoPassOptimWrapper) else Cost(1.0, 1.0)

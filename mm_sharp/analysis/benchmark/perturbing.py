@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mm_sharp.analysis.benchmark.compare import columns, quartiles
 from mm_sharp.analysis.benchmark.steps import seconds_of
-from mm_sharp.ops.perturbation import TensorBackup, climb
+from mm_sharp.ops.perturbation import Direction, TensorBackup, perturb_
 
 # Numbers that are read and written for each weight. Perturbation: copy of the weights; norm; gradients times the step;
 # weights plus that.
@@ -37,7 +37,7 @@ def measure_perturbing(parameters: int, rounds: int, device: torch.device) -> di
 
     def perturb() -> None:
         backup.save(weights)
-        climb(weights, gradients, rho=0.05)
+        perturb_(weights, gradients, Direction(0.05))
 
     # The gradients are scratch memory after a perturbation: the copy also makes new ones.
     calls: list[Callable[[], object]] = [partial(flat_gradients.copy_, flat_weights), perturb, backup.restore]

@@ -1,13 +1,14 @@
 """All that is measured of the methods at one batch size.
 
 Phases of a step: ``pass1`` and ``pass2`` (forward and backward; ESAM's forward for the selection is in the second),
-``climb`` (copy of the weights, gradient norm, perturbation), ``restore`` (weights, buffers, random state), ``step``
+``perturb`` (copy of the weights, gradient norm, perturbation), ``restore`` (weights, buffers, random state), ``step``
 (clipping, the base optimizer's step, the gradients' end), ``recording`` (losses of single samples, draw, selection,
 history) and ``host`` (everything else).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +19,15 @@ from mmengine.config import Config
 
 from mm_sharp.analysis.benchmark.compare import Row, columns, compare, costlier, quartiles, step_table
 from mm_sharp.analysis.benchmark.memory import peak_memory
-from mm_sharp.analysis.benchmark.methods import step_costs
+from mm_sharp.analysis.benchmark.methods import theoretical_cost
 from mm_sharp.analysis.benchmark.passes_only import SUFFIX, own_work
 from mm_sharp.analysis.benchmark.steps import Phases, phase_seconds, step_seconds
 from mm_sharp.analysis.benchmark.workload import FLOAT, Settings, load_workload
 from mm_sharp.analysis.prepare import prepared
-from mm_sharp.step.timing import ASIDES, PHASES
+from mm_sharp.step.method import Cost
+from mm_sharp.step.timing import EXCLUDED, PHASES
 
-NAMES = (*PHASES, *ASIDES)
+NAMES = (*PHASES, *EXCLUDED)
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,17 @@ def measure_table(
             finite.
     """
     settings = {name: dict(own) for name, own in settings.items()}
-    costs = {name: step_costs(own, batch_size) for name, own in settings.items()}
+    costs: dict[str, Any] = {name: theoretical_cost(own, batch_size) for name, own in settings.items()}
     # Of the steps with marks there are fewer: their shares scatter less than the ratios' distances matter.
     rounds, few = whole_cycles(rounds, costs), whole_cycles(-(-rounds // 4), costs)
+    lengths = {name: cost.length for name, cost in costs.items()} | {FLOAT: 1}
     with prepared(cfg):
         workload = load_workload(cfg, batch_size)
         if workload.float_model is not None:
-            settings, costs = {FLOAT: settings['base'], **settings}, {FLOAT: [], **costs}
+            settings, costs = {FLOAT: settings['base'], **settings}, {FLOAT: None, **costs}
         times = workload.measure(settings, rounds, warmup, step_seconds, passes_only)
         peaks = {
-            name: peak_memory(partial(workload.candidate, name, own), workload.batches[0], max(1, len(costs[name])))
+            name: peak_memory(partial(workload.candidate, name, own), workload.batches[0], lengths[name])
             for name, own in settings.items()
         }
         marked = workload.measure(settings, few, 1, phase_seconds)
@@ -100,15 +103,15 @@ def measure_table(
     return Table(batch_size, rounds, rows, phases, settings, times)
 
 
-def whole_cycles(rounds: int, costs: Mapping[str, Sequence[float]]) -> int:
-    """At least so many rounds, as many as the longest cycle's length divides."""
-    longest = max(map(len, costs.values()))
-    return -(-rounds // longest) * longest
+def whole_cycles(rounds: int, costs: Mapping[str, Cost]) -> int:
+    """At least so many rounds, so that every method's cycles are whole."""
+    cycles = math.lcm(*(cost.length for cost in costs.values()))
+    return -(-rounds // cycles) * cycles
 
 
-def typical(steps: Sequence[Phases], costs: Sequence[float], done: int) -> Phases:
+def typical(steps: Sequence[Phases], cost: Cost | None, done: int) -> Phases:
     """The median of each phase's seconds, without the steps that cost more than others; ``done`` were made before."""
-    skipped = costlier(costs, len(steps), done)
+    skipped = costlier(cost, len(steps), done)
     common = [step for step, is_skipped in zip(steps, skipped, strict=True) if not is_skipped]
     return {phase: float(np.median([step[phase] for step in common])) for phase in NAMES}
 

@@ -28,7 +28,7 @@ from mm_sharp.analysis.benchmark.passes_only import SUFFIX, PassesOnly, PassReco
 from mm_sharp.analysis.benchmark.steps import Candidate, measure_rounds
 from mm_sharp.analysis.prepare import build_loader
 from mm_sharp.errors import UsageError
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 # Name of the base optimizer on the float model that a quantized model was made from.
 FLOAT = 'float'

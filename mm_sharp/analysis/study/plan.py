@@ -20,7 +20,7 @@ from mm_sharp.analysis.study.spec import BASE, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.wrapper_checks import wrapper_class
 from mm_sharp.errors import UsageError
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 # What a config must have; the validation is what rho is chosen by, the test what is reported.
 _NEEDED = ('train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator', 'test_dataloader', 'test_evaluator')
@@ -183,8 +183,9 @@ class Plan:
         kind = wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper)
         ours = issubclass(kind, TwoPassOptimWrapper)
         self._has_rho[method] = ours and 'rho' not in self.study.methods[method]
-        settings = {**cfg.optim_wrapper, 'batch_size': cfg.train_dataloader.batch_size}
-        self._costs[setting.name, method] = kind.theoretical_cost(**settings) if ours else 1.0
+        batch_size = cfg.train_dataloader.batch_size
+        cost = kind.theoretical_cost(batch_size, **cfg.optim_wrapper).cycle if ours else 1.0
+        self._costs[setting.name, method] = cost
 
 
 def order_by_need(settings: Iterable[Setting]) -> list[list[Setting]]:
