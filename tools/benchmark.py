@@ -131,9 +131,9 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
     if not cfg.get('train_dataloader'):
         raise UsageError(f"'{args.config}' has no train_dataloader: there is nothing to train on")
     preflight.check_data(cfg, 'train')
-    settings = {method.name: methods.wrapper_settings(cfg, method, args.amp) for method in chosen}
+    settings = {name: methods.wrapper_settings(cfg, method, args.amp) for name, method in chosen.items()}
     if args.peers:
-        sam = methods.wrapper_settings(cfg, methods.all_methods()['sam'], args.amp)
+        sam = methods.wrapper_settings(cfg, {'type': 'SAMOptimWrapper'}, args.amp)
         names, missing = baselines.check_baselines(sam)
         settings.update(dict.fromkeys(names, sam))
         if missing:

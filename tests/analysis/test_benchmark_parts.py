@@ -22,7 +22,7 @@ from mm_sharp.analysis.benchmark import chart, perturbing
 from mm_sharp.analysis.benchmark.baselines import BY_HAND, LIBRARY, HandWrittenSAM, check_baselines, make_baseline
 from mm_sharp.analysis.benchmark.compare import Quartiles, compare
 from mm_sharp.analysis.benchmark.memory import TensorsAlive, peak_memory
-from mm_sharp.analysis.benchmark.methods import all_methods, parse_methods, wrapper_settings
+from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
 from mm_sharp.analysis.benchmark.steps import Candidate, phase_seconds
 from mm_sharp.analysis.benchmark.table import NAMES, Table, phase_table, typical
 from mm_sharp.analysis.benchmark.workload import Ready, Workload
@@ -74,7 +74,7 @@ def test_precision_holds_for_the_base_optimizer(tmp_path: Path, monkeypatch: pyt
     cfg = Config(toy_config(tmp_path, optim_wrapper=half))
 
     def found(name: str, amp: str | None = None) -> tuple[str, str | None]:
-        settings = wrapper_settings(cfg, all_methods()[name], amp)
+        settings = wrapper_settings(cfg, parse_methods([name])[name], amp)
         return settings['type'], settings.get('dtype')
 
     assert found('base') == ('OptimWrapper', 'bfloat16')
@@ -222,7 +222,7 @@ def test_a_step_that_is_not_over_has_no_times() -> None:
 def test_phases_of_each_method(tmp_path: Path) -> None:
     cfg, model = Config(toy_config(tmp_path)), without_preprocessor(make())
     names = ['base', 'sam', 'esam', 'esam-history', 'ausam']
-    settings = {name: wrapper_settings(cfg, parse_methods([name])[-1]) for name in names}
+    settings = {name: wrapper_settings(cfg, parse_methods([name])[name]) for name in names}
     settings[BY_HAND] = settings['sam']
     found = Workload(model, batches(2)).measure(settings, 2, 1, phase_seconds)
     used = {name: {phase for step in steps for phase in NAMES if step[phase] > 0} for name, steps in found.items()}

@@ -17,6 +17,7 @@ from mm_sharp.analysis.benchmark import chart, memory, table
 from mm_sharp.analysis.benchmark.compare import Quartiles
 from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
 from mm_sharp.analysis.benchmark.passes_only import SUFFIX, Pass, PassesOnly, own_work
+from mm_sharp.analysis.benchmark.steps import Candidate
 from mm_sharp.analysis.benchmark.workload import Ready, Workload
 from mm_sharp.analysis.prepare import prepared
 from tests.tool_runs import tool as load
@@ -51,17 +52,19 @@ def test_a_step_makes_the_methods_passes(settings: dict[str, Any], sizes: list[i
     (batch,) = batches(1, N)
     model = make()
     model.data_preprocessor = Ready()
+    seen: dict[str, Seen] = {}
+
+    def see(candidate: Candidate, batch: Any, device: torch.device) -> None:
+        if candidate.name not in seen:
+            seen[candidate.name] = Seen(candidate.model)
+        candidate.step(batch)
+        assert candidate.name == 'x' or all(parameter.grad is None for parameter in candidate.model.parameters())
+
     with prepared(Config()):
-        method = Workload(model, [batch]).candidate('x', {**settings, 'optimizer': SGD}, passes_only=True)
-        (alone,) = method.followers
-        assert alone.name == 'x' + SUFFIX
-        seen, again = Seen(method.model), Seen(alone.model)
-        for _ in range(5):
-            method.step(batch)
-            alone.step(batch)
-    assert [size for size, *_ in again.passes] == sizes * 5
-    assert again.passes == seen.passes
-    assert all(parameter.grad is None for parameter in alone.model.parameters())
+        Workload(model, [batch]).measure({'x': {**settings, 'optimizer': SGD}}, 5, 1, see, passes_only=True)
+    method, alone = seen['x'].passes, seen['x' + SUFFIX].passes
+    assert [size for size, *_ in alone] == sizes * 5
+    assert alone == method
 
 
 def test_the_last_pass_is_stepped_with() -> None:
@@ -91,7 +94,7 @@ def test_own_work_is_what_is_more_than_the_passes() -> None:
 def test_passes_alone_are_rows_of_the_table_and_have_no_phases(tmp_path: Path) -> None:
     cfg = Config(toy_config(tmp_path, optim_wrapper={'type': 'OptimWrapper', 'optimizer': SGD}))
     names = ['base', 'sam', 'esam-history']
-    settings = {m.name: wrapper_settings(cfg, m) for m in parse_methods(names)}
+    settings = {name: wrapper_settings(cfg, method) for name, method in parse_methods(names).items()}
     found = table.measure_table(cfg, settings, batch_size=4, rounds=10, warmup=1, passes_only=True)
     costs = {row.label: row.theoretical for row in found.rows}
     assert costs['sam' + SUFFIX] == costs['sam'] == 2.0

@@ -57,18 +57,15 @@ class HandWrittenSAM:
 class Baseline(Candidate):
     """A training step with an optimizer, in place of the wrapper, that is stepped twice, after a backward pass each."""
 
-    def step(self, batch: Any) -> dict[str, Any]:
-        """One whole training step; returns what there is to log."""
-        return self._step(batch, lambda _: None)
-
     def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
-        """One whole training step with marks; the restoration and the base optimizer's step are one phase."""
+        """One whole training step; the restoration and the base optimizer's step are one phase."""
         timer = StepTimer(device)
         timer.mark('start')
-        self._step(batch, timer.mark)
+        self.step(batch, timer.mark)
         return timer
 
-    def _step(self, batch: Any, mark: Callable[[str], None]) -> dict[str, Any]:
+    def step(self, batch: Any, mark: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+        """One whole training step, with marks after its phases; returns what there is to log."""
         loss, log = loss_of(self.model, batch)
         loss.backward()
         mark('pass1')

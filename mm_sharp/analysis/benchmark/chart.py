@@ -13,21 +13,15 @@ _COLOURS = dict(zip(NAMES, ('#332288', '#DDCC77', '#117733', '#CC6677', '#88CCEE
 
 
 def draw_chart(tables: Sequence[Table], path: Path, title: str) -> None:
-    """Write a PNG: for each batch size the ratios, their quartiles and theoretical costs, and the phases of a step.
-
-    Args:
-        tables: At least one.
-        path: File to write; its folder is made.
-        title: Above all.
-    """
+    """Write a PNG: for each batch size the ratios, their quartiles and theoretical costs, and the phases of a step."""
     # Half a second that no other run of the tool needs. Without pyplot nothing looks for a screen.
     from matplotlib.figure import Figure
 
     height = sum(1.9 + 0.42 * len(table.rows) for table in tables)
     figure = Figure(figsize=(12, height + 0.8), layout='constrained')
     figure.suptitle(title)
-    heights = [2.0 + len(table.rows) for table in tables]
-    panels = figure.subplots(len(tables), 2, squeeze=False, gridspec_kw={'height_ratios': heights})
+    ratios = {'height_ratios': [2.0 + len(table.rows) for table in tables]}
+    panels = figure.subplots(len(tables), 2, squeeze=False, gridspec_kw=ratios)
     for table, (left, right) in zip(tables, panels, strict=True):
         _draw_ratios(left, table)
         _draw_phases(right, table)
@@ -45,9 +39,8 @@ def _draw_ratios(axes: Any, table: Table) -> None:
     ratios = [row.ratio for row in table.rows]
     medians = [ratio.median for ratio in ratios]
     spread = [[ratio.median - ratio.low for ratio in ratios], [ratio.high - ratio.median for ratio in ratios]]
-    axes.barh(
-        range(len(ratios)), medians, xerr=spread, height=0.6, color='#88CCEE', capsize=3, label='median, quartiles'
-    )
+    bars = dict(height=0.6, color='#88CCEE', capsize=3, label='median, quartiles')
+    axes.barh(range(len(ratios)), medians, xerr=spread, **bars)
     places = [place for place, row in enumerate(table.rows) if row.theoretical is not None]
     costs = [table.rows[place].theoretical for place in places]
     ends = ([place - 0.4 for place in places], [place + 0.4 for place in places])

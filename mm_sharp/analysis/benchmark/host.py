@@ -1,12 +1,11 @@
 """The host's own time of a step: what it costs where the model itself costs next to nothing.
 
-On small and fast models it is what users pay. A step of the base optimizer on the model here is Python and calls of
-kernels, and nearly no arithmetic.
+It is what users of small models pay: a step on the model here is Python and calls of kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mm_sharp.analysis.benchmark.compare import Row, compare
-from mm_sharp.analysis.benchmark.methods import Method, theoretical_cost
+from mm_sharp.analysis.benchmark.methods import theoretical_cost
 from mm_sharp.analysis.benchmark.steps import step_seconds
 from mm_sharp.analysis.benchmark.table import whole_cycles
 from mm_sharp.analysis.benchmark.workload import Workload
@@ -40,10 +39,10 @@ class SmallModel(BaseModel):  # type: ignore[misc]
         return {'loss': self.loss_module(self.layers(inputs), labels)}
 
 
-def measure_host(methods: Sequence[Method], rounds: int, warmup: int) -> list[Row]:
+def measure_host(methods: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int) -> list[Row]:
     """Time at least so many whole steps on :class:`SmallModel`, of all methods in turn, the base optimizer first."""
     optimizer = {'type': 'SGD', 'lr': 0.0, 'momentum': 0.9}
-    settings = {method.name: {'type': method.type, **method.arguments, 'optimizer': optimizer} for method in methods}
+    settings = {name: {**method, 'optimizer': optimizer} for name, method in methods.items()}
     costs = {name: theoretical_cost(own, BATCH_SIZE) for name, own in settings.items()}
     device = torch.device(get_device())
     with torch.random.fork_rng():

@@ -23,10 +23,6 @@ from torch.utils._pytree import tree_flatten
 from mm_sharp.analysis.benchmark.steps import Candidate
 from mm_sharp.per_sample_loss.layout import tensors_of
 
-# Numbers of glibc's mallopt(3), and the largest values that it takes.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_NEVER, _LARGEST_ON_HEAP = 2**31 - 1, 32 * 2**20
-
 
 def keep_freed_memory() -> bool:
     """Have this process keep the memory that tensors of up to 32 MB leave; whether it does now: only with glibc.
@@ -36,8 +32,8 @@ def keep_freed_memory() -> bool:
     """
     if platform.libc_ver()[0] != 'glibc':
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_TRIM_THRESHOLD, _NEVER) and mallopt(_MMAP_THRESHOLD, _LARGEST_ON_HEAP))
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 32 * 2**20))
 
 
 class TensorsAlive(TorchDispatchMode):
@@ -76,12 +72,9 @@ class TensorsAlive(TorchDispatchMode):
 
 
 def peak_memory(make: Callable[[], Candidate], batch: Any, steps: int) -> int | None:
-    """Most bytes held at once in steps of a method, after one: all but the batch; None where torch does not say.
+    """Most bytes, but the batch's, held at once in so many steps of the method that ``make`` makes, after one step.
 
-    Args:
-        make: Makes the method's candidate, with nothing of it in memory yet.
-        batch: For all steps.
-        steps: How many count.
+    None on devices of which torch keeps no count.
     """
     gc.collect()
     before = torch.cuda.memory_allocated() if get_device() == 'cuda' else 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any
@@ -29,56 +28,42 @@ from mm_sharp.step.wrapper import TwoPassOptimWrapper
 SHARED = ('optimizer', 'constructor', 'paramwise_cfg')
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method's name, optimizer wrapper and arguments of it, which go before the config's."""
-
-    name: str
-    type: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
-def all_methods() -> dict[str, Method]:
-    """The base optimizer and every registered sharpness-aware wrapper, by name; the costliest first."""
+def all_methods() -> dict[str, str]:
+    """The wrapper of the base optimizer and every registered sharpness-aware one, by name; the costliest first."""
     kinds = {name: kind for name, kind in OPTIM_WRAPPERS.module_dict.items() if issubclass(kind, TwoPassOptimWrapper)}
     ordered = sorted(kinds, key=lambda name: -kinds[name].theoretical_cost(32).cycle)
-    names = {kind.removesuffix('OptimWrapper').lower(): kind for kind in ordered}
-    return {name: Method(name, kind) for name, kind in {'base': 'OptimWrapper', **names}.items()}
+    return {'base': 'OptimWrapper', **{kind.removesuffix('OptimWrapper').lower(): kind for kind in ordered}}
 
 
-def parse_methods(names: Sequence[str]) -> list[Method]:
-    """The methods by name, once each, the base optimizer first: it is what the others are compared with.
+def parse_methods(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Type of each method's wrapper and arguments of it, by name; the base optimizer first, as what all compare with.
 
     Raises:
         UsageError: There is no such method.
     """
-    return [_parse_method(name) for name in dict.fromkeys(('base', *names))]
+    return {name: _parse_method(name) for name in ('base', *names)}
 
 
-def _parse_method(name: str) -> Method:
-    methods = all_methods()
-    if name in methods:
-        return methods[name]
+def _parse_method(name: str) -> dict[str, Any]:
+    kinds = all_methods()
+    if name in kinds:
+        return {'type': kinds[name]}
     stem, _, text = name.partition('-')
-    if stem in methods and text:
-        value = _value(text)
-        kinds = (str,) if isinstance(value, str) else (float, int)
-        for argument, parameter in signature(OPTIM_WRAPPERS.get(methods[stem].type)).parameters.items():
-            if argument not in arguments_of(TwoPassOptimWrapper) and type(parameter.default) in kinds:
-                return Method(name, methods[stem].type, {argument: value})
-    close = get_close_matches(name, methods, n=1)
+    if stem in kinds and text:
+        try:
+            value = literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        types = (str,) if isinstance(value, str) else (float, int)
+        for argument, parameter in signature(OPTIM_WRAPPERS.get(kinds[stem])).parameters.items():
+            if argument not in arguments_of(TwoPassOptimWrapper) and type(parameter.default) in types:
+                return {'type': kinds[stem], argument: value}
+    close = get_close_matches(name, kinds, n=1)
     hint = f'; did you mean {close[0]!r}?' if close else ''
-    raise UsageError(f'--methods {name}: there are {", ".join(methods)}, and NAME-VALUE, as ausam-0.5{hint}')
+    raise UsageError(f'--methods {name}: there are {", ".join(kinds)}, and NAME-VALUE, as ausam-0.5{hint}')
 
 
-def _value(text: str) -> Any:
-    try:
-        return literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def wrapper_settings(cfg: Config, method: Method, amp: str | None = None) -> dict[str, Any]:
+def wrapper_settings(cfg: Config, method: Mapping[str, Any], amp: str | None = None) -> dict[str, Any]:
     """The config of a method's optimizer wrapper.
 
     The config's own arguments are kept as far as the method has them, so the ``rho`` of a config for SAM reaches every
@@ -87,15 +72,15 @@ def wrapper_settings(cfg: Config, method: Method, amp: str | None = None) -> dic
 
     Args:
         cfg: The whole training config.
-        method: The method.
-        amp: Autocast dtype of all methods, ``'bfloat16'`` or ``'float16'``, instead of the config's precision.
+        method: Of :func:`parse_methods`; its arguments go before the config's.
+        amp: Autocast dtype that goes before the config's precision.
 
     Raises:
         UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
     """
     if list(wrapper_configs(cfg)) != ['optim_wrapper']:
         raise UsageError(f'a step of several optimizer wrappers cannot be measured: {", ".join(wrapper_configs(cfg))}')
-    given, kind = dict(cfg.optim_wrapper), method.type
+    given, kind = dict(cfg.optim_wrapper), method['type']
     dtype = amp or given.get('dtype')
     if dtype is None and issubclass(wrapper_class(cfg, 'optim_wrapper', given), AmpOptimWrapper):
         dtype = 'float16'
@@ -104,7 +89,7 @@ def wrapper_settings(cfg: Config, method: Method, amp: str | None = None) -> dic
         kind = 'AmpOptimWrapper' if (kind, dtype) == ('OptimWrapper', 'float16') else kind
     known = {*arguments_of(OPTIM_WRAPPERS.get(kind)), *SHARED} - {'accumulative_counts'}
     kept = {key: value for key, value in given.items() if key in known}
-    settings = copy.deepcopy({**kept, 'type': kind, **method.arguments})
+    settings = copy.deepcopy({**kept, **method, 'type': kind})
     check_wrappers(Config({'default_scope': cfg.get('default_scope'), 'optim_wrapper': settings}))
     return settings if dtype is None else {**settings, 'dtype': dtype}
 

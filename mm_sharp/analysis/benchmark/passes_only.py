@@ -48,13 +48,9 @@ class PassRecorder:
 
 @dataclass(frozen=True, kw_only=True)
 class PassesOnly(Candidate):
-    """A step of nothing but the passes that a method's step has just made, and the base optimizer's own step.
+    """A step of nothing but the passes that a method's step has just made, and the base optimizer's own step."""
 
-    Args:
-        recorder: Of the method's model.
-    """
-
-    recorder: PassRecorder
+    recorder: PassRecorder  # of the method's model
 
     def step(self, batch: Any) -> dict[str, Any]:
         """One whole step, on the batches of the method's passes; returns what there is to log."""

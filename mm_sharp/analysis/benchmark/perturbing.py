@@ -13,13 +13,9 @@ from mm_sharp.analysis.benchmark.compare import columns, quartiles
 from mm_sharp.analysis.benchmark.steps import seconds_of
 from mm_sharp.ops.perturbation import Direction, TensorBackup, perturb_
 
-# Numbers that are read and written for each weight. Perturbation: copy of the weights; norm; gradients times the step;
-# weights plus that.
+# Numbers read and written for each weight; perturbation: copy; norm; gradients times the step; weights plus that.
 _COPY, _PERTURB, _RESTORE = 1 + 1, (1 + 1) + 1 + (1 + 1) + (2 + 1), 1 + 1
 _FLOAT = torch.float32.itemsize
-# As torch's allocators do it: tensors begin at multiples of 512 bytes.
-_ALIGNMENT = 512 // _FLOAT
-_HEAD = ['weights', 'tensors', 'copy, GB/s', 'perturb, GB/s', 'restore, GB/s', 'perturb and restore over copy']
 _RATES = ('copy_rate', 'climb_rate', 'restore_rate')
 
 
@@ -27,9 +23,8 @@ def measure_perturbing(parameters: int, rounds: int, device: torch.device) -> di
     """Copy, perturb and restore so many weights, in interleaved rounds, after one that is not timed.
 
     Returns:
-        ``parameters`` and ``tensors`` that hold them; bytes a second of ``copy_rate``, one copy of all weights in one
-        piece, of ``climb_rate``, the perturbation with its copy of the weights, and of ``restore_rate``;
-        ``share_of_copy``, bytes a second of these two together over the copy's.
+        Bytes a second of one copy of all weights in one piece, of the perturbation with its copy of the weights (under
+        the name ``climb_rate``) and of the restoration; ``share_of_copy``, those of the last two over the copy's.
     """
     shapes = resnet_shapes(parameters)
     (flat_weights, weights), (flat_gradients, gradients) = (_allocate(shapes, device) for _ in range(2))
@@ -68,9 +63,9 @@ def resnet_shapes(parameters: int) -> list[tuple[int, ...]]:
 
 
 def _allocate(shapes: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """One piece of memory, and tensors in it; numbers of ordinary size."""
+    """One piece of memory, and tensors in it, at multiples of 512 bytes, as torch's allocators have it."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
-    rooms = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    rooms = [-(-size // 128) * 128 for size in sizes]
     flat = torch.linspace(-1, 1, sum(rooms), device=device)
     parts = zip(flat.split(rooms), sizes, shapes, strict=True)
     return flat, [part[:size].view(shape) for part, size, shape in parts]
@@ -78,12 +73,11 @@ def _allocate(shapes: Sequence[tuple[int, ...]], device: torch.device) -> tuple[
 
 def perturbing_table(costs: Sequence[Mapping[str, Any]]) -> str:
     """The costs as text, and which bytes are counted."""
-    lines = [_HEAD]
+    lines = [['weights', 'tensors', 'copy, GB/s', 'perturb, GB/s', 'restore, GB/s', 'both over copy']]
     for cost in costs:
-        rates = [cost[rate].text(1e9) for rate in _RATES]
-        lines.append(
-            [f'{cost["parameters"]:,}', f'{cost["tensors"]:,}', *rates, f'{100 * cost["share_of_copy"]:.0f} %']
-        )
+        counts = [f'{cost[key]:,}' for key in ('parameters', 'tensors')]
+        rates = [cost[key].text(1e9) for key in _RATES]
+        lines.append([*counts, *rates, f'{100 * cost["share_of_copy"]:.0f} %'])
     return (
         f'{columns(lines)}\nCounted, in float32: for each weight {_PERTURB} numbers read or written by the '
         f'perturbation (2 copy, 1 norm, 2 scaling, 3 addition), {_RESTORE} by the restoration, {_COPY} by the copy.'

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -28,12 +29,11 @@ Phases = dict[str, float]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with a model and an optimizer wrapper of its own; its followers make each step just after its own."""
+    """A method with a model and an optimizer wrapper of its own."""
 
     name: str
     model: Any
     optim_wrapper: Any
-    followers: tuple[Candidate, ...] = ()
 
     def step(self, batch: Any) -> dict[str, Any]:
         """One whole training step; returns what there is to log."""
@@ -47,8 +47,7 @@ class Candidate:
             wrapper.record_timing = True
             self.step(batch)
             wrapper.record_timing = False
-            assert wrapper.last_step is not None
-            assert wrapper.last_step.timer is not None
+            assert wrapper.last_step is not None and wrapper.last_step.timer is not None  # noqa: PT018
             return wrapper.last_step.timer
         timer = StepTimer(device)
         timer.mark('start')
@@ -76,7 +75,7 @@ def step_seconds(candidate: Candidate, batch: Any, device: torch.device) -> floa
 def phase_seconds(candidate: Candidate, batch: Any, device: torch.device) -> Phases:
     """Times of a step's phases, by marks between them, which disturb; ``'host'`` is what is in no other phase.
 
-    On a GPU these are times of the device's stream: where it waits for the host, that is in the phase that it waits in.
+    On a GPU, where the device waits for the host, that is in the phase that it waits in.
     """
     timers: list[StepTimer] = []
     total = seconds_of(lambda: timers.append(candidate.timed_step(batch, device)), device)
@@ -86,7 +85,7 @@ def phase_seconds(candidate: Candidate, batch: Any, device: torch.device) -> Pha
 
 
 def measure_rounds(
-    candidates: Sequence[Candidate],
+    groups: Sequence[Sequence[Candidate]],
     batches: Sequence[Any],
     rounds: int,
     warmup: int,
@@ -96,7 +95,7 @@ def measure_rounds(
     """Measure steps of all methods, in rounds of one step each.
 
     Args:
-        candidates: The methods, at least one.
+        groups: The methods; those in a group make their steps directly one after the other.
         batches: Taken in turn; the same one for all methods in a round.
         rounds: Measured steps of each method.
         warmup: Steps of each method before; at least 1.
@@ -106,14 +105,13 @@ def measure_rounds(
     Raises:
         UsageError: A method does not work with this model, or a loss is not finite, so that steps end early.
     """
-    pairs = [(candidate, *candidate.followers) for candidate in candidates]
     for number in range(warmup):
-        for candidate in (member for pair in pairs for member in pair):
+        for candidate in chain(*groups):
             _check_step(candidate, batches[number % len(batches)])
-    found: dict[str, list[T]] = {member.name: [] for pair in pairs for member in pair}
+    found: dict[str, list[T]] = {candidate.name: [] for candidate in chain(*groups)}
     for number in _without_collection(rounds):
-        first = number % len(pairs)
-        for candidate in (member for pair in (*pairs[first:], *pairs[:first]) for member in pair):
+        first = number % len(groups)
+        for candidate in chain(*groups[first:], *groups[:first]):
             found[candidate.name].append(measure(candidate, batches[(warmup + number) % len(batches)], device))
     return found
 

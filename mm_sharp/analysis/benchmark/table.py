@@ -72,15 +72,14 @@ def measure_table(
 
     Args:
         cfg: The whole training config, whose data files are there.
-        settings: Config of each method's optimizer wrapper, by name; ``'base'`` is what the others are compared with.
+        settings: Config of each method's optimizer wrapper, by name; all are compared with ``'base'``.
         batch_size: Samples a step.
         rounds: Timed steps of each method, at least; it becomes whole cycles.
         warmup: Steps of each method before, at least 1.
         passes_only: Time the passes of each method alone, too.
 
     Raises:
-        UsageError: The data set is smaller than a batch, a method does not work with this model, or a loss is not
-            finite.
+        UsageError: The data are less than a batch, a method does not work with this model, or a loss is not finite.
     """
     settings = {name: dict(own) for name, own in settings.items()}
     costs: dict[str, Any] = {name: theoretical_cost(own, batch_size) for name, own in settings.items()}
@@ -98,8 +97,7 @@ def measure_table(
         }
         marked = workload.measure(settings, few, 1, phase_seconds)
     phases = {name: typical(steps, costs[name], done=1) for name, steps in marked.items()}
-    costs |= {name: costs[name.removesuffix(SUFFIX)] for name in times}
-    rows = compare(times, costs, batch_size, warmup, peaks)
+    rows = compare(times, {name: costs[name.removesuffix(SUFFIX)] for name in times}, batch_size, warmup, peaks)
     return Table(batch_size, rounds, rows, phases, settings, times)
 
 

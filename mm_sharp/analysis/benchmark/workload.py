@@ -54,12 +54,6 @@ class Workload:
     batches: list[Any]
     float_model: Any = None
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
     def measure(
         self,
         settings: Settings,
@@ -68,36 +62,40 @@ class Workload:
         measure: Callable[[Candidate, Any, torch.device], T],
         passes_only: bool = False,
     ) -> dict[str, list[T]]:
-        """:func:`mm_sharp.analysis.benchmark.steps.measure_rounds`, given each method's wrapper config by name.
+        """:func:`measure_rounds` of methods, given their wrappers' configs by name; :data:`FLOAT` has the float model.
 
-        The method named :data:`FLOAT` trains the float model. With ``passes_only``, the passes of each method alone are
-        measured, too, under its name and :data:`SUFFIX`.
+        With ``passes_only``, the passes of each method alone are measured, too, under its name and :data:`SUFFIX`.
         """
-        candidates = [self.candidate(name, own, passes_only) for name, own in settings.items()]
-        return measure_rounds(candidates, self.batches, rounds, warmup, self.device, measure)
+        groups = [[self.candidate(name, own)] for name, own in settings.items()]
+        for group in groups if passes_only else []:
+            (method,) = group
+            if isinstance(method.optim_wrapper, TwoPassOptimWrapper):
+                recorder, base = PassRecorder(method.model), _base(settings[method.name])
+                group.append(PassesOnly(method.name + SUFFIX, *self._build(method.name, base), recorder=recorder))
+        return measure_rounds(groups, self.batches, rounds, warmup, torch.device(get_device()), measure)
 
-    def candidate(self, name: str, settings: Mapping[str, Any], passes_only: bool = False) -> Candidate:
-        """A method with a copy of the model, and with its passes alone as follower, if they are asked for."""
-        base = {'type': 'OptimWrapper', **{key: settings[key] for key in (*SHARED, 'dtype') if key in settings}}
+    def candidate(self, name: str, settings: Mapping[str, Any]) -> Candidate:
+        """A method, or one of :data:`BASELINES`, with a copy of the model."""
         if name in BASELINES:
-            model, wrapper = self._build(name, base)
+            model, wrapper = self._build(name, _base(settings))
             return make_baseline(name, model, wrapper.optimizer, settings.get('rho', 0.05))
-        model, wrapper = self._build(name, settings)
-        if not passes_only or not isinstance(wrapper, TwoPassOptimWrapper):
-            return Candidate(name, model, wrapper)
-        alone = PassesOnly(name + SUFFIX, *self._build(name, base), recorder=PassRecorder(model))
-        return Candidate(name, model, wrapper, (alone,))
+        return Candidate(name, *self._build(name, settings))
 
     def _build(self, name: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
         """A copy of the model with an optimizer wrapper of its own."""
         model, config = copy.deepcopy(self.float_model if name == FLOAT else self.model), copy.deepcopy(dict(settings))
         if config['type'] == 'OptimWrapper' and config.get('dtype'):
             dtype = getattr(torch, config.pop('dtype'))
-            model.forward = torch.autocast(self.device.type, dtype=dtype)(model.forward)
+            model.forward = torch.autocast(get_device(), dtype=dtype)(model.forward)
         wrapper = build_optim_wrapper(model, config)
         for group in wrapper.optimizer.param_groups:
             group['lr'] = group['lr'] * 0  # a number, or a tensor for capturable optimizers
         return model, wrapper
+
+
+def _base(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The base optimizer of a method, in MMEngine's plain wrapper."""
+    return {'type': 'OptimWrapper', **{key: settings[key] for key in (*SHARED, 'dtype') if key in settings}}
 
 
 def load_workload(cfg: Config, batch_size: int) -> Workload:
@@ -126,7 +124,6 @@ def _build_models(cfg: Config, loaded: list[Any]) -> tuple[Any, Any]:
     config = dict(cfg.model)
     if config.get('type') != 'QuantizedModel':
         return _build_model(cfg, config), None
-    # The one folder that may import Brevitas; whoever has such a config has it.
     from mm_sharp.quantization import calibrate
 
     policy, inner = config.pop('policy'), config.pop('model')
