@@ -47,8 +47,9 @@ class Candidate:
             wrapper.record_timing = True
             self.step(batch)
             wrapper.record_timing = False
-            assert wrapper.last_step is not None and wrapper.last_step.timer is not None  # noqa: PT018
-            return wrapper.last_step.timer
+            timed = wrapper.last_step.timer if wrapper.last_step else None
+            assert timed is not None
+            return timed
         timer = StepTimer(device)
         timer.mark('start')
         with wrapper.optim_context(self.model):
