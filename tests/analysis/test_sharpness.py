@@ -540,7 +540,7 @@ def test_hardsigmoid_has_second_derivatives_meanwhile() -> None:
 @pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
 def test_checkpointing_that_no_switch_ends_is_refused() -> None:
     model = Regression(Body(lambda value: checkpoint(torch.tanh, value, use_reentrant=True)), nn.MSELoss())
-    with pytest.raises(UsageError, match='has no derivatives .*checkpoint.*compatible with .grad'):
+    with pytest.raises(UsageError, match=r'has no derivatives .*checkpoint.*compatible with .grad'):
         measure(model, pairs(), QUICK)
 
 

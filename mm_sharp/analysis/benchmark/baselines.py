@@ -20,8 +20,7 @@ from mm_sharp.analysis.benchmark.steps import Candidate, loss_of
 from mm_sharp.errors import UsageError
 from mm_sharp.step.timing import StepTimer
 
-BY_HAND, LIBRARY = 'sam by hand', 'pytorch_optimizer.SAM'
-BASELINES = (BY_HAND, LIBRARY)
+BASELINES = BY_HAND, LIBRARY = 'sam by hand', 'pytorch_optimizer.SAM'
 
 
 class HandWrittenSAM:

@@ -57,4 +57,4 @@ def _draw_phases(axes: Any, table: Table) -> None:
         lengths = [seconds[phase] / unit for seconds in table.phases.values()]
         axes.barh(list(table.phases), lengths, left=list(ends.values()), height=0.6, color=_COLOURS[phase], label=phase)
         ends = {name: end + length for (name, end), length in zip(ends.items(), lengths, strict=True)}
-    axes.set(xlabel='time of a phase, base step = 1', title='phases of a step between refreshes')
+    axes.set(xlabel='time of a phase, base step = 1', title='phases of most steps')

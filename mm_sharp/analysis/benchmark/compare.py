@@ -50,8 +50,8 @@ class Row:
     def figures(self) -> dict[str, Any]:
         """The row under the names that it has in files."""
         figures = {'limit' if key == 'theoretical' else key: value for key, value in vars(self).items()}
-        quartiles = {'seconds': self.seconds._asdict(), 'ratio': self.ratio._asdict()}
-        return {**figures, **quartiles, 'distance_percent': self.distance}
+        times = {'seconds': self.seconds._asdict(), 'ratio': self.ratio._asdict()}
+        return {**figures, **times, 'distance_percent': self.distance}
 
 
 def compare(

@@ -48,8 +48,7 @@ class Settings:
     @property
     def places(self) -> list[float]:
         """Where the landscape is looked at, along each axis."""
-        values: list[float] = torch.linspace(-self.radius, self.radius, self.points, dtype=torch.float64).tolist()
-        return values
+        return [float(place) for place in torch.linspace(-self.radius, self.radius, self.points, dtype=torch.float64)]
 
 
 @dataclass(frozen=True)

@@ -174,10 +174,7 @@ class Objective:
             raise self._no_derivatives(what, _first_line(error)) from error
 
     def _custom_functions(self, total: Tensor) -> list[str]:
-        """The functions in the graph of a loss with a backward pass, and so second derivatives, of their authors'.
-
-        Where one has none, torch would take zero without a word.
-        """
+        """Functions in a loss's graph with derivatives of their authors'; torch takes 0 for second ones that miss."""
         waiting: list[Any] = [total.grad_fn]
         seen: set[Any] = {None}
         kinds: dict[Any, None] = {}
