@@ -24,10 +24,11 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         Scalar, bool, on the device of the first one that is not empty; True on the CPU where there is none. No host
         synchronisation.
     """
+    if quickly_finite(tensors):
+        return _TRUE
     dense = [tensor if tensor.layout == torch.strided else tensor._values() for tensor in tensors]
     dense = [tensor for tensor in dense if tensor.numel()]
-    # On the CPU the 2-norm is much faster than the largest magnitude, but it overflows before an element does.
-    if not dense or (not any(tensor.is_cuda for tensor in dense) and _norms_are_finite(dense)):
+    if not dense:
         return _TRUE
     return _finite_norms(dense, float('inf')).all()
 
@@ -45,13 +46,17 @@ def finite_each(tensors: Sequence[Tensor]) -> Tensor:
     return _finite_norms(tensors, float('inf'))
 
 
-def _norms_are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether the 2-norms of tensors on the CPU are, and their sum."""
-    if any(tensor.device.type != 'cpu' for tensor in tensors):
+def quickly_finite(tensors: Sequence[Tensor]) -> bool:
+    """A quick look at tensors on the CPU, of one dtype: True if they are finite, False if that is not known yet.
+
+    2-norms take less time than the largest magnitude, but overflow before an element does.
+    """
+    if not tensors:
+        return True
+    kind = tensors[0].dtype
+    if not all(t.dtype is kind and t.layout is torch.strided and t.is_cpu and t.numel() for t in tensors):
         return False
-    groups = group_by_device_and_dtype(tensors)
-    norms = [torch._foreach_norm([tensors[i] for i in group], 2) for group in groups]
-    return all(math.isfinite(torch.stack(each).sum().item()) for each in norms)
+    return math.isfinite(torch.stack(torch._foreach_norm(list(tensors), 2)).sum().item())
 
 
 def _finite_norms(tensors: Sequence[Tensor], order: float) -> Tensor:

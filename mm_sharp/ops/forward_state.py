@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mm_sharp.ops.finite import all_finite, finite_each
 from mm_sharp.ops.module_state import ModuleStateBackup, StatePlan
+from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.norm_statistics import NormStatistics
 from mm_sharp.ops.rare_changes import RareChanges, Stamp, stamped_changed, stamps
 
@@ -52,33 +53,29 @@ class ForwardState:
         self._keeps_rare = False
         self._stamps: list[Stamp] = []
 
-    def snapshot(self, model: nn.Module, *, sharded: bool = False, broadcast: bool = False) -> None:
+    def snapshot(self, tree: ModuleTree, *, sharded: bool = False, broadcast: bool = False) -> None:
         """Keep the state before the first forward.
 
         Args:
-            model: The user's own.
+            tree: The user's own model, as it is now.
             sharded: Whether its parameters are pieces, which no forward moves.
             broadcast: Whether a further forward may have DDP write to its buffers.
         """
         self.discard()
-        plan = self._planned(model)
+        plan = self._planned(tree)
         self._keeps_rare = not sharded and self._rare.next_step()
         self._other_norms = plan.norms if broadcast else self._norms.save(plan.norms)
         self._before.save(plan, self._other_norms, rare=self._keeps_rare)
         self._stamps = [] if self._keeps_rare or sharded else stamps(self._before.rare)
-        self._model = model
+        self._model = tree.model
 
-    def _planned(self, model: nn.Module) -> StatePlan:
+    def _planned(self, tree: ModuleTree) -> StatePlan:
         trained = frozenset(map(id, self._trained()))
-        if model is not self._model_of_plan() or not self._plan.holds(trained):  # type: ignore[union-attr]
-            self._plan = StatePlan(model, trained)
+        if self._plan is None or tree is not self._plan.tree or trained != self._plan.trained:
+            self._plan = StatePlan(tree, trained)
             if any(isinstance(module, _AVERAGED) for module in self._plan.tree.modules):
                 self._rare.seen()  # it moves its weights through `.data`, at intervals
-        assert self._plan is not None
         return self._plan
-
-    def _model_of_plan(self) -> nn.Module | None:
-        return None if self._plan is None else self._plan.tree.modules[0]
 
     def rewind(self) -> None:
         """Keep what the first pass has made of it, and put back what was before."""
@@ -115,7 +112,10 @@ class ForwardState:
         Returns:
             A bool on the CPU, elsewhere a scalar of bool: no host synchronisation on an accelerator.
         """
-        pairs = [*self._norms.pairs, *self._before.buffer_pairs]
+        others = self._before.buffer_pairs
+        if not others and self._norms.are_finite():
+            return False
+        pairs = [*self._norms.pairs, *others]
         floats = [pair for pair in pairs if pair[0].dtype in _FLOATS and pair[0].numel()]
         buffers, copies = [buffer for buffer, _ in floats], [copy for _, copy in floats]
         if not buffers or (buffers[0].device.type == 'cpu' and all_finite(buffers)):
@@ -137,6 +137,8 @@ class ForwardState:
 
     def discard(self) -> None:
         """Forget everything; memory for what rarely changes stays only where it does."""
+        if self._model is None:
+            return
         seldom = self._keeps_rare and not self._rare.every_step
         self._norms.drop()
         self._before.drop(release_rare=seldom)

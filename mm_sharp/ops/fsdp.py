@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from mm_sharp.ops.perturbation import global_norm
 
+_PLAIN = frozenset({Tensor, nn.Parameter})
+
 NormOf = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -39,6 +41,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 def local_shard(tensor: Tensor) -> Tensor:
     """This process's piece of ``tensor``, sharing its memory; ``tensor`` itself unless it is a DTensor."""
+    if type(tensor) in _PLAIN:
+        return tensor
     to_local = getattr(tensor, 'to_local', None)
     if to_local is None:
         return tensor

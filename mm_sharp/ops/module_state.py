@@ -38,7 +38,7 @@ class StatePlan:
     """Where a model has state: made once, and anew only where the model was rebuilt.
 
     Args:
-        model: The model.
+        tree: The model.
         trained: ``id`` of the parameters that are trained; by default those that require a gradient.
 
     Attributes:
@@ -49,8 +49,8 @@ class StatePlan:
         frozen: Parameters that are not trained.
     """
 
-    def __init__(self, model: nn.Module, trained: Collection[int] | None = None) -> None:
-        self.tree = ModuleTree(model)
+    def __init__(self, tree: ModuleTree, trained: Collection[int] | None = None) -> None:
+        self.tree = tree
         self.trained = trained
         # Compiled code would be made anew for statistics that are elsewhere in the second pass.
         compiled = any(map(is_compiled, self.tree.modules))
@@ -69,10 +69,6 @@ class StatePlan:
         self.frozen = [
             p for p in self.tree.parameters if not (p.requires_grad if trained is None else id(p) in trained)
         ]
-
-    def holds(self, trained: Collection[int] | None) -> bool:
-        """Whether the plan is still right."""
-        return trained == self.trained and self.tree.unchanged()
 
 
 class ModuleStateBackup:

@@ -16,11 +16,13 @@ class ModuleTree:
         model: The model.
 
     Attributes:
+        model: The same.
         modules: The model and all modules below it, each once.
         parameters: Their parameters, each once.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.modules = list(submodules(model))
         held = [module._parameters for module in self.modules]
         self.parameters = list({id(p): p for each in held for p in each.values() if p is not None}.values())

@@ -8,10 +8,12 @@ there before the step, for a model that reads them. The buffers themselves stay 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
+from mm_sharp.ops.finite import quickly_finite
 from mm_sharp.ops.perturbation import TensorBackup
 from mm_sharp.ops.rare_changes import is_ordinary
 
@@ -27,11 +29,18 @@ class NormStatistics:
         self._norms: list[Any] = []
         self._backup = TensorBackup()
         self._hidden: list[tuple[Any, dict[str, Any]]] = []
+        self._known: list[Tensor] = []  # found to be simple before, all of them
+        self._floats: list[Tensor] = []
 
     def save(self, norms: Sequence[nn.Module]) -> list[nn.Module]:
         """Copy the statistics of those of ``norms`` that this way is for; returns the others."""
-        self._norms = [norm for norm in norms if _is_simple(norm)]
-        self._backup.save([buffer for norm in self._norms for buffer in norm._buffers.values()])
+        self._norms = [norm for norm in norms if norm.training and vars(norm)['track_running_stats']]
+        buffers = [buffer for norm in self._norms for buffer in norm._buffers.values()]
+        if len(buffers) != len(self._known) or not all(map(is_, buffers, self._known)):
+            self._norms = [norm for norm in self._norms if _is_simple(norm)]
+            self._known = buffers = [buffer for norm in self._norms for buffer in norm._buffers.values()]
+            self._floats = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self._backup.save(buffers)
         if len(self._norms) == len(norms):
             return []
         taken = set(map(id, self._norms))
@@ -41,6 +50,10 @@ class NormStatistics:
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Each buffer with its copy."""
         return self._backup.pairs
+
+    def are_finite(self) -> bool:
+        """A quick look at the statistics as they are now; see :func:`mm_sharp.ops.finite.quickly_finite`."""
+        return not self._norms or quickly_finite(self._floats)
 
     def hide(self) -> None:
         """Have further forwards find the copies, and write to nothing."""
@@ -72,8 +85,6 @@ class NormStatistics:
 
 
 def _is_simple(norm: Any) -> bool:
-    """Whether a BatchNorm is in training mode, and its buffers are all there, of the usual kind, and no others."""
+    """Whether a BatchNorm's buffers are all there, of the usual kind, and no others."""
     held: dict[str, Any] = norm._buffers
-    if not (norm.training and norm.track_running_stats and held.keys() == _STATISTICS):
-        return False
-    return all(buffer is not None and is_ordinary(buffer) for buffer in held.values())
+    return held.keys() == _STATISTICS and all(buffer is not None and is_ordinary(buffer) for buffer in held.values())

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from operator import is_
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -136,6 +137,11 @@ def perturb_(
     if direction.stretches:
         torch._foreach_mul_(list(gradients), direction.stretches)
     norm = norm_of(gradients)
+    groups = group_by_device_and_dtype(gradients)
+    plain = inverse_grad_scale is None and norm.device.type == 'cpu'
+    if plain and len(groups) == 1 and gradients[0].dtype is norm.dtype:
+        _perturb_on_host(list(parameters), list(gradients), direction, norm, eps)
+        return norm
     if inverse_grad_scale is not None:
         inverse = inverse_grad_scale.to(device=norm.device, dtype=norm.dtype)
         norm = norm * inverse
@@ -145,12 +151,27 @@ def perturb_(
     if direction.stretches:
         torch._foreach_mul_(list(gradients), direction.stretches)
     finite = torch.isfinite(norm)
-    for group in group_by_device_and_dtype(gradients):
+    for group in groups:
         members = [parameters[i] for i in group]
         steps = [gradients[i] for i in group]
         device = steps[0].device
         _add_if(finite.to(device), members, steps, step.to(device))
     return norm
+
+
+def _perturb_on_host(
+    parameters: list[Tensor], gradients: list[Tensor], direction: Direction, norm: Tensor, eps: float
+) -> None:
+    """The rest of it where the host knows the norm: the same operations, in the same precision, on a plain number."""
+    number = np.float64 if norm.dtype is torch.float64 else np.float32
+    value = number(norm.item())
+    if not np.isfinite(value):
+        return
+    if direction.stretches:
+        torch._foreach_mul_(gradients, direction.stretches)
+    step = float(number(1) / (value + number(eps)) * number(direction.rho))
+    torch._foreach_mul_(gradients, step)
+    torch._foreach_add_(parameters, gradients)
 
 
 def _add_if(finite: Tensor, parameters: list[Tensor], gradients: list[Tensor], step: Tensor) -> None:

@@ -10,13 +10,11 @@ import torch
 from mmengine.model import MMSeparateDistributedDataParallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from mm_sharp.ops.all_reduce import average
 from mm_sharp.ops.fsdp import Shards, shards_of
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.ops.module_tree import ModuleTree
-from mm_sharp.ops.parameters import parameters_of
 
 _NOTHING = nullcontext()
 
@@ -27,6 +25,7 @@ class ParallelModel:
     Attributes:
         shards: Its pieces; None if no part of it is sharded.
         module: The user's own model.
+        tree: Its modules.
         in_buckets: Whether gradients lie in the buckets that DDP averages.
         broadcasts: Whether DDP sends the first rank's buffers to the others.
     """
@@ -37,7 +36,7 @@ class ParallelModel:
         self.in_buckets = False
         self.broadcasts = False
         self._model: nn.Module | None = None
-        self._tree: ModuleTree | None = None
+        self.tree = ModuleTree(self.module)
         self._synchronised: list[Any] = []
 
     def attach(self, model: nn.Module) -> bool:
@@ -51,13 +50,16 @@ class ParallelModel:
         """
         if model is self._model:
             self.reshard()
+            if not self.tree.unchanged():
+                self.tree = ModuleTree(self.module)
             return False
         self.shards = shards_of(model)
         self.module = unwrap(model)
+        self.tree = ModuleTree(self.module)
         self._synchronised = [] if self.shards is not None else _synchronised(model)
         self.in_buckets = any(getattr(part, 'gradient_as_bucket_view', False) for part in self._synchronised)
         self.broadcasts = any(getattr(part, 'broadcast_buffers', False) for part in self._synchronised)
-        self._model, self._tree = model, None
+        self._model = model
         return True
 
     def detach(self) -> None:
@@ -92,15 +94,15 @@ class ParallelModel:
         return contexts
 
     @contextmanager
-    def on_forward(self, call: Callable[[nn.Module], None]) -> Iterator[None]:
-        """Within, have ``call`` get the user's own model when the first forward of what DDP wraps begins.
+    def on_forward(self, call: Callable[[], None]) -> Iterator[None]:
+        """Within, have ``call`` run when the first forward of what DDP wraps begins.
 
         That is after the first rank's buffers were sent to the others, which further forwards do not see again.
         """
 
         def once(*_: Any) -> None:
             handle.remove()
-            call(self.module)
+            call()
 
         assert isinstance(self._model, DistributedDataParallel)
         handle = self._model.module.register_forward_pre_hook(once, prepend=True)
@@ -136,16 +138,10 @@ class ParallelModel:
         if self._synchronised and tensors:
             average(tensors)
 
-    def parameters(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        """The optimizer's parameters and the model's: all that a backward pass may write gradients to."""
-        if self.shards is not None:
-            theirs = list(self.shards.parameters)
-        else:
-            assert self._model is not None, 'attach() comes first'
-            if self._tree is None or not self._tree.unchanged():
-                self._tree = ModuleTree(self._model)
-            theirs = self._tree.parameters
-        return list({id(p): p for p in (*parameters_of(optimizer), *theirs)}.values())
+    def parameters(self, others: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """The model's parameters and ``others``: all that a backward pass may write gradients to."""
+        theirs = self.tree.parameters if self.shards is None else list(self.shards.parameters)
+        return list({id(parameter): parameter for parameter in (*others, *theirs)}.values())
 
 
 def _synchronised(model: nn.Module) -> list[Any]:

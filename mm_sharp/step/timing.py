@@ -57,6 +57,10 @@ class StepTimer:
             self._unassigned.append((name, begin, self._now()))
             self._is_open = False
 
+    def if_running(self) -> StepTimer | None:
+        """This timer; None if it stands for none."""
+        return self
+
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase and of each excluded part; 0 for a phase that is not marked. Waits for the device.
 
@@ -98,6 +102,10 @@ class NoTimer(StepTimer):
 
     def mark(self, name: str) -> None:
         """Nothing."""
+
+    def if_running(self) -> StepTimer | None:
+        """None."""
+        return None
 
     def exclude(self, name: str) -> AbstractContextManager[None]:
         """Nothing."""

@@ -17,7 +17,6 @@ A method (:class:`mm_sharp.step.method.Method`) decides *what* runs in each plac
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -117,14 +116,14 @@ class TwoPassStep:
         finally:
             self._restore(drawn, interrupted)  # w
             self.timer.mark('restore')
-        return StepRecord(batch.loss.detach(), perturbed_loss, norm, self.timer)
+        return StepRecord(batch.loss.detach(), perturbed_loss, norm, self.timer.if_running())
 
     def run_first_alone(self, batch: MicroBatch) -> StepRecord:
         """The base optimizer's pass: its gradient is the one that counts."""
         batch.gradients.unstash()
         self._backward(batch.loss, batch.micro_batches)
         self.timer.mark('pass1')
-        return StepRecord(batch.loss.detach(), timer=self.timer)
+        return StepRecord(batch.loss.detach(), timer=self.timer.if_running())
 
     def undo(self, batch: MicroBatch) -> None:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""
@@ -154,7 +153,12 @@ class TwoPassStep:
 
 
 def in_order(*actions: Callable[[], object]) -> None:
-    """Call all of them, though one fails; its error comes afterwards."""
-    with ExitStack() as stack:  # which calls the last first
-        for action in reversed(actions):
-            stack.callback(action)
+    """Call all of them, though one fails; the first error comes afterwards."""
+    errors: list[BaseException] = []
+    for action in actions:
+        try:
+            action()
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]

@@ -65,6 +65,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     Attributes:
         last_step: What the last step has found.
         record_timing: Whether the next step is timed.
+        optimizer_steps: Optimizer steps so far, those before a resume included.
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
@@ -116,10 +117,13 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._two_pass = TwoPassStep(
             self._ascent, self.precision, self._parallel, self._state, self._recorder, settings.replay_rng
         )
+        self.optimizer_steps = 0
         self.kept: dict[nn.Parameter, Tensor] = {}
         self._inner_count: int
         self._metrics: Callable[[], dict[str, float]] | None = None
+        self._parameters: list[nn.Parameter] = []
         self._trained: list[nn.Parameter] = []
+        self._devices: tuple[torch.device, ...] = ()
         self._passes = Passes.BOTH
         self._loss_checks = RareChanges()
         self._within_update = False
@@ -151,17 +155,16 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """
         self._passes = self.passes()
         synced = self._first_pass_is_synced()
-        check_model(type(self).__name__, model, synced, can_sync=not self.skips_gradients)
         self._guard.next_step()
         self._attach(model)
-        self._trained = trained_by(self.optimizer)
-        devices = devices_of(self.optimizer)
+        self._parameters = parameters_of(self.optimizer)
+        self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         try:
             with (
                 self._parallel.no_sync(not synced),
                 self.precision.autocast(),
                 self._parallel.on_forward(self._snapshot) if self._parallel.is_ddp else _NOTHING,
-                self._recorder.record(model, devices, self._on_call),
+                self._recorder.record(model, self._devices, self._on_call),
                 self.recording(model) if self._passes is Passes.BOTH else _NOTHING,
             ):
                 yield
@@ -219,6 +222,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         finally:
             self._within_update = False
         if due:
+            self.optimizer_steps += 1
             self._two_pass.first_gradients.clear()
             self.zero_grad(**(zero_kwargs or {}))
         else:
@@ -260,7 +264,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """
         name = type(self).__name__
         state = with_kept(super().state_dict(), self.optimizer, self.kept)
-        return pack_state(name, state, self.optimizer, self.precision, self.own_state())
+        return pack_state(
+            name, state, self.optimizer, self.precision, {'optimizer_steps': self.optimizer_steps, **self.own_state()}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or the state of a plain ``OptimWrapper``.
@@ -271,6 +277,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             ValueError: The state was written by a newer version of mm_sharp.
         """
         rest, own = unpack_state(type(self).__name__, state_dict, self.optimizer, self.precision)
+        self.optimizer_steps = own.get('optimizer_steps', 0)
         self.load_own_state(own)
         rest, self.kept = without_kept(rest, self.optimizer)
         super().load_state_dict(rest)
@@ -279,11 +286,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     def exclude_from_timing(self, name: str) -> AbstractContextManager[None]:
         """A context whose time is not the phase's that it lies in; see :class:`mm_sharp.step.timing.StepTimer`."""
         return self._two_pass.timer.exclude(name)
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps that are behind this micro-batch."""
-        return self._inner_count // int(self._accumulative_counts)
 
     def offending_samples(self, call: ModelCall) -> str:
         """The samples of ``call`` that may have brought in what is not finite, for the log."""
@@ -301,24 +303,31 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """Get to know the model, once."""
         if not self._parallel.attach(model):
             return
-        shards = self._parallel.shards
+        self._devices = devices_of(self.optimizer)
+        self._check_model(model)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Refuse what the step cannot handle."""
+        name, shards = type(self).__name__, self._parallel.shards
         self.precision.share_overflow = None if shards is None else shards.share_overflow
-        if shards is None:
-            return
+        can_sync = not self.skips_gradients
         try:
-            check_shards(
-                type(self).__name__,
-                shards,
-                perturb_quantized=self.settings.perturb_quantized,
-                by_name=not self.selector.takes_all or self.skips_gradients,
-                clip_grad=self.clip_grad_kwargs,
-                accumulative_counts=self._accumulative_counts,
-            )
-        except ValueError:
-            self._parallel.detach()
+            check_model(name, model, self.settings.sync_perturbation and can_sync, can_sync=can_sync)
+            if shards is not None:
+                check_shards(
+                    name,
+                    shards,
+                    perturb_quantized=self.settings.perturb_quantized,
+                    by_name=not self.selector.takes_all or self.skips_gradients,
+                    clip_grad=self.clip_grad_kwargs,
+                    accumulative_counts=self._accumulative_counts,
+                )
+        except Exception:
+            self._parallel.detach()  # so that it is refused again
             raise
-        # In a pass, the parameters that have the names may be others.
-        self.selector.select(self._parallel.module, trained_by(self.optimizer))
+        if shards is not None:
+            # In a pass, the parameters that have the names may be others.
+            self.selector.select(self._parallel.module, trained_by(self.optimizer))
 
     def _on_call(self, call: ModelCall) -> ModelCall:
         """Runs just before the model's forward."""
@@ -338,21 +347,21 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                 by_hand = self.settings.sync_perturbation and self.skips_gradients
                 self._ascent.choose(perturbed, skip, average_by_hand=by_hand)
         if not self._parallel.is_ddp:
-            self._snapshot(self._parallel.module)
+            self._snapshot()
         return replace(call, args=args, kwargs=kwargs)
 
-    def _snapshot(self, module: nn.Module) -> None:
+    def _snapshot(self) -> None:
         """Runs once, after :meth:`_on_call`, when the forward of the user's own model begins."""
         with self.exclude_from_timing('host'):
             sharded = self._parallel.shards is not None
-            self._state.snapshot(module, sharded=sharded, broadcast=self._parallel.broadcasts)
+            self._state.snapshot(self._parallel.tree, sharded=sharded, broadcast=self._parallel.broadcasts)
 
     def _micro_batch(self, call: ModelCall, loss: Tensor) -> MicroBatch:
         with self.exclude_from_timing('host'):
-            parameters = self._parallel.parameters(self.optimizer)
+            parameters = self._parallel.parameters(self._parameters)
             stash = GradientStash(parameters, in_buckets=self._parallel.in_buckets)
             micro_batches = round(1.0 / self.scale_loss(1.0))
-            return MicroBatch(call, loss, stash, self._trained, micro_batches, devices_of(self.optimizer))
+            return MicroBatch(call, loss, stash, self._trained, micro_batches, self._devices)
 
     def _weights(self) -> list[Tensor]:
         """What the step moves, as memory of this process."""
@@ -369,7 +378,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             self.step(**step_kwargs)
             return None
         with self.exclude_from_timing('host'):
-            finite = self._guard.verdict(parameters_of(self.optimizer))
+            finite = self._guard.verdict(self._parameters)
         if not self._guard.host_knows or finite:
             self.step(**step_kwargs)
         return finite

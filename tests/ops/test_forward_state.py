@@ -21,6 +21,7 @@ from mm_sharp.ops.call_inputs import InputKeeper
 from mm_sharp.ops.call_inputs import fresh as own_containers
 from mm_sharp.ops.forward_state import ForwardState
 from mm_sharp.ops.host_copy import HostCopy
+from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.rare_changes import RareChanges
 from tests.memory_toys import MEMORIES, Codebook, HandTeacher, Memory, Teacher
 from tests.toys import Batch, Notes, ToyNet, batches, make, same_bits
@@ -170,7 +171,7 @@ def test_accelerators_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_frozen_weights_of_a_sharded_model_are_left_alone() -> None:
     model = fresh(HandTeacher)
     state = ForwardState(lambda: list(model.parameters()))
-    state.snapshot(model, sharded=True)
+    state.snapshot(ModuleTree(model), sharded=True)
     before = model.teacher.weight.clone()
     model.teacher.weight.add_(1)
     state.rewind()

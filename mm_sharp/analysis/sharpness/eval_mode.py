@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from mm_sharp.ops.module_state import ModuleStateBackup, StatePlan
+from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.perturbation import TensorBackup
 
 
@@ -22,7 +23,7 @@ def preserved_eval_mode(model: nn.Module) -> Iterator[None]:
     """
     training = {module: module.training for module in model.modules()}
     checkpointed: list[Any] = [module for module in model.modules() if getattr(module, 'with_cp', False)]
-    weights, state, plan = TensorBackup(), ModuleStateBackup(), StatePlan(model)
+    weights, state, plan = TensorBackup(), ModuleStateBackup(), StatePlan(ModuleTree(model))
     weights.save(list(model.parameters()))
     state.save(plan, plan.norms)
     hardsigmoid = F.hardsigmoid
