@@ -10,7 +10,7 @@ Importing the package registers, in MMEngine's root registries:
 - ``DATA_SAMPLERS``: :class:`AUSAMSampler`
 - ``DATASETS``: :class:`IndexedDataset`
 
-lets :mod:`mm_sharp.compat` mend what is broken on the installed stack, and :mod:`mm_sharp.config.fragments` put the
+lets :mod:`mm_sharp.compat` patch what is broken on the installed stack, and :mod:`mm_sharp.config.fragments` put the
 fragments that a config file inherits into effect when it is read. Nothing else happens at import.
 """
 

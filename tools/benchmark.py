@@ -62,6 +62,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         name = getattr(args, option)
         if name is not None and Path(name).suffix != suffix:
             parser.error(f"--{option} '{name}': the name must end in {suffix}")
+    if args.amp == 'float16' and get_device() == 'cpu':
+        parser.error(
+            "--amp float16: MMEngine's AmpOptimWrapper, the base optimizer's, takes no CPU: give --amp bfloat16"
+        )
     if args.plot and not args.config:
         parser.error('--plot draws the table of a CONFIG')
     return args

@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mm_sharp.errors import check_bool, check_clip_grad, check_number, check_positive_int, check_steps_alone
+from mm_sharp.errors import (
+    check_arguments,
+    check_bool,
+    check_clip_grad,
+    check_number,
+    check_positive_int,
+    check_steps_alone,
+)
 from mm_sharp.ops.forward_state import ForwardState
 from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.gradients import GradientStash
@@ -61,6 +69,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         loss_scale: ``'dynamic'``, a number > 0, or a dict of ``GradScaler``'s arguments.
         accumulative_counts: Micro-batches per optimizer step; each is perturbed by its own gradient.
         clip_grad: As :class:`mmengine.optim.OptimWrapper` takes it; it acts on the final gradient only.
+        kwargs: None of any other name; what was meant is named.
 
     Attributes:
         last_step: What the last step has found.
@@ -86,8 +95,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         loss_scale: str | float | Mapping[str, Any] = 'dynamic',
         accumulative_counts: int = 1,
         clip_grad: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         name = type(self).__name__
+        check_arguments(type(self), kwargs, _ours())
         check_positive_int(name, 'accumulative_counts', accumulative_counts, example='4')
         check_clip_grad(name, clip_grad)
         check_steps_alone(name, optimizer)
@@ -403,3 +414,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         norm = self._parallel.clip_gradients(trained_by(self.optimizer), self.device, self.clip_grad_kwargs)
         if norm is not None:
             self.message_hub.update_scalar('train/grad_norm', float(norm))
+
+
+def _ours() -> list[type[TwoPassOptimWrapper]]:
+    """All methods."""
+    found = OPTIM_WRAPPERS.module_dict.values()
+    return [kind for kind in found if isinstance(kind, type) and issubclass(kind, TwoPassOptimWrapper)]

@@ -18,9 +18,8 @@ from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
-from mm_sharp.config.preflight import check_wrappers
-from mm_sharp.config.wrapper_checks import arguments_of, wrapper_class, wrapper_configs
-from mm_sharp.errors import UsageError
+from mm_sharp.config.preflight import check_wrappers, wrapper_class, wrapper_configs
+from mm_sharp.errors import UsageError, arguments_of
 from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
