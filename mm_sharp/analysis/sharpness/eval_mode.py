@@ -26,12 +26,11 @@ def preserved_eval_mode(model: nn.Module) -> Iterator[None]:
     weights, state, plan = TensorBackup(), ModuleStateBackup(), StatePlan(ModuleTree(model))
     weights.save(list(model.parameters()))
     state.save(plan, plan.norms)
-    hardsigmoid = F.hardsigmoid
     model.eval()
     for module in checkpointed:
         module.with_cp = False
     # torch's own, which RTMPose's backbone uses, can be differentiated once only, as of torch 2.13.
-    F.hardsigmoid = _hardsigmoid
+    hardsigmoid, F.hardsigmoid = F.hardsigmoid, _hardsigmoid
     try:
         yield
     finally:
