@@ -13,7 +13,6 @@ from mm_sharp.ops.perturbation import group_by_device_and_dtype
 _TRUE = torch.tensor(True)
 
 
-@torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether every element of every tensor is finite.
 
@@ -33,7 +32,6 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     return _finite_norms(dense, float('inf')).all()
 
 
-@torch.no_grad()
 def finite_each(tensors: Sequence[Tensor]) -> Tensor:
     """Of each tensor, whether every element is finite.
 

@@ -239,7 +239,6 @@ class TensorBackup:
         """Whether tensors are kept that have not been restored."""
         return bool(self._tensors)
 
-    @torch.no_grad()
     def save(self, tensors: Sequence[Tensor]) -> None:
         """Copy ``tensors``.
 
@@ -258,7 +257,8 @@ class TensorBackup:
         if not same or kinds != self._kinds:
             self._last_copies = [self._copy_of(tensor) for tensor in tensors]
             self._last, self._kinds = [ref(tensor) for tensor in tensors], kinds
-        foreach_copy_(self._last_copies, tensors)
+        with torch.no_grad():
+            foreach_copy_(self._last_copies, tensors)
         self._tensors, self._copies = list(tensors), self._last_copies
 
     @property
@@ -266,7 +266,6 @@ class TensorBackup:
         """The tensors that are kept now, each with what was saved of it."""
         return list(zip(self._tensors, self._copies, strict=True))
 
-    @torch.no_grad()
     def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
         """Write the copies back, bit for bit, into the storage they were taken from.
 
@@ -283,7 +282,8 @@ class TensorBackup:
             if tensor.shape != copy.shape:  # resized since
                 tensor.data = torch.empty_like(copy)
         if tensors:
-            foreach_copy_(tensors, copies)
+            with torch.no_grad():
+                foreach_copy_(tensors, copies)
 
     def restore(self) -> None:
         """Write the copies back, and forget them."""

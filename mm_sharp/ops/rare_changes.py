@@ -44,7 +44,6 @@ class RareChanges:
         """Note that a tensor has changed: from the next step on, copies are kept in every step."""
         self._seen = True
 
-    @torch.no_grad()
     def compare(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
         """Find out if tensors have changed since they were copied.
 

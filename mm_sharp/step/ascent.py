@@ -112,8 +112,10 @@ class Ascent:
         shards = self._parallel.shards
         if not perturbed and shards is None:
             return torch.zeros((), device=device)
-        weights = [local_shard(parameter) for parameter in perturbed]
-        gradients = [local_shard(parameter.grad) for parameter in perturbed if parameter.grad is not None]
+        weights: list[Tensor] = list(perturbed)
+        gradients = [parameter.grad for parameter in perturbed if parameter.grad is not None]
+        if shards is not None:
+            weights, gradients = list(map(local_shard, weights)), list(map(local_shard, gradients))
         self._weights.save(weights)
         norm = perturb_(
             weights,

@@ -69,9 +69,12 @@ class NonFiniteGuard:
         Returns:
             Scalar of bool; of a sharded model the same in all processes, which must all ask.
         """
-        gradients = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        sharded = self._parallel.shards is not None
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if sharded:
+            gradients = list(map(local_shard, gradients))
         finite = all_finite(gradients)
-        if self._parallel.shards is not None:
+        if sharded:
             finite = ~any_rank(~finite.to(self._device))
         if not self.host_knows:
             zero_unless(finite, gradients)

@@ -376,7 +376,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
 
     def _weights(self) -> list[Tensor]:
         """What the step moves, as memory of this process."""
-        return [local_shard(weight) for weight in self._trained]
+        return list(self._trained if self._parallel.shards is None else map(local_shard, self._trained))
 
     def _check_loss(self, call: ModelCall, loss: Tensor) -> None:
         """Compare the loss with the captured output's, in fewer and fewer steps."""
