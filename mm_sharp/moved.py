@@ -1,4 +1,4 @@
-"""Modules by their names of before version 0.2, for one release: each says its new name when it is imported (ours)."""
+"""Modules by their names of before version 0.2, for one release: each says its new name when it is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint that is resumed or tested: is it of this model and of this optimizer? (ours)
+"""Checks of a checkpoint that is resumed or tested: is it of this model and of this optimizer?
 
 MMEngine loads weights by name and goes on with random ones, and a line in the log, where the names or shapes do not
 fit; and torch's optimizers load each other's state, which fails steps later or never. A run that is resumed must go on

@@ -1,4 +1,4 @@
-"""MMEngine's ``compile=True`` beside two passes (ours).
+"""MMEngine's ``compile=True`` beside two passes.
 
 MMEngine compiles the model's ``train_step``, and with it everything that an optimizer wrapper does: hooks that change
 from step to step, which compiled code does not look at again, the history, the random state. So in runs of ours the

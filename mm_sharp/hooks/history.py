@@ -1,4 +1,4 @@
-"""What the sample history needs of a Runner: the data set, the ranks, the data loader (ours).
+"""What the sample history needs of a Runner: the data set, the ranks, the data loader.
 
 The hook is added by itself to every Runner that uses this package, so that one line in a config is enough; it does
 nothing where no optimizer wrapper keeps a history.

@@ -1,4 +1,4 @@
-"""A resumed run draws the random numbers that it would have drawn without the interruption (ours).
+"""A resumed run draws the random numbers that it would have drawn without the interruption.
 
 A checkpoint's random state is that after its last step. Between that step and the next one, a run never stopped draws
 what loading the next batch takes. A resumed run draws more: beginning the loader's iteration takes the workers' seed,

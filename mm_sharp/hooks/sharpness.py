@@ -1,4 +1,4 @@
-"""Log the sharpness that training sees (ours)."""
+"""Log the sharpness that training sees."""
 
 from __future__ import annotations
 

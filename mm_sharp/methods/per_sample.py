@@ -1,4 +1,4 @@
-"""What ESAM and AUSAM share: per-sample losses, a history of them, draws that a checkpoint can go on with (ours)."""
+"""What ESAM and AUSAM share: per-sample losses, a history of them, draws that a checkpoint can go on with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inputs of a model call, as they were before it (ours).
+"""The inputs of a model call, as they were before it.
 
 Every forward pass of a step gets the same batch, whatever an earlier one has done to it: lists, dicts and data samples
 are handed out as shallow copies, and tensors and arrays as copies where the model was seen to write to them

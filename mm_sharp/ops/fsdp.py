@@ -1,4 +1,4 @@
-"""Fully sharded models (FSDP): what this process holds of the parameters, and what all processes hold together (ours).
+"""Fully sharded models (FSDP): what this process holds of the parameters, and what all processes hold together.
 
 Under FSDP every process holds a piece of each parameter, of its averaged gradient and of the optimizer's state. A
 perturbation works element by element on the pieces, once the norm of *all* pieces is known, which costs one all-reduce

@@ -1,4 +1,4 @@
-"""Small arrays between host and device, without making the host wait (ours)."""
+"""Small arrays between host and device, without making the host wait."""
 
 from __future__ import annotations
 

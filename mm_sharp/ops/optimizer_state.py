@@ -1,4 +1,4 @@
-"""Whether an optimizer's state in a checkpoint is of the optimizer that is to load it (ours)."""
+"""Whether an optimizer's state in a checkpoint is of the optimizer that is to load it."""
 
 from __future__ import annotations
 

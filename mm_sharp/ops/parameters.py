@@ -1,4 +1,4 @@
-"""Which parameters an optimizer trains, and which of them are perturbed: the ``perturb`` argument (ours).
+"""Which parameters an optimizer trains, and which of them are perturbed: the ``perturb`` argument.
 
 What is left out is still trained; it only stays where it is during the second pass.
 """

@@ -1,4 +1,4 @@
-"""What few models change in a forward pass, and how it is kept for those that do (ours).
+"""What few models change in a forward pass, and how it is kept for those that do.
 
 Frozen weights (of momentum teachers), tensors that are plain attributes, and the inputs: copies of them in every step
 would be paid for by all models. So they are kept in some steps, fewer and fewer, and in every step as soon as one of

@@ -1,4 +1,4 @@
-"""The optimizer wrappers of a run: one, or several in MMEngine's ``OptimWrapperDict`` (ours)."""
+"""The optimizer wrappers of a run: one, or several in MMEngine's ``OptimWrapperDict``."""
 
 from __future__ import annotations
 
