@@ -25,12 +25,6 @@ _RIGHT_FORM = (
 def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = True) -> None:
     """Refuse model wrappers under which the first pass would be wrong or fail.
 
-    Args:
-        owner: Class that asks, for the message.
-        model: The model handed to ``optim_context``.
-        synced: Whether DDP averages the first pass's gradients over the ranks.
-        can_sync: Whether an argument would make it do so.
-
     Raises:
         NotImplementedError: Its ``train_step`` is compiled, or ``model`` is wrapped by DDP with ``static_graph`` while
             the first pass is not synchronised.
@@ -62,12 +56,6 @@ def check_step_is_not_compiled(owner: str, model: nn.Module) -> None:
 def check_compiled(owner: str, model: nn.Module, *, sees_losses: bool, switches: bool) -> None:
     """Refuse compiled modules of which a method needs more than their output.
 
-    Args:
-        owner: Class that asks, for the message.
-        model: The model handed to ``optim_context``.
-        sees_losses: Whether the losses of samples are recorded, by hooks that compiled code passes by.
-        switches: Whether other parameters have a gradient in every step, for each of which it is compiled anew.
-
     Raises:
         UnsupportedError: There are some.
     """
@@ -97,14 +85,6 @@ def check_shards(
     accumulative_counts: int,
 ) -> None:
     """Refuse arguments that do not go with how a model is sharded.
-
-    Args:
-        owner: Class that asks, for the message.
-        shards: Its model.
-        perturb_quantized: Whether quantized weights are to be perturbed.
-        by_name: Whether some parameters are perturbed and others not.
-        clip_grad: The wrapper's argument.
-        accumulative_counts: The wrapper's argument.
 
     Raises:
         NotImplementedError: Quantized weights are to be perturbed.
@@ -137,11 +117,6 @@ def check_shards(
 def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCall:
     """Return ``call``, or say how the forward pass is to be run.
 
-    Args:
-        owner: Class that asks, for the message.
-        call: What was captured within ``optim_context``.
-        within: Whether that context is still open.
-
     Raises:
         RuntimeError: Nothing was captured, or it is open.
     """
@@ -161,11 +136,6 @@ def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCa
 def check_within(owner: str, method: str, within: bool) -> None:
     """Refuse ``backward`` and ``step`` called by hand, which would be the base optimizer's, without a perturbation.
 
-    Args:
-        owner: Class that asks, for the message.
-        method: What was called.
-        within: Whether ``update_params`` is under way.
-
     Raises:
         RuntimeError: It is not.
     """
@@ -179,10 +149,6 @@ def check_within(owner: str, method: str, within: bool) -> None:
 def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
     """Make sure that the second pass can compute the loss that the first was handed.
 
-    Args:
-        owner: Class that asks, for the message.
-        call: The captured forward.
-        loss: The scalar handed to ``update_params``.
 
     A model's own ``parse_losses`` is not called for that: it may keep state, and was called once already.
 
@@ -212,12 +178,6 @@ def check_perturbed(
     owner: str, model: nn.Module, parameters: Sequence[nn.Parameter], *, quantized: bool = False
 ) -> None:
     """Refuse gradients that have no dense perturbation, and the perturbation of quantized weights where there are none.
-
-    Args:
-        owner: Class that asks, for the message.
-        model: Module that names the parameters.
-        parameters: Parameters with a gradient.
-        quantized: Whether quantized weights are to be perturbed.
 
     Raises:
         NotImplementedError: A gradient is sparse.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mm_sharp.errors import check_bool, check_number
+
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -28,3 +30,15 @@ class StepSettings:
     perturb_quantized: bool = False
     sync_perturbation: bool = False
     replay_rng: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range.
+
+        Raises:
+            ValueError: The message names the argument, its value and what is allowed.
+        """
+        check_number(self.owner, 'rho', self.rho, example='0.05')
+        check_number(self.owner, 'eta', self.eta, example='0.01')
+        check_number(self.owner, 'eps', self.eps, low_open=True, example='1e-12')
+        for name in ('adaptive', 'perturb_quantized', 'sync_perturbation', 'replay_rng'):
+            check_bool(self.owner, name, getattr(self, name))

@@ -28,6 +28,7 @@ from mm_sharp.ops.model_call import CallRecorder, ModelCall
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rng import RandomState
 from mm_sharp.step.ascent import Ascent
+from mm_sharp.step.final_gradient import FinalGradient
 from mm_sharp.step.method import Method
 from mm_sharp.step.parallel import ParallelModel
 from mm_sharp.step.timing import NO_TIMER, StepRecord, StepTimer
@@ -124,6 +125,22 @@ class TwoPassStep:
         self._backward(batch.loss, batch.micro_batches)
         self.timer.mark('pass1')
         return StepRecord(batch.loss.detach(), timer=self.timer.if_running())
+
+    def final_gradient(self, trained: list[nn.Parameter], average: bool) -> FinalGradient:
+        """The gradients of an optimizer step, for the method to change; without the loss scale.
+
+        Args:
+            trained: The parameters.
+            average: Whether the first passes' gradients are each process's own so far.
+        """
+        first = self.first_gradients.take()
+        inverse = self.precision.inverse_scale()
+        if first and inverse is not None:
+            torch._foreach_mul_(list(first.values()), inverse)
+        if average:
+            self.parallel.average(list(first.values()))
+        with_gradient = [parameter for parameter in trained if parameter.grad is not None]
+        return FinalGradient(with_gradient, first, self.parallel.total)
 
     def undo(self, batch: MicroBatch) -> None:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""

@@ -17,9 +17,7 @@ from torch.optim import Optimizer
 
 from mm_sharp.errors import (
     check_arguments,
-    check_bool,
     check_clip_grad,
-    check_number,
     check_positive_int,
     check_steps_alone,
 )
@@ -34,7 +32,6 @@ from mm_sharp.samples.keys import without_keys
 from mm_sharp.step.ascent import Ascent
 from mm_sharp.step.checkpoint import pack_state, unpack_state, with_kept, without_kept
 from mm_sharp.step.checks import check_loss, check_model, check_shards, check_within, require_call
-from mm_sharp.step.final_gradient import FinalGradient
 from mm_sharp.step.method import Method, Passes
 from mm_sharp.step.nonfinite_guard import NonFiniteGuard
 from mm_sharp.step.nonfinite_log import offending_samples
@@ -105,14 +102,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         # MMEngine pops 'type' from the dict that it is given; the caller's stays whole.
         super().__init__(optimizer, accumulative_counts, copy.deepcopy(clip_grad))
         settings = self.settings = StepSettings(
-            name,
-            check_number(name, 'rho', rho, example='0.05'),
-            check_bool(name, 'adaptive', adaptive),
-            check_number(name, 'eta', eta, example='0.01'),
-            check_number(name, 'eps', eps, low_open=True, example='1e-12'),
-            check_bool(name, 'perturb_quantized', perturb_quantized),
-            check_bool(name, 'sync_perturbation', sync_perturbation),
-            check_bool(name, 'replay_rng', replay_rng),
+            name, rho, adaptive, eta, eps, perturb_quantized, sync_perturbation, replay_rng
         )
         self.selector = ParameterSelector(name, perturb)
         self.device = parameters_of(optimizer)[0].device
@@ -147,8 +137,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
 
     @rho.setter
     def rho(self, value: float) -> None:
-        rho = check_number(type(self).__name__, 'rho', value, example='0.05')
-        self.settings = self._ascent.settings = replace(self.settings, rho=rho)
+        self.settings = self._ascent.settings = replace(self.settings, rho=value)
 
     # ---------------------------------------------------------------- MMEngine's interface
     @contextmanager
@@ -213,7 +202,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """
         call = require_call(type(self).__name__, self._recorder.take(), within=self._recorder.is_open)
         batch = self._micro_batch(call, loss)
-        count, last_step = self._inner_count, self.last_step
+        count, last_step, kept = self._inner_count, self.last_step, self.kept
         self._within_update = True
         try:
             with self.exclude_from_timing('host'):
@@ -227,7 +216,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             due = self.should_update()
             finite = self._step_if_finite(step_kwargs or {}) if due else None
         except BaseException:
-            self._inner_count, self.last_step = count, last_step
+            self._inner_count, self.last_step, self.kept = count, last_step, kept
             in_order(partial(self._two_pass.undo, batch), self._guard.forget)
             raise
         finally:
@@ -263,7 +252,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         if self.changes_gradient or self.clip_grad_kwargs:
             self.precision.unscale(self.optimizer)
         if self.changes_gradient:
-            self._change_gradient()
+            with torch.no_grad():
+                self.final_gradient(self._two_pass.final_gradient(self._trained, not self.settings.sync_perturbation))
         if self.clip_grad_kwargs:
             self._clip_grad()
         self.precision.step(self.optimizer, **kwargs)
@@ -393,18 +383,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         if not self._guard.host_knows or finite:
             self.step(**step_kwargs)
         return finite
-
-    def _change_gradient(self) -> None:
-        """Have the method make the final gradient."""
-        with torch.no_grad():
-            first = self._two_pass.first_gradients.take()
-            inverse = self.precision.inverse_scale()
-            if first and inverse is not None:
-                torch._foreach_mul_(list(first.values()), inverse)
-            if first and not self.settings.sync_perturbation:
-                self._parallel.average(list(first.values()))
-            parameters = [parameter for parameter in self._trained if parameter.grad is not None]
-            self.final_gradient(FinalGradient(parameters, first, self._parallel.total))
 
     def _clip_grad(self) -> None:
         """Clip the gradients; under FSDP by the norm of the whole gradient, and not of this rank's piece."""
