@@ -116,11 +116,7 @@ def _in_order(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _check(name: str, own: Any) -> None:
-    """Refuse the state of another wrapper or of a newer version.
-
-    Raises:
-        UserError: See above.
-    """
+    """Refuse the state of another wrapper or of a newer version."""
     if own is None:
         return
     if not isinstance(own, Mapping) or not {'version', 'wrapper'} <= own.keys():
