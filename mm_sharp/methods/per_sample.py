@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -110,6 +111,8 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     def differences(self, before: Tensor, after: Tensor, norm: Tensor) -> Tensor:
         """``l_i(w + e) - l_i(w)``, (N,), float32; NaN, which is no visit, where there was no perturbation."""
+        if norm.is_cpu and math.isfinite(value := norm.item()) and value > 0:
+            return after - before
         perturbed = (torch.isfinite(norm) & (norm > 0)).to(before.device)
         return torch.where(perturbed, after - before, torch.nan)
 
