@@ -1,18 +1,21 @@
-"""A loss module evaluated on every sample as a batch of one (ours)."""
+"""A loss module evaluated on every sample as a batch of one."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from mm_sharp.per_sample_loss.layout import Layout, fill, tensors_of
+from mm_sharp.per_sample_loss.forms import form_of
+from mm_sharp.per_sample_loss.layout import Layout, fill, first_tensor, tensors_of
+from mm_sharp.per_sample_loss.reduction import HALF, ROUNDING, STRICT, Reduction, compare, is_neither
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
@@ -33,52 +36,151 @@ def shadow(module: nn.Module) -> nn.Module:
     return twin
 
 
+@dataclass
+class LossCall:
+    """A call of a loss module.
+
+    Args:
+        module: The loss as it was before the call: a :func:`shadow`, or the module itself where it has a form.
+        size: Samples in the batch, N.
+        args: What it was called with.
+        kwargs: The same.
+        half: Whether there is autocast to 16 bits.
+    """
+
+    module: nn.Module
+    size: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    half: bool
+
+
 class Evaluator:
     """Evaluates one loss module on batches of one, in the fastest way that works for it.
 
+    Nothing here waits for an accelerator once every output of the loss was compared on a batch of several samples.
+
     Attributes:
+        parts: The modules that the loss is made of.
+        form: Gives the losses of all samples at once, for well-known losses; None once it was found to be wrong.
         vmap_error: What ``torch.func.vmap`` failed with, once it did; from then on there is a loop over the samples.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        self.parts = tuple(module.modules())
+        self.form = form_of(module)
         self.vmap_error: Exception | None = None
+        self.is_neither = is_neither(module)
+        self._form_is_right = False
         self._upcast = False
+        self._by_sample = type(module).__name__ == 'AssociativeEmbeddingLoss'
+        self._shared: set[str] = set()
+        self._reductions: dict[int, Reduction] = {}  # of each output
+        self._confirmed: set[int] = set()  # outputs that were compared on more than one sample
+        names = list(inspect.signature(module.forward).parameters)
+        self._names = names if 'avg_factor' in names else None
 
-    def __call__(self, module: nn.Module, layout: Layout) -> list[Tensor]:
+    def losses(self, call: LossCall) -> list[Tensor]:
         """The losses of each sample.
-
-        Args:
-            module: What :func:`shadow` gave.
-            layout: Its arguments, ``layout.template`` being ``(args, kwargs)``.
 
         Returns:
             One tensor (N,) for every tensor in the module's output, in the order of :func:`tensors_of`.
 
         Raises:
-            ValueError: The module draws random numbers, or gives no single number for one sample.
+            ValueError: The arguments are no batch, or the module draws random numbers, or gives no single number for
+                one sample.
             Exception: Whatever the module raises on a batch of one.
         """
-        analytic = _analytic(module)
-        if analytic is not None:
-            return [analytic(module, *fill(layout.template[0], layout.rows), **fill(layout.template[1], layout.rows))]
-        if layout.all_tensors and self.vmap_error is None:
+        values = None if self.form is None else self.form(call.module, *call.args, **call.kwargs)
+        if values is not None and values.shape == (call.size,) and self._form_is_right:
+            return [values]
+        layout = self._layout(call)
+        if values is not None and self._is_right(values, call.module, layout):
+            return [values]
+        if self.vmap_error is None and all(isinstance(row, Tensor) for row in layout.rows):
             try:
                 with warnings.catch_warnings():
-                    # Single operations without a batched form (kl_div) run one by one: slower, and right.
+                    # Single operations without a batched form run one by one: slower, and right.
                     warnings.filterwarnings('ignore', message='There is a performance drop')
-                    return self._vectorised(module, layout)
+                    return self._vectorised(call.module, layout)
             except Exception as error:
                 if 'randomness' in str(error):
                     raise ValueError('it draws random numbers, which a sample alone does not repeat') from error
                 # Without the frames it came through, which hold on to a whole batch.
                 error.__cause__ = error.__context__ = None
                 self.vmap_error = error.with_traceback(None)
-        return self._loop(module, layout)
+        return _loop(call.module, layout)
+
+    def reduction(self, call: LossCall, index: int, values: Tensor, output: Tensor) -> Reduction:
+        """Whether the ``index``-th output of a call is sum or mean of its samples' losses ``values``, (N,).
+
+        Raises:
+            ValueError: It is neither.
+        """
+        if index in self._confirmed or (call.size == 1 and index in self._reductions):
+            return self._reductions[index]
+        values, returned = values.detach(), output.detach().reshape(())
+        if call.size == 1:
+            # Nothing to tell from one sample: so the sample twice.
+            layout = self._layout(call)
+            twice = [torch.cat([row, row]) if isinstance(row, Tensor) else [*row, *row] for row in layout.rows]
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                returned = _run(shadow(call.module), layout, twice, 2)[index]
+            values = torch.cat([values, values])
+        found = compare(values, returned, HALF if call.half else STRICT)
+        if found is Reduction.NEITHER:
+            raise ValueError(
+                f'on a batch of {values.numel()} it is {returned.item():.6g}, but its samples alone give a sum of '
+                f'{values.sum().item():.6g} and a mean of {values.mean().item():.6g}: it is neither'
+            )
+        if found is None:  # all zero, or overflown
+            return self._reductions.get(index, Reduction.MEAN)
+        self._reductions[index] = found
+        if call.size > 1:
+            self._confirmed.add(index)
+        return found
+
+    def _layout(self, call: LossCall) -> Layout:
+        """Take the arguments of a call apart."""
+        size, args, kwargs = call.size, call.args, call.kwargs
+        first = first_tensor((args, kwargs))
+        if first is None or first.shape[0] != size:
+            shape = None if first is None else tuple(first.shape)
+            raise ValueError(f'its input of shape {shape} does not have one row for each of {size} samples')
+        if self._names is not None:
+            # By name: the average over a batch of one divides by 1, whatever place the number was given in.
+            args, kwargs = (), {**dict(zip(self._names, args, strict=False)), **kwargs}
+            average = kwargs.get('avg_factor')
+            if average is not None and float(average) != size:
+                raise ValueError(f'avg_factor={float(average):g} is not the number of samples, {size}')
+        layout = Layout(size, self._shared, self._by_sample)
+        # Each argument by itself: as many arguments as samples are no list of samples.
+        layout.template = (
+            tuple(layout.split(value, f'args.{number}') for number, value in enumerate(args)),
+            {name: layout.split(value, f'kwargs.{name}') for name, value in kwargs.items()},
+        )
+        return layout
+
+    def _is_right(self, values: Tensor, module: nn.Module, layout: Layout) -> bool:
+        """Compare the first samples with the module itself: other versions of it may compute something else."""
+        with torch.no_grad():
+            alone = _loop(module, layout, most=4)[0]
+        first = values.detach()[: len(alone)].to(alone)
+        self._form_is_right = torch.allclose(first, alone, rtol=1e-3, atol=ROUNDING, equal_nan=True)
+        self.form = self.form if self._form_is_right else None
+        return self._form_is_right
 
     def _vectorised(self, module: nn.Module, layout: Layout) -> list[Tensor]:
-        rows = [_at_least_float32(row) for row in layout.rows] if self._upcast else layout.rows
         # A buffer that one sample's call changed belongs to vmap from then on, hence a copy.
-        values = list(torch.func.vmap(_batch_of_one(shadow(module), layout), randomness='error')(*rows))
+        twin = shadow(module)
+
+        def one(*rows: Tensor) -> tuple[Tensor, ...]:
+            return tuple(_run(twin, layout, [row.unsqueeze(0) for row in rows], 1))
+
+        rows: list[Any] = layout.rows
+        if self._upcast:
+            rows = [row.float() if row.is_floating_point() and row.dtype.itemsize == 2 else row for row in rows]
+        values = list(torch.func.vmap(one, randomness='error')(*rows))
         if not self._upcast and any(value.dtype.itemsize == 2 for value in values):
             # Under vmap autocast misses operations that are made of others, such as cross entropy, which it would
             # compute in float32.
@@ -86,83 +188,20 @@ class Evaluator:
             return self._vectorised(module, layout)
         return values
 
-    def _loop(self, module: nn.Module, layout: Layout) -> list[Tensor]:
-        samples = [run(shadow(module), layout, layout.sample(i), 1) for i in range(layout.size)]
-        return [torch.stack(values) for values in zip(*samples, strict=True)]
 
-
-@contextmanager
-def same_random_state() -> Iterator[None]:
-    """Leave the CPU's random numbers as they were: vmap refuses losses that draw some, the loop runs them."""
+def _loop(module: nn.Module, layout: Layout, most: int = sys.maxsize) -> list[Tensor]:
+    """The losses of the samples, one by one; the CPU's random numbers stay as they were."""
     with torch.random.fork_rng(devices=[]):
-        yield
+        samples = [_run(shadow(module), layout, layout.sample(i), 1) for i in range(min(layout.size, most))]
+    return [torch.stack(values) for values in zip(*samples, strict=True)]
 
 
-def run(module: nn.Module, layout: Layout, rows: list[Any], count: int) -> list[Tensor]:
-    """Call ``module`` on the ``count`` samples in ``rows``.
-
-    Returns:
-        A tensor () for every tensor in the output.
-
-    Raises:
-        ValueError: The output has several numbers.
-    """
+def _run(module: nn.Module, layout: Layout, rows: Sequence[Any], count: int) -> list[Tensor]:
+    """Call ``module`` on the ``count`` samples in ``rows``; gives a tensor () for every tensor in the output."""
     args, kwargs = fill(layout.template, rows)
     if kwargs.get('avg_factor') is not None:
-        kwargs = {**kwargs, 'avg_factor': count}  # of the batch, it is the batch size; facts.py makes sure
+        kwargs = {**kwargs, 'avg_factor': count}  # of the batch, it is the batch size: _layout makes sure
     outputs = tensors_of(module(*args, **kwargs))[1]
     if any(output.numel() != 1 for output in outputs):
         raise ValueError(f'for one sample it gives {[tuple(o.shape) for o in outputs]} instead of one number')
     return [output.reshape(()) for output in outputs]
-
-
-def _at_least_float32(row: Any) -> Any:
-    half = isinstance(row, Tensor) and row.is_floating_point() and row.dtype.itemsize == 2
-    return row.float() if half else row
-
-
-def _batch_of_one(module: nn.Module, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
-    def one(*rows: Tensor) -> tuple[Tensor, ...]:
-        return tuple(run(module, layout, [row.unsqueeze(0) for row in rows], 1))
-
-    return one
-
-
-def _analytic(module: nn.Module) -> Callable[..., Tensor] | None:
-    # Exactly these classes: a subclass may compute something else.
-    if type(module).__module__.startswith('mmpose.models.losses.'):
-        return _ANALYTIC.get(type(module).__name__)
-    return None
-
-
-def _kl_discret(module: Any, pred_simcc: Any, gt_simcc: Any, target_weight: Tensor | None) -> Tensor:
-    """MMPose's ``KLDiscretLoss``, summed over the keypoints of each sample instead of over all."""
-    count, keypoints, _ = pred_simcc[0].shape
-    losses: Any = 0
-    for prediction, target in zip(pred_simcc, gt_simcc):  # noqa: B905 (as the loss itself: a third axis is left out)
-        loss = module.criterion(prediction.flatten(0, 1), target.flatten(0, 1)).reshape(count, keypoints)
-        if module.use_target_weight:
-            assert target_weight is not None
-            loss = loss * target_weight.reshape(count, keypoints)
-        if module.mask is not None:
-            scale = loss.new_ones(keypoints)
-            scale[module.mask] = module.mask_weight
-            loss = loss * scale
-        losses = losses + loss.sum(1)
-    return losses / keypoints  # type: ignore[no-any-return]
-
-
-def _keypoint_mse(
-    module: Any, output: Tensor, target: Tensor, target_weights: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """MMPose's ``KeypointMSELoss``, averaged over each sample's heatmaps instead of over all."""
-    squares = F.mse_loss(output, target, reduction='none')
-    if mask is None and not module.skip_empty_channel and (target_weights is None or target_weights.ndim == 2):
-        losses = squares.flatten(2).mean(2)  # one number a keypoint before the weights: one pass over the heatmaps
-        weighted = losses if target_weights is None else losses * target_weights
-        return weighted.mean(1) * module.loss_weight  # type: ignore[no-any-return]
-    weight = module._get_mask(target, target_weights, mask)
-    return (squares * weight).flatten(1).mean(1) * module.loss_weight  # type: ignore[no-any-return]
-
-
-_ANALYTIC: dict[str, Callable[..., Tensor]] = {'KLDiscretLoss': _kl_discret, 'KeypointMSELoss': _keypoint_mse}

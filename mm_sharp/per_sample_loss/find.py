@@ -1,10 +1,10 @@
-"""Where a model keeps its loss modules, and what is known of heads that treat their losses specially (ours)."""
+"""Where a model keeps its loss modules, and what is known of heads that treat their losses specially."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from operator import is_
+from functools import cached_property
 from typing import Any
 
 from mmengine.logging import MessageHub
@@ -52,7 +52,7 @@ class LossModule:
     owner: nn.Module
     path: str
 
-    @property
+    @cached_property
     def name(self) -> str:
         """For messages: owner, path and class."""
         return f"{type(self.owner).__name__}'s {self.path} ({type(self.module).__name__})"
@@ -113,22 +113,19 @@ class Structure:
     def __init__(self, model: nn.Module, losses: Iterable[LossModule]) -> None:
         # Only torch's own modules that have no children are sure not to be given a loss.
         holders = [m for m in model.modules() if m._modules or not type(m).__module__.startswith('torch.nn.')]
-        self._children = [(module, tuple(module._modules.values())) for module in holders]
+        self._children = [module._modules for module in holders]
         owners = {id(loss.owner): loss.owner for loss in losses}.values()
         plain = [(owner, name) for owner in owners for name, value in _plain_containers(owner) if _modules_in(value)]
-        self._plain = [(owner, name, _modules_in(vars(owner)[name])) for owner, name in plain]
+        self._plain = plain
+        self._seen = self._look()
 
     def is_unchanged(self) -> bool:
         """Whether the model still has them, and no others: in microseconds, so that every step can ask."""
-        return all(same_modules(seen, module._modules.values()) for module, seen in self._children) and all(
-            same_modules(seen, _modules_in(vars(owner).get(name))) for owner, name, seen in self._plain
-        )
+        return self._look() == self._seen
 
-
-def same_modules(left: Iterable[nn.Module | None], right: Iterable[nn.Module | None]) -> bool:
-    """Whether both are the same objects."""
-    left, right = tuple(left), tuple(right)
-    return len(left) == len(right) and all(map(is_, left, right))
+    def _look(self) -> list[Any]:
+        plain = [_modules_in(vars(owner).get(name)) for owner, name in self._plain]
+        return [[*children.values()] for children in self._children] + plain
 
 
 def _has_a_losses_name(name: str) -> bool:

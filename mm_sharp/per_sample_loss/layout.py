@@ -1,4 +1,4 @@
-"""Which arguments of a loss have a row for every sample, and the arguments of one sample (ours)."""
+"""Which arguments of a loss have a row for every sample, and the arguments of one sample."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Layout:
     def split(self, value: Any, path: str = '') -> Any:
         """``value`` with a :class:`Slot` in the place of everything batched, which goes to :attr:`rows`."""
         if isinstance(value, Tensor):
-            batched = value.ndim > 0 and value.shape[0] == self.size
+            batched = self._has_batch(value)
             if self.size > 1 and not batched:
                 self.shared.add(path)  # a single sample shows nothing: its masks may have one row for all
             return self._slot(value) if batched and path not in self.shared else value
@@ -54,11 +54,6 @@ class Layout:
         if isinstance(value, dict):
             return {key: self.split(item, f'{path}.{key}') for key, item in value.items()}
         return value
-
-    @property
-    def all_tensors(self) -> bool:
-        """Whether everything batched is a tensor."""
-        return all(isinstance(row, Tensor) for row in self.rows)
 
     def sample(self, number: int) -> list[Any]:
         """The rows of sample ``number`` as a batch of one."""
@@ -109,12 +104,12 @@ def tensors_of(value: Any) -> tuple[Any, list[Tensor]]:
     return visit(value), found
 
 
-def slots_of(template: Any) -> list[int]:
-    """The numbers of the slots in (a part of) a template."""
-    if isinstance(template, Slot):
-        return [template.index]
-    parts = template.values() if isinstance(template, dict) else template
-    return [number for part in parts for number in slots_of(part)] if type(template) in (list, tuple, dict) else []
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor with rows in nested containers."""
+    if isinstance(value, Tensor):
+        return value if value.ndim > 0 else None
+    parts = value.values() if isinstance(value, dict) else value if type(value) in (list, tuple) else ()
+    return next((tensor for part in parts if (tensor := first_tensor(part)) is not None), None)
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -134,7 +129,6 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     for value in values:
         if type(value) in (list, tuple) and len(value) > 0 and not isinstance(value[0], (Number, str)):
             return len(value)  # images of different sizes, or data samples
-        for tensor in tensors_of(value)[1]:
-            if tensor.ndim > 0:
-                return tensor.shape[0]
+        if (tensor := first_tensor(value)) is not None:
+            return tensor.shape[0]
     return None

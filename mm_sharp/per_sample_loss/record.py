@@ -1,4 +1,4 @@
-"""What one forward pass gave (ours)."""
+"""What one forward pass gave."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from mm_sharp.ops.host_copy import HostCopy, host_waits
-from mm_sharp.per_sample_loss.facts import HALF, STRICT
 from mm_sharp.per_sample_loss.find import NAMING_RULE, PerSampleLossError
-from mm_sharp.per_sample_loss.reduction import ROUNDING, Reduction
+from mm_sharp.per_sample_loss.reduction import HALF, ROUNDING, STRICT, Reduction
 
 LOOSE = 1e-3
 
@@ -35,10 +34,9 @@ class LossTerm:
     combined: Tensor
     replaced: Tensor | None = None
 
-    def scale(self) -> Tensor:
-        """The size of what is added up, (): sums that cancel are no more exact than that."""
-        sizes = self.values.abs()
-        return sizes.sum() if self.reduction is Reduction.SUM else sizes.mean()
+    def scale(self) -> float:
+        """The size of what is added up: sums that cancel are no more exact than that."""
+        return self.reduction.combine(self.values.abs()).item()
 
 
 @dataclass
@@ -58,11 +56,11 @@ class Checks:
             PerSampleLossError: They differ.
         """
         tolerance = HALF if record.half else LOOSE if self.passed_once else STRICT
-        figures = record.figures(total)
-        if not (self.passed_once and host_waits(total.device)):
-            self.passed_once |= record.judge(figures.tolist(), tolerance)
+        pairs = record.pairs(total)
+        if self.passed_once and host_waits(total.device):
+            self._under_way.append((record, HostCopy(pairs), tolerance))
         else:
-            self._under_way.append((record, HostCopy(figures), tolerance))
+            self.passed_once |= record.judge(pairs.tolist(), tolerance)
 
     def settle(self) -> None:
         """Say what the comparisons have shown that are not said yet; waits for them.
@@ -70,9 +68,10 @@ class Checks:
         Raises:
             PerSampleLossError: One of them has shown a difference.
         """
-        under_way, self._under_way = self._under_way, []
-        for record, copy, tolerance in under_way:
-            record.judge(copy.numpy().tolist(), tolerance)
+        if self._under_way:
+            under_way, self._under_way = self._under_way, []
+            for record, copy, tolerance in under_way:
+                record.judge(copy.numpy().tolist(), tolerance)
 
 
 @dataclass
@@ -144,48 +143,47 @@ class LossRecord:
             raise ValueError(f'{self.owner} has no one factor for a subset ({kinds}): use record(full_size={of})')
         return self.reduction.subset_factor(kept, of)
 
-    def figures(self, total: Tensor) -> Tensor:
-        """What is to be compared: rows of a value, the value that it must be, and their scale, float64.
-
-        First the sum over all terms and ``total``; then, for every term that was replaced, what its samples give
-        without their weights, and what the loss module returned.
+    def pairs(self, total: Tensor) -> Tensor:
+        """Values and what they must be, in turn: the sum over all terms, and ``total``; then, for every term that was
+        replaced, what its samples give without their weights, and what the loss module returned.
         """
-        scales = [term.scale() for term in self.terms]
-        rows = [_added([term.combined for term in self.terms]), total, _added(scales)]
-        for term, scale in zip(self.terms, scales, strict=True):
+        pairs = [_added([term.combined for term in self.terms]), total]
+        for term in self.terms:
             if term.replaced is not None:
-                rows += [term.reduction.combine(term.values), term.replaced, scale]
-        return torch.stack([figure.to(total.device, torch.float64) for figure in rows]).view(-1, 3)
+                pairs += [term.reduction.combine(term.values), term.replaced]
+        return torch.stack([value.to(total.device, torch.float32) for value in pairs])
 
-    def judge(self, figures: Sequence[Sequence[float]], tolerance: float) -> bool:
-        """Compare what :meth:`figures` gave; returns whether there was anything to compare with.
+    def judge(self, pairs: Sequence[float], tolerance: float) -> bool:
+        """Compare what :meth:`pairs` gave; returns whether there was anything to compare with.
 
         Raises:
             PerSampleLossError: A value differs by more than the relative ``tolerance``.
         """
         replaced = [term for term in self.terms if term.replaced is not None]
-        for term, figure in zip(replaced, figures[1:], strict=True):
-            if _differ(figure, tolerance):
+        for term, value, expected in zip(replaced, pairs[2::2], pairs[3::2], strict=True):
+            if _differ(value, expected, tolerance, [term]):
                 raise PerSampleLossError(
-                    f'{term.name}: on a batch of {term.values.numel()} it is {figure[1]:.6g}, but the '
-                    f'{term.reduction.value} of its samples alone is {figure[0]:.6g}: it is neither the sum nor the '
+                    f'{term.name}: on a batch of {term.values.numel()} it is {expected:.6g}, but the '
+                    f'{term.reduction.value} of its samples alone is {value:.6g}: it is neither the sum nor the '
                     'mean of its samples.'
                 )
-        if _differ(figures[0], tolerance):
+        value, expected = pairs[:2]
+        if _differ(value, expected, tolerance, self.terms):
             names = '; '.join(f'{term.name} = {term.combined.item():.6g}' for term in self.terms)
             raise PerSampleLossError(
-                f'{self.owner}: its loss modules give {figures[0][0]:.6g} ({names}), but its total loss is '
-                f'{figures[0][1]:.6g}. Either one of them is neither the sum nor the mean of its samples, or something '
-                "scales, drops or adds a loss outside of them: a weight belongs into the loss's own config "
-                f'(loss_weight=...), and a further term into a loss module ({NAMING_RULE}).'
+                f'{self.owner}: its loss modules give {value:.6g} ({names}), but its total loss is {expected:.6g}. '
+                'Either one of them is neither the sum nor the mean of its samples, or something scales, drops or adds '
+                "a loss outside of them: a weight belongs into the loss's own config (loss_weight=...), and a further "
+                f'term into a loss module ({NAMING_RULE}).'
             )
-        return math.isfinite(figures[0][1])
+        return math.isfinite(expected)
 
 
-def _differ(figures: Sequence[float], tolerance: float) -> bool:
-    value, expected, scale = figures
+def _differ(value: float, expected: float, tolerance: float, terms: Sequence[LossTerm]) -> bool:
     # An overflow in 16 bits is no reason to stop; one sample's nan in a finite loss (ignored labels) is.
-    return math.isfinite(expected) and not abs(value - expected) <= tolerance * max(abs(expected), scale) + ROUNDING
+    if not math.isfinite(expected) or abs(value - expected) <= tolerance * abs(expected) + ROUNDING:
+        return False
+    return not abs(value - expected) <= tolerance * sum(term.scale() for term in terms) + ROUNDING
 
 
 def _added(tensors: Sequence[Tensor]) -> Tensor:

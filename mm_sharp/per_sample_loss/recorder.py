@@ -1,19 +1,19 @@
-"""The hooks that record every sample's loss while a model computes its batch's (ours)."""
+"""The hooks that record every sample's loss while a model computes its batch's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mm_sharp.ops.model_call import unwrap
-from mm_sharp.per_sample_loss.evaluate import same_random_state, shadow
-from mm_sharp.per_sample_loss.facts import LossFacts, autocast_on, first_tensor
+from mm_sharp.per_sample_loss.evaluate import Evaluator, LossCall, shadow
 from mm_sharp.per_sample_loss.find import LossModule, PerSampleLossError, Structure, find_losses
-from mm_sharp.per_sample_loss.layout import batch_size, fill, slots_of, tensors_of
+from mm_sharp.per_sample_loss.layout import batch_size, fill, first_tensor, tensors_of
 from mm_sharp.per_sample_loss.record import Checks, LossRecord, LossTerm
 from mm_sharp.per_sample_loss.reduction import Reduction
 
@@ -35,7 +35,7 @@ class PerSampleLoss:
     def __init__(self, model: nn.Module, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.model = unwrap(model)
         self.around = around
-        self._facts: dict[int, LossFacts] = {}
+        self._evaluators: dict[int, Evaluator] = {}
         self._checks = Checks()
         self._find()
 
@@ -61,19 +61,20 @@ class PerSampleLoss:
     def _find(self) -> bool:
         self.losses = find_losses(self.model)
         self._structure = Structure(self.model, self.losses)
-        facts = {}
+        evaluators = {}
         for loss in self.losses:
-            known = self._facts.get(id(loss.module))
-            facts[id(loss.module)] = known if known and known.hold_for(loss.module) else LossFacts(loss.module)
-        if changed := facts != self._facts:
+            known = self._evaluators.get(id(loss.module))
+            same = known is not None and known.parts == tuple(loss.module.modules())
+            evaluators[id(loss.module)] = known if same else Evaluator(loss.module)
+        if changed := evaluators != self._evaluators:
             self._checks.passed_once = False  # those under way stay
-        self._facts = facts
+        self._evaluators = evaluators
         return changed
 
     @property
     def looped(self) -> dict[str, Exception]:
         """The loss modules that are evaluated in a loop because ``torch.func.vmap`` failed, and its error."""
-        errors = {loss.name: self._facts[id(loss.module)].evaluator.vmap_error for loss in self.losses}
+        errors = {loss.name: self._evaluators[id(loss.module)].vmap_error for loss in self.losses}
         return {name: error for name, error in errors.items() if error is not None}
 
     @contextmanager
@@ -95,16 +96,19 @@ class PerSampleLoss:
         """
         self.look_again()
         record = LossRecord(type(self.model).__name__, checks=self._checks, weights=weights, full_size=full_size)
-        hooks = _Hooks(self.model, self._facts, record, self.around)
-        handles = []
-        try:
-            handles.append(self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
+        hooks = _Hooks(self.model, record, self.around)
+        handles = [
+            self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True),
             # First of the model's hooks: others are to see the losses that it returns.
-            handles.append(self.model.register_forward_hook(hooks.after_model, prepend=True, always_call=True))
-            for loss in self.losses:
+            self.model.register_forward_hook(hooks.after_model, prepend=True, always_call=True),
+        ]
+        for loss in self.losses:
+            evaluator = self._evaluators[id(loss.module)]
+            if evaluator.form is None:
                 handles.append(loss.module.register_forward_pre_hook(hooks.before_loss, with_kwargs=True))
-                after = hooks.after_loss(loss)
-                handles.append(loss.module.register_forward_hook(after, with_kwargs=True))
+            after = partial(hooks.after_loss, loss, evaluator)
+            handles.append(loss.module.register_forward_hook(after, with_kwargs=True))
+        try:
             yield record
         finally:
             for handle in handles:
@@ -115,32 +119,19 @@ class _Hooks:
     """The hooks of one forward pass."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        facts: dict[int, LossFacts],
-        record: LossRecord,
-        around: Callable[[], AbstractContextManager[Any]],
+        self, model: nn.Module, record: LossRecord, around: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        self.model, self.facts, self.record, self.around = model, facts, record, around
-        # Loss modules that are running, their shadows, and the versions of the tensors they were called with.
-        self.open: list[tuple[nn.Module, nn.Module, list[int]]] = []
+        self.model, self.record, self.around = model, record, around
+        # The loss module that is running, its shadow, and the tensors it was called with, with their versions.
+        self.open: tuple[nn.Module, nn.Module, list[tuple[Tensor, int]]] | None = None
         self.long_outputs = False  # whether a loss module gave a tensor with a dimension
         self.depth = 0  # of the calls of a model that calls itself
-
-    @property
-    def weights(self) -> Tensor | None:
-        return self.record.weights
-
-    @property
-    def full_size(self) -> int | None:
-        return self.record.full_size
 
     def before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.depth += 1
         if self.depth > 1:
             return
-        self.open.clear()
-        self.long_outputs = False
+        self.open, self.long_outputs = None, False
         self.record.terms.clear()
         self.record.size = None
         size = batch_size(args, kwargs)
@@ -150,48 +141,57 @@ class _Hooks:
     def before_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The copy is made now, because the module may count the call that is about to happen. A loss that runs inside
         # another one is part of it.
-        if not self.open:
+        if self.open is None:
             with self.around():
-                self.open.append((module, shadow(module), _versions(args, kwargs)))
+                tensors = tensors_of((args, kwargs))[1]
+                self.open = module, shadow(module), [(tensor, _version(tensor)) for tensor in tensors]
 
-    def after_loss(self, loss: LossModule) -> Any:
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not self.open or self.open[-1][0] is not module:
-                return None
-            _, twin, versions = self.open[-1]
-            try:
-                if versions != _versions(args, kwargs):
-                    raise ValueError('it changes its arguments in place, so that it cannot be evaluated a second time')
-                with self.around():
-                    return self._record_call(loss, twin, args, kwargs, output)
-            except Exception as error:  # whatever a loss of anyone's raises on a batch of one
-                raise PerSampleLossError(f'{loss.name}: {error}.') from error
-            finally:
-                self.open.pop()  # only now: what the evaluation calls is part of it
-
-        return after
+    def after_loss(
+        self,
+        loss: LossModule,
+        evaluator: Evaluator,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        # A loss that has a form leaves itself and its arguments as they are.
+        opened, twin, tensors = self.open or (module, module, ())
+        if opened is not module:
+            return None
+        try:
+            if any(_version(tensor) != version for tensor, version in tensors):
+                raise ValueError('it changes its arguments in place, so that it cannot be evaluated a second time')
+            with self.around():
+                return self._record_call(loss, evaluator, twin, args, kwargs, output)
+        except Exception as error:  # whatever a loss of anyone's raises on a batch of one
+            raise PerSampleLossError(f'{loss.name}: {error}.') from error
+        finally:
+            self.open = None  # only now: what the evaluation calls is part of it
 
     def after_model(self, _: nn.Module, args: Any, output: Any) -> Any:
         """Take the losses of shape (N,) that a model returns as they are."""
         self.depth -= 1
-        size = self.record.size
-        if self.depth or size is None or (size == 1 and self.long_outputs):
-            return None  # one sample: what looks like (N,) may be a hooked loss with one dimension more
-        template, tensors = tensors_of({'loss': output} if isinstance(output, Tensor) else output)
-        if not isinstance(template, dict):
+        losses = {'loss': output} if isinstance(output, Tensor) else output
+        if self.depth or self.record.size is None or not isinstance(losses, dict):
             return None
-        replaced = list(tensors)
-        for name, part in template.items():
-            for slot in slots_of(part) if 'loss' in name else []:
-                value = tensors[slot]
-                if value.shape == (size,):
-                    replaced[slot] = self._add(f"{self.record.owner}'s {name}", value, Reduction.MEAN, 1.0, value)
-        if self.weights is None or all(new is old for new, old in zip(replaced, tensors, strict=True)):
+        if self.record.size == 1 and self.long_outputs:
+            return None  # what looks like (N,) may be a hooked loss with one dimension more
+        replaced = {name: self._returned(name, value) if 'loss' in name else value for name, value in losses.items()}
+        if self.record.weights is None:
             return None
-        return replaced[0] if isinstance(output, Tensor) else fill(template, replaced)
+        return replaced['loss'] if isinstance(output, Tensor) else replaced
+
+    def _returned(self, name: str, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.shape == (self.record.size,):
+            name = f"{self.record.owner}'s {name}"
+            return self._add(name, value.clone(), Reduction.MEAN, 1.0, value)  # in memory of its own
+        if type(value) in (list, tuple):
+            return type(value)(self._returned(name, item) for item in value)
+        return value
 
     def _set_size(self, size: int) -> None:
-        weights, full_size = self.weights, self.full_size
+        weights, full_size = self.record.weights, self.record.full_size
         if weights is not None and weights.shape != (size,):
             raise ValueError(f'weights of shape {tuple(weights.shape)} do not fit the batch: it must be ({size},)')
         if full_size is not None and full_size < size:
@@ -199,60 +199,71 @@ class _Hooks:
         self.record.size = size
 
     def _record_call(
-        self, loss: LossModule, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self,
+        loss: LossModule,
+        evaluator: Evaluator,
+        twin: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> Any:
+        record = self.record
         template, outputs = tensors_of(output)
-        if not outputs or not any(value.is_floating_point() for value in outputs):
+        if not any(value.is_floating_point() for value in outputs):
             return None  # such as a loss that is not switched on yet
         self.long_outputs |= any(value.ndim > 0 for value in outputs)
-        facts = self.facts[id(loss.module)]
-        if self.record.size is None and (first := first_tensor(args, kwargs)) is not None:
+        if record.size is None and (first := first_tensor((args, kwargs))) is not None:
             self._set_size(first.shape[0])  # the loss is called outside of the model's own forward
-        size = self.record.size
+        size = record.size
         if size is None:
             raise ValueError('none of its arguments is a batch')
         if any(value.ndim > 0 and value.shape[0] == size > 1 for value in outputs):
             return None  # reduction='none': the model goes on with it, and may return it as it is
-        if facts.known is Reduction.NEITHER:
+        if evaluator.is_neither:
             raise ValueError(
                 'it divides by a count over the whole batch, or compares samples with each other, so that it is '
                 'neither the sum nor the mean of its samples'
             )
-        layout = facts.layout(size, args, kwargs)
-        self.record.half |= autocast_on(outputs[0].device) or outputs[0].dtype.itemsize == 2
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights is not None), same_random_state():
-            samples = facts.evaluator(twin, layout)
+        record.half |= _autocast_on(outputs[0].device) or outputs[0].dtype.itemsize == 2
+        call = LossCall(twin, size, args, kwargs, record.half)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and record.weights is not None):
+            samples = evaluator.losses(call)
         if len(samples) != len(outputs) or any(values.shape != (size,) for values in samples):
             raise ValueError(f'for one sample it gives {len(samples)} losses, for the batch {len(outputs)}')
         for index, values in enumerate(samples):
-            returned = outputs[index].detach().reshape(())
-            reduction = facts.reduction(twin, layout, index, values.detach(), returned, self.record.half)
+            reduction = evaluator.reduction(call, index, values, outputs[index])
             factor = loss.outside_factor(self.model, index)
+            returned = outputs[index].detach().float().reshape(())
             outputs[index] = self._add(loss.name, values, reduction, factor, outputs[index])
-            if self.weights is not None:
-                self.record.terms[-1].replaced = returned.float() * factor
-        return fill(template, outputs) if self.weights is not None or self.full_size is not None else None
+            if record.weights is not None:
+                record.terms[-1].replaced = returned * factor
+        return fill(template, outputs) if record.weights is not None or record.full_size is not None else None
 
     def _add(self, name: str, values: Tensor, reduction: Reduction, factor: float, output: Tensor) -> Tensor:
-        """Record a term.
-
-        Returns:
-            What the loss is to return in place of ``output``: the same, if nothing is weighted.
-        """
-        weights, full_size = self.weights, self.full_size
-        detached = values.detach().float()
-        combined = reduction.combine(detached, weights, full_size)
-        # The products are new tensors: heads add later stages' losses into the first one's.
-        self.record.terms.append(LossTerm(name, detached * factor, reduction, combined * factor))
+        """Record a term; gives what the loss is to return in place of ``output``."""
+        weights, full_size = self.record.weights, self.record.full_size
+        values = values if weights is not None else values.detach()
+        values = values.float() if values.dtype.itemsize == 2 else values  # sums in 16 bits would be rounded
+        combined = reduction.combine(values, weights, full_size)
+        # Products are new tensors: heads add later stages' losses into the first one's.
+        own = [values.detach().float() * factor, combined.detach().float() * factor]
+        self.record.terms.append(LossTerm(name, own[0], reduction, own[1]))
         if weights is not None:
             if output.numel() == values.numel() > 1:
                 return (values * weights.to(values) * values.numel()).to(output.dtype)  # its mean is sum_i w_i l_i
-            return reduction.combine(values, weights, full_size).to(output.dtype).reshape(output.shape)
+            return combined.to(output.dtype).reshape(output.shape)
         if full_size is not None and reduction is Reduction.SUM:
             return output * reduction.subset_factor(values.numel(), full_size)
         return output
 
 
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """How often each tensor among the arguments was changed in place."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors_of((args, kwargs))[1]]
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _autocast_on(device: torch.device) -> bool:
+    try:
+        return torch.is_autocast_enabled(device.type)
+    except TypeError:  # torch < 2.4
+        return torch.is_autocast_cpu_enabled() if device.type == 'cpu' else torch.is_autocast_enabled()

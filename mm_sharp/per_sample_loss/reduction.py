@@ -1,14 +1,15 @@
-"""Whether a batch's loss is the sum of its samples' losses, their mean, or neither (ours)."""
+"""Whether a batch's loss is the sum of its samples' losses, their mean, or neither."""
 
 from __future__ import annotations
 
+import math
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 ROUNDING = 1e-8  # of a loss that is zero
+STRICT, HALF = 1e-5, 2e-2  # relative differences allowed between float32 losses, and under autocast to 16 bits
 
 
 class Reduction(Enum):
@@ -42,7 +43,6 @@ class Reduction(Enum):
                 probabilities pi_i, which makes the result an unbiased estimate of the module's loss on all N.
             full_size: N, the samples from which these K were drawn; K if None.
         """
-        values = values.float() if values.dtype.itemsize == 2 else values  # sums in 16 bits would be rounded
         count = values.numel()
         full_size = count if full_size is None else full_size
         if weights is None:
@@ -51,26 +51,15 @@ class Reduction(Enum):
         return total if self is Reduction.MEAN else total * full_size
 
 
-def known_reduction(module: nn.Module) -> Reduction | None:
-    """What is known of a loss without evaluating it.
+def is_neither(module: nn.Module) -> bool:
+    """Whether a loss divides by a count over the batch, or compares samples with each other.
 
-    Returns:
-        NEITHER for losses that divide by a count over the batch or compare samples with each other; on a batch where
-        the counts are equal they look like a mean. Otherwise what the class or its arguments say, or None.
+    On a batch where the counts are equal it looks like a mean, so the comparison cannot tell.
     """
-    if any(_is_neither(member) for member in module.modules()):
-        return Reduction.NEITHER
-    if _is_class(module, 'KLDiscretLoss', 'AssociativeEmbeddingLoss'):
-        return Reduction.SUM
-    reduction: Any = getattr(module, 'reduction', None)
-    if reduction == 'sum' or getattr(module, 'size_average', None) is False:
-        return Reduction.SUM
-    if reduction in ('mean', 'batchmean') or getattr(module, 'size_average', None) is True:
-        return Reduction.MEAN
-    return None
+    return any(map(_is_neither, module.modules()))
 
 
-def compared(values: Tensor, returned: Tensor, tolerance: float) -> Reduction | None:
+def compare(values: Tensor, returned: Tensor, tolerance: float) -> Reduction | None:
     """Compare a batch's loss with its samples' losses.
 
     Args:
@@ -81,17 +70,12 @@ def compared(values: Tensor, returned: Tensor, tolerance: float) -> Reduction | 
     Returns:
         What it is; None where the values cannot tell: all zero, as the batch's loss then is, or not all finite.
     """
-    values, returned = values.double(), returned.double()
-    size = values.abs().sum()
-    sums = torch.stack([values.sum(), values.mean()])
-    scale = torch.stack([size, size / values.numel()])
-    # One transfer for all that is asked.
-    *equal, known = [
-        *((returned - sums).abs() <= tolerance * scale),
-        ((size > 0) | (returned.abs() > ROUNDING)) & size.isfinite() & returned.isfinite(),
-    ]
-    is_sum, is_mean, usable = torch.stack([*equal, known]).tolist()
-    if not usable or (is_sum and is_mean):
+    values, count = values.double(), values.numel()
+    total, size, loss = torch.stack([values.sum(), values.abs().sum(), returned.double()]).tolist()
+    is_sum = abs(loss - total) <= tolerance * size
+    is_mean = abs(loss - total / count) <= tolerance * size / count
+    all_zero = size == 0 and abs(loss) <= ROUNDING
+    if all_zero or not math.isfinite(size + loss) or (is_sum and is_mean):
         return None
     if is_sum:
         return Reduction.SUM
@@ -99,15 +83,12 @@ def compared(values: Tensor, returned: Tensor, tolerance: float) -> Reduction | 
 
 
 def _is_neither(module: nn.Module) -> bool:
-    if _is_class(module, 'BoneLoss', 'FocalHeatmapLoss', 'SemiSupervisionLoss', 'InfoNCELoss'):
+    # MMPose's classes, and those derived from them.
+    names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith('mmpose.')}
+    if names & {'BoneLoss', 'FocalHeatmapLoss', 'SemiSupervisionLoss', 'InfoNCELoss'}:
         return True
-    if _is_class(module, 'SoftWeightSmoothL1Loss'):
+    if 'SoftWeightSmoothL1Loss' in names:
         return bool(module.use_target_weight) and not module.supervise_empty
     if isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss)):
         return module.weight is not None and module.reduction == 'mean'
     return False
-
-
-def _is_class(module: nn.Module, *names: str) -> bool:
-    """Whether ``module`` is of one of MMPose's classes, or of one derived from them."""
-    return any(cls.__name__ in names and cls.__module__.startswith('mmpose.') for cls in type(module).__mro__)
