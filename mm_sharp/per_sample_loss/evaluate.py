@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import sys
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mm_sharp.per_sample_loss.find import is_neither
 from mm_sharp.per_sample_loss.forms import form_of
 from mm_sharp.per_sample_loss.layout import Layout, fill, first_tensor, tensors_of
-from mm_sharp.per_sample_loss.reduction import HALF, ROUNDING, STRICT, Reduction, compare, is_neither
+from mm_sharp.per_sample_loss.record import ROUNDING, Reduction
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 def shadow(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` to be called without a trace: the same parameters, copies of buffers, no hooks.
+    """A copy of a loss to be called without a trace, since some count their calls, or keep averages.
 
-    Losses may count their calls (``SemiSupervisionLoss``) or keep averages. Attributes other than parameters, buffers
-    and submodules are shared: what a loss changes inside a list of its own is seen.
+    It has the same parameters, copies of buffers and no hooks. What a loss changes inside a list of its own is seen.
     """
     twin = type(module).__new__(type(module))
     state = dict(vars(module))
@@ -36,113 +35,78 @@ def shadow(module: nn.Module) -> nn.Module:
     return twin
 
 
-@dataclass
-class LossCall:
-    """A call of a loss module.
-
-    Args:
-        module: The loss as it was before the call: a :func:`shadow`, or the module itself where it has a form.
-        size: Samples in the batch, N.
-        args: What it was called with.
-        kwargs: The same.
-        half: Whether there is autocast to 16 bits.
-    """
-
-    module: nn.Module
-    size: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    half: bool
-
-
 class Evaluator:
-    """Evaluates one loss module on batches of one, in the fastest way that works for it.
+    """Evaluates one loss module on batches of one, in the fastest way that works, and remembers what calls have shown.
 
-    Nothing here waits for an accelerator once every output of the loss was compared on a batch of several samples.
-
-    Attributes:
-        parts: The modules that the loss is made of.
-        form: Gives the losses of all samples at once, for well-known losses; None once it was found to be wrong.
-        vmap_error: What ``torch.func.vmap`` failed with, once it did; from then on there is a loop over the samples.
+    Nothing here waits for an accelerator once it is known what each output of the loss is of its samples' losses.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.parts = tuple(module.modules())
-        self.form = form_of(module)
-        self.vmap_error: Exception | None = None
-        self.is_neither = is_neither(module)
-        self._form_is_right = False
-        self._upcast = False
+        self.form = form_of(module)  # None from the moment that it was found to be wrong
+        self.is_looped = False  # whether torch.func.vmap failed: from then on there is a loop over the samples
+        self._form_is_right = self._upcast = False
+        self._is_neither = is_neither(module)
         self._by_sample = type(module).__name__ == 'AssociativeEmbeddingLoss'
         self._shared: set[str] = set()
         self._reductions: dict[int, Reduction] = {}  # of each output
-        self._confirmed: set[int] = set()  # outputs that were compared on more than one sample
         names = list(inspect.signature(module.forward).parameters)
         self._names = names if 'avg_factor' in names else None
 
-    def losses(self, call: LossCall) -> list[Tensor]:
-        """The losses of each sample.
+    def __call__(
+        self, module: nn.Module, size: int, args: Any, kwargs: Any, outputs: Sequence[Tensor], tolerance: float
+    ) -> list[tuple[Tensor, Reduction]]:
+        """The losses of the N samples, (N,), for each of the ``outputs`` of a call, and what the output is of them.
 
-        Returns:
-            One tensor (N,) for every tensor in the module's output, in the order of :func:`tensors_of`.
+        ``module`` is a :func:`shadow` made before the call, or the loss itself where it has a form.
 
         Raises:
-            ValueError: The arguments are no batch, or the module draws random numbers, or gives no single number for
-                one sample.
+            ValueError: There are no such losses.
             Exception: Whatever the module raises on a batch of one.
         """
-        values = None if self.form is None else self.form(call.module, *call.args, **call.kwargs)
-        if values is not None and values.shape == (call.size,) and self._form_is_right:
+        if self._is_neither:
+            raise ValueError(
+                'it divides by a count over the whole batch, or compares samples with each other, so that it is '
+                'neither the sum nor the mean of its samples'
+            )
+        samples = self._losses(module, size, args, kwargs)
+        if len(samples) != len(outputs) or any(values.shape != (size,) for values in samples):
+            raise ValueError(f'for one sample it gives {len(samples)} losses, for the batch {len(outputs)}')
+        if len(self._reductions) < len(outputs):
+            seen, returned = samples, outputs
+            if size == 1:  # nothing to tell from one sample: so the sample twice
+                layout = self._layout(size, args, kwargs)
+                twice = [torch.cat([row, row]) if isinstance(row, Tensor) else [*row, *row] for row in layout.rows]
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    returned = _run(shadow(module), layout, twice, 2)
+                seen = [torch.cat([values, values]) for values in samples]
+            for index, (values, output) in enumerate(zip(seen, returned, strict=True)):
+                if index not in self._reductions:
+                    found = _reduction_of(values.detach(), output.detach().reshape(()), tolerance)
+                    self._reductions.update({index: found} if found else {})
+        # A loss that was zero in all samples so far is taken for what the others are.
+        other = next(iter(self._reductions.values()), Reduction.MEAN)
+        return [(values, self._reductions.get(index, other)) for index, values in enumerate(samples)]
+
+    def _losses(self, module: nn.Module, size: int, args: Any, kwargs: Any) -> list[Tensor]:
+        values = None if self.form is None else self.form(module, *args, **kwargs)
+        if values is not None and values.shape == (size,) and self._form_is_right:
             return [values]
-        layout = self._layout(call)
-        if values is not None and self._is_right(values, call.module, layout):
+        layout = self._layout(size, args, kwargs)
+        if values is not None and self._confirm_form(values, module, layout):
             return [values]
-        if self.vmap_error is None and all(isinstance(row, Tensor) for row in layout.rows):
+        if not self.is_looped and all(isinstance(row, Tensor) for row in layout.rows):
             try:
                 with warnings.catch_warnings():
                     # Single operations without a batched form run one by one: slower, and right.
                     warnings.filterwarnings('ignore', message='There is a performance drop')
-                    return self._vectorised(call.module, layout)
-            except Exception as error:
+                    return self._vectorised(module, layout)
+            except Exception as error:  # of any kind: the loop says what is wrong
                 if 'randomness' in str(error):
                     raise ValueError('it draws random numbers, which a sample alone does not repeat') from error
-                # Without the frames it came through, which hold on to a whole batch.
-                error.__cause__ = error.__context__ = None
-                self.vmap_error = error.with_traceback(None)
-        return _loop(call.module, layout)
+                self.is_looped = True
+        return _loop(module, layout, size)
 
-    def reduction(self, call: LossCall, index: int, values: Tensor, output: Tensor) -> Reduction:
-        """Whether the ``index``-th output of a call is sum or mean of its samples' losses ``values``, (N,).
-
-        Raises:
-            ValueError: It is neither.
-        """
-        if index in self._confirmed or (call.size == 1 and index in self._reductions):
-            return self._reductions[index]
-        values, returned = values.detach(), output.detach().reshape(())
-        if call.size == 1:
-            # Nothing to tell from one sample: so the sample twice.
-            layout = self._layout(call)
-            twice = [torch.cat([row, row]) if isinstance(row, Tensor) else [*row, *row] for row in layout.rows]
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                returned = _run(shadow(call.module), layout, twice, 2)[index]
-            values = torch.cat([values, values])
-        found = compare(values, returned, HALF if call.half else STRICT)
-        if found is Reduction.NEITHER:
-            raise ValueError(
-                f'on a batch of {values.numel()} it is {returned.item():.6g}, but its samples alone give a sum of '
-                f'{values.sum().item():.6g} and a mean of {values.mean().item():.6g}: it is neither'
-            )
-        if found is None:  # all zero, or overflown
-            return self._reductions.get(index, Reduction.MEAN)
-        self._reductions[index] = found
-        if call.size > 1:
-            self._confirmed.add(index)
-        return found
-
-    def _layout(self, call: LossCall) -> Layout:
-        """Take the arguments of a call apart."""
-        size, args, kwargs = call.size, call.args, call.kwargs
+    def _layout(self, size: int, args: Any, kwargs: Any) -> Layout:
         first = first_tensor((args, kwargs))
         if first is None or first.shape[0] != size:
             shape = None if first is None else tuple(first.shape)
@@ -161,10 +125,10 @@ class Evaluator:
         )
         return layout
 
-    def _is_right(self, values: Tensor, module: nn.Module, layout: Layout) -> bool:
-        """Compare the first samples with the module itself: other versions of it may compute something else."""
+    def _confirm_form(self, values: Tensor, module: nn.Module, layout: Layout) -> bool:
+        # On the first samples: in another version the module may compute something else.
         with torch.no_grad():
-            alone = _loop(module, layout, most=4)[0]
+            alone = _loop(module, layout, min(layout.size, 4))[0]
         first = values.detach()[: len(alone)].to(alone)
         self._form_is_right = torch.allclose(first, alone, rtol=1e-3, atol=ROUNDING, equal_nan=True)
         self.form = self.form if self._form_is_right else None
@@ -189,10 +153,9 @@ class Evaluator:
         return values
 
 
-def _loop(module: nn.Module, layout: Layout, most: int = sys.maxsize) -> list[Tensor]:
-    """The losses of the samples, one by one; the CPU's random numbers stay as they were."""
-    with torch.random.fork_rng(devices=[]):
-        samples = [_run(shadow(module), layout, layout.sample(i), 1) for i in range(min(layout.size, most))]
+def _loop(module: nn.Module, layout: Layout, count: int) -> list[Tensor]:
+    with torch.random.fork_rng(devices=[]):  # vmap refuses losses that draw random numbers, the loop runs them
+        samples = [_run(shadow(module), layout, layout.sample(i), 1) for i in range(count)]
     return [torch.stack(values) for values in zip(*samples, strict=True)]
 
 
@@ -205,3 +168,19 @@ def _run(module: nn.Module, layout: Layout, rows: Sequence[Any], count: int) -> 
     if any(output.numel() != 1 for output in outputs):
         raise ValueError(f'for one sample it gives {[tuple(o.shape) for o in outputs]} instead of one number')
     return [output.reshape(()) for output in outputs]
+
+
+def _reduction_of(values: Tensor, returned: Tensor, tolerance: float) -> Reduction | None:
+    """What a batch's loss is of its samples' losses; None where they are all zero, or not all finite."""
+    values, count = values.double(), values.numel()
+    total, size, loss = torch.stack([values.sum(), values.abs().sum(), returned.double()]).tolist()
+    is_sum = abs(loss - total) <= tolerance * size
+    is_mean = abs(loss - total / count) <= tolerance * size / count
+    if not math.isfinite(size + loss) or (size == 0 and abs(loss) <= ROUNDING) or (is_sum and is_mean):
+        return None
+    if is_sum or is_mean:
+        return Reduction.SUM if is_sum else Reduction.MEAN
+    raise ValueError(
+        f'on a batch of {count} it is {loss:.6g}, but its samples alone give a sum of {total:.6g} and a mean of '
+        f'{total / count:.6g}: it is neither'
+    )

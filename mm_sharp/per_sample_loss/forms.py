@@ -1,8 +1,7 @@
 """The losses of all samples at once, for the losses that most models use.
 
 A form takes a loss module and its arguments and gives the samples' losses, (N,), or None where it does not cover the
-call. It costs about as much as the loss itself, and does the same operations as ``torch.func.vmap`` would, with less
-work around them.
+call. It costs about what the loss costs, and does the operations of ``torch.func.vmap`` without the work around them.
 """
 
 from __future__ import annotations
@@ -26,42 +25,30 @@ def form_of(module: nn.Module) -> Form | None:
     return _FORMS.get(package + kind.__name__)
 
 
-def _averages(switch: str, module: Any, output: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+def _average(switch: str, module: Any, output: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """Means, or sums, over a function of each number; ``switch`` is the attribute that has the reduction."""
-    if switch == 'reduction':
-        how, unreduced = module.reduction, 'none'
-    else:
-        how = getattr(module.criterion, 'keywords', {}).get('reduction', 'mean')
-        unreduced = partial(module.criterion, reduction='none')
+    found = getattr(module, switch)
+    how = found if isinstance(found, str) else getattr(found, 'keywords', {}).get('reduction', 'mean')
+    unreduced: Any = 'none' if isinstance(found, str) else partial(found, reduction='none')
     twin = nn.Module.__new__(type(module))
     vars(twin).update(vars(module), **{switch: unreduced})
-    losses = twin.forward(output, target, *args, **kwargs)
+    losses: Tensor = twin.forward(output, target, *args, **kwargs)
     # Where shapes are broadcast, a row of the result may be made of several samples.
-    same = losses.shape == output.shape == target.shape
-    return _reduced(losses, how) if same and how in ('mean', 'sum', 'batchmean') else None
-
-
-def _reduced(losses: Tensor, how: str) -> Tensor:
+    if not losses.shape == output.shape == target.shape or how not in ('mean', 'sum', 'batchmean'):
+        return None
     losses = losses.float() if losses.dtype.itemsize == 2 else losses
-    if losses.ndim == 1:
-        return losses
-    dims = tuple(range(1, losses.ndim))
-    return losses.mean(dims) if how == 'mean' else losses.sum(dims)
+    rest = tuple(range(1, losses.ndim))
+    return losses if not rest else losses.mean(rest) if how == 'mean' else losses.sum(rest)
 
 
 def _cross_entropy(module: Any, scores: Tensor, labels: Tensor) -> Tensor | None:
-    """Torch's ``CrossEntropyLoss`` of class numbers, without smoothing."""
-    if module.label_smoothing or labels.is_floating_point() or labels.ndim != scores.ndim - 1:
+    """Torch's ``CrossEntropyLoss`` of one class number a sample, without smoothing."""
+    if module.label_smoothing or labels.is_floating_point() or labels.ndim != 1 or module.reduction == 'none':
         return None
-    losses = F.cross_entropy(
-        scores, labels, weight=module.weight, ignore_index=module.ignore_index, reduction='none'
-    ).float()
-    if module.reduction == 'sum':
-        return _reduced(losses, 'sum')
-    counted = labels != module.ignore_index
-    if losses.ndim == 1:
-        return losses.where(counted, torch.nan)  # a sample whose labels are all ignored is 0 / 0
-    return _reduced(losses, 'sum') / counted.flatten(1).sum(1) if module.reduction == 'mean' else None
+    ignored = module.ignore_index
+    losses = F.cross_entropy(scores, labels, module.weight, ignore_index=ignored, reduction='none').float()
+    # The mean over no label at all is 0 / 0.
+    return losses if module.reduction == 'sum' else losses.where(labels != ignored, torch.nan)
 
 
 def _kl_discret(module: Any, pred_simcc: Any, gt_simcc: Any, target_weight: Tensor | None) -> Tensor:
@@ -83,15 +70,14 @@ def _kl_discret(module: Any, pred_simcc: Any, gt_simcc: Any, target_weight: Tens
 
 def _keypoint_mse(
     module: Any, output: Tensor, target: Tensor, target_weights: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
+) -> Tensor | None:
     """MMPose's ``KeypointMSELoss``, averaged over each sample's heatmaps instead of over all."""
-    squares = F.mse_loss(output, target, reduction='none')
-    if mask is None and not module.skip_empty_channel and (target_weights is None or target_weights.ndim == 2):
-        losses = squares.flatten(2).mean(2)  # one number a keypoint before the weights: one pass over the heatmaps
-        weighted = losses if target_weights is None else losses * target_weights
-        return weighted.mean(1) * module.loss_weight  # type: ignore[no-any-return]
-    weight = module._get_mask(target, target_weights, mask)
-    return (squares * weight).flatten(1).mean(1) * module.loss_weight  # type: ignore[no-any-return]
+    if mask is not None or module.skip_empty_channel or (target_weights is not None and target_weights.ndim != 2):
+        return None
+    # One number a keypoint before the weights: one pass over the heatmaps.
+    losses = F.mse_loss(output, target, reduction='none').flatten(2).mean(2)
+    losses = losses if target_weights is None else losses * target_weights
+    return losses.mean(1) * module.loss_weight  # type: ignore[no-any-return]
 
 
 def _rle(module: Any, pred: Tensor, sigma: Tensor, target: Tensor, target_weight: Tensor | None = None) -> Tensor:
@@ -104,18 +90,17 @@ def _rle(module: Any, pred: Tensor, sigma: Tensor, target: Tensor, target_weight
         losses = losses + ((sigma * 2).log() + error.abs())
     elif module.residual:
         losses = losses + ((sigma * math.sqrt(2 * math.pi)).log() + 0.5 * error**2)
-    if module.use_target_weight:
-        losses = losses * target_weight
-    return losses.flatten(1).sum(1)
+    losses = losses * target_weight if module.use_target_weight else losses
+    return losses.flatten(1).sum(1)  # type: ignore[no-any-return]
 
 
 _TORCH = 'torch.nn.modules.loss.'
 _BY_REDUCTION = ('L1Loss', 'MSELoss', 'SmoothL1Loss', 'HuberLoss', 'BCELoss', 'BCEWithLogitsLoss', 'KLDivLoss')
 _FORMS: dict[str, Form] = {
-    **{_TORCH + name: partial(_averages, 'reduction') for name in _BY_REDUCTION},
+    **{_TORCH + name: partial(_average, 'reduction') for name in _BY_REDUCTION},
+    **{f'mmpose.{name}': partial(_average, 'criterion') for name in ('L1Loss', 'MSELoss', 'SmoothL1Loss')},
+    'mmpose.BCELoss': partial(_average, 'reduction'),
     _TORCH + 'CrossEntropyLoss': _cross_entropy,
-    'mmpose.BCELoss': partial(_averages, 'reduction'),
-    **{f'mmpose.{name}': partial(_averages, 'criterion') for name in ('L1Loss', 'MSELoss', 'SmoothL1Loss')},
     'mmpose.KLDiscretLoss': _kl_discret,
     'mmpose.KeypointMSELoss': _keypoint_mse,
     'mmpose.RLELoss': _rle,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
@@ -20,21 +20,16 @@ class Slot:
 
 @dataclass
 class Layout:
-    """The arguments of one call of a loss, taken apart into rows and the rest.
+    """The arguments of one call of a loss, taken apart into rows and the rest."""
 
-    Args:
-        size: Samples in the batch, N.
-        shared: Paths of tensors that are known to have no row for every sample; grows by what this call shows. A
-            vector over 17 keypoints is thus no batch when a batch has 17 samples.
-        lists_of_samples: Whether every list of N items holds one item for each sample. Otherwise a list of tensors
-            that each have N rows, such as SimCC's x and y, holds whole batches.
-        plain_values: Whether a list of N numbers or strings, or an array of N rows, holds one for each sample.
-    """
-
-    size: int
+    size: int  # samples in the batch, N
+    # Paths of tensors that are known to have no row for every sample; grows by what this call shows. A vector over 17
+    # keypoints is thus no batch when a batch has 17 samples.
     shared: set[str] = field(default_factory=set)
+    # Whether every list of N items holds one item for each sample. Otherwise a list of tensors that each have N rows,
+    # such as SimCC's x and y, holds whole batches.
     lists_of_samples: bool = False
-    plain_values: bool = False
+    plain_values: bool = False  # whether a list of N numbers or strings, or an array of N rows, holds one for each
     template: Any = None
     rows: list[Tensor | Sequence[Any]] = field(default_factory=list)
 
@@ -76,40 +71,36 @@ class Layout:
         return type(value) in (list, tuple) and any(self._has_batch(item) for item in value)
 
 
+def map_all(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with ``function`` applied to everything of a ``kind`` in nested containers, in order."""
+    if isinstance(value, kind):
+        return function(value)
+    if type(value) in (list, tuple):
+        return type(value)(map_all(kind, function, item) for item in value)
+    if isinstance(value, dict):
+        return {key: map_all(kind, function, item) for key, item in value.items()}
+    return value
+
+
 def fill(template: Any, values: Sequence[Any]) -> Any:
     """``template`` with ``values`` in the places of its slots."""
-    if isinstance(template, Slot):
-        return values[template.index]
-    if type(template) in (list, tuple):
-        return type(template)(fill(item, values) for item in template)
-    if isinstance(template, dict):
-        return {key: fill(item, values) for key, item in template.items()}
-    return template
+    return map_all(Slot, lambda slot: values[slot.index], template)
 
 
 def tensors_of(value: Any) -> tuple[Any, list[Tensor]]:
     """A template of ``value``, which :func:`fill` takes, and the tensors in it, in order."""
     found: list[Tensor] = []
 
-    def visit(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            found.append(item)
-            return Slot(len(found) - 1)
-        if type(item) in (list, tuple):
-            return type(item)(visit(part) for part in item)
-        if isinstance(item, dict):
-            return {key: visit(part) for key, part in item.items()}
-        return item
+    def slot(tensor: Tensor) -> Slot:
+        found.append(tensor)
+        return Slot(len(found) - 1)
 
-    return visit(value), found
+    return map_all(Tensor, slot, value), found
 
 
 def first_tensor(value: Any) -> Tensor | None:
     """The first tensor with rows in nested containers."""
-    if isinstance(value, Tensor):
-        return value if value.ndim > 0 else None
-    parts = value.values() if isinstance(value, dict) else value if type(value) in (list, tuple) else ()
-    return next((tensor for part in parts if (tensor := first_tensor(part)) is not None), None)
+    return next((tensor for tensor in tensors_of(value)[1] if tensor.ndim > 0), None)
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
