@@ -49,6 +49,11 @@ class PerSampleLoss:
             self._find()
         return changed
 
+    @property
+    def looped(self) -> list[str]:
+        """The loss modules that are evaluated in a loop because ``torch.func.vmap`` failed."""
+        return [loss.name for loss in self.losses if self.evaluators[id(loss.module)].is_looped]
+
     @contextmanager
     def record(self, weights: Tensor | None = None, full_size: int | None = None) -> Iterator[LossRecord]:
         """Record the model's forward pass in this context; without arguments, the model's output is untouched.
@@ -113,6 +118,7 @@ class _Hooks:
     def __init__(self, recorder: PerSampleLoss, record: LossRecord) -> None:
         self.recorder, self.record = recorder, record
         self.open: tuple[nn.Module, nn.Module] | None = None  # the loss module that is running, and its shadow
+        self.long_outputs = False  # whether a loss module gave a tensor with a dimension
         self.depth = 0  # of the calls of a model that calls itself
 
     def before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -120,7 +126,7 @@ class _Hooks:
         if self.depth > 1:
             return
         record, size = self.record, batch_size(args, kwargs)
-        self.open, record.size = None, size
+        self.open, self.long_outputs, record.size = None, False, size
         record.terms.clear()
         if size and record.weights is not None and record.weights.shape != (size,):
             shape = tuple(record.weights.shape)
@@ -152,7 +158,7 @@ class _Hooks:
         losses = {'loss': output} if isinstance(output, Tensor) else output
         if self.depth or self.record.size is None or not isinstance(losses, dict):
             return None
-        if self.record.size == 1 and self.record.terms:
+        if self.record.size == 1 and self.long_outputs:
             return None  # what looks like (N,) may be a hooked loss with one dimension more
         replaced = {name: self._returned(name, value) if 'loss' in name else value for name, value in losses.items()}
         if self.record.weights is None:
@@ -172,6 +178,7 @@ class _Hooks:
         template, outputs = tensors_of(output)
         if not any(value.is_floating_point() for value in outputs):
             return None  # such as a loss that is not switched on yet
+        self.long_outputs |= any(value.ndim > 0 for value in outputs)
         if size is None:
             raise ValueError("none of the model's arguments is a batch")
         if any(value.ndim > 0 and value.shape[0] == size > 1 for value in outputs):
