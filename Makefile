@@ -66,7 +66,7 @@ test: $(INSTALLED) lint types ## lint, check the types and run the whole test su
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-kills: $(INSTALLED) ## kill training runs at random times, and resume them (about five minutes)
-	$(PY) -m pytest -m kills -s $(ARGS) tests/step/test_kills.py tests/step/test_rank_faults.py tests/cli/test_endings.py tests/step/test_resume.py
+	$(PY) -m pytest -m kills -s $(ARGS) tests/step/test_kills.py tests/step/test_rank_faults.py tests/cli/test_process.py tests/step/test_resume.py
 
 FOUND := work_dirs/reliability.jsonl
 

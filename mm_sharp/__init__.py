@@ -2,14 +2,15 @@
 
 Importing the package registers, in MMEngine's root registries:
 
-- ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`
+- ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`,
+  :class:`LookSAMOptimWrapper`
 - ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.hooks.history.SampleHistoryHook`,
   :class:`mm_sharp.hooks.resumed_draws.ResumedDrawsHook`, :class:`mm_sharp.hooks.compile.CompileHook`,
   :class:`mm_sharp.compat.PlainCheckpointHook`
 - ``DATA_SAMPLERS``: :class:`AUSAMSampler`
 - ``DATASETS``: :class:`IndexedDataset`
 
-lets :mod:`mm_sharp.compat` mend what is broken on the installed stack, and :mod:`mm_sharp.config.fragments` put the
+lets :mod:`mm_sharp.compat` patch what is broken on the installed stack, and :mod:`mm_sharp.config.fragments` put the
 fragments that a config file inherits into effect when it is read. Nothing else happens at import.
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     'AUSAMSampler',
     'ESAMOptimWrapper',
     'IndexedDataset',
+    'LookSAMOptimWrapper',
     'SAMOptimWrapper',
     'SharpnessHook',
     '__version__',
@@ -43,6 +45,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.hooks.sharpness import SharpnessHook
     from mm_sharp.methods.ausam import AUSAMOptimWrapper
     from mm_sharp.methods.esam import ESAMOptimWrapper
+    from mm_sharp.methods.looksam import LookSAMOptimWrapper
     from mm_sharp.methods.sam import SAMOptimWrapper
     from mm_sharp.samples.ausam_sampler import AUSAMSampler
     from mm_sharp.samples.indexed_dataset import IndexedDataset

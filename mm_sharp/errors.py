@@ -1,10 +1,11 @@
-"""Checks of constructor arguments: every error names the argument, its value and what is allowed (ours)."""
+"""Checks of constructor arguments: every error names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from inspect import signature
+from difflib import get_close_matches
+from inspect import Parameter, signature
 from typing import Any
 
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -178,3 +179,57 @@ def some(keys: Iterable[str], count: int = 4) -> str:
     """The first of ``keys``, and how many more there are."""
     keys = [' '.join(key.split()) for key in keys]
     return ', '.join(keys[:count]) + (f' and {len(keys) - count} more' if len(keys) > count else '')
+
+
+def arguments_of(cls: type) -> dict[str, Parameter]:
+    """The named arguments of a constructor, and those that its ``**kwargs`` hand on to base classes."""
+    found: dict[str, Parameter] = {}
+    for base in cls.__mro__[:-1]:
+        if '__init__' not in vars(base):
+            continue
+        parameters = dict(list(signature(base.__init__).parameters.items())[1:])  # type: ignore[misc]
+        plain = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        found = {**plain, **found}
+        if len(plain) == len(parameters):
+            break
+    return found
+
+
+def check_arguments(cls: type, given: Mapping[str, object], others: Iterable[type] = ()) -> None:
+    """Refuse arguments that an optimizer wrapper does not take, and say what was meant.
+
+    Args:
+        cls: The wrapper's class.
+        given: Arguments by name.
+        others: Classes that the arguments may be meant for.
+
+    Raises:
+        ValueError: ``cls`` has no argument of such a name.
+    """
+    known = arguments_of(cls)
+    wrong = {name: value for name, value in given.items() if name not in known}
+    if not wrong:
+        return
+    form, (first, value) = "optim_wrapper = dict(type='{}', {}, ...)", next(iter(wrong.items()))
+    written, close = ', '.join(f'{name}={value!r}' for name, value in wrong.items()), closest(first, known)
+    owners = [other for other in others if wrong.keys() <= arguments_of(other).keys()]
+    if owners:
+        owner = min(owners, key=lambda other: len(arguments_of(other))).__name__  # the plainest
+        hint = f'{owner} has. Take it out, or write {form.format(owner, written)}'
+    else:
+        right = f'write {form.format(cls.__name__, f"{close}={value!r}")}' if close else 'take it out'
+        hint = f'{did_you_mean(first, known)}. For example, {right}'
+    raise UserError(f'{cls.__name__}: {written} is not allowed: it has no such argument, {hint}')
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The name that was meant, if that can be guessed; capitals do not count."""
+    lower = {other.lower(): other for other in names}
+    found = get_close_matches(name.lower(), lower, n=1)
+    return lower[found[0]] if found else None
+
+
+def did_you_mean(name: str, names: Collection[str]) -> str:
+    """The name that was meant, if that can be guessed, and all that there are."""
+    close = closest(name, names)
+    return (f'did you mean {close!r}? ' if close else '') + f'there are {", ".join(sorted(names))}'

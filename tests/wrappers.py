@@ -9,16 +9,17 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, SAMOptimWrapper
+from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, LookSAMOptimWrapper, SAMOptimWrapper
 from mm_sharp.samples.draw import BatchDraw
 from mm_sharp.samples.history import Keys
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.toys import same_state
 
 WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'sam': (SAMOptimWrapper, {'rho': 0.05}),
     'asam': (SAMOptimWrapper, {'rho': 0.5, 'adaptive': True}),
     'sam-weights': (SAMOptimWrapper, {'rho': 0.05, 'perturb': 'weights'}),
+    'looksam': (LookSAMOptimWrapper, {'rho': 0.05, 'k': 2}),
     'esam': (ESAMOptimWrapper, {'rho': 0.05}),
     'esam-history': (ESAMOptimWrapper, {'rho': 0.05, 'selection': 'history', 'refresh': 2}),
     'ausam': (AUSAMOptimWrapper, {'rho': 0.05}),
@@ -35,6 +36,13 @@ WHOLE: dict[str, dict[str, Any]] = {
     'ausam-loader': {'sampling_ratio': 1.0},
     'ausam-loader-reweight': {'sampling_ratio': 1.0},
 }
+
+
+def forwards_in(name: str, step: int) -> int:
+    """Forward passes in a step, counted from 0."""
+    if name == 'looksam':
+        return 2 - step % 2
+    return 3 if name == 'esam' or (name == 'esam-history' and step % 2 == 0) else 2
 
 
 class DrawnInLoader:

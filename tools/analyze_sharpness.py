@@ -30,6 +30,7 @@ from mm_sharp.analysis import sharpness
 
 # Importing the package mends the stack; MMPose is first imported after it, when a model is built.
 from mm_sharp.cli import options as cli
+from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
 
@@ -156,7 +157,7 @@ def configure(args: argparse.Namespace) -> list[tuple[str, str, str, Config]]:
         if config not in configs:
             configs[config] = cli.load_config(argparse.Namespace(**{**vars(args), 'config': config}))
             preflight.check_data(configs[config], args.split)
-        preflight.check_checkpoint(checkpoint, 'checkpoint')
+        check_checkpoint(checkpoint, 'checkpoint')
         found.append((name, config, checkpoint, configs[config]))
     return found
 

@@ -23,6 +23,7 @@ from mmengine.utils import ProgressBar
 from torch import nn
 
 from mm_sharp.cli import options as cli
+from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
 
 # Importing the package mends the stack; MMPose is first imported after it, when the model is built.
@@ -89,7 +90,7 @@ def configure(args: argparse.Namespace) -> Config:
             f"'{args.config}' has no test_dataloader or no test_evaluator: there is nothing to check the export on"
         )
     preflight.check_data(cfg, 'test')
-    preflight.check_checkpoint(args.checkpoint, 'checkpoint')
+    check_checkpoint(args.checkpoint, 'checkpoint')
     return cfg
 
 

@@ -61,33 +61,35 @@ def main(arguments: Sequence[str]) -> None:
         rows = study.Rows(folder / 'results.csv')
         if not rows.by_id:
             raise UsageError(f"no runs in '{folder}' yet: without --table they are made")
-        report(whole, study.compare_what_is_there(plan, rows), folder)
+        report(whole, plan, rows)
         return
     with study.locked(folder):
         rows = study.Rows(folder / 'results.csv')
         os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))
+        options = {'jobs': args.jobs, 'threads': args.threads, 'niceness': args.nice, 'redo': args.redo}
         try:
-            chosen = study.run_missing(plan, rows, study.Workers(args.jobs, args.threads, args.nice), redo=args.redo)
+            study.run_missing(plan, rows, **options)
         except KeyboardInterrupt as error:
             made = f'{len(rows.by_id)} runs are in {rows.file}'
             raise StoppedError(f'interrupted; {made}; the same command goes on', INTERRUPTED) from error
-        found = [entry for name, rho in chosen.items() for entry in study.comparisons(plan, rows, name, rho)]
-        report(whole, study.SoFar(found), folder)
+        report(whole, plan, rows)
 
 
-def report(whole: study.Study, found: study.SoFar, folder: Path) -> None:
-    """Print and write what was found; of an unfinished study with what is missing."""
-    parts = [study.markdown(whole, found.comparisons), study.markdown_trials(whole, found.trials)]
+def report(whole: study.Study, plan: study.Plan, rows: study.Rows) -> None:
+    """Print and write the comparisons; of an unfinished study with what is missing."""
+    found = study.compare(plan, rows)
+    parts = [study.markdown(whole, found.comparisons)]
+    parts += [study.markdown_trials(plan, rows, names) for names in found.unfinished]
     parts.append('\n'.join(f'- {note}' for note in found.notes))
     text = '\n\n'.join(part for part in parts if part)
-    (folder / 'table.md').write_text(text + '\n')
+    (plan.folder / 'table.md').write_text(text + '\n')
     files = 'results.csv, table.md'
     if found.comparisons:
-        (folder / 'comparisons.json').write_text(study.as_json(whole, found.comparisons, found.notes))
-        study.plot(whole, found.comparisons, folder / 'differences.png')
+        (plan.folder / 'comparisons.json').write_text(study.as_json(whole, found.comparisons, found.notes))
+        study.plot(whole, found.comparisons, plan.folder / 'differences.png')
         files += ', differences.png'
         text += '\n\nBold: the 95 % interval leaves out 0.'
-    print(f'{text}\n{folder}: {files}')
+    print(f'{text}\n{plan.folder}: {files}')
 
 
 if __name__ == '__main__':

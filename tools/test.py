@@ -20,6 +20,7 @@ from mmengine.config import Config
 
 from mm_sharp.cli import options as cli
 from mm_sharp.cli import runners
+from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.compat import enable_for_all_runs
 from mm_sharp.config import preflight
 
@@ -59,7 +60,7 @@ def configure(args: argparse.Namespace) -> Config:
             {'type': 'mmengine.DumpResults', 'out_file_path': args.dump},
         ]
     preflight.check_data(cfg, 'test')
-    preflight.check_checkpoint(args.checkpoint, 'checkpoint')
+    check_checkpoint(args.checkpoint, 'checkpoint')
     cfg.load_from, cfg.resume = args.checkpoint, False
     return cfg
 

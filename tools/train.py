@@ -19,11 +19,12 @@ from mmengine.dist import get_rank
 
 from mm_sharp.cli import options as cli
 from mm_sharp.cli import runners
+from mm_sharp.cli.loading import check_checkpoint, last_checkpoint
 from mm_sharp.cli.process import say_how_to_go_on
 from mm_sharp.compat import enable_for_all_runs
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp.config import build_errors, preflight, training_checks
+from mm_sharp.config import build_errors, preflight
 from mm_sharp.errors import UsageError
 
 
@@ -69,10 +70,7 @@ def configure(args: argparse.Namespace) -> Config:
         cfg.auto_scale_lr.enable = True
     cli.show_predictions(cfg, args)
     _draw_in_validation(cfg, args)
-    training_checks.check_training(cfg)
-    preflight.check_wrappers(cfg)
-    preflight.check_sampler(cfg)
-    training_checks.check_hooks(cfg)
+    preflight.check_training(cfg)
     preflight.check_data(cfg, 'train', *(() if cfg.get('val_cfg') is None else ('val',)))
     _resume(cfg, args.resume)
     return cfg
@@ -93,16 +91,16 @@ def _draw_in_validation(cfg: Config, args: argparse.Namespace) -> None:
 def _resume(cfg: Config, resume: str | None) -> None:
     """Set what the run starts from."""
     if resume == 'auto':
-        found = preflight.last_checkpoint(cfg.work_dir)
+        found = last_checkpoint(cfg.work_dir)
         if found is None:
             print(f'--resume: no checkpoint in {cfg.work_dir}, so training starts from the beginning')
         else:
             cfg.resume, cfg.load_from = True, found
     elif resume is not None:
-        preflight.check_checkpoint(resume, '--resume')
+        check_checkpoint(resume, '--resume')
         cfg.resume, cfg.load_from = True, resume
     elif cfg.get('load_from'):
-        preflight.check_checkpoint(cfg.load_from, 'load_from', cfg.get('load_hint') or '')
+        check_checkpoint(cfg.load_from, 'load_from', cfg.get('load_hint') or '')
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -110,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     enable_for_all_runs()
     cfg = configure(args)
-    with say_how_to_go_on(lambda: preflight.last_checkpoint(cfg.work_dir)), build_errors.friendly_build_errors(cfg):
+    with say_how_to_go_on(lambda: last_checkpoint(cfg.work_dir)), build_errors.friendly_build_errors(cfg):
         cli.run_with_checkpoint(lambda: runners.build_runner(cfg).train(), args.trust_checkpoint)
     if get_rank() == 0:
         print(f'Done. Checkpoints and logs: {cfg.work_dir}')

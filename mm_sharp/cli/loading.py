@@ -1,29 +1,25 @@
-"""Checkpoints in the tools: nothing in a file is run, and whatever is wrong with one is an error of one line (ours)."""
+"""Checkpoints in the tools: nothing in a file is run, and whatever is wrong with one is an error of one line."""
 
 from __future__ import annotations
 
 import functools
+import os
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
 
 from mm_sharp.compat import explain_load_error, only_weights, trust_checkpoints
 from mm_sharp.compat.trust import ALWAYS, is_set
-from mm_sharp.errors import UserError
+from mm_sharp.errors import UsageError, UserError
 
 
 @contextmanager
 def careful_loading(trust: bool) -> Iterator[None]:
-    """Within, checkpoints are loaded by the rules of our tools, whoever loads them.
-
-    Args:
-        trust: Load files that can run code, too.
-
-    Raises:
-        UserError: A checkpoint was refused, cannot be read, or does not fit its run; or trust is not possible.
-    """
+    """Within, whoever loads a checkpoint: one that can run code needs ``trust``, and what is wrong is a UserError."""
     if trust and is_set(ALWAYS):
         raise UserError(f'--trust-checkpoint: {ALWAYS} is set, which forbids it; unset it, or leave the option out')
     with ExitStack() as stack:
@@ -35,6 +31,34 @@ def careful_loading(trust: bool) -> Iterator[None]:
             stack.callback(setattr, kind, 'load_or_resume', kind.load_or_resume)
             kind.load_or_resume = _explained_start(kind.load_or_resume)
         yield
+
+
+def check_checkpoint(path: str, source: str, hint: str = '') -> None:
+    """Refuse a checkpoint that is missing or cut off; ``source`` is the option or key that names it.
+
+    URLs are left to MMEngine. ``hint`` says how to come by the file, where that is known.
+    """
+    if '://' in path:
+        return
+    if not Path(path).exists():
+        raise UsageError(f"{source}: no checkpoint '{path}' in {Path.cwd()}{hint and '; ' + hint}")
+    if not _is_complete(Path(path)):
+        raise UsageError(f"{source}: '{path}' is cut off, or no checkpoint of torch's; take another")
+
+
+def last_checkpoint(work_dir: str) -> str | None:
+    """The newest checkpoint of a training run that can be resumed, or None.
+
+    ``last_checkpoint`` in the work directory names it. Where that file is torn, or names one that is gone or cut off (a
+    run can be killed at any time, and a folder moved), the newest complete one in the folder is taken.
+    """
+    folder = Path(work_dir)
+    pointer = folder / 'last_checkpoint'
+    named = pointer.read_text().strip() if pointer.is_file() else ''
+    candidates = sorted([*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')], key=_age, reverse=True)
+    if named:
+        candidates = [Path(named), folder / Path(named).name, *candidates]
+    return next((str(file) for file in candidates if file.exists() and _is_complete(file)), None)
 
 
 def _explained_load(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,3 +97,22 @@ def _said(error: BaseException) -> str:
     """An error's kind and the first line that it says."""
     lines = str(error).strip().splitlines()
     return f'{type(error).__name__}{f": {lines[0]}" if lines else ""}'
+
+
+def _age(file: Path) -> tuple[int, int]:
+    """When a checkpoint was written, and its epoch or iteration: two may be written at one tick of the disk's clock."""
+    number = file.stem.rpartition('_')[2]
+    return file.stat().st_mtime_ns, int(number) if number.isdecimal() else -1
+
+
+def _is_complete(file: Path) -> bool:
+    """Whether a file is a checkpoint to its end: a zip archive, whose directory comes last, or torch's old pickle.
+
+    Under FSDP with ``state_dict_cfg='local'`` it is a folder with a file of every process.
+    """
+    if file.is_dir():
+        ranks = [file / f'rank{rank}.pth' for rank in range(int(os.environ.get('WORLD_SIZE', 1)))]
+        return all(part.is_file() and _is_complete(part) for part in ranks)
+    with file.open('rb') as stream:
+        start = stream.read(2)
+    return zipfile.is_zipfile(file) if start == b'PK' else start.startswith(b'\x80')

@@ -1,4 +1,4 @@
-"""What the command lines in ``tools/`` share: their options, and errors of one line that say what to do (ours).
+"""What the command lines in ``tools/`` share: their options, and errors of one line that say what to do.
 
 A mistake of the user's (no such file, no such option) is raised as :class:`UsageError`, printed as one line and ends
 the program with exit code 2; so, with codes of their own, are a full disk and Ctrl-C (:mod:`mm_sharp.cli.process`).
@@ -8,14 +8,11 @@ the program with exit code 2; so, with codes of their own, are a full disk and C
 from __future__ import annotations
 
 import argparse
-import gc
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,26 +22,16 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from mm_sharp.cli.launcher_watch import end_with_launcher
 from mm_sharp.cli.loading import careful_loading
-from mm_sharp.cli.process import ending
-from mm_sharp.config import fragments, quantized_config
-from mm_sharp.errors import UsageError, UserError
+from mm_sharp.cli.process import end_process_group, end_with_parent, ending
+from mm_sharp.config import fragments
+from mm_sharp.errors import UsageError, UserError, closest, is_number
 
 # Top-level keys that MMEngine's Runner and MMPose's tools read from the config without being arguments of the Runner.
 _OTHER_KEYS = {
-    'activation_checkpointing',
-    'compile',
-    'custom_imports',
-    'efficient_conv_bn_eval',
-    'find_unused_parameters',
-    'model_wrapper_cfg',
-    'preprocess_cfg',
-    'runner_type',
-    'strategy',
-    'sync_bn',
+    *('activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters'),
+    *('model_wrapper_cfg', 'preprocess_cfg', 'runner_type', 'strategy', 'sync_bn'),
 }
-
 # Warnings of MMEngine's and MMPose's that no user can do anything about.
 _HARMLESS = ('pkg_resources is deprecated', 'The metainfo config file .* does not exist')
 
@@ -63,7 +50,8 @@ class CfgOptions(DictAction):  # type: ignore[misc]
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
         for item in values:
-            if not re.fullmatch(r'[^.=\s]+(\.[^.=\s]+)*=.*', item, flags=re.DOTALL):
+            key, equals, _ = item.partition('=')
+            if not equals or not all(part and not set(part) & set(' \t\n') for part in key.split('.')):
                 parser.error(f'{option_string}: {item!r} is not of the form KEY=VALUE, as optim_wrapper.rho=0.1')
         try:
             super().__call__(parser, namespace, values, option_string)
@@ -72,14 +60,10 @@ class CfgOptions(DictAction):  # type: ignore[misc]
 
 
 def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
-    """Run a tool on the command line's arguments.
+    """Run a tool's ``main`` on the command line's arguments, and return the exit code.
 
-    Args:
-        tool: Its ``main``, given the arguments without the program's name.
-
-    Returns:
-        The exit code: 0, or 2 after a :class:`UsageError` or :class:`UserError`, 130 after Ctrl-C, 1 on a full disk;
-        these are printed to stderr as one line: once a node, a :class:`UserError` by each process that has it.
+    It is 2 after a :class:`UsageError` or :class:`UserError`, 130 after Ctrl-C, 1 on a full disk. These are printed to
+    stderr as one line: once a node, a :class:`UserError` by each process that has it.
     """
     arguments = sys.argv[1:]
     for harmless in _HARMLESS:
@@ -99,49 +83,32 @@ def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
             of_rank = f'[rank {rank}] ' if rank else ''
             sys.stderr.write(f'{of_rank}{Path(sys.argv[0]).name}: {" ".join(message.split())}\n')
         return code
-    _end_process_group()
+    end_process_group()
     return 0
 
 
 def common_parser(description: str) -> OneLineParser:
     """A parser with the options that training and testing share."""
     parser = OneLineParser(description=description)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='folder for logs and results (default: ./work_dirs/<name of the config>)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=CfgOptions,
-        default={},
-        metavar='KEY=VALUE',
-        help='change the config: optim_wrapper.rho=0.1, or a list without blanks: key="[a,b]"',
-    )
-    parser.add_argument('--show', action='store_true', help='show predictions in a window')
-    parser.add_argument(
-        '--show-dir', help='save predictions as pictures; a relative folder is made inside WORK_DIR/<time>/'
-    )
-    parser.add_argument('--wait-time', type=float, default=1.0, help='seconds that --show leaves a picture open')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    add = parser.add_argument
+    add('config', help='config file')
+    add('--work-dir', help='folder for logs and results (default: ./work_dirs/<name of the config>)')
+    change = 'change the config: optim_wrapper.rho=0.1, or a list without blanks: key="[a,b]"'
+    add('--cfg-options', nargs='+', action=CfgOptions, default={}, metavar='KEY=VALUE', help=change)
+    add('--show', action='store_true', help='show predictions in a window')
+    add('--show-dir', help='save predictions as pictures; a relative folder is made inside WORK_DIR/<time>/')
+    add('--wait-time', type=float, default=1.0, help='seconds that --show leaves a picture open')
+    add('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torchrun sets LOCAL_RANK in the environment; older launchers pass one of these.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='load checkpoints that can run code while loading; only for files whose source you trust',
-    )
-    parser.add_argument('--debug', action='store_true', help='show the traceback of usage errors')
+    add('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    trust = 'load checkpoints that can run code while loading; only for files whose source you trust'
+    add('--trust-checkpoint', action='store_true', help=trust)
+    add('--debug', action='store_true', help='show the traceback of usage errors')
     return parser
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config file and apply the options that training and testing share.
-
-    Args:
-        args: Parsed arguments of :func:`common_parser`.
-
-    Raises:
-        UsageError: The file is missing, cannot be read, or an option does not fit it.
-    """
+    """Read the config file and apply the options of :func:`common_parser`; what does not fit is a UsageError."""
     if not Path(args.config).is_file():
         raise UsageError(f"no config file '{args.config}' in {Path.cwd()}")
     try:
@@ -186,15 +153,7 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def run_with_checkpoint(run: Callable[[], Any], trust: bool) -> Any:
-    """Call ``run``, which loads checkpoints.
-
-    Args:
-        run: Builds and runs a Runner; models may load weights while they are built.
-        trust: Load checkpoints that are more than plain data, too.
-
-    Raises:
-        UserError: A checkpoint was refused, could not be read or does not fit.
-    """
+    """Call ``run``, which loads checkpoints, by the rules of :func:`mm_sharp.cli.loading.careful_loading`."""
     with careful_loading(trust):
         return run()
 
@@ -214,46 +173,37 @@ def _reason(error: BaseException) -> str:
 def _check_keys(cfg: Config, options: dict[str, Any]) -> None:
     """Refuse options whose first key nothing reads: MMEngine would take a typing error for a new variable."""
     known = {*cfg.keys(), *signature(Runner.__init__).parameters, *_OTHER_KEYS} - {'self', 'cfg'}
-    if quantized_config.KEY in known:
-        known.add(quantized_config.OLD_KEY)
     for option in options:
         key = option.split('.')[0]
         if key not in known:
-            close = get_close_matches(key, known, n=1)
-            hint = f'did you mean {close[0]!r}?' if close else f'its keys: {", ".join(sorted(cfg.keys()))}'
+            close = closest(key, known)
+            hint = f'did you mean {close!r}?' if close else f'its keys: {", ".join(sorted(cfg.keys()))}'
             raise UsageError(f'--cfg-options {option}=…: the config has no {key!r}; {hint}')
 
 
 def _check_fragment_options(cfg: Config, options: dict[str, Any]) -> None:
     """Refuse options that have no effect: for a fragment that the config does not use as one, or below a fragment."""
-    waiting = fragments.pending_fragments(cfg)
-    if 'optim_wrapper.type' in options and 'sharp_optim_wrapper' in waiting:
+    pending = fragments.pending_fragments(cfg)
+    if 'optim_wrapper.type' in options and 'sharp_optim_wrapper' in pending:
         raise UsageError(
             f'--cfg-options optim_wrapper.type={options["optim_wrapper.type"]}: the type is that of the fragment which '
             f'the config inherits; set sharp_optim_wrapper.type, or sharp_optim_wrapper=None to train without it'
         )
     places = dict(zip(fragments.KEYS, ('optim_wrapper', 'custom_hooks', 'model'), strict=True))
-    settings = {key: cfg.get(key) for key in fragments.KEYS} | {quantized_config.KEY: quantized_config.settings_of(cfg)}
-    idle = {key: place for key, place in places.items() if key not in waiting and settings[key]}
     for option in options:
         key, _, rest = option.partition('.')
-        if key == quantized_config.OLD_KEY and quantized_config.takes_old_key(cfg):
-            key = quantized_config.KEY
-        if key in idle:
+        if key in places and key not in pending and cfg.get(key):
             raise UsageError(
-                f"--cfg-options {option}=…: without effect, since the config's {idle[key]} is not made from {key} when "
-                f'it is read; set it there, as {idle[key]}.{rest or "…"}'
+                f"--cfg-options {option}=…: without effect, since the config's {places[key]} is not made from {key} "
+                f'when it is read; set it there, as {places[key]}.{rest or "…"}'
             )
 
 
 def _launch(cfg: Config, launcher: str) -> None:
-    """Set the launcher; on the CPU, start the process group here, since MMEngine's start needs a GPU.
-
-    Raises:
-        UsageError: A launcher other than torchrun's on a machine without an accelerator, or a time-out of 0 seconds.
-    """
+    """Set the launcher; on the CPU, start the process group here, since MMEngine's start needs a GPU."""
     cfg.launcher = launcher
-    end_with_launcher()
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        end_with_parent()
     if launcher == 'none' or get_device() != 'cpu':
         return
     if launcher != 'pytorch':
@@ -261,13 +211,13 @@ def _launch(cfg: Config, launcher: str) -> None:
     if 'RANK' not in os.environ:
         raise UsageError('--launcher pytorch: start it with tools/dist_train.sh or torchrun')
     if not torch.distributed.is_initialized():
-        timeout = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
-        if timeout is not None and (not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or timeout <= 0):
+        seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
+        if seconds is not None and not (is_number(seconds) and seconds > 0):
             raise UsageError(
-                f'env_cfg.dist_cfg.timeout={timeout!r} is not allowed: it must be a number of seconds above 0, as '
+                f'env_cfg.dist_cfg.timeout={seconds!r} is not allowed: it must be a number of seconds above 0, as '
                 'env_cfg = dict(dist_cfg=dict(timeout=1800))'
             )
-        torch.distributed.init_process_group('gloo', timeout=None if timeout is None else timedelta(seconds=timeout))
+        torch.distributed.init_process_group('gloo', timeout=None if seconds is None else timedelta(seconds=seconds))
     defaults = {
         'type': 'MMDistributedDataParallel',
         'broadcast_buffers': False,
@@ -275,20 +225,3 @@ def _launch(cfg: Config, launcher: str) -> None:
         'device_ids': None,
     }
     cfg.model_wrapper_cfg = {**defaults, **(cfg.get('model_wrapper_cfg') or {})}
-
-
-def _end_process_group() -> None:
-    """End the process group of :func:`_launch` after a tool that has succeeded.
-
-    gloo's threads free the tensors of a finished collective when they get to it, and need the interpreter's lock for
-    it: one that asks for the lock while the interpreter shuts down is ended by it, in C++ code that aborts the process
-    then ('terminate called without an active exception'). The group's end waits for its threads.
-
-    Nothing waits for other processes here: a tool that has succeeded has no collective under way. One that has failed
-    may have, so its group is left to the end of the process.
-    """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    if torch.distributed.get_backend() == 'gloo':
-        gc.collect()  # a runner is part of reference cycles, and DDP in it holds the group
-        torch.distributed.destroy_process_group()

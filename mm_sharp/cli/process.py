@@ -1,15 +1,21 @@
-"""How a command line ends that did not come to its end: Ctrl-C, a full disk (ours).
+"""How the process of a command line ends: after Ctrl-C or on a full disk, with the one that started it, with its group.
 
-SIGTERM is not among them. It ends a training run at once, as the operating system has it: batch systems send it shortly
-before SIGKILL, a checkpoint is whole at any time (:mod:`mm_sharp.compat.atomic_writes`), and the run goes on with
-``--resume`` after either.
+SIGTERM ends a training run at once, as the operating system has it: batch systems send it shortly before SIGKILL, a
+checkpoint is whole at any time (:mod:`mm_sharp.compat.atomic_writes`), and the run goes on with ``--resume``.
 """
 
 from __future__ import annotations
 
 import errno
+import gc
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import torch
 
 from mm_sharp.compat import CheckpointWriteError
 
@@ -18,12 +24,7 @@ INTERRUPTED, NOT_WRITTEN = 130, 1  # 128 + SIGINT, as shells have it
 
 
 class StoppedError(Exception):
-    """The program ends with a line and an exit code.
-
-    Args:
-        message: What happened and how to go on.
-        code: The exit code.
-    """
+    """The program ends with a line, which says how to go on, and an exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -36,22 +37,14 @@ def ending(error: BaseException) -> tuple[str, int] | None:
         return str(error), error.code
     if _interrupted(error):
         return 'interrupted', INTERRUPTED
-    if _not_written(error):
-        assert isinstance(error, OSError)
+    if isinstance(error, CheckpointWriteError) or (isinstance(error, OSError) and error.errno in _NO_ROOM):
         return f"error: cannot write '{error.filename}': {error.strerror}", NOT_WRITTEN
     return None
 
 
 @contextmanager
 def say_how_to_go_on(last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
-    """Within, a training run that Ctrl-C or a full disk ends says how to go on.
-
-    Args:
-        last_checkpoint: Finds the newest checkpoint that can be resumed.
-
-    Raises:
-        StoppedError: It was ended so.
-    """
+    """Within, a training run that Ctrl-C or a full disk ends raises a :class:`StoppedError` that says how to go on."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -66,12 +59,35 @@ def say_how_to_go_on(last_checkpoint: Callable[[], str | None]) -> Iterator[None
         raise StoppedError(f'{message}; {room}go on from {newest} with --resume', code) from error
 
 
+def end_with_parent() -> None:
+    """Have this process end by SIGTERM soon after the one that started it.
+
+    Where torchrun or a study is itself killed, its processes would go on, and write into the folder of the run that is
+    resumed in their place.
+    """
+    threading.Thread(target=_watch, args=(os.getppid(),), name='launcher watch', daemon=True).start()
+
+
+def end_process_group() -> None:
+    """End gloo's process group after a tool that has succeeded.
+
+    A thread of gloo's that frees tensors while the interpreter shuts down aborts the process; the group's end waits for
+    its threads. A tool that has failed may have collectives in flight, so its group is left to the end of the process.
+    """
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == 'gloo':
+        gc.collect()  # a runner is part of reference cycles, and DDP in it holds the group
+        group.destroy_process_group()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:  # a process whose parent has ended gets another
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _interrupted(error: BaseException | None) -> bool:
     """Whether Ctrl-C came first: MMEngine's Config, for one, makes a SyntaxError of it while it formats its text."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-def _not_written(error: BaseException) -> bool:
-    return isinstance(error, CheckpointWriteError) or (isinstance(error, OSError) and error.errno in _NO_ROOM)

@@ -1,4 +1,4 @@
-"""Build the runner that a config asks for (ours)."""
+"""Build the runner that a config asks for."""
 
 from __future__ import annotations
 
@@ -14,20 +14,15 @@ from mm_sharp.errors import UsageError
 
 # What the strategies' model wrappers need on the CPU: by default MMEngine puts the model on a GPU.
 _ON_CPU: dict[str, dict[str, Any]] = {
-    'FSDPStrategy': {'device_id': 'cpu'},
-    'DDPStrategy': {'device_ids': None, 'broadcast_buffers': False},
+    'FSDPStrategy': {'type': 'MMFullyShardedDataParallel', 'device_id': 'cpu'},
+    'DDPStrategy': {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False},
 }
-_WRAPPERS = {'FSDPStrategy': 'MMFullyShardedDataParallel', 'DDPStrategy': 'MMDistributedDataParallel'}
 
 
 def build_runner(cfg: Config) -> Any:
     """MMEngine's ``Runner``, or what ``runner_type`` names: ``'FlexibleRunner'`` trains under FSDP.
 
-    Args:
-        cfg: The whole config; on the CPU, its ``strategy`` is given what it needs there.
-
-    Raises:
-        UsageError: No runner of this type is registered, or it does not take the config's strategy or checkpoint.
+    On the CPU, the config's ``strategy`` is given what it needs there.
     """
     kind = cfg.get('runner_type', 'Runner')
     found = RUNNERS.get(kind) if isinstance(kind, str) else kind
@@ -45,8 +40,7 @@ def build_runner(cfg: Config) -> Any:
     strategy = cfg.get('strategy') or {}
     name = strategy.get('type')
     if name in _ON_CPU and get_device() == 'cpu':
-        wrapper = {'type': _WRAPPERS[name], **_ON_CPU[name], **(strategy.get('model_wrapper') or {})}
-        cfg.strategy = {**strategy, 'model_wrapper': wrapper}
+        cfg.strategy = {**strategy, 'model_wrapper': {**_ON_CPU[name], **(strategy.get('model_wrapper') or {})}}
     if cfg.get('env_cfg') is None:  # FlexibleRunner takes what Runner has a default for
         cfg.env_cfg = {'dist_cfg': {'backend': 'gloo' if get_device() == 'cpu' else 'nccl'}}
     return RUNNERS.build(cfg)

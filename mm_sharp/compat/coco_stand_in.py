@@ -1,9 +1,15 @@
-"""``xtcocotools.coco.COCO`` on top of faster-coco-eval (ours).
+"""``xtcocotools.coco`` and ``xtcocotools.cocoeval`` for keypoints, on top of faster-coco-eval; when:
+``xtcocotools_names``.
 
-Only where xtcocotools is missing or broken: see ``xtcocotools_names``. faster-coco-eval's ``COCO`` has the
-same methods; what MMPose can notice and it does otherwise is put right here: constructor and result
-arguments, ``iscrowd`` filled in, annotations in the order of the images asked for, an area range that
-includes its lower end, and no conversion of ids.
+faster-coco-eval does the matching and the curves. What it does otherwise than xtcocotools is settled before it starts,
+by handing it annotations in which the difference no longer shows:
+
+- which people count: xtcocotools ignores those without a visible keypoint, counted from the keypoints (CrowdPose: from
+  ``num_keypoints``); faster-coco-eval always trusts ``num_keypoints``;
+- detections whose keypoint scores are all zero are dropped;
+- an annotation may have the id 0, which faster-coco-eval takes for "unmatched": ids are counted from 1;
+- ``use_area=False`` replaces areas by 0.53 times the box also where sizes are told apart;
+- parts of COCO-WholeBody (``keypoints_face`` and so on) have keypoints and scores of their own.
 """
 
 from __future__ import annotations
@@ -11,26 +17,42 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections import defaultdict
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from faster_coco_eval.core.coco import COCO as FasterCOCO  # noqa: N811
+from faster_coco_eval.core.cocoeval import Params as FasterParams
+from faster_coco_eval.core.faster_eval_api import COCOeval_faster
+from mmengine.logging import print_log
 
 Annotation = dict[str, Any]
+
+# Which entries of an annotation make up the keypoints, and which entry of a detection is its score.
+_PARTS = {
+    **{f'keypoints{part}': (('keypoints',), 'score') for part in ('', '_body', '_crowd')},
+    **{f'keypoints_{part}': ((f'{part}_kpts',), f'{part}_score') for part in ('foot', 'face', 'lefthand', 'righthand')},
+    'keypoints_wholebody': (
+        ('keypoints', 'foot_kpts', 'face_kpts', 'lefthand_kpts', 'righthand_kpts'),
+        'wholebody_score',
+    ),
+}
+# The area of a person is about this part of the area of its box, where annotations have no area.
+_AREA_OF_BOX = 0.53
+# (precision or recall, IoU threshold or all, sizes), in the order of ``stats``.
+_SUMMARY = [
+    (kind, iou, size)
+    for kind in ('precision', 'recall')
+    for iou, size in ((None, 'all'), (0.5, 'all'), (0.75, 'all'), (None, 'medium'), (None, 'large'))
+]
 
 
 class COCO(FasterCOCO):  # type: ignore[misc]
     """A COCO annotation file: images, categories and annotations by id.
 
-    Args:
-        annotation_file: path of the JSON file. None: an empty object, to be filled by hand.
-        test_index: keep only these keypoints of every annotation.
-        ann_data: the content of the file, where it has been read already.
-
-    Raises:
-        ValueError: the file holds no JSON object.
+    ``ann_data`` is the content of the file, where it has been read already. With ``test_index`` only these keypoints
+    are kept of every annotation.
     """
 
     def __init__(
@@ -39,18 +61,9 @@ class COCO(FasterCOCO):  # type: ignore[misc]
         test_index: Sequence[int] | None = None,
         ann_data: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(annotation_file if ann_data is None else ann_data)
         self.anno_file: list[Any] = [annotation_file]
         self.test_index = test_index
-        if annotation_file is not None:
-            data = _read(annotation_file) if ann_data is None else ann_data
-            if not isinstance(data, dict):
-                raise ValueError(
-                    f'annotation_file={annotation_file!s} must hold a JSON object with images and '
-                    f'annotations, got a {type(data).__name__}'
-                )
-            self.dataset = data
-            self.createIndex()
         for annotation in self.dataset.get('annotations', []):
             if test_index is not None:
                 points = np.reshape(annotation['keypoints'], (-1, 3))[list(test_index)]
@@ -59,104 +72,140 @@ class COCO(FasterCOCO):  # type: ignore[misc]
 
     def createIndex(self) -> None:  # noqa: N802
         """Fill ``anns``, ``imgs``, ``cats`` (by id), ``imgToAnns`` and ``catToImgs``."""
-        annotations = self.dataset.get('annotations', [])
-        self.imgs = {image['id']: image for image in self.dataset.get('images', [])}
-        self.cats = {category['id']: category for category in self.dataset.get('categories', [])}
-        self.anns = {annotation['id']: annotation for annotation in annotations}
-        self.imgToAnns, self.catToImgs = defaultdict(list), defaultdict(list)
-        for annotation in annotations:
-            self.imgToAnns[annotation['image_id']].append(annotation)
-            if self.cats:
-                self.catToImgs[annotation['category_id']].append(annotation['image_id'])
+        with warnings.catch_warnings():
+            # Such an annotation would count as unmatched: ``COCOeval`` counts from 1.
+            warnings.filterwarnings('ignore', 'Found annotation id 0')
+            super().createIndex()
 
-    def getAnnIds(  # noqa: N802
+
+class Params(FasterParams):  # type: ignore[misc]
+    """What is evaluated, with the attribute names of COCO's own tools; only keypoints, by category, are supported."""
+
+    useSegm = None  # noqa: N815  # MMPose sets it
+
+    def __init__(self, iouType: str = 'keypoints') -> None:  # noqa: N803
+        if iouType not in _PARTS:
+            raise ValueError(
+                f'iouType={iouType!r} must be one of {sorted(_PARTS)}. Boxes and masks are not evaluated '
+                'by the stand-in for xtcocotools: use pycocotools or faster_coco_eval directly'
+            )
+        super().__init__(iouType)
+
+
+class COCOeval:
+    """Average precision and recall of keypoints.
+
+    ``cocoDt`` is from ``cocoGt.loadRes``; ``sigmas`` (K,) are the keypoints' standard deviations as a fraction of the
+    person's size; ``use_area=False`` is for annotations without an area (CrowdPose, AI Challenger).
+
+    After ``summarize``, ``stats`` holds the ten numbers AP, AP50, AP75, APm, APl, AR, AR50, AR75, ARm, ARl, or for
+    ``keypoints_crowd`` the nine AP, AP50, AP75, AR, AR50, AR75, AP easy, AP medium, AP hard: fractions in [0, 1], -1
+    where there is nothing to count.
+    """
+
+    def __init__(
         self,
-        imgIds: Any = (),  # noqa: N803
-        catIds: Any = (),  # noqa: N803
-        areaRng: Sequence[float] = (),  # noqa: N803
-        iscrowd: bool | None = None,
-    ) -> list[int]:
-        """Ids of the annotations of these images and categories; an empty argument filters nothing.
+        cocoGt: COCO,  # noqa: N803
+        cocoDt: COCO,  # noqa: N803
+        iouType: str = 'keypoints',  # noqa: N803
+        sigmas: Any = None,
+        use_area: bool = True,
+    ) -> None:
+        self.params = Params(iouType)
+        self.params.imgIds, self.params.catIds = cocoGt.getImgIds(), sorted(cocoGt.getCatIds())
+        if sigmas is not None:
+            self.params.kpt_oks_sigmas = np.asarray(sigmas, dtype=float)
+        self.cocoGt, self.cocoDt, self.use_area = cocoGt, cocoDt, use_area
+        self.eval: dict[str, Any] = {}
+        self.stats: Any = []
+        self._engine: Any = None
 
-        Args:
-            imgIds: one image id or several; annotations come in this order.
-            catIds: one category id or several.
-            areaRng: (low, high), low included, in square pixels.
-            iscrowd: only crowd regions (True) or only others (False).
-        """
-        images, categories = _as_list(imgIds), set(_as_list(catIds))
-        found: list[Annotation] = (
-            [a for image in images if image in self.imgToAnns for a in self.imgToAnns[image]]
-            if images
-            else self.dataset['annotations']
-        )
-        if categories:
-            found = [a for a in found if a['category_id'] in categories]
-        if len(areaRng):
-            found = [a for a in found if areaRng[0] <= a['area'] < areaRng[1]]
-        if iscrowd is not None:
-            found = [a for a in found if bool(a['iscrowd']) == bool(iscrowd)]
-        return [a['id'] for a in found]
+    def evaluate(self) -> None:
+        """Match detections with annotations, image by image."""
+        params = copy.copy(self.params)
+        numbers = {image: number for number, image in enumerate(sorted(set(params.imgIds)), start=1)}
+        truth = [self._person(a) for a in self._select(self.cocoGt, numbers)]
+        detections = self._detections(self._select(self.cocoDt, numbers))
+        sides = (_dataset(annotations, numbers, params.catIds) for annotations in (truth, detections))
+        params.iouType, params.imgIds = 'keypoints', list(numbers.values())
+        self._engine = COCOeval_faster(*sides, iouType='keypoints')
+        self._engine.params = params
+        self._engine.evaluate()
 
-    def loadRes(self, resFile: Any, resData: list[Annotation] | None = None) -> COCO:  # noqa: N802, N803
-        """Detections as a ``COCO`` object on the same images.
+    def accumulate(self) -> None:
+        """Collect the matches into ``eval``: precision [T, R, K, A, M] and recall [T, K, A, M]."""
+        self._engine.accumulate()
+        self.eval = dict(self._engine.eval)
 
-        Args:
-            resFile: path of a JSON list of detections, or the list itself.
-            resData: the content of the file, where it has been read already.
+    def summarize(self) -> None:
+        """Log the summary and keep it in ``stats``."""
+        crowd = self.params.iouType == 'keypoints_crowd'
+        rows = [row for row in _SUMMARY if row[2] == 'all' or not crowd]
+        stats = [self._mean(*row) for row in rows]
+        names = [f'{kind:<9} @[ OKS={iou or "0.50:0.95":<9} | area={size:>6} ]' for kind, iou, size in rows]
+        if crowd:
+            stats += self._precision_by_crowd()
+            names += [f'precision @[ OKS=0.50:0.95 | crowd={name:>6} ]' for name in ('easy', 'medium', 'hard')]
+        lines = (f'\n Average {name} = {value:.3f}' for name, value in zip(names, stats, strict=True))
+        print_log(''.join(lines), logger='current')
+        self.stats = np.array(stats)
 
-        Returns:
-            An object whose annotations have ids from 1 on, boxes (x, y, w, h) and areas: those of the box
-            where the detections have one, else those of the box around the keypoints.
+    def _mean(self, kind: str, iou: float | None, size: str) -> float:
+        """The mean over thresholds, recalls and categories of those entries that exist; -1 if none do."""
+        values = self.eval[kind][..., self.params.areaRngLbl.index(size), self.params.maxDets.index(20)]
+        if iou is not None:
+            values = values[self.params.iouThrs == iou]
+        values = values[values > -1]
+        return float(np.mean(values)) if values.size else -1.0
 
-        Raises:
-            ValueError: not a list, an image that this object doesn't have, or neither box nor keypoints.
-        """
-        if len(self.anno_file) == 1:
-            self.anno_file.append(resFile)
-        is_path = isinstance(resFile, (str, os.PathLike))
-        found = (_read(resFile) if resData is None else resData) if is_path else resFile
-        if not isinstance(found, list):
-            raise ValueError(f'resFile must hold a list of detections, got a {type(found).__name__}')
-        strangers = {a['image_id'] for a in found} - self.imgs.keys()
-        if strangers:
-            raise ValueError(f'resFile has detections in images that are not annotated: {sorted(strangers)}')
-        results = type(self)()
-        results.dataset = {
-            'images': list(self.dataset['images']),
-            'annotations': found,
-            'categories': copy.deepcopy(self.dataset.get('categories', [])),
+    def _precision_by_crowd(self) -> list[float]:
+        """AP of easy, medium and hard images (CrowdPose), rounded and with -1 for nobody, as the benchmark has it."""
+        with open(self.cocoGt.anno_file[0], encoding='utf-8') as file:
+            images = json.load(file)['images']
+        groups: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        for image in images:
+            groups[(image['crowdIndex'] >= 0.2) + (image['crowdIndex'] >= 0.8)].append(image['id'])
+        return [round(self._precision_on(group), 4) for group in groups]
+
+    def _precision_on(self, images: list[Any]) -> float:
+        if not images:
+            return -1.0
+        part = copy.copy(self)
+        part.params = copy.copy(self.params)
+        part.params.imgIds = images
+        part.evaluate()
+        part.accumulate()
+        return float(np.mean(part.eval['precision'][:, :, :, 0, :]))
+
+    def _select(self, coco: COCO, images: dict[Any, int]) -> list[Annotation]:
+        found = coco.loadAnns(coco.getAnnIds(imgIds=list(images), catIds=self.params.catIds)) if images else []
+        parts, _ = _PARTS[self.params.iouType]
+        return [
+            {**a, 'image_id': images[a['image_id']], 'keypoints': [value for part in parts for value in a[part]]}
+            for a in found
+        ]
+
+    def _person(self, annotation: Annotation) -> Annotation:
+        person = dict(annotation)
+        if self.params.iouType != 'keypoints_crowd':  # CrowdPose counts those with visibility 2 only
+            person['num_keypoints'] = int(np.count_nonzero(np.array(person['keypoints'][2::3]) > 0))
+        if not self.use_area:
+            person['area'] = person['bbox'][2] * person['bbox'][3] * _AREA_OF_BOX
+        return person
+
+    def _detections(self, found: list[Annotation]) -> list[Annotation]:
+        _, score = _PARTS[self.params.iouType]
+        if any(score not in detection for detection in found):
+            warnings.warn(f"{score!r} not found, use 'score' instead.", stacklevel=3)
+        return [{**d, 'score': d.get(score, d['score'])} for d in found if np.any(np.array(d['keypoints'][2::3]) > 0)]
+
+
+def _dataset(annotations: list[Annotation], images: dict[Any, int], categories: list[Any]) -> FasterCOCO:
+    """A faster-coco-eval data set with ids counted from 1."""
+    return FasterCOCO(
+        {
+            'images': [{'id': number} for number in images.values()],
+            'annotations': [{**a, 'id': number} for number, a in enumerate(annotations, start=1)],
+            'categories': [{'id': category} for category in categories],
         }
-        with_box = bool(found) and bool(found[0].get('bbox'))
-        for number, detection in enumerate(found, start=1):
-            detection['id'] = number
-            _complete(detection, with_box)
-        results.createIndex()
-        return results
-
-
-def _complete(detection: Annotation, with_box: bool) -> None:
-    """Give a detection its box (x, y, w, h) and its area in square pixels."""
-    if with_box:
-        _, _, width, height = detection['bbox']
-        detection['area'] = width * height
-        detection['iscrowd'] = 0
-    elif 'keypoints' in detection:
-        x, y = detection['keypoints'][0::3], detection['keypoints'][1::3]
-        width, height = max(x) - min(x), max(y) - min(y)
-        detection['area'] = width * height
-        detection['bbox'] = [min(x), min(y), width, height]
-    else:
-        raise ValueError(
-            f'a detection needs bbox or keypoints, got the keys {sorted(detection)}. For masks, use '
-            'pycocotools or faster_coco_eval directly'
-        )
-
-
-def _as_list(ids: Any) -> list[Any]:
-    return list(ids) if hasattr(ids, '__len__') and not isinstance(ids, str) else [ids]
-
-
-def _read(path: str | os.PathLike[str]) -> Any:
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)
+    )

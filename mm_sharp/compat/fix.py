@@ -1,22 +1,96 @@
-"""What one stack fix reports about itself (ours)."""
+"""How a fix of the stack is declared, and when it runs.
+
+``import mm_sharp`` must stay cheap, and must work where MMPose, MMCV or torchvision are absent. So a fix runs when what
+it repairs is imported; for MMEngine, which we need anyway, at once.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_looked_for: set[str] = set()  # modules that no fix is to run for at the moment
 
 
-@dataclass(frozen=True)
-class Fix:
-    """The state of one fix in this process.
+@dataclass(eq=False)
+class Fix(MetaPathFinder):
+    """One repair of the stack, and its state in this process.
 
     Attributes:
         name: what it repairs, in two or three words.
-        active: whether it changed anything here.
-        reason: why it is active, or why it is not needed.
+        patch: patches what is broken, and returns what that was; None if nothing is. Its argument is the module that is
+            about to be imported. It may be called again until it has patched something.
         ends_with: the version that makes it unnecessary.
+        before: modules before whose import ``patch`` is called; if none, it is called when mm_sharp is imported.
+        stand_in: loads modules in place of those in ``before`` once ``patch`` has found them broken.
+        active: whether anything was patched.
+        found: what ``patch`` found to be broken.
     """
 
     name: str
-    active: bool
-    reason: str
+    patch: Callable[[str], str | None]
     ends_with: str
+    before: Sequence[str] = ()
+    stand_in: Loader | None = None
+    active: bool = False
+    found: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why it is active, or why it is not needed."""
+        if self.found is not None:
+            return self.found
+        package = self.before[0].partition('.')[0] if self.before else 'mmengine'
+        if not is_present(package):
+            return f'{package} is not installed'
+        imported = not self.before or any(name in sys.modules for name in self.before)
+        return f'{package} needs no fix' if imported else f'{self.before[0]} was not imported'
+
+    def install(self) -> None:
+        """Have it run when it is time; a second call changes nothing."""
+        if not self.before:
+            self.run('mmengine')
+        elif self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def run(self, module: str) -> None:
+        """Patch what is broken, once."""
+        if self.active:
+            return
+        try:
+            self.found = self.patch(module)
+        except ImportError as error:
+            self.found = str(error)
+            raise
+        self.active = self.found is not None
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Patch what ``fullname`` needs; then its import goes on as ever, or with the stand-in."""
+        if fullname not in self.before or fullname in _looked_for:
+            return None
+        _looked_for.add(fullname)
+        try:
+            self.run(fullname)
+        finally:
+            _looked_for.discard(fullname)
+        if not self.active or self.stand_in is None:
+            return None
+        return ModuleSpec(fullname, self.stand_in, is_package='.' not in fullname)
+
+
+def is_present(name: str) -> bool:
+    """Whether the module ``name`` can be found without our help. Imports its parent packages, not itself."""
+    _looked_for.add(name)
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # the parent is missing, or a module without a spec
+        return False
+    finally:
+        _looked_for.discard(name)

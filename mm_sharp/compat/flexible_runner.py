@@ -1,12 +1,13 @@
-"""Checkpoints of MMEngine's FlexibleRunner know which epoch they are of.
+"""Runs of MMEngine's FlexibleRunner can be resumed.
 
 Cause: when validation finds a best score, ``CheckpointHook`` saves the epoch's checkpoint again and hands over its
-epoch and iteration, since the loop counts one more by then. Runner keeps what it is given; FlexibleRunner writes its
-own count over it (over the hook's own dict, too), so that resuming skips an epoch.
+epoch and iteration, since the loop counts one more by then. FlexibleRunner writes its own count over it (over the
+hook's own dict, too), so that resuming skips an epoch. FSDPStrategy passes the arguments of
+``FSDP.optim_state_dict_to_load`` in the order of torch 2.0, so that it cannot resume at all, and saves of an optimizer
+wrapper's state only the optimizer's: loss scale and history are lost.
 
-Repair: what is given is written over it once more, in runs that use this package.
-
-Ends with: an mmengine whose FlexibleRunner keeps what it is given, as its Runner does (none as of 0.10.7).
+Fix, in runs that use this package: the epoch that is given stays, and the wrapper's state is kept whole. The arguments
+go by name in every run.
 """
 
 from __future__ import annotations
@@ -20,41 +21,63 @@ from mmengine.runner import FlexibleRunner
 from .checkpoint_hook import uses_mm_sharp
 from .fix import Fix
 
-_NAME = 'epochs of FlexibleRunner'
-_ENDS = 'an mmengine whose FlexibleRunner keeps the meta that it is given (none as of 0.10.7)'
-_COUNTS = ('epoch', 'iter')
-_MARK = '_keeps_what_it_is_given'  # other repairs wrap the method as well
+_OWN = 'mm_sharp'  # in the state of our wrappers
+_OPTIMIZER = ('state', 'param_groups')
 
 
-def install() -> None:
-    """Wrap ``FlexibleRunner.save_checkpoint``; a second call changes nothing."""
-    if not hasattr(FlexibleRunner.save_checkpoint, _MARK):
-        FlexibleRunner.save_checkpoint = _keeping(FlexibleRunner.save_checkpoint)
+class _GivenMeta(dict[str, Any]):
+    """Keeps the epoch and the iteration that it was made with."""
+
+    def update(self, *args: Any, **changes: Any) -> None:
+        given = {key: self[key] for key in ('epoch', 'iter') if key in self}
+        super().update(*args, **{**changes, **given})
 
 
-def describe() -> Fix:
-    """Always active, for runs that use this package."""
-    reason = 'a checkpoint that is saved again after validation would be of the next epoch'
-    return Fix(_NAME, hasattr(FlexibleRunner.save_checkpoint, _MARK), reason, _ENDS)
-
-
-def _keeping(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
+def _keep_epoch(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save_checkpoint)
     def wrapper(self: Any, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        given = {key: value for key, value in (meta or {}).items() if key in _COUNTS}
-        if not given or not uses_mm_sharp(self):
-            save_checkpoint(self, *args, meta=meta, **kwargs)
-            return
-        save = self.strategy.save_checkpoint
+        if meta is not None and uses_mm_sharp(self):
+            meta = _GivenMeta(meta)
+        save_checkpoint(self, *args, meta=meta, **kwargs)
 
-        def save_given(*args: Any, extra_ckpt: dict[str, Any], **kwargs: Any) -> None:
-            save(*args, extra_ckpt={**extra_ckpt, 'meta': {**extra_ckpt['meta'], **given}}, **kwargs)
-
-        self.strategy.save_checkpoint = save_given
-        try:
-            save_checkpoint(self, *args, meta={**(meta or {})}, **kwargs)
-        finally:
-            del self.strategy.save_checkpoint
-
-    setattr(wrapper, _MARK, True)
     return wrapper
+
+
+def _patch_fsdp() -> None:
+    try:
+        from mmengine._strategy import FSDPStrategy
+        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
+    except ImportError:  # this torch or mmengine has no FSDP
+        return
+    save = FSDPStrategy.optim_state_dict
+
+    @functools.wraps(save)
+    def optim_state_dict(self: Any) -> Any:
+        whole = self.optim_wrapper.state_dict()
+        if _OWN not in whole:
+            return save(self)
+        packed = FSDP.optim_state_dict(self.model, self.optim_wrapper, {key: whole[key] for key in _OPTIMIZER})
+        return {**whole, **packed} if packed else packed  # empty where another process saves for all
+
+    def load_optim_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        loadable = FSDP.optim_state_dict_to_load(
+            model=self.model,
+            optim=self.optim_wrapper.optimizer,
+            optim_state_dict={key: state_dict[key] for key in _OPTIMIZER if key in state_dict},
+        )
+        self.optim_wrapper.load_state_dict({**state_dict, **loadable})
+
+    FSDPStrategy.optim_state_dict, FSDPStrategy.load_optim_state_dict = optim_state_dict, load_optim_state_dict
+
+
+def _patch(module: str) -> str:
+    FlexibleRunner.save_checkpoint = _keep_epoch(FlexibleRunner.save_checkpoint)
+    _patch_fsdp()
+    return 'it would be resumed an epoch late, and under FSDPStrategy not at all'
+
+
+FIX = Fix(
+    name='resuming FlexibleRunner',
+    patch=_patch,
+    ends_with='an mmengine whose FlexibleRunner and FSDPStrategy resume exactly (none as of 0.10.7)',
+)

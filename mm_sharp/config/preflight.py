@@ -1,14 +1,14 @@
-"""Checks of a config before anything is built: wrapper, data set and checkpoint (ours).
+"""Checks of a config before anything is built: what only the whole config shows, and the files that it names.
 
-MMEngine finds these mistakes as well, but after building the model, and says so in a traceback.
+What an optimizer wrapper's arguments may be, its constructor says. Here it is built once around a single number, so
+that the user need not wait for the model. What MMEngine passes over in silence is refused for our wrappers alone.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
@@ -18,102 +18,84 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
+from torch import nn
+from torch.optim import Optimizer
 
-from mm_sharp.config.wrapper_checks import (
-    check_arguments,
-    check_constructor,
-    check_optimizer,
-    check_paramwise,
-    wrapper_class,
-    wrapper_configs,
+from mm_sharp.config.build_errors import not_registered, type_name
+from mm_sharp.errors import UsageError, arguments_of, check_arguments, did_you_mean, is_number
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
+
+_OPTIMIZER = "optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"
+_WRAPPER = f"optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, {_OPTIMIZER})"
+_PARAMWISE = (
+    "optimizer=dict(type='SGD', lr=0.01, weight_decay=1e-4), "
+    'paramwise_cfg=dict(norm_decay_mult=0.0, bias_lr_mult=2.0, custom_keys=dict(backbone=dict(lr_mult=0.1)))'
 )
-from mm_sharp.errors import UsageError
-from mm_sharp.methods.ausam import AUSAMOptimWrapper
-from mm_sharp.methods.esam import ESAMOptimWrapper
-from mm_sharp.methods.sam import SAMOptimWrapper
-from mm_sharp.samples.ausam_sampler import AUSAMSampler
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
-
-_FLOAT16 = ('float16', torch.float16)
+# MMEngine's default constructor passes over all others without a word.
+_PARAMWISE_KEYS = (
+    *('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult'),
+    *('dcn_offset_lr_mult', 'bypass_duplicate', 'custom_keys'),
+)
+_CONSTRUCTOR = DefaultOptimWrapperConstructor.__name__
+_NONE = type(None)
 _SLOWER = '15 to 23 times slower in'
 
 
+# -------------------------------------------------------------------- optimizer wrappers
 def check_wrappers(cfg: Config) -> None:
-    """Build every optimizer wrapper of ours or MMEngine's once, around a single number.
-
-    Raises:
-        UsageError: Unknown type or wrong argument, or a fragment that the config inherits and that
-            :func:`mm_sharp.config.fragments.apply_fragments` could not put into effect.
-    """
-    classes = []
+    """Build every optimizer wrapper of ours or MMEngine's once, around a single number; what fails is a UsageError."""
     members = wrapper_configs(cfg)
-    check_constructor(cfg, cfg.optim_wrapper)
+    classes = {key: wrapper_class(cfg, key, wrapper) for key, wrapper in members.items()}
+    kind = cfg.optim_wrapper.get('constructor', _CONSTRUCTOR)
+    constructor = _registered(cfg, OPTIM_WRAPPER_CONSTRUCTORS, 'optim_wrapper.constructor', kind)
     for key, wrapper in members.items():
-        cls = wrapper_class(cfg, key, wrapper)
-        classes.append(cls)
-        if not cls.__module__.startswith(('mm_sharp.', 'mmengine.')):
-            continue  # others may want a real optimizer
-        not_theirs = ('type', '_scope_', 'optimizer', 'constructor', 'paramwise_cfg')
-        arguments = {name: deepcopy(value) for name, value in wrapper.items() if name not in not_theirs}
-        check_arguments(key, cls, arguments)
-        optimizer = check_optimizer(cfg, key, cls, wrapper)
-        try:
-            cls(optimizer=optimizer, **arguments)
-        except (TypeError, ValueError, AssertionError, ImportError) as error:
-            hint = '' if issubclass(cls, TwoPassOptimWrapper) else _theirs_hint(cls, arguments)
-            raise UsageError(f'{key} (type {cls.__name__}): {error}{hint}') from error
-        if issubclass(cls, TwoPassOptimWrapper) and arguments.get('dtype') in _FLOAT16 and get_device() == 'cpu':
-            _say(f"{key}.dtype='float16': the CPU is {_SLOWER} it than in float32; take dtype='bfloat16'")
-        if key == 'optim_wrapper':  # members of several have a constructor of their own
-            check_paramwise(cfg, key, cls, wrapper)
-    if cfg.get('sharp_optim_wrapper') and not any(issubclass(cls, TwoPassOptimWrapper) for cls in classes):
-        raise UsageError(_unused_fragment(classes))
+        if classes[key].__module__.startswith(('mm_sharp.', 'mmengine.')):  # others may want a real optimizer
+            _check_wrapper(cfg, key, classes[key], wrapper)
+            if constructor is DefaultOptimWrapperConstructor and wrapper.get('paramwise_cfg'):
+                _check_paramwise(key, classes[key], wrapper)
+    if cfg.get('sharp_optim_wrapper') and not any(issubclass(cls, TwoPassOptimWrapper) for cls in classes.values()):
+        raise UsageError(
+            'the config inherits a fragment of mm_sharp, but trains without it, since its optim_wrapper is '
+            f'{", ".join(cls.__name__ for cls in classes.values())}: add the line `optim_wrapper = '
+            "_base_.sharp_optim_wrapper`, or give one of several its type, as NAME=dict(type='SAMOptimWrapper', …)"
+        )
 
 
-def check_sampler(cfg: Config) -> None:
-    """Check that an ``AUSAMSampler`` in the training data loader has what it needs.
+def wrapper_configs(cfg: Config) -> dict[str, Any]:
+    """The config of each optimizer wrapper by its dotted key: one, or several for an ``OptimWrapperDict``."""
+    top, members = cfg.get('optim_wrapper'), {}
+    if isinstance(top, dict):
+        parts = {'optim_wrapper': top, **{f'optim_wrapper.{key}': value for key, value in top.items()}}
+        members = {k: v for k, v in parts.items() if isinstance(v, dict) and ('optimizer' in v or 'type' in v)}
+    if not members:
+        raise UsageError(
+            f'optim_wrapper={top!r} is not allowed: it must be a dict with a type and an optimizer. Write for example: '
+            f'{_WRAPPER}'
+        )
+    if 'optim_wrapper' in members:
+        return {'optim_wrapper': top}
+    if type_name(top.get('constructor', _CONSTRUCTOR)) == _CONSTRUCTOR:
+        raise UsageError(
+            f'optim_wrapper.constructor must be one of your own for {", ".join(members)}: the default one builds a '
+            f"single wrapper. Write optim_wrapper = dict(constructor='MyConstructor', …), or one wrapper: {_WRAPPER}"
+        )
+    return members
 
-    Raises:
-        UsageError: There is no AUSAMOptimWrapper to draw for, or ``drop_last`` stands where torch refuses it.
-    """
-    loader = cfg.get('train_dataloader') or {}
-    batch_sampler = loader.get('batch_sampler') or {}
-    if (loader.get('sampler') or {}).get('type') in ('AUSAMSampler', AUSAMSampler):
-        raise UsageError(
-            'train_dataloader.sampler: AUSAMSampler is a batch sampler, which works on top of a sampler: write '
-            "train_dataloader = dict(sampler=dict(type='DefaultSampler', shuffle=True), "
-            "batch_sampler=dict(type='AUSAMSampler'))"
-        )
-    if batch_sampler.get('type') not in ('AUSAMSampler', AUSAMSampler):
-        return
-    classes = [wrapper_class(cfg, key, wrapper) for key, wrapper in wrapper_configs(cfg).items()]
-    if sum(issubclass(cls, AUSAMOptimWrapper) for cls in classes) != 1:
-        found = ', '.join(cls.__name__ for cls in classes)
-        raise UsageError(
-            'train_dataloader.batch_sampler: AUSAMSampler draws for one AUSAMOptimWrapper, and the config has '
-            f"{found}: write optim_wrapper = dict(type='AUSAMOptimWrapper', …), or take batch_sampler out"
-        )
-    if loader.get('drop_last'):
-        raise UsageError(
-            'train_dataloader.drop_last=True does not go with a batch_sampler, which has its own: write '
-            "train_dataloader = dict(drop_last=False, batch_sampler=dict(type='AUSAMSampler', drop_last=True))"
-        )
-    if not loader.get('in_order', True):
-        raise UsageError(
-            'train_dataloader.in_order=False is not allowed: AUSAMSampler must know which draw a batch is from. Write '
-            "train_dataloader = dict(in_order=True, batch_sampler=dict(type='AUSAMSampler'))"
-        )
+
+def wrapper_class(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> type[OptimWrapper]:
+    """The class that MMEngine will build for an optimizer wrapper's config."""
+    kind = wrapper.get('type', 'OptimWrapper')
+    return _registered(cfg, OPTIM_WRAPPERS, f'{key}.type', kind, wrapper.get('_scope_'))  # type: ignore[no-any-return]
 
 
 def enable_amp(cfg: Config) -> None:
     """Train in mixed precision: our wrappers get a dtype, MMEngine's plain one becomes its ``AmpOptimWrapper``.
 
     The dtype is float16, or bfloat16 on the CPU, which does float16 in software. One that the config sets stays.
-
-    Raises:
-        UsageError: A wrapper for which there is no way.
     """
     on_cpu = get_device() == 'cpu'
     for key, wrapper in wrapper_configs(cfg).items():
@@ -123,147 +105,200 @@ def enable_amp(cfg: Config) -> None:
                 wrapper['dtype'] = 'bfloat16' if on_cpu else 'float16'
                 if on_cpu:
                     _say(f"--amp: {key}.dtype='bfloat16', since the CPU is {_SLOWER} float16 than in float32")
-        elif cls in (OptimWrapper, AmpOptimWrapper):
-            if on_cpu:
-                raise UsageError(
-                    "--amp: MMEngine's AmpOptimWrapper needs a GPU: leave out --amp, or take a wrapper that does it "
-                    f"on the CPU, {key}=dict(type='SAMOptimWrapper', …)"
-                )
+        elif cls not in (OptimWrapper, AmpOptimWrapper):
+            raise UsageError(f'--amp cannot change {key}.type={cls.__name__}: set its precision in the config')
+        elif on_cpu:
+            raise UsageError(
+                "--amp: MMEngine's AmpOptimWrapper needs a GPU: leave out --amp, or take a wrapper that does it on "
+                f"the CPU, {key}=dict(type='SAMOptimWrapper', …)"
+            )
+        else:
             wrapper['type'] = 'AmpOptimWrapper'
             wrapper.setdefault('loss_scale', 'dynamic')
-        else:
-            raise UsageError(f'--amp cannot change {key}.type={cls.__name__}: set its precision in the config')
 
 
-def check_data(cfg: Config, *splits: str) -> None:
-    """Check that the files of the data sets are there.
+def _check_wrapper(cfg: Config, key: str, cls: type[OptimWrapper], wrapper: Mapping[str, Any]) -> None:
+    others = ('type', '_scope_', 'optimizer', 'constructor', 'paramwise_cfg')
+    arguments = {name: deepcopy(value) for name, value in wrapper.items() if name not in others}
+    classes = [c for c in OPTIM_WRAPPERS.module_dict.values() if isinstance(c, type)]
+    with _in_one_line(key):
+        check_arguments(cls, arguments, [other for other in classes if issubclass(other, TwoPassOptimWrapper)])
+        cls(optimizer=_optimizer(cfg, key, wrapper), **arguments)
+    is_half = issubclass(cls, TwoPassOptimWrapper) and arguments.get('dtype') in ('float16', torch.float16)
+    if is_half and get_device() == 'cpu':
+        _say(f"{key}.dtype='float16': the CPU is {_SLOWER} it than in float32; take dtype='bfloat16'")
 
-    Args:
-        cfg: The whole config.
-        *splits: Of ``'train'``, ``'val'`` and ``'test'``, those that will be read.
 
-    Raises:
-        UsageError: A file or folder is missing.
+def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
+    """The config's optimizer around a single number; an SGD in place of another package's, of which the type and the
+    names of the arguments are checked.
     """
+    config, written = wrapper.get('optimizer'), f'{key} = dict({_OPTIMIZER}, …)'
+    # A matrix, since some optimizers (Muon) take nothing else; on the training's device, since AMP depends on it.
+    device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if get_device() == 'cuda' else 'cpu'
+    weights = [nn.Parameter(torch.zeros(1, 1, device=device))]
+    if not isinstance(config, Mapping) or not config.get('type'):
+        raise UsageError(f'{key}.optimizer={config!r} is no dict with a type. Write for example: {written}')
+    kind = _registered(cfg, OPTIMIZERS, f'{key}.optimizer.type', config['type'], config.get('_scope_'))
+    arguments = {name: deepcopy(value) for name, value in config.items() if name not in ('type', '_scope_')}
+    takes = ', '.join(list(signature(kind).parameters)[1:])
+    with _in_one_line(f'{key}.optimizer={dict(config)!r}', f'{written}. {kind.__name__} takes {takes}'):
+        signature(kind).bind(weights, **arguments)
+        if kind.__module__.startswith('torch.'):
+            return kind(weights, **arguments)  # type: ignore[no-any-return]
+    return torch.optim.SGD(weights, lr=1.0)
+
+
+def _check_paramwise(key: str, cls: type[OptimWrapper], wrapper: Mapping[str, Any]) -> None:
+    """Have MMEngine's constructor check its ``paramwise_cfg``; for our wrappers, refuse what it would pass over."""
+    paramwise = wrapper['paramwise_cfg']
+    with _in_one_line(f'{key}.paramwise_cfg={paramwise!r}', _PARAMWISE):
+        DefaultOptimWrapperConstructor({'optimizer': dict(wrapper['optimizer'])}, deepcopy(paramwise))
+        if not issubclass(cls, TwoPassOptimWrapper):
+            return
+        for name in paramwise:
+            if name not in _PARAMWISE_KEYS:
+                raise ValueError(f'there is no key {name!r}; {did_you_mean(name, _PARAMWISE_KEYS)}')
+        for place, rules in {'': paramwise, **(paramwise.get('custom_keys') or {})}.items():
+            if not isinstance(rules, Mapping):
+                raise ValueError(f'custom_keys.{place}={rules!r} must be a dict')
+            for name, value in rules.items():
+                if name.endswith('_mult') and not is_number(value):
+                    raise ValueError(f'{place}{place and "."}{name}={value!r} must be a number')
+
+
+# -------------------------------------------------------------------- the rest of a training
+# Key, what it must be (a kind, or an integer of at least a number), and an example.
+_FORMS: tuple[tuple[str, str, Any, str], ...] = (
+    ('model', 'a dict', Mapping, "model = dict(type='TopdownPoseEstimator', …)"),
+    ('train_dataloader', 'a dict', Mapping, "train_dataloader = dict(sampler=dict(type='DefaultSampler'), …)"),
+    ('train_cfg', 'a dict', Mapping, 'train_cfg = dict(by_epoch=True, max_epochs=10)'),
+    ('train_dataloader.batch_size', 'an integer above 0', 1, 'train_dataloader = dict(batch_size=32)'),
+    ('train_dataloader.num_workers', 'an integer from 0 on', 0, 'train_dataloader = dict(num_workers=4)'),
+    ('train_dataloader.sampler', 'a dict', (Mapping, _NONE), "dict(sampler=dict(type='DefaultSampler'))"),
+    ('train_dataloader.batch_sampler', 'a dict', (Mapping, _NONE), "dict(batch_sampler=dict(type='AUSAMSampler'))"),
+    ('load_from', 'a path', (str, _NONE), "load_from = 'work_dirs/mine/epoch_1.pth'"),
+    ('work_dir', 'a path', (str, _NONE), "work_dir = 'work_dirs/mine'"),
+    ('randomness.seed', 'an integer from 0 on', 0, 'randomness = dict(seed=0)'),
+    ('auto_scale_lr.base_batch_size', 'an integer above 0', 1, 'auto_scale_lr = dict(base_batch_size=512)'),
+    ('compile', 'True, False or a dict', (bool, Mapping, _NONE), "compile = dict(backend='inductor')"),
+    ('default_hooks', 'a dict', (Mapping, _NONE), "default_hooks = dict(logger=dict(type='LoggerHook', interval=50))"),
+    ('custom_hooks', 'a list', (list, tuple, _NONE), "custom_hooks = [dict(type='SharpnessHook')]"),
+)
+
+
+def check_training(cfg: Config) -> None:
+    """Check all that a training run needs, its data and checkpoints apart; what is wrong is a UsageError."""
+    for key, allowed, kind, example in _FORMS:
+        value: Any = cfg
+        for part in key.split('.'):
+            value = value.get(part) if isinstance(value, (Config, Mapping)) else None
+        is_int = value is None or (type(value) is int and isinstance(kind, int) and value >= kind)
+        if not (is_int if isinstance(kind, int) else isinstance(value, kind)):
+            what = f'{key} is missing' if value is None else f'{key}={value!r} is not allowed'
+            raise UsageError(f'{what}: it must be {allowed}. Write for example: {example}')
+    check_wrappers(cfg)
+    _check_sampler(cfg.train_dataloader)
+    for name, hook in (cfg.get('default_hooks') or {}).items():
+        _check_hook(cfg, f'default_hooks.{name}', hook)
+    for number, hook in enumerate(cfg.get('custom_hooks') or []):
+        _check_hook(cfg, f'custom_hooks.{number}', hook)
+
+
+def _check_sampler(loader: Mapping[str, Any]) -> None:
+    """Refuse an ``AUSAMSampler`` in the place of a sampler, or beside what torch refuses."""
+    sampler, batch_sampler = (type_name((loader.get(key) or {}).get('type')) for key in ('sampler', 'batch_sampler'))
+    if sampler == 'AUSAMSampler':
+        what = 'sampler: AUSAMSampler is a batch sampler, which works on top of a sampler'
+    elif batch_sampler == 'AUSAMSampler' and loader.get('drop_last'):
+        what = 'drop_last=True does not go with a batch_sampler, which has its own'
+    else:
+        return
+    raise UsageError(
+        f"train_dataloader.{what}. Write train_dataloader = dict(sampler=dict(type='DefaultSampler', shuffle=True), "
+        "drop_last=False, batch_sampler=dict(type='AUSAMSampler', drop_last=True))"
+    )
+
+
+def _check_hook(cfg: Config, key: str, hook: Any) -> None:
+    """Build a hook of MMEngine's or ours once, and check the one value that MMEngine looks at only while it trains."""
+    if hook is None or isinstance(hook, Hook):
+        return
+    if not isinstance(hook, Mapping) or not hook.get('type'):
+        raise UsageError(f"{key}={hook!r} is no dict with a type. Write for example: dict(type='SharpnessHook')")
+    example = f'dict(type={type_name(hook["type"])!r}, interval=50)'
+    if type(hook.get('interval', 1)) is not int:
+        raise UsageError(f'{key}.interval={hook["interval"]!r} must be an integer. Write for example: {example}')
+    cls, _ = _look_up(cfg, HOOKS, hook['type'], hook.get('_scope_'))
+    # What is not registered yet, MMEngine may import before it builds it.
+    if cls is not None and cls.__module__.startswith(('mmengine.', 'mm_sharp.')):
+        arguments = {n: deepcopy(v) for n, v in hook.items() if n not in ('type', '_scope_', 'priority')}
+        with _in_one_line(key, f'{example}. {cls.__name__} takes {", ".join(arguments_of(cls))}'):
+            cls(**arguments)
+
+
+# -------------------------------------------------------------------- data
+def check_data(cfg: Config, *splits: str) -> None:
+    """Check that the files of the data sets are there; ``splits`` are of ``'train'``, ``'val'`` and ``'test'``."""
     for split in splits:
-        for where, path in _data_paths(cfg, split):
+        evaluators = cfg.get(f'{split}_evaluator') or []
+        evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
+        of_evaluators = [(f'{split}_evaluator', 'ann_file', metric.get('ann_file') or '') for metric in evaluators]
+        dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
+        for where, name, path in (*_data_paths(f'{split}_dataloader.dataset', dataset), *of_evaluators):
             if '://' in path or Path(path).exists():
                 continue
-            key = re.sub(r'(ann_file|data_prefix\..*)$', 'data_root', where) if '.dataset' in where else where
+            key = f'{where}.data_root' if name.startswith(('ann', 'data')) and 'dataset' in where else f'{where}.{name}'
             hint = cfg.get('data_hint') or f'put the data set there, or say where it is: --cfg-options {key}=…'
-            raise UsageError(f"no data: '{path}' ({where}) does not exist in {Path.cwd()}; {hint}")
+            raise UsageError(f"no data: '{path}' ({where}.{name}) does not exist in {Path.cwd()}; {hint}")
 
 
-def check_checkpoint(path: str, source: str, hint: str = '') -> None:
-    """Check that a checkpoint is there and was written to its end.
-
-    Args:
-        path: The file; URLs are left to MMEngine.
-        source: The option or key that names it.
-        hint: How to come by it, where that is known.
-
-    Raises:
-        UsageError: It is missing or cut off.
-    """
-    if '://' in path:
+def _data_paths(where: str, dataset: Any) -> Iterator[tuple[str, str, str]]:
+    """Dotted key of a data set, argument and path of everything that it reads, or that one which it wraps reads."""
+    if not isinstance(dataset, dict):
         return
-    if not Path(path).exists():
-        raise UsageError(f"{source}: no checkpoint '{path}' in {Path.cwd()}{hint and '; ' + hint}")
-    if not _is_complete(Path(path)):
-        raise UsageError(f"{source}: '{path}' is cut off, or no checkpoint of torch's; take another")
+    root = dataset.get('data_root') or ''
+    if dataset.get('ann_file'):
+        yield where, 'ann_file', _join(root, dataset['ann_file'])
+        for name, prefix in (dataset.get('data_prefix') or {}).items():
+            yield where, f'data_prefix.{name}', _join(root, prefix)
+    for name in ('bbox_file', 'headbox_file'):
+        yield where, name, dataset.get(name) or ''
+    yield from _data_paths(f'{where}.dataset', dataset.get('dataset'))
+    for i, member in enumerate(dataset.get('datasets') or []):
+        yield from _data_paths(f'{where}.datasets.{i}', member)
 
 
-def last_checkpoint(work_dir: str) -> str | None:
-    """The newest checkpoint of a training run that can be resumed, or None.
+def _join(root: str, path: str) -> str:
+    return path if '://' in path else os.path.join(root, path)
 
-    ``last_checkpoint`` in the work directory names it. Where that file is torn, or names one that is gone or cut off (a
-    run can be killed at any time, and a folder moved), the newest complete one in the folder is taken.
-    """
-    folder = Path(work_dir)
-    pointer = folder / 'last_checkpoint'
-    named = pointer.read_text().strip() if pointer.is_file() else ''
-    found = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
-    candidates = sorted(found, key=_age, reverse=True)
-    if named:
-        candidates = [Path(named), folder / Path(named).name, *candidates]
-    return next((str(file) for file in candidates if file.exists() and _is_complete(file)), None)
+
+# -------------------------------------------------------------------- helpers
+def _look_up(cfg: Config, registry: Registry, kind: Any, scope: str | None) -> tuple[Any, set[str]]:
+    """The class that MMEngine finds for a ``type``, None if there is none, and the names that it would find."""
+    with registry.switch_scope_and_registry(scope or cfg.get('default_scope', 'mmengine')) as found:
+        cls = found.get(kind) if isinstance(kind, str) else kind
+        return cls, {*found.module_dict, *registry.module_dict}
+
+
+def _registered(cfg: Config, registry: Registry, key: str, kind: Any, scope: str | None = None) -> Any:
+    cls, names = _look_up(cfg, registry, kind, scope)
+    if cls is None:
+        raise UsageError(not_registered(key, kind, names))
+    return cls
+
+
+@contextmanager
+def _in_one_line(key: str, example: str = '') -> Iterator[None]:
+    """An error of MMEngine's or of a constructor, with the config's key and a right form."""
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        written = f'. Write for example: {example}' if example else ''
+        raise UsageError(f'{key}: {error}{written}') from error
 
 
 def _say(line: str) -> None:
     """Print a line, once a run."""
     if is_main_process():
         print_log(line)
-
-
-def _age(file: Path) -> tuple[int, int]:
-    """When a checkpoint was written, and its epoch or iteration: two may be written at one tick of the disk's clock."""
-    number = file.stem.rpartition('_')[2]
-    return file.stat().st_mtime_ns, int(number) if number.isdecimal() else -1
-
-
-def _is_complete(file: Path) -> bool:
-    """Whether a file is a checkpoint to its end: a zip archive, whose directory comes last, or torch's old pickle.
-
-    Under FSDP with ``state_dict_cfg='local'`` it is a folder with a file of every process.
-    """
-    if file.is_dir():
-        ranks = [file / f'rank{rank}.pth' for rank in range(int(os.environ.get('WORLD_SIZE', 1)))]
-        return all(part.is_file() and _is_complete(part) for part in ranks)
-    with file.open('rb') as stream:
-        start = stream.read(2)
-    return zipfile.is_zipfile(file) if start == b'PK' else start.startswith(b'\x80')
-
-
-def _theirs_hint(cls: type[OptimWrapper], arguments: dict[str, Any]) -> str:
-    """Advice for arguments of our wrappers that were given to another: a recipe's own ``type`` was left standing."""
-    theirs = {name for base in cls.__mro__[:-1] for name in signature(base).parameters}
-    left = [name for name in arguments if name not in theirs]
-    for ours, kind in ((TwoPassOptimWrapper, SAMOptimWrapper), (ESAMOptimWrapper,) * 2, (AUSAMOptimWrapper,) * 2):
-        meant = [name for name in left if name in signature(ours).parameters]
-        if meant and {*meant} >= {*left} - {*signature(TwoPassOptimWrapper).parameters}:
-            return f"; {', '.join(meant)}: meant for type='{kind.__name__}'?"
-    return ''
-
-
-def _unused_fragment(classes: list[type[OptimWrapper]]) -> str:
-    """What to do about a fragment that did not take effect beside these optimizer wrappers."""
-    names = ', '.join(cls.__name__ for cls in classes)
-    message = f'the config inherits a fragment of mm_sharp, but trains without it, since its optim_wrapper is {names}: '
-    if len(classes) > 1:
-        return message + "give those that shall use it their type, as NAME=dict(type='SAMOptimWrapper', …)"
-    return message + 'add the line `optim_wrapper = _base_.sharp_optim_wrapper`'
-
-
-def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str]]:
-    """Dotted key and path of everything that a split reads."""
-    dataloader = cfg.get(f'{split}_dataloader')
-    if dataloader:
-        yield from _dataset_paths(f'{split}_dataloader.dataset', dataloader.get('dataset'))
-    evaluators = cfg.get(f'{split}_evaluator') or []
-    if isinstance(evaluators, dict):
-        evaluators = [evaluators]
-    for metric in evaluators:
-        if metric.get('ann_file'):
-            yield f'{split}_evaluator.ann_file', metric['ann_file']
-
-
-def _dataset_paths(where: str, dataset: Any) -> Iterator[tuple[str, str]]:
-    """The same for a data set and those that it wraps (combined, repeated, concatenated)."""
-    if not isinstance(dataset, dict):
-        return
-    root = dataset.get('data_root') or ''
-    if dataset.get('ann_file'):
-        yield f'{where}.ann_file', _join(root, dataset['ann_file'])
-        for name, prefix in (dataset.get('data_prefix') or {}).items():
-            if '://' not in root:
-                yield f'{where}.data_prefix.{name}', _join(root, prefix)
-    for name in ('bbox_file', 'headbox_file'):
-        if dataset.get(name):
-            yield f'{where}.{name}', dataset[name]
-    yield from _dataset_paths(f'{where}.dataset', dataset.get('dataset'))
-    for i, member in enumerate(dataset.get('datasets') or []):
-        yield from _dataset_paths(f'{where}.datasets.{i}', member)
-
-
-def _join(root: str, path: str) -> str:
-    return path if '://' in path else os.path.join(root, path)

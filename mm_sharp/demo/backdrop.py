@@ -5,21 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from mm_sharp.demo.body import HAIR_COLOURS, SKIN_TONES, draw_colour
-from mm_sharp.demo.camera import Camera
 from mm_sharp.demo.exact import Draws
-from mm_sharp.demo.render import (
-    Capsule,
-    Floats,
-    Layer,
-    Light,
-    Paint,
-    draw_capsule,
-    draw_card,
-)
+from mm_sharp.demo.render import Camera, Capsule, Floats, Layer, Light, Paint, draw_capsule, draw_card
 from mm_sharp.demo.settings import HEIGHT, SETTINGS, WIDTH, Settings
 
+Pixel = tuple[int, int]
+
 #: Depths in metres; people stand between 1 and 10.
-_FAR, _WALL = 50.0, 60.0
+_FAR, _WALL, _NEAR = 50.0, 60.0, 0.5
 #: Backdrop and occluders are placed in pixels: X = u Z / focal.
 _FLAT = Camera(azimuth=0, elevation=0, roll=0, distance=_FAR, focal=300.0)
 
@@ -60,20 +53,19 @@ def draw_occluders(draws: Draws, light: Light, settings: Settings = SETTINGS) ->
     layer = Layer.empty(WIDTH, HEIGHT)
     if not draws.chance(settings.occluder_chance):
         return layer
-    size = (draws.integer(WIDTH // 6, WIDTH // 2), draws.integer(HEIGHT // 8, HEIGHT // 3))
-    left = draws.integer(-size[0] // 2, WIDTH - size[0] // 2)
-    top = draws.integer(HEIGHT // 4, HEIGHT - size[1] // 2)
+    width, height = draws.integer(WIDTH // 6, WIDTH // 2), draws.integer(HEIGHT // 8, HEIGHT // 3)
+    left = draws.integer(-width // 2, WIDTH - width // 2)
+    top = draws.integer(HEIGHT // 4, HEIGHT - height // 2)
     kind = draws.choice(('box', 'post', 'ball'))
     colour = draw_colour(draws)
     if kind == 'box':
-        draw_card(layer, (left, top, left + size[0], top + size[1]), 0.5, 0, colour)
-        return layer
-    radius = size[0] / (6 if kind == 'post' else 3)
-    ends = ((left, top), (left, top))
-    if kind == 'post':
+        draw_card(layer, (left, top, left + width, top + height), _NEAR, 0, colour)
+    elif kind == 'ball':
+        _draw_rod(layer, light, ((left, top), (left, top)), (width / 3, width / 3), _NEAR, Paint(colour))
+    else:
         lean = draws.integer(-WIDTH // 4, WIDTH // 4)
         ends = ((left, -10), (left + lean, HEIGHT + 10))
-    _draw_rod(layer, light, ends, (radius, radius), 0.5, Paint(colour))
+        _draw_rod(layer, light, ends, (width / 6, width / 6), _NEAR, Paint(colour))
     return layer
 
 
@@ -83,13 +75,10 @@ def _draw_shape(layer: Layer, draws: Draws, light: Light, depth: float) -> None:
     u, v = draws.integer(-20, WIDTH), draws.integer(-20, HEIGHT)
     colour = draw_colour(draws)
     if kind == 'box':
-        box = (u, v, u + draws.integer(10, 80), v + draws.integer(10, 100))
-        draw_card(layer, box, depth, 0, colour)
+        draw_card(layer, (u, v, u + draws.integer(10, 80), v + draws.integer(10, 100)), depth, 0, colour)
         return
     radius = draws.uniform((6.0, 26.0) if kind == 'ball' else (2.0, 9.0))
-    end = (u, v)
-    if kind == 'rod':
-        end = (draws.integer(0, WIDTH), draws.integer(0, HEIGHT))
+    end = (draws.integer(0, WIDTH), draws.integer(0, HEIGHT)) if kind == 'rod' else (u, v)
     paint = Paint(colour, draw_colour(draws), rings=draws.choice((0, 0, 5)))
     _draw_rod(layer, light, ((u, v), end), (radius, radius), depth, paint)
 
@@ -105,15 +94,9 @@ def _draw_decoy(layer: Layer, draws: Draws, light: Light, depth: float) -> None:
 
 
 def _draw_rod(
-    layer: Layer,
-    light: Light,
-    ends: tuple[tuple[int, int], tuple[int, int]],
-    radii: tuple[float, float],
-    depth: float,
-    paint: Paint,
+    layer: Layer, light: Light, ends: tuple[Pixel, Pixel], radii: tuple[float, float], depth: float, paint: Paint
 ) -> None:
     """A capsule given in pixels, at a constant depth (metres)."""
     scale = depth / _FLAT.focal
     first, second = ((u * scale, v * scale, depth) for u, v in ends)
-    capsule = Capsule(first, second, (radii[0] * scale, radii[1] * scale), 0, paint)
-    draw_capsule(layer, capsule, _FLAT, light)
+    draw_capsule(layer, Capsule(first, second, (radii[0] * scale, radii[1] * scale), 0, paint), _FLAT, light)

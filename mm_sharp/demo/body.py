@@ -6,7 +6,6 @@ parts a keypoint counts as seen, and how deep under the surface it may lie there
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mm_sharp.demo.exact import Draws, Vector
@@ -21,16 +20,11 @@ HAIR_COLOURS: tuple[Colour, ...] = (
     (30, 24, 22), (70, 45, 30), (120, 76, 40), (186, 148, 88), (150, 66, 34), (150, 150, 150),
 )  # fmt: skip
 
+_SIDES = ('left', 'right')
 _SIDED = ('upper_arm', 'forearm', 'hand', 'thigh', 'shin', 'foot', 'eye', 'ear', 'flank')
-PARTS: dict[str, int] = {
-    name: number
-    for number, name in enumerate(
-        (
-            *(f'{side}_{part}' for side in ('left', 'right') for part in _SIDED),
-            'chest', 'belly', 'pelvis', 'shoulders', 'neck', 'face', 'hair', 'nose', 'mouth', 'front',
-        )
-    )
-}  # fmt: skip
+_CENTRAL = ('chest', 'belly', 'pelvis', 'shoulders', 'neck', 'face', 'hair', 'nose', 'mouth', 'front')
+_NAMES = (*(f'{side}_{part}' for side in _SIDES for part in _SIDED), *_CENTRAL)
+PARTS: dict[str, int] = {name: number for number, name in enumerate(_NAMES)}
 
 #: For each keypoint, without its side: its own parts (a leading ``*`` stands for the side) and the largest
 #: depth, metres at girth 1, of the keypoint under a surface on which it still counts as seen.
@@ -48,11 +42,7 @@ OWN_PARTS: dict[str, tuple[tuple[str, ...], float]] = {
 
 
 def own_parts(keypoint: str) -> tuple[frozenset[int], float]:
-    """Numbers of the parts that show a COCO keypoint, and the allowed depth under them (metres).
-
-    Raises:
-        KeyError: if there is no such keypoint.
-    """
+    """Numbers of the parts that show a COCO keypoint, and the allowed depth under them (metres)."""
     side, _, plain = keypoint.rpartition('_')
     names, depth = OWN_PARTS[plain]
     return frozenset(PARTS[name.replace('*', side)] for name in names), depth
@@ -60,22 +50,15 @@ def own_parts(keypoint: str) -> tuple[frozenset[int], float]:
 
 @dataclass(frozen=True)
 class Outfit:
-    """Colours and cuts of one person.
-
-    Attributes:
-        skin, hair, shoes, shirt_front: plain colours; the last is a zip or a row of buttons.
-        shirt, trousers: paint of the left and of the right side.
-        sleeve, leg: share of the arm and of the leg that is covered, 0 to 2 (2 segments).
-        long_hair, bald: style of the hair.
-    """
+    """Colours and cuts of one person."""
 
     skin: Colour
     hair: Colour
     shoes: Colour
-    shirt_front: Colour
-    shirt: tuple[Paint, Paint]
+    shirt_front: Colour  # a zip or a row of buttons
+    shirt: tuple[Paint, Paint]  # of the left and of the right side
     trousers: tuple[Paint, Paint]
-    sleeve: float
+    sleeve: float  # the share of the arm that is covered, 0 to 2 segments
     leg: float
     long_hair: bool
     bald: bool
@@ -88,23 +71,26 @@ def draw_colour(draws: Draws, low: int = 20, high: int = 235) -> Colour:
 
 def _garment(draws: Draws, settings: Settings) -> tuple[Paint, Paint]:
     """Paint for the left and the right half of a garment."""
-    base, other = draw_colour(draws), draw_colour(draws)
-    paint = Paint(base, other)
+    paint = Paint(draw_colour(draws), draw_colour(draws))
     if draws.chance(settings.pattern_chance):
         rings, strips = draws.choice(((5, 0), (0, 4), (6, 4), (3, 0)))
         paint = replace(paint, rings=rings, strips=strips)
     if not draws.chance(settings.two_tone_chance):
         return paint, paint
-    darker = [(c[0] * 5 // 9, c[1] * 5 // 9, c[2] * 5 // 9) for c in (base, other)]
-    return paint, replace(paint, base=darker[0], other=darker[1])
+    return paint, replace(paint, base=_darker(paint.base, 5, 9), other=_darker(paint.other, 5, 9))
+
+
+def _darker(colour: Colour, numerator: int, denominator: int) -> Colour:
+    red, green, blue = (value * numerator // denominator for value in colour)
+    return (red, green, blue)
 
 
 def draw_outfit(draws: Draws, settings: Settings = SETTINGS) -> Outfit:
     """Random colours, patterns and lengths."""
     jitter = draws.integer(-12, 12)
-    red, green, blue = draws.choice(SKIN_TONES)
+    red, green, blue = (min(value + jitter, 255) for value in draws.choice(SKIN_TONES))
     return Outfit(
-        skin=(min(red + jitter, 255), min(green + jitter, 255), min(blue + jitter, 255)),
+        skin=(red, green, blue),
         hair=draws.choice(HAIR_COLOURS),
         shoes=draw_colour(draws, 10, 200),
         shirt_front=draw_colour(draws),
@@ -117,25 +103,26 @@ def draw_outfit(draws: Draws, settings: Settings = SETTINGS) -> Outfit:
     )
 
 
+#: A capsule: its part, the points at its ends, the radii there in a unit ('girth', 'head' or 'metres'), and its paint.
+Row = tuple[str, str, str, float, float, str, Paint]
+
+
 def body_capsules(points: Points, body: Proportions, outfit: Outfit) -> list[Capsule]:
     """The capsules of a person whose points are given in camera coordinates."""
-    capsules = [*_trunk(points, body.girth, outfit), *_head(points, body, outfit)]
-    for index, side in enumerate(('left', 'right')):
-        capsules += _limbs(points, body.girth, outfit, side, index)
-    return capsules
-
-
-def _capsule(points: Points, ends: tuple[str, str], radii: tuple[float, float], part: str, paint: Paint) -> Capsule:
-    return Capsule(points[ends[0]], points[ends[1]], radii, PARTS[part], paint)
+    units = {'girth': body.girth, 'head': body.head, 'metres': 1.0}
+    armpits = {f'{side}_armpit': _between(points[f'{side}_shoulder'], points['thorax'], 0.3) for side in _SIDES}
+    points = {**points, **armpits}
+    rows = [*_trunk(outfit), *_head(outfit), *_limbs(outfit, 0), *_limbs(outfit, 1)]
+    return [
+        Capsule(points[start], points[end], (first * units[unit], second * units[unit]), PARTS[part], paint)
+        for part, start, end, first, second, unit, paint in rows
+    ]
 
 
 def _between(a: Vector, b: Vector, share: float) -> Vector:
     """The point a given share of the way from a to b."""
-    return (
-        a[0] + share * (b[0] - a[0]),
-        a[1] + share * (b[1] - a[1]),
-        a[2] + share * (b[2] - a[2]),
-    )
+    x, y, z = (start + share * (end - start) for start, end in zip(a, b, strict=True))
+    return (x, y, z)
 
 
 def _cut(paint: Paint, covered: float, end: Colour) -> Paint:
@@ -143,64 +130,51 @@ def _cut(paint: Paint, covered: float, end: Colour) -> Paint:
     return replace(paint, cut=covered, end=end) if covered < 1 else paint
 
 
-def _trunk(points: Points, girth: float, outfit: Outfit) -> Iterator[Capsule]:
-    shirt, trousers = outfit.shirt[0], outfit.trousers[0]
-    wide, mid = 0.105 * girth, 0.108 * girth
-    yield _capsule(points, ('thorax', 'waist'), (0.07 * girth, wide), 'chest', shirt)
-    hem = _cut(shirt, 0.6, trousers.base)
-    yield _capsule(points, ('waist', 'pelvis'), (wide, mid), 'belly', hem)
-    hips = ('left_hip', 'right_hip')
-    yield _capsule(points, hips, (0.092 * girth, 0.092 * girth), 'pelvis', trousers)
-    shoulders = ('left_shoulder', 'right_shoulder')
-    yield _capsule(points, shoulders, (0.058 * girth, 0.058 * girth), 'shoulders', shirt)
-    for index, side in enumerate(('left', 'right')):
-        paint = _cut(outfit.shirt[index], 0.88, outfit.trousers[index].base)
-        top = _between(points[f'{side}_shoulder'], points['thorax'], 0.3)
-        radii = (0.075 * girth, 0.085 * girth)
-        yield Capsule(top, points[f'{side}_hip'], radii, PARTS[f'{side}_flank'], paint)
-    zip_ = Paint(outfit.shirt_front)
-    yield _capsule(points, ('collar', 'belly'), (0.014, 0.014), 'front', zip_)
-    yield _capsule(points, ('belly', 'buckle'), (0.014, 0.02), 'front', zip_)
+def _trunk(outfit: Outfit) -> list[Row]:
+    shirt, trousers, front = outfit.shirt[0], outfit.trousers[0], Paint(outfit.shirt_front)
+    left, right = (_cut(outfit.shirt[index], 0.88, outfit.trousers[index].base) for index in (0, 1))
+    return [
+        ('chest', 'thorax', 'waist', 0.07, 0.105, 'girth', shirt),
+        ('belly', 'waist', 'pelvis', 0.105, 0.108, 'girth', _cut(shirt, 0.6, trousers.base)),
+        ('pelvis', 'left_hip', 'right_hip', 0.092, 0.092, 'girth', trousers),
+        ('shoulders', 'left_shoulder', 'right_shoulder', 0.058, 0.058, 'girth', shirt),
+        ('left_flank', 'left_armpit', 'left_hip', 0.075, 0.085, 'girth', left),
+        ('right_flank', 'right_armpit', 'right_hip', 0.075, 0.085, 'girth', right),
+        ('front', 'collar', 'belly', 0.014, 0.014, 'metres', front),
+        ('front', 'belly', 'buckle', 0.014, 0.02, 'metres', front),
+    ]
 
 
-def _head(points: Points, body: Proportions, outfit: Outfit) -> Iterator[Capsule]:
-    size = body.head
-    skin, hair = Paint(outfit.skin), Paint(outfit.hair)
-    shadow = Paint((outfit.skin[0] * 3 // 4, outfit.skin[1] * 3 // 4, outfit.skin[2] * 3 // 4))
-    neck = 0.055 * body.girth
-    yield _capsule(points, ('thorax', 'skull_low'), (neck, neck), 'neck', skin)
-    skull = ('skull_low', 'skull_high')
-    yield _capsule(points, skull, (0.29 * size, 0.33 * size), 'face', skin)
-    yield _capsule(points, ('nose_bridge', 'nose'), (0.05 * size, 0.07 * size), 'nose', shadow)
-    lips = Paint((150, 50, 55))
-    yield _capsule(points, ('left_mouth', 'right_mouth'), (0.04 * size, 0.04 * size), 'mouth', lips)
-    for side in ('left', 'right'):
-        eye, ear = f'{side}_eye', f'{side}_ear'
-        yield _capsule(points, (eye, eye), (0.07 * size, 0.07 * size), eye, Paint((15, 15, 25)))
-        yield _capsule(points, (ear, ear), (0.08 * size, 0.08 * size), ear, shadow)
+def _head(outfit: Outfit) -> list[Row]:
+    skin, hair, shadow = Paint(outfit.skin), Paint(outfit.hair), Paint(_darker(outfit.skin, 3, 4))
+    rows = [
+        ('neck', 'thorax', 'skull_low', 0.055, 0.055, 'girth', skin),
+        ('face', 'skull_low', 'skull_high', 0.29, 0.33, 'head', skin),
+        ('nose', 'nose_bridge', 'nose', 0.05, 0.07, 'head', shadow),
+        ('mouth', 'left_mouth', 'right_mouth', 0.04, 0.04, 'head', Paint((150, 50, 55))),
+    ]
+    for eye, ear in (('left_eye', 'left_ear'), ('right_eye', 'right_ear')):
+        rows.append((eye, eye, eye, 0.07, 0.07, 'head', Paint((15, 15, 25))))
+        rows.append((ear, ear, ear, 0.08, 0.08, 'head', shadow))
     if not outfit.bald:
-        yield _capsule(points, ('hair_low', 'hair_high'), (0.32 * size, 0.34 * size), 'hair', hair)
+        rows.append(('hair', 'hair_low', 'hair_high', 0.32, 0.34, 'head', hair))
     if outfit.long_hair:
-        yield _capsule(points, ('hair_low', 'hair_end'), (0.32 * size, 0.2 * size), 'hair', hair)
+        rows.append(('hair', 'hair_low', 'hair_end', 0.32, 0.2, 'head', hair))
+    return rows
 
 
-def _limbs(points: Points, girth: float, outfit: Outfit, side: str, index: int) -> Iterator[Capsule]:
-    """Arm and leg: (ends, radii at girth 1, part, paint) of each segment."""
+def _limbs(outfit: Outfit, index: int) -> list[Row]:
+    """Arm and leg of one side."""
     shirt, trousers, skin = outfit.shirt[index], outfit.trousers[index], Paint(outfit.skin)
-    sleeve, leg = outfit.sleeve, outfit.leg
-    bare_forearm, bare_shin = sleeve <= 1, leg <= 1
-    arm = _cut(shirt, sleeve, outfit.skin)
-    thigh = _cut(trousers, leg, outfit.skin)
-    forearm = skin if bare_forearm else _cut(shirt, sleeve - 1, outfit.skin)
-    shin = skin if bare_shin else _cut(trousers, leg - 1, outfit.skin)
-    segments = (
-        (('shoulder', 'elbow'), (0.058, 0.045), 'upper_arm', arm),
-        (('elbow', 'wrist'), (0.045, 0.034), 'forearm', forearm),
-        (('wrist', 'hand'), (0.036, 0.043), 'hand', skin),
-        (('hip', 'knee'), (0.088, 0.062), 'thigh', thigh),
-        (('knee', 'ankle'), (0.062, 0.042), 'shin', shin),
-        (('heel', 'toe'), (0.05, 0.04), 'foot', Paint(outfit.shoes)),
+    sleeve, leg, side = outfit.sleeve, outfit.leg, _SIDES[index]
+    forearm = skin if sleeve <= 1 else _cut(shirt, sleeve - 1, outfit.skin)
+    shin = skin if leg <= 1 else _cut(trousers, leg - 1, outfit.skin)
+    rows = (
+        ('upper_arm', 'shoulder', 'elbow', 0.058, 0.045, _cut(shirt, sleeve, outfit.skin)),
+        ('forearm', 'elbow', 'wrist', 0.045, 0.034, forearm),
+        ('hand', 'wrist', 'hand', 0.036, 0.043, skin),
+        ('thigh', 'hip', 'knee', 0.088, 0.062, _cut(trousers, leg, outfit.skin)),
+        ('shin', 'knee', 'ankle', 0.062, 0.042, shin),
+        ('foot', 'heel', 'toe', 0.05, 0.04, Paint(outfit.shoes)),
     )
-    for (start, end), (first, second), part, paint in segments:
-        ends = (f'{side}_{start}', f'{side}_{end}')
-        yield _capsule(points, ends, (first * girth, second * girth), f'{side}_{part}', paint)
+    return [(f'{side}_{a}', f'{side}_{b}', f'{side}_{c}', r0, r1, 'girth', paint) for a, b, c, r0, r1, paint in rows]

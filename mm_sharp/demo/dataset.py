@@ -13,6 +13,7 @@ number of processes nor the number of images changes any of them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -20,10 +21,10 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +32,14 @@ import cv2
 from tqdm import tqdm
 
 from mm_sharp.demo import folder as layout
-from mm_sharp.demo.coco_format import coco_annotation, coco_file, coco_image
-from mm_sharp.demo.mpii_format import head_box, mat_file, mpii_record
-from mm_sharp.demo.scene import draw_scene
+from mm_sharp.demo.formats import coco_annotation, coco_file, coco_image, head_box, mat_file, mpii_record
+from mm_sharp.demo.scene import Person, draw_scene
 from mm_sharp.demo.settings import GENERATOR_VERSION, SETTINGS, SPLITS, Settings
 
 #: Six digits in the names of the files.
 MAX_IMAGES = 999_999
-_CHUNK = 8
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One image to draw."""
-
-    path: Path
-    seed: int
-    split: str
-    index: int
-    settings: Settings
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """What is kept of a drawn image: annotations and the SHA-256 of its pixels."""
-
-    image: dict[str, Any]
-    coco: list[dict[str, Any]]
-    mpii: list[dict[str, Any]]
-    heads: list[tuple[float, float, float, float]]
-    digest: str
+Task = tuple[str, int]  # the split and the number, from 0, of an image to draw
+Drawn = tuple[tuple[Person, ...], str]  # the people in an image, and the SHA-256 of its pixels
 
 
 def make_dataset(
@@ -74,140 +53,89 @@ def make_dataset(
     progress: bool = True,
     settings: Settings = SETTINGS,
 ) -> bool:
-    """Draw the data set, unless it is there already.
+    """Draw the data set into the folder ``out``; returns False if it was there already.
 
     Args:
-        out: folder, created if need be.
-        train: number of training images, 1 to 999,999.
-        val: number of validation images, 1 to 999,999.
+        train, val: numbers of images, 1 to 999,999.
         seed: 0 <= seed < 2^32.
         workers: processes that draw; None for one per CPU core, 0 and 1 for none but this one.
         force: replace a data set of ours that was made with other arguments.
-        progress: show a progress bar on stderr.
-        settings: how scenes vary.
-
-    Returns:
-        True if it was drawn, False if it was there.
 
     Raises:
-        ValueError: if an argument is out of range.
         FileExistsError: if ``out`` holds other files, or another data set of ours without ``force``.
         OSError: if a file can't be written.
         RuntimeError: if a worker process was killed.
     """
-    workers = _check_arguments(train, val, seed, workers)
+    workers = min(os.cpu_count() or 1, 16) if workers is None else workers
+    arguments = {'train': train, 'val': val, 'seed': seed}
+    _check_arguments({**arguments, 'workers': workers})
     out = Path(out)
-    request = _request({'train': train, 'val': val, 'seed': seed}, settings)
+    identity = {'generator_version': GENERATOR_VERSION, 'arguments': arguments, 'settings': asdict(settings)}
+    request: dict[str, Any] = json.loads(json.dumps(identity))  # in the types that JSON gives back
     if not layout.claim_folder(out, request, force=force):
         return False
-    drawn = _draw_all(out, {'train': train, 'val': val}, seed, settings, workers, progress)
-    digest = hashlib.sha256()
     for split in SPLITS:
-        _write_split(out, split, drawn[split], digest)
+        (out / split).mkdir(exist_ok=True)
+    tasks = [(split, index) for split in SPLITS for index in range(arguments[split])]
+    with _mapped(functools.partial(_draw_image, out, seed, settings), tasks, workers) as results:
+        drawn = list(tqdm(results, 'drawing people', len(tasks), unit='image', disable=not progress, mininterval=0.5))
+    digest = hashlib.sha256()
+    _write_split(out, 'train', drawn[:train], digest)
+    _write_split(out, 'val', drawn[train:], digest)
     layout.finish_folder(out, {**request, 'sha256': digest.hexdigest()})
     return True
 
 
-def _check_arguments(train: int, val: int, seed: int, workers: int | None) -> int:
-    """Validate, and choose the number of workers."""
-    for name, value, low, high in (
-        ('train', train, 1, MAX_IMAGES),
-        ('val', val, 1, MAX_IMAGES),
-        ('seed', seed, 0, 2**32 - 1),
-        ('workers', 0 if workers is None else workers, 0, 256),
-    ):
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    limits = {'train': (1, MAX_IMAGES), 'val': (1, MAX_IMAGES), 'seed': (0, 2**32 - 1), 'workers': (0, 256)}
+    for name, (low, high) in limits.items():
+        value = arguments[name]
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f'{name}={value!r} must be a whole number in [{low}, {high}]')
-    return min(os.cpu_count() or 1, 16) if workers is None else workers
-
-
-def _request(arguments: dict[str, int], settings: Settings) -> dict[str, Any]:
-    """What identifies a data set, in the types that JSON gives back."""
-    request: dict[str, Any] = json.loads(
-        json.dumps(
-            {
-                'generator_version': GENERATOR_VERSION,
-                'arguments': arguments,
-                'settings': asdict(settings),
-            }
-        )
-    )
-    return request
-
-
-def _draw_all(
-    out: Path,
-    sizes: dict[str, int],
-    seed: int,
-    settings: Settings,
-    workers: int,
-    progress: bool,
-) -> dict[str, list[_Drawn]]:
-    """Draw and write all images; the results in the order of their numbers."""
-    for split in SPLITS:
-        (out / split).mkdir(exist_ok=True)
-    tasks = [
-        _Task(out / split / f'{index + 1:06d}.png', seed, split, index, settings)
-        for split in SPLITS
-        for index in range(sizes[split])
-    ]
-    drawn: dict[str, list[_Drawn]] = {split: [] for split in SPLITS}
-    with _mapped(tasks, workers) as results:
-        bar = tqdm(results, 'drawing people', len(tasks), unit='image', disable=not progress, mininterval=0.5)
-        for task, result in zip(tasks, bar, strict=True):
-            drawn[task.split].append(result)
-    return drawn
 
 
 @contextmanager
-def _mapped(tasks: list[_Task], workers: int) -> Iterator[Iterator[_Drawn]]:
+def _mapped(draw: Callable[[Task], Drawn], tasks: list[Task], workers: int) -> Iterator[Iterator[Drawn]]:
     """The results of all tasks, in order, drawn here or in a pool of processes."""
     if workers <= 1:
-        yield map(_draw_image, tasks)
+        yield map(draw, tasks)
         return
     # On Linux a fork spares each worker the import of torch. Python 3.12 warns that threads don't
     # survive it; the workers need none: they do elementwise numpy and write PNG files.
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _ignore_interrupt)
+    # Ctrl-C is the parent's to handle; it ends the workers.
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, signal.signal, ignore_interrupt)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', '.*multi-threaded, use of fork', DeprecationWarning)
-            results = pool.map(_draw_image, tasks, chunksize=_CHUNK)
+            results = pool.map(draw, tasks, chunksize=8)
         yield results
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C is the parent's to handle; it ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _draw_image(task: _Task) -> _Drawn:
+def _draw_image(out: Path, seed: int, settings: Settings, task: Task) -> Drawn:
     """Draw one image, write it, and return the rest."""
-    scene = draw_scene(task.seed, task.split, task.index, task.settings)
-    if not cv2.imwrite(str(task.path), cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)):
-        raise OSError(f'could not write {task.path}')
-    image = coco_image(task.index + 1)
-    people = list(enumerate(scene.people))
-    return _Drawn(
-        image=image,
-        coco=[coco_annotation(person, image['id'], number) for number, person in people],
-        mpii=[mpii_record(person, image['file_name']) for _, person in people],
-        heads=[head_box(person) for _, person in people],
-        digest=hashlib.sha256(scene.image.tobytes()).hexdigest(),
-    )
+    split, index = task
+    scene = draw_scene(seed, split, index, settings)
+    path = out / split / coco_image(index + 1)['file_name']
+    if not cv2.imwrite(str(path), cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)):
+        raise OSError(f'could not write {path}')
+    return scene.people, hashlib.sha256(scene.image.tobytes()).hexdigest()
 
 
-def _write_split(out: Path, split: str, drawn: list[_Drawn], digest: hashlib._Hash) -> None:
+def _write_split(out: Path, split: str, drawn: list[Drawn], digest: hashlib._Hash) -> None:
     """Write the annotations of a split, and add them and its pixels to the data set's digest."""
-    coco = coco_file([item.image for item in drawn], [a for item in drawn for a in item.coco])
-    mpii = [record for item in drawn for record in item.mpii]
-    heads = [head for item in drawn for head in item.heads]
-    for name, content in ((layout.coco_path(split), coco), (layout.mpii_path(split), mpii)):
+    images = [coco_image(number) for number in range(1, len(drawn) + 1)]
+    people = [(image, *item) for image, (found, _) in zip(images, drawn, strict=True) for item in enumerate(found)]
+    coco = coco_file(images, [coco_annotation(person, image['id'], number) for image, number, person in people])
+    mpii = [mpii_record(person, image['file_name']) for image, _, person in people]
+    heads = [head_box(person) for _, _, person in people]
+    for name, content in ((layout.COCO[split], coco), (layout.MPII[split], mpii)):
         (out / name).parent.mkdir(exist_ok=True)
         layout.write_json(out / name, content)
-    _add(digest, [[item.digest for item in drawn], coco, mpii])
+    _add(digest, [[pixels for _, pixels in drawn], coco, mpii])
     if split == 'val':
         (out / layout.MPII_GROUND_TRUTH).write_bytes(mat_file(mpii, heads))
         _add(digest, heads)

@@ -1,17 +1,14 @@
 """Arithmetic and random draws that give the same bits on every machine.
 
-IEEE 754 fixes the results of ``+ - * /`` and ``sqrt``, so these agree everywhere, in Python and in
-numpy's elementwise loops (one operation a loop, hence nothing to fuse into a multiply-add). What does
-not agree is kept out of the generator:
+IEEE 754 fixes the results of ``+ - * /`` and ``sqrt``, in Python and in numpy's elementwise loops. What does not agree
+everywhere is kept out of the generator:
 
-- ``sin``, ``cos``, ``exp``, ``log``: the last bit depends on the maths library and on SIMD. Angles are
-  whole numbers of 1/4096 turn, looked up in a sine table that is rounded to 2^-24. No entry lies within
-  1e-12 of a rounding boundary (a test checks it), ten thousand times the error of any libm.
+- ``sin``, ``cos``, ``exp``, ``log``: the last bit depends on the maths library and on SIMD. Angles are whole numbers of
+  1/4096 turn, looked up in a sine table that is rounded to 2^-24. No entry lies within 1e-12 of a rounding boundary.
 - ``dot``, ``@`` and sums over floats: BLAS and SIMD choose the order. Sums are written out.
-- numpy's distributions: their algorithms may change between releases (NEP 19), and C compilers fuse
-  ``low + range * x``. Only ``Generator.random()`` over PCG64 is used, and scaled in Python.
-
-Nothing here runs in threads of its own, and no font, locale or clock is asked.
+- numpy's distributions: their algorithms may change between releases (NEP 19), and C compilers fuse ``low + range *
+x``.
+  Only ``Generator.random()`` over PCG64 is used, and scaled in Python.
 """
 
 from __future__ import annotations
@@ -29,8 +26,7 @@ Item = TypeVar('Item')
 
 #: Angle units in a full turn, about 0.09 degrees each.
 TURN = 4096
-_SINE_SCALE = 1 << 24
-_SINE = tuple(round(math.sin(2 * math.pi * k / TURN) * _SINE_SCALE) / _SINE_SCALE for k in range(TURN))
+_SINE = tuple(round(math.sin(2 * math.pi * k / TURN) * 2**24) / 2**24 for k in range(TURN))
 
 
 def angle_units(degrees: float) -> int:
@@ -38,26 +34,14 @@ def angle_units(degrees: float) -> int:
     return round(degrees * TURN / 360)
 
 
-def sine(units: int) -> float:
-    """Sine of an angle in units of 1/4096 turn, rounded to 2^-24."""
-    return _SINE[units % TURN]
-
-
-def cosine(units: int) -> float:
-    """Cosine of an angle in units of 1/4096 turn, rounded to 2^-24."""
-    return _SINE[(units + TURN // 4) % TURN]
-
-
 def rotation(axis: str, units: int) -> Matrix:
-    """Right-handed rotation about the axis ``'x'``, ``'y'`` or ``'z'``."""
-    c, s = cosine(units), sine(units)
-    if axis == 'x':
-        return ((1.0, 0.0, 0.0), (0.0, c, -s), (0.0, s, c))
-    if axis == 'y':
-        return ((c, 0.0, s), (0.0, 1.0, 0.0), (-s, 0.0, c))
-    if axis == 'z':
-        return ((c, -s, 0.0), (s, c, 0.0), (0.0, 0.0, 1.0))
-    raise ValueError(f"axis={axis!r} must be 'x', 'y' or 'z'")
+    """Right-handed rotation about the axis ``'x'``, ``'y'`` or ``'z'`` by an angle in units of 1/4096 turn."""
+    c, s = _SINE[(units + TURN // 4) % TURN], _SINE[units % TURN]
+    return {
+        'x': ((1.0, 0.0, 0.0), (0.0, c, -s), (0.0, s, c)),
+        'y': ((c, 0.0, s), (0.0, 1.0, 0.0), (-s, 0.0, c)),
+        'z': ((c, -s, 0.0), (s, c, 0.0), (0.0, 0.0, 1.0)),
+    }[axis]
 
 
 def rotate(matrix: Matrix, vector: Vector) -> Vector:
@@ -71,12 +55,9 @@ def chain(*matrices: Matrix) -> Matrix:
     """Product of matrices: the last one is applied to a vector first."""
     product = matrices[0]
     for matrix in matrices[1:]:
-        columns = [rotate(product, (matrix[0][j], matrix[1][j], matrix[2][j])) for j in range(3)]
-        product = (
-            (columns[0][0], columns[1][0], columns[2][0]),
-            (columns[0][1], columns[1][1], columns[2][1]),
-            (columns[0][2], columns[1][2], columns[2][2]),
-        )
+        # Its columns, turned; zip transposes.
+        first, second, third = zip(*(rotate(product, column) for column in zip(*matrix, strict=True)), strict=True)
+        product = (first, second, third)
     return product
 
 
@@ -86,22 +67,11 @@ def add(a: Vector, b: Vector) -> Vector:
 
 
 class Draws:
-    """The random numbers of one image: a function of ``(seed, split, index)`` and of nothing else.
-
-    So image 7 is the same whether ten or ten thousand images are drawn, in whatever order and process.
-
-    Args:
-        seed: of the data set, 0 <= seed < 2^32.
-        split: number of the split.
-        index: of the image in its split.
-
-    Raises:
-        ValueError: if one of them is out of range (each must fit into one 32-bit word of the
-            seed sequence, else two images could share their words).
-    """
+    """The random numbers of one image, which depend on ``(seed, split, index)``, each in [0, 2^32), alone."""
 
     def __init__(self, seed: int, split: int, index: int) -> None:
         for name, value in (('seed', seed), ('split', split), ('index', index)):
+            # Each has one 32-bit word of the seed sequence, else two images could share their words.
             if not 0 <= value < 2**32:
                 raise ValueError(f'{name}={value} must be a whole number in [0, 4294967295]')
         words = np.random.SeedSequence((seed, split, index))
@@ -134,12 +104,7 @@ class Draws:
 
     def weighted(self, weights: Mapping[str, int]) -> str:
         """One of the keys, with probability proportional to its whole-number weight."""
-        ticket = self.integer(1, sum(weights.values()))
-        for name, weight in weights.items():
-            ticket -= weight
-            if ticket <= 0:
-                return name
-        raise AssertionError('weights are positive')
+        return self.choice([name for name, weight in weights.items() for _ in range(weight)])
 
     def array(self, *shape: int) -> npt.NDArray[np.float64]:
         """Numbers in [0, 1), of the given shape."""

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,10 @@ META, UNFINISHED, PREVIEW = 'meta.json', 'unfinished.json', 'preview.png'
 MPII_GROUND_TRUTH = 'mpii/mpii_gt_val.mat'
 
 
-def coco_path(split: str) -> str:
-    """Where the COCO annotations of a split are, relative to the folder."""
-    return f'annotations/person_keypoints_{split}.json'
-
-
-def mpii_path(split: str) -> str:
-    """Where the MPII annotations of a split are, relative to the folder."""
-    return f'mpii/mpii_{split}.json'
-
-
-_FILES = (
-    *(coco_path(split) for split in SPLITS),
-    *(mpii_path(split) for split in SPLITS),
-    MPII_GROUND_TRUTH,
-)
-_OURS = re.compile('|'.join((*(rf'{split}/\d{{6}}\.png' for split in SPLITS), *map(re.escape, (*_FILES, PREVIEW)))))
+#: Where the annotations are, by split.
+COCO = {split: f'annotations/person_keypoints_{split}.json' for split in SPLITS}
+MPII = {split: f'mpii/mpii_{split}.json' for split in SPLITS}
+_FILES = (*COCO.values(), *MPII.values(), MPII_GROUND_TRUTH)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -43,29 +31,18 @@ def write_json(path: Path, content: object) -> None:
     part.replace(path)
 
 
-def read_meta(folder: Path) -> dict[str, Any] | None:
-    """The content of our ``meta.json``; None if there is none, or one that isn't ours."""
-    return _read_own(folder / META)
-
-
 def claim_folder(folder: Path, request: dict[str, Any], *, force: bool = False) -> bool:
-    """Make a folder ready for a generation, unless what is asked for is there already.
+    """Make a folder ready for a generation; False if what is asked for is there already, complete.
 
-    Args:
-        folder: need not exist.
-        request: what identifies the data set, in JSON's types; the part of ``meta.json`` to compare.
-        force: replace another data set of ours.
-
-    Returns:
-        False if the data set is there, complete; True if it has to be generated: the folder then holds
-        ``unfinished.json`` and none of our other files.
+    ``request`` is what identifies the data set: the part of ``meta.json`` to compare. Afterwards, the folder holds
+    ``unfinished.json`` and none of our other files.
 
     Raises:
         FileExistsError: if the folder holds something else. Nothing was changed then.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f'{folder} is a file: choose another folder with --out')
-    meta = read_meta(folder)
+    meta = _read_own(folder / META)
     interrupted = _read_own(folder / UNFINISHED) is not None
     if meta is None and not interrupted and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f'{folder} holds other files than a demo data set: choose another folder with --out')
@@ -92,6 +69,7 @@ def finish_folder(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def _read_own(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file of ours; None if there is none, or one that isn't ours."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError):
@@ -107,18 +85,17 @@ def _is_whole(folder: Path, arguments: dict[str, int]) -> bool:
 
 
 def _describe(meta: dict[str, Any]) -> str:
-    arguments = meta.get('arguments', {})
-    words = [f'--{name} {value}' for name, value in arguments.items()]
-    return ' '.join([*words, f'(generator version {meta.get("generator_version")})'])
+    words = (f'--{name} {value} ' for name, value in meta.get('arguments', {}).items())
+    return f'{"".join(words)}(generator version {meta.get("generator_version")})'
 
 
 def _clear(folder: Path) -> None:
     """Remove our files, and the folders that are empty then; nothing else."""
     (folder / META).unlink(missing_ok=True)  # first: what follows is no complete data set
-    for path in sorted(folder.rglob('*'), reverse=True):  # files come before their folders
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir() and not path.is_symlink():
-            if name in (*SPLITS, 'annotations', 'mpii') and not any(path.iterdir()):
-                path.rmdir()
-        elif _OURS.fullmatch(name.removesuffix('.part')):
+    images = (f'{split}/{"[0-9]" * 6}.png' for split in SPLITS)
+    for pattern in (*images, *_FILES, *(f'{name}.part' for name in _FILES), PREVIEW):
+        for path in folder.glob(pattern):
             path.unlink()
+    for name in (*SPLITS, 'annotations', 'mpii'):
+        with suppress(OSError):  # missing, or with files of others
+            (folder / name).rmdir()

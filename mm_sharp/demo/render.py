@@ -1,10 +1,19 @@
-"""Drawing rounded limbs into a layer with colour, depth and part number.
+"""Rounded limbs before a pinhole camera, drawn into a layer with colour, depth and part number.
 
-The only solid is a *tapered capsule*: the hull of two balls in camera space. Its outline is exact for the
-two projected discs; depth and surface normal inside are those of the ball that touches the pixel's ray
-in the picture plane, which differs from ray casting by less than the limb's own thickness. With a = (u, v) of
-the first ball, L the distance of the discs in pixels, r0 and r1 their radii, along and across the
-coordinates of a pixel in the capsule's frame:
+**Camera**: a point of the world (x to the right of a viewer who faces it from +z, y up, z toward that viewer) is turned
+about y, x and z, and moved ``distance`` away:
+
+    (x', y', z') = R_z(roll) R_x(elevation) R_y(-azimuth) p
+    X = x',  Y = -y',  Z = distance - z'
+    u = centre_x + focal * X / Z,   v = centre_y + focal * Y / Z
+
+with u to the right and v down, whole numbers at pixel centres. At azimuth 0 the camera faces the front of a person who
+looks along +z, and the person's left is on the right of the picture.
+
+**Capsules**: the only solid is the hull of two balls in camera space. Its outline is exact for the two projected discs;
+depth and normal inside are those of the ball that touches the pixel's ray in the picture plane, which differs from ray
+casting by less than the limb's thickness. With L the distance of the discs in pixels, r0 and r1 their radii, along and
+across the coordinates of a pixel in the capsule's frame:
 
     sin(alpha) = (r0 - r1) / L
     t = clamp((along - |across| tan(alpha)) / L, 0, 1)
@@ -17,13 +26,12 @@ All arithmetic is elementwise (see ``exact``), so every machine decides every pi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from mm_sharp.demo.camera import NEAREST, Camera
-from mm_sharp.demo.exact import Vector
+from mm_sharp.demo.exact import Vector, chain, rotate, rotation
 
 Colour = tuple[int, int, int]
 Floats = npt.NDArray[np.float64]
@@ -31,26 +39,58 @@ Mask = npt.NDArray[np.bool_]
 
 #: Part number of pixels where nothing was drawn.
 EMPTY = -1
+#: Nothing is drawn nearer to the camera than this, metres.
+NEAREST = 0.3
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A view of the origin; angles in units of 1/4096 turn, ``distance`` in metres, the rest in pixels."""
+
+    azimuth: int
+    elevation: int
+    roll: int
+    distance: float
+    focal: float = 1.0
+    centre: tuple[float, float] = (0.0, 0.0)
+
+    def view(self, points: dict[str, Vector]) -> dict[str, Vector]:
+        """Camera coordinates (X right, Y down, Z away; metres) of points in the world."""
+        matrix = chain(rotation('z', self.roll), rotation('x', self.elevation), rotation('y', -self.azimuth))
+        seen = {}
+        for name, point in points.items():
+            right, up, near = rotate(matrix, point)
+            seen[name] = (right, -up, self.distance - near)
+        return seen
+
+    def project(self, seen: Vector) -> tuple[float, float]:
+        """Pixel coordinates (u, v) of a point in camera coordinates."""
+        scale = self.focal / seen[2]
+        return (self.centre[0] + scale * seen[0], self.centre[1] + scale * seen[1])
+
+    def framing(self, seen: dict[str, Vector], size: tuple[float, float], middle: tuple[float, float]) -> Camera:
+        """The same view with focal length and centre such that points in camera coordinates fit into a frame.
+
+        The tighter of the frame's width and height (pixels) is filled; the middle of the points' extent falls on the
+        pixel ``middle``.
+        """
+        flat = [(x / z, y / z) for x, y, z in seen.values()]
+        left, right = min(u for u, _ in flat), max(u for u, _ in flat)
+        top, bottom = min(v for _, v in flat), max(v for _, v in flat)
+        focal = min(size[0] / (right - left), size[1] / (bottom - top))
+        centre = (middle[0] - focal * (left + right) / 2, middle[1] - focal * (top + bottom) / 2)
+        return replace(self, focal=focal, centre=centre)
 
 
 @dataclass(frozen=True)
 class Paint:
-    """Colours of a capsule (RGB, 0 to 255).
-
-    Attributes:
-        base: colour of the first end.
-        other: second colour of the pattern.
-        rings: bands along the capsule; 0 for none.
-        strips: bands across it; 0 for none. With rings: checks.
-        cut: fraction of the length from which on ``end`` is used, as where a sleeve ends.
-        end: colour of the far end.
-    """
+    """Colours of a capsule (RGB, 0 to 255)."""
 
     base: Colour
-    other: Colour = (0, 0, 0)
-    rings: int = 0
-    strips: int = 0
-    cut: float = 2.0
+    other: Colour = (0, 0, 0)  # of the pattern
+    rings: int = 0  # bands along the capsule
+    strips: int = 0  # bands across it; with rings: checks
+    cut: float = 2.0  # the fraction of the length from which on ``end`` is used, as where a sleeve ends
     end: Colour = (0, 0, 0)
 
 
@@ -85,28 +125,14 @@ class Layer:
     @classmethod
     def empty(cls, width: int, height: int) -> Layer:
         """A layer with nothing on it, infinitely far away."""
-        return cls(
-            np.zeros((height, width, 3), np.uint8),
-            np.full((height, width), np.inf),
-            np.full((height, width), EMPTY, np.int16),
-        )
+        colour, depth = np.zeros((height, width, 3), np.uint8), np.full((height, width), np.inf)
+        return cls(colour, depth, np.full((height, width), EMPTY, np.int16))
 
     @property
     def mask(self) -> Mask:
         """(H, W): where something was drawn."""
         drawn: Mask = self.part != EMPTY
         return drawn
-
-
-@dataclass(frozen=True)
-class _Patch:
-    """The pixels of one capsule inside its window, all arrays of the window's shape."""
-
-    inside: Mask
-    t: Floats
-    side: Floats
-    depth: Floats
-    normal: tuple[Floats, Floats, Floats]
 
 
 def draw_capsule(layer: Layer, capsule: Capsule, camera: Camera, light: Light) -> None:
@@ -118,22 +144,24 @@ def draw_capsule(layer: Layer, capsule: Capsule, camera: Camera, light: Light) -
     if min(capsule.first[2], capsule.second[2]) < NEAREST:
         raise ValueError(f'capsule={capsule} must be at least {NEAREST} m in front of the camera')
     height, width = layer.depth.shape
-    ends = [camera.project(capsule.first), camera.project(capsule.second)]
-    radii = [
-        camera.focal * radius / end[2]
-        for radius, end in zip(capsule.radii, (capsule.first, capsule.second), strict=True)
-    ]
-    left, top, right, bottom = _window(ends, radii, width, height)
+    balls = list(zip((capsule.first, capsule.second), capsule.radii, strict=True))
+    ends = [camera.project(centre) for centre, _ in balls]
+    radii = [camera.focal * radius / centre[2] for centre, radius in balls]
+    discs = [(u, v, radius) for (u, v), radius in zip(ends, radii, strict=True)]
+    left = max(math.floor(min(u - r for u, _, r in discs)), 0)
+    top = max(math.floor(min(v - r for _, v, r in discs)), 0)
+    right = min(math.ceil(max(u + r for u, _, r in discs)) + 1, width)
+    bottom = min(math.ceil(max(v + r for _, v, r in discs)) + 1, height)
     if left >= right or top >= bottom:
         return
     u = np.arange(left, right, dtype=np.float64)[None, :]
     v = np.arange(top, bottom, dtype=np.float64)[:, None]
-    patch = _cast(u, v, ends, radii, (capsule.first[2], capsule.second[2]), camera.focal)
+    inside, depth, *surface = _cast(u, v, ends, radii, (capsule.first[2], capsule.second[2]), camera.focal)
     window = (slice(top, bottom), slice(left, right))
-    seen = patch.inside & (patch.depth < layer.depth[window])
-    layer.depth[window][seen] = patch.depth[seen]
+    seen = inside & (depth < layer.depth[window])
+    layer.depth[window][seen] = depth[seen]
     layer.part[window][seen] = capsule.part
-    layer.colour[window][seen] = _shade(patch, seen, capsule.paint, light)
+    layer.colour[window][seen] = _shade([part[seen] for part in surface], capsule.paint, light)
 
 
 def draw_card(layer: Layer, box: tuple[int, int, int, int], depth: float, part: int, colour: Colour) -> None:
@@ -146,26 +174,10 @@ def draw_card(layer: Layer, box: tuple[int, int, int, int], depth: float, part: 
     layer.colour[window][seen] = colour
 
 
-def _window(ends: list[tuple[float, float]], radii: list[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """The part of the image that two discs touch: left, top, right, bottom, ends excluded."""
-    (u0, v0), (u1, v1) = ends
-    r0, r1 = radii
-    left = max(math.floor(min(u0 - r0, u1 - r1)), 0)
-    top = max(math.floor(min(v0 - r0, v1 - r1)), 0)
-    right = min(math.ceil(max(u0 + r0, u1 + r1)) + 1, width)
-    bottom = min(math.ceil(max(v0 + r0, v1 + r1)) + 1, height)
-    return left, top, right, bottom
-
-
 def _cast(
-    u: Floats,
-    v: Floats,
-    ends: list[tuple[float, float]],
-    radii: list[float],
-    depths: tuple[float, float],
-    focal: float,
-) -> _Patch:
-    """The equations in the module's docstring, over a window of pixels."""
+    u: Floats, v: Floats, ends: list[tuple[float, float]], radii: list[float], depths: tuple[float, float], focal: float
+) -> tuple[Mask, Floats, Floats, Floats, Floats, Floats, Floats]:
+    """The equations in the module's docstring, over a window of pixels: inside, depth, t, side, and the normal."""
     (u0, v0), (u1, v1) = ends
     length = math.sqrt((u1 - u0) * (u1 - u0) + (v1 - v0) * (v1 - v0))
     taper = radii[0] - radii[1]
@@ -186,19 +198,13 @@ def _cast(
     inside: Mask = bulge >= 0.0
     lift = np.sqrt(np.maximum(bulge, 0.0))
     middle = depths[0] + t * (depths[1] - depths[0])
-    return _Patch(
-        inside=inside,
-        t=t,
-        side=(y * axis[0] - x * axis[1]) / radius,
-        depth=middle - lift * middle / focal,
-        normal=(x / radius, y / radius, -lift / radius),
-    )
+    side, depth = (y * axis[0] - x * axis[1]) / radius, middle - lift * middle / focal
+    return inside, depth, t, side, x / radius, y / radius, -lift / radius
 
 
-def _shade(patch: _Patch, seen: Mask, paint: Paint, light: Light) -> npt.NDArray[np.uint8]:
-    """Colours (n, 3) of the n seen pixels: pattern, then ambient and directed light."""
-    t, side = patch.t[seen], patch.side[seen]
-    x, y, z = (part[seen] for part in patch.normal)
+def _shade(surface: list[Floats], paint: Paint, light: Light) -> npt.NDArray[np.uint8]:
+    """Colours (n, 3) of n pixels from their t, side and normal: pattern, then ambient and directed light."""
+    t, side, x, y, z = surface
     lit = x * light.direction[0] + y * light.direction[1] + z * light.direction[2]
     strength = light.ambient + light.diffuse * np.maximum(lit, 0.0)
     odd = np.zeros(t.shape, np.int64)

@@ -1,8 +1,4 @@
-"""One picture: people before a camera, what hides them, light; and what can be said about each person.
-
-``draw_scene(seed, split, index)`` is a pure function: the picture and its annotations follow from these
-three numbers and the settings alone.
-"""
+"""One picture: people before a camera, what hides them, light; and what can be said about each person."""
 
 from __future__ import annotations
 
@@ -13,23 +9,42 @@ import numpy as np
 import numpy.typing as npt
 
 from mm_sharp.demo.backdrop import draw_backdrop, draw_occluders
-from mm_sharp.demo.body import body_capsules, draw_outfit
-from mm_sharp.demo.camera import Camera
-from mm_sharp.demo.exact import Draws, Vector, rotate, rotation
-from mm_sharp.demo.person import Figure, Person, judge
-from mm_sharp.demo.pose import draw_pose
-from mm_sharp.demo.render import Layer, Light, draw_capsule
+from mm_sharp.demo.body import body_capsules, draw_outfit, own_parts
+from mm_sharp.demo.exact import Draws, add, rotate, rotation
+from mm_sharp.demo.render import Camera, Layer, Light, Mask, draw_capsule
 from mm_sharp.demo.settings import HEIGHT, SETTINGS, SPLITS, WIDTH, Settings
-from mm_sharp.demo.skeleton import (
-    Points,
-    Proportions,
-    body_points,
-    draw_proportions,
-)
+from mm_sharp.demo.skeleton import COCO_KEYPOINTS, Points, Proportions, body_points, draw_pose, draw_proportions
 
 #: A person counts if at least this many keypoints are seen and pixels are left; else the scene is redrawn.
 MIN_SEEN_KEYPOINTS, MIN_AREA = 5, 400
 _ATTEMPTS = 200
+
+
+@dataclass(frozen=True)
+class Person:
+    """What a picture shows of one person.
+
+    Attributes:
+        keypoints: for each COCO keypoint its pixel coordinates (u, v), centres at whole numbers, and a flag: 2 where it
+            is seen, 1 where the person's own body, another person or an object hides it, 0 (and u = v = 0) outside.
+        points: pixel coordinates of every point of the skeleton, also outside of the image, rounded to 1/100.
+        box: left, top, width, height of the body's outline inside the image, with what others cover.
+        area: number of pixels of the image that show this person.
+    """
+
+    keypoints: tuple[tuple[float, float, int], ...]
+    points: dict[str, tuple[float, float]]
+    box: tuple[int, int, int, int]
+    area: int
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A person as drawn: points in camera coordinates, its own layer, its girth."""
+
+    seen: Points
+    layer: Layer
+    girth: float
 
 
 @dataclass(frozen=True)
@@ -42,27 +57,14 @@ class Scene:
 
 
 def draw_scene(seed: int, split: str, index: int, settings: Settings = SETTINGS) -> Scene:
-    """Draw picture number ``index`` of a split.
-
-    Args:
-        seed: of the data set, 0 <= seed < 2^32.
-        split: 'train' or 'val'.
-        index: from 0.
-        settings: how scenes vary.
-
-    Returns:
-        The scene, with every person at least partly in view.
-
-    Raises:
-        ValueError: if an argument is out of range.
-        RuntimeError: if the settings hardly ever leave a person in view.
-    """
+    """Draw picture number ``index`` (from 0) of a split, with every person at least partly in view."""
     if split not in SPLITS:
         raise ValueError(f'split={split!r} must be one of {SPLITS}')
     draws = Draws(seed, SPLITS.index(split), index)
     for _ in range(_ATTEMPTS):
         scene = _attempt(draws, settings)
-        if all(_in_view(person) for person in scene.people):
+        seen = [sum(flag == 2 for _, _, flag in person.keypoints) for person in scene.people]
+        if min(seen) >= MIN_SEEN_KEYPOINTS and min(person.area for person in scene.people) >= MIN_AREA:
             return scene
     raise RuntimeError(
         f'settings leave nobody in view in {_ATTEMPTS} attempts (image {index} of {split}): lower '
@@ -70,8 +72,42 @@ def draw_scene(seed: int, split: str, index: int, settings: Settings = SETTINGS)
     )
 
 
-def _in_view(person: Person) -> bool:
-    return sum(flag == 2 for _, _, flag in person.keypoints) >= MIN_SEEN_KEYPOINTS and person.area >= MIN_AREA
+def is_inside(u: float, v: float) -> bool:
+    """Whether a point lies in the image."""
+    return 0 <= u <= WIDTH - 1 and 0 <= v <= HEIGHT - 1
+
+
+def judge(figure: Figure, shown: Mask, camera: Camera) -> Person:
+    """What the picture shows of a figure drawn with ``camera``: ``shown`` (H, W) are the pixels that show it."""
+    points = {}
+    for name, point in figure.seen.items():
+        u, v = camera.project(point)
+        points[name] = (round(u, 2), round(v, 2))
+    keypoints = [
+        (*points[name], 1 + _is_seen(name, figure, shown, points[name])) if is_inside(*points[name]) else (0.0, 0.0, 0)
+        for name in COCO_KEYPOINTS
+    ]
+    return Person(tuple(keypoints), points, _outline_box(figure.layer.mask), int(shown.sum()))
+
+
+def _is_seen(name: str, figure: Figure, shown: Mask, point: tuple[float, float]) -> bool:
+    """Whether the pixel shows the keypoint's own part, not far in front of the keypoint."""
+    parts, depth = own_parts(name)
+    u, v = (math.floor(value + 0.5) for value in point)
+    return bool(
+        shown[v, u]
+        and int(figure.layer.part[v, u]) in parts
+        and figure.seen[name][2] - figure.layer.depth[v, u] <= depth * figure.girth
+    )
+
+
+def _outline_box(mask: Mask) -> tuple[int, int, int, int]:
+    """Left, top, width, height of a mask, pixels; all zero if it is empty."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(columns):
+        return (0, 0, 0, 0)
+    left, top = int(columns[0]), int(rows[0])
+    return (left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1)
 
 
 def _attempt(draws: Draws, settings: Settings) -> Scene:
@@ -96,11 +132,8 @@ def _draw_light(draws: Draws, settings: Settings) -> Light:
     """Light from above, from the viewer's side of the scene."""
     across, up = draws.uniform((-1.0, 1.0)), draws.uniform((0.2, 1.0))
     length = math.sqrt(across * across + up * up + 0.5 * 0.5)
-    return Light(
-        direction=(across / length, -up / length, -0.5 / length),
-        ambient=draws.uniform(settings.ambient),
-        diffuse=draws.uniform(settings.diffuse),
-    )
+    direction = (across / length, -up / length, -0.5 / length)
+    return Light(direction, ambient=draws.uniform(settings.ambient), diffuse=draws.uniform(settings.diffuse))
 
 
 def _draw_figures(draws: Draws, light: Light, settings: Settings) -> tuple[Camera, list[Figure]]:
@@ -124,15 +157,9 @@ def _draw_figures(draws: Draws, light: Light, settings: Settings) -> tuple[Camer
         side = draws.choice((-1, 1)) * draws.uniform((0.35, 0.8))
         offset = rotate(rotation('y', camera.azimuth), (side, 0.0, -draws.uniform((0.5, 1.5))))
         heading = rotation('y', draws.angle((-180, 180)))
-        points = {name: _place(heading, point, offset) for name, point in points.items()}
-        seen = camera.view(points)
+        seen = camera.view({name: add(rotate(heading, point), offset) for name, point in points.items()})
         figures.append(draw_figure(draws, light, settings, camera, seen, body))
     return camera, figures
-
-
-def _place(heading: tuple[Vector, Vector, Vector], point: Vector, offset: Vector) -> Vector:
-    x, y, z = rotate(heading, point)
-    return (x + offset[0], y + offset[1], z + offset[2])
 
 
 def _frame(draws: Draws, camera: Camera, seen: Points, settings: Settings) -> Camera:
@@ -149,12 +176,7 @@ def _frame(draws: Draws, camera: Camera, seen: Points, settings: Settings) -> Ca
 
 
 def draw_figure(
-    draws: Draws,
-    light: Light,
-    settings: Settings,
-    camera: Camera,
-    seen: Points,
-    body: Proportions,
+    draws: Draws, light: Light, settings: Settings, camera: Camera, seen: Points, body: Proportions
 ) -> Figure:
     """Dress a person and draw it into a layer of its own."""
     layer = Layer.empty(WIDTH, HEIGHT)

@@ -1,9 +1,7 @@
 """Every number that decides what the demo pictures look like and how hard they are.
 
-Two things set the difficulty of the data: how much the people vary (poses, headings, clothing) and
-how much hides them (occluders, edges, a second person, clutter, noise). Both are set here and nowhere
-else. Changing anything here, or how anything is drawn, changes the pictures: raise
-``GENERATOR_VERSION`` then, so that an old data set is not taken for a new one.
+Changing anything here, or how anything is drawn, changes the pictures: raise ``GENERATOR_VERSION`` then, so that an old
+data set is not taken for a new one.
 """
 
 from __future__ import annotations
@@ -21,63 +19,44 @@ SPLITS = ('train', 'val')
 
 @dataclass(frozen=True)
 class Settings:
-    """How the scenes vary. Ranges are ``(low, high)``, drawn uniformly; chances are fractions.
+    """How the scenes vary. Ranges are ``(low, high)``, drawn uniformly; chances are fractions."""
 
-    Attributes:
-        pose_weights: relative frequency of each pose family (``pose.FAMILIES``).
-        frontal_share: share of the cameras within ``frontal_degrees`` of the person's front; the
-            others come from all around. Seen from behind or from the side, left and right are
-            harder to tell apart.
-        frontal_degrees: half the width of that sector, degrees.
-        elevation, roll: of the camera, degrees.
-        distance: of the camera, metres; near cameras foreshorten limbs.
-        fill: the person's larger extent as a fraction of the image's.
-        truncation_chance: how often a person is pushed over an edge of the image.
-        truncation: how far it is pushed, as a fraction of its own extent.
-        second_person_chance: how often another, also annotated, person stands near.
-        occluder_chance: how often an object stands in front.
-        clutter: number of shapes in the background.
-        limb_clutter: number of background shapes with the form and the colours of limbs.
-        ambient, diffuse: light from everywhere and from one direction, fractions.
-        brightness: added to all pixels, grey levels.
-        contrast: factor around the middle grey.
-        noise: amplitude of the per-pixel noise, grey levels.
-        blur_chance: how often a further blur goes over the image.
-        pattern_chance: how often a garment has stripes or checks.
-        two_tone_chance: how often a shirt or a pair of trousers is darker on the wearer's right: a
-            cue to the side where the face is hidden. Zero leaves the body as the only cue.
-    """
-
+    #: Relative frequency of each pose family (``skeleton.FAMILIES``).
     pose_weights: dict[str, int] = field(
-        default_factory=lambda: {
-            'standing': 3,
-            'walking': 3,
-            'sitting': 2,
-            'arms_up': 2,
-            'bending': 2,
-            'reaching': 2,
-            'free': 3,
-        }
+        default_factory=lambda: dict(standing=3, walking=3, sitting=2, arms_up=2, bending=2, reaching=2, free=3)
     )
+    #: Share of the cameras within ``frontal_degrees`` of the person's front; the others come from all around. Seen from
+    #: behind or from the side, left and right are harder to tell apart.
     frontal_share: float = 0.4
     frontal_degrees: int = 70
+    #: Of the camera: degrees, degrees, metres. Near cameras foreshorten limbs.
     elevation: tuple[int, int] = (-8, 22)
     roll: tuple[int, int] = (-10, 10)
     distance: tuple[float, float] = (2.6, 6.0)
+    #: The person's larger extent as a fraction of the image's.
     fill: tuple[float, float] = (0.62, 0.95)
+    #: How often a person is pushed over an edge of the image, and how far, as a fraction of its own extent.
     truncation_chance: float = 0.12
     truncation: tuple[float, float] = (0.1, 0.3)
+    #: How often another, also annotated, person stands near, and an object in front.
     second_person_chance: float = 0.2
     occluder_chance: float = 0.25
+    #: Numbers of shapes in the background, and of those with the form and the colours of limbs.
     clutter: tuple[int, int] = (1, 5)
     limb_clutter: tuple[int, int] = (0, 3)
+    #: Light from everywhere and from one direction, fractions.
     ambient: tuple[float, float] = (0.45, 0.7)
     diffuse: tuple[float, float] = (0.3, 0.6)
+    #: Grey levels added to all pixels; a factor around the middle grey; grey levels of noise per pixel.
     brightness: tuple[int, int] = (-25, 25)
     contrast: tuple[float, float] = (0.75, 1.15)
     noise: tuple[int, int] = (2, 10)
+    #: How often a further blur goes over the image.
     blur_chance: float = 0.3
+    #: How often a garment has stripes or checks.
     pattern_chance: float = 0.35
+    #: How often a shirt or a pair of trousers is darker on the wearer's right: a cue to the side where the face is
+    #: hidden. Zero leaves the body as the only cue.
     two_tone_chance: float = 0.0
 
 

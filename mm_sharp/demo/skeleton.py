@@ -1,8 +1,11 @@
-"""The 3-D skeleton: proportions of a body, and the positions of its points in a given pose.
+"""The skeleton: joint angles of a random pose, proportions of a body, and the positions of its points.
 
-Body frame, metres: x to the person's own left, y up, z forward (right-handed), the pelvis at the origin.
-All lengths are ours, chosen near those of an adult of 1.7 m with a head somewhat large, so that faces keep a
-few pixels in small pictures.
+A pose maps every degree of freedom to an angle in units of 1/4096 turn. A pose *family* narrows or widens some of the
+ranges; what it doesn't name stays near the neutral pose.
+
+Body frame, metres: x to the person's own left, y up, z forward (right-handed), the pelvis at the origin. All lengths
+are ours, near those of an adult of 1.7 m with a head somewhat large, so that faces keep a few pixels in small
+pictures.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mm_sharp.demo.exact import Draws, Matrix, Vector, add, chain, rotate, rotation
-from mm_sharp.demo.pose import Pose
+from mm_sharp.demo.settings import SETTINGS, Settings
 
 #: The 17 keypoints of COCO, in its order.
 COCO_KEYPOINTS = (
@@ -26,7 +29,85 @@ MPII_JOINTS = (
     'left_elbow', 'left_wrist',
 )  # fmt: skip
 
+#: Angle in units of 1/4096 turn for each degree of freedom.
+Pose = dict[str, int]
+Ranges = dict[str, tuple[int, int]]
 Points = dict[str, Vector]
+
+#: The neutral ranges, degrees. Positive: forward for the trunk, to the left for turns and side bends.
+_CENTRAL: Ranges = {
+    'root_lean': (-4, 6), 'root_tilt': (-5, 5), 'waist_bend': (-6, 14), 'waist_side': (-8, 8), 'waist_twist': (-15, 15),
+    'head_pitch': (-15, 20), 'head_yaw': (-35, 35), 'head_roll': (-8, 8),
+}  # fmt: skip
+
+#: Those of the left and of the right side alike. Flexion is forward, except of the knee; abduction and twist are away
+#: from the body.
+_SIDED: Ranges = {
+    'shoulder_flexion': (-20, 25), 'shoulder_abduction': (4, 30), 'shoulder_twist': (-30, 20),
+    'elbow_flexion': (0, 70), 'hip_flexion': (-8, 12), 'hip_abduction': (0, 12), 'hip_twist': (-5, 15),
+    'knee_flexion': (0, 12), 'ankle_flexion': (-8, 8),
+}  # fmt: skip
+
+#: All degrees of freedom, in the order in which they are drawn, and their names without the side.
+DEGREES_OF_FREEDOM = {
+    **{dof: dof for dof in _CENTRAL},
+    **{f'{side}_{dof}': dof for side in ('left', 'right') for dof in _SIDED},
+}
+
+#: Keys without a side hold for both sides. Asymmetric families are mirrored half of the time.
+FAMILIES: dict[str, Ranges] = {
+    'standing': {},
+    'walking': {
+        'left_hip_flexion': (15, 45), 'left_knee_flexion': (0, 40), 'right_hip_flexion': (-22, 0),
+        'right_knee_flexion': (5, 60), 'left_shoulder_flexion': (-40, 5), 'right_shoulder_flexion': (0, 45),
+        'elbow_flexion': (5, 95),
+    },
+    'sitting': {
+        'hip_flexion': (60, 100), 'knee_flexion': (55, 105), 'hip_abduction': (2, 25), 'shoulder_flexion': (0, 60),
+        'elbow_flexion': (20, 100), 'waist_bend': (-5, 25),
+    },
+    'arms_up': {
+        'shoulder_flexion': (0, 60), 'shoulder_abduction': (85, 140), 'elbow_flexion': (0, 90),
+        'hip_abduction': (0, 30),
+    },
+    'bending': {
+        'root_lean': (0, 20), 'waist_bend': (25, 70), 'hip_flexion': (5, 40), 'knee_flexion': (5, 50),
+        'shoulder_flexion': (20, 90), 'head_pitch': (-30, 10),
+    },
+    'reaching': {
+        'left_shoulder_flexion': (50, 165), 'left_shoulder_abduction': (2, 60), 'left_elbow_flexion': (0, 60),
+        'right_hip_flexion': (-20, 30), 'waist_side': (-18, 18), 'waist_twist': (-30, 30),
+    },
+    'free': {
+        'root_lean': (-10, 18), 'waist_bend': (-12, 35), 'waist_side': (-18, 18), 'waist_twist': (-28, 28),
+        'head_yaw': (-45, 45), 'shoulder_flexion': (-40, 150), 'shoulder_abduction': (4, 120),
+        'shoulder_twist': (-55, 45), 'elbow_flexion': (0, 130), 'hip_flexion': (-20, 80), 'hip_abduction': (0, 40),
+        'knee_flexion': (0, 100), 'ankle_flexion': (-20, 20),
+    },
+}  # fmt: skip
+
+
+def family_ranges(family: str) -> Ranges:
+    """The range of every degree of freedom in a pose family, degrees."""
+    own, neutral = FAMILIES[family], {**_CENTRAL, **_SIDED}
+    return {dof: own.get(dof) or own.get(plain) or neutral[plain] for dof, plain in DEGREES_OF_FREEDOM.items()}
+
+
+def draw_pose(draws: Draws, settings: Settings = SETTINGS) -> Pose:
+    """A random pose: a family by its weight, then every angle uniformly in the family's range."""
+    ranges = family_ranges(draws.weighted(settings.pose_weights))
+    pose = {dof: draws.angle(bounds) for dof, bounds in ranges.items()}
+    return mirror(pose) if draws.chance(0.5) else pose
+
+
+def mirror(pose: Pose) -> Pose:
+    """The pose seen in a mirror: sides swapped, turns and tilts reversed."""
+    swapped = dict(pose)
+    for dof in _SIDED:
+        swapped[f'left_{dof}'], swapped[f'right_{dof}'] = pose[f'right_{dof}'], pose[f'left_{dof}']
+    for dof in ('root_tilt', 'waist_side', 'waist_twist', 'head_yaw', 'head_roll'):
+        swapped[dof] = -pose[dof]
+    return swapped
 
 
 @dataclass(frozen=True)
@@ -70,27 +151,22 @@ def draw_proportions(draws: Draws) -> Proportions:
 
 
 def body_points(body: Proportions, pose: Pose) -> Points:
-    """Positions of all keypoints and of the points that drawing needs.
-
-    Args:
-        body: lengths of the bones.
-        pose: angle of every degree of freedom.
-
-    Returns:
-        The position of each point in the body frame, metres.
-    """
+    """Positions in the body frame, metres, of all keypoints and of the points that drawing needs."""
     root = chain(rotation('x', pose['root_lean']), rotation('z', -pose['root_tilt']))
     bend, side, twist = (pose[f'waist_{dof}'] for dof in ('bend', 'side', 'twist'))
     chest = chain(root, rotation('x', bend), rotation('z', -side), rotation('y', twist))
-    points: Points = {'pelvis': (0.0, 0.0, 0.0)}
-    points['waist'] = rotate(root, (0.0, 0.4 * body.torso, 0.0))
-    points['thorax'] = add(points['waist'], rotate(chest, (0.0, 0.6 * body.torso, 0.0)))
-    points['upper_neck'] = add(points['thorax'], rotate(chest, (0.0, body.neck, 0.0)))
-    # The middle line of the shirt's front, just outside of the trunk's surface.
-    front = 0.115 * body.girth
-    points['collar'] = add(points['thorax'], rotate(chest, (0.0, -0.05, 0.085 * body.girth)))
-    points['belly'] = add(points['waist'], rotate(chest, (0.0, 0.0, front)))
-    points['buckle'] = rotate(root, (0.0, 0.05, front))
+    waist = rotate(root, (0.0, 0.4 * body.torso, 0.0))
+    thorax = add(waist, rotate(chest, (0.0, 0.6 * body.torso, 0.0)))
+    points: Points = {
+        'pelvis': (0.0, 0.0, 0.0),
+        'waist': waist,
+        'thorax': thorax,
+        'upper_neck': add(thorax, rotate(chest, (0.0, body.neck, 0.0))),
+        # The middle line of the shirt's front, just outside of the trunk's surface.
+        'collar': add(thorax, rotate(chest, (0.0, -0.05, 0.085 * body.girth))),
+        'belly': add(waist, rotate(chest, (0.0, 0.0, 0.115 * body.girth))),
+        'buckle': rotate(root, (0.0, 0.05, 0.115 * body.girth)),
+    }
     _add_head(points, body, pose, chest)
     for name, sign in (('left', 1), ('right', -1)):
         _add_arm(points, body, pose, chest, name, sign)
@@ -103,63 +179,43 @@ def _add_head(points: Points, body: Proportions, pose: Pose, chest: Matrix) -> N
     pitch, roll, yaw = pose['head_pitch'], pose['head_roll'], pose['head_yaw']
     frame = chain(chest, rotation('y', yaw), rotation('x', pitch), rotation('z', -roll))
     offsets = {
-        'head_top': (0.0, 1.0, 0.0),
-        'skull_low': (0.0, 0.32, 0.0),
-        'skull_high': (0.0, 0.66, -0.02),
-        'hair_low': (0.0, 0.46, -0.10),
-        'hair_high': (0.0, 0.72, -0.06),
-        'hair_end': (0.0, -0.05, -0.24),
-        'nose_bridge': (0.0, 0.50, 0.30),
-        'nose': (0.0, 0.38, 0.41),
-        'left_eye': (0.14, 0.53, 0.285),
-        'right_eye': (-0.14, 0.53, 0.285),
-        'left_ear': (0.33, 0.45, 0.0),
-        'right_ear': (-0.33, 0.45, 0.0),
-        'left_mouth': (0.09, 0.18, 0.27),
-        'right_mouth': (-0.09, 0.18, 0.27),
-    }
+        'head_top': (0.0, 1.0, 0.0), 'skull_low': (0.0, 0.32, 0.0), 'skull_high': (0.0, 0.66, -0.02),
+        'hair_low': (0.0, 0.46, -0.10), 'hair_high': (0.0, 0.72, -0.06), 'hair_end': (0.0, -0.05, -0.24),
+        'nose_bridge': (0.0, 0.50, 0.30), 'nose': (0.0, 0.38, 0.41),
+        'left_eye': (0.14, 0.53, 0.285), 'right_eye': (-0.14, 0.53, 0.285),
+        'left_ear': (0.33, 0.45, 0.0), 'right_ear': (-0.33, 0.45, 0.0),
+        'left_mouth': (0.09, 0.18, 0.27), 'right_mouth': (-0.09, 0.18, 0.27),
+    }  # fmt: skip
     for name, (x, y, z) in offsets.items():
         offset = rotate(frame, (x * body.head, y * body.head, z * body.head))
         points[name] = add(points['upper_neck'], offset)
 
 
+def _limb_frame(base: Matrix, pose: Pose, joint: str, sign: int) -> Matrix:
+    """The frame of an upper arm or a thigh; ``sign`` is +1 for the left, -1 for the right."""
+    flexion, abduction, twist = (pose[f'{joint}_{dof}'] for dof in ('flexion', 'abduction', 'twist'))
+    return chain(base, rotation('x', -flexion), rotation('z', sign * abduction), rotation('y', sign * twist))
+
+
 def _add_arm(points: Points, body: Proportions, pose: Pose, chest: Matrix, name: str, sign: int) -> None:
-    """Shoulder to hand of one side; ``sign`` is +1 for the left, -1 for the right."""
-    flexion, abduction, twist, elbow = (
-        pose[f'{name}_{dof}'] for dof in ('shoulder_flexion', 'shoulder_abduction', 'shoulder_twist', 'elbow_flexion')
-    )
-    upper = chain(
-        chest,
-        rotation('x', -flexion),
-        rotation('z', sign * abduction),
-        rotation('y', sign * twist),
-    )
-    lower = chain(upper, rotation('x', -elbow))
+    """Shoulder to hand of one side."""
+    upper = _limb_frame(chest, pose, f'{name}_shoulder', sign)
+    lower = chain(upper, rotation('x', -pose[f'{name}_elbow_flexion']))
     shoulder = add(points['thorax'], rotate(chest, (sign * body.shoulder, -0.03, 0.0)))
-    points[f'{name}_shoulder'] = shoulder
-    points[f'{name}_elbow'] = add(shoulder, rotate(upper, (0.0, -body.upper_arm, 0.0)))
-    wrist = add(points[f'{name}_elbow'], rotate(lower, (0.0, -body.forearm, 0.0)))
-    points[f'{name}_wrist'] = wrist
-    points[f'{name}_hand'] = add(wrist, rotate(lower, (0.0, -body.hand, 0.0)))
+    elbow = add(shoulder, rotate(upper, (0.0, -body.upper_arm, 0.0)))
+    wrist = add(elbow, rotate(lower, (0.0, -body.forearm, 0.0)))
+    hand = add(wrist, rotate(lower, (0.0, -body.hand, 0.0)))
+    points |= {f'{name}_shoulder': shoulder, f'{name}_elbow': elbow, f'{name}_wrist': wrist, f'{name}_hand': hand}
 
 
 def _add_leg(points: Points, body: Proportions, pose: Pose, root: Matrix, name: str, sign: int) -> None:
-    """Hip to toe of one side; ``sign`` is +1 for the left, -1 for the right."""
-    flexion, abduction, twist, knee, ankle = (
-        pose[f'{name}_{dof}'] for dof in ('hip_flexion', 'hip_abduction', 'hip_twist', 'knee_flexion', 'ankle_flexion')
-    )
-    upper = chain(
-        root,
-        rotation('x', -flexion),
-        rotation('z', sign * abduction),
-        rotation('y', sign * twist),
-    )
-    lower = chain(upper, rotation('x', knee))
-    foot = chain(lower, rotation('x', -ankle))
+    """Hip to toe of one side."""
+    upper = _limb_frame(root, pose, f'{name}_hip', sign)
+    lower = chain(upper, rotation('x', pose[f'{name}_knee_flexion']))
+    foot = chain(lower, rotation('x', -pose[f'{name}_ankle_flexion']))
     hip = rotate(root, (sign * body.hip, 0.0, 0.0))
-    points[f'{name}_hip'] = hip
-    points[f'{name}_knee'] = add(hip, rotate(upper, (0.0, -body.thigh, 0.0)))
-    points[f'{name}_ankle'] = add(points[f'{name}_knee'], rotate(lower, (0.0, -body.shin, 0.0)))
+    knee = add(hip, rotate(upper, (0.0, -body.thigh, 0.0)))
+    ankle = add(knee, rotate(lower, (0.0, -body.shin, 0.0)))
+    points |= {f'{name}_hip': hip, f'{name}_knee': knee, f'{name}_ankle': ankle}
     for end, forward in (('heel', -0.2), ('toe', 0.8)):
-        offset = rotate(foot, (0.0, -0.05, forward * body.foot))
-        points[f'{name}_{end}'] = add(points[f'{name}_ankle'], offset)
+        points[f'{name}_{end}'] = add(ankle, rotate(foot, (0.0, -0.05, forward * body.foot)))

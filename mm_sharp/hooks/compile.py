@@ -21,10 +21,11 @@ from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from torch import nn
 
-from mm_sharp.ops.model_call import is_compiled, unwrap
+from mm_sharp.ops.model_call import unwrap
+from mm_sharp.ops.module_tree import is_compiled
 from mm_sharp.per_sample_loss.find import has_losses
 from mm_sharp.step.optim_wrappers import optim_wrappers
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 
 @HOOKS.register_module()

@@ -7,23 +7,51 @@ nothing where no optimizer wrapper keeps a history.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from mmengine.dist import get_rank
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
+from torch import nn
 
 from mm_sharp.errors import UserError
-from mm_sharp.methods.ausam import AUSAMOptimWrapper
-from mm_sharp.methods.per_sample import PerSampleOptimWrapper
 from mm_sharp.samples.ausam_sampler import AUSAMSampler
 from mm_sharp.samples.dataset_keys import DatasetKeys
+from mm_sharp.samples.history import SampleHistory
 from mm_sharp.samples.keys import SampleIdError
+from mm_sharp.samples.seeds import Member
 from mm_sharp.step.optim_wrappers import optim_wrappers
 
 _ITERATIONS_OF_ENDLESS_EPOCHS = 1000
+
+
+@runtime_checkable
+class KeepsHistory(Protocol):
+    """An optimizer wrapper that keeps a history of its samples' loss differences."""
+
+    history: SampleHistory
+    member: Member
+    dataset_size: int | None
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether it does so with its present arguments."""
+
+    def exchange_history(self) -> None:
+        """Bring the histories of all ranks to the same state."""
+
+
+@runtime_checkable
+class DrawsInLoader(KeepsHistory, Protocol):
+    """One that can take the batches which an ``AUSAMSampler`` has drawn."""
+
+    def attach_model(self, model: nn.Module) -> None:
+        """Fit the draws to what the model can be trained on."""
+
+    def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: DatasetKeys, rank: int) -> None:
+        """Take the sampler's batches."""
 
 
 @HOOKS.register_module()
@@ -41,7 +69,7 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
     priority = 'LOW'  # before CheckpointHook
 
     def __init__(self) -> None:
-        self._wrappers: list[PerSampleOptimWrapper] = []
+        self._wrappers: list[KeepsHistory] = []
         self._epoch_length = 1
         self._exchanged = True
 
@@ -56,9 +84,9 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         loader = runner.train_dataloader
         self._epoch_length = _epoch_length(loader)
         for number, wrapper in enumerate(optim_wrappers(runner.optim_wrapper).values()):
-            if isinstance(wrapper, PerSampleOptimWrapper):
+            if isinstance(wrapper, KeepsHistory):
                 wrapper.member.number = number
-        wrappers = [w for w in optim_wrappers(runner.optim_wrapper).values() if isinstance(w, PerSampleOptimWrapper)]
+        wrappers = [w for w in optim_wrappers(runner.optim_wrapper).values() if isinstance(w, KeepsHistory)]
         self._wrappers = [wrapper for wrapper in wrappers if wrapper.uses_history]
         sampler = getattr(loader, 'batch_sampler', None)
         if isinstance(sampler, AUSAMSampler):
@@ -71,8 +99,8 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
             wrapper.dataset_size = keys.count()
             if len(wrapper.history):
                 _reconcile(wrapper, keys)
-            if isinstance(sampler, AUSAMSampler) and isinstance(wrapper, AUSAMOptimWrapper):
-                wrapper.look_at(runner.model)
+            if isinstance(sampler, AUSAMSampler) and isinstance(wrapper, DrawsInLoader):
+                wrapper.attach_model(runner.model)
                 wrapper.attach_sampler(sampler, keys, get_rank())
                 sampler.follow(runner.train_loop)
 
@@ -106,8 +134,8 @@ def _epoch_length(loader: Any) -> int:
         return _ITERATIONS_OF_ENDLESS_EPOCHS
 
 
-def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[PerSampleOptimWrapper]) -> None:
-    found = sum(isinstance(wrapper, AUSAMOptimWrapper) for wrapper in wrappers)
+def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[KeepsHistory]) -> None:
+    found = sum(isinstance(wrapper, DrawsInLoader) for wrapper in wrappers)
     # Another member of an OptimWrapperDict would train on the samples drawn without knowing of it.
     if found != 1 or len(optim_wrappers(optim_wrapper)) > 1:
         uses = f'{found} of them' if found > 1 else type(optim_wrapper).__name__
@@ -123,7 +151,7 @@ def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[PerSampleOpti
         )
 
 
-def _reconcile(wrapper: PerSampleOptimWrapper, keys: DatasetKeys) -> None:
+def _reconcile(wrapper: KeepsHistory, keys: DatasetKeys) -> None:
     """Fit a loaded history to the data set, and say so."""
     level = logging.INFO
     try:

@@ -20,7 +20,7 @@ from mmengine.runner import IterBasedTrainLoop
 from mm_sharp.ops.parameters import devices_of
 from mm_sharp.ops.rng import RandomState
 from mm_sharp.step.optim_wrappers import optim_wrappers
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 
 @HOOKS.register_module()

@@ -10,7 +10,7 @@ from mmengine.registry import HOOKS
 from mm_sharp.errors import HOOK, UserError, check_positive_int
 from mm_sharp.step.optim_wrappers import optim_wrappers
 from mm_sharp.step.timing import StepRecord
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 
 @HOOKS.register_module()
@@ -99,15 +99,13 @@ def _two_pass_wrappers(optim_wrapper: Any) -> dict[str, TwoPassOptimWrapper]:
 
 
 def _scalars(step: StepRecord) -> dict[str, float]:
-    loss, perturbed = float(step.loss), float(step.perturbed_loss)
-    scalars = {
-        'L_w': loss,
-        'L_w_e': perturbed,
-        'sharpness': perturbed - loss,
-        'g_norm': float(step.grad_norm),
-    }
-    if step.figures is not None:
-        scalars.update(step.figures())
+    loss = float(step.loss)
+    scalars = {'L_w': loss}
+    if step.perturbed_loss is not None and step.grad_norm is not None:
+        perturbed = float(step.perturbed_loss)
+        scalars.update(L_w_e=perturbed, sharpness=perturbed - loss, g_norm=float(step.grad_norm))
+    if step.metrics is not None:
+        scalars.update(step.metrics())
     if step.timer is not None:
         seconds = step.timer.seconds()
         scalars['pass2_share'] = seconds['pass2'] / sum(seconds.values())

@@ -74,7 +74,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             nothing.
         history_momentum: Weight of the past in an exponential average of the loss differences, in [0, 1); by default
             the average over all visits (ours).
-        kwargs: The other arguments of :class:`mm_sharp.step.two_pass.TwoPassOptimWrapper`.
+        kwargs: The other arguments of :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`.
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
@@ -120,7 +120,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         self._sampler_states: list[Any] = []
         self._draw: BatchDraw | None = None
         self._keys: Keys = []
-        self._looked_at: nn.Module | None = None
+        self._attached: nn.Module | None = None
         self._has_said_what_it_costs = False
 
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: Any, rank: int) -> None:
@@ -137,11 +137,11 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             sampler.load_state_dict(self._sampler_states[rank])
         self.sampler, self._sampler_states = sampler, []
 
-    def look_at(self, model: nn.Module) -> None:
+    def attach_model(self, model: nn.Module) -> None:
         """Fit the draws to what ``model`` can be trained on."""
-        if self._looked_at is not model:
+        if self._attached is not model:
             self.drawer.fewest = fewest_samples(model)
-            self._looked_at = model
+            self._attached = model
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
@@ -157,7 +157,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         ):
             yield
 
-    def choose_first_batch(self, call: ModelCall) -> ModelCall:
+    def first_batch(self, call: ModelCall) -> ModelCall:
         """The call on the samples that are drawn.
 
         Raises:
@@ -165,7 +165,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             ValueError: None of the arguments is a batch.
         """
         self.visits.flush()
-        self.look_at(call.model)
+        self.attach_model(call.model)
         size = call_size(type(self).__name__, call)
         keys = self.keys(call, size)
         if self.sampler is not None:
@@ -180,16 +180,16 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         self._weigh()
         return call
 
-    def second_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def perturbed_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward on the same samples; their loss differences go to the history."""
         first, draw = self.record(), self._draw
         assert draw is not None
         with self.losses_of(call.model).record(first.weights, first.full_size) as record:
-            second = self.forward_again(call)
-        with self.aside('recording'):
+            second = self.second_pass.loss(call)
+        with self.exclude_from_timing('recording'):
             differences = self.differences(first.losses(loss), record.losses(second), norm)
             self.visit(self._keys, differences)
-        self._figures = lambda: {'mean_difference': differences.nanmean().item(), **draw.scalars()}
+        self._metrics = lambda: {'mean_difference': differences.nanmean().item(), **draw.scalars()}
         return second, second.detach()
 
     def own_state(self) -> dict[str, Any]:

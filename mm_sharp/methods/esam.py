@@ -22,9 +22,10 @@ A loss that is the sum of its samples' is scaled by N / K, so that a step is as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from torch.optim import Optimizer
 from mm_sharp.errors import check_choice, check_number, check_positive_int
 from mm_sharp.methods.per_sample import PerSampleOptimWrapper
 from mm_sharp.ops.model_call import ModelCall
-from mm_sharp.ops.perturbation import weight_mask
+from mm_sharp.ops.perturbation import Direction, weight_mask
 from mm_sharp.per_sample_loss import Reduction
 from mm_sharp.samples.history import Keys
 from mm_sharp.samples.seeds import Draw
@@ -59,7 +60,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         selection: ``'exact'``, by the loss increase measured in this step (the paper's; on a GPU the host waits for it
             once a step), or ``'history'``, by the average loss difference of earlier steps (ours).
         refresh: With ``'history'``, one step in so many selects exactly and writes the history (ours).
-        kwargs: The other arguments of :class:`mm_sharp.step.two_pass.TwoPassOptimWrapper`, and ``history_momentum``,
+        kwargs: The other arguments of :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`, and ``history_momentum``,
             which is that of :class:`mm_sharp.methods.ausam.AUSAMOptimWrapper` (ours).
 
     Raises:
@@ -72,6 +73,9 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             optim_wrapper = dict(type='ESAMOptimWrapper', rho=0.05, beta=0.6, gamma=0.5,
                                  optimizer=dict(type='Adam', lr=5e-4))
     """
+
+    # Under FSDP all the same, of all.
+    skips_gradients: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -101,12 +105,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         """Only ``selection='history'`` does, and where all samples are kept it has nothing to select."""
         return self.selection == 'history' and self.gamma < 1.0
 
-    @property
-    def skips_gradients(self) -> bool:
-        """The first pass computes the gradients of the perturbed tensors only (under FSDP all the same, of all)."""
-        return True
-
-    def choose_first_batch(self, call: ModelCall) -> ModelCall:
+    def first_batch(self, call: ModelCall) -> ModelCall:
         """The whole batch.
 
         Raises:
@@ -118,10 +117,15 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         self._keys = self.keys(call, self._size) if self.uses_history else []
         return call
 
-    def select_parameters(self, parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], float]:
+    def select_parameters(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         """Each of ``parameters`` with probability ``beta``, the same ones on all ranks."""
         mask = weight_mask(len(parameters), self.beta, self.generator(Draw.MASK, shared=True))
-        return [parameter for parameter, taken in zip(parameters, mask, strict=True) if taken], 1.0 / self.beta
+        return [parameter for parameter, taken in zip(parameters, mask, strict=True) if taken]
+
+    def direction(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Direction:
+        """SAM's, times 1 / beta."""
+        direction = super().direction(weights, gradients)
+        return replace(direction, rho=direction.rho * (1.0 / self.beta))
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
@@ -140,25 +144,25 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             yield
         self._reductions = {term.reduction for term in self.record().terms}
 
-    def second_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def perturbed_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward, on the samples that are selected."""
         count = sample_count(self.gamma, self._size, self._fewest)
         # Other ranks may have more samples and select: a forward that communicates (SyncBatchNorm) needs all of them.
         if count == self._size and (self.gamma == 1.0 or get_world_size() == 1):
-            return super().second_loss(call, loss, norm)
+            return super().perturbed_loss(call, loss, norm)
         rows: IntArray | Tensor
         whole: Tensor | None = None
         if self._measures:
             differences, increases, whole = self._measure(call, loss, norm)
-            with self.aside('recording'):
+            with self.exclude_from_timing('recording'):
                 rows = top_k(increases, count)
-            self._figures = lambda: _figures(differences.cpu().numpy().astype(np.float64))
+            self._metrics = lambda: _metrics_of(differences.cpu().numpy().astype(np.float64))
         else:
-            with self.aside('recording'):
+            with self.exclude_from_timing('recording'):
                 if not self._reductions:  # no step was measured yet: say now if the losses of samples cannot be told
                     self.record().losses(loss)
                 rows, scores = self._choose_by_history(count)
-            self._figures = lambda: _figures(scores)
+            self._metrics = lambda: _metrics_of(scores)
         with one_is_enough(type(self).__name__, 'gamma', lambda: (count, self._size)):
             second = self._loss_on(call, rows, count)
         return second, second.detach() if whole is None else whole
@@ -175,11 +179,11 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             Loss difference of every sample for the history and the log, (N,), NaN where there was no perturbation; loss
             increase to select by, (N,); the batch's L(w + e).
         """
-        with self.aside('recording'):
+        with self.exclude_from_timing('recording'):
             before = self.record().losses(loss)
         with self.losses_of(call.model).record() as record:
-            whole = self.loss_without_gradient(call)
-        with self.aside('recording'):
+            whole = self.second_pass.loss_without_gradient(call)
+        with self.exclude_from_timing('recording'):
             after = record.losses(whole)
             differences = self.differences(before, after, norm)
             if self.uses_history:
@@ -200,17 +204,17 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     def _loss_on(self, call: ModelCall, rows: IntArray | Tensor, count: int) -> Tensor:
         """The loss of ``count`` samples at the weights as they are now, as long as the whole batch's."""
-        with self.aside('recording'):
+        with self.exclude_from_timing('recording'):
             part = subset(call, rows, self._size)
         if len(self._reductions) == 1:
             (reduction,) = self._reductions
-            return self.forward_again(part) * reduction.subset_factor(count, self._size)
+            return self.second_pass.loss(part) * reduction.subset_factor(count, self._size)
         # Sums and means in one model: each loss module is scaled by itself.
         with self.losses_of(call.model).record(full_size=self._size):
-            return self.forward_again(part)
+            return self.second_pass.loss(part)
 
 
-def _figures(scores: FloatArray) -> dict[str, float]:
+def _metrics_of(scores: FloatArray) -> dict[str, float]:
     """Figures for the log, of loss differences (N,), NaN where unknown.
 
     Returns:

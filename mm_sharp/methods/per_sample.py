@@ -23,7 +23,7 @@ from mm_sharp.samples.pending import PendingUpdates
 from mm_sharp.samples.seeds import Draw, Member, make_generator, shared_seed
 from mm_sharp.step.checks import check_compiled
 from mm_sharp.step.nonfinite_log import offending_samples
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 
 class PerSampleOptimWrapper(TwoPassOptimWrapper):
@@ -33,7 +33,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         optimizer: The base optimizer.
         history_momentum: Weight of the past in an exponential average of the loss differences, in [0, 1); None for the
             average over all visits.
-        kwargs: The other arguments of :class:`mm_sharp.step.two_pass.TwoPassOptimWrapper`.
+        kwargs: The other arguments of :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`.
 
     Attributes:
         history: Average loss difference of every sample seen.
@@ -100,7 +100,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         """
         if self._per_sample is None or self._per_sample.model is not unwrap(model):
             check_compiled(type(self).__name__, model, sees_losses=True, switches=False)
-            self._per_sample = PerSampleLoss(model, around=partial(self.aside, 'recording'))
+            self._per_sample = PerSampleLoss(model, around=partial(self.exclude_from_timing, 'recording'))
         return self._per_sample
 
     def visit(self, keys: Keys, differences: Tensor) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from mmengine.registry import OPTIM_WRAPPERS
 
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -28,7 +28,7 @@ class SAMOptimWrapper(TwoPassOptimWrapper):
     Two forward-backward passes on the same batch, so a step costs twice the base optimizer's. It works with every
     model whose loss is its ``parse_losses`` of its forward.
 
-    Args: those of :class:`mm_sharp.step.two_pass.TwoPassOptimWrapper`; ``rho=0.05`` is the SAM paper's default,
+    Args: those of :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`; ``rho=0.05`` is the SAM paper's default,
         ``eta=0.01`` the ASAM paper's.
 
     Example:

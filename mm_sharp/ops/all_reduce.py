@@ -1,4 +1,4 @@
-"""Gradients averaged over the ranks by hand, where DDP's own averaging does not fit (ours)."""
+"""Gradients averaged over the ranks by hand, where DDP's own averaging does not fit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from torch import Tensor, nn
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the gradients of ``parameters`` by their averages over all ranks, in one all-reduce a dtype.
+    """Replace the gradients of ``parameters`` by their averages over all ranks; a missing one counts as zero.
 
     Args:
-        parameters: The same on all ranks; a missing gradient counts as zero.
+        parameters: The same on all ranks.
     """
     gradients: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    all_reduce_params(gradients, coalesce=True, op='mean')
+    average(gradients)
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their averages over all ranks, in one all-reduce a dtype."""
+    all_reduce_params(list(tensors), coalesce=True, op='mean')

@@ -1,13 +1,16 @@
-"""Whether tensors are finite, and gradients that are not (ours)."""
+"""Whether tensors are finite, and gradients that are not."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mm_sharp.ops.perturbation import group_by_device_and_dtype
+
+_TRUE = torch.tensor(True)
 
 
 @torch.no_grad()
@@ -21,13 +24,12 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         Scalar, bool, on the device of the first one that is not empty; True on the CPU where there is none. No host
         synchronisation.
     """
+    if quickly_finite(tensors):
+        return _TRUE
     dense = [tensor if tensor.layout == torch.strided else tensor._values() for tensor in tensors]
     dense = [tensor for tensor in dense if tensor.numel()]
     if not dense:
-        return torch.tensor(True)
-    # On the CPU the 2-norm is much faster than the largest magnitude, but it overflows before an element does.
-    if all(tensor.device.type == 'cpu' for tensor in dense) and _finite_norms(dense, 2).all():
-        return torch.tensor(True)
+        return _TRUE
     return _finite_norms(dense, float('inf')).all()
 
 
@@ -42,6 +44,19 @@ def finite_each(tensors: Sequence[Tensor]) -> Tensor:
         (N,), bool, on the device of the first one. No host synchronisation.
     """
     return _finite_norms(tensors, float('inf'))
+
+
+def quickly_finite(tensors: Sequence[Tensor]) -> bool:
+    """A quick look at tensors on the CPU, of one dtype: True if they are finite, False if that is not known yet.
+
+    2-norms take less time than the largest magnitude, but overflow before an element does.
+    """
+    if not tensors:
+        return True
+    kind = tensors[0].dtype
+    if not all(t.dtype is kind and t.layout is torch.strided and t.is_cpu and t.numel() for t in tensors):
+        return False
+    return math.isfinite(torch.stack(torch._foreach_norm(list(tensors), 2)).sum().item())
 
 
 def _finite_norms(tensors: Sequence[Tensor], order: float) -> Tensor:

@@ -9,25 +9,25 @@ from torch.nn.parameter import is_lazy
 
 
 class FrozenParams:
-    """Switches ``requires_grad`` off, so that autograd does not compute the gradients at all, and on again."""
+    """Freezes parameters, so that autograd does not compute their gradients at all, and unfreezes them again."""
 
     def __init__(self) -> None:
-        self._off: list[nn.Parameter] = []
+        self._frozen: list[nn.Parameter] = []
 
     @property
     def active(self) -> bool:
-        """Whether a parameter is switched off."""
-        return bool(self._off)
+        """Whether a parameter is frozen."""
+        return bool(self._frozen)
 
-    def off(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Switch off those of ``parameters`` that require a gradient; lazy ones only once they have a shape."""
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Freeze those of ``parameters`` that require a gradient; lazy ones only once they have a shape."""
         for parameter in parameters:
             if parameter.requires_grad and not is_lazy(parameter):
                 parameter.requires_grad_(False)
-                self._off.append(parameter)
+                self._frozen.append(parameter)
 
-    def on(self) -> None:
-        """Switch on what :meth:`off` switched off."""
-        for parameter in self._off:
+    def unfreeze(self) -> None:
+        """Have them require a gradient again."""
+        for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._off = []
+        self._frozen = []

@@ -9,7 +9,7 @@ of a number a step; whether the optimizer steps is agreed on by another, of a fl
 - FSDP2, ``fully_shard``: the model's parameters are DTensors between the steps, and others in a pass.
 
 So what asks for names, or writes to parameters, does it between the passes. Where a pass was broken off,
-:meth:`Shards.settle` gets there.
+:meth:`Shards.reshard` gets there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor, nn
 
 from mm_sharp.ops.perturbation import global_norm
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
 
 NormOf = Callable[[Sequence[Tensor]], Tensor]
 
@@ -39,6 +41,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 def local_shard(tensor: Tensor) -> Tensor:
     """This process's piece of ``tensor``, sharing its memory; ``tensor`` itself unless it is a DTensor."""
+    if type(tensor) in _PLAIN:
+        return tensor
     to_local = getattr(tensor, 'to_local', None)
     if to_local is None:
         return tensor
@@ -86,7 +90,7 @@ class Shards:
         self._modules: list[Any] = [module for module in marked if not is_flat_wrapper(module)]
         self.flat = any(not wrapper._use_orig_params for wrapper in self._wrappers)
         self.offloads = any(wrapper.cpu_offload.offload_params for wrapper in self._wrappers)
-        self.settle()
+        self.reshard()
         self.parameters = list(model.parameters())
         self._parts = self._distinct_parts()
 
@@ -102,7 +106,7 @@ class Shards:
             A function like :func:`mm_sharp.ops.perturbation.global_norm`. All processes must call it, with pieces or
             without: it is one all-reduce of one number, and gives all of them the same, bit for bit.
         """
-        weights = [self._parts.get(id(parameter), 1) / get_world_size() for parameter in parameters]
+        weights = self._weights(parameters)
 
         def norm(tensors: Sequence[Tensor]) -> Tensor:
             total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else device)
@@ -115,6 +119,28 @@ class Shards:
             return total.sqrt().to(torch.float64 if wide else torch.float32)
 
         return norm
+
+    @torch.no_grad()
+    def total(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """The sum over whole tensors of what this process has computed of its pieces: one all-reduce of one number.
+
+        Args:
+            parameters: What the values are of, in order. All processes must call it, with values or without.
+            values: Scalars.
+        """
+        device = values[0].device if values else self._device()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for weight, value in zip(self._weights(parameters), values, strict=True):
+            total += weight * value.to(total)
+        all_reduce(total)
+        return total.to(torch.float32)
+
+    def _weights(self, parameters: Sequence[Tensor]) -> list[float]:
+        """How much of a sum over the processes each one's piece counts for: one that several hold counts once."""
+        return [self._parts.get(id(parameter), 1) / get_world_size() for parameter in parameters]
+
+    def _device(self) -> torch.device:
+        return self.parameters[0].device
 
     @torch.no_grad()
     def clip_(
@@ -173,19 +199,19 @@ class Shards:
             flag.fill_(overflow.to(flag.device, flag.dtype).reshape(()))
 
     # ---------------------------------------------------------------- this process
-    def settle(self, broken_off: bool = False) -> None:
+    def reshard(self, interrupted: bool = False) -> None:
         """Have the parameters be pieces: after a forward without a backward pass, or an error in the midst of a pass.
 
         Without it, torch would go on with the whole parameters that it has gathered before, whatever happens to the
         pieces. Does nothing where they are pieces already. No communication.
 
         Args:
-            broken_off: Whether an error has come in between.
+            interrupted: Whether an error has come in between.
         """
         for wrapper in self._wrappers:
-            _settle_flat(wrapper, broken_off)
+            _reshard_flat(wrapper, interrupted)
         for module in self._modules:
-            _settle_module(module, broken_off)
+            _reshard_module(module, interrupted)
 
     def _distinct_parts(self) -> dict[int, int]:
         """By ``id`` of a parameter, into how many different pieces it is cut; others are whole everywhere."""
@@ -205,26 +231,26 @@ class Shards:
         return parts
 
 
-def _settle_flat(wrapper: Any, broken_off: bool) -> None:
+def _reshard_flat(wrapper: Any, interrupted: bool) -> None:
     """The same for one of FSDP1's wrappers; the outermost one speaks for all within it."""
     if not wrapper._is_root:  # None until the first forward
         return
     handles = [handle for handle in wrapper._all_handles if handle.uses_sharded_strategy]
-    if broken_off or not all(handle.needs_unshard() for handle in handles):
+    if interrupted or not all(handle.needs_unshard() for handle in handles):
         from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback
 
         # What ends every backward pass: frees the whole parameters and gets everything ready for the next forward.
         _post_backward_final_callback(wrapper, wrapper)
 
 
-def _settle_module(module: Any, broken_off: bool) -> None:
+def _reshard_module(module: Any, interrupted: bool) -> None:
     """The same for one of FSDP2's modules."""
     state = module._get_fsdp_state()
-    if broken_off and hasattr(module, 'reset_iter_state'):
+    if interrupted and hasattr(module, 'reset_iter_state'):
         if state._is_root:  # it speaks for all within it
             module.reset_iter_state()
         return
-    if broken_off:  # before torch 2.13
+    if interrupted:  # before torch 2.13
         group, idle = state._fsdp_param_group, type(state._training_state).IDLE
         state._training_state = idle
         state._state_ctx.iter_forward_root, state._state_ctx.post_backward_final_callback_queued = None, False

@@ -1,14 +1,15 @@
-"""Keep the gradients of the two passes apart, and apart from accumulated ones (ours)."""
+"""Gradients of the two passes, kept apart from each other and from accumulated ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 
-class GradientsAside:
-    """Gradients that were accumulated before this step.
+class GradientStash:
+    """The gradients that were accumulated before this step.
 
     Args:
         parameters: Everything that a backward pass may give a gradient to.
@@ -20,12 +21,12 @@ class GradientsAside:
         self._gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
         self._values = [_clone(gradient) for gradient in self._gradients] if in_buckets else self._gradients
 
-    def take_off(self) -> None:
+    def stash(self) -> None:
         """Take them off their parameters, for the first pass."""
         for parameter in self._parameters:
             parameter.grad = None
 
-    def resume(self) -> None:
+    def unstash(self) -> None:
         """Drop the first pass's gradients and let the second pass accumulate onto copies of the earlier ones.
 
         Copies, because accumulation is in place: :meth:`undo` must find the originals as they were.
@@ -39,6 +40,50 @@ class GradientsAside:
             if gradient is not value and gradient is not None and value is not None:
                 gradient.copy_(value)
             parameter.grad = gradient
+
+
+class FirstGradients:
+    """The first passes' gradients of one optimizer step, for methods whose final gradient is made of both.
+
+    Each micro-batch's is added up as that of the second passes is: divided by their number, with the loss scale.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._pending: list[tuple[nn.Parameter, Tensor]] = []
+
+    @torch.no_grad()
+    def keep(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Copy the gradients that ``parameters`` have now, until the micro-batch counts."""
+        self._pending = [(p, p.grad.clone()) for p in parameters if p.grad is not None]
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Add what was kept."""
+        for parameter, gradient in self._pending:
+            if parameter in self._sums:
+                self._sums[parameter].add_(gradient)
+            else:
+                self._sums[parameter] = gradient
+        self._pending = []
+
+    def forget_pending(self) -> None:
+        """Drop what was kept of a micro-batch that failed."""
+        self._pending = []
+
+    def take(self) -> dict[nn.Parameter, Tensor]:
+        """The sums, those of the last micro-batch included, by parameter; begins anew.
+
+        They stay here until the step is known to have come to its end: one that fails is made again.
+        """
+        sums = {parameter: gradient.clone() for parameter, gradient in self._sums.items()}
+        for parameter, gradient in self._pending:
+            sums[parameter] = sums[parameter] + gradient if parameter in sums else gradient.clone()
+        return sums
+
+    def clear(self) -> None:
+        """Begin anew, after an optimizer step."""
+        self._sums, self._pending = {}, []
 
 
 def _clone(gradient: Tensor | None) -> Tensor | None:

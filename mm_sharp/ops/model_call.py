@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mm_sharp.ops.call_inputs import InputKeeper, fresh
 from mm_sharp.ops.fsdp import is_flat_wrapper
+from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.ops.rng import RandomState
 
 
@@ -29,7 +30,7 @@ class ModelCall:
         model: The module that was called: DDP's or FSDP's wrapper where there is one.
         args: Positional arguments, as they were before the call.
         kwargs: Keyword arguments, the same.
-        random_state: The random state just before the call.
+        random_state: The random state just before the call; NumPy's and Python's only where the model may use them.
         may_write: Whether the model may write to tensors and arrays among the arguments.
         output: What the call returned.
     """
@@ -68,7 +69,15 @@ class CallRecorder:
         self.call: ModelCall | None = None
         self.is_open = False
         self._inputs = InputKeeper()
+        self._other_draws = RareChanges()  # of NumPy's and Python's generators
         self._depth = 0
+
+    def random_state_now(self, call: ModelCall, devices: tuple[torch.device, ...]) -> RandomState:
+        """The random state after the call's forward, of the generators that ``call.random_state`` holds."""
+        state = RandomState.capture(devices, all_libraries=call.random_state.numpy is not None)
+        if not state.same_beyond_torch(call.random_state):
+            self._other_draws.seen()
+        return state
 
     @contextmanager
     def record(
@@ -97,7 +106,7 @@ class CallRecorder:
                 return None
             if self.call is not None:
                 raise RuntimeError(_called_twice(model))
-            random_state = RandomState.capture(devices)
+            random_state = RandomState.capture(devices, all_libraries=self._other_draws.next_step())
             at_first.append(random_state)
             call = on_call(ModelCall(model, args, kwargs, random_state))
             (kept_args, kept_kwargs), may_write = self._inputs.keep((call.args, call.kwargs))
@@ -149,19 +158,22 @@ def _called_twice(model: nn.Module) -> str:
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's model inside DDP, FSDP, ``torch.compile`` and the like."""
     while True:
-        wrapped = is_model_wrapper(model) or isinstance(model, nn.parallel.DistributedDataParallel)
-        wrapped = wrapped or is_flat_wrapper(model)
         # The other one is torch's OptimizedModule, whose class takes seconds to import.
-        inner = model.module if wrapped else model._modules.get('_orig_mod')
+        inner = model.module if _wraps(model) else model._modules.get('_orig_mod')
         if not isinstance(inner, nn.Module):
             return model
         model = inner
 
 
-def is_compiled(module: nn.Module, method: str = 'forward') -> bool:
-    """Whether ``torch.compile`` has got hold of a module's call, or of another of its methods."""
-    by_hand = '_orig_mod' in module._modules or getattr(module, '_compiled_call_impl', None) is not None
-    return hasattr(vars(module).get(method), '_torchdynamo_orig_callable') or (by_hand and method == 'forward')
+_wrapping: dict[type, bool] = {}
+
+
+def _wraps(model: nn.Module) -> bool:
+    kind = type(model)
+    if kind not in _wrapping:
+        ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+        _wrapping[kind] = is_model_wrapper(model) or ddp or is_flat_wrapper(model)
+    return _wrapping[kind]
 
 
 def has_own_parse_losses(model: nn.Module) -> bool:

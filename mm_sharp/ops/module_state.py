@@ -1,4 +1,4 @@
-"""What a forward pass changes in a model besides the gradients, kept and put back (ours).
+"""What a forward pass changes in a model besides the gradients, kept and put back.
 
 A training forward updates BatchNorm's running statistics and counters, SyncBN's, observers of quantizers, the queues
 and momentum teachers of self-supervised models, and at times a Python number (Brevitas and some losses count their
@@ -8,7 +8,7 @@ calls). :mod:`mm_sharp.ops.forward_state` has the order in which a step keeps it
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from operator import is_, itemgetter
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mm_sharp.ops.module_tree import ModuleTree, is_compiled
+from mm_sharp.ops.norm_statistics import BATCH_NORMS
 from mm_sharp.ops.perturbation import TensorBackup
 from mm_sharp.ops.rare_changes import is_ordinary
 
@@ -27,10 +29,46 @@ _PLAIN = frozenset({bool, int, float, str, type(None), tuple, torch.Size, torch.
 _CONTAINERS = frozenset({list, dict, set, deque})
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState)
 _WRAPPERS = frozenset({'DistributedDataParallel', 'FullyShardedDataParallel'})
-_FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 _MISSING = object()
 
 Attributes = dict[str, Any]
+
+
+class StatePlan:
+    """Where a model has state: made once, and anew only where the model was rebuilt.
+
+    Args:
+        tree: The model.
+        trained: ``id`` of the parameters that are trained; by default those that require a gradient.
+
+    Attributes:
+        norms: Those of torch's own BatchNorms whose statistics :mod:`mm_sharp.ops.norm_statistics` can look after.
+        held: The buffers of all other modules that have some, or may come to have some: those of classes outside torch.
+        fixed: The buffers of TorchScript's modules.
+        own: Modules of classes outside torch, whose attributes are state.
+        frozen: Parameters that are not trained.
+    """
+
+    def __init__(self, tree: ModuleTree, trained: Collection[int] | None = None) -> None:
+        self.tree = tree
+        self.trained = trained
+        # Compiled code would be made anew for statistics that are elsewhere in the second pass.
+        compiled = any(map(is_compiled, self.tree.modules))
+        self.norms = [] if compiled else [module for module in self.tree.modules if type(module) in BATCH_NORMS]
+        set_apart = set(map(id, self.norms))
+        others = [module for module in self.tree.modules if id(module) not in set_apart]
+        self.own = [module for module in others if not _is_left_alone(type(module))]  # type: ignore[arg-type]
+        mine = set(map(id, self.own))
+        # TorchScript has something else than a dict, which forwards cannot add to.
+        self.fixed: list[Any] = [module._buffers for module in others if not isinstance(module._buffers, dict)]
+        self.held: list[dict[str, Any]] = [
+            module._buffers
+            for module in others
+            if isinstance(module._buffers, dict) and (module._buffers or id(module) in mine)
+        ]
+        self.frozen = [
+            p for p in self.tree.parameters if not (p.requires_grad if trained is None else id(p) in trained)
+        ]
 
 
 class ModuleStateBackup:
@@ -38,8 +76,8 @@ class ModuleStateBackup:
 
     Buffers are copied and copied back, so that they keep their storage; one that was replaced by another tensor gets
     its old tensor back, and one that is new is taken away. Attributes are kept for submodules of classes outside torch,
-    and are put back where they were replaced, added or deleted; so is the state of random generators among them. What
-    happens within other objects, such as lists, is not looked at.
+    with what lists, dicts, sets and deques among them hold, and put back where they were replaced, added or deleted; so
+    is the state of random generators among them. What happens within other objects is not looked at.
 
     Attributes:
         rare: What hardly any forward pass changes in place: parameters that are not trained, and tensors among the
@@ -49,7 +87,7 @@ class ModuleStateBackup:
     def __init__(self) -> None:
         self.rare: list[Tensor] = []
         self._backup, self._rare_backup = TensorBackup(), TensorBackup()
-        # By module, its buffers as it has them, and a copy of that dict.
+        # Buffers as a module has them, and a copy of that dict.
         self._buffers: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._odd: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         # A module's attributes, the names of those that are its own, and their values.
@@ -57,39 +95,38 @@ class ModuleStateBackup:
         self._contents: list[tuple[Any, Any]] = []
         self._generators: list[tuple[Any, Any]] = []
 
-    def save(self, module: nn.Module, trained: Collection[int] | None = None, *, rare: bool = False) -> None:
-        """Keep the state of ``module`` and all its submodules.
+    def save(self, plan: StatePlan, norms: Iterable[nn.Module] = (), *, rare: bool = False) -> None:
+        """Keep the state.
 
         Args:
-            module: The module.
-            trained: ``id`` of the parameters that are trained; by default those that require a gradient.
+            plan: Where it is.
+            norms: Those of ``plan.norms`` whose buffers are kept as well.
             rare: Whether :attr:`rare` is copied, too.
         """
-        buffers: list[tuple[dict[str, Any], str, Tensor]] = []
-        rarely: list[Tensor] = []
-        self._attributes, self._buffers, self._contents, self._generators = [], [], [], []
-        # One look at each module: quantized models have thousands, which are not in the processor's cache any more.
-        for member in submodules(module):
-            held = member._buffers
-            if isinstance(held, dict):  # TorchScript has something else, which forwards cannot add to
-                self._buffers.append((held, dict(held)))
-            if held:
-                buffers += [(held, name, tensor) for name, tensor in held.items() if tensor is not None]
-            for parameter in member._parameters.values():
-                if parameter is not None and not (
-                    parameter.requires_grad if trained is None else id(parameter) in trained
-                ):
-                    rarely.append(parameter)
-            if not _is_left_alone(type(member)):  # type: ignore[arg-type]  # mypy takes classes to have no hash
-                names, values = _own_values(type(member), vars(member))
-                self._attributes.append((vars(member), names, values))
-                if not _PLAIN.issuperset(map(type, values)):  # by far faster than a look at each
-                    for value in values:
-                        self._look_at(value, rarely)
-        known = [entry for entry in buffers if not is_lazy(entry[2])]
-        self._odd = [(*entry, entry[2].clone()) for entry in known if not (is_ordinary(entry[2]) or entry[2].is_meta)]
+        rarely: list[Tensor] = list(plan.frozen)
+        self._attributes, self._contents, self._generators = [], [], []
+        self._buffers = [(held, dict(held)) for held in plan.held]
+        self._buffers += [(norm._buffers, dict(norm._buffers)) for norm in norms]
+        for module in plan.own:
+            attributes = vars(module)
+            names, values = _own_values(type(module), attributes)
+            self._attributes.append((attributes, names, values))
+            if not _PLAIN.issuperset(map(type, values)):  # by far faster than a look at each
+                for value in values:
+                    self._look_at(value, rarely)
+        self._odd, ordinary = [], []
+        for held, then in self._buffers:
+            for name, tensor in then.items():
+                if tensor is None or is_lazy(tensor):
+                    continue
+                if is_ordinary(tensor):
+                    if _writable(tensor):
+                        ordinary.append(tensor)
+                elif not tensor.is_meta:
+                    self._odd.append((held, name, tensor, tensor.clone()))
+        fixed = [tensor for held in plan.fixed for tensor in held.values()]
+        self._backup.save([*ordinary, *(tensor for tensor in fixed if is_ordinary(tensor) and _writable(tensor))])
         self.rare = list({id(t): t for t in rarely if not is_lazy(t) and is_ordinary(t) and _writable(t)}.values())
-        self._backup.save([tensor for *_, tensor in known if is_ordinary(tensor) and _writable(tensor)])
         self._rare_backup.save(self.rare if rare else [])
 
     def _look_at(self, value: Any, rarely: list[Tensor]) -> None:
@@ -140,11 +177,10 @@ class ModuleStateBackup:
         """What was saved of :attr:`rare`."""
         return [copy for _, copy in self._rare_backup.pairs]
 
-    def float_buffers(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The buffers in which a number may become infinite or nan, and their copies; none of them is empty."""
-        pairs = self._backup.pairs
-        found = [pair for pair in pairs if pair[0].dtype in _FLOATS and pair[0].numel()]
-        return [tensor for tensor, _ in found], [copy for _, copy in found]
+    @property
+    def buffer_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The buffers that can be written to, each with its copy."""
+        return self._backup.pairs
 
     def drop(self, *, release_rare: bool = False) -> None:
         """Forget what was kept; with ``release_rare`` the memory for :attr:`rare` is given back."""
@@ -155,18 +191,6 @@ class ModuleStateBackup:
             self._rare_backup.drop()
         self._buffers, self._odd, self._attributes, self._contents = [], [], [], []
         self._generators, self.rare = [], []
-
-
-def submodules(module: nn.Module) -> Iterator[nn.Module]:
-    """``module`` and all below it, each once: ``module.modules()`` in another order, and faster."""
-    found, seen = [module], {id(module)}
-    for member in found:  # which grows
-        yield member
-        below = member._modules
-        for child in below.values() if below else ():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                found.append(child)
 
 
 class _Names:

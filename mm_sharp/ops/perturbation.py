@@ -23,8 +23,11 @@ does not undo an addition.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
+from operator import is_
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -41,9 +44,12 @@ def group_by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     Returns:
         Index lists, each over one device and one dtype, in order of first appearance.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+    kinds = [(tensor.dtype, tensor.device) for tensor in tensors]
+    if kinds and kinds.count(kinds[0]) == len(kinds):
+        return [list(range(len(kinds)))]
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(index)
     return list(groups.values())
 
 
@@ -54,7 +60,11 @@ def foreach_copy_(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> 
         destinations: Tensors to write.
         sources: As many tensors, each of its destination's shape and dtype.
     """
-    for group in group_by_device_and_dtype(destinations):
+    groups = group_by_device_and_dtype(destinations)
+    if len(groups) == 1:
+        torch._foreach_copy_(destinations, sources)  # type: ignore[arg-type]  # any sequence does
+        return
+    for group in groups:
         torch._foreach_copy_([destinations[i] for i in group], [sources[i] for i in group])
 
 
@@ -81,56 +91,87 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
+@dataclass(frozen=True)
+class Direction:
+    """How a perturbation is made of the gradients.
+
+    Args:
+        rho: Radius, in the units of the weights' norm; with ``stretches`` in those of the stretched weights.
+        stretches: T of each tensor, of its shape; None for 1. They are scratch memory afterwards.
+    """
+
+    rho: float
+    stretches: list[Tensor] | None = None
+
+
 @torch.no_grad()
-def climb(
+def asam_stretches(parameters: Sequence[Tensor], eta: float) -> list[Tensor]:
+    """ASAM's ``T = |w| + eta`` of each tensor."""
+    return [parameter.abs().add_(eta) for parameter in parameters]
+
+
+@torch.no_grad()
+def perturb_(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    rho: float,
+    direction: Direction,
     *,
-    adaptive: bool = False,
-    eta: float = 0.01,
     eps: float = 1e-12,
-    scale: float = 1.0,
     inverse_grad_scale: Tensor | None = None,
     norm_of: Callable[[Sequence[Tensor]], Tensor] = global_norm,
 ) -> Tensor:
-    """Add the perturbation ``e`` to the parameters in place.
+    """Add the perturbation ``e = rho * T^2 g / (||T g|| + eps)`` to the parameters in place.
 
     Args:
         parameters: Tensors ``w`` to perturb; they keep their storage.
         gradients: Their gradients ``g``, of the same shapes. Overwritten: they are scratch memory afterwards.
-        rho: Radius of the perturbation, in the units of the weights' norm (ASAM: of the scaled weights').
-        adaptive: ASAM instead of SAM.
-        eta: ASAM's additive constant in ``T = |w| + eta``.
+        direction: ``rho`` and ``T``.
         eps: Added to the norm.
-        scale: Factor on ``e`` (ESAM's 1 / beta).
         inverse_grad_scale: Scalar by which ``gradients`` are to be multiplied to undo loss scaling, or None.
         norm_of: What takes the norm, where the tensors are pieces of larger ones.
 
     Returns:
-        ``||g||_2`` (ASAM: ``||T g||_2``) without loss scaling, a scalar on the first gradient's device. Where it is
-        not finite, the parameters are left exactly as they were.
+        ``||T g||_2`` without loss scaling, a scalar on the first gradient's device. Where it is not finite, the
+        parameters are left exactly as they were.
     """
-    stretches = [parameter.abs().add_(eta) for parameter in parameters] if adaptive else None
-    if stretches:
-        torch._foreach_mul_(list(gradients), stretches)
+    if direction.stretches:
+        torch._foreach_mul_(list(gradients), direction.stretches)
     norm = norm_of(gradients)
-    factor = rho * scale
+    groups = group_by_device_and_dtype(gradients)
+    plain = inverse_grad_scale is None and norm.device.type == 'cpu'
+    if plain and len(groups) == 1 and gradients[0].dtype is norm.dtype:
+        _perturb_on_host(list(parameters), list(gradients), direction, norm, eps)
+        return norm
     if inverse_grad_scale is not None:
         inverse = inverse_grad_scale.to(device=norm.device, dtype=norm.dtype)
         norm = norm * inverse
-        step = factor * inverse / (norm + eps)
+        step = direction.rho * inverse / (norm + eps)
     else:
-        step = factor / (norm + eps)
-    if stretches:
-        torch._foreach_mul_(list(gradients), stretches)
+        step = direction.rho / (norm + eps)
+    if direction.stretches:
+        torch._foreach_mul_(list(gradients), direction.stretches)
     finite = torch.isfinite(norm)
-    for group in group_by_device_and_dtype(gradients):
+    for group in groups:
         members = [parameters[i] for i in group]
         steps = [gradients[i] for i in group]
         device = steps[0].device
         _add_if(finite.to(device), members, steps, step.to(device))
     return norm
+
+
+def _perturb_on_host(
+    parameters: list[Tensor], gradients: list[Tensor], direction: Direction, norm: Tensor, eps: float
+) -> None:
+    """The rest of it where the host knows the norm: the same operations, in the same precision, on a plain number."""
+    number = np.float64 if norm.dtype is torch.float64 else np.float32
+    value = number(norm.item())
+    if not np.isfinite(value):
+        return
+    if direction.stretches:
+        torch._foreach_mul_(gradients, direction.stretches)
+    step = float(number(1) / (value + number(eps)) * number(direction.rho))
+    torch._foreach_mul_(gradients, step)
+    torch._foreach_add_(parameters, gradients)
 
 
 def _add_if(finite: Tensor, parameters: list[Tensor], gradients: list[Tensor], step: Tensor) -> None:
@@ -178,7 +219,7 @@ def weight_mask(count: int, beta: float, generator: torch.Generator) -> list[boo
 
 
 class TensorBackup:
-    """An exact copy of some tensors, in memory that is allocated once and used again every step (ours).
+    """An exact copy of some tensors, in memory that is allocated once and used again every step.
 
     One backup at a time: :meth:`save`, :meth:`write_back` any number of times, then :meth:`restore` or :meth:`drop`.
     Restoring twice, or without saving, does nothing.
@@ -187,7 +228,9 @@ class TensorBackup:
     def __init__(self) -> None:
         # Weak: memory for a tensor that is gone goes with it.
         self._memory: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
-        self._last: list[tuple[ref[Tensor], Tensor]] = []  # what was saved last, which is mostly saved again
+        self._last: list[ref[Tensor]] = []  # what was saved last, which is mostly saved again
+        self._last_copies: list[Tensor] = []
+        self._kinds: list[tuple[object, ...]] = []
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
 
@@ -210,13 +253,13 @@ class TensorBackup:
             raise RuntimeError('The tensors of an earlier backup have not been restored')
         if not tensors:
             return
-        if len(tensors) == len(self._last) and all(map(_is_memory_of, self._last, tensors)):
-            copies = [copy for _, copy in self._last]
-        else:
-            copies = [self._copy_of(tensor) for tensor in tensors]
-            self._last = [(ref(tensor), copy) for tensor, copy in zip(tensors, copies, strict=True)]
-        foreach_copy_(copies, tensors)
-        self._tensors, self._copies = list(tensors), copies
+        kinds = list(map(_kind, tensors))
+        same = len(tensors) == len(self._last) and all(map(is_, [last() for last in self._last], tensors))
+        if not same or kinds != self._kinds:
+            self._last_copies = [self._copy_of(tensor) for tensor in tensors]
+            self._last, self._kinds = [ref(tensor) for tensor in tensors], kinds
+        foreach_copy_(self._last_copies, tensors)
+        self._tensors, self._copies = list(tensors), self._last_copies
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -232,13 +275,15 @@ class TensorBackup:
         """
         if not self._tensors:
             return
-        taken = {storage_of(tensor) for tensor in apart_from}
-        kept = zip(self._tensors, self._copies, strict=True)
-        pairs = [pair for pair in kept if storage_of(pair[0]) not in taken] if taken else list(kept)
-        for tensor, copy in pairs:
+        tensors, copies = self._tensors, self._copies
+        if taken := {storage_of(tensor) for tensor in apart_from}:
+            pairs = [pair for pair in zip(tensors, copies, strict=True) if storage_of(pair[0]) not in taken]
+            tensors, copies = [tensor for tensor, _ in pairs], [copy for _, copy in pairs]
+        for tensor, copy in zip(tensors, copies, strict=True):
             if tensor.shape != copy.shape:  # resized since
                 tensor.data = torch.empty_like(copy)
-        foreach_copy_([tensor for tensor, _ in pairs], [copy for _, copy in pairs])
+        if tensors:
+            foreach_copy_(tensors, copies)
 
     def restore(self) -> None:
         """Write the copies back, and forget them."""
@@ -252,19 +297,15 @@ class TensorBackup:
     def release(self) -> None:
         """Forget the backup, and give the memory back."""
         self.drop()
-        self._memory, self._last = WeakTensorKeyDictionary(), []
+        self._memory, self._last, self._last_copies = WeakTensorKeyDictionary(), [], []
 
     def _copy_of(self, tensor: Tensor) -> Tensor:
         memory = self._memory.get(tensor)
-        if memory is None or not _fits(memory, tensor):
+        if memory is None or _kind(memory) != _kind(tensor):
             memory = torch.empty_like(tensor, requires_grad=False)
             self._memory[tensor] = memory
         return memory
 
 
-def _fits(memory: Tensor, tensor: Tensor) -> bool:
-    return memory.shape == tensor.shape and memory.dtype == tensor.dtype and memory.device == tensor.device
-
-
-def _is_memory_of(known: tuple[ref[Tensor], Tensor], tensor: Tensor) -> bool:
-    return known[0]() is tensor and _fits(known[1], tensor)
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device

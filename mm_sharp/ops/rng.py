@@ -1,4 +1,4 @@
-"""The random state of this process, taken and put back as a whole (ours).
+"""The random state of this process, taken and put back as a whole.
 
 With it the second pass draws the same dropout and DropPath masks as the first, so that the difference of the two
 losses measures the perturbation and not the masks.
@@ -25,19 +25,21 @@ class RandomState:
     Args:
         cpu: torch's CPU generator, (n,) uint8.
         devices: State of each device's generator, by the device's name.
-        numpy: NumPy's legacy generator, as ``numpy.random.get_state`` gives it.
-        python: ``random.getstate()``.
+        numpy: NumPy's legacy generator, as ``numpy.random.get_state`` gives it; None if it is left alone.
+        python: ``random.getstate()``; None with ``numpy``.
     """
 
     cpu: Tensor
     devices: dict[str, Tensor]
-    numpy: tuple[Any, ...]
-    python: tuple[Any, ...]
+    numpy: tuple[Any, ...] | None
+    python: tuple[Any, ...] | None
 
     @classmethod
-    def capture(cls, devices: Iterable[torch.device] = ()) -> RandomState:
-        """The state now, of the CPU and of ``devices``."""
+    def capture(cls, devices: Iterable[torch.device] = (), *, all_libraries: bool = True) -> RandomState:
+        """The state now, of torch on the CPU and on ``devices`` and, with ``all_libraries``, of NumPy and Python."""
         states = {str(device): _module(device).get_rng_state(device) for device in devices if device.type != 'cpu'}
+        if not all_libraries:  # these take longer than all the rest
+            return cls(torch.get_rng_state(), states, None, None)
         return cls(torch.get_rng_state(), states, tuple(np.random.get_state()), random.getstate())
 
     def restore(self) -> None:
@@ -46,11 +48,21 @@ class RandomState:
         for name, state in self.devices.items():
             device = torch.device(name)
             _module(device).set_rng_state(state, device)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
+        if self.numpy is not None and self.python is not None:
+            np.random.set_state(self.numpy)
+            random.setstate(self.python)
+
+    def same_beyond_torch(self, other: RandomState) -> bool:
+        """Whether NumPy's and Python's generators are in the same state in both."""
+        if self.numpy is None or other.numpy is None:
+            return True
+        (_, keys, *rest), (_, other_keys, *other_rest) = self.numpy, other.numpy
+        return self.python == other.python and rest == other_rest and bool((keys == other_keys).all())
 
     def state_dict(self) -> dict[str, Any]:
         """The state in tensors and plain types, which load under ``weights_only=True``."""
+        if self.numpy is None or self.python is None:
+            raise ValueError('the state of NumPy and Python was not captured')
         name, keys, *rest = self.numpy
         version, internal, gauss = self.python
         return {

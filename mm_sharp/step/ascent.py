@@ -1,13 +1,12 @@
-"""The climb of a step: which parameters it moves, and the exact way back (ours).
+"""The way from w to w + e, and the exact way back.
 
-:func:`mm_sharp.ops.perturbation.climb` has the mathematics; here is what a step keeps in order to call it and to undo
-it.
+:func:`mm_sharp.ops.perturbation.perturb_` has the mathematics; here is what a step keeps in order to call it and to
+undo it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,75 +14,90 @@ from torch import Tensor, nn
 from mm_sharp.ops.all_reduce import average_gradients
 from mm_sharp.ops.frozen_params import FrozenParams
 from mm_sharp.ops.fsdp import local_shard
-from mm_sharp.ops.perturbation import TensorBackup, climb, global_norm
+from mm_sharp.ops.perturbation import Direction, TensorBackup, global_norm, perturb_
+from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.quantized_perturbation import QuantizedPerturbation
 from mm_sharp.step.checks import check_perturbed
 from mm_sharp.step.parallel import ParallelModel
+from mm_sharp.step.settings import StepSettings
 
-if TYPE_CHECKING:
-    from mm_sharp.step.two_pass import TwoPassOptimWrapper
+Direct = Callable[[Sequence[Tensor], Sequence[Tensor]], Direction]
 
 
 class Ascent:
     """Moves the perturbed parameters from ``w`` to ``w + e``, and back.
 
-    In the order of a step: :meth:`choose`, the first forward, :meth:`switch_on`, :meth:`backward`, :meth:`climb`, the
-    second pass, :meth:`take_back`. The last one and :meth:`switch_on` do nothing where there is nothing to undo.
+    In the order of a step: :meth:`choose`, the first forward, :meth:`unfreeze`, :meth:`first_backward`,
+    :meth:`perturb`, the second pass, :meth:`restore`. :meth:`unfreeze` and :meth:`restore` do nothing where there is
+    nothing to undo.
 
     Args:
+        settings: The wrapper's.
+        precision: Its loss scale.
         parallel: The model that holds the parameters.
     """
 
-    def __init__(self, parallel: ParallelModel) -> None:
+    def __init__(self, settings: StepSettings, precision: Precision, parallel: ParallelModel) -> None:
+        self.settings = settings
+        self._precision = precision
         self._parallel = parallel
         self._perturbed: Sequence[nn.Parameter] = ()
-        self._scale = 1.0
         self._skipped: list[nn.Parameter] = []
-        self._without_gradient = FrozenParams()
+        self._average_by_hand = False
+        self._parts = 1
+        self._frozen = FrozenParams()
         self._weights = TensorBackup()
         self._quantized = QuantizedPerturbation()
 
-    def choose(self, perturbed: Sequence[nn.Parameter], scale: float, *, skip: Sequence[nn.Parameter]) -> None:
+    def choose(
+        self, perturbed: Sequence[nn.Parameter], skip: Sequence[nn.Parameter] = (), *, average_by_hand: bool = False
+    ) -> None:
         """Settle what this step perturbs, just before its first forward.
 
         Args:
             perturbed: The parameters.
-            scale: Factor on the perturbation.
             skip: Those of them that are not perturbed get no gradient in the first pass, from now on.
+            average_by_hand: Average the first gradients here, since DDP would wait for those that are skipped.
         """
-        self._perturbed, self._scale = perturbed, scale
-        kept = set(map(id, perturbed))
-        self._skipped = [parameter for parameter in skip if id(parameter) not in kept]
-        self._without_gradient.off(self._skipped)
+        self._perturbed, self._skipped, self._average_by_hand = perturbed, [], average_by_hand
+        if skip:
+            kept = set(map(id, perturbed))
+            self._skipped = [parameter for parameter in skip if id(parameter) not in kept]
+            self._frozen.freeze(self._skipped)
 
-    def switch_on(self) -> None:
+    def unfreeze(self) -> None:
         """Have all parameters get gradients again."""
-        self._without_gradient.on()
+        self._frozen.unfreeze()
 
-    def backward(self, wrapper: TwoPassOptimWrapper, loss: Tensor) -> None:
-        """Compute the gradients that the climb needs.
+    def first_backward(self, loss: Tensor, micro_batches: int, *, mean: bool = False) -> None:
+        """Compute the gradients that the perturbation needs.
 
         Args:
-            wrapper: The optimizer wrapper.
             loss: The first forward's loss.
+            micro_batches: How many add up to an optimizer step.
+            mean: Whether the gradients are to be this micro-batch's part of a mean over them.
         """
-        # The loss scale is fitted to the second pass's loss, which accumulation divides.
-        scaled = wrapper.precision.scale(loss if wrapper.precision.scaler is None else wrapper.scale_loss(loss))
+        # The loss scale is fitted to the mean.
+        self._parts = micro_batches if mean or self._precision.scaler is not None else 1
+        if self._parts > 1:
+            loss = loss / self._parts
+        scaled = self._precision.scale(loss)
         # Checkpointed layers run again in the backward pass.
-        self._without_gradient.off(self._skipped)
-        # With gradients switched off, nothing may be left that the loss depends on.
-        if scaled.requires_grad or not self._without_gradient.active:
+        self._frozen.freeze(self._skipped)
+        # With frozen parameters, nothing may be left that the loss depends on.
+        if scaled.requires_grad or not self._frozen.active:
             scaled.backward()
-        self._without_gradient.on()
-        if self._parallel.averages and wrapper.sync_perturbation and wrapper.skips_gradients:
+        self._frozen.unfreeze()
+        if self._average_by_hand and self._parallel.averages:
             average_gradients(self._perturbed)
 
-    def climb(self, wrapper: TwoPassOptimWrapper, model: nn.Module) -> Tensor:
+    def perturb(self, model: nn.Module, direct: Direct, device: torch.device) -> Tensor:
         """Perturb the chosen parameters by their gradients, after an exact copy was taken.
 
         Args:
-            wrapper: The optimizer wrapper, whose arguments say how far and in which way.
             model: Module that holds the parameters.
+            direct: The method's :meth:`mm_sharp.step.method.Method.direction`.
+            device: Where the norm is if nothing has a gradient.
 
         Returns:
             The norm, scalar, without loss scaling: of all pieces together, where the model is sharded; 0 where nothing
@@ -94,36 +108,35 @@ class Ascent:
             ValueError: Quantized weights are to be perturbed, and the model has none.
         """
         perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
-        check_perturbed(type(wrapper).__name__, model, perturbed, quantized=wrapper.perturb_quantized)
+        check_perturbed(self.settings.owner, model, perturbed, quantized=self.settings.perturb_quantized)
         shards = self._parallel.shards
         if not perturbed and shards is None:
-            return torch.zeros((), device=wrapper.device)
+            return torch.zeros((), device=device)
         weights = [local_shard(parameter) for parameter in perturbed]
+        gradients = [local_shard(parameter.grad) for parameter in perturbed if parameter.grad is not None]
         self._weights.save(weights)
-        norm = climb(
+        norm = perturb_(
             weights,
-            [local_shard(parameter.grad) for parameter in perturbed if parameter.grad is not None],
-            wrapper.rho,
-            adaptive=wrapper.adaptive,
-            eta=wrapper.eta,
-            eps=wrapper.eps,
-            scale=self._scale,
-            inverse_grad_scale=_inverse_grad_scale(wrapper),
-            norm_of=global_norm if shards is None else shards.norm_of(perturbed, wrapper.device),
+            gradients,
+            direct(weights, gradients),
+            eps=self.settings.eps,
+            inverse_grad_scale=self._inverse_grad_scale(),
+            norm_of=global_norm if shards is None else shards.norm_of(perturbed, device),
         )
-        if wrapper.perturb_quantized:
+        if self.settings.perturb_quantized:
             self._quantized.apply(model, perturbed, dict(self._weights.pairs))
         return norm
 
-    def take_back(self) -> None:
+    def _inverse_grad_scale(self) -> Tensor | None:
+        """What undoes, in the first gradient, the loss scale and the division by the micro-batches."""
+        inverse = self._precision.inverse_scale()
+        if inverse is None:
+            return torch.tensor(float(self._parts)) if self._parts > 1 else None
+        return inverse / (1.0 / self._parts)
+
+    def restore(self) -> None:
         """Put the weights back, bit for bit, and take off the quantizers what was added to them."""
         try:
             self._quantized.remove()
         finally:
             self._weights.restore()
-
-
-def _inverse_grad_scale(wrapper: TwoPassOptimWrapper) -> Tensor | None:
-    """What undoes, in the first gradient, the loss scale and the division by the accumulated micro-batches."""
-    inverse = wrapper.precision.inverse_scale()
-    return None if inverse is None else inverse / wrapper.scale_loss(1.0)

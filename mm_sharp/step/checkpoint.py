@@ -1,32 +1,38 @@
-"""A wrapper's part of a checkpoint: plain types and tensors only (ours)."""
+"""A wrapper's part of a checkpoint: plain types and tensors only."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmengine.dist import get_world_size
 from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mm_sharp.errors import UserError
 from mm_sharp.ops.optimizer_state import check_base_optimizer
 from mm_sharp.ops.parameters import devices_of
+from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rng import RandomState
 
-if TYPE_CHECKING:
-    from mm_sharp.step.two_pass import TwoPassOptimWrapper
-
 _KEY = 'mm_sharp'
+_KEPT = 'mm_sharp_kept'
 _VERSION = 1
 
 
-def pack_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str, Any]:
+def pack_state(
+    owner: str, state: dict[str, Any], optimizer: Optimizer, precision: Precision, method_state: Mapping[str, Any]
+) -> dict[str, Any]:
     """Add the loss scaler's state and our own to the base optimizer's.
 
     Args:
-        wrapper: The wrapper that is saved.
+        owner: Class of the wrapper that is saved.
         state: What ``OptimWrapper.state_dict`` gave.
+        optimizer: The base optimizer.
+        precision: Holds the loss scaler.
+        method_state: What the method adds.
 
     Returns:
         ``state`` with ``'loss_scaler'`` (float16 only, as MMEngine names it) and ``'mm_sharp'``. A plain
@@ -34,26 +40,28 @@ def pack_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str,
         several: only rank 0 writes checkpoints.
     """
     packed = dict(state)
-    if wrapper.precision.scaler is not None:
-        packed['loss_scaler'] = wrapper.precision.scaler.state_dict()
-    own: dict[str, Any] = {'version': _VERSION, 'wrapper': type(wrapper).__name__}
-    own['base_optimizer'] = type(wrapper.optimizer).__name__
+    if precision.scaler is not None:
+        packed['loss_scaler'] = precision.scaler.state_dict()
+    own: dict[str, Any] = {'version': _VERSION, 'wrapper': owner, 'base_optimizer': type(optimizer).__name__}
     if get_world_size() == 1:
-        own['random_state'] = RandomState.capture(devices_of(wrapper.optimizer)).state_dict()
-    own.update(wrapper.own_state())
-    packed[_KEY] = own
+        own['random_state'] = RandomState.capture(devices_of(optimizer)).state_dict()
+    packed[_KEY] = {**own, **method_state}
     return packed
 
 
-def load_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str, Any]:
-    """Load our part of ``state``.
+def unpack_state(
+    owner: str, state: dict[str, Any], optimizer: Optimizer, precision: Precision
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Load our part of ``state`` but for the method's.
 
     Args:
-        wrapper: The wrapper that is loaded.
+        owner: Class of the wrapper that loads.
         state: What :func:`pack_state` gave, or the state of MMEngine's own wrappers. Not changed.
+        optimizer: The base optimizer.
+        precision: Holds the loss scaler.
 
     Returns:
-        The rest, for ``OptimWrapper.load_state_dict``.
+        The rest, for ``OptimWrapper.load_state_dict``, and the method's state.
 
     Raises:
         UserError: The state is of another wrapper of ours, of another base optimizer, of other parameters, or its
@@ -61,18 +69,50 @@ def load_state(wrapper: TwoPassOptimWrapper, state: dict[str, Any]) -> dict[str,
     """
     rest = dict(state)
     own, scaler_state = rest.pop(_KEY, None), rest.pop('loss_scaler', None)
-    _check(type(wrapper).__name__, own)
-    check_base_optimizer(wrapper.optimizer, state)
+    _check(owner, own)
+    check_base_optimizer(optimizer, state)
     if own is None:
-        _say(f'The checkpoint holds no state of mm_sharp: {type(wrapper).__name__} starts with its own anew')
-    if wrapper.precision.scaler is not None and scaler_state:
-        wrapper.precision.scaler.load_state_dict(scaler_state)
-    elif wrapper.precision.scaler is not None:
+        _say(f'The checkpoint holds no state of mm_sharp: {owner} starts with its own anew')
+    if precision.scaler is not None and scaler_state:
+        precision.scaler.load_state_dict(scaler_state)
+    elif precision.scaler is not None:
         _say('The checkpoint holds no loss scale: dynamic scaling starts anew')
     if own is not None and 'random_state' in own and get_world_size() == 1:
         RandomState.from_state_dict(own['random_state']).restore()
-    wrapper.load_own_state(own or {})
-    return rest
+    return rest, own or {}
+
+
+def with_kept(state: dict[str, Any], optimizer: Optimizer, kept: Mapping[nn.Parameter, Tensor]) -> dict[str, Any]:
+    """Add what a method keeps of each parameter to the base optimizer's state of it, which FSDP saves by pieces.
+
+    Args:
+        state: What ``OptimWrapper.state_dict`` gave; not changed.
+        optimizer: The base optimizer.
+        kept: By parameter.
+    """
+    if not kept:
+        return state
+    states = dict(state['state'])
+    for number, parameter in enumerate(_in_order(optimizer)):
+        if parameter in kept:
+            states[number] = {**states.get(number, {}), _KEPT: kept[parameter]}
+    return {**state, 'state': states}
+
+
+def without_kept(state: dict[str, Any], optimizer: Optimizer) -> tuple[dict[str, Any], dict[nn.Parameter, Tensor]]:
+    """The inverse of :func:`with_kept`: the base optimizer's state, and what the method keeps."""
+    states: dict[Any, dict[str, Any]] = state.get('state', {})
+    if not any(_KEPT in each for each in states.values()):
+        return state, {}
+    parameters = _in_order(optimizer)
+    kept = {parameters[n]: each[_KEPT].to(parameters[n].device) for n, each in states.items() if _KEPT in each}
+    rest = {number: {name: v for name, v in each.items() if name != _KEPT} for number, each in states.items()}
+    return {**state, 'state': {number: each for number, each in rest.items() if each}}, kept
+
+
+def _in_order(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters as an optimizer's state numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group['params']]
 
 
 def _check(name: str, own: Any) -> None:

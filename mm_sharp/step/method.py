@@ -1,48 +1,84 @@
-"""What a sharpness-aware method chooses; :mod:`mm_sharp.step.two_pass` has the order in which it is asked (ours).
+"""What a sharpness-aware method decides: the five questions that a step asks.
 
-The defaults are SAM's: the whole batch in both passes, all parameters perturbed.
+===  ==================================================  ============================================================
+1    Which samples go through each pass?                 :meth:`Method.first_batch`, :meth:`Method.perturbed_loss`
+2    Which parameters are perturbed?                     :meth:`Method.select_parameters`
+3    In which direction, and how far?                    :meth:`Method.direction`
+4    Which passes run in this step?                      :meth:`Method.passes`
+5    Which gradient does the optimizer get?              :meth:`Method.final_gradient`
+===  ==================================================  ============================================================
+
+The defaults are SAM's. :mod:`mm_sharp.step.two_pass` has the order in which a step asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.model_call import ModelCall
+from mm_sharp.ops.perturbation import Direction, asam_stretches
+from mm_sharp.step.final_gradient import FinalGradient
+from mm_sharp.step.second_pass import SecondPass
+from mm_sharp.step.settings import StepSettings
+
+
+class Passes(Enum):
+    """The passes of a step."""
+
+    BOTH = 'both: the second one at the perturbed weights'
+    FIRST = 'the first alone: the base optimizer, on the gradient that final_gradient makes of it'
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs, in steps of the base optimizer, where a backward pass takes twice as long as a forward pass.
+
+    Args:
+        step: Of most steps.
+        cycle: The mean over a cycle of ``length`` steps, whose first one costs more.
+        length: Of a cycle; 1 where all steps cost the same.
+    """
+
+    step: float
+    cycle: float
+    length: int = 1
 
 
 class Method:
-    """The places in a step where methods differ."""
+    """Base of the methods.
 
-    def forward_again(self, call: ModelCall) -> Tensor:
-        """The loss of ``call`` at the weights as they are now, with the first pass's random draws."""
-        raise NotImplementedError
+    Attributes:
+        settings: What the arguments say.
+        second_pass: Runs the captured forward again.
+        skips_gradients: Whether the first pass computes the gradients of the perturbed parameters only.
+        changes_gradient: Whether :meth:`final_gradient` does anything; it is then given the first passes' gradients.
+        kept: What the method keeps of each parameter.
+    """
 
-    def aside(self, name: str) -> AbstractContextManager[Any]:
-        """A context whose time is counted apart, where the step is timed."""
-        return nullcontext()
+    settings: StepSettings
+    second_pass: SecondPass
+    kept: dict[nn.Parameter, Tensor]
+    skips_gradients: ClassVar[bool] = False
+    changes_gradient: ClassVar[bool] = False
 
-    @property
-    def skips_gradients(self) -> bool:
-        """Whether the first pass computes the gradients of the perturbed parameters only."""
-        return False
-
-    def recording(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """A context around the first forward of ``model`` (the DDP wrapper, where there is one)."""
-        return nullcontext()
-
-    def choose_first_batch(self, call: ModelCall) -> ModelCall:
-        """The call that runs as first pass: the whole batch, or a part of it."""
+    # ---------------------------------------------------------------- 1: which samples
+    def first_batch(self, call: ModelCall) -> ModelCall:
+        """The call that runs as first pass: the whole batch, or a part of it. Asked just before the forward."""
         return call
 
-    def select_parameters(self, parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], float]:
-        """The tensors among ``parameters`` to perturb in this step, and the factor on the perturbation."""
-        return parameters, 1.0
+    def recording(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context around the first forward of ``model`` (DDP's wrapper, where there is one)."""
+        return nullcontext()
 
-    def second_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def perturbed_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Run the second forward, at the perturbed weights.
 
         Args:
@@ -53,9 +89,51 @@ class Method:
         Returns:
             The scalar to differentiate, and L(w + e) for the log, detached.
         """
-        second = self.forward_again(call)
+        second = self.second_pass.loss(call)
         return second, second.detach()
 
+    # ---------------------------------------------------------------- 2: which parameters
+    def select_parameters(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of ``parameters``, which ``perturb`` allows, that are perturbed in this step."""
+        return parameters
+
+    # ---------------------------------------------------------------- 3: which direction, how far
+    def direction(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Direction:
+        """How the perturbation is made of the first gradient.
+
+        Args:
+            weights: The perturbed parameters.
+            gradients: Of each, with the loss scale; they may be changed in place.
+        """
+        settings = self.settings
+        return Direction(settings.rho, asam_stretches(weights, settings.eta) if settings.adaptive else None)
+
+    # ---------------------------------------------------------------- 4: which passes
+    def passes(self) -> Passes:
+        """Asked when a step begins; all micro-batches of an optimizer step must give the same answer."""
+        return Passes.BOTH
+
+    # ---------------------------------------------------------------- 5: what the optimizer gets
+    def final_gradient(self, gradient: FinalGradient) -> None:
+        """Change the gradients that the optimizer is about to step along: pass 2's, or pass 1's where it ran alone."""
+
+    def keep(self, parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor], valid: Tensor) -> None:
+        """Keep a tensor of each parameter's shape from step to step, and in checkpoints.
+
+        Args:
+            parameters: The parameters.
+            tensors: What to keep.
+            valid: Scalar of bool; where it is False, what was kept before stays. The device is not waited for.
+        """
+        before = self.kept_of(parameters)
+        pairs = zip(parameters, tensors, before, strict=True)
+        self.kept = {p: torch.where(valid.to(new.device), new, old) for p, new, old in pairs}
+
+    def kept_of(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What was kept of each parameter; zero where nothing was."""
+        return [self.kept[p] if p in self.kept else torch.zeros_like(local_shard(p)) for p in parameters]
+
+    # ---------------------------------------------------------------- state, log, cost
     def own_state(self) -> dict[str, Any]:
         """What a method adds to a checkpoint: tensors and plain types."""
         return {}
@@ -66,3 +144,13 @@ class Method:
     def log_scalars(self) -> dict[str, float]:
         """What a method adds to the log, besides what the step's record holds."""
         return {}
+
+    @classmethod
+    def theoretical_cost(cls, batch_size: int, **settings: Any) -> Cost:
+        """What a step costs by counting passes.
+
+        Args:
+            batch_size: N.
+            settings: The wrapper's arguments; those left out have their defaults.
+        """
+        return Cost(2.0, 2.0)

@@ -1,4 +1,4 @@
-"""Steps in which something is not finite: seen without waiting for the device, and named in the log (ours)."""
+"""Steps in which something is not finite: seen without waiting for the device, and named in the log."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ALL_UP_TO, _THEN_EVERY = 10, 100
 @dataclass
 class _Noted:
     step: int
-    values: HostCopy
+    values: HostCopy | list[float]
     due: bool
     scaled: bool
     names: Callable[[], str]
@@ -50,7 +50,14 @@ class NonFiniteLog:
         self.events = 0
 
     def note(
-        self, step: int, record: StepRecord, finite: Tensor | None, *, scaled: bool, names: Callable[[], str]
+        self,
+        step: int,
+        record: StepRecord,
+        finite: Tensor | None,
+        *,
+        scaled: bool,
+        at_once: bool,
+        names: Callable[[], str],
     ) -> None:
         """Take up the rest of a step.
 
@@ -60,20 +67,29 @@ class NonFiniteLog:
             finite: Whether the final gradient is, scalar; None if the optimizer's step is not due, or is the loss
                 scaler's to decide.
             scaled: Whether losses are scaled: gradients that are not finite are then the scaler's, and no event.
+            at_once: Whether the host need not wait for the values.
             names: The samples in question, for the message; asked only if there is one.
         """
-        seen = (record.loss, record.perturbed_loss, record.grad_norm, record.loss if finite is None else finite)
-        device = record.loss.device
-        values = torch.stack([value.detach().to(device, torch.float32) for value in seen])
-        self._noted.append(_Noted(step, HostCopy(values), finite is not None, scaled, names))
+        loss = record.loss
+        seen = [loss, record.perturbed_loss, record.grad_norm, finite]
+        tensors = [loss if value is None else value for value in seen]
+        if at_once:
+            values: HostCopy | list[float] = [float(value) for value in tensors]
+        else:
+            values = HostCopy(torch.stack([value.detach().to(loss.device, torch.float32) for value in tensors]))
+        self._noted.append(_Noted(step, values, finite is not None, scaled, names))
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Log what was noted, as far as it has arrived: waiting for it would be waiting for the whole step."""
-        while self._noted and self._noted[0].values.ready:
-            self._look_at(self._noted.popleft())
+        while self._noted:
+            values = self._noted[0].values
+            if isinstance(values, HostCopy):
+                if not values.ready:
+                    return
+                values = values.numpy().tolist()
+            self._report_if_not_finite(self._noted.popleft(), *values)
 
-    def _look_at(self, noted: _Noted) -> None:
-        first, second, norm, final = noted.values.numpy().tolist()
+    def _report_if_not_finite(self, noted: _Noted, first: float, second: float, norm: float, final: float) -> None:
         losses_finite = math.isfinite(first) and math.isfinite(second)
         steps = bool(final) if noted.due else None
         if not losses_finite or (not noted.scaled and not (math.isfinite(norm) and steps is not False)):

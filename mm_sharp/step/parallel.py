@@ -1,68 +1,79 @@
-"""A model as the processes train it: whole in each of them, synchronised by DDP, or in pieces, by FSDP (ours)."""
+"""A model as the processes train it: whole in each of them, synchronised by DDP, or in pieces, by FSDP."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from mmengine.model import MMSeparateDistributedDataParallel
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
+from mm_sharp.ops.all_reduce import average
 from mm_sharp.ops.fsdp import Shards, shards_of
 from mm_sharp.ops.model_call import unwrap
-from mm_sharp.ops.module_state import submodules
-from mm_sharp.ops.parameters import parameters_of, trained_by
-from mm_sharp.step.checks import check_shards
+from mm_sharp.ops.module_tree import ModuleTree
 
-if TYPE_CHECKING:
-    from mm_sharp.step.two_pass import TwoPassOptimWrapper
+_NOTHING = nullcontext()
 
 
 class ParallelModel:
-    """The model of a training: looked at once, settled between the steps.
+    """The model of a training: attached once, resharded between the steps.
 
     Attributes:
         shards: Its pieces; None if no part of it is sharded.
+        module: The user's own model.
+        tree: Its modules.
         in_buckets: Whether gradients lie in the buckets that DDP averages.
+        broadcasts: Whether DDP sends the first rank's buffers to the others.
     """
 
     def __init__(self) -> None:
         self.shards: Shards | None = None
+        self.module: nn.Module = nn.Identity()
         self.in_buckets = False
+        self.broadcasts = False
         self._model: nn.Module | None = None
+        self.tree = ModuleTree(self.module)
         self._synchronised: list[Any] = []
 
-    def look_at(self, wrapper: TwoPassOptimWrapper, model: nn.Module) -> None:
-        """Find out whether ``model`` is sharded, once, and have its parameters be pieces.
+    def attach(self, model: nn.Module) -> bool:
+        """Find out how ``model`` is parallel, once; have its parameters be pieces, where it is sharded.
 
         Args:
-            wrapper: The optimizer wrapper.
             model: The model as ``optim_context`` gets it.
 
-        Raises:
-            NotImplementedError: It is, in a way that an argument of ``wrapper`` does not go with.
-            ValueError: The same of an argument that another value can replace.
+        Returns:
+            Whether it is another one than before.
         """
         if model is self._model:
-            self.settle()
-            return
+            self.reshard()
+            if not self.tree.unchanged():
+                self.tree = ModuleTree(self.module)
+            return False
         self.shards = shards_of(model)
+        self.module = unwrap(model)
+        self.tree = ModuleTree(self.module)
         self._synchronised = [] if self.shards is not None else _synchronised(model)
         self.in_buckets = any(getattr(part, 'gradient_as_bucket_view', False) for part in self._synchronised)
-        wrapper.precision.share_overflow = None if self.shards is None else self.shards.share_overflow
-        if self.shards is not None:
-            check_shards(wrapper, self.shards)
-            # In a pass, the parameters that have the names may be others.
-            wrapper.selector.select(unwrap(model), trained_by(wrapper.optimizer))
+        self.broadcasts = any(getattr(part, 'broadcast_buffers', False) for part in self._synchronised)
         self._model = model
+        return True
 
-    def settle(self, error: type[BaseException] | None = None, *_: object) -> None:
-        """Have the parameters be pieces, as the exit of a context in which a pass may have been broken off."""
+    def detach(self) -> None:
+        """Forget the model: one of its arguments is refused, and is to be refused again."""
+        self._model = None
+
+    def reshard(self, interrupted: bool = False) -> None:
+        """Have the parameters be pieces, as they are between passes.
+
+        Args:
+            interrupted: Whether a pass may have been broken off.
+        """
         if self.shards is not None:
-            self.shards.settle(broken_off=error is not None)
+            self.shards.reshard(interrupted)
 
     @property
     def averages(self) -> bool:
@@ -76,46 +87,61 @@ class ParallelModel:
         gradients, as it keeps them otherwise, are no pieces.
         """
         if not active or not self._synchronised:
-            return nullcontext()
+            return _NOTHING
         contexts = ExitStack()
         for part in self._synchronised:
             contexts.enter_context(part.no_sync())
         return contexts
 
     @contextmanager
-    def on_forward(self, model: nn.Module, call: Callable[[nn.Module], None]) -> Iterator[None]:
-        """Within, have ``call`` get the user's own model when its first forward begins.
+    def on_forward(self, call: Callable[[], None]) -> Iterator[None]:
+        """Within, have ``call`` run when the first forward of what DDP wraps begins.
 
-        Under DDP that is after the first rank's buffers were sent to the others, which further forwards are not.
+        That is after the first rank's buffers were sent to the others, which further forwards do not see again.
         """
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
-        assert isinstance(inner, nn.Module)
 
         def once(*_: Any) -> None:
             handle.remove()
-            call(unwrap(inner))
+            call()
 
-        handle = inner.register_forward_pre_hook(once, prepend=True)
+        assert isinstance(self._model, DistributedDataParallel)
+        handle = self._model.module.register_forward_pre_hook(once, prepend=True)
         try:
             yield
         finally:
             handle.remove()
 
-    def clip_gradients(self, wrapper: TwoPassOptimWrapper) -> None:
-        """Clip the gradients of a sharded model as ``clip_grad`` says: by the whole one's norm, and not the piece's."""
-        assert self.shards is not None, 'elsewhere MMEngine clips'
-        norm = self.shards.clip_(trained_by(wrapper.optimizer), wrapper.device, **wrapper.clip_grad_kwargs)
-        if norm is not None:
-            wrapper.message_hub.update_scalar('train/grad_norm', float(norm))
+    @property
+    def is_ddp(self) -> bool:
+        """Whether the model is wrapped by DDP as a whole, or by MMEngine's that is of its class."""
+        return isinstance(self._model, DistributedDataParallel)
 
-    def parameters(self, model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
-        """The optimizer's parameters and the model's: all that a backward pass may write gradients to."""
-        if self.shards is None:
-            theirs = [p for m in submodules(model) for p in m._parameters.values() if p is not None]
-        else:
-            theirs = list(self.shards.parameters)
-        members = {id(p): p for p in (*parameters_of(optimizer), *theirs)}
-        return list(members.values())
+    def clip_gradients(
+        self, parameters: Sequence[nn.Parameter], device: torch.device, clip_grad: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Clip the gradients of a sharded model as ``clip_grad`` says, by the whole one's norm and not the piece's.
+
+        Returns:
+            The norm; None when clipping by value.
+        """
+        assert self.shards is not None, 'elsewhere MMEngine clips'
+        return self.shards.clip_(parameters, device, **clip_grad)
+
+    def total(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Tensor:
+        """The sum over all parameters of a number that each piece of them has; scalar."""
+        if self.shards is not None:
+            return self.shards.total(parameters, values)
+        return torch.stack([value.to(values[0]) for value in values]).sum()
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Average tensors over the processes in place, as DDP does gradients; FSDP has done so already."""
+        if self._synchronised and tensors:
+            average(tensors)
+
+    def parameters(self, others: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """The model's parameters and ``others``: all that a backward pass may write gradients to."""
+        theirs = self.tree.parameters if self.shards is None else list(self.shards.parameters)
+        return list({id(parameter): parameter for parameter in (*others, *theirs)}.values())
 
 
 def _synchronised(model: nn.Module) -> list[Any]:

@@ -1,18 +1,14 @@
-"""The captured call again, at other weights (ours)."""
+"""The captured call again, at other weights."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mm_sharp.ops.forward_state import ForwardState
 from mm_sharp.ops.model_call import ModelCall, loss_of
+from mm_sharp.ops.precision import Precision
 from mm_sharp.step.parallel import ParallelModel
-
-if TYPE_CHECKING:
-    from mm_sharp.step.two_pass import TwoPassOptimWrapper
 
 
 class SecondPass:
@@ -20,26 +16,37 @@ class SecondPass:
 
     Args:
         parallel: The model that is called.
+        precision: Its autocast.
         state: What its forward passes change in it.
+        replay_rng: Whether every forward draws the random numbers that the first one drew.
+
+    Attributes:
+        synchronise: Whether DDP averages the gradients of the next backward pass.
     """
 
-    def __init__(self, parallel: ParallelModel, state: ForwardState) -> None:
+    def __init__(self, parallel: ParallelModel, precision: Precision, state: ForwardState, replay_rng: bool) -> None:
         self._parallel = parallel
+        self._precision = precision
         self._state = state
+        self._replay_rng = replay_rng
+        self.synchronise = True
 
-    def loss(self, wrapper: TwoPassOptimWrapper, call: ModelCall) -> Tensor:
+    def loss(self, call: ModelCall) -> Tensor:
         """The loss of ``call`` at the weights as they are now, with the first pass's random draws."""
+        return self._loss(call, self.synchronise)
+
+    def loss_without_gradient(self, call: ModelCall) -> Tensor:
+        """The same without communication; the next forward starts from the state that this one has started from."""
+        with torch.no_grad():
+            loss = self._loss(call, synchronise=False)
+        self._state.rewind_again()
+        return loss
+
+    def _loss(self, call: ModelCall, synchronise: bool) -> Tensor:
         # Casts of the weights that an enclosing autocast region cached are those of other weights.
         torch.clear_autocast_cache()
-        if wrapper.replay_rng:
+        if self._replay_rng:
             call.random_state.restore()
-        with self._parallel.no_sync(not wrapper.should_sync()), wrapper.precision.autocast():
+        with self._parallel.no_sync(not synchronise), self._precision.autocast():
             output = call.replay()
         return loss_of(call, output)
-
-    def loss_without_gradient(self, wrapper: TwoPassOptimWrapper, call: ModelCall) -> Tensor:
-        """The same without communication; the next forward starts from the state that this one has started from."""
-        with torch.no_grad(), self._parallel.no_sync(True):
-            loss = wrapper.forward_again(call)
-        self._state.again()
-        return loss

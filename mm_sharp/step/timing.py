@@ -1,10 +1,10 @@
-"""What one step found, and where its time went (ours)."""
+"""What one step found, and where its time went."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PHASES = ('pass1', 'climb', 'pass2', 'restore', 'step')
+PHASES = ('pass1', 'perturb', 'pass2', 'restore', 'step')
 # What the phases above are interrupted by: the losses and draws of single samples, and the wrapper's bookkeeping.
-ASIDES = ('recording', 'host')
+EXCLUDED = ('recording', 'host')
 
 
 class StepTimer:
@@ -29,33 +29,40 @@ class StepTimer:
         self._cuda = device.type == 'cuda'
         self._marks: dict[str, Any] = {}
         # By the phase in which each lies: name, begin and end.
-        self._asides: dict[str, list[tuple[str, Any, Any]]] = {}
+        self._excluded: dict[str, list[tuple[str, Any, Any]]] = {}
         self._unassigned: list[tuple[str, Any, Any]] = []
-        self._aside_is_open = False
+        self._is_open = False
 
     def mark(self, name: str) -> None:
         """Note that ``name`` ('start' or a member of ``PHASES``) ends now."""
         self._marks[name] = self._now()
-        self._asides[name], self._unassigned = self._unassigned, []
+        self._excluded[name], self._unassigned = self._unassigned, []
 
-    @contextmanager
-    def aside(self, name: str) -> Iterator[None]:
-        """Count the time in this context to ``name`` (a member of ``ASIDES``) and not to the phase it lies in.
+    def exclude(self, name: str) -> AbstractContextManager[None]:
+        """Count the time in this context to ``name`` (a member of ``EXCLUDED``) and not to the phase it lies in.
 
         Within another such context it does nothing. It must not contain a mark.
         """
-        if self._aside_is_open:
+        return self._exclude(name)
+
+    @contextmanager
+    def _exclude(self, name: str) -> Iterator[None]:
+        if self._is_open:
             yield
             return
-        begin, self._aside_is_open = self._now(), True
+        begin, self._is_open = self._now(), True
         try:
             yield
         finally:
             self._unassigned.append((name, begin, self._now()))
-            self._aside_is_open = False
+            self._is_open = False
+
+    def if_running(self) -> StepTimer | None:
+        """This timer; None if it stands for none."""
+        return self
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase and of each aside; 0 for a phase that is not marked. Waits for the device.
+        """Seconds of each phase and of each excluded part; 0 for a phase that is not marked. Waits for the device.
 
         Raises:
             RuntimeError: The step is not over, or was broken off.
@@ -63,11 +70,11 @@ class StepTimer:
         missing = [name for name in ('start', 'step') if name not in self._marks]
         if missing:
             raise RuntimeError(f'the step has no marks {missing}')
-        found = dict.fromkeys((*PHASES, *ASIDES), 0.0)
+        found = dict.fromkeys((*PHASES, *EXCLUDED), 0.0)
         marked = [name for name in ('start', *PHASES) if name in self._marks]
         for start, end in pairwise(marked):
             found[end] = self._between(self._marks[start], self._marks[end])
-            for name, begin, finish in self._asides[end]:
+            for name, begin, finish in self._excluded[end]:
                 inside = self._between(begin, finish)
                 found[name] += inside
                 found[end] -= inside
@@ -87,20 +94,41 @@ class StepTimer:
         return float(start.elapsed_time(end)) / 1e3
 
 
+class NoTimer(StepTimer):
+    """Stands for a timer where the step is not timed."""
+
+    def __init__(self) -> None:
+        self._nothing = nullcontext()
+
+    def mark(self, name: str) -> None:
+        """Nothing."""
+
+    def if_running(self) -> StepTimer | None:
+        """None."""
+        return None
+
+    def exclude(self, name: str) -> AbstractContextManager[None]:
+        """Nothing."""
+        return self._nothing
+
+
+NO_TIMER = NoTimer()
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What one step found, kept on the device until somebody asks.
 
     Args:
         loss: L(w), scalar.
-        perturbed_loss: L(w + e) on the batch of the second pass, scalar.
-        grad_norm: ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling.
+        perturbed_loss: L(w + e) on the batch of the second pass, scalar; None where there was no second pass.
+        grad_norm: ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling; None likewise.
         timer: Times of the phases, where timing was asked for.
-        figures: Computes further scalars for the log, by name; may wait for the device.
+        metrics: Computes further scalars for the log, by name; may wait for the device.
     """
 
     loss: Tensor
-    perturbed_loss: Tensor
-    grad_norm: Tensor
+    perturbed_loss: Tensor | None = None
+    grad_norm: Tensor | None = None
     timer: StepTimer | None = None
-    figures: Callable[[], dict[str, float]] | None = None
+    metrics: Callable[[], dict[str, float]] | None = None

@@ -215,20 +215,20 @@ def test_asides_are_taken_out_of_their_phases(clock: Callable[..., None]) -> Non
     timer = StepTimer(CPU)
     timer.mark('start')
     clock(1)
-    with timer.aside('recording'):
+    with timer.exclude('recording'):
         clock(2)
-        with timer.aside('host'):
+        with timer.exclude('host'):
             clock(4)
     clock(8)
     timer.mark('pass1')
-    with pytest.raises(RuntimeError), timer.aside('host'):
+    with pytest.raises(RuntimeError), timer.exclude('host'):
         clock(16, fails=True)
     clock(32)
-    timer.mark('climb')
+    timer.mark('perturb')
     clock(64)
     timer.mark('step')
     assert timer.seconds() == {
-        'pass1': 9, 'climb': 32, 'pass2': 0, 'restore': 0, 'step': 64, 'recording': 6, 'host': 16,
+        'pass1': 9, 'perturb': 32, 'pass2': 0, 'restore': 0, 'step': 64, 'recording': 6, 'host': 16,
     }  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def test_phases_of_each_method(tmp_path: Path) -> None:
     # SAM records nothing: that takes no time but the clock's.
     used['sam'].discard('recording')
     assert min(step['recording'] for step in found['ausam']) > max(step['recording'] for step in found['sam'])
-    passes = {'pass1', 'climb', 'pass2', 'step', 'host'}
+    passes = {'pass1', 'perturb', 'pass2', 'step', 'host'}
     assert used == {
         'base': {'pass1', 'step', 'host'}, 'sam': {*passes, 'restore'}, 'esam': {*NAMES}, 'esam-history': {*NAMES},
         'ausam': {*NAMES}, BY_HAND: passes,

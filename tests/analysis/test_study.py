@@ -1,4 +1,4 @@
-"""The study's parts: its file, its runs, corrupted annotations, statistics, the choice of rho, and the tables."""
+"""A study's file, its runs and their configs, and corrupted annotations."""
 
 from __future__ import annotations
 
@@ -9,48 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
-from mm_sharp.analysis.study import Plan, Rows, Run, as_json, choose_rho, comparisons, markdown, only, plot, read_study
+from mm_sharp.analysis.study import Plan, Run, only, read_study
 from mm_sharp.analysis.study.corruption import JITTER, corrupt_file
-from mm_sharp.analysis.study.statistics import interval, paired
 from mm_sharp.errors import UsageError
 from tests.conftest import ROOT
+from tests.studies import SETTING, plan_of, small, write
 from tests.tiny_data import draw_coco
 
-DIGITS = str(ROOT / 'configs/study/digits_cnn.py')
-
-
-def small(**changes: Any) -> dict[str, Any]:
-    """A study of three methods in one setting, as its YAML file has it."""
-    return {
-        'name': 'small',
-        'metric': {'name': 'digits/accuracy'},
-        'seeds': [0, 1, 2],
-        'selection': {'seeds': [100, 101], 'rho': [0.05, 0.1]},
-        'budgets': ['epochs', 'compute'],
-        'control': 'half',
-        'methods': {
-            'base': {},
-            'sam': {'type': 'SAMOptimWrapper'},
-            'half': {'type': 'AUSAMOptimWrapper', 'sampling_ratio': 0.5, 's_min': 1.0},
-        },
-        'settings': {'clean': {'config': DIGITS, 'epochs': 6}},
-        **changes,
-    }
-
-
-def write(folder: Path, content: Any) -> Path:
-    file = folder / 'study.yaml'
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return file
-
-
-def plan_of(folder: Path, **changes: Any) -> Plan:
-    return Plan(read_study(write(folder, small(**changes))), folder / 'out')
-
-
-SETTING = {'config': DIGITS, 'epochs': 6}
 WRONG: dict[str, tuple[Any, str]] = {
     'no mapping': ([1], 'the study is [1]: it must be a mapping'),
     'missing entry': ({'name': 'x'}, "the study needs an entry 'metric'"),
@@ -109,7 +75,7 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
     ('changes', 'message'),
     [
         ({'methods': {'base': {}, 'half': {'type': 'AUSAMOptimWrapper', 's_min': -1}}}, 'methods.half in settings'),
-        ({'methods': {'base': {}, 'half': {'type': 'NoWrapper'}}}, 'no optimizer wrapper'),
+        ({'methods': {'base': {}, 'half': {'type': 'NoWrapper'}}}, "'NoWrapper' is not registered"),
         ({'settings': {'clean': {**SETTING, 'options': {'model.width.x': 3}}}}, 'settings.clean.options do not fit'),
         ({'settings': {'clean': {**SETTING, 'options': {'val_dataloader': None}}}}, 'has no val_dataloader'),
         ({'settings': {'clean': {**SETTING, 'corrupt': 0.2}}}, 'has no ann_file to be corrupted'),
@@ -136,7 +102,7 @@ def test_every_study_of_the_project_can_be_read(file: Path, monkeypatch: pytest.
 # ---------------------------------------------------------------- runs
 def test_equal_compute_divides_the_epochs_by_the_cost_and_equal_runs_are_made_once(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    assert (plan.cost('clean', 'base'), plan.cost('clean', 'sam'), plan.cost('clean', 'half')) == (1, 2, 1)
+    assert [plan.cost['clean', name] for name in ('base', 'sam', 'half')] == [1, 2, 1]
     assert [plan.epochs('clean', name, 'compute') for name in ('base', 'sam', 'half')] == [6, 3, 6]
     runs = plan.report_runs('clean', {'base': None, 'sam': 0.1, 'half': 0.05})
     # Of six combinations of method and budget only SAM's two differ.
@@ -219,139 +185,8 @@ def test_a_setting_that_starts_from_another_takes_the_base_weights_of_its_own_ph
         only(plan.study, ['none'])
 
 
-# ---------------------------------------------------------------- rows
-def test_rows_are_there_again_after_a_file_was_cut_off(tmp_path: Path) -> None:
-    file, runs = tmp_path / 'results.csv', plan_of(tmp_path).selection_runs('clean')
-    rows = Rows(file)
-    for number, run in enumerate(runs[:3]):
-        rows.add(run, 'abc', {'digits/accuracy': 90.0 + number, 'steps': 60})
-    text = file.read_text()
-    file.write_text(text[: len(text) - 4])
-    again = Rows(file)
-    # Who only reads leaves the file alone: another process may be about to write the rest of the line.
-    assert file.read_text() == text[: len(text) - 4]
-    assert [again.has(run, 'abc') for run in runs[:4]] == [True, True, False, False]
-    again.add(runs[2], 'abc', {'digits/accuracy': 50.0})
-    assert Rows(file).value(runs[2], 'digits/accuracy') == 50.0
-    assert Rows(file).value(runs[0], 'digits/accuracy') == 90.0
-
-
-def test_a_row_of_another_config_is_outdated_until_it_is_replaced(tmp_path: Path) -> None:
-    rows, run = Rows(tmp_path / 'results.csv'), Run('report', 'clean', 'sam', 0.1, 6, 0)
-    rows.add(run, 'old', {'a': 1.0})
-    assert rows.outdated(run, 'new')
-    rows.add(run, 'new', {'b': 2.0})
-    assert not rows.outdated(run, 'new')
-    assert len(rows.file.read_text().splitlines()) == 2
-    with pytest.raises(UsageError, match=r"'a' is not among what report/clean/sam_rho0\.1_6e_seed0 gave: b"):
-        rows.value(run, 'a')
-
-
-def test_a_foreign_table_is_refused(tmp_path: Path) -> None:
-    (tmp_path / 'results.csv').write_text('a,b\n1,2\n')
-    with pytest.raises(UsageError, match="is not a study's table of runs"):
-        Rows(tmp_path / 'results.csv')
-
-
-# ---------------------------------------------------------------- statistics, choice, tables
-def test_intervals_are_students() -> None:
-    # Table of t: 2.776 for 4 degrees of freedom; the standard deviation of 1 to 5 is sqrt(2.5).
-    found = interval([1, 2, 3, 4, 5])
-    assert found.mean == 3
-    assert found.half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-3)
-    assert interval([7]).half == math.inf
-    assert [interval(v).sign for v in ([1, 1.1, 0.9], [-1, -1.1, -0.9], [1, -1, 0.5], [4])] == [1, -1, 0, 0]
-    assert paired([3, 5, 4], [1, 2, 3]) == interval([2, 3, 1])
-    for wrong in ([], [1, math.nan], [math.inf]):
-        with pytest.raises(ValueError, match='finite numbers'):
-            interval(wrong)
-    with pytest.raises(ValueError, match='do not make pairs'):
-        paired([1, 2], [1])
-
-
-def test_intervals_hold_the_mean_in_95_of_100_cases() -> None:
-    draws = np.random.default_rng(0).normal(loc=2.0, size=(2000, 5))
-    held = [abs(found.mean - 2.0) <= found.half for found in map(interval, draws)]
-    assert 0.935 < np.mean(held) < 0.965
-
-
-def filled(plan: Plan, value: Any) -> Rows:
-    """Rows for all selection runs, and for the reported ones at rho 0.1, by a function of the run."""
-    rows = Rows(plan.folder / 'results.csv')
-    rho = {name: None if name == 'base' else 0.1 for name in plan.study.methods}
-    for setting in plan.study.settings:
-        for run in (*plan.selection_runs(setting), *plan.report_runs(setting, rho)):
-            rows.add(run, 'x', {'digits/accuracy': value(run)})
-    return rows
-
-
-def test_rho_is_the_best_on_the_mean_of_its_pool_whatever_is_reported(tmp_path: Path) -> None:
-    settings = {'a': {**SETTING, 'pool': 'p'}, 'b': {**SETTING, 'pool': 'p'}}
-    good = {('a', 0.05): 90.0, ('a', 0.1): 91.0, ('b', 0.05): 80.0, ('b', 0.1): 70.0}
-
-    def value(run: Run) -> float:
-        return run.seed if run.phase == 'report' else good.get((run.setting, run.rho), 50.0) + run.seed % 2
-
-    plan = plan_of(tmp_path, settings=settings)
-    rows = filled(plan, value)
-    assert choose_rho(plan, rows, ['a', 'b']) == {'base': None, 'sam': 0.05, 'half': 0.05}
-    assert choose_rho(plan, rows, ['a'])['sam'] == 0.1
-
-    settings['b']['selects'] = False
-    plan = plan_of(tmp_path, settings=settings)
-    assert {run.method for run in plan.selection_runs('b')} == {'base'}
-    assert choose_rho(plan, filled(plan, value), ['a', 'b'])['sam'] == 0.1
-
-
-def test_rho_follows_the_metrics_sense_and_leaves_out_what_diverged(tmp_path: Path) -> None:
-    lower = plan_of(tmp_path, metric={'name': 'digits/accuracy', 'better': 'lower'})
-    assert choose_rho(lower, filled(lower, lambda run: run.rho or 0.0), ['clean'])['sam'] == 0.05
-    tied = plan_of(tmp_path)
-    assert choose_rho(tied, filled(tied, lambda run: 1.0), ['clean'])['sam'] == 0.05
-    diverged = filled(tied, lambda run: math.nan if (run.rho, run.seed) == (0.05, 101) else 1.0)
-    assert choose_rho(tied, diverged, ['clean'])['sam'] == 0.1
-
-
-def test_comparisons_pair_the_seeds_and_scale(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, metric={'name': 'digits/accuracy', 'scale': 100.0})
-    more = {('sam', 6): 0.02, ('sam', 3): -0.01, ('half', 6): 0.01}
-    noise = {('sam', 0): 0.001, ('sam', 1): -0.001}
-
-    def value(run: Run) -> float:
-        return 0.5 + 0.1 * run.seed + more.get((run.method, run.epochs), 0) + noise.get((run.method, run.seed), 0)
-
-    rows = filled(plan, value)
-    found = comparisons(plan, rows, 'clean', {'base': None, 'sam': 0.1, 'half': 0.1})
-    by = {(entry.method, entry.budget): entry for entry in found}
-    assert len(found) == 6
-    assert by['base', 'epochs'].mean.mean == pytest.approx(60)
-    assert by['base', 'epochs'].over_base is None
-    sam, short = by['sam', 'epochs'], by['sam', 'compute']
-    assert (sam.over_base.mean, short.over_base.mean) == (pytest.approx(2), pytest.approx(-1))  # type: ignore[union-attr]
-    # The seeds differ by 10, the pairs by 0.1 only.
-    assert sam.mean.half > 20 > 1 > sam.over_base.half  # type: ignore[union-attr]
-    assert sam.over_control.mean == pytest.approx(1)  # type: ignore[union-attr]
-    assert by['half', 'epochs'].over_control is None
-    assert (sam.compute, short.compute, by['half', 'compute'].compute) == (2, 1, 1)
-
-    table = markdown(plan.study, found)
-    assert '**clean, equal epochs** (digits/accuracy, 3 seeds)' in table
-    assert '| sam | 0.1 | 6 | 2.00 | 62.00 ± ' in table
-    assert '**+2.00 ± 0.25**' in table
-    assert json.loads(as_json(plan.study, found))['comparisons'][1]['method'] == 'sam'
-    plot(plan.study, found, tmp_path / 'plots' / 'differences.png')
-    assert (tmp_path / 'plots' / 'differences.png').read_bytes().startswith(b'\x89PNG')
-
-
-def test_a_reported_run_that_diverged_is_named(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path)
-    rows = filled(plan, lambda run: math.nan if run.method == 'sam' else 1.0)
-    with pytest.raises(UsageError, match=r'sam_rho0\.1_6e_seed0 has diverged'):
-        comparisons(plan, rows, 'clean', {'base': None, 'sam': 0.1, 'half': 0.1})
-
-
 # ---------------------------------------------------------------- corrupted annotations
-def test_spoilt_people_are_exactly_as_many_half_moved_and_half_mirrored(tmp_path: Path) -> None:
+def test_corrupted_people_are_exactly_as_many_half_moved_and_half_mirrored(tmp_path: Path) -> None:
     folder = draw_coco(tmp_path / 'data', train=60)
     source = folder / 'annotations/person_keypoints_train.json'
     content = json.loads(source.read_text())
@@ -360,27 +195,27 @@ def test_spoilt_people_are_exactly_as_many_half_moved_and_half_mirrored(tmp_path
     for person in content['annotations']:
         person['keypoints'][3 * 16 : 3 * 17] = [0, 0, 0]  # not labelled
     source.write_text(json.dumps(content))
-    corrupted = corrupt_file(source, tmp_path / 'new' / 'corrupted.json', 0.2, seed=3)
-    after = json.loads((tmp_path / 'new' / 'corrupted.json').read_text())
-    assert len(corrupted) == len(set(corrupted)) == 12
-    assert corrupt_file(source, tmp_path / 'again.json', 0.2, seed=3) == corrupted
-    assert (tmp_path / 'again.json').read_bytes() == (tmp_path / 'new' / 'corrupted.json').read_bytes()
-    assert corrupt_file(source, tmp_path / 'other.json', 0.2, seed=4) != corrupted
-    mirror, moved = [0, *(i + 1 if i % 2 else i - 1 for i in range(1, 17))], 0
+    target, again, other = (tmp_path / 'new' / f'{name}.json' for name in ('corrupted', 'again', 'other'))
+    for file, seed in ((target, 3), (again, 3), (other, 4)):
+        corrupt_file(source, file, 0.2, seed)
+    assert target.read_bytes() == again.read_bytes() != other.read_bytes()
+    after = json.loads(target.read_text())
+    mirror = [0, *(i + 1 if i % 2 else i - 1 for i in range(1, 17))]
+    mirrored = moved = 0
     for old, new in zip(content['annotations'], after['annotations'], strict=True):
         was, now = (np.reshape(person['keypoints'], (17, 3)) for person in (old, new))
         assert {k: v for k, v in old.items() if k != 'keypoints'} == {k: v for k, v in new.items() if k != 'keypoints'}
-        if old['id'] not in corrupted:
-            assert np.array_equal(was, now)
-        elif not np.array_equal(now, was[mirror]):
+        if np.array_equal(now, was[mirror]):
+            mirrored += 1
+        elif not np.array_equal(was, now):
             moved += 1
             assert np.array_equal(now[16], was[16])
             errors = (now - was)[:16, :2] / math.sqrt(old['bbox'][2] * old['bbox'][3])
             assert 0.5 * JITTER < errors.std() < 1.6 * JITTER
-    assert moved == 6
+    assert (mirrored, moved) == (6, 6)
 
 
-def test_annotations_that_cannot_be_spoilt_are_refused(tmp_path: Path) -> None:
+def test_annotations_that_cannot_be_corrupted_are_refused(tmp_path: Path) -> None:
     folder = draw_coco(tmp_path / 'data')
     source = folder / 'annotations/person_keypoints_train.json'
     with pytest.raises(UsageError, match='do not name their keypoints'):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import errno
 import os
@@ -16,65 +15,45 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mm_sharp.analysis.study import Plan, Rows, Run, Workers, locked, read_study, run_missing
-from mm_sharp.analysis.study.digits import DigitsAccuracy
-from mm_sharp.analysis.study.execute import execute, numbers
-from mm_sharp.analysis.study.metric_check import check_metric, figure_names
-from mm_sharp.analysis.study.run_missing import make_run
+from mm_sharp.analysis.study import Plan, Rows, Run, locked, run_missing
+from mm_sharp.analysis.study.worker import make_run, numbers
 from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError
 from tests.conftest import ROOT
+from tests.studies import TINY, plan_of, tiny, write
 from tests.tiny_data import draw_coco
 from tests.tool_runs import tool
 
-STUDY: dict[str, Any] = {
-    'name': 'small',
-    'metric': {'name': 'digits/accuracy'},
-    'seeds': [0, 1],
-    'selection': {'seeds': [100], 'rho': [0.05, 0.1]},
-    'budgets': ['epochs', 'compute'],
-    'keep': ['sam'],
-    'methods': {'base': {}, 'sam': {'type': 'SAMOptimWrapper'}},
-    'settings': {
-        'clean': {
-            'config': str(ROOT / 'configs/study/digits_cnn.py'),
-            'epochs': 2,
-            'options': {'train_dataloader.dataset.size': 80, 'model.width': 4},
-        }
-    },
-}
-# The base optimizer and SAM at two rhos; then, at two seeds, both, and SAM with half the epochs.
+# The runs of tiny(), by phase.
 SELECT, REPORT = 3, 6
 
 
 class Here:
-    """Stands in for a pool of processes: a run is made when it is asked for, in this process."""
+    """Stands in for a pool of processes: a run is made when it is asked for, here, and trains only if ``trains``."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self) -> None:
         self.made: list[str] = []
         self.fails_at: int | None = None
+        self.trains = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Here:
         return self
 
-    def submit(self, call: Any, plan: Plan, run: Run, *number: int) -> Future[Any]:
+    def submit(self, call: Any, plan: Plan, run: Run, progress: Path) -> Future[Any]:
         future: Future[Any] = Future()
-        if call is not make_run:  # a question, no run
-            try:
-                future.set_result(call(copy.deepcopy(plan), run))
-            except RuntimeError as error:
-                future.set_exception(error)
-            return future
         self.made.append(run.id)
         if len(self.made) == self.fails_at:
             future.set_exception(RuntimeError('out of\nmemory'))
+        elif self.trains:
+            future.set_result(call(plan, run, progress))
         else:
-            future.set_result(call(copy.deepcopy(plan), run, *number))
+            plan.weights(run).parent.mkdir(parents=True, exist_ok=True)
+            plan.weights(run).touch()
+            future.set_result({'digits/accuracy': 90.0 + (run.rho or 0) + run.seed, 'steps': 4.0})
         return future
 
     def shutdown(self, **kwargs: Any) -> None:
@@ -88,12 +67,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Here:
     # As in the processes that it stands in for: every run's checkpoints are plain.
     monkeypatch.setattr('mm_sharp.compat.checkpoint_hook._in_every_run', True)
     return pool
-
-
-def write(folder: Path, **changes: Any) -> Path:
-    file = folder / 'study.yaml'
-    file.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
-    return file
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
@@ -111,7 +84,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 def test_a_study_runs_from_the_command_line_in_processes_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / 'out'
-    command = [sys.executable, ROOT / 'tools/study.py', write(tmp_path), '--out-dir', out]
+    command = [sys.executable, ROOT / 'tools/study.py', write(tmp_path, tiny()), '--out-dir', out]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr
     assert 'choosing rho' in done.stderr
@@ -130,37 +103,44 @@ def test_a_study_runs_from_the_command_line_in_processes_of_its_own(tmp_path: Pa
 
 
 def test_a_run_is_what_the_runner_makes_of_the_same_config(tmp_path: Path) -> None:
-    plan = Plan(read_study(write(tmp_path)), tmp_path / 'out')
-    run = Run('report', 'clean', 'sam', 0.1, 2, 1)
-    figures = execute(plan.config(run), tmp_path / 'kept.pth')
+    plan = plan_of(tmp_path, tiny())
+    run = Run('report', 'clean', 'sam', 0.1, 2, 0)
+    metrics = make_run(plan, run, tmp_path / 'progress.json')
     cfg = plan.config(run)
     cfg.experiment_name = 'by_hand'
     runner = Runner.from_cfg(cfg)
     runner.train()
-    assert runner.test()['digits/accuracy'] == figures['digits/accuracy']
-    kept = torch.load(tmp_path / 'kept.pth', weights_only=True)['state_dict']
+    assert runner.test()['digits/accuracy'] == metrics['digits/accuracy']
+    kept = torch.load(plan.weights(run), weights_only=True)['state_dict']
     for name, value in runner.model.state_dict().items():
         assert torch.equal(kept[name], value), name
 
 
 @pytest.mark.parametrize('named', [False, True], ids=['', 'a visualizer with a name'])
-def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, named: bool) -> None:
+def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of one process may begin in the same second, by which MMEngine names what it keeps of them."""
-    plan = Plan(read_study(write(tmp_path)), tmp_path / 'out')
-    run = Run('report', 'clean', 'sam', 0.1, 2, 1)
-    alone = execute(plan.config(run), None)
-    failing = plan.config(run)
-    failing.custom_hooks = [*failing.get('custom_hooks', []), dict(type='FailsLate')]
-    again = plan.config(run)
-    for cfg in (failing, again) if named else ():
-        cfg.visualizer = dict(type='Visualizer', name='pictures', vis_backends=[dict(type='LocalVisBackend')])
-    again.work_dir = str(tmp_path / 'again')
-    with pytest.raises(RuntimeError, match='out of memory'):
-        execute(failing, None)
-    figures = execute(again, None)
-    assert figures['train_loss'] == alone['train_loss']
+    settings = {'clean': {**TINY, 'options': dict(TINY['options'])}}
     if named:
-        assert list((tmp_path / 'again').glob('*/vis_data/scalars.json'))
+        visualizer = {'type': 'Visualizer', 'name': 'pictures', 'vis_backends': [{'type': 'LocalVisBackend'}]}
+        settings['clean']['options']['visualizer'] = visualizer
+    plan = plan_of(tmp_path, tiny(settings=settings))
+    run, other = (Run('report', 'clean', 'sam', 0.1, 2, seed) for seed in (1, 2))
+    alone = make_run(plan, run, tmp_path / 'progress.json')
+    config = plan.config
+
+    def failing(run: Run) -> Any:
+        cfg = config(run)
+        cfg.custom_hooks = [dict(type='FailsLate')]
+        return cfg
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, 'config', failing)
+        with pytest.raises(RuntimeError, match='out of memory'):
+            make_run(plan, other, tmp_path / 'progress.json')
+    plan.folder = tmp_path / 'again'
+    assert make_run(plan, run, tmp_path / 'progress.json')['train_loss'] == alone['train_loss']
+    if named:
+        assert list((tmp_path / 'again' / 'runs' / run.id).glob('*/vis_data/scalars.json'))
 
 
 @HOOKS.register_module()
@@ -169,12 +149,10 @@ class FailsLate(Hook):
         raise RuntimeError('out of memory')
 
 
-# As in the processes that Here stands in for.
-@pytest.mark.filterwarnings('ignore')
 def test_a_study_goes_on_where_it_was(
     tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, out = write(tmp_path), tmp_path / 'out'
+    file, out = write(tmp_path, tiny()), tmp_path / 'out'
     arguments = (file, '--out-dir', out)
 
     code, printed = call(monkeypatch, capsys, *arguments, '--table')
@@ -208,8 +186,7 @@ def test_a_study_goes_on_where_it_was(
     assert here.made == [lines[lost].split(',')[0]]
     assert (out / 'comparisons.json').read_text() == before
 
-    changed = {'clean': {**STUDY['settings']['clean'], 'options': {'model.width': 8}}}
-    write(tmp_path, settings=changed)
+    write(tmp_path, tiny(settings={'clean': {**TINY, 'options': {'model.width': 8}}}))
     code, printed = call(monkeypatch, capsys, *arguments)
     assert code == 2
     assert '3 runs in' in printed
@@ -239,7 +216,7 @@ def test_a_folder_belongs_to_one_process_until_it_ends(
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == 'held\n'
-        code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', out)
+        code, printed = call(monkeypatch, capsys, write(tmp_path, tiny()), '--out-dir', out)
         assert (code, here.made, len(printed.splitlines())) == (2, [], 1)
         assert f"process {other.pid} on {socket.gethostname()} makes runs in '{out}'" in printed
         other.kill()
@@ -251,7 +228,6 @@ def test_a_folder_belongs_to_one_process_until_it_ends(
         pass
 
 
-@pytest.mark.filterwarnings('ignore')
 def test_ctrl_c_says_what_is_kept_and_lets_go_of_the_folder(
     tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,7 +237,7 @@ def test_ctrl_c_says_what_is_kept_and_lets_go_of_the_folder(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules['mm_sharp.analysis.study.run_missing'], 'watch', interrupt)
-    code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', out)
+    code, printed = call(monkeypatch, capsys, write(tmp_path, tiny()), '--out-dir', out)
     assert code == 130
     line = f'study.py: interrupted; 0 runs are in {out}/results.csv; the same command goes on'
     assert printed.splitlines()[-1] == line
@@ -281,81 +257,36 @@ def test_a_file_system_without_locks_is_told_of(
     assert f"'{tmp_path}' cannot be locked ([Errno {errno.ENOLCK}] No locks available)" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize(
-    ('silent', 'made'),
-    [pytest.param(False, 0, id='before any run'), pytest.param(True, 1, id='after the first, where it learns late')],
-)
-def test_a_wrong_metric_shows_at_once(
-    tmp_path: Path,
-    here: Here,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    silent: bool,
-    made: int,
+def test_a_wrong_metric_shows_after_the_first_run_which_counts(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(tmp_path, metric={'name': 'digits/acc'})
-    if silent:  # as a detector's evaluation is, as long as nothing is found
-        compute = DigitsAccuracy.compute_metrics
-        monkeypatch.setattr(
-            DigitsAccuracy, 'compute_metrics', lambda self, results: compute(self, results) if here.made else {}
-        )
-    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
-    line = printed.splitlines()[-1]
+    file, out = write(tmp_path, tiny(metric={'name': 'digits/acc'})), tmp_path / 'out'
+    code, printed = call(monkeypatch, capsys, file, '--out-dir', out)
+    line = "metric.name: 'digits/acc' is not among what select/clean/base_2e_seed100 gave: digits/accuracy, steps"
     assert code == 2
-    assert "metric.name: 'digits/acc' is not among what" in line
-    assert line.endswith(': digits/accuracy, digits/nll, train_loss, steps, train_seconds')
-    assert len(rows_of(tmp_path / 'out') if made else here.made) == made
-    # Right again, the run that was made counts.
-    write(tmp_path)
-    here.fails_at = len(here.made) + 1
-    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
-    assert f'1 of {SELECT - made} runs failed' in printed
+    assert printed.splitlines()[-1].endswith(line)
+    assert len(rows_of(out)) == 1
+    write(tmp_path, tiny())
+    here.made.clear()
+    assert call(monkeypatch, capsys, file, '--out-dir', out)[0] == 0
+    assert len(here.made) == SELECT + REPORT - 1
 
 
-@pytest.mark.filterwarnings('ignore')
-def test_an_untrained_model_that_cannot_be_evaluated_does_not_end_a_study(
-    tmp_path: Path, here: Here, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError('no boxes')
-
-    monkeypatch.setattr(DigitsAccuracy, 'compute_metrics', fail)
-    check_metric(Plan(read_study(write(tmp_path)), tmp_path / 'out'), Rows(tmp_path / 'none.csv'), here)
-    line = capsys.readouterr().err
-    assert "metric.name: 'digits/accuracy' could not be checked" in line
-    assert 'untrained (RuntimeError: no boxes); it will be after the first run' in line
+def test_metrics_that_are_no_numbers_are_left_out() -> None:
+    metrics = {'a': torch.tensor(1.5), 'b': 2, 'table': torch.ones(2, 2), 'list': [1], 'text': 'x', 'c': np.float32(3)}
+    assert numbers(metrics) == {'a': 1.5, 'b': 2.0, 'c': 3.0}
 
 
-@pytest.mark.filterwarnings('ignore')
-def test_a_run_writes_nothing_into_the_folder_of_the_check_before_it(tmp_path: Path) -> None:
-    settings = copy.deepcopy(STUDY['settings'])
-    # MMEngine keeps what has a name as long as the process lives.
-    settings['clean']['options']['visualizer'] = {
-        'type': 'Visualizer',
-        'name': 'visualizer',
-        'vis_backends': [{'type': 'LocalVisBackend'}],
-    }
-    plan = Plan(read_study(write(tmp_path, settings=settings)), tmp_path / 'out')
-    run = Run('report', 'clean', 'base', None, 1, 0)
-    assert figure_names(plan, run) == ['digits/accuracy', 'digits/nll']
-    assert make_run(plan, run)['steps'] == 2
-    assert list((tmp_path / 'out' / 'runs' / run.id).rglob('vis_data/config.py'))
-
-
-def test_figures_that_are_no_numbers_are_left_out() -> None:
-    figures = {'a': torch.tensor(1.5), 'b': 2, 'table': torch.ones(2, 2), 'list': [1], 'text': 'x', 'c': np.float32(3)}
-    assert numbers(figures) == {'a': 1.5, 'b': 2.0, 'c': 3.0}
-
-
-@pytest.mark.filterwarnings('ignore')
+@pytest.mark.filterwarnings('ignore')  # as in the processes that Here stands in for
 def test_a_setting_starts_from_anothers_weights(tmp_path: Path, here: Here) -> None:
-    clean = STUDY['settings']['clean']
-    settings = {'tuned': {**clean, 'epochs': 1, 'load_from': 'clean'}, 'clean': clean}
-    plan = Plan(read_study(write(tmp_path, settings=settings, seeds=[0], budgets=['epochs'])), tmp_path / 'out')
-    chosen = run_missing(plan, Rows(tmp_path / 'out/results.csv'), Workers())
-    assert list(chosen) == ['clean', 'tuned']
-    assert here.made.index('report/clean/base_2e_seed0') < here.made.index('report/tuned/base_1e_seed0')
+    short = {**TINY, 'epochs': 1}
+    settings = {'tuned': {**short, 'load_from': 'clean'}, 'clean': short}
+    changes = {'settings': settings, 'seeds': [0], 'budgets': ['epochs'], 'selection': None}
+    plan, here.trains = plan_of(tmp_path, tiny(**changes)), True
+    run_missing(plan, Rows(tmp_path / 'out/results.csv'))
+    assert here.made == [
+        f'report/{setting}/{name}_1e_seed0' for setting in ('clean', 'tuned') for name in ('base', 'sam')
+    ]
 
 
 @pytest.mark.parametrize(
@@ -373,13 +304,13 @@ def test_wrong_options_are_one_line(
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
-    code, printed = call(monkeypatch, capsys, write(tmp_path), '--out-dir', tmp_path / 'out', *arguments)
+    code, printed = call(monkeypatch, capsys, write(tmp_path, tiny()), '--out-dir', tmp_path / 'out', *arguments)
     assert code == 2
     assert message in printed
     assert len(printed.strip().splitlines()) == 1
 
 
-def test_a_remembered_data_set_gives_what_the_plain_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_data_set_gives_what_the_plain_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmengine.registry import DefaultScope
     from mmpose.registry import DATASETS
 

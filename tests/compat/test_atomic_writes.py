@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from mmengine.fileio import LocalBackend
-from mmengine.hooks import CheckpointHook, checkpoint_hook
+from mmengine.hooks import checkpoint_hook
 from mmengine.runner import FlexibleRunner
 
 from mm_sharp.compat import CheckpointWriteError, atomic_writes
-from mm_sharp.compat.atomic_writes import remove_left_overs, write_whole
+from mm_sharp.compat.atomic_writes import write_atomically
 from tests.reliability import Holds
 from tests.tiny_runs import PLAIN, SAM, make_runner
 from tests.tool_runs import OPTIM_WRAPPERS, Tools, write_toy
@@ -83,13 +83,13 @@ def test_best_checkpoints_are_replaced_in_the_same_way(tmp_path: Path, monkeypat
     kwargs = dict(val_dataloader=loader, val_cfg={}, val_evaluator=make_runner(tmp_path / 'y').test_evaluator)
     runner = make_runner(tmp_path / 'run', default_hooks=hooks, **kwargs)
     there: list[set[str]] = []
-    put = atomic_writes.write_whole
+    put = atomic_writes.write_atomically
 
     def spy(content: bytes, path: str) -> None:
         put(content, path)
         there.append({file.name for file in (tmp_path / 'run').glob('best*')})
 
-    monkeypatch.setattr(atomic_writes, 'write_whole', spy)
+    monkeypatch.setattr(atomic_writes, 'write_atomically', spy)
     runner.train()
     assert {'best_mean_epoch_1.pth', 'best_mean_epoch_2.pth'} in there, 'both, until all is written'
     assert [file.name for file in (tmp_path / 'run').glob('best*')] == ['best_mean_epoch_2.pth']
@@ -100,7 +100,7 @@ def test_other_runs_write_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise AssertionError('not our run')
 
     before = LocalBackend.put, LocalBackend.remove, LocalBackend.rmtree, dict(vars(checkpoint_hook))
-    monkeypatch.setattr(atomic_writes, 'write_whole', refuse)
+    monkeypatch.setattr(atomic_writes, 'write_atomically', refuse)
     hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))
     make_runner(tmp_path / 'plain', PLAIN, default_hooks=hooks).train()
     assert sorted(file.name for file in (tmp_path / 'plain').glob('*.pth')) == ['epoch_2.pth']
@@ -113,9 +113,9 @@ def test_other_runs_write_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.filterwarnings('ignore:.*FlexibleRunner')
 def test_flexible_runner(tmp_path: Path, wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    put = atomic_writes.write_whole
+    put = atomic_writes.write_atomically
     monkeypatch.setattr(
-        atomic_writes, 'write_whole', lambda data, path: (written.append(Path(path).name), put(data, path))
+        atomic_writes, 'write_atomically', lambda data, path: (written.append(Path(path).name), put(data, path))
     )
     config = toy_config(
         tmp_path,
@@ -141,7 +141,6 @@ def test_what_was_left_half_written_is_removed(tmp_path: Path) -> None:
         file.write_text('x')
     make_runner(tmp_path).train()
     assert [file.exists() for file in (*left, *kept)] == [False, False, True, True, True]
-    remove_left_overs(tmp_path / 'nowhere')
 
 
 @pytest.mark.parametrize('full', [True, False])
@@ -151,7 +150,7 @@ def test_of_sharded_weights_all_ranks_have_written_before_the_checkpoint_is_name
     order: list[str] = []
 
     class Sharded:
-        hooks = (atomic_writes.WholeFilesHook(),)
+        hooks = (atomic_writes.AtomicWritesHook(),)
         strategy = SimpleNamespace(_is_full_state_dict=lambda: full)
 
         def save_checkpoint(self) -> None:
@@ -159,7 +158,7 @@ def test_of_sharded_weights_all_ranks_have_written_before_the_checkpoint_is_name
             order.append('saved')
 
     monkeypatch.setattr(atomic_writes, 'barrier', lambda: order.append('all have'))
-    atomic_writes._whole_save(Sharded.save_checkpoint)(Sharded())
+    atomic_writes._atomic(Sharded.save_checkpoint)(Sharded())
     assert order == ['saved'] + ['all have'] * (not full)
     assert [file.name for file in (tmp_path / 'epoch_1.pth').iterdir()] == ['rank0.pth']
 
@@ -168,7 +167,7 @@ def test_of_sharded_weights_all_ranks_have_written_before_the_checkpoint_is_name
 def test_a_file_is_written_whole(tmp_path: Path) -> None:
     file = tmp_path / 'folder' / 'file'
     for content in (b'one', b'', b'three'):
-        write_whole(content, file)
+        write_atomically(content, file)
         assert file.read_bytes() == content
     assert os.listdir(file.parent) == ['file']
 
@@ -177,7 +176,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / 'store').mkdir()
     (tmp_path / 'store' / 'file').write_text('old')
     (tmp_path / 'link').symlink_to(tmp_path / 'store' / 'file')
-    write_whole(b'new', tmp_path / 'link')
+    write_atomically(b'new', tmp_path / 'link')
     assert (tmp_path / 'link').is_symlink()
     assert (tmp_path / 'store' / 'file').read_bytes() == b'new'
 
@@ -190,7 +189,7 @@ def test_what_fails_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, error: BaseException, holds: Holds
 ) -> None:
     file = tmp_path / 'file'
-    write_whole(b'old', file)
+    write_atomically(b'old', file)
 
     def fail(*args: object) -> None:
         raise error
@@ -212,7 +211,7 @@ def test_what_fails_leaves_the_old_file(
     else:
         monkeypatch.setattr(os, point, fail)
     with pytest.raises(CheckpointWriteError if isinstance(error, OSError) else type(error)) as caught:
-        write_whole(b'new', file)
+        write_atomically(b'new', file)
     monkeypatch.undo()
     assert file.read_bytes() == b'old'
     assert os.listdir(tmp_path) == ['file']
@@ -284,6 +283,6 @@ def test_a_full_disk_before_the_first_checkpoint(tmp_path: Path, tools: Tools) -
     assert not list((tmp_path / 'work').glob('*.pth'))
 
 
-def test_checkpoint_hook_has_what_is_wrapped() -> None:
+def test_mmengine_has_what_is_wrapped() -> None:
     """A version of MMEngine that renames one would write unsafely without a word."""
-    assert all(hasattr(getattr(CheckpointHook, name), '_whole') for name in atomic_writes._HOOK_METHODS)
+    assert all(hasattr(getattr(kind, name), '_is_atomic') for kind, name in atomic_writes._METHODS)

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as npst
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
-from mm_sharp.compat.plain_checkpoint import TAG, from_plain, missing_statistics, to_plain
+from mm_sharp.compat.plain_checkpoint import TAG, from_plain, to_plain
 from tests.checkpoints import through_disk
 
 
@@ -79,25 +79,6 @@ def test_history_of_odd_values(log: list[float]) -> None:
     got = there_and_back(history)
     assert_same_history(got, history)
     assert got.data[0].tobytes() == history.data[0].tobytes()
-
-
-@pytest.fixture
-def spread() -> Any:
-    def spread(self: HistoryBuffer) -> float:
-        return float(self._log_history.max() - self._log_history.min())
-
-    yield HistoryBuffer.register_statistics(spread)
-    HistoryBuffer._statistics_methods.pop('spread', None)
-
-
-def test_custom_statistics(spread: Any) -> None:
-    history = HistoryBuffer([1.0, 4.0], [1, 1])
-    plain = through_disk(to_plain({'log_scalars': {'loss': history}}, 'hub', []))
-    got = from_plain(plain, 'hub')['log_scalars']['loss']
-    assert got.statistics('spread') == 3.0
-    assert missing_statistics(plain) == set()
-    del HistoryBuffer._statistics_methods['spread']
-    assert missing_statistics(plain) == {'spread'}
 
 
 class Level(enum.IntEnum):

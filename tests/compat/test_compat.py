@@ -1,4 +1,4 @@
-"""The fixes in the installed environment: what they mend works, what is whole they leave alone."""
+"""The fixes in the installed environment: what they patch works, what is whole they leave alone."""
 
 from __future__ import annotations
 
@@ -19,71 +19,67 @@ from mmengine.runner import FlexibleRunner, Runner
 from mmengine.utils.dl_utils import mmcv_full_available
 
 from mm_sharp import compat
-from mm_sharp.compat import (
-    MissingOperatorError,
-    import_hook,
-    mmcv_ops,
-    torchvision_ops,
-)
-from mm_sharp.compat.import_hook import FINDER, before_import, is_present
+from mm_sharp.compat import Fix, MissingOperatorError, operators
+from mm_sharp.compat.fix import is_present
 from tests.conftest import ROOT
 
 FIXES = {fix.name: fix for fix in compat.fixes()}
 
 
 def test_apply_twice_changes_nothing() -> None:
-    before = (list(sys.meta_path), dict(FINDER.repairs), Config._get_cfg_path)
+    before: tuple[Any, ...] = (list(sys.meta_path), Config._get_cfg_path)
     before += (Runner.register_hooks, FlexibleRunner.register_hooks, dict(MODULE2PACKAGE))
     compat.apply()
-    after = (list(sys.meta_path), dict(FINDER.repairs), Config._get_cfg_path)
+    after: tuple[Any, ...] = (list(sys.meta_path), Config._get_cfg_path)
     after += (Runner.register_hooks, FlexibleRunner.register_hooks, dict(MODULE2PACKAGE))
     assert after == before
-    assert sys.meta_path.count(FINDER) <= 1
 
 
 def test_every_fix_says_why_and_until_when() -> None:
-    folder = Path(compat.__file__).parent
-    files = [path for path in folder.glob('*.py') if '\ndef describe() -> Fix:' in path.read_text()]
-    assert len(FIXES) == len(compat.fixes()) == len(files) > 0
+    declared = [path.read_text().count(' = Fix(\n') for path in Path(compat.__file__).parent.glob('*.py')]
+    assert len(FIXES) == len(compat.fixes()) == sum(declared) > 0
     assert all(fix.reason and fix.ends_with for fix in FIXES.values())
 
 
-# The import hook
+# When a fix runs
 
 
 @pytest.fixture
-def hooked() -> Any:
-    """Registers repairs for names that are forgotten afterwards."""
-    names: list[str] = []
+def install() -> Any:
+    """Installs a fix for a module, which is forgotten afterwards."""
+    fixes: list[Fix] = []
 
-    def hook(name: str, repair: Any) -> None:
-        names.append(name)
-        before_import(name, repair)
+    def install(name: str, patch: Any, **options: Any) -> Fix:
+        fixes.append(Fix('a fix', patch, 'never', before=[name], **options))
+        fixes[-1].install()
+        return fixes[-1]
 
-    yield hook
-    for name in names:
-        FINDER.repairs.pop(name, None)
-        sys.modules.pop(name, None)
+    yield install
+    for fix in fixes:
+        sys.meta_path.remove(fix)
+        if 'no_such' in fix.before[0]:
+            sys.modules.pop(fix.before[0], None)
 
 
-def test_repair_runs_before_the_import(hooked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / 'repaired_module.py').write_text('import prepared_module')
+def test_it_runs_before_the_import(install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'patched_module.py').write_text('import prepared_module')
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, 'prepared_module', raising=False)
     calls = []
 
-    def repair(name: str) -> None:
+    def patch(name: str) -> str:
         calls.append(name)
         monkeypatch.setitem(sys.modules, 'prepared_module', ModuleType('prepared_module'))
+        return 'it was missing'
 
-    hooked('repaired_module', repair)
-    assert calls == [], 'nothing happens until the import'
-    importlib.import_module('repaired_module')
-    importlib.import_module('repaired_module')
-    assert calls == ['repaired_module']
+    fix = install('patched_module', patch)
+    assert (calls, fix.active, fix.reason) == ([], False, 'patched_module was not imported')
+    importlib.import_module('patched_module')
+    importlib.import_module('patched_module')
+    assert (calls, fix.active, fix.reason) == (['patched_module'], True, 'it was missing')
 
 
-def test_repair_may_hand_out_a_stand_in(hooked: Any) -> None:
+def test_it_may_hand_out_a_stand_in(install: Any) -> None:
     class Loader(importlib.abc.Loader):
         def create_module(self, spec: ModuleSpec) -> None:
             return None
@@ -91,28 +87,40 @@ def test_repair_may_hand_out_a_stand_in(hooked: Any) -> None:
         def exec_module(self, module: ModuleType) -> None:
             module.answer = 42  # type: ignore[attr-defined]
 
-    hooked('no_such_module_1', lambda name: ModuleSpec(name, Loader()))
+    install('no_such_module_1', lambda name: 'it is missing', stand_in=Loader())
     assert importlib.import_module('no_such_module_1').answer == 42
 
 
-def test_repair_that_does_nothing(hooked: Any) -> None:
-    hooked('no_such_module_2', lambda name: None)
+def test_where_nothing_is_broken_the_import_goes_on(install: Any) -> None:
+    fix = install('no_such_module_2', lambda name: None)
     with pytest.raises(ModuleNotFoundError, match='no_such_module_2'):
         importlib.import_module('no_such_module_2')
+    assert not fix.active
 
 
-def test_repair_may_look_for_the_module_itself(hooked: Any) -> None:
+def test_it_may_look_for_the_module_itself(install: Any) -> None:
     seen = []
-    hooked('no_such_module_3', lambda name: seen.append(is_present(name)))
+    install('no_such_module_3', lambda name: seen.append(is_present(name)))
     assert not is_present('no_such_module_3')
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module('no_such_module_3')
-    assert seen == [False]
+    for _ in range(2):  # an import that failed may be tried again
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module('no_such_module_3')
+    assert seen == [False, False]
 
 
-def test_module_that_is_there_is_left_alone(hooked: Any) -> None:
-    hooked('json', pytest.fail)
-    assert 'json' not in FINDER.repairs
+def test_a_fix_that_fails_says_why(install: Any) -> None:
+    def patch(name: str) -> None:
+        raise ModuleNotFoundError('and there is nothing to stand in')
+
+    fix = install('no_such_module_4', patch)
+    with pytest.raises(ModuleNotFoundError, match='nothing to stand in'):
+        importlib.import_module('no_such_module_4')
+    assert (fix.active, fix.reason) == (False, 'and there is nothing to stand in')
+
+
+def test_module_that_is_there_is_left_alone(install: Any) -> None:
+    assert install('json', pytest.fail).reason == 'json needs no fix'
+    importlib.import_module('json')
 
 
 @pytest.mark.parametrize(
@@ -126,10 +134,6 @@ def test_module_without_a_spec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'specless', ModuleType('specless'))
     monkeypatch.setattr(sys.modules['specless'], '__spec__', None)
     assert not is_present('specless')
-
-
-def test_finder_is_only_asked_about_its_names() -> None:
-    assert import_hook.FINDER.find_spec('json') is None
 
 
 # torchvision
@@ -167,13 +171,12 @@ def test_operators_are_defined_only_where_needed(
     monkeypatch.setattr(torch.library, 'Library', Library)
     monkeypatch.setattr(torch.version, 'cuda', cuda)
     monkeypatch.setattr(torch.version, 'hip', hip)
-    monkeypatch.setattr(torchvision_ops, '_library', None)
+    monkeypatch.setattr(operators, '_library', None)
     extension = SimpleNamespace(_has_ops=lambda: has_operators)
     monkeypatch.setitem(sys.modules, 'torchvision.extension', extension)  # type: ignore[arg-type]
-    torchvision_ops._repair('torchvision._meta_registrations')
-    torchvision_ops._repair('torchvision._meta_registrations')
+    found = operators._patch_torchvision('torchvision._meta_registrations')
     assert len(made) == int(defined)
-    assert (torchvision_ops._library is not None) is defined
+    assert (found is not None) is (operators._library is not None) is defined
 
 
 # torchvision of another build than torch, and a package that imports it.
@@ -191,7 +194,7 @@ try:
 except RuntimeError as error:
     print(error)
 import mm_sharp, timm
-print(mm_sharp.compat.torchvision_ops.describe().reason)
+print(mm_sharp.compat.operators.TORCHVISION.reason)
 """
 
 
@@ -265,14 +268,13 @@ def test_load_ext_is_replaced_only_where_needed(
             raise error
         return loader
 
-    monkeypatch.setattr(mmcv_ops, 'importlib', SimpleNamespace(import_module=load))
-    monkeypatch.setattr(mmcv_ops, '_cause', None)
-    mmcv_ops._repair('mmcv.ops')
+    monkeypatch.setattr(operators, 'importlib', SimpleNamespace(import_module=load))
+    found = operators._patch_mmcv('mmcv.ops')
     if cause is None:
-        assert mmcv_ops._cause is None
+        assert found is None
         assert loader.load_ext is original
         return
-    assert cause in (mmcv_ops._cause or '')
+    assert cause in (found or '')
     extension = loader.load_ext('_ext', ['nms', 'get_compiler_version'])  # type: ignore[operator]
     assert extension.get_compiler_version() == 'n/a'
     with pytest.raises(MissingOperatorError, match="operator 'nms'"):

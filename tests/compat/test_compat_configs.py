@@ -13,9 +13,7 @@ from mmengine.hub import get_config
 from mmengine.utils import package_utils
 
 import mm_sharp
-from mm_sharp.compat import (
-    package_lookup,
-)
+from mm_sharp.compat import config_names
 
 CONFIG = 'sam/td-hm_res50_sam_8xb64-210e_coco-256x192.py'
 
@@ -23,18 +21,18 @@ CONFIG = 'sam/td-hm_res50_sam_8xb64-210e_coco-256x192.py'
 @pytest.mark.parametrize('package', ['mmengine', 'torch', 'numpy', 'no_such_package', 'mmpose'])
 def test_same_answers_as_pkg_resources(package: str) -> None:
     pytest.importorskip('pkg_resources')
-    assert package_lookup.is_installed(package) == package_utils.is_installed(package)
-    if package_lookup.is_installed(package):
-        assert package_lookup.get_installed_path(package) == package_utils.get_installed_path(package)
+    assert config_names.is_installed(package) == package_utils.is_installed(package)
+    if config_names.is_installed(package):
+        assert config_names.get_installed_path(package) == package_utils.get_installed_path(package)
     else:
         with pytest.raises(ModuleNotFoundError, match=f"'{package}'.*pip install"):
-            package_lookup.get_installed_path(package)
+            config_names.get_installed_path(package)
 
 
 def test_distribution_named_otherwise_than_its_module() -> None:
-    if not package_lookup.is_installed('mmcv-lite'):
+    if not config_names.is_installed('mmcv-lite'):
         pytest.skip('mmcv-lite is not installed')
-    assert Path(package_lookup.get_installed_path('mmcv-lite')).name == 'mmcv'
+    assert Path(config_names.get_installed_path('mmcv-lite')).name == 'mmcv'
 
 
 def test_lookup_is_replaced_only_without_pkg_resources(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,19 +40,17 @@ def test_lookup_is_replaced_only_without_pkg_resources(monkeypatch: pytest.Monke
     original = package_utils.is_installed
     module.is_installed = original  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, 'mm_test_user', module)
-    monkeypatch.setattr(package_lookup, '_active', False)
     replaced = []
-    monkeypatch.setattr(package_lookup, '_replace', lambda old, new: replaced.append((old, new)))
-    monkeypatch.setattr(package_lookup, 'is_present', lambda name: True)
-    package_lookup.install()
+    monkeypatch.setattr(config_names, '_replace', lambda old, new: replaced.append((old, new)))
+    monkeypatch.setattr(config_names, 'is_present', lambda name: True)
+    assert config_names._patch_lookup('mmengine') is None
     assert replaced == []
-    monkeypatch.setattr(package_lookup, 'is_present', lambda name: False)
-    package_lookup.install()
+    monkeypatch.setattr(config_names, 'is_present', lambda name: False)
+    assert config_names._patch_lookup('mmengine') is not None
     assert replaced == [
-        (original, package_lookup.is_installed),
-        (package_utils.get_installed_path, package_lookup.get_installed_path),
+        (original, config_names.is_installed),
+        (package_utils.get_installed_path, config_names.get_installed_path),
     ]
-    assert package_lookup.describe().active
 
 
 def test_replacing_reaches_those_who_imported_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +62,7 @@ def test_replacing_reaches_those_who_imported_it_by_name(monkeypatch: pytest.Mon
     sys.modules['mm_test_a'].wanted = wanted  # type: ignore[attr-defined]
     sys.modules['mm_test_b'].wanted = other  # type: ignore[attr-defined]
     sys.modules['unrelated_c'].wanted = wanted  # type: ignore[attr-defined]
-    package_lookup._replace(wanted, print)
+    config_names._replace(wanted, print)
     assert [sys.modules[name].wanted for name in ('mm_test_a', 'mm_test_b', 'unrelated_c')] == [
         print,
         other,
@@ -103,10 +99,8 @@ def test_missing_config(tmp_path: Path) -> None:
 
 
 def test_a_mmengine_that_knows_us_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mm_sharp.compat import config_scope
-
     marker = staticmethod(lambda *arguments: ('path', 'mm_sharp'))
     monkeypatch.setattr(Config, '_get_cfg_path', marker)
     monkeypatch.setitem(MODULE2PACKAGE, 'mm_sharp', 'mm_sharp')
-    config_scope.install()
+    assert config_names._patch_scope('mmengine') is None
     assert Config._get_cfg_path() == ('path', 'mm_sharp')

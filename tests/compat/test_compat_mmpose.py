@@ -1,4 +1,4 @@
-"""MMPose on the mended stack: registries, metrics and visualizers."""
+"""MMPose on the patched stack: registries, metrics and visualizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from mmengine.registry import Registry, init_default_scope
 
-from mm_sharp.compat import bfloat16_arrays, matplotlib_canvas
+from mm_sharp.compat import mmpose_arrays
 
 
 @pytest.fixture(scope='module')
@@ -138,11 +138,10 @@ def test_canvas_is_changed_only_where_needed(monkeypatch: pytest.MonkeyPatch, mi
     if not missing:
         Canvas.tostring_rgb = 'original'  # type: ignore[attr-defined]
     backend = SimpleNamespace(FigureCanvasAgg=Canvas)
-    monkeypatch.setattr(matplotlib_canvas, 'importlib', SimpleNamespace(import_module=lambda name: backend))
-    monkeypatch.setattr(matplotlib_canvas, '_active', False)
-    matplotlib_canvas._repair('mmpose.visualization.local_visualizer_3d')
+    monkeypatch.setattr(mmpose_arrays, 'importlib', SimpleNamespace(import_module=lambda name: backend))
+    found = mmpose_arrays._patch_canvas('mmpose.visualization.local_visualizer_3d')
     assert (Canvas.tostring_rgb != 'original') is missing  # type: ignore[attr-defined]
-    assert matplotlib_canvas.describe().active is missing
+    assert (found is not None) is missing
 
 
 def test_arrays_of_bfloat16(mmpose: Any) -> None:
@@ -166,11 +165,10 @@ def test_to_numpy_is_replaced_only_where_it_fails(monkeypatch: pytest.MonkeyPatc
         return (x.float() if works else x).numpy()
 
     module = SimpleNamespace(to_numpy=to_numpy)
-    monkeypatch.setattr(bfloat16_arrays, 'importlib', SimpleNamespace(import_module=lambda name: module))
-    monkeypatch.setattr(bfloat16_arrays, '_active', False)
-    bfloat16_arrays._repair('mmpose.models')
+    monkeypatch.setattr(mmpose_arrays, 'importlib', SimpleNamespace(import_module=lambda name: module))
+    found = mmpose_arrays._patch_to_numpy('mmpose.models')
     assert (module.to_numpy is to_numpy) is works
-    assert bfloat16_arrays.describe().active is not works
+    assert (found is None) is works
     assert module.to_numpy(torch.ones(1, dtype=torch.bfloat16)).tolist() == [1.0]
 
 

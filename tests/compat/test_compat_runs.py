@@ -145,15 +145,6 @@ def test_unknown_object_is_saved_with_one_warning(tmp_path: Path) -> None:
     assert loaded['message_hub']['runtime_info']['plan'] == Fraction(1, 3)
 
 
-def test_unregistered_statistics_are_named(saved: Path) -> None:
-    checkpoint = torch.load(saved / 'epoch_1.pth', weights_only=True)
-    checkpoint['message_hub']['log_scalars']['train/loss']['statistics'].append('spread')
-    runner = make_runner(saved)
-    with record_warnings(runner) as lines:
-        runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-    assert len([line for line in lines if "['spread']" in line and 'import the module' in line]) == 1
-
-
 # MMPose's own tool, which knows of us by custom_imports alone
 
 MODULE = """

@@ -16,11 +16,10 @@ from mmengine.runner import Runner
 from mm_sharp.cli import options as cli
 from mm_sharp.ops.precision import Precision
 from tests.bad_configs import CASES, QUANTIZATION, Bad
-from tests.cli.test_tools import run, tool
-from tests.conftest import ROOT
 from tests.distributed import free_port
 from tests.mmpose_cases import CASES as HEADS
 from tests.reliability import Holds
+from tests.tool_runs import tool
 from tests.toys import toy_config
 
 HELD = 'one line that names the key and shows the right form'
@@ -145,17 +144,6 @@ def test_a_static_graph(method: str, train: Train, holds: Holds, monkeypatch: py
     finally:
         torch.distributed.destroy_process_group()
     holds('Bad configs', 'DDP with static_graph=True', method, HELD, unit='bad configs')
-
-
-def test_as_a_user_sees_it(tmp_path: Path) -> None:
-    """In a process of its own, for a mistake that shows in the first step."""
-    config = toy_config(tmp_path / 'run', custom_imports=dict(imports=['tests.toys', 'mm_sharp']))
-    Config(config).dump(tmp_path / 'toy.py')
-    lines = "_base_ = 'toy.py'", "optim_wrapper = dict(perturb=dict(include='bakbone'))"
-    (tmp_path / 'mine.py').write_text('\n'.join(['import sys', f'sys.path.insert(0, {str(ROOT)!r})', *lines]))
-    done = run('tools/train.py', 'mine.py', cwd=tmp_path, code=2)
-    assert "include pattern 'bakbone'" in done.stderr.splitlines()[-1]
-    assert 'Traceback' not in done.stdout + done.stderr
 
 
 def test_a_bug_keeps_its_traceback(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

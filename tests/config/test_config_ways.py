@@ -24,7 +24,8 @@ from tests.conftest import ROOT
 from tests.tiny_data import draw_coco
 
 FOLDER = ROOT / 'configs'
-METHODS = ('sam', 'esam', 'ausam')
+# By folder, the method's name.
+METHODS = {'sam': 'SAM', 'esam': 'ESAM', 'ausam': 'AUSAM', 'looksam': 'LookSAM'}
 RECIPE = 'mmpose::body_2d_keypoint/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py'
 VITPOSE = 'mmpose::body_2d_keypoint/topdown_heatmap/coco/td-hm_ViTPose-small_8xb64-210e_coco-256x192.py'
 # Class, and what differs from its defaults, by fragment.
@@ -34,6 +35,7 @@ FRAGMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     'esam': ('ESAMOptimWrapper', {}),
     'esam_history': ('ESAMOptimWrapper', {'selection': 'history'}),
     'ausam': ('AUSAMOptimWrapper', {}),
+    'looksam': ('LookSAMOptimWrapper', {}),
 }
 
 
@@ -116,7 +118,7 @@ def test_a_wrong_value_is_named_before_anything_is_built(
         f"_base_ = ['{RECIPE}', 'mm_sharp::_base_/{fragment}.py']",
         f'optim_wrapper = dict(_base_.sharp_optim_wrapper, {changed})',
     )
-    with pytest.raises(UsageError, match=f'optim_wrapper .*{names}'):
+    with pytest.raises(UsageError, match=f'optim_wrapper: .*{names}'):
         check_wrappers(cfg)
 
 
@@ -200,7 +202,7 @@ def test_card_and_metafile_list_every_config(folder: str) -> None:
     models = listed['Models']
     assert sorted(model['Config'] for model in models) == [f'configs/{folder}/{file}' for file in files]
     assert sorted(model['Name'] for model in models) == [file.removesuffix('.py') for file in files]
-    assert {model['In Collection'] for model in models} == {collection['Name']} == {folder.upper()}
+    assert {model['In Collection'] for model in models} == {collection['Name']} == {METHODS[folder]}
     assert (ROOT / collection['README']).is_file()
     assert (ROOT / collection['Code']).is_file()
 
@@ -222,11 +224,11 @@ def test_a_cards_table_gives_the_defaults(folder: str) -> None:
     stated = {}
     for arguments, values in rows:
         stated.update(zip(re.findall(r'`(\w+)`', arguments), values.split(', '), strict=True))
-    expected = defaults(f'{folder.upper()}OptimWrapper')
+    expected = defaults(f'{METHODS[folder]}OptimWrapper')
     assert len(stated) >= 5
     assert {argument: ast.literal_eval(value.strip('`')) for argument, value in stated.items()} == {
         argument: expected[argument] for argument in stated
     }
-    own = inspect.signature(OPTIM_WRAPPERS.get(f'{folder.upper()}OptimWrapper')).parameters
+    own = inspect.signature(OPTIM_WRAPPERS.get(f'{METHODS[folder]}OptimWrapper')).parameters
     elsewhere = re.findall(r'`(\w+)`', card)
     assert set(own) - {'optimizer', 'kwargs', 'accumulative_counts', 'clip_grad'} <= set(elsewhere)

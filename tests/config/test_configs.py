@@ -14,7 +14,7 @@ from mmengine.config import Config
 
 import mm_sharp  # noqa: F401  (registers the wrappers)
 from mm_sharp.config.preflight import check_wrappers
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.conftest import ROOT
 from tests.narrow import narrow
 from tests.recipe_runs import STEPS, Steps, cost, inherited, method, name, two_steps

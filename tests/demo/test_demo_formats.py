@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from scipy.io import loadmat
 
-import mm_sharp  # noqa: F401  (mends the stack before MMPose is imported)
+import mm_sharp  # noqa: F401  (patches the stack before MMPose is imported)
 from mm_sharp.demo import Person, draw_scene, make_dataset
-from mm_sharp.demo.coco_format import coco_annotation
-from mm_sharp.demo.mpii_format import head_box, mat_file, mpii_record
+from mm_sharp.demo.formats import coco_annotation, head_box, mat_file, mpii_record
 from mm_sharp.demo.settings import HEIGHT, WIDTH
 from mm_sharp.demo.skeleton import MPII_JOINTS
 

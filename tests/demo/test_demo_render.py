@@ -10,8 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mm_sharp.demo.backdrop import upsample
-from mm_sharp.demo.camera import Camera
-from mm_sharp.demo.render import EMPTY, Capsule, Layer, Light, Paint, draw_capsule, draw_card
+from mm_sharp.demo.render import EMPTY, Camera, Capsule, Layer, Light, Paint, draw_capsule, draw_card
 
 SIZE = 48
 CAMERA = Camera(0, 0, 0, 4.0, focal=100.0, centre=(24.0, 24.0))

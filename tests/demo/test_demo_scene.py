@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,14 +15,12 @@ from hypothesis import strategies as st
 
 from mm_sharp.demo import SETTINGS, Scene, draw_scene
 from mm_sharp.demo.body import own_parts
-from mm_sharp.demo.camera import Camera
 from mm_sharp.demo.exact import Draws, angle_units
-from mm_sharp.demo.person import Figure, Person, judge
-from mm_sharp.demo.pose import LIMITS
-from mm_sharp.demo.render import Light
-from mm_sharp.demo.scene import MIN_AREA, MIN_SEEN_KEYPOINTS, draw_figure
+from mm_sharp.demo.render import Camera, Light
+from mm_sharp.demo.scene import MIN_AREA, MIN_SEEN_KEYPOINTS, Figure, Person, draw_figure, judge
 from mm_sharp.demo.settings import HEIGHT, WIDTH
-from mm_sharp.demo.skeleton import COCO_KEYPOINTS, Proportions, body_points
+from mm_sharp.demo.skeleton import COCO_KEYPOINTS, DEGREES_OF_FREEDOM, Proportions, body_points
+from tests.conftest import ROOT
 
 #: SHA-256 over pixels and annotations of images 0 to 3 of both splits at seed 0, first 16 digits.
 #: If it differs on some machine, the pictures do: that is an error. If the drawing was changed on
@@ -55,7 +52,7 @@ def test_pictures_do_not_depend_on_simd() -> None:
     run = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', code],
         env=environment,
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
@@ -119,7 +116,7 @@ def test_flags_occur_in_sensible_shares() -> None:
 def stand(azimuth: float, **degrees: float) -> tuple[Figure, Camera]:
     """A person at rest, but for the given angles, alone before the camera."""
     degrees = {'left_shoulder_abduction': 20, 'right_shoulder_abduction': 20, **degrees}
-    pose = {**dict.fromkeys(LIMITS, 0), **{dof: angle_units(a) for dof, a in degrees.items()}}
+    pose = {**dict.fromkeys(DEGREES_OF_FREEDOM, 0), **{dof: angle_units(a) for dof, a in degrees.items()}}
     camera = Camera(angle_units(azimuth), 0, 0, 4.0)
     body = Proportions()
     seen = camera.view(body_points(body, pose))
@@ -202,7 +199,8 @@ def test_bad_arguments_are_named(arguments: tuple[int, str, int], message: str) 
         draw_scene(*arguments)
 
 
-def test_settings_that_show_nobody_end_with_an_error() -> None:
+def test_settings_that_show_nobody_end_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('mm_sharp.demo.scene._ATTEMPTS', 5)
     nobody = replace(SETTINGS, truncation_chance=1.0, truncation=(1.2, 1.3))
     with pytest.raises(RuntimeError, match='nobody in view'):
         draw_scene(0, 'train', 0, nobody)

@@ -13,9 +13,9 @@ from mmengine.config import Config
 from mmengine.runner import FlexibleRunner, Runner
 from torch.utils.data import DataLoader
 
+from mm_sharp.cli.loading import check_checkpoint, last_checkpoint
 from mm_sharp.cli.runners import build_runner
 from mm_sharp.compat.plain_checkpoint import TAG, from_plain
-from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
 from tests.tiny_runs import PLAIN, SAM, Mean, Net, Points
 from tests.toys import make, same_state, toy_config
@@ -127,11 +127,11 @@ def test_a_folder_of_parts_is_complete_with_all_of_them(tmp_path: Path, monkeypa
     torch.save({}, folder / 'rank0.pth')
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(UsageError, match='is cut off'):
-        preflight.check_checkpoint(str(folder), '--resume')
-    assert preflight.last_checkpoint(str(tmp_path)) is None
+        check_checkpoint(str(folder), '--resume')
+    assert last_checkpoint(str(tmp_path)) is None
     torch.save({}, folder / 'rank1.pth')
-    preflight.check_checkpoint(str(folder), '--resume')
-    assert preflight.last_checkpoint(str(tmp_path)) == str(folder)
+    check_checkpoint(str(folder), '--resume')
+    assert last_checkpoint(str(tmp_path)) == str(folder)
 
 
 def test_parts_of_other_processes_are_refused() -> None:

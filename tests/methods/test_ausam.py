@@ -222,19 +222,19 @@ def test_figures_of_a_step_worked_by_hand() -> None:
     reference = ReferenceAUSAM(twin, momentum_sgd(twin), terms(mean_squares, mean_sizes))
     _, differences = reference._passes(batch['inputs'][rows], batch['targets'][rows], None, 8)
     shares = [p / 5 for p in inclusion_probabilities(scores, 5, 0.3, 1.0)]
-    assert wrapper.last_step.figures() == {
+    assert wrapper.last_step.metrics() == {
         'mean_difference': pytest.approx(sum(differences) / 5, rel=1e-5),
         'sampling_entropy': pytest.approx(-sum(p * math.log(p) for p in shares) / math.log(8), rel=1e-6),
         'large_scores': 4 / 8,  # 0.6 and 0.7, above the middle 0.4, and the two never seen
     }
-    assert 0.9 < wrapper.last_step.figures()['sampling_entropy'] < 1
+    assert 0.9 < wrapper.last_step.metrics()['sampling_entropy'] < 1
 
 
 def test_figures_where_nothing_is_known() -> None:
     model = make()
     wrapper = AUSAMOptimWrapper(momentum_sgd(model))
     model.train_step(batches(1)[0], wrapper)
-    figures = wrapper.last_step.figures()
+    figures = wrapper.last_step.metrics()
     assert figures['sampling_entropy'] == pytest.approx(1.0, abs=1e-12)
     assert figures['large_scores'] == 1.0
     assert math.isfinite(figures['mean_difference'])
@@ -246,9 +246,9 @@ def test_figures_stay_those_of_their_step() -> None:
     records = []
     for batch in batches(1) * 3:
         model.train_step(batch, wrapper)
-        records.append((wrapper.last_step, wrapper.last_step.figures()))
+        records.append((wrapper.last_step, wrapper.last_step.metrics()))
     for record, figures in records:
-        assert record.figures() == figures
+        assert record.metrics() == figures
     assert len({tuple(figures.values()) for _, figures in records}) == 3
 
 

@@ -92,7 +92,7 @@ def test_a_first_gradient_that_is_not_finite_is_no_visit(name: str, bad: float) 
     first, second, third = batches(3)
     model.train_step(first, wrapper)
     model.train_step(second, wrapper)
-    assert np.isnan(wrapper.last_step.figures()['mean_difference'])
+    assert np.isnan(wrapper.last_step.metrics()['mean_difference'])
     model.train_step(third, wrapper)
     wrapper.exchange_history()
     assert visits_of(wrapper).keys() == {*range(8), *range(16, 24)}

@@ -164,14 +164,14 @@ def many_steps(losses: tuple[str, ...], steps: int, **options: Any) -> Run:
     generator = torch.Generator().manual_seed(8)
     e = [0.5 * torch.randn(p.shape, generator=generator) for p in model.parameters()]
 
-    def climb(parameters: list[nn.Parameter], gradients: list[Tensor], *_: Any, **__: Any) -> Tensor:
+    def perturb_(parameters: list[nn.Parameter], gradients: list[Tensor], *_: Any, **__: Any) -> Tensor:
         first.append(torch.cat([gradient.flatten() for gradient in gradients]).clone())
         with torch.no_grad():
             torch._foreach_add_(parameters, e)
         return first[-1].norm()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mm_sharp.step.ascent.climb', climb)
+        patch.setattr('mm_sharp.step.ascent.perturb_', perturb_)
         patch.setattr(wrapper, 'visit', lambda *_: None)
         for _ in range(steps):
             model.train_step(batch, wrapper)

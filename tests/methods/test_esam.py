@@ -222,7 +222,7 @@ def test_all_samples_equal(refresh: int | None) -> None:
     wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.1), beta=1.0, **selecting(refresh))
     for _ in range(4):
         model.train_step(line([2.0] * 8), wrapper)
-        assert wrapper.last_step.figures()['sampling_entropy'] == pytest.approx(1.0)
+        assert wrapper.last_step.metrics()['sampling_entropy'] == pytest.approx(1.0)
     assert rows.ids[1] == [0, 1, 2, 3]
     assert all(len(set(ids)) == 4 for ids in rows.ids[1::2])
     # Equal histories are taken at random, equal increases in order.

@@ -119,7 +119,7 @@ def test_a_loss_that_is_nan_after_the_climb_is_not_selected(refresh: int | None)
     assert model.weight.isfinite()
     wrapper.visits.flush()
     assert len(wrapper.history) == (7 if refresh else 0)
-    assert math.isfinite(wrapper.last_step.figures()['mean_difference'])
+    assert math.isfinite(wrapper.last_step.metrics()['mean_difference'])
 
 
 @both
@@ -136,7 +136,7 @@ def test_a_loss_that_is_nan_before_the_climb(refresh: int | None) -> None:
     assert not same_bits(model.head.weight, start.head.weight)
     wrapper.visits.flush()
     assert len(wrapper.history) == 0
-    assert wrapper.last_step.figures() == {}
+    assert wrapper.last_step.metrics() == {}
 
 
 # ------------------------------------------------------------------ weight_mask
@@ -233,7 +233,7 @@ def test_figures_of_the_exact_selection() -> None:
     model = LineNet()
     wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.0), rho=0.05, beta=1.0)
     model.train_step(line(VALUES), wrapper)
-    assert wrapper.last_step.figures() == {
+    assert wrapper.last_step.metrics() == {
         'mean_difference': pytest.approx(0.05 * 13 / 8),
         'sampling_entropy': pytest.approx(entropy([1, 3, 1, 2, 4, 1, 3, 0])),
         'large_scores': 4 / 8,
@@ -248,9 +248,9 @@ def test_figures_of_the_history() -> None:
     wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.0), rho=0.05, beta=1.0, gamma=0.3, selection='history')
     wrapper.dataset_size = 16
     model.train_step(line(VALUES), wrapper)
-    assert wrapper.last_step.figures()['mean_difference'] == pytest.approx(0.05 * 13 / 8)
+    assert wrapper.last_step.metrics()['mean_difference'] == pytest.approx(0.05 * 13 / 8)
     model.train_step(line(VALUES, first_id=3), wrapper)  # 2, 4, 1, 3 and 0 were measured of the first five
-    assert wrapper.last_step.figures() == {
+    assert wrapper.last_step.metrics() == {
         'mean_difference': pytest.approx(0.05 * 10 / 5),
         'sampling_entropy': pytest.approx(entropy([2, 4, 1, 3, 0])),
         'large_scores': 2 / 5,
@@ -258,7 +258,7 @@ def test_figures_of_the_history() -> None:
     assert wrapper.last_step.perturbed_loss.item() != pytest.approx(0.05 * 13 / 8)  # of the selected samples
     assert wrapper.log_scalars() == {'share_seen': 0.5}
     model.train_step(line(VALUES, first_id=100), wrapper)  # none was measured
-    assert wrapper.last_step.figures() == {}
+    assert wrapper.last_step.metrics() == {}
 
 
 @pytest.mark.parametrize('batch', [line(VALUES), line([1.0])], ids=['gamma = 1', 'one sample'])
@@ -267,7 +267,7 @@ def test_without_a_selection_there_are_no_figures(batch: Batch) -> None:
     gamma = 1.0 if len(batch['inputs']) > 1 else 0.5
     wrapper = ESAMOptimWrapper(SGD(model.parameters(), lr=0.0), beta=1.0, gamma=gamma)
     model.train_step(batch, wrapper)
-    assert wrapper.last_step.figures is None
+    assert wrapper.last_step.metrics is None
     assert wrapper.last_step.perturbed_loss.item() == pytest.approx(0.05 * batch['inputs'].mean().item())
 
 

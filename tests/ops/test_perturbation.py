@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mm_sharp.ops.perturbation import TensorBackup, _add_if, _add_where, climb, global_norm, group_by_device_and_dtype
+from mm_sharp.ops.perturbation import (
+    Direction,
+    TensorBackup,
+    _add_if,
+    _add_where,
+    asam_stretches,
+    global_norm,
+    group_by_device_and_dtype,
+    perturb_,
+)
 from tests.references import asam_perturbation, sam_perturbation
 from tests.toys import same_bits
 
@@ -24,23 +34,36 @@ def tensors(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.floa
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
+def perturb(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    rho: float,
+    *,
+    adaptive: bool = False,
+    eta: float = 0.01,
+    **kwargs: Any,
+) -> Tensor:
+    """:func:`perturb_` in SAM's direction, or ASAM's."""
+    return perturb_(weights, gradients, Direction(rho, asam_stretches(weights, eta) if adaptive else None), **kwargs)
+
+
 SHAPES = ((3, 4), (5,), (), (2, 1, 2))
 
 
 @pytest.mark.parametrize('rho', [0.0, 0.05, 2.0])
-def test_sam_climb_equals_the_formula(rho: float) -> None:
+def test_sam_perturbation_equals_the_formula(rho: float) -> None:
     weights, gradients = tensors(0, *SHAPES), tensors(1, *SHAPES)
     expected = [w + e for w, e in zip(weights, sam_perturbation(gradients, rho), strict=True)]
-    norm = climb(weights, [g.clone() for g in gradients], rho)
+    norm = perturb(weights, [g.clone() for g in gradients], rho)
     assert all(torch.equal(w, x) for w, x in zip(weights, expected, strict=True))
     assert norm.item() == pytest.approx(np.linalg.norm(np.concatenate([g.numpy().ravel() for g in gradients])))
 
 
 @pytest.mark.parametrize('eta', [0.0, 0.01])
-def test_asam_climb_equals_the_formula(eta: float) -> None:
+def test_asam_perturbation_equals_the_formula(eta: float) -> None:
     weights, gradients = tensors(0, *SHAPES), tensors(1, *SHAPES)
     expected = [w + e for w, e in zip(weights, asam_perturbation(weights, gradients, 0.5, eta), strict=True)]
-    climb(weights, [g.clone() for g in gradients], 0.5, adaptive=True, eta=eta)
+    perturb(weights, [g.clone() for g in gradients], 0.5, adaptive=True, eta=eta)
     assert all(torch.equal(w, x) for w, x in zip(weights, expected, strict=True))
 
 
@@ -48,7 +71,7 @@ def test_asam_climb_equals_the_formula(eta: float) -> None:
 def test_the_perturbation_has_length_rho(values: list[float], rho: float) -> None:
     gradient = torch.tensor(values, dtype=torch.float64)
     weight = torch.zeros_like(gradient)
-    climb([weight], [gradient.clone()], rho)
+    perturb([weight], [gradient.clone()], rho)
     expected = rho if gradient.norm() > 1e-6 else weight.norm().item()
     assert weight.norm().item() == pytest.approx(expected, rel=1e-5)
 
@@ -56,7 +79,7 @@ def test_the_perturbation_has_length_rho(values: list[float], rho: float) -> Non
 def test_asam_perturbation_has_length_rho_in_its_own_norm() -> None:
     weights, gradients = tensors(0, *SHAPES, dtype=torch.float64), tensors(1, *SHAPES, dtype=torch.float64)
     before = [w.clone() for w in weights]
-    climb(weights, gradients, 0.5, adaptive=True, eta=0.01)
+    perturb(weights, gradients, 0.5, adaptive=True, eta=0.01)
     scaled = [(w - b) / (b.abs() + 0.01) for w, b in zip(weights, before, strict=True)]
     assert global_norm(scaled).item() == pytest.approx(0.5)
 
@@ -64,7 +87,7 @@ def test_asam_perturbation_has_length_rho_in_its_own_norm() -> None:
 def test_a_zero_gradient_gives_no_perturbation() -> None:
     weights = tensors(0, *SHAPES)
     before = [w.clone() for w in weights]
-    assert climb(weights, [torch.zeros_like(w) for w in weights], 0.05).item() == 0.0
+    assert perturb(weights, [torch.zeros_like(w) for w in weights], 0.05).item() == 0.0
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
 
 
@@ -75,7 +98,7 @@ def test_a_gradient_that_is_not_finite_leaves_every_weight(bad: float, adaptive:
     weights[0][0, 0] = -0.0
     gradients[1][2] = bad
     before = [w.clone() for w in weights]
-    norm = climb(weights, gradients, 0.05, adaptive=adaptive)
+    norm = perturb(weights, gradients, 0.05, adaptive=adaptive)
     assert not torch.isfinite(norm)
     assert all(same_bits(w, b) for w, b in zip(weights, before, strict=True))
 
@@ -98,9 +121,9 @@ def test_the_branch_for_other_devices_agrees_with_the_cpus(bad: float | None) ->
 def test_loss_scaling_cancels(loss_scale: float) -> None:
     plain, scaled = tensors(0, *SHAPES), tensors(0, *SHAPES)
     gradients = tensors(1, *SHAPES)
-    norm = climb(plain, [g.clone() for g in gradients], 0.05)
+    norm = perturb(plain, [g.clone() for g in gradients], 0.05)
     inverse = torch.tensor(1 / loss_scale)
-    unscaled = climb(scaled, [g * loss_scale for g in gradients], 0.05, inverse_grad_scale=inverse)
+    unscaled = perturb(scaled, [g * loss_scale for g in gradients], 0.05, inverse_grad_scale=inverse)
     assert unscaled.item() == pytest.approx(norm.item(), rel=1e-6)
     for left, right in zip(plain, scaled, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
@@ -108,8 +131,8 @@ def test_loss_scaling_cancels(loss_scale: float) -> None:
 
 def test_scale_multiplies_the_perturbation() -> None:
     single, double, gradient = torch.zeros(4), torch.zeros(4), torch.arange(4.0)
-    climb([single], [gradient.clone()], 0.05)
-    climb([double], [gradient.clone()], 0.05, scale=2.0)
+    perturb([single], [gradient.clone()], 0.05)
+    perturb([double], [gradient.clone()], 0.1)
     torch.testing.assert_close(double, 2 * single)
 
 
@@ -124,7 +147,7 @@ def test_mixed_dtypes_share_one_norm() -> None:
     assert group_by_device_and_dtype(group) == [[0], [1], [2]]
     assert global_norm(group).item() == pytest.approx(4.0)
     weights = [torch.zeros_like(g) for g in group]
-    climb(weights, group, 1.0)
+    perturb(weights, group, 1.0)
     assert [w.dtype for w in weights] == [g.dtype for g in group]
     assert weights[0][0].item() == pytest.approx(0.25)
     assert weights[2][0].item() == pytest.approx(0.25)
@@ -137,7 +160,7 @@ def test_restoration_is_exact_whatever_the_values(left: list[float], right: list
     before, pointers = [w.clone() for w in weights], [w.data_ptr() for w in weights]
     backup = TensorBackup()
     backup.save(weights)
-    climb(weights, [torch.full_like(w, 0.3) for w in weights], 0.7, adaptive=adaptive)
+    perturb(weights, [torch.full_like(w, 0.3) for w in weights], 0.7, adaptive=adaptive)
     weights[0].fill_(math.nan)
     backup.restore()
     assert all(same_bits(w, b) for w, b in zip(weights, before, strict=True))
@@ -149,7 +172,7 @@ def test_a_thousand_cycles_change_no_bit() -> None:
     backup = TensorBackup()
     for cycle in range(1000):
         backup.save(weights)
-        climb(weights, tensors(cycle, *SHAPES), 0.05)
+        perturb(weights, tensors(cycle, *SHAPES), 0.05)
         backup.restore()
     assert all(same_bits(w, b) for w, b in zip(weights, before, strict=True))
 

@@ -94,7 +94,7 @@ def test_the_samples_are_chosen_in_the_recipe(case: Case, start: nn.Module, monk
         assert sizes == ([3, 3, 2] if changes['type'] == 'ESAMOptimWrapper' else [2, 2])
         assert not same_state(model, start)
         assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
-        assert wrapper.last_step.figures()['mean_difference'] != 0.0
+        assert wrapper.last_step.metrics()['mean_difference'] != 0.0
         assert all(
             old.requires_grad == new.requires_grad
             for old, new in zip(start.parameters(), model.parameters(), strict=True)

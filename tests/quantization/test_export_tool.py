@@ -273,7 +273,10 @@ def test_metrics_judge_only_the_pictures_that_were_looked_at(folder: Path, model
         (['float.py', 'f.pth'], 'is a float model: quantize it by a fragment'),
         (['w4a4.py', 'f.pth'], 'the model has not been calibrated'),
         (['w4a4.py', 'uncalibrated.pth'], 'the model has not been calibrated'),
-        (['w4a4.py', 'model.pth', '--cfg-options', 'quantization.policy.weight_bit_width=8'], 'the checkpoint is of'),
+        (
+            ['w4a4.py', 'model.pth', '--cfg-options', 'sharp_quantization.policy.weight_bit_width=8'],
+            'the checkpoint is of',
+        ),
         (['w4a4.py', 'model.pth', '--cfg-options', 'test_dataloader=None'], 'there is nothing to check the export on'),
     ],
 )

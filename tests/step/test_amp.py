@@ -130,11 +130,13 @@ def test_a_dynamic_scale_under_accumulation_still_perturbs(name: str, accumulati
     norms = []
     for batch in batches(80):
         model.train_step(batch, wrapper)
-        norms.append(wrapper.last_step.grad_norm.item())
+        if wrapper.last_step.grad_norm is not None:  # LookSAM has none in the steps between
+            norms.append(wrapper.last_step.grad_norm.item())
     # At this growth the scale is at its limit for most of the last steps, and over it in some.
     finite = [math.isfinite(norm) for norm in norms]
-    assert not all(finite[:40])
-    assert sum(finite[40:]) >= 20
+    early, late = finite[: len(finite) // 2], finite[len(finite) // 2 :]
+    assert not all(early)
+    assert sum(late) >= len(late) / 2
     if getattr(wrapper, 'uses_history', False):
         wrapper.visits.flush()
         assert len(wrapper.history) > 0
@@ -148,7 +150,8 @@ def test_the_recorded_norm_is_that_of_the_whole_loss_under_accumulation(name: st
         model = make()
         wrapper = build(name, model, dtype=dtype, loss_scale=8.0, accumulative_counts=accumulative_counts)
         model.train_step(batches(1)[0], wrapper)
-        norms.append(wrapper.last_step.grad_norm.item())
+        if wrapper.last_step.grad_norm is not None:  # LookSAM has none in the steps between
+            norms.append(wrapper.last_step.grad_norm.item())
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)
 
 
@@ -159,7 +162,8 @@ def test_the_recorded_norm_is_without_loss_scale(name: str) -> None:
         model = make()
         wrapper = build(name, model, dtype=dtype, loss_scale=loss_scale)
         model.train_step(batches(1)[0], wrapper)
-        norms.append(wrapper.last_step.grad_norm.item())
+        if wrapper.last_step.grad_norm is not None:  # LookSAM has none in the steps between
+            norms.append(wrapper.last_step.grad_norm.item())
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)
 
 

@@ -16,7 +16,7 @@ from torch.optim import SGD
 
 from mm_sharp import SAMOptimWrapper, SharpnessHook
 from mm_sharp.ops.parameters import ParameterSelector, is_norm_layer
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.toys import make
 from tests.wrappers import WRAPPERS, build
 
@@ -59,7 +59,7 @@ def test_a_bad_value_is_refused(name: str, argument: str, value: Any) -> None:
 @given(rho=st.floats(0, 10), eta=st.floats(0, 1), eps=st.floats(1e-16, 1e-3))
 def test_every_value_in_range_is_accepted(name: str, rho: float, eta: float, eps: float) -> None:
     wrapper = build(name, make(), rho=rho, eta=eta, eps=eps)
-    assert (wrapper.rho, wrapper.eta, wrapper.eps) == (rho, eta, eps)
+    assert (wrapper.rho, wrapper.settings.eta, wrapper.settings.eps) == (rho, eta, eps)
 
 
 @pytest.mark.parametrize('perturb', [dict(norm=False, bias=False), 'all', 'auto', dict(include='conv')])

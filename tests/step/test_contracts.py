@@ -39,7 +39,7 @@ def test_weights_are_restored_exactly_before_the_step(name: str) -> None:
     for left, right in zip(model.parameters(), before.parameters(), strict=True):
         assert same_bits(left, right)
     assert [p.data_ptr() for p in model.parameters()] == pointers
-    assert len(watch.seen) >= 10
+    assert len(watch.seen) >= 8, 'LookSAM has a second pass in three of five steps'
     first, second = watch.seen[:2]
     assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True)), 'nothing was perturbed'
 
@@ -215,7 +215,7 @@ def test_the_inner_count_advances_by_one(name: str) -> None:
         assert wrapper.inner_count == count
         stepped = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert stepped == (count % 2 == 0)
-    assert len(watch.seen) >= 10
+    assert len(watch.seen) >= 8, 'LookSAM has a second pass in three of five steps'
 
 
 def test_first_gradients_never_reach_accumulated_ones(name: str) -> None:

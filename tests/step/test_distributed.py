@@ -54,6 +54,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     'esam per rank': ('esam', dict(model=PLAIN)),
     'esam synced': ('esam', dict(model=PLAIN, sync_perturbation=True)),
     'ausam': ('ausam', dict(model=PLAIN)),
+    'looksam': ('looksam', dict(model=PLAIN)),
+    'looksam synced': ('looksam', dict(model=PLAIN, sync_perturbation=True)),
+    'looksam accumulated': ('looksam', dict(model=PLAIN, accumulative_counts=2)),
     'ausam synced': ('ausam', dict(model=PLAIN, sync_perturbation=True)),
     'zeroed buckets': ('sam', dict(model=PLAIN, sync_perturbation=True, zeroed=True, ddp=BUCKETS)),
     'parts per rank': ('sam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel)),
@@ -141,7 +144,7 @@ def train(rank: int, processes: int, name: str, options: dict[str, Any]) -> dict
         'state': arrays(model.module),
         'weights': [parameter.detach().numpy().copy() for parameter in model.parameters()],
         'reduced': counts,
-        'norm': record.grad_norm.item(),
+        'norm': None if record.grad_norm is None else record.grad_norm.item(),
         'seed': getattr(wrapper, 'seed', None),
         'drawn': drawn,
         'hashes': hashes,
@@ -193,6 +196,19 @@ def test_synced_perturbation_equals_one_process_with_the_joint_batch(ranks: list
     assert_close(first['state'], arrays(model))
     assert first['norm'] == second['norm']
     assert first['reduced'] == [2 * PARAMETERS] * STEPS, 'one all-reduce for each pass'
+
+
+def test_looksam_is_the_same_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    """In the steps with a second pass the plain gradient is averaged, too; with a joint one it is one process's."""
+    for case in ('looksam', 'looksam accumulated', 'looksam synced'):
+        first, second = (rank[case] for rank in ranks)
+        assert_identical(first['state'], second['state'])
+    model = make(norm=False)
+    wrapper = build('looksam', model)
+    for batch in batches(STEPS, size=8):
+        model.train_step(batch, wrapper)
+    assert_close(ranks[0]['looksam synced']['state'], arrays(model))
+    assert ranks[0]['looksam synced']['reduced'] == [2 * PARAMETERS, PARAMETERS] * (STEPS // 2)
 
 
 def test_per_rank_perturbation_equals_its_own_reference(ranks: list[dict[str, Any]]) -> None:
@@ -342,7 +358,7 @@ def test_a_static_graph_needs_a_synchronised_first_pass(ranks: list[dict[str, An
 
 
 def test_checkpoints_of_several_processes_hold_no_random_state(ranks: list[dict[str, Any]]) -> None:
-    assert [rank['state keys'] for rank in ranks] == [['base_optimizer', 'version', 'wrapper']] * 2
+    assert [rank['state keys'] for rank in ranks] == [['base_optimizer', 'optimizer_steps', 'version', 'wrapper']] * 2
 
 
 # ------------------------------------------------------------------ values that are not finite

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_sharp.methods.per_sample import PerSampleOptimWrapper
-from mm_sharp.ops.gradients import GradientsAside
+from mm_sharp.ops.gradients import GradientStash
 from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.ops.module_state import ModuleStateBackup
 from mm_sharp.ops.perturbation import TensorBackup
@@ -22,7 +22,7 @@ from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rng import RandomState
 from mm_sharp.samples.history import SampleHistory
 from mm_sharp.step import ascent
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.reliability import Holds
 from tests.toys import Batch, CountingNet, Notes, batches, make
 from tests.wrappers import build
@@ -89,12 +89,12 @@ def in_call(
 
 POINTS: dict[str, Callable[[pytest.MonkeyPatch, Injected, TwoPassOptimWrapper], None]] = {
     'first forward': in_model('first', 'forward'),
-    'taking accumulated gradients off': in_call(GradientsAside, 'take_off', after=True),
+    'taking accumulated gradients off': in_call(GradientStash, 'stash', after=True),
     'first backward': in_model('first', 'backward'),
     'copy of the weights': in_call(TensorBackup, 'save'),
-    'climb, before it': in_call(ascent, 'climb'),
-    'climb, after it': in_call(ascent, 'climb', after=True),
-    'second pass, gradients of earlier micro-batches': in_call(GradientsAside, 'resume', after=True),
+    'perturbation, before it': in_call(ascent, 'perturb_'),
+    'perturbation, after it': in_call(ascent, 'perturb_', after=True),
+    'second pass, gradients of earlier micro-batches': in_call(GradientStash, 'unstash', after=True),
     'replay of the call': in_call(ModelCall, 'replay'),
     'forward that selects': in_model('selecting', 'forward'),
     'second forward': in_model('second', 'forward'),

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f'{kind} asam': (kind, 'asam', {}) for kind in BOTH},
     **{f'{kind} esam': (kind, 'esam', {}) for kind in (*BOTH, 'zero2')},
     **{f'{kind} ausam': (kind, 'ausam', {}) for kind in BOTH},
+    **{f'{kind} looksam': (kind, 'looksam', {}) for kind in BOTH},
     **{f'{kind} accumulated': (kind, 'sam', dict(accumulative_counts=2)) for kind in (*BOTH, 'no names')},
     **{f'{kind} part': (kind, 'sam', dict(perturb=CONV)) for kind in BOTH},
     **{f'{kind} clipped': (kind, 'sam', CLIP) for kind in BOTH},
@@ -91,6 +92,8 @@ RUNS: dict[str, tuple[Any, dict[str, Any], str]] = {
         dict(type='ESAMOptimWrapper', selection='history', refresh=2, dtype='float16'),
         'one whole checkpoint',
     ),
+    'kept parts': ('local', dict(type='LookSAMOptimWrapper', k=2), "a checkpoint of each rank's part"),
+    'kept whole': (WHOLE, dict(type='LookSAMOptimWrapper', k=2), 'one whole checkpoint'),
 }
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     'perturb': ('no names', 'sam', dict(perturb='weights')),
@@ -291,6 +294,16 @@ def test_a_step_that_fails_leaves_no_trace(ranks: Any, kind: str, fault: str, at
     holds('Faults in a step', f'error in the {where} {fault} under {KINDS[kind]}', 'sam', 'the step can be tried again')
 
 
+@pytest.mark.parametrize('kind', BOTH)
+def test_looksam_keeps_the_direction_in_pieces(ranks: Any, kind: str) -> None:
+    model = make(norm=False)
+    wrapper = build('looksam', model)
+    for (batch,) in SINGLY:
+        model.train_step(batch, wrapper)
+    for rank in ranks:
+        assert_weights(rank[f'{kind} looksam'], model)
+
+
 @pytest.mark.parametrize('key', RUNS)
 def test_a_resumed_run_is_one_that_never_stopped(ranks: Any, key: str, holds: Holds) -> None:
     """Under MMEngine's FlexibleRunner and FSDPStrategy; the checkpoints load with weights_only=True."""
@@ -304,8 +317,8 @@ def test_a_resumed_run_is_one_that_never_stopped(ranks: Any, key: str, holds: Ho
         expected = {'mm_sharp', 'param_groups', 'state'} | ({'loss_scaler'} if key == 'whole' else set())
         assert set(result['saved']) == expected
         assert math.isfinite(result['logged'])
-    assert "'visits'" in ranks[0][key]['states'][0]
-    subject = {'parts': 'ausam', 'whole': 'esam-history'}[key]
+    assert ("'visits'" in ranks[0][key]['states'][0]) == (not key.startswith('kept'))
+    subject = {'parts': 'ausam', 'whole': 'esam-history'}.get(key, 'looksam')
     holds(
         'Ranks',
         f'resumed under FSDP, from {RUNS[key][2]}',

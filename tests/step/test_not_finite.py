@@ -17,7 +17,7 @@ from torch.optim import SGD
 from mm_sharp.methods.per_sample import PerSampleOptimWrapper
 from mm_sharp.ops.finite import all_finite, zero_unless
 from mm_sharp.ops.host_copy import HostCopy
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.corrupted import finite, logged, spoil
 from tests.mmpose_cases import CASES, QUIET, set_epoch
 from tests.mmpose_cases import build as build_recipe

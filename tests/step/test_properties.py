@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from mm_sharp.errors import UserError
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.reliability import Holds
 from tests.toys import NaNSecond, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import WRAPPERS

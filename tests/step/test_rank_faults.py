@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_sharp.cli import launcher_watch
+from mm_sharp.cli import process
 from tests.cli.test_tools import configure
 from tests.processes import Run
 from tests.reliability import Holds
@@ -79,7 +79,7 @@ def test_a_process_whose_launcher_is_gone_ends(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr('os.getppid', lambda: next(parents))
     monkeypatch.setattr('time.sleep', lambda seconds: None)
     monkeypatch.setattr('os.kill', lambda *args: sent.append(args))
-    launcher_watch._watch(17)
+    process._watch(17)
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 

@@ -12,7 +12,8 @@ import torch
 from mmengine.optim import OptimWrapper
 
 from mm_sharp.errors import UserError
-from mm_sharp.ops.module_state import ModuleStateBackup, submodules
+from mm_sharp.ops.module_state import ModuleStateBackup, StatePlan
+from mm_sharp.ops.module_tree import ModuleTree, submodules
 from mm_sharp.ops.rng import RandomState
 from tests.checkpoints import through_disk
 from tests.reliability import Holds
@@ -20,6 +21,12 @@ from tests.toys import CountingNet, batches, make, same_state
 from tests.wrappers import WRAPPERS, build, momentum_sgd
 
 everywhere = pytest.mark.parametrize('name', WRAPPERS)
+
+
+def planned(model: torch.nn.Module) -> tuple[StatePlan, list[torch.nn.Module]]:
+    """Where a model has state, and its BatchNorms."""
+    plan = StatePlan(ModuleTree(model))
+    return plan, plan.norms
 
 
 @pytest.fixture
@@ -201,7 +208,7 @@ def test_module_state_comes_back_with_its_storage() -> None:
     model, before = make(CountingNet), make(CountingNet)
     pointer = model.average.data_ptr()
     backup = ModuleStateBackup()
-    backup.save(model)
+    backup.save(*planned(model))
     (batch,) = batches(1)
     model(**batch)
     assert not same_state(model, before)
@@ -221,7 +228,7 @@ def test_module_state_with_shared_memory_and_empty_buffers() -> None:
     module.register_buffer('none', None)
     module.register_buffer('empty', torch.zeros(0))
     backup = ModuleStateBackup()
-    backup.save(module)
+    backup.save(*planned(module))
     module.shared = torch.ones(4, 3)
     backup.restore()
     assert module.shared.sum() == 0
@@ -246,7 +253,7 @@ def test_attributes_come_back_whatever_they_are_called() -> None:
     for _ in range(2):  # the second time from memory
         first, second, third, fourth, fifth = model
         nan = fifth.d
-        backup.save(model)
+        backup.save(*planned(model))
         first.a, first.b, second.c, fourth.a, fourth.b, fifth.d, fifth.e = 7, 8, False, 9, 10, 0.0, 'y'
         del second.b
         third.new, third.list = 11, other
@@ -265,7 +272,7 @@ def test_attributes_come_back_whatever_they_are_called() -> None:
         # As many attributes under other names, and a number where there was none.
         del first.a
         first.z = 12
-        backup.save(model)
+        backup.save(*planned(model))
         first.z = 13
         backup.restore()
         assert first.z == 12

@@ -1,4 +1,4 @@
-# What the study's keypoint recipes share: drawn people at 64x48, no augmentation, everything remembered in memory.
+# What the study's keypoint recipes share: drawn people at 64x48, no augmentation, all samples cached in memory.
 _base_ = ['mmpose::_base_/default_runtime.py']
 
 custom_imports = dict(imports=['mm_sharp', 'mm_sharp.analysis.study.cached'])

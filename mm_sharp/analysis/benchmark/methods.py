@@ -31,8 +31,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from numpy.typing import NDArray
 
 from mm_sharp.analysis.benchmark.autocast import AutocastOptimWrapper
-from mm_sharp.config.preflight import check_wrappers
-from mm_sharp.config.wrapper_checks import wrapper_class, wrapper_configs
+from mm_sharp.config.preflight import check_wrappers, wrapper_class, wrapper_configs
 from mm_sharp.errors import UsageError
 from mm_sharp.samples.selection import sample_count
 

@@ -102,7 +102,7 @@ class Floor(Candidate):
 
     def _run(self, one: Pass, batch: Any) -> dict[str, Any]:
         switch = FrozenParams()
-        switch.off(self._left_out(one.gradients))
+        switch.freeze(self._left_out(one.gradients))
         try:
             with self.autocast(), nullcontext() if one.gradients is not None else torch.no_grad():
                 data = self.model.data_preprocessor(batch, True)
@@ -113,7 +113,7 @@ class Floor(Candidate):
                 self.optim_wrapper.optimizer.zero_grad()
                 loss.backward()
         finally:
-            switch.on()
+            switch.unfreeze()
         return dict(log)
 
     def _left_out(self, share: float | None) -> list[nn.Parameter]:

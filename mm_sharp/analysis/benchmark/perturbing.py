@@ -14,7 +14,7 @@ from torch import Tensor
 from mm_sharp.analysis.benchmark.compare import Quartiles, columns, quartiles
 from mm_sharp.analysis.benchmark.steps import seconds_of
 from mm_sharp.errors import UsageError
-from mm_sharp.ops.perturbation import TensorBackup, climb
+from mm_sharp.ops.perturbation import Direction, TensorBackup, perturb_
 
 # Whole tensors that are read and written, in the order in which the operators run.
 _COPY = 1 + 1
@@ -71,7 +71,7 @@ def measure_climb(parameters: int, rounds: int, device: torch.device) -> ClimbCo
 
     def save_and_climb() -> None:
         backup.save(weights)
-        climb(weights, gradients, rho=0.05)
+        perturb_(weights, gradients, Direction(0.05))
 
     # The gradients are scratch memory after a climb: the copy also makes new ones.
     calls: dict[str, Callable[[], object]] = {

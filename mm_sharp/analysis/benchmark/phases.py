@@ -24,9 +24,9 @@ import torch
 from mm_sharp.analysis.benchmark.compare import columns
 from mm_sharp.analysis.benchmark.methods import StepLimit
 from mm_sharp.analysis.benchmark.steps import Candidate, collection_between_rounds, seconds_of
-from mm_sharp.step.timing import ASIDES, PHASES, StepTimer
+from mm_sharp.step.timing import EXCLUDED, PHASES, StepTimer
 
-NAMES = (*PHASES, *ASIDES)
+NAMES = (*PHASES, *EXCLUDED)
 Phases = dict[str, float]
 
 

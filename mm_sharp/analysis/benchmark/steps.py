@@ -21,7 +21,7 @@ from mm_sharp.errors import UsageError
 from mm_sharp.per_sample_loss import PerSampleLossError
 from mm_sharp.samples.keys import SampleIdError
 from mm_sharp.step.timing import StepTimer
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 
 @dataclass(frozen=True)

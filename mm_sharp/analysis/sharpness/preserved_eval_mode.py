@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from mm_sharp.analysis.sharpness.second_derivatives import differentiable_twice
-from mm_sharp.ops.module_state import ModuleStateBackup
+from mm_sharp.ops.module_state import ModuleStateBackup, StatePlan
+from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.perturbation import TensorBackup
 
 
@@ -22,9 +23,9 @@ def preserved_eval_mode(model: nn.Module) -> Iterator[None]:
     """
     training = {module: module.training for module in model.modules()}
     checkpointed: list[Any] = [module for module in model.modules() if getattr(module, 'with_cp', False)]
-    weights, state = TensorBackup(), ModuleStateBackup()
+    weights, state, plan = TensorBackup(), ModuleStateBackup(), StatePlan(ModuleTree(model))
     weights.save(list(model.parameters()))
-    state.save(model)
+    state.save(plan, plan.norms)
     model.eval()
     for module in checkpointed:
         module.with_cp = False

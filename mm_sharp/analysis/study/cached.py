@@ -1,4 +1,4 @@
-"""A data set of MMPose whose pre-processed samples are kept in memory (ours)."""
+"""A data set of MMPose that keeps its pre-processed samples in memory."""
 
 from __future__ import annotations
 
@@ -8,37 +8,27 @@ from mmengine.structures import BaseDataElement
 from mmpose.datasets import CocoDataset
 from mmpose.registry import DATASETS
 
-# Of each data set, by its arguments: the outcomes by index.
-_REMEMBERED: dict[str, dict[int, dict[str, Any]]] = {}
+# The samples by index, of each data set by its arguments.
+_CACHE: dict[str, dict[int, dict[str, Any]]] = {}
 
 
 @DATASETS.register_module()
 class CachedCocoDataset(CocoDataset):  # type: ignore[misc]
-    """``CocoDataset`` that runs its pipeline once for each sample, and gives the outcome again from then on.
+    """``CocoDataset`` that runs its pipeline once for each sample.
 
-    A study trains a small model hundreds of times on the same few thousand pictures: decoding and cropping them again
-    would take as long as the steps. So the outcomes stay as long as the process, for every data set with the same
-    arguments. Only for pipelines without random augmentation, and in the main process (``num_workers=0``), since each
-    worker would remember for itself.
-
-    Example:
-        In a config::
-
-            custom_imports = dict(imports=['mm_sharp', 'mm_sharp.analysis.study.cached'])
-            train_dataloader = dict(
-                num_workers=0, persistent_workers=False, dataset=dict(type='CachedCocoDataset', ...))
+    A study trains a small model hundreds of times on the same few thousand pictures: to decode and crop them each time
+    would take as long as the steps. Samples are kept as long as the process, for all data sets with the same arguments.
+    Only for pipelines without random augmentation, and with ``num_workers=0``: each worker would keep its own.
+    ``configs/study/_base_/keypoints.py`` shows how it is used.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._remembered = _REMEMBERED.setdefault(repr((args, sorted(kwargs.items()))), {})
+        self._cached = _CACHE.setdefault(repr((args, sorted(kwargs.items()))), {})
         super().__init__(*args, **kwargs)
 
     def prepare_data(self, idx: int) -> Any:
-        """The pipeline's outcome for sample ``idx``: the picture is shared between calls, what holds it is not."""
-        if idx not in self._remembered:
-            self._remembered[idx] = super().prepare_data(idx)
-        # A data sample's new() has a list of fields of its own, which predictions are added to; copy.copy() has not.
-        return {
-            name: value.new() if isinstance(value, BaseDataElement) else value
-            for name, value in self._remembered[idx].items()
-        }
+        """The pipeline's result for sample ``idx``: calls share the picture, but not the data sample."""
+        if idx not in self._cached:
+            self._cached[idx] = super().prepare_data(idx)
+        # A data sample's new() has a list of fields of its own, to which predictions are added; copy.copy() has not.
+        return {k: v.new() if isinstance(v, BaseDataElement) else v for k, v in self._cached[idx].items()}

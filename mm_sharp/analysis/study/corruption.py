@@ -1,8 +1,8 @@
-"""Keypoint annotations of which a share is wrong, as hasty annotators make them (ours).
+"""Keypoint annotations of which a share is wrong, as hasty annotators make them.
 
 Half of the corrupted people have every labelled keypoint moved by a normal error, the others have left and right
-exchanged. Pictures, boxes and all other people stay as they are. What is corrupted depends on the file and the seed
-alone, so it is the same for every method, and in every epoch.
+exchanged. Pictures, boxes and all other people stay as they are. The file and the seed alone decide what is corrupted,
+so it is the same for every method, in every epoch.
 """
 
 from __future__ import annotations
@@ -10,69 +10,46 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mm_sharp.errors import UsageError
 
-# Of a keypoint's error, in square roots of the box's area: a tenth of a person is about as wide as a head.
+# A keypoint's error, in square roots of the box's area: a tenth of a person is about as wide as a head.
 JITTER = 0.1
 
 
-def corrupt_file(source: Path, target: Path, share: float, seed: int = 0) -> list[int]:
-    """Write a COCO keypoint file with a share of its people corrupted.
-
-    Args:
-        source: The annotations.
-        target: The file to write; its folder is made.
-        share: Of the people with labelled keypoints, in [0, 1]; their number is exact.
-        seed: Of the draws.
-
-    Returns:
-        The ids of the corrupted annotations.
+def corrupt_file(source: Path, target: Path, share: float, seed: int = 0) -> None:
+    """Write a COCO keypoint file with a share of the people corrupted, of those with labelled keypoints.
 
     Raises:
-        UsageError: ``source`` has no annotated keypoints.
+        UsageError: ``source`` has no annotated keypoints, or does not name them.
     """
     content = json.loads(source.read_text())
     people = [entry for entry in content.get('annotations', []) if any(entry.get('keypoints', [])[2::3])]
     if not people:
-        raise UsageError(f"'{source}' has no annotated keypoints to spoil")
+        raise UsageError(f"'{source}' has no annotated keypoints to corrupt")
+    names = content['categories'][0].get('keypoints')
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(people))[: round(share * len(people))]
+    if len(chosen) and not names:
+        raise UsageError('the annotations do not name their keypoints, so left and right are not known')
     for number, row in enumerate(chosen):
-        spoil = jittered if number % 2 else swapped
-        people[row]['keypoints'] = spoil(people[row], content['categories'][0], generator)
+        person = people[row]
+        points = np.asarray(person['keypoints'], np.float64).reshape(-1, 3)
+        if number % 2:
+            scale = JITTER * math.sqrt(person['bbox'][2] * person['bbox'][3])
+            errors = generator.normal(scale=scale, size=(len(points), 2))
+            points[:, :2] += np.where(points[:, 2:] > 0, errors, 0.0)
+            person['keypoints'] = [round(float(value), 2) for value in points.ravel()]
+        else:
+            person['keypoints'] = points[_mirror(names)].ravel().tolist()
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(content))
-    return [int(people[row]['id']) for row in chosen]
 
 
-def jittered(person: dict[str, Any], category: dict[str, Any], generator: np.random.Generator) -> list[float]:
-    """A person's keypoints, the labelled ones moved by a normal error of :data:`JITTER`; flat (x, y, v)."""
-    points = np.asarray(person['keypoints'], np.float64).reshape(-1, 3)
-    errors = generator.normal(scale=JITTER * math.sqrt(person['bbox'][2] * person['bbox'][3]), size=(len(points), 2))
-    points[:, :2] += np.where(points[:, 2:] > 0, errors, 0.0)
-    return [round(float(value), 2) for value in points.ravel()]
-
-
-def swapped(person: dict[str, Any], category: dict[str, Any], generator: np.random.Generator) -> list[float]:
-    """A person's keypoints, those named ``left_…`` exchanged with those named ``right_…``; flat (x, y, v).
-
-    Raises:
-        UsageError: The category does not name the keypoints.
-    """
-    names = category.get('keypoints')
-    if not names:
-        raise UsageError('the annotations do not name their keypoints, so left and right are not known')
-    other = [names.index(_mirrored(name)) if _mirrored(name) in names else i for i, name in enumerate(names)]
-    points = np.asarray(person['keypoints'], np.float64).reshape(-1, 3)[other]
-    return [float(value) for value in points.ravel()]
-
-
-def _mirrored(name: str) -> str:
-    for side, opposite in (('left_', 'right_'), ('right_', 'left_')):
-        if name.startswith(side):
-            return opposite + name.removeprefix(side)
-    return name
+def _mirror(names: list[str]) -> list[int]:
+    """For each keypoint, the place of the one on the other side; its own if there is none."""
+    sides = {'left': 'right', 'right': 'left'}
+    others = ['_'.join([sides.get(side, side), *rest]) for side, *rest in (name.split('_') for name in names)]
+    return [names.index(other) if other in names else place for place, other in enumerate(others)]

@@ -1,12 +1,8 @@
-"""Classification of small real pictures, of which a whole training takes seconds on one core (ours).
+"""Classification of small real pictures, which takes seconds on one core; see ``configs/study/digits_cnn.py``.
 
 The pictures are scikit-learn's digits: 1,797 handwritten ones, 8x8 pixels, of 10 classes (the test part of the UCI
-"Optical Recognition of Handwritten Digits" set). They come with the package, so nothing is downloaded. For a training
-config, see ``configs/study/digits_cnn.py``; the config imports this module, which registers the data set, the model
-and the metric.
-
-Three splits, the same in every run: 800 pictures to train on, 297 to choose settings such as ``rho`` by, and 700 to
-report on.
+"Optical Recognition of Handwritten Digits" set), so nothing is downloaded. Three splits are the same in every run: 800
+pictures to train on, 297 to choose settings such as ``rho`` by, and 700 to report on.
 """
 
 from __future__ import annotations
@@ -25,8 +21,6 @@ from torch.utils.data import Dataset
 
 from mm_sharp.errors import UserError, check_choice, check_number, check_positive_int
 
-IntArray = npt.NDArray[np.int64]
-
 CLASSES = 10
 SPLITS = {'train': (0, 800), 'select': (800, 1097), 'report': (1097, 1797)}
 _FORM = "dataset = dict(type='{owner}', {name}={example}, ...)"
@@ -36,21 +30,13 @@ _FORM = "dataset = dict(type='{owner}', {name}={example}, ...)"
 class DigitsDataset(Dataset[dict[str, Any]]):
     """Handwritten digits. A sample is a dict of ``inputs`` (1, 8, 8), in [-1, 1], ``targets`` and ``sample_idx``.
 
-    ``sample_idx``, a picture's place in scikit-learn's order, is what the sample history keeps its score under.
+    ``sample_idx``, a picture's place in scikit-learn's order, is its key in the sample history.
 
     Args:
         split: ``'train'``, ``'select'`` or ``'report'``. Each has the classes in nearly equal shares.
-        flipped: Share of the training labels, in [0, 1], that are replaced by another class, drawn uniformly; the
-            number of them is exact.
-        size: Number of training samples; all 800 by default. Fewer are the first of a fixed order in which any number
-            has nearly equal shares of the classes.
+        flipped: Share of the training labels, in [0, 1], that are replaced by another class; it is met exactly.
+        size: Number of training samples, 800 by default. Any number has the classes in nearly equal shares.
         seed: Of the flipped labels.
-
-    Attributes:
-        inputs: The pictures, (N, 1, 8, 8), float32.
-        targets: The labels to train on, (N,), int64.
-        true_targets: The labels before flipping, (N,), int64.
-        ids: ``sample_idx`` of each, (N,), int64.
 
     Raises:
         ValueError: An argument is out of range, or labels outside of the training split are to be flipped.
@@ -75,15 +61,15 @@ class DigitsDataset(Dataset[dict[str, Any]]):
         pictures, labels = _load_digits()
         rows = _balanced_order(labels)[start:end][:size]
         self.ids = torch.from_numpy(rows)
-        self.inputs = torch.from_numpy(pictures[rows, None] / 8 - 1).float()
-        self.true_targets = torch.from_numpy(labels[rows])
+        self.inputs = torch.from_numpy(pictures[rows, None] / 8 - 1).float()  # (N, 1, 8, 8)
+        self.true_targets = torch.from_numpy(labels[rows])  # before some are flipped
         self.targets = torch.from_numpy(flip_labels(labels[rows], flipped, seed))
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def get_data_info(self, index: int) -> dict[str, int]:
-        """What is known of a sample before it is loaded."""
+        """A sample's key, before it is loaded."""
         return {'sample_idx': int(self.ids[index])}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -92,14 +78,7 @@ class DigitsDataset(Dataset[dict[str, Any]]):
 
 @MODELS.register_module()
 class DigitsNet(BaseModel):  # type: ignore[misc]
-    """A small convolutional classifier with BatchNorm.
-
-    Args:
-        width: Channels of the first layer; the later ones have twice as many.
-
-    Raises:
-        ValueError: ``width`` is no integer of at least 1.
-    """
+    """A small convolutional classifier with BatchNorm: ``width`` channels in the first layer, twice as many later."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -112,18 +91,7 @@ class DigitsNet(BaseModel):  # type: ignore[misc]
         self.loss = nn.CrossEntropyLoss()
 
     def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'tensor') -> Any:
-        """Logits, the loss, or each sample's log-probabilities.
-
-        Args:
-            inputs: Pictures, (N, 1, 8, 8).
-            targets: Labels, (N,).
-            sample_idx: Not used here; the optimizer wrappers know the samples by it.
-            mode: ``'tensor'``, ``'loss'`` or ``'predict'``.
-
-        Returns:
-            Logits (N, 10); or ``{'loss_cls': scalar}``; or a list of N dicts of ``log_probabilities`` (10,) and
-            ``target``.
-        """
+        """Logits (N, 10) of pictures (N, 1, 8, 8), or by ``mode`` the loss, or a dict for each sample."""
         logits = self.head(self.backbone(inputs))
         if mode == 'loss':
             return {'loss_cls': self.loss(logits, targets)}
@@ -140,28 +108,19 @@ class DigitsAccuracy(BaseMetric):  # type: ignore[misc]
     default_prefix = 'digits'
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
-        """Note whether each sample is right, and its negative log-likelihood."""
+        """Record whether each sample is right, and its negative log-likelihood."""
         for sample in data_samples:
             row, target = sample['log_probabilities'], int(sample['target'])
             self.results.append((int(row.argmax()) == target, -float(row[target])))
 
     def compute_metrics(self, results: list[tuple[bool, float]]) -> dict[str, float]:
-        """Both figures over the whole split."""
+        """Both metrics over the whole split."""
         right, losses = zip(*results, strict=True)
         return {'accuracy': 100 * float(np.mean(right)), 'nll': float(np.mean(losses))}
 
 
-def flip_labels(labels: IntArray, share: float, seed: int) -> IntArray:
-    """Labels of which ``round(share * N)`` are another class than before, each of the others equally likely.
-
-    Args:
-        labels: (N,), from 0 to 9.
-        share: In [0, 1].
-        seed: Of the draw.
-
-    Returns:
-        A new array, (N,).
-    """
+def flip_labels(labels: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDArray[np.int64]:
+    """A copy of labels (N,), of which ``round(share * N)`` are another class, each of the others equally likely."""
     generator = np.random.default_rng(seed)
     rows = generator.permutation(len(labels))[: round(share * len(labels))]
     flipped = labels.copy()
@@ -169,7 +128,7 @@ def flip_labels(labels: IntArray, share: float, seed: int) -> IntArray:
     return flipped
 
 
-def _load_digits() -> tuple[npt.NDArray[np.float64], IntArray]:
+def _load_digits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Pictures (1797, 8, 8), from 0 to 16, and labels (1797,)."""
     try:
         from sklearn.datasets import load_digits  # only here: the package does not require it
@@ -179,8 +138,8 @@ def _load_digits() -> tuple[npt.NDArray[np.float64], IntArray]:
     return digits.images, digits.target.astype(np.int64)
 
 
-def _balanced_order(labels: IntArray) -> IntArray:
-    """A fixed random order of which every stretch has nearly equal shares of the classes, (N,)."""
+def _balanced_order(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """A fixed random order (N,), in which every stretch has the classes in nearly equal shares."""
     generator = np.random.default_rng(0)
     places = np.empty(len(labels))
     for digit in range(CLASSES):

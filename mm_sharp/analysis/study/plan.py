@@ -1,15 +1,10 @@
-"""Which runs a study consists of (ours).
-
-A run is a setting, a method, a rho, a number of epochs and a seed. A run that two budgets have in common is made once:
-at ``sampling_ratio=0.5``, AUSAM's equal compute is its equal epochs.
-"""
+"""The runs of a study, and their configs."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,81 +14,81 @@ from mmengine.config import Config
 from mm_sharp.analysis.benchmark import step_limit
 from mm_sharp.analysis.study.spec import BASE, Setting, Study
 from mm_sharp.config import fragments, preflight
-from mm_sharp.config.wrapper_checks import wrapper_class
+from mm_sharp.config.preflight import wrapper_class
 from mm_sharp.errors import UsageError
-from mm_sharp.step.two_pass import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
-# What a config must have; the validation is what rho is chosen by, the test what is reported.
+# What a config must have: rho is chosen on the validation data, the results are of the test data.
 _NEEDED = ('train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator', 'test_dataloader', 'test_evaluator')
+
+# Names that have changed, as configs had them before: rows that were written then are known again.
+_FORMER_NAMES = {
+    'mm_sharp.analysis.study.cached': 'mm_sharp.study.remembered',
+    'mm_sharp.analysis.study.digits': 'mm_sharp.study.digits',
+    'CachedCocoDataset': 'RememberedCocoDataset',
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training."""
 
-    Args:
-        phase: ``'select'``: to choose rho, evaluated on the validation data. ``'report'``: evaluated on the test data.
-        setting: Name of the setting.
-        method: Name of the method.
-        rho: None for the base optimizer, and where the method's own is used.
-        epochs: Of the training.
-        seed: Of initial weights, order of the samples and draws.
-    """
-
-    phase: str
+    phase: str  # 'select' to choose rho, on the validation data; 'report' on the test data
     setting: str
     method: str
-    rho: float | None
+    rho: float | None  # None for the base optimizer, and where the method's own is used
     epochs: int
-    seed: int
+    seed: int  # of initial weights, order of the samples and draws
 
     @property
-    def recipe(self) -> str:
-        """What it has in common with the runs of other seeds, in its setting and phase."""
+    def name(self) -> str:
+        """Its name in the setting and phase."""
         rho = '' if self.rho is None else f'_rho{self.rho:g}'
-        return f'{self.method}{rho}_{self.epochs}e'
+        return f'{self.method}{rho}_{self.epochs}e_seed{self.seed}'
 
     @property
     def id(self) -> str:
-        """A name, which is a relative path, too."""
-        return f'{self.phase}/{self.setting}/{self.recipe}_seed{self.seed}'
+        """Its name in the study, which is also a relative path."""
+        return f'{self.phase}/{self.setting}/{self.name}'
 
 
 class Plan:
-    """The runs of a study, and their configs.
-
-    Args:
-        study: What is compared.
-        folder: Where its results go.
+    """The runs of a study, and their configs, whose results go to a folder.
 
     Raises:
         UsageError: A config cannot be read, or a method's arguments do not fit.
     """
 
     def __init__(self, study: Study, folder: Path) -> None:
-        self.study = study
-        self.folder = folder
+        self.study, self.folder = study, folder
         self._configs = {name: _read(setting) for name, setting in study.settings.items()}
-        self._costs: dict[tuple[str, str], float] = {}
+        # Theoretical cost of a step in steps of the base optimizer, by setting and method.
+        self.cost: dict[tuple[str, str], float] = {}
         self._has_rho: dict[str, bool] = {}
         for setting in study.settings.values():
             if setting.corrupt:
                 self.annotations(setting)
             for method in study.methods:
-                self._learn(setting, method)
+                self._check_method(setting, method)
 
-    def cost(self, setting: str, method: str) -> float:
-        """What a step costs by arithmetic, in steps of the base optimizer."""
-        return self._costs[setting, method]
+    def waves(self) -> list[list[list[str]]]:
+        """Names of settings by pool, whose settings share the choice of rho.
+
+        First come the pools that start from random weights, then those that start from the weights of others.
+        """
+        waves: tuple[dict[str, list[str]], ...] = ({}, {})
+        for name, setting in self.study.settings.items():
+            waves[bool(setting.load_from)].setdefault(setting.pool or name, []).append(name)
+        return [list(pools.values()) for pools in waves if pools]
 
     def has_rho(self, method: str) -> bool:
         """Whether rho is to be chosen for a method."""
         return self.study.selection is not None and self._has_rho[method]
 
     def epochs(self, setting: str, method: str, budget: str) -> int:
-        """How many epochs a method gets: at equal compute the base optimizer's over the method's cost, rounded."""
+        """Epochs of a method: at equal compute the base optimizer's over the method's cost, rounded."""
         most = self.study.settings[setting].epochs
-        return most if budget == 'epochs' else max(1, round(most / self.cost(setting, method)))
+        return most if budget == 'epochs' else max(1, round(most / self.cost[setting, method]))
 
     def selection_runs(self, setting: str) -> list[Run]:
         """The runs that choose rho in a setting."""
@@ -110,7 +105,7 @@ class Plan:
         ]
 
     def report_runs(self, setting: str, chosen: dict[str, float | None]) -> list[Run]:
-        """The runs that are reported in a setting, with the rho chosen for each method."""
+        """The runs that are reported in a setting, given the rho of each method; two budgets may share runs."""
         runs = [
             Run('report', setting, method, chosen[method], self.epochs(setting, method, budget), seed)
             for seed in self.study.seeds
@@ -120,7 +115,7 @@ class Plan:
         return list(dict.fromkeys(runs))
 
     def config(self, run: Run) -> Config:
-        """The whole config of a run; its files lie in the study's folder."""
+        """The whole config of a run."""
         setting = self.study.settings[run.setting]
         cfg = copy.deepcopy(self._configs[run.setting])
         _set_epochs(cfg, run.epochs)
@@ -139,14 +134,17 @@ class Plan:
         return cfg
 
     def fingerprint(self, run: Run) -> str:
-        """What tells a run's config from another's; where the results go does not count."""
+        """A hash of a run's config, which does not depend on the folder of the results."""
         anywhere = copy.copy(self)
         anywhere.folder = Path('/study')
         content = {k: v for k, v in anywhere.config(run).to_dict().items() if k not in ('work_dir', 'experiment_name')}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:12]
+        text = json.dumps(content, sort_keys=True, default=repr)
+        for now, before in _FORMER_NAMES.items():
+            text = text.replace(now, before)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def weights(self, run: Run) -> Path:
-        """Where the weights of a run are kept, if they are."""
+        """The file with a run's weights, if they are kept."""
         return self.folder / 'weights' / f'{run.id}.pth'
 
     def keeps_weights(self, run: Run) -> bool:
@@ -155,15 +153,11 @@ class Plan:
         return needed or (run.phase == 'report' and run.method in self.study.keep and run.seed == self.study.seeds[0])
 
     def corrupted(self, setting: Setting) -> Path:
-        """The file with the setting's corrupted annotations."""
+        """The file with a setting's corrupted annotations."""
         return self.folder / 'annotations' / f'{Path(self.annotations(setting)).stem}_{setting.corrupt:g}.json'
 
     def annotations(self, setting: Setting) -> Path:
-        """The file with the setting's annotations as they are.
-
-        Raises:
-            UsageError: The config's training data has no annotation file to spoil.
-        """
+        """The file with a setting's annotations before they are corrupted."""
         dataset = self._configs[setting.name].train_dataloader.dataset
         if not dataset.get('ann_file'):
             raise UsageError(f'settings.{setting.name}.corrupt: its training data set has no ann_file to be corrupted')
@@ -173,8 +167,8 @@ class Plan:
         own = {} if rho is None else {'rho': rho}
         return {**cfg.optim_wrapper, **self.study.methods[method], **own}
 
-    def _learn(self, setting: Setting, method: str) -> None:
-        """Check a method in a setting, and note what it costs and whether it has a rho."""
+    def _check_method(self, setting: Setting, method: str) -> None:
+        """Check a method in a setting, and note its cost and whether it has a rho."""
         cfg = copy.deepcopy(self._configs[setting.name])
         cfg.optim_wrapper = self._wrapper(cfg, method, None)
         try:
@@ -184,23 +178,7 @@ class Plan:
         kind = wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper)
         self._has_rho[method] = issubclass(kind, TwoPassOptimWrapper) and 'rho' not in self.study.methods[method]
         settings = {'type': kind.__name__, **cfg.optim_wrapper}
-        self._costs[setting.name, method] = step_limit(cfg, settings, cfg.train_dataloader.batch_size).cycle
-
-
-def order_by_need(settings: Iterable[Setting]) -> list[list[Setting]]:
-    """The settings that start from random weights, and then those that start from the weights of others."""
-    both: tuple[list[Setting], list[Setting]] = ([], [])
-    for setting in settings:
-        both[bool(setting.load_from)].append(setting)
-    return [wave for wave in both if wave]
-
-
-def pools(wave: Iterable[Setting]) -> list[list[str]]:
-    """The names of the settings that share a choice of rho, for each choice."""
-    found: dict[str, list[str]] = {}
-    for setting in wave:
-        found.setdefault(setting.pool or setting.name, []).append(setting.name)
-    return list(found.values())
+        self.cost[setting.name, method] = step_limit(cfg, settings, cfg.train_dataloader.batch_size).cycle
 
 
 def _read(setting: Setting) -> Config:
@@ -208,7 +186,7 @@ def _read(setting: Setting) -> Config:
     try:
         cfg = Config.fromfile(setting.config, format_python_code=False)
         fragments.apply_fragments(cfg)
-    except Exception as error:  # a config is code of the user's: whatever it raises is theirs to put right
+    except Exception as error:  # a config is the user's code, which may raise anything
         raise UsageError(f'{where}.config: {type(error).__name__}: {" ".join(str(error).split())}') from error
     try:
         cfg.merge_from_dict(dict(setting.options))
@@ -218,17 +196,14 @@ def _read(setting: Setting) -> Config:
         if not cfg.get(key):
             raise UsageError(f'{where}.config: {setting.config} has no {key}')
     if not cfg.train_cfg.get('max_epochs'):
-        raise UsageError(
-            f'{where}.config: {setting.config} does not train by epochs, as studies do: write '
-            f'train_cfg = dict(by_epoch=True, max_epochs={setting.epochs})'
-        )
-    for split in ('train', 'val', 'test'):
-        preflight.check_data(cfg, split)
+        form = f'train_cfg = dict(by_epoch=True, max_epochs={setting.epochs})'
+        raise UsageError(f'{where}.config: {setting.config} does not train by epochs, as studies do: write {form}')
+    preflight.check_data(cfg, 'train', 'val', 'test')
     return cfg
 
 
 def _set_epochs(cfg: Config, epochs: int) -> None:
-    """Train for so many epochs, and stretch the schedules that ended with the config's own."""
+    """Set the number of epochs, and stretch the schedules that ended with the training."""
     before = cfg.train_cfg.max_epochs
     cfg.train_cfg.max_epochs = epochs
     schedulers = cfg.get('param_scheduler') or []

@@ -1,157 +1,121 @@
-"""Makes the runs of a study that are missing, several at a time (ours)."""
+"""Makes the runs of a study that are missing, several at a time."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-
-from tqdm import tqdm
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mm_sharp.analysis.study.corruption import corrupt_file
-from mm_sharp.analysis.study.execute import execute, prepare_process
-from mm_sharp.analysis.study.metric_check import check_metric
-from mm_sharp.analysis.study.plan import Plan, Run, order_by_need, pools
-from mm_sharp.analysis.study.progress import Board, Note, note_down, watch
-from mm_sharp.analysis.study.results import choose_rho
-from mm_sharp.analysis.study.rows import Rows
-from mm_sharp.analysis.study.spec import Setting
+from mm_sharp.analysis.study.plan import Plan, Run
+from mm_sharp.analysis.study.progress import watch
+from mm_sharp.analysis.study.results import Rows, choose_rho
+from mm_sharp.analysis.study.worker import make_run, prepare_process
 from mm_sharp.errors import UsageError
 
 
-@dataclass(frozen=True)
-class Workers:
-    """The processes that make the runs.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within, no other process makes runs in ``folder``: two would write over each other's rows.
 
-    Args:
-        jobs: How many; each makes one run at a time.
-        threads: Of torch in each.
-        niceness: Added to theirs.
+    The operating system releases the lock when the process ends; the file ``.lock`` says who has it. Where there are no
+    locks (Windows, some network drives), a line says so.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / '.lock').open('a+') as stream:
+        try:
+            import fcntl  # only here: Windows has none
 
-    jobs: int = 1
-    threads: int = 1
-    niceness: int = 0
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            raise UsageError(
+                f"{stream.read() or 'another process'} makes runs in '{folder}': wait for it or stop it, give another "
+                '--out-dir, or see with --table what is there'
+            ) from error
+        except (ImportError, OSError) as error:
+            sys.stderr.write(f"'{folder}' cannot be locked ({error}): start no second study in it\n")
+        stream.truncate(0)
+        stream.write(f'process {os.getpid()} on {socket.gethostname()}')
+        stream.flush()
+        yield
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of the study whose progress is shown.
-
-    Args:
-        title: Of it.
-        total: Its runs, with those that have been made before.
-        board: Says how far those under way are.
-    """
-
-    title: str
-    total: int
-    board: Board
-
-
-def run_missing(plan: Plan, rows: Rows, workers: Workers, *, redo: bool = False) -> dict[str, dict[str, float | None]]:
-    """Make all runs that are missing: those that choose rho first, then those that are reported.
-
-    Args:
-        plan: The study.
-        rows: The runs made so far; new ones are added.
-        workers: That make them.
-        redo: Make runs whose config has changed again.
-
-    Returns:
-        The rho of each method (None for the base optimizer) by setting.
+def run_missing(
+    plan: Plan, rows: Rows, *, jobs: int = 1, threads: int = 1, niceness: int = 0, redo: bool = False
+) -> None:
+    """Make all runs that are missing, in some processes: those that choose rho first, then those that are reported.
 
     Raises:
-        UsageError: A run failed, or was made with another config before, or the study's metric is none of the figures.
+        UsageError: A run failed, or was made with another config before, or the evaluators do not give the metric.
     """
-    chosen: dict[str, dict[str, float | None]] = {}
     for setting in plan.study.settings.values():
         if setting.corrupt and not plan.corrupted(setting).is_file():
             corrupt_file(plan.annotations(setting), plan.corrupted(setting), setting.corrupt)
-    board = Board(workers.jobs)
-    with _pool(workers, board) as pool:
-        check_metric(plan, rows, pool)
-        for wave in order_by_need(plan.study.settings.values()):
-            runs = [run for setting in wave for run in plan.selection_runs(setting.name)]
-            _make(plan, rows, _missing(plan, rows, runs, redo), pool, Part('choosing rho', len(runs), board))
-            chosen |= chosen_in(plan, rows, wave)
-            runs = [run for setting in wave for run in plan.report_runs(setting.name, chosen[setting.name])]
-            _make(plan, rows, _missing(plan, rows, runs, redo), pool, Part('runs to report', len(runs), board))
-    return chosen
+    with _pool(jobs, threads, niceness) as pool:
+        for wave in plan.waves():
+            runs = [run for names in wave for name in names for run in plan.selection_runs(name)]
+            _make('choosing rho', runs, plan, rows, pool, redo)
+            runs = []
+            for names in wave:
+                chosen = choose_rho(plan, rows, names)
+                runs += [run for name in names for run in plan.report_runs(name, chosen)]
+            _make('runs to report', runs, plan, rows, pool, redo)
 
 
-def chosen_in(plan: Plan, rows: Rows, wave: Sequence[Setting]) -> dict[str, dict[str, float | None]]:
-    """The rho of each method by setting, of settings whose selection runs have been made."""
-    chosen: dict[str, dict[str, float | None]] = {}
-    for names in pools(wave):
-        chosen |= dict.fromkeys(names, choose_rho(plan, rows, names))
-    return chosen
+def _make(title: str, runs: Sequence[Run], plan: Plan, rows: Rows, pool: Executor, redo: bool) -> None:
+    """Make those of some runs that are missing."""
+    missing = _missing(runs, plan, rows, redo)
+    errors: list[tuple[Run, BaseException]] = []
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        notes = {run: Path(folder, f'{number}.json') for number, run in enumerate(missing)}
+        futures = {pool.submit(make_run, plan, run, note): run for run, note in notes.items()}
+        for future in watch(title, {future: (run.id, notes[run]) for future, run in futures.items()}, len(runs)):
+            run = futures[future]
+            if (error := future.exception()) is None:
+                rows.add(run, missing[run], future.result())
+                rows.value(run, plan.study.metric.name)  # what is missing now will be missing after all other runs
+                continue
+            errors.append((run, error))
+            if len(errors) == 1 and len(missing) > 1:
+                sys.stderr.write(f'{run.id} failed: {_one_line(error)}; the others go on\n')
+    if errors:
+        run, error = errors[0]
+        raise UsageError(
+            f'{len(errors)} of {len(missing)} runs failed; {run.id}: {_one_line(error)} (--debug shows where). The '
+            f'others are in {rows.file}; the same command goes on'
+        ) from error
 
 
-def make_run(plan: Plan, run: Run, number: int = 1) -> dict[str, float]:
-    """One run, in a worker process; returns its figures.
-
-    Args:
-        plan: The study.
-        run: What is trained.
-        number: That its progress is noted under.
-    """
-    try:
-        return execute(plan.config(run), plan.weights(run) if plan.keeps_weights(run) else None, number)
-    finally:
-        note_down(Note())
-
-
-def _missing(plan: Plan, rows: Rows, runs: Sequence[Run], redo: bool) -> dict[Run, str]:
-    """Those of some runs that are to be made, and the fingerprints of their configs."""
+def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Run, str]:
+    """Those of some runs that are to be made, with the fingerprints of their configs."""
     configs = {run: plan.fingerprint(run) for run in runs}
-    old = [run.id for run, config in configs.items() if rows.outdated(run, config)]
+    old = [run.id for run, config in configs.items() if rows.config(run) not in (None, config)]
     if old and not redo:
         raise UsageError(
             f'{len(old)} runs in {rows.file} were made with other configs, {old[0]} among them: make them again with '
             '--redo, or give another --out-dir'
         )
-    return {run: config for run, config in configs.items() if not _is_there(plan, rows, run, config)}
+    lost = {run for run in runs if plan.keeps_weights(run) and not plan.weights(run).is_file()}
+    return {run: config for run, config in configs.items() if run in lost or rows.config(run) != config}
 
 
-def _make(plan: Plan, rows: Rows, missing: dict[Run, str], pool: ProcessPoolExecutor, part: Part) -> None:
-    """Make the missing runs."""
-    futures = {pool.submit(make_run, plan, run, number): run for number, run in enumerate(missing, 1)}
-    names = {future: run.id for future, run in futures.items()}
-    errors: list[tuple[Run, BaseException, str]] = []
-    for future in watch(part.title, names, total=part.total, board=part.board):
-        run = futures[future]
-        error = future.exception()
-        if error is None:
-            rows.add(run, missing[run], future.result())
-            rows.value(run, plan.study.metric.name)  # what is missing now will be missing after all other runs
-            continue
-        errors.append((run, error, f'{type(error).__name__}: {" ".join(str(error).split())}'))
-        if len(errors) == 1 and len(missing) > 1:
-            tqdm.write(f'{run.id} failed: {errors[0][2]}; the others go on', sys.stderr)
-    if errors:
-        run, error, reason = errors[0]
-        raise UsageError(
-            f'{len(errors)} of {len(missing)} runs failed; {run.id}: {reason} (--debug shows where). The others are in '
-            f'{rows.file}; the same command goes on'
-        ) from error
-
-
-def _is_there(plan: Plan, rows: Rows, run: Run, config: str) -> bool:
-    return rows.has(run, config) and (not plan.keeps_weights(run) or plan.weights(run).is_file())
+def _one_line(error: BaseException) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 
 @contextmanager
-def _pool(workers: Workers, board: Board | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes, which do not outlive the context whatever ends it."""
-    # A fork would copy the threads' locks of torch, without the threads.
+def _pool(jobs: int = 1, threads: int = 1, niceness: int = 0) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes, which do not outlive the context."""
+    # A fork would copy the locks of torch's threads without the threads.
     context = multiprocessing.get_context('spawn')
-    pool = ProcessPoolExecutor(
-        workers.jobs, context, initializer=prepare_process, initargs=(workers.threads, workers.niceness, board)
-    )
+    pool = ProcessPoolExecutor(jobs, context, initializer=prepare_process, initargs=(threads, niceness))
     try:
         yield pool
     except BaseException:

@@ -1,33 +1,16 @@
-"""What a study compares, read from its YAML file (ours).
-
-::
-
-    name: digits
-    metric: {name: digits/accuracy, better: higher}
-    seeds: [0, 1, 2, 3, 4]                      # of the runs that are reported
-    selection: {seeds: [100], rho: [0.02, 0.05, 0.1]}   # rho is chosen by other runs, on the validation data
-    budgets: [epochs, compute]
-    control: uniform
-    methods:
-      base: {}                                  # the config's own optim_wrapper
-      sam: {type: SAMOptimWrapper}              # merged into it
-      uniform: {type: AUSAMOptimWrapper, sampling_ratio: 0.5, s_min: 1.0, s_max: 1.0}
-    settings:
-      clean: {config: configs/study/digits_cnn.py, epochs: 30}
-      flipped: {config: configs/study/digits_cnn.py, epochs: 30, options: {train_dataloader.dataset.flipped: 0.2}}
-"""
+"""What a study compares, read from its YAML file; ``configs/study/README.md`` shows one."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mm_sharp.config.wrapper_checks import did_you_mean
-from mm_sharp.errors import UsageError
+from mm_sharp.errors import UsageError, did_you_mean, is_number
 
 BASE = 'base'
 BUDGETS = ('epochs', 'compute')
@@ -39,91 +22,55 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Metric:
-    """The figure that methods are compared by.
+    """The metric that methods are compared by."""
 
-    Args:
-        name: Its key among the evaluators' results.
-        better: ``'higher'`` or ``'lower'``.
-        scale: It is multiplied by this in tables: 100 for percent.
-    """
-
-    name: str
-    better: str = 'higher'
-    scale: float = 1.0
+    name: str  # its key among the evaluators' results
+    better: str = 'higher'  # or 'lower'
+    scale: float = 1.0  # tables show the metric times this: 100 for percent
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How rho is chosen: by the mean of the metric on the validation data, over runs that are not reported.
+    """How rho is chosen: by the mean of the metric on the validation data, over runs that are not reported."""
 
-    Args:
-        seeds: Of these runs.
-        rho: What is tried, for each method that has a rho.
-    """
-
-    seeds: list[int]
-    rho: list[float]
+    seeds: list[int]  # of these runs
+    rho: list[float]  # what is tried, for each method that has a rho
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, its data and its schedule.
-
-    Args:
-        name: Of the setting.
-        config: File of its training config.
-        epochs: Of the base optimizer, and of every method at equal epochs.
-        options: Changes of the config by dotted keys, as ``--cfg-options`` takes them.
-        pool: Settings of one pool share the choice of rho, by their mean; by default each has its own.
-        selects: Whether it takes part in its pool's choice; one that does not trains its base optimizer alone in it.
-        corrupt: Share of the training people whose annotated keypoints are corrupted
-        (:mod:`mm_sharp.analysis.study.corruption`).
-        load_from: Another setting, whose base optimizer's weights of the same seed these runs start from.
-    """
+    """A model, its data and its schedule."""
 
     name: str
-    config: str
-    epochs: int
-    options: Mapping[str, Any] = field(default_factory=dict)
-    pool: str = ''
-    selects: bool = True
-    corrupt: float = 0.0
-    load_from: str = ''
+    config: str  # file of its training config
+    epochs: int  # of the base optimizer, and of every method at equal epochs
+    options: Mapping[str, Any] = field(default_factory=dict)  # changes of the config, as --cfg-options takes them
+    pool: str = ''  # settings of one pool share the choice of rho, by their mean; by default each has its own
+    selects: bool = True  # takes part in its pool's choice; otherwise its base optimizer alone is trained for it
+    corrupt: float = 0.0  # share of the training people whose keypoints are corrupted, see corruption.py
+    load_from: str = ''  # another setting: runs start from its base optimizer's weights of the same seed
 
 
 @dataclass(frozen=True)
 class Study:
-    """All of it.
+    """All entries of the file."""
 
-    Args:
-        name: Names the folder of the results, ``work_dirs/study/<name>``.
-        metric: What is compared.
-        methods: Changes of the config's ``optim_wrapper`` by method; ``base`` is among them and changes nothing.
-        settings: By name.
-        seeds: Of the runs that are reported.
-        selection: How rho is chosen; None if the methods have it.
-        budgets: ``'epochs'``, as many for all methods; ``'compute'``, as many as the base optimizer's time allows.
-        control: The method that samplers are compared with besides the base optimizer; empty for none.
-        keep: Methods whose weights are kept, of the first of ``seeds``.
-    """
-
-    name: str
+    name: str  # of the folder of the results, work_dirs/study/<name>
     metric: Metric
-    methods: dict[str, dict[str, Any]]
+    methods: dict[str, dict[str, Any]]  # changes of the config's optim_wrapper; 'base' is among them, without any
     settings: dict[str, Setting]
-    seeds: list[int]
-    selection: Selection | None = None
-    budgets: list[str] = field(default_factory=lambda: ['epochs'])
-    control: str = ''
-    keep: list[str] = field(default_factory=list)
+    seeds: list[int]  # of the runs that are reported
+    selection: Selection | None = None  # None: the methods have their rho
+    budgets: list[str] = field(default_factory=lambda: ['epochs'])  # 'compute': as many epochs as base's time allows
+    control: str = ''  # a method that the others are also compared with
+    keep: list[str] = field(default_factory=list)  # methods whose weights are kept, of the first of the seeds
 
 
 def read_study(file: Path) -> Study:
     """Read and check a study.
 
     Raises:
-        UsageError: The file is missing, is no YAML, or something in it is missing or out of range; the message names
-            the entry and shows a right one.
+        UsageError: The file is missing or no YAML, or an entry is wrong; the message names it and shows a right one.
     """
     if not file.is_file():
         raise UsageError(f"no study file '{file}' in {Path.cwd()}")
@@ -135,34 +82,29 @@ def read_study(file: Path) -> Study:
     given['metric'] = Metric(**_entries(Metric, 'metric', given['metric']))
     if given.get('selection') is not None:
         given['selection'] = Selection(**_entries(Selection, 'selection', given['selection']))
-    for key in ('methods', 'settings'):
+    for key, form in _FORMS.items():
         _require(isinstance(given[key], dict) and bool(given[key]), key, given[key], 'a mapping by name')
         for name, own in given[key].items():
-            _require(own is None or isinstance(own, dict), f'{key}.{name}', own, _FORMS[key])
-    given['methods'] = {str(name): dict(own or {}) for name, own in given['methods'].items()}
-    given['settings'] = {
-        str(name): Setting(**_entries(Setting, f'settings.{name}', {'name': str(name), **(own or {})}))
-        for name, own in given['settings'].items()
-    }
+            _require(own is None or isinstance(own, dict), f'{key}.{name}', own, form)
+        given[key] = {str(name): dict(own or {}) for name, own in given[key].items()}
+    for name, own in given['settings'].items():
+        given['settings'][name] = Setting(**_entries(Setting, f'settings.{name}', {'name': name, **own}))
     study = Study(**given)
     _check(study)
+    for name, setting in study.settings.items():
+        _check_setting(study, f'settings.{name}', setting)
     return study
 
 
 def only(study: Study, names: Collection[str]) -> Study:
-    """The study with some of its settings, those that these start from, and all of their pools, by which rho is chosen.
-
-    Raises:
-        UsageError: One of the names is no setting.
-    """
+    """The study with some of its settings, those that these start from, and all of their pools."""
     _check_names('--settings', names, study.settings)
-    kept: set[str] = set()
-    wanted = set(names)
-    while kept != wanted:
-        kept = set(wanted)
-        wanted |= {study.settings[name].load_from for name in kept} - {''}
-        pools = {study.settings[name].pool for name in wanted} - {''}
-        wanted |= {name for name, setting in study.settings.items() if setting.pool in pools}
+    kept, more = set(names), set(names)
+    while more:
+        pools = {study.settings[name].pool for name in kept} - {''}
+        needed = {name for name, setting in study.settings.items() if setting.pool in pools}
+        more = (needed | {study.settings[name].load_from for name in kept}) - {''} - kept
+        kept |= more
     return replace(study, settings={name: setting for name, setting in study.settings.items() if name in kept})
 
 
@@ -175,48 +117,47 @@ def _entries(kind: Any, where: str, content: Any) -> dict[str, Any]:
         if name not in known:
             raise UsageError(f'{where} has no entry {str(name)!r}; {did_you_mean(str(name), known)}')
     for name, entry in known.items():
-        if name not in content and entry.default is MISSING and entry.default_factory is MISSING:
+        if name not in content and entry.default is entry.default_factory is MISSING:
             raise UsageError(f'{where} needs an entry {name!r}; it has {", ".join(map(str, content)) or "none"}')
     return dict(content)
 
 
 def _check(study: Study) -> None:
-    _require(study.metric.better in ('higher', 'lower'), 'metric.better', study.metric.better, "'higher' or 'lower'")
-    _require(_is_number(study.metric.scale), 'metric.scale', study.metric.scale, 'a number above 0, as 100')
+    metric, budgets = study.metric, study.budgets
+    _require(metric.better in ('higher', 'lower'), 'metric.better', metric.better, "'higher' or 'lower'")
+    _require(
+        is_number(metric.scale) and 0 < metric.scale < inf, 'metric.scale', metric.scale, 'a number above 0, as 100'
+    )
     _require(study.methods.get(BASE) == {}, 'methods.base', study.methods.get(BASE), "{}: the config's own optimizer")
     _check_seeds('seeds', study.seeds)
-    _require(
-        bool(study.budgets) and set(study.budgets) <= set(BUDGETS), 'budgets', study.budgets, '[epochs, compute] or one'
-    )
+    _require(bool(budgets) and set(budgets) <= set(BUDGETS), 'budgets', budgets, '[epochs, compute] or one')
     _check_names('control', [study.control] if study.control else [], study.methods)
     _check_names('keep', study.keep, study.methods)
     if study.selection is not None:
-        _check_seeds('selection.seeds', study.selection.seeds)
-        both = set(study.selection.seeds) & set(study.seeds)
-        _require(not both, 'selection.seeds', study.selection.seeds, f'other than seeds, which has {sorted(both)}, too')
-        rho = study.selection.rho
-        good = isinstance(rho, list) and bool(rho) and all(map(_is_number, rho))
+        seeds, rho = study.selection.seeds, study.selection.rho
+        _check_seeds('selection.seeds', seeds)
+        both = sorted(set(seeds) & set(study.seeds))
+        _require(not both, 'selection.seeds', seeds, f'other than seeds, which has {both}, too')
+        good = isinstance(rho, list) and bool(rho) and all(is_number(r) and 0 < r < inf for r in rho)
         _require(good, 'selection.rho', rho, 'a list of numbers above 0, as [0.02, 0.05]')
-    for name, setting in study.settings.items():
-        where = f'settings.{name}'
-        _require('/' not in name, where, name, 'a name without /')
-        _require(Path(setting.config).is_file(), f'{where}.config', setting.config, f'a file in {Path.cwd()}')
-        good = isinstance(setting.epochs, int) and not isinstance(setting.epochs, bool) and setting.epochs >= 1
-        _require(good, f'{where}.epochs', setting.epochs, 'an integer of at least 1')
-        _require(isinstance(setting.options, dict), f'{where}.options', setting.options, 'a mapping of dotted keys')
-        _require(isinstance(setting.selects, bool), f'{where}.selects', setting.selects, 'true or false')
-        pool = setting.pool or name
-        selecting = any((s.pool or n) == pool and s.selects for n, s in study.settings.items())
-        _require(selecting, f'{where}.selects', setting.selects, 'true for at least one setting of a pool')
-        share = setting.corrupt
-        good = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= 1
-        _require(good, f'{where}.corrupt', share, 'a share in [0, 1], as 0.2')
-        if setting.load_from:
-            _check_names(f'{where}.load_from', [setting.load_from], study.settings)
-            _require(
-                not study.settings[setting.load_from].load_from, f'{where}.load_from', setting.load_from,
-                'a setting that starts from random weights itself',
-            )  # fmt: skip
+
+
+def _check_setting(study: Study, where: str, setting: Setting) -> None:
+    _require('/' not in setting.name, where, setting.name, 'a name without /')
+    _require(Path(setting.config).is_file(), f'{where}.config', setting.config, f'a file in {Path.cwd()}')
+    good = type(setting.epochs) is int and setting.epochs >= 1
+    _require(good, f'{where}.epochs', setting.epochs, 'an integer of at least 1')
+    _require(isinstance(setting.options, dict), f'{where}.options', setting.options, 'a mapping of dotted keys')
+    _require(isinstance(setting.selects, bool), f'{where}.selects', setting.selects, 'true or false')
+    pool = setting.pool or setting.name
+    good = any(other.selects for other in study.settings.values() if (other.pool or other.name) == pool)
+    _require(good, f'{where}.selects', setting.selects, 'true for at least one setting of a pool')
+    good = is_number(setting.corrupt) and 0 <= setting.corrupt <= 1
+    _require(good, f'{where}.corrupt', setting.corrupt, 'a share in [0, 1], as 0.2')
+    if setting.load_from:
+        _check_names(f'{where}.load_from', [setting.load_from], study.settings)
+        good = not study.settings[setting.load_from].load_from
+        _require(good, f'{where}.load_from', setting.load_from, 'a setting that starts from random weights itself')
 
 
 def _check_seeds(where: str, seeds: Any) -> None:
@@ -227,10 +168,6 @@ def _check_seeds(where: str, seeds: Any) -> None:
 def _check_names(where: str, names: Collection[str], known: Collection[str]) -> None:
     for name in names:
         _require(name in known, where, name, f'one of {", ".join(known)}')
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float('inf')
 
 
 def _require(good: bool, where: str, value: object, allowed: str) -> None:

@@ -122,10 +122,9 @@ def test_workers_of_a_study_end_with_it(tmp_path: Path) -> None:
     script = tmp_path / 'study.py'
     script.write_text(
         'import os, time\n'
-        'from mm_sharp.analysis.study import Workers\n'
         'from mm_sharp.analysis.study.run_missing import _pool\n'
         'if __name__ == "__main__":\n'
-        '    with _pool(Workers()) as pool:\n'
+        '    with _pool() as pool:\n'
         '        print(pool.submit(os.getpid).result(), flush=True)\n'
         '        time.sleep(600)\n'
     )

@@ -1,0 +1,120 @@
+"""People as COCO keypoint annotations, and as MMPose's ``MpiiDataset`` reads MPII.
+
+**COCO**: coordinates count from 0 at the centre of the top left pixel. The box is the body's outline inside the image,
+with what others cover, so that it holds the hidden keypoints too; the area counts the pixels that show the person.
+
+**MPII** is a list of records, and head boxes in a MATLAB file. Its conventions, as MMPose's reader undoes them:
+
+- coordinates count from 1, so a point (u, v) of ours is written as (u + 1, v + 1);
+- ``scale`` is the person's size over 200 pixels: here the longer side of the box;
+- ``center`` is 15 * scale pixels above the middle of the box: the reader moves it down by that much;
+- a joint outside of the image is (-1, -1) with ``joints_vis`` 0; hidden joints inside count as annotated, 1;
+- the head box's diagonal times 0.6 is the unit of PCKh.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.io import savemat
+
+from mm_sharp.demo.scene import Person, is_inside
+from mm_sharp.demo.settings import HEIGHT, WIDTH
+from mm_sharp.demo.skeleton import COCO_KEYPOINTS, MPII_JOINTS
+
+#: Pairs of keypoints that are joined by a line.
+_LINKS = (
+    ('left_ankle', 'left_knee'), ('left_knee', 'left_hip'), ('right_ankle', 'right_knee'),
+    ('right_knee', 'right_hip'), ('left_hip', 'right_hip'), ('left_shoulder', 'left_hip'),
+    ('right_shoulder', 'right_hip'), ('left_shoulder', 'right_shoulder'), ('left_shoulder', 'left_elbow'),
+    ('right_shoulder', 'right_elbow'), ('left_elbow', 'left_wrist'), ('right_elbow', 'right_wrist'),
+    ('left_eye', 'right_eye'), ('nose', 'left_eye'), ('nose', 'right_eye'), ('left_eye', 'left_ear'),
+    ('right_eye', 'right_ear'), ('left_ear', 'left_shoulder'), ('right_ear', 'right_shoulder'),
+)  # fmt: skip
+SKELETON = [[COCO_KEYPOINTS.index(a) + 1, COCO_KEYPOINTS.index(b) + 1] for a, b in _LINKS]
+
+_HEAD = ('head_top', 'upper_neck', 'left_ear', 'right_ear', 'nose')
+#: MATLAB's header begins with 116 bytes of free text; scipy writes the time of day there.
+_MAT_TEXT = b'MATLAB 5.0 MAT-file, mm_sharp demo people'.ljust(116)
+
+HeadBox = tuple[float, float, float, float]
+
+
+def coco_image(image_id: int) -> dict[str, Any]:
+    """The entry of an image; its file is named after its id."""
+    return {'id': image_id, 'file_name': f'{image_id:06d}.png', 'width': WIDTH, 'height': HEIGHT}
+
+
+def coco_annotation(person: Person, image_id: int, number: int) -> dict[str, Any]:
+    """The annotation of person ``number`` (from 0) in an image.
+
+    Ids follow from the image alone and are never 0, which COCO's evaluation takes for "no match".
+    """
+    return {
+        'id': image_id * 10 + number,
+        'image_id': image_id,
+        'category_id': 1,
+        'iscrowd': 0,
+        'bbox': list(person.box),
+        'area': person.area,
+        'num_keypoints': sum(flag > 0 for _, _, flag in person.keypoints),
+        'keypoints': [value for keypoint in person.keypoints for value in keypoint],
+    }
+
+
+def coco_file(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of ``person_keypoints_*.json``."""
+    names = {'id': 1, 'name': 'person', 'supercategory': 'person'}
+    return {
+        'info': {'description': 'mm_sharp demo people', 'version': '1.0'},
+        'licenses': [],
+        'images': images,
+        'annotations': annotations,
+        'categories': [{**names, 'keypoints': list(COCO_KEYPOINTS), 'skeleton': SKELETON}],
+    }
+
+
+def mpii_record(person: Person, file_name: str) -> dict[str, Any]:
+    """The record of one person."""
+    left, top, width, height = person.box
+    scale = max(width, height) / 200.0
+    # MMPose takes left + width as the right edge of a box; so does this middle.
+    centre = [left + width / 2 + 1, top + height / 2 + 1 - 15.0 * scale]
+    points = [person.points[name] for name in MPII_JOINTS]
+    return {
+        'image': file_name,
+        'center': [round(value, 4) for value in centre],
+        'scale': scale,
+        'joints': [[round(u + 1, 2), round(v + 1, 2)] if is_inside(u, v) else [-1.0, -1.0] for u, v in points],
+        'joints_vis': [int(is_inside(u, v)) for u, v in points],
+    }
+
+
+def head_box(person: Person) -> HeadBox:
+    """Left, top, right, bottom of the head, pixels counted from 1, also outside of the image."""
+    across, down = zip(*(person.points[name] for name in _HEAD), strict=True)
+    left, top, right, bottom = (round(end(axis) + 1, 2) for end in (min, max) for axis in (across, down))
+    return (left, top, right, bottom)
+
+
+def mat_file(records: list[dict[str, Any]], heads: list[HeadBox]) -> bytes:
+    """The ground truth of n people, in the order of ``records``, as MATLAB data, the same bytes at any time.
+
+    It has ``headboxes_src`` (2, 2, n): corner, then x and y; ``pos_gt_src`` (16, 2, n), ``jnt_missing`` (16, n) and the
+    joints' names.
+    """
+    corners: npt.NDArray[np.float64] = np.array(heads, np.float64).reshape(-1, 2, 2)
+    joints = np.array([record['joints'] for record in records], np.float64)
+    missing = 1.0 - np.array([record['joints_vis'] for record in records], np.float64)
+    content = {
+        'headboxes_src': np.transpose(corners, (1, 2, 0)),
+        'pos_gt_src': np.transpose(joints, (1, 2, 0)),
+        'jnt_missing': missing.T,
+        'dataset_joints': np.array(MPII_JOINTS, dtype=object),
+    }
+    buffer = io.BytesIO()
+    savemat(buffer, content)
+    return _MAT_TEXT + buffer.getvalue()[len(_MAT_TEXT) :]
