@@ -13,10 +13,9 @@ import argparse
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from tqdm import tqdm
-
-from mm_sharp.analysis import sharpness
 
 # Importing the package mends the stack; MMPose is first imported after it, when a model is built.
+from mm_sharp.analysis.prepare import prepared
+from mm_sharp.analysis.sharpness.figure import draw
+from mm_sharp.analysis.sharpness.loading import SPLITS, Samples, dataset_config, load_model, load_samples
+from mm_sharp.analysis.sharpness.measure import Settings, measure
+from mm_sharp.analysis.sharpness.table import Entry, table, write_csv, write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
@@ -39,7 +40,7 @@ _OWN_CONFIG = re.compile(r'(.+\.(?:py|json|ya?ml)):(.+)')
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    defaults = sharpness.Settings()
+    defaults = Settings()
     parser = cli.OneLineParser(description='Measure how sharp the minima are at which checkpoints lie')
     add = parser.add_argument
     add('config', help='config file of a training run')
@@ -50,7 +51,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help='checkpoint file, or CONFIG.py:FILE with a config of its own',
     )
     add('--names', nargs='+', help='what tables and figures call them (default: from folders and files)')
-    add('--split', choices=sharpness.SPLITS, default='train', help='data to take the loss over (default: train)')
+    add('--split', choices=SPLITS, default='train', help='data to take the loss over (default: train)')
     add('--samples', type=int, default=256, help='the first so many after a seeded shuffle (default: 256)')
     add('--batch-size', type=int, default=32, help='samples at once: memory and time, not results (default: 32)')
     add('--rho', type=float, nargs='+', default=[*defaults.rhos], help='radii of balls (default: 0.01 0.05 0.1)')
@@ -162,81 +163,29 @@ def configure(args: argparse.Namespace) -> list[tuple[str, str, str, Config]]:
     return found
 
 
-def settings_of(args: argparse.Namespace) -> sharpness.Settings:
+def settings_of(args: argparse.Namespace) -> Settings:
     """What the command line asks for."""
-    return sharpness.Settings(
-        batch_size=args.batch_size,
-        rhos=tuple(args.rho),
-        ascent_steps=args.ascent_steps,
-        eigenvalues=args.eigenvalues,
-        tolerance=args.tolerance,
-        trace_draws=args.trace_draws,
-        landscape=tuple(kind for kind in ('1d', '2d') if kind in args.landscape),
-        radius=args.radius,
-        points=args.points,
-        seed=args.seed,
-        perturb=args.perturb,
-        dtype=args.dtype,
-    )
+    landscape = tuple(kind for kind in ('1d', '2d') if kind in args.landscape)
+    same = {name: getattr(args, name) for name in vars(Settings()) if hasattr(args, name)}
+    return Settings(**{**same, 'rhos': tuple(args.rho), 'landscape': landscape})
 
 
-class Workload(NamedTuple):
-    """A checkpoint that is ready to be measured.
-
-    Args:
-        name: As tables and figures call it.
-        config: Its config file.
-        checkpoint: The file.
-        cfg: The config.
-        loaded: The model.
-        samples: What its loss is taken over.
-    """
-
-    name: str
-    config: str
-    checkpoint: str
-    cfg: Config
-    loaded: sharpness.LoadedModel
-    samples: sharpness.Samples
-
-
-def load(args: argparse.Namespace) -> list[Workload]:
-    """Load all models and samples: what is wrong with the last checkpoint shows before the first is measured."""
-    subjects = []
+def analyze(args: argparse.Namespace) -> Iterator[Entry]:
+    """Measure one checkpoint after the other, once all models and samples are loaded, so that mistakes show at once."""
+    loaded = []
     # Configs that load the same data share the samples.
-    samples: dict[str, sharpness.Samples] = {}
+    samples: dict[str, Samples] = {}
     for name, config, checkpoint, cfg in configure(args):
-        loaded = sharpness.load_model(cfg, checkpoint, args.trust_checkpoint)
-        with sharpness.prepared(cfg):
-            key = repr(sharpness.loader_options(cfg, args.split))
-            if key not in samples:
-                with _bar('loading samples', args.samples) as tick:
-                    samples[key] = sharpness.load_samples(cfg, args.split, args.samples, args.seed, tick)
-        subjects.append(Workload(name, config, checkpoint, cfg, loaded, samples[key]))
-    return subjects
-
-
-def analyze(args: argparse.Namespace) -> Iterator[sharpness.Entry]:
-    """Measure one checkpoint after the other."""
-    settings = settings_of(args)
-    for subject in load(args):
-        loaded = subject.loaded
-        with sharpness.prepared(subject.cfg, loaded.epoch):
-            found = sharpness.measure(
-                loaded.model, subject.samples, settings, loaded.quantized, _named_bar(subject.name)
-            )
-        yield sharpness.Entry(subject.name, subject.config, subject.checkpoint, loaded.epoch, subject.samples, found)
-
-
-@contextmanager
-def _bar(what: str, total: int | None) -> Iterator[Callable[[], object]]:
-    """A progress bar on stderr, where somebody looks at it."""
-    with tqdm(desc=what, total=total, mininterval=0.5, disable=None, leave=False) as progress:
-        yield progress.update
-
-
-def _named_bar(name: str) -> sharpness.Bar:
-    return lambda what, total: _bar(f'{name}: {what}', total)
+        model = load_model(cfg, checkpoint, args.trust_checkpoint)
+        key = repr((cfg.get('default_scope'), dataset_config(cfg, args.split)))
+        if key not in samples:
+            with prepared(cfg):
+                samples[key] = load_samples(cfg, args.split, args.samples, args.seed)
+        loaded.append((name, config, checkpoint, cfg, model, samples[key]))
+    for name, config, checkpoint, cfg, (network, epoch, quantized), data in loaded:
+        with prepared(cfg, epoch):
+            found = measure(network, data, settings_of(args), quantized, name)
+        yield Entry(name, config, checkpoint, epoch, data, found)
 
 
 def machine() -> dict[str, Any]:
@@ -249,16 +198,16 @@ def main(arguments: Sequence[str]) -> None:
     """Measure, write the files, after each checkpoint again, and print the table."""
     args = parse_arguments(arguments)
     folder, settings = Path(args.out_dir), settings_of(args)
-    entries: list[sharpness.Entry] = []
+    entries: list[Entry] = []
     for entry in analyze(args):
         entries.append(entry)
         folder.mkdir(parents=True, exist_ok=True)
-        sharpness.write_csv(folder / 'sharpness.csv', entries)
-        sharpness.write_json(folder / 'sharpness.json', entries, settings, machine())
-        sharpness.draw(folder / 'landscape.png', entries, settings)
+        write_csv(folder / 'sharpness.csv', entries)
+        write_json(folder / 'sharpness.json', entries, settings, machine())
+        draw(folder / 'landscape.png', entries, settings)
         seconds = sum(entry.findings.seconds.values())
         print(f'{entry.name}: measured in {seconds:.0f} s ({len(entries)} of {len(args.checkpoints)})', flush=True)
-    print(f'\n{sharpness.table(entries)}')
+    print(f'\n{table(entries)}')
     print(f'Written: {folder}/sharpness.csv, sharpness.json, landscape.png')
 
 

@@ -44,8 +44,9 @@ from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.samples.draw import BatchDraw, BatchDrawer
 from mm_sharp.samples.history import Keys
 from mm_sharp.samples.seeds import Draw
-from mm_sharp.samples.selection import Preference
+from mm_sharp.samples.selection import Preference, sample_count
 from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
+from mm_sharp.step.method import Cost
 
 if TYPE_CHECKING:
     from mm_sharp.samples.ausam_sampler import AUSAMSampler
@@ -122,6 +123,12 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         self._keys: Keys = []
         self._attached: nn.Module | None = None
         self._has_said_what_it_costs = False
+
+    @classmethod
+    def theoretical_cost(cls, batch_size: int, sampling_ratio: float = 0.6, **settings: Any) -> Cost:
+        """Twice the share that is drawn."""
+        share = sample_count(sampling_ratio, batch_size) / batch_size
+        return Cost(2 * share, 2 * share)
 
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: Any, rank: int) -> None:
         """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already.

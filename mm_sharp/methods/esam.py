@@ -44,6 +44,7 @@ from mm_sharp.samples.seeds import Draw
 from mm_sharp.samples.selection import FloatArray, IntArray, normalised_scores, sample_count, top_k
 from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
 from mm_sharp.step.checks import check_compiled
+from mm_sharp.step.method import Cost
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -99,6 +100,23 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         self._keys: Keys = []
         # What decides the factor on a subset's loss; any recorded step shows it.
         self._reductions: set[Reduction] = set()
+
+    @classmethod
+    def theoretical_cost(
+        cls,
+        batch_size: int,
+        beta: float = 0.6,
+        gamma: float = 0.5,
+        selection: str = 'exact',
+        refresh: int = 10,
+        **settings: Any,
+    ) -> Cost:
+        """(2 + beta + 3 * gamma) / 3, and 1/3 for the selection's forward: in each step, or in one of ``refresh``."""
+        share = sample_count(gamma, batch_size) / batch_size
+        passes, selecting = (2 + beta + 3 * share) / 3, (1 if share < 1 else 0) / 3
+        if selection == 'exact' or refresh == 1 or share == 1:
+            return Cost(passes + selecting, passes + selecting)
+        return Cost(passes, passes + selecting / refresh, refresh)
 
     @property
     def uses_history(self) -> bool:

@@ -13,7 +13,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch.utils.data import default_collate
 
-from mm_sharp.analysis.sharpness import Objective, Samples, load_samples, measure, preserved_eval_mode
+from mm_sharp.analysis.sharpness.eval_mode import preserved_eval_mode
+from mm_sharp.analysis.sharpness.loading import Samples, load_samples
+from mm_sharp.analysis.sharpness.measure import measure
+from mm_sharp.analysis.sharpness.objective import Objective
 from mm_sharp.quantization import calibrate
 from tests.analysis.test_sharpness import QUICK, figures, rows_of
 from tests.analysis.test_sharpness_tool import QUICK as OPTIONS

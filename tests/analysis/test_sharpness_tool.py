@@ -13,8 +13,13 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from mm_sharp.analysis import sharpness
-from mm_sharp.analysis.sharpness.samples import SPLITS
+from mm_sharp.analysis.prepare import prepared
+from mm_sharp.analysis.sharpness.figure import draw
+from mm_sharp.analysis.sharpness.hessian import Eigenvalues, Trace
+from mm_sharp.analysis.sharpness.loading import Samples, load_samples
+from mm_sharp.analysis.sharpness.measure import Findings, Settings
+from mm_sharp.analysis.sharpness.surroundings import BallSharpness
+from mm_sharp.analysis.sharpness.table import Entry, row, table, write_csv, write_json
 from mm_sharp.errors import UsageError
 from tests.cli.test_tools import PLAIN
 from tests.mmpose_cases import QUIET
@@ -54,7 +59,7 @@ def tools(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return Tools(folder, monkeypatch, capsys)
 
 
-def analyze(folder: Path, patch: pytest.MonkeyPatch, *arguments: object) -> list[sharpness.Entry]:
+def analyze(folder: Path, patch: pytest.MonkeyPatch, *arguments: object) -> list[Entry]:
     """What the tool measures, without its files."""
     patch.chdir(folder)
     module = tool('analyze_sharpness')
@@ -99,8 +104,8 @@ def test_the_batch_size_and_the_precision_do_not_matter(folder: Path, monkeypatc
     for size, dtype in ((3, 'float32'), (2, 'float64'), (1, 'float64')):
         options = ('--batch-size', size, '--dtype', dtype, '--eigenvalues', 0, '--landscape', 'none')
         (entry,) = analyze(folder, monkeypatch, 'plain.py', 'a.pth', *QUICK, *options)
-        row = sharpness.row(entry)
-        found.append([row[name] for name in ('loss', 'gradient_norm', 'trace', 'sharpness_0.05', 'ascent_0.05')])
+        cells = row(entry)
+        found.append([cells[name] for name in ('loss', 'gradient_norm', 'trace', 'sharpness_0.05', 'ascent_0.05')])
     assert found[1] == pytest.approx(found[2], rel=1e-9)
     assert found[0] == pytest.approx(found[2], rel=2e-3)
 
@@ -116,8 +121,8 @@ def test_held_out_people(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_samples_go_by_the_seed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     cfg = Config.fromfile('plain.py')
-    with sharpness.prepared(cfg):
-        few, more, other = (sharpness.load_samples(cfg, 'train', n, seed) for n, seed in ((3, 0), (5, 0), (3, 1)))
+    with prepared(cfg):
+        few, more, other = (load_samples(cfg, 'train', n, seed) for n, seed in ((3, 0), (5, 0), (3, 1)))
         ids = [[row['data_samples'].id for row in found.rows] for found in (few, more, other)]
     assert ids[1][:3] == ids[0] != ids[2]
     assert len({*ids[1]}) == 5
@@ -125,26 +130,26 @@ def test_samples_go_by_the_seed(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [size for size, _ in more.batches(2)] == [2, 2, 1]
 
 
-def toy_entries() -> list[sharpness.Entry]:
+def toy_entries() -> list[Entry]:
     """Figures of two models, one measured on other samples, with what is not there or not finite."""
     nan = float('nan')
-    ball = sharpness.BallSharpness(0.1, nan, None, 0)
-    findings = sharpness.Findings(
+    ball = BallSharpness(0.1, nan, None, 0)
+    findings = Findings(
         *(1.0, 'L', 'mean over the batch', 0.5, 10, 12, False, None, None, [ball], {}, [1.0, 2.0], [], ['slow'], {}),
     )
-    values = sharpness.Eigenvalues([3.0], [0.1], 1e-3, 20, torch.ones(1, 10))
-    full = {**vars(findings), 'eigenvalues': values, 'trace': sharpness.Trace(7.0, 1.0, 2), 'surrogate': True}
+    values = Eigenvalues([3.0], [0.1], 1e-3, 20, torch.ones(1, 10))
+    full = {**vars(findings), 'eigenvalues': values, 'trace': Trace(7.0, 1.0, 2), 'surrogate': True}
     full.update(differences={0.1: 2.5}, plane=[[1.0, nan], [1.0, 1.0]], line=[1.0, 1e9], remarks=[])
-    data = [sharpness.Samples([1, 2], list, 'people', 'train', 0, 9, digest) for digest in 'ab']
+    data = [Samples([1, 2], list, 'people', 'train', 0, 9, digest) for digest in 'ab']
     return [
-        sharpness.Entry('x', 'x.py', 'x.pth', 1, data[0], findings),
-        sharpness.Entry('y', 'y.py', 'y.pth', 2, data[1], sharpness.Findings(**full)),
+        Entry('x', 'x.py', 'x.pth', 1, data[0], findings),
+        Entry('y', 'y.py', 'y.pth', 2, data[1], Findings(**full)),
     ]
 
 
 def test_tables_say_what_is_missing_and_what_differs(tmp_path: Path) -> None:
-    entries, settings = toy_entries(), sharpness.Settings(points=2)
-    lines = sharpness.table(entries).splitlines()
+    entries, settings = toy_entries(), Settings(points=2)
+    lines = table(entries).splitlines()
     (eigenvalue,) = [line for line in lines if 'eigenvalue 1' in line]
     assert eigenvalue.split() == ['Hessian', 'eigenvalue', '1', '-', '3*']
     (gradient,) = [line for line in lines if line.startswith('gradient')]
@@ -153,16 +158,16 @@ def test_tables_say_what_is_missing_and_what_differs(tmp_path: Path) -> None:
     assert error.split()[-1] == '1'
     assert any('NOT the same samples' in line for line in lines)
     assert 'x: slow' in lines
-    sharpness.write_json(tmp_path / 'x.json', entries, settings, {})
+    write_json(tmp_path / 'x.json', entries, settings, {})
     content = json.loads((tmp_path / 'x.json').read_text())
     assert content['checkpoints'][1]['plane'] == [[1.0, None], [1.0, 1.0]]
     assert content['checkpoints'][1]['differences'] == [{'rho': 0.1, 'curvature': 2.5}]
     assert content['checkpoints'][0]['trace'] is None
-    sharpness.write_csv(tmp_path / 'x.csv', entries)
+    write_csv(tmp_path / 'x.csv', entries)
     with (tmp_path / 'x.csv').open() as stream:
         first, second = csv.DictReader(stream)
     assert (first['trace'], second['trace'], second['derivatives']) == ('', '7.0', 'straight-through surrogate')
-    sharpness.draw(tmp_path / 'x.png', entries, settings)
+    draw(tmp_path / 'x.png', entries, settings)
     assert cv2.imread(str(tmp_path / 'x.png')) is not None
 
 
@@ -202,7 +207,3 @@ def test_mistakes_are_one_line(folder: Path, tools: Tools, arguments: list[Any],
     torch.save({key: value * float('nan') for key, value in state.items()}, folder / 'nan.pth')
     torch.save({'state_dict': state, 'more': UsageError('x')}, folder / 'code.pth')
     assert said in tools('analyze_sharpness', *arguments, code=2)
-
-
-def test_splits() -> None:
-    assert SPLITS == ('train', 'val')

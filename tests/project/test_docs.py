@@ -57,7 +57,12 @@ def test_there_is_an_example() -> None:
 def test_config_examples_load_and_use_a_wrapper_of_ours(block: str, tmp_path: Path) -> None:
     (tmp_path / 'example.py').write_text(block)
     config = Config.fromfile(tmp_path / 'example.py')
-    assert config.optim_wrapper.type in ('SAMOptimWrapper', 'ESAMOptimWrapper', 'AUSAMOptimWrapper')
+    assert config.optim_wrapper.type in (
+        'SAMOptimWrapper',
+        'ESAMOptimWrapper',
+        'AUSAMOptimWrapper',
+        'LookSAMOptimWrapper',
+    )
     assert 'mm_sharp' in config.custom_imports.imports
     assert config.optim_wrapper.optimizer.type, "the recipe's optimizer is gone"
 
@@ -88,13 +93,11 @@ def test_links_and_paths_exist(page: Path) -> None:
 
 def test_the_readmes_tree_is_the_packages() -> None:
     (tree,) = [block for block in blocks(ROOT / 'README.md', '') if block.startswith('mm_sharp/')]
-    named = set(re.findall(r'(\w+\.py|\w+/)', tree.split('configs/')[0])) - {'mm_sharp/'}
-    files = {path.name for path in (ROOT / 'mm_sharp').glob('*.py')}
+    named = set(re.findall(r'^  (\w+\.py|\w+/)', tree.split('\nconfigs/')[0], flags=re.MULTILINE))
+    files = {path.name for path in (ROOT / 'mm_sharp').glob('*.py')} - {'__init__.py'}
     folders = {path.name + '/' for path in (ROOT / 'mm_sharp').iterdir() if (path / '__init__.py').is_file()}
-    assert named <= files | folders | {'make_demo_data.py'}
-    small = {'gradients', 'step_record', 'support', 'validation', 'wrapper_state', 'diagnosis', 'sample_table'}
-    small |= {'grad_switch', 'ranks', 'transfer', 'visits', 'loader_draws', 'members'}
-    assert files | folders <= named | {f'{name}.py' for name in small}, 'a new module must be in the tree'
+    assert named <= files | folders
+    assert files | folders <= named, 'a new folder must be in the tree'
 
 
 def test_every_public_name_is_registered_or_documented() -> None:

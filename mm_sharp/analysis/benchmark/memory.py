@@ -1,4 +1,4 @@
-"""Peak memory of a training with one method, and memory that is freed and used again (ours).
+"""Peak memory of a training with one method, and memory that is freed and used again.
 
 On a GPU it is what torch's allocator says. On the CPU torch keeps no count: there it is the sum over all tensors alive
 that the operators of a step have taken or given, each storage once. What an operator needs only while it runs is not
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from mmengine.device import get_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -22,35 +23,24 @@ from torch.utils._pytree import tree_flatten
 from mm_sharp.analysis.benchmark.steps import Candidate
 from mm_sharp.per_sample_loss.layout import tensors_of
 
-# Numbers of glibc's mallopt(3), and the largest values that it takes.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_NEVER, _LARGEST_ON_HEAP = 2**31 - 1, 32 * 2**20
-
 
 def keep_freed_memory() -> bool:
-    """Have this process keep the memory that tensors on the CPU leave.
+    """Have this process keep the memory that tensors of up to 32 MB leave; whether it does now: only with glibc.
 
     By default glibc gives much of it back to the system in every pass, and gets it again page by page. How much of it
     is chance: of two methods in one process one may lose a tenth of its step to it in every round, the other nothing.
-
-    Returns:
-        Whether it does now: only with glibc, and for tensors of up to 32 MB.
     """
     if platform.libc_ver()[0] != 'glibc':
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_TRIM_THRESHOLD, _NEVER) and mallopt(_MMAP_THRESHOLD, _LARGEST_ON_HEAP))
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 32 * 2**20))
 
 
 class TensorsAlive(TorchDispatchMode):
-    """Counts the bytes of the tensors alive that operators in this context took or gave.
+    """Counts the bytes of the tensors alive that operators in this context took or gave: now, and most at once.
 
     Args:
         without: Tensors that do not count.
-
-    Attributes:
-        now: Bytes alive.
-        peak: Most bytes at once.
     """
 
     def __init__(self, without: Sequence[Tensor] = ()) -> None:
@@ -81,35 +71,25 @@ class TensorsAlive(TorchDispatchMode):
         self.now += size
 
 
-def peak_memory(make: Callable[[], Candidate], batch: Any, steps: int, device: torch.device) -> int | None:
-    """Most bytes held at once in steps of a method: model, gradients, optimizer and activations, without the batch.
+def peak_memory(make: Callable[[], Candidate], batch: Any, steps: int) -> int | None:
+    """Most bytes, but the batch's, held at once in so many steps of the method that ``make`` makes, after one step.
 
-    Args:
-        make: Makes the method's candidate, with nothing of it in memory yet.
-        batch: For all steps.
-        steps: How many count, after one that does not.
-        device: Where they run.
-
-    Returns:
-        Bytes; None on accelerators other than CUDA's.
+    None on devices of which torch keeps no count.
     """
     gc.collect()
-    if device.type == 'cpu':
-        candidate = make()
-        with TensorsAlive(tensors_of(batch)[1]) as alive:
-            candidate.step(batch)
-            alive.peak = alive.now
-            for _ in range(steps):
-                candidate.step(batch)
-            return int(alive.peak)
-    if device.type != 'cuda':
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
+    before = torch.cuda.memory_allocated() if get_device() == 'cuda' else 0
     candidate = make()
-    candidate.step(batch)
-    torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(steps):
+    if get_device() == 'cuda':
         candidate.step(batch)
-    torch.cuda.synchronize(device)
-    return int(torch.cuda.max_memory_allocated(device) - before)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(steps):
+            candidate.step(batch)
+        return int(torch.cuda.max_memory_allocated() - before)
+    if get_device() != 'cpu':
+        return None
+    with TensorsAlive(tensors_of(batch)[1]) as alive:
+        candidate.step(batch)
+        alive.peak = alive.now
+        for _ in range(steps):
+            candidate.step(batch)
+    return int(alive.peak)

@@ -1,4 +1,4 @@
-"""Training steps of several methods side by side, timed in interleaved rounds (ours).
+"""Training steps of several methods side by side, timed in interleaved rounds.
 
 A machine's speed drifts, and other programs take their share of it: in every round each method makes one step, on the
 same batch, so that what slows one slows all. The order is rotated from round to round.
@@ -10,18 +10,21 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from mm_sharp.errors import UsageError
 from mm_sharp.per_sample_loss import PerSampleLossError
 from mm_sharp.samples.keys import SampleIdError
 from mm_sharp.step.timing import StepTimer
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
+
+T = TypeVar('T')
+Phases = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -40,67 +43,91 @@ class Candidate:
     def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
         """One whole training step, with marks at the ends of its phases."""
         wrapper = self.optim_wrapper
-        if not isinstance(wrapper, TwoPassOptimWrapper):
-            return self._timed_plain_step(batch, device)
-        wrapper.record_timing = True
-        try:
+        if isinstance(wrapper, TwoPassOptimWrapper):
+            wrapper.record_timing = True
             self.step(batch)
-        finally:
             wrapper.record_timing = False
-        record = wrapper.last_step
-        assert record is not None
-        assert record.timer is not None
-        return record.timer
-
-    def _timed_plain_step(self, batch: Any, device: torch.device) -> StepTimer:
-        """The same with a wrapper of MMEngine's: one pass, and the optimizer's step."""
-        wrapper, timer = self.optim_wrapper, StepTimer(device)
-        backward = wrapper.backward
-
-        def marked(loss: Any, **kwargs: Any) -> None:
-            backward(loss, **kwargs)
-            timer.mark('pass1')
-
-        wrapper.backward = marked  # hides the method, until it is deleted
-        try:
-            timer.mark('start')
-            self.step(batch)
-            timer.mark('step')
-        finally:
-            del wrapper.backward
+            timed = wrapper.last_step.timer if wrapper.last_step else None
+            assert timed is not None
+            return timed
+        timer = StepTimer(device)
+        timer.mark('start')
+        with wrapper.optim_context(self.model):
+            loss, _ = loss_of(self.model, batch)
+        wrapper.backward(wrapper.scale_loss(loss))
+        timer.mark('pass1')
+        wrapper.step()
+        wrapper.zero_grad()
+        timer.mark('step')
         return timer
 
 
+def loss_of(model: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The loss of a batch and what there is to log, as MMEngine's ``train_step`` computes them."""
+    loss, log = model.parse_losses(model._run_forward(model.data_preprocessor(batch, True), mode='loss'))
+    return loss, dict(log)
+
+
+def step_seconds(candidate: Candidate, batch: Any, device: torch.device) -> float:
+    """Time of a whole step."""
+    return seconds_of(lambda: candidate.step(batch), device)
+
+
+def phase_seconds(candidate: Candidate, batch: Any, device: torch.device) -> Phases:
+    """Times of a step's phases, by marks between them, which disturb; ``'host'`` is what is in no other phase.
+
+    On a GPU, where the device waits for the host, that is in the phase that it waits in.
+    """
+    timers: list[StepTimer] = []
+    total = seconds_of(lambda: timers.append(candidate.timed_step(batch, device)), device)
+    seconds = timers[0].seconds()
+    seconds['host'] += max(0.0, total - sum(seconds.values()))
+    return seconds
+
+
 def measure_rounds(
-    candidates: Sequence[Candidate], batches: Sequence[Any], rounds: int, warmup: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Time the steps.
+    groups: Sequence[Sequence[Candidate]],
+    batches: Sequence[Any],
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    measure: Callable[[Candidate, Any, torch.device], T],
+) -> dict[str, list[T]]:
+    """Measure steps of all methods, in rounds of one step each.
 
     Args:
-        candidates: The methods, at least one.
+        groups: The methods; those in a group make their steps directly one after the other.
         batches: Taken in turn; the same one for all methods in a round.
-        rounds: Timed steps of each method.
-        warmup: Steps of each method before, not timed; at least 1.
+        rounds: Measured steps of each method.
+        warmup: Steps of each method before; at least 1.
         device: Where they run.
-
-    Returns:
-        Seconds of the timed steps of each method, by name, in their order.
+        measure: What is measured of a step: :func:`step_seconds` or :func:`phase_seconds`.
 
     Raises:
         UsageError: A method does not work with this model, or a loss is not finite, so that steps end early.
     """
     for number in range(warmup):
-        for candidate in candidates:
+        for candidate in chain(*groups):
             _check_step(candidate, batches[number % len(batches)])
-    times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    with collection_between_rounds() as collect:
+    found: dict[str, list[T]] = {candidate.name: [] for candidate in chain(*groups)}
+    for number in _without_collection(rounds):
+        first = number % len(groups)
+        for candidate in chain(*groups[first:], *groups[:first]):
+            found[candidate.name].append(measure(candidate, batches[(warmup + number) % len(batches)], device))
+    return found
+
+
+def _without_collection(rounds: int) -> Iterator[int]:
+    """Count the rounds; Python's garbage collector, which else runs when it likes, runs between them."""
+    gc.disable()
+    gc.freeze()  # what is there already need not be looked at
+    try:
         for number in range(rounds):
-            batch = batches[(warmup + number) % len(batches)]
-            first = number % len(candidates)
-            collect()
-            for candidate in (*candidates[first:], *candidates[:first]):
-                times[candidate.name].append(seconds_of(partial(candidate.step, batch), device))
-    return times
+            gc.collect()
+            yield number
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
@@ -113,28 +140,12 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
-    # Other accelerators have a module of torch with the same function.
-    wait = (lambda: None) if device.type == 'cpu' else getattr(torch, device.type).synchronize
+    wait = getattr(torch, device.type).synchronize  # torch.cpu's does nothing
     wait()
     begin = time.perf_counter()
     call()
     wait()
     return time.perf_counter() - begin
-
-
-@contextmanager
-def collection_between_rounds() -> Iterator[Callable[[], object]]:
-    """Keep Python's garbage collector, which runs when it likes, out of the times; gives the function that runs it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    # What is there already stays: a collection need not look at it.
-    gc.freeze()
-    try:
-        yield gc.collect
-    finally:
-        gc.unfreeze()
-        if enabled:
-            gc.enable()
 
 
 def _check_step(candidate: Candidate, batch: Any) -> None:
@@ -143,6 +154,6 @@ def _check_step(candidate: Candidate, batch: Any) -> None:
         log = candidate.step(batch)
     except (PerSampleLossError, SampleIdError) as error:
         raise UsageError(f'{error} (Or leave {candidate.name} out of --methods.)') from error
-    loss = float(torch.as_tensor(log.get('loss', 0.0)).detach())
+    loss = float(torch.as_tensor(log['loss']).detach())
     if not math.isfinite(loss):
         raise UsageError(f'{candidate.name}: the loss at the initial weights is {loss}: no whole step can be measured')

@@ -1,127 +1,123 @@
-"""All that is measured of the methods at one batch size (ours)."""
+"""All that is measured of the methods at one batch size.
+
+Phases of a step: ``pass1`` and ``pass2`` (forward and backward; ESAM's forward for the selection is in the second),
+``perturb`` (copy of the weights, gradient norm, perturbation), ``restore`` (weights, buffers, random state), ``step``
+(clipping, the base optimizer's step, the gradients' end), ``recording`` (losses of single samples, draw, selection,
+history) and ``host`` (everything else).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 
-from mm_sharp.analysis.benchmark.baselines import PEERS
-from mm_sharp.analysis.benchmark.compare import Quartiles, Row, columns, compare, quartiles, step_table
-from mm_sharp.analysis.benchmark.methods import StepLimit, step_limit, whole_settings
-from mm_sharp.analysis.benchmark.passes_only import SUFFIX, own_work, passes_of
-from mm_sharp.analysis.benchmark.phases import Phases, phase_table, typical
-from mm_sharp.analysis.benchmark.workload import FLOAT, load_subject
+from mm_sharp.analysis.benchmark.compare import Row, columns, compare, costlier, quartiles, step_table
+from mm_sharp.analysis.benchmark.memory import peak_memory
+from mm_sharp.analysis.benchmark.methods import theoretical_cost
+from mm_sharp.analysis.benchmark.passes_only import SUFFIX, own_work
+from mm_sharp.analysis.benchmark.steps import Phases, phase_seconds, step_seconds
+from mm_sharp.analysis.benchmark.workload import FLOAT, Settings, load_workload
+from mm_sharp.analysis.prepare import prepared
+from mm_sharp.step.method import Cost
+from mm_sharp.step.timing import EXCLUDED, PHASES
 
-# Of the rounds with marks in between there are fewer: their shares scatter less than the ratios' distances matter.
-_PHASE_SHARE = 4
+NAMES = (*PHASES, *EXCLUDED)
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured at one batch size.
-
-    Args:
-        batch_size: Samples a step.
-        rounds: Timed steps of each method.
-        rows: Times, ratios and memory.
-        phases: Where the time of a typical step goes, in seconds, by method.
-        settings: Config of each method's optimizer wrapper.
-        times: Seconds of each round's step, by method.
-        own: What each method's step takes above its floor, in steps of the base optimizer; empty where no floors were
-            measured.
-    """
+    """What was measured at one batch size; by method: wrapper's config, times, phases of a typical step."""
 
     batch_size: int
     rounds: int
     rows: list[Row]
     phases: dict[str, Phases]
-    settings: dict[str, dict[str, Any]]
+    settings: Settings
     times: dict[str, list[float]]
-    own: dict[str, Quartiles]
 
     def text(self) -> str:
         """For people."""
         parts = [f'batch size {self.batch_size}, {self.rounds} rounds', step_table(self.rows)]
         if FLOAT in self.times:
-            parts.append(self._quantization_cost())
-        if self.own:
-            parts += ['', self._own_work()]
+            ratio = quartiles(np.divide(self.times['base'], self.times[FLOAT]))
+            parts.append(f'base, quantized over float: {ratio.text()}')
+        own = own_work(self.times)
+        if own:
+            lines = [(name, found.text(0.01, '+.1f')) for name, found in own.items()]
+            parts += ['', columns([('more than the passes alone', '% of a base step (quartiles)'), *lines])]
         return '\n'.join([*parts, '', phase_table(self.phases)])
 
     def figures(self) -> dict[str, Any]:
         """For programs: plain types."""
-        rows = [{**asdict(row), 'distance_percent': row.distance} for row in self.rows]
+        keys = ('method', 'optim_wrapper', 'seconds', 'phase_seconds')
+        times, settings, phases = self.times, self.settings, self.phases
         methods = [
-            {'method': name, 'optim_wrapper': own, 'seconds': self.times[name], 'phase_seconds': self.phases.get(name)}
-            for name, own in self.settings.items()
+            dict(zip(keys, (name, settings.get(name), times[name], phases.get(name)), strict=True)) for name in times
         ]
-        above = {name: asdict(own) for name, own in self.own.items()}
-        figures = {'batch_size': self.batch_size, 'rounds': self.rounds, 'rows': rows, 'methods': methods}
-        return {**figures, 'own_work': above}
-
-    def _own_work(self) -> str:
-        """What the methods take above their passes, as text."""
-        lines = [
-            (name, f'{100 * own.median:+.1f}', f'{100 * own.low:+.1f} to {100 * own.high:+.1f}')
-            for name, own in self.own.items()
-        ]
-        return columns([('above the passes alone, % of a base step', 'median', 'quartiles'), *lines])
-
-    def _quantization_cost(self) -> str:
-        """What a step of the base optimizer costs more on the quantized model than on the float one, in words."""
-        pairs = zip(self.times['base'], self.times[FLOAT], strict=True)
-        ratio = quartiles([quantized / plain for quantized, plain in pairs])
-        return f'base, quantized over float: {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})'
+        own = {name: found._asdict() for name, found in own_work(self.times).items()}
+        rows = [row.figures() for row in self.rows]
+        return {'batch_size': self.batch_size, 'rounds': self.rounds, 'rows': rows, 'methods': methods, 'own_work': own}
 
 
 def measure_table(
-    cfg: Config,
-    settings: Mapping[str, Mapping[str, Any]],
-    batch_size: int,
-    rounds: int,
-    warmup: int,
-    *,
-    floors: bool = False,
+    cfg: Config, settings: Settings, batch_size: int, rounds: int, warmup: int, *, passes_only: bool = False
 ) -> Table:
     """Measure all methods: step times first, then memory, then phases, each in steps of their own.
 
     Args:
         cfg: The whole training config, whose data files are there.
-        settings: Config of each method's optimizer wrapper, by name; ``'base'`` is what the others are compared with.
+        settings: Config of each method's optimizer wrapper, by name; all are compared with ``'base'``.
         batch_size: Samples a step.
-        rounds: Timed steps of each method, at least; it becomes whole refresh cycles.
+        rounds: Timed steps of each method, at least; it becomes whole cycles.
         warmup: Steps of each method before, at least 1.
-        floors: Time the passes of each method alone, too.
+        passes_only: Time the passes of each method alone, too.
 
     Raises:
-        UsageError: The data set is smaller than a batch, a method does not work with this model, or a loss is not
-            finite.
+        UsageError: The data are less than a batch, a method does not work with this model, or a loss is not finite.
     """
-    limits: dict[str, Any] = {name: step_limit(cfg, own, batch_size) for name, own in settings.items()}
-    cycle = max(limit.refresh for limit in limits.values())
-    rounds, few = (-(-number // cycle) * cycle for number in (rounds, -(-rounds // _PHASE_SHARE)))
-    subject = load_subject(cfg, batch_size)
-    own = {name: dict(wrapper) for name, wrapper in settings.items()}
-    if floors:
-        found = _floors(cfg, settings, batch_size)
-        own |= found
-        # Without their refreshes: that is the step which they are compared with.
-        limits |= {name: StepLimit(*[limits[name.removesuffix(SUFFIX)].step] * 2) for name in found}
-    if subject.float_model is not None:
-        own, limits = {FLOAT: own['base'], **own}, {FLOAT: None, **limits}
-    times = subject.measure(own, rounds, warmup)
-    refresh = {name: 1 if limit is None else limit.refresh for name, limit in limits.items()}
-    methods = {name: wrapper for name, wrapper in own.items() if not name.endswith(SUFFIX)}
-    peaks = {name: subject.peak_memory(name, own[name], steps=refresh[name]) for name in methods}
-    phases = typical(subject.measure_phases(methods, few), limits, done=1)
-    rows = compare(times, limits, batch_size, steps_before=warmup, peaks=peaks)
-    return Table(batch_size, rounds, rows, phases, own, times, own_work(times, limits, warmup))
+    settings = {name: dict(own) for name, own in settings.items()}
+    costs: dict[str, Any] = {name: theoretical_cost(own, batch_size) for name, own in settings.items()}
+    # Of the steps with marks there are fewer: their shares scatter less than the ratios' distances matter.
+    rounds, few = whole_cycles(rounds, costs), whole_cycles(-(-rounds // 4), costs)
+    lengths = {name: cost.length for name, cost in costs.items()} | {FLOAT: 1}
+    with prepared(cfg):
+        workload = load_workload(cfg, batch_size)
+        if workload.float_model is not None:
+            settings, costs = {FLOAT: settings['base'], **settings}, {FLOAT: None, **costs}
+        times = workload.measure(settings, rounds, warmup, step_seconds, passes_only)
+        peaks = {
+            name: peak_memory(partial(workload.candidate, name, own), workload.batches[0], lengths[name])
+            for name, own in settings.items()
+        }
+        marked = workload.measure(settings, few, 1, phase_seconds)
+    phases = {name: typical(steps, costs[name], done=1) for name, steps in marked.items()}
+    rows = compare(times, {name: costs[name.removesuffix(SUFFIX)] for name in times}, batch_size, warmup, peaks)
+    return Table(batch_size, rounds, rows, phases, settings, times)
 
 
-def _floors(cfg: Config, settings: Mapping[str, Mapping[str, Any]], batch_size: int) -> dict[str, dict[str, Any]]:
-    """The floors under the methods that have one, with all settings, by name."""
-    whole = {name + SUFFIX: whole_settings(cfg, own) for name, own in settings.items() if name not in PEERS}
-    return {name: own for name, own in whole.items() if passes_of(own['type'], own, batch_size) is not None}
+def whole_cycles(rounds: int, costs: Mapping[str, Cost]) -> int:
+    """At least so many rounds, so that every method's cycles are whole."""
+    cycles = math.lcm(*(cost.length for cost in costs.values()))
+    return -(-rounds // cycles) * cycles
+
+
+def typical(steps: Sequence[Phases], cost: Cost | None, done: int) -> Phases:
+    """The median of each phase's seconds, without the steps that cost more than others; ``done`` were made before."""
+    skipped = costlier(cost, len(steps), done)
+    common = [step for step, is_skipped in zip(steps, skipped, strict=True) if not is_skipped]
+    return {phase: float(np.median([step[phase] for step in common])) for phase in NAMES}
+
+
+def phase_table(phases: Mapping[str, Phases]) -> str:
+    """Each phase's share of its method's step, as text."""
+    lines = [['share of a step, %', *NAMES]]
+    for name, seconds in phases.items():
+        total = sum(seconds.values())
+        lines.append([name, *(f'{100 * seconds[phase] / total:.1f}' for phase in NAMES)])
+    return columns(lines)

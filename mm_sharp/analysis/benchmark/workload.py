@@ -1,4 +1,4 @@
-"""The model, the optimizer wrappers and the batches of a training config (ours).
+"""The model, the optimizer wrappers and the batches of a training config.
 
 The model starts from random weights (nothing is downloaded), the same for every method. Learning rates are set to 0:
 the arithmetic of a step stays what it is, while no method trains away from the others, or out of the numbers' range on
@@ -8,37 +8,32 @@ the few batches that it sees again and again.
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import Runner, set_random_seed
+from mmengine.registry import MODELS
+from mmengine.runner import set_random_seed
 from torch import nn
 
-from mm_sharp.analysis.benchmark.baselines import PEERS, make_peer
-from mm_sharp.analysis.benchmark.memory import peak_memory
+from mm_sharp.analysis.benchmark.baselines import BASELINES, make_baseline
 from mm_sharp.analysis.benchmark.methods import SHARED
-from mm_sharp.analysis.benchmark.passes_only import SUFFIX, make_floor
-from mm_sharp.analysis.benchmark.phases import Phases, measure_phases
+from mm_sharp.analysis.benchmark.passes_only import SUFFIX, PassesOnly, PassRecorder
 from mm_sharp.analysis.benchmark.steps import Candidate, measure_rounds
+from mm_sharp.analysis.prepare import build_loader
 from mm_sharp.errors import UsageError
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 # Name of the base optimizer on the float model that a quantized model was made from.
 FLOAT = 'float'
-# Options of a data loader that is asked for a few batches, in this process.
-_LOADER = {'num_workers': 0, 'persistent_workers': False, 'pin_memory': False, 'drop_last': True}
-_DROPPED = ('prefetch_factor', 'num_batch_per_epoch', 'batch_sampler', 'timeout', 'multiprocessing_context')
+T = TypeVar('T')
+Settings = Mapping[str, Mapping[str, Any]]
 
 
 class Ready(nn.Module):
@@ -50,142 +45,93 @@ class Ready(nn.Module):
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured.
+    """A model in training mode, and batches that have been through its data preprocessor.
 
-    Args:
-        model: With its weights, in training mode, without a data preprocessor of its own.
-        float_model: The same before it was quantized, with the same weights; None for a model that is not.
-        batches: Pre-processed and on the model's device.
-        batch_size: Samples in each of them.
-        device: Where the model is.
-        scope: Default scope of the config.
+    ``float_model`` is the model before it was quantized, with the same weights; None for a model that is not.
     """
 
-    model: nn.Module
-    float_model: nn.Module | None
+    model: Any
     batches: list[Any]
-    batch_size: int
-    device: torch.device
-    scope: str
+    float_model: Any = None
 
-    def measure(self, settings: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int) -> dict[str, list[float]]:
-        """Time ``rounds`` steps of each method, side by side, after ``warmup`` steps of each.
+    def measure(
+        self,
+        settings: Settings,
+        rounds: int,
+        warmup: int,
+        measure: Callable[[Candidate, Any, torch.device], T],
+        passes_only: bool = False,
+    ) -> dict[str, list[T]]:
+        """:func:`measure_rounds` of methods, given their wrappers' configs by name; :data:`FLOAT` has the float model.
 
-        Args:
-            settings: Config of the optimizer wrapper of each method, by name; the one named :data:`FLOAT` trains the
-                float model.
-            rounds: At least 1.
-            warmup: At least 1.
-
-        Returns:
-            Seconds of the steps of each method, by name, in their order.
-
-        Raises:
-            UsageError: A method does not work with this model, or a loss is not finite.
+        With ``passes_only``, the passes of each method alone are measured, too, under its name and :data:`SUFFIX`.
         """
-        with prepared(self.scope):
-            candidates = [self._contestant(name, own) for name, own in settings.items()]
-            return measure_rounds(candidates, self.batches, rounds, warmup, self.device)
+        groups = [[self.candidate(name, own)] for name, own in settings.items()]
+        for group in groups if passes_only else []:
+            (method,) = group
+            if isinstance(method.optim_wrapper, TwoPassOptimWrapper):
+                recorder, base = PassRecorder(method.model), _base(settings[method.name])
+                group.append(PassesOnly(method.name + SUFFIX, *self._build(method.name, base), recorder=recorder))
+        return measure_rounds(groups, self.batches, rounds, warmup, torch.device(get_device()), measure)
 
-    def measure_phases(self, settings: Mapping[str, Mapping[str, Any]], rounds: int) -> dict[str, list[Phases]]:
-        """Seconds of each phase of ``rounds`` steps of each method, after one that is not measured.
+    def candidate(self, name: str, settings: Mapping[str, Any]) -> Candidate:
+        """A method, or one of :data:`BASELINES`, with a copy of the model."""
+        if name in BASELINES:
+            model, wrapper = self._build(name, _base(settings))
+            return make_baseline(name, model, wrapper.optimizer, settings.get('rho', 0.05))
+        return Candidate(name, *self._build(name, settings))
 
-        Args:
-            settings: As for :meth:`measure`.
-            rounds: At least 1.
-        """
-        with prepared(self.scope):
-            candidates = [self._contestant(name, own) for name, own in settings.items()]
-            for candidate in candidates:
-                candidate.step(self.batches[0])
-            return measure_phases(candidates, self.batches, rounds, 1, self.device)
-
-    def peak_memory(self, name: str, settings: Mapping[str, Any], steps: int) -> int | None:
-        """Most bytes held at once in ``steps`` steps of one method, after one; None where there is no telling.
-
-        Args:
-            name: The method.
-            settings: Config of its optimizer wrapper.
-            steps: At least 1.
-        """
-        with prepared(self.scope):
-            make = partial(self._contestant, name, settings)
-            return peak_memory(make, self.batches[0], steps, self.device)
-
-    def _contestant(self, name: str, settings: Mapping[str, Any]) -> Candidate:
+    def _build(self, name: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
         """A copy of the model with an optimizer wrapper of its own."""
-        model: Any = copy.deepcopy(self.float_model if name == FLOAT else self.model)
-        config = copy.deepcopy(dict(settings))
-        if name in PEERS or name.endswith(SUFFIX):
-            config = {'type': 'OptimWrapper', **{key: config[key] for key in SHARED if key in config}}
+        model, config = copy.deepcopy(self.float_model if name == FLOAT else self.model), copy.deepcopy(dict(settings))
+        if config['type'] == 'OptimWrapper' and config.get('dtype'):
+            dtype = getattr(torch, config.pop('dtype'))
+            model.forward = torch.autocast(get_device(), dtype=dtype)(model.forward)
         wrapper = build_optim_wrapper(model, config)
         for group in wrapper.optimizer.param_groups:
             group['lr'] = group['lr'] * 0  # a number, or a tensor for capturable optimizers
-        if name in PEERS:
-            return make_peer(name, model, wrapper.optimizer, settings)
-        candidate = Candidate(name, model, wrapper)
-        return make_floor(candidate, settings, self.batch_size) if name.endswith(SUFFIX) else candidate
+        return model, wrapper
 
 
-def load_subject(cfg: Config, batch_size: int, most_batches: int = 4) -> Workload:
-    """Build the model and load the batches of a training config.
+def _base(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The base optimizer of a method, in MMEngine's plain wrapper."""
+    return {'type': 'OptimWrapper', **{key: settings[key] for key in (*SHARED, 'dtype') if key in settings}}
 
-    Args:
-        cfg: The whole config, whose data files are there.
-        batch_size: Samples a batch.
-        most_batches: Batches to load, fewer where the data set is smaller.
+
+def load_workload(cfg: Config, batch_size: int) -> Workload:
+    """Build the model and load up to four batches of a training config, within :func:`prepared`.
 
     Raises:
         UsageError: The data set has fewer samples than a batch.
     """
-    scope = cfg.get('default_scope') or 'mmengine'
-    device = torch.device(get_device())
     torch.backends.cudnn.benchmark = bool((cfg.get('env_cfg') or {}).get('cudnn_benchmark', False))
-    seed = (cfg.get('randomness') or {}).get('seed') or 0
-    with prepared(scope):
-        set_random_seed(seed)
-        loaded = _load_batches(cfg, batch_size, most_batches, seed)
-        model, float_model = _build_models(cfg, device, loaded)
-        batches = [model.data_preprocessor(batch, True) for batch in loaded]
+    set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
+    loader = build_loader(cfg, batch_size=batch_size, drop_last=True)
+    loaded = list(islice(loader, 4))
+    if not loaded:
+        samples = len(loader.dataset)
+        raise UsageError(f'--batch-size {batch_size}: the training data has {samples} samples only')
+    model, float_model = _build_models(cfg, loaded)
+    batches = [model.data_preprocessor(batch, True) for batch in loaded]
     for member in (model, float_model):
         if member is not None:
             member.data_preprocessor = Ready()
-    return Workload(model, float_model, batches, batch_size, device, scope)
+    return Workload(model, batches, float_model)
 
 
-def _build_models(cfg: Config, device: torch.device, loaded: list[Any]) -> tuple[Any, Any]:
+def _build_models(cfg: Config, loaded: list[Any]) -> tuple[Any, Any]:
     """The model of a config and, if it is quantized, calibrated, the float model that it was made from."""
     config = dict(cfg.model)
     if config.get('type') != 'QuantizedModel':
-        return _build_model(cfg, config).to(device).train(), None
-    # The one module that may import Brevitas; whoever has such a config has it.
+        return _build_model(cfg, config), None
     from mm_sharp.quantization import calibrate
 
     policy, inner = config.pop('policy'), config.pop('model')
-    config['type'] = inner
-    plain = {**dict(inner), **{k: v for k, v in config.items() if k != 'type'}} if isinstance(inner, dict) else config
-    float_model = _build_model(cfg, plain).to(device).train()
+    own = {key: value for key, value in config.items() if key != 'type'}
+    float_model = _build_model(cfg, {**(dict(inner) if isinstance(inner, dict) else {'type': inner}), **own})
     model = MODELS.build({'type': 'QuantizedModel', 'model': copy.deepcopy(float_model), 'policy': policy})
     calibrate(model, loaded)
     return model.train(), float_model
-
-
-@contextmanager
-def prepared(scope: str) -> Iterator[None]:
-    """What a Runner does before a model is built or run: the default scope, and progress that models ask for.
-
-    MMEngine's remarks below a warning are left out: without a log file, it prints how each weight is initialised.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        with DefaultScope.overwrite_default_scope(scope):
-            hub = MessageHub.get_current_instance()
-            for counter in ('epoch', 'iter'):
-                hub.update_info(counter, 0)
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _build_model(cfg: Config, config: dict[str, Any]) -> Any:
@@ -196,29 +142,14 @@ def _build_model(cfg: Config, config: dict[str, Any]) -> Any:
     if hasattr(model, 'init_weights'):
         model.init_weights()
     # One process: a Runner does the same.
-    return revert_sync_batchnorm(model)
+    return revert_sync_batchnorm(model).to(get_device()).train()
 
 
 def _without_downloads(value: Any) -> Any:
     """A copy of a model's config without weights to load: the numbers do not matter here."""
-    if isinstance(value, dict):
-        kept = {key: _without_downloads(item) for key, item in value.items()}
-        return {key: item for key, item in kept.items() if key != 'init_cfg' or not _loads(item)}
     if isinstance(value, (list, tuple)):
         return type(value)(_without_downloads(item) for item in value)
-    return value
-
-
-def _loads(init_cfg: Any) -> bool:
-    members = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
-    return any(isinstance(member, dict) and member.get('type') == 'Pretrained' for member in members)
-
-
-def _load_batches(cfg: Config, batch_size: int, most: int, seed: int) -> list[Any]:
-    options = {key: value for key, value in cfg.train_dataloader.items() if key not in _DROPPED}
-    loader = Runner.build_dataloader({**options, **_LOADER, 'batch_size': batch_size}, seed=seed)
-    samples = len(loader.dataset)
-    if samples < batch_size:
-        raise UsageError(f'--batch-size {batch_size}: the training data has {samples} samples only')
-    # A sampler without end would give the same samples again.
-    return list(islice(loader, min(most, samples // batch_size)))
+    if not isinstance(value, dict):
+        return value
+    kept = {key: item for key, item in value.items() if key != 'init_cfg' or "'Pretrained'" not in repr(item)}
+    return {key: _without_downloads(item) for key, item in kept.items()}

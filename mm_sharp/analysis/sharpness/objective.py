@@ -1,78 +1,86 @@
-"""The mean loss over fixed samples as a function of the weights, with its first and second derivatives (ours).
+"""The mean loss over fixed samples as a function of the weights, with its first and second derivatives.
 
-``L(w) = 1/n sum_i l_i(w)``, in evaluation mode, is a sum over batches (:mod:`mm_sharp.analysis.sharpness.averaging`),
-and so are
-its gradient and the product of its Hessian with a vector, which is the gradient of a gradient's dot product::
+``L(w) = 1/n sum_i l_i(w)``, in evaluation mode, is a sum over batches, whatever their size: a batch of b samples adds
+its loss over n where that is the sum of its samples' losses (``KLDiscretLoss``: SimCC, RTMPose), and b times as much
+where it is their mean. Which one it is, :mod:`mm_sharp.per_sample_loss` finds by comparison. So L is the training loss
+of a mean, and the training loss over the batch size of a sum.
 
-    H v = d/dw (g(w) . v)
-
-Vectors over all perturbed parameters are flat, float64, on the model's device. The model computes in its own dtype;
-sums over batches are float64.
+The product of the Hessian with a vector is the gradient of a gradient's dot product, ``H v = d/dw (g(w) . v)``. Vectors
+over all perturbed parameters are flat, float64, on the model's device; so are sums over batches.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
 
-from mm_sharp.analysis.sharpness.averaging import Averaging, LossForm, loss_form
-from mm_sharp.analysis.sharpness.custom_functions import custom_functions
-from mm_sharp.analysis.sharpness.samples import Samples
+from mm_sharp.analysis.sharpness.loading import Samples
 from mm_sharp.errors import UsageError, UserError
+from mm_sharp.per_sample_loss import PerSampleLoss, PerSampleLossError, Reduction
 
-# What torch says of operations that it cannot differentiate (twice).
-_CHECKPOINTING = re.compile(r'(?i)checkpoint\S* is (?:not |in)compatible with \.grad\(\)')
-_NO_DERIVATIVE = re.compile(rf'{_CHECKPOINTING.pattern}|once_differentiable|derivative for .* is not implemented')
+
+class Averaging(Enum):
+    """How a batch's loss counts."""
+
+    SUM = 'sum over the batch'
+    MEAN = 'mean over the batch'
+    SINGLY = 'batches of one'  # a model that mixes sums and means: alone, a sample's sum and mean are the same
+    SHARE = 'by share'  # not made of its samples' losses: what is measured depends on the batches
+
+
+_SUM = 'training adds the losses of a batch up: its loss, gradient, curvature and rises are these times its size'
+_SINGLY = 'the model adds losses that are sums over the batch to means: each sample is measured as a batch of one'
+_SHARE = (
+    "the model's loss is not made of losses of single samples ({}): batches count by their size, and what is measured "
+    'depends on --batch-size'
+)
 
 
 class Objective:
     """L(w) over some samples, around the weights that the model has now.
 
-    To be used within :func:`mm_sharp.analysis.sharpness.preserved_eval_mode.preserved_eval_mode`, after which the
-    model is as it was.
-    :attr:`custom` names the functions in the loss's graph that have a backward pass of their own, once a second
-    derivative was taken.
-
     Args:
-        model: In evaluation mode. Its loss is what ``parse_losses`` makes of ``model(..., mode='loss')``.
+        model: Within ``preserved_eval_mode``. Its loss is what ``parse_losses`` makes of ``model(..., mode='loss')``.
         samples: At least one.
         parameters: The parameters that w stands for.
-        batch_size: At most so many samples at once; memory and time, and no result unless :attr:`form` says so.
+        batch_size: At most so many samples at once; memory and time, and no result unless :attr:`remark` says so.
+        tick: Called after each computation of L or of its derivatives.
+
+    Attributes:
+        averaging: How batches are put together, of the loss modules :attr:`loss_name`; with a :attr:`remark`, or ''.
+        custom: Names of the functions with a backward pass of their own, once a second derivative was taken.
 
     Raises:
-        UsageError: The model has no loss in evaluation mode.
+        UsageError: The model has no loss in evaluation mode; later, if something in it cannot be differentiated.
     """
 
-    def __init__(self, model: nn.Module, samples: Samples, parameters: Sequence[nn.Parameter], batch_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        parameters: Sequence[nn.Parameter],
+        batch_size: int,
+        tick: Callable[[], object] = lambda: None,
+    ) -> None:
         self.model, self.samples, self.parameters = model, samples, list(parameters)
-        self.form: LossForm = loss_form(model, lambda: self._first_total(batch_size))
-        self.batch_size = 1 if self.form.averaging is Averaging.SINGLY else batch_size
+        self.averaging, self.loss_name, self.remark = self._loss_form(batch_size)
+        self.batch_size = 1 if self.averaging is Averaging.SINGLY else batch_size
         self.size = sum(parameter.numel() for parameter in self.parameters)
+        self.device = self.parameters[0].device
         self.custom: list[str] | None = None
+        self._tick = tick
         self._start = [parameter.detach().clone() for parameter in self.parameters]
 
-    @property
-    def device(self) -> torch.device:
-        """Where vectors are."""
-        return self.parameters[0].device
-
-    @torch.no_grad()
-    def loss(self) -> float:
-        """L at the model's weights; nan or infinite where it is."""
-        return sum(total.item() * weight for weight, total in self._terms())
-
     def loss_and_gradient(self) -> tuple[float, Tensor]:
-        """L at the model's weights and its gradient, (size,).
-
-        Raises:
-            UsageError: Something in the model cannot be differentiated.
-        """
+        """L at the model's weights and its gradient, (size,)."""
         loss, gradient = 0.0, self._zeros()
         for weight, total in self._terms():
             loss += total.item() * weight
@@ -80,27 +88,17 @@ class Objective:
         return loss, gradient
 
     def hessian_times(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """The products of the Hessian with each of some vectors.
-
-        Several at once take less time than one by one: they share the first derivative.
-
-        Args:
-            vectors: (size,) each.
-
-        Raises:
-            UsageError: Something in the model cannot be differentiated twice.
-        """
+        """The products of the Hessian with each of some vectors, (size,), which share the first derivative."""
         products = [self._zeros() for _ in vectors]
-        pieces = [self._shaped(vector) for vector in vectors]
+        pieces = [[part.to(p.dtype) for part, p in self._split(vector)] for vector in vectors]
         for weight, total in self._terms():
             if self.custom is None:
                 self.custom = self._custom_functions(total)
-            gradients = self._differentiate(total, create_graph=True)
-            for number, piece in enumerate(pieces):
+            gradients = self._differentiate(total, again=True)
+            for product, piece in zip(products, pieces, strict=True):
                 dot = torch.stack([(g * v).sum() for g, v in zip(gradients, piece, strict=True)]).sum()
                 if dot.requires_grad:  # else the gradient is the same everywhere
-                    second = self._differentiate(dot, keep=number < len(pieces) - 1, twice=True)
-                    products[number].add_(_flat(second), alpha=weight)
+                    product.add_(_flat(self._differentiate(dot, what='second derivatives')), alpha=weight)
         return products
 
     @contextmanager
@@ -108,7 +106,7 @@ class Objective:
         """Within, the weights are the start's plus ``offset``, (size,); then they are the start's, bit for bit."""
         try:
             with torch.no_grad():
-                for parameter, start, piece in zip(self.parameters, self._start, self._split(offset), strict=True):
+                for (piece, parameter), start in zip(self._split(offset), self._start, strict=True):
                     parameter.copy_(start.double() + piece)
             yield
         finally:
@@ -116,119 +114,113 @@ class Objective:
                 for parameter, start in zip(self.parameters, self._start, strict=True):
                     parameter.copy_(start)
 
+    @torch.no_grad()
     def loss_at(self, offset: Tensor) -> float:
-        """L at the start's weights plus ``offset``, (size,)."""
+        """L at the start's weights plus ``offset``, (size,); nan or infinite where it is."""
         with self.moved(offset):
-            return self.loss()
+            return sum(total.item() * weight for weight, total in self._terms())
 
     def _terms(self) -> Iterator[tuple[float, Tensor]]:
         """Weight and loss of each batch."""
         for size, batch in self.samples.batches(self.batch_size):
-            yield self.form.averaging.weight(size, len(self.samples)), self._total(batch)
+            share = 1 if self.averaging is Averaging.SUM else size
+            yield share / len(self.samples), self._total(batch)
+        self._tick()
 
-    def _first_total(self, batch_size: int) -> Tensor:
-        """The loss of the first batch.
-
-        Raises:
-            UsageError: It cannot be computed.
-        """
+    def _loss_form(self, batch_size: int) -> tuple[Averaging, str, str]:
+        """What the first batch shows of the loss: averaging, loss modules, remark."""
         _, batch = next(self.samples.batches(batch_size))
         try:
-            return self._total(batch)
+            with torch.no_grad(), PerSampleLoss(self.model).record() as record:
+                total = self._total(batch)
+            record.losses(total)
+        except PerSampleLossError as error:
+            return Averaging.SHARE, type(self.model).__name__, _SHARE.format(error.what)
         except UserError:
             raise
         except Exception as error:  # of anyone's model: RTMO's head, for one, has no loss in evaluation mode
-            said = (str(error).strip().splitlines() or [''])[0]
             raise UsageError(
                 f'{type(self.model).__name__}: its loss cannot be computed in evaluation mode, in which sharpness is '
-                f'measured ({type(error).__name__}: {said}); --debug shows where'
+                f'measured ({type(error).__name__}: {_first_line(error)}); --debug shows where'
             ) from error
+        name = ', '.join(dict.fromkeys(term.name for term in record.terms))
+        if record.reduction is Reduction.MEAN:
+            return Averaging.MEAN, name, ''
+        if record.reduction is Reduction.SUM:
+            return Averaging.SUM, name, _SUM
+        return Averaging.SINGLY, name, _SINGLY
 
     def _total(self, batch: Any) -> Tensor:
         """The loss of a batch, ()."""
-        preprocessor: Any = getattr(self.model, 'data_preprocessor', None)
-        data = batch if preprocessor is None else preprocessor(batch, False)
-        if next(self.model.parameters()).dtype == torch.float64:
-            data = as_double(data)
-        output = self.model(**data, mode='loss') if isinstance(data, dict) else self.model(*data, mode='loss')
         model: Any = self.model
+        preprocessor = getattr(model, 'data_preprocessor', None)
+        data = batch if preprocessor is None else preprocessor(batch, False)
+        if next(model.parameters()).dtype == torch.float64:
+            data = as_double(data)
+        output = model(**data, mode='loss') if isinstance(data, dict) else model(*data, mode='loss')
         total: Tensor = output.mean() if isinstance(output, Tensor) else model.parse_losses(output)[0]
         return total
 
-    def _differentiate(
-        self, value: Tensor, create_graph: bool = False, keep: bool = False, twice: bool = False
-    ) -> tuple[Tensor, ...]:
-        """The derivative of ``value`` by each parameter, zero where it does not depend on it."""
+    def _differentiate(self, value: Tensor, again: bool = False, what: str = 'derivatives') -> tuple[Tensor, ...]:
+        """The derivative of ``value`` by each parameter, which can be differentiated ``again``; 0 if independent."""
         if not value.requires_grad:
             raise UsageError(f'{type(self.model).__name__}: the loss does not depend on any parameter')
         try:
+            keep = again or what != 'derivatives'
             return torch.autograd.grad(
-                value,
-                self.parameters,
-                create_graph=create_graph,
-                retain_graph=create_graph or keep,
-                allow_unused=True,
-                materialize_grads=True,
+                value, self.parameters, retain_graph=keep, create_graph=again, materialize_grads=True
             )
         except (RuntimeError, NotImplementedError) as error:
-            if not _NO_DERIVATIVE.search(str(error)):
-                raise
-            raise UsageError(self._why(error, twice)) from error
+            raise self._no_derivatives(what, _first_line(error)) from error
 
     def _custom_functions(self, total: Tensor) -> list[str]:
-        """The functions in the graph of a loss whose second derivatives are of their authors' making.
+        """Functions in a loss's graph with derivatives of their authors'; torch takes 0 for second ones that miss."""
+        waiting: list[Any] = [total.grad_fn]
+        seen: set[Any] = {None}
+        kinds: dict[Any, None] = {}
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting += [before for before, _ in node.next_functions]
+                kinds[getattr(type(node), '_forward_cls', None)] = None
+        kinds.pop(None, None)
+        for kind in kinds:
+            code = getattr(kind.backward, '__code__', None)
+            if code is not None and code.co_filename == once_differentiable.__code__.co_filename:
+                raise self._no_derivatives('second derivatives', f'{kind.__name__} is marked @once_differentiable')
+        return [kind.__name__ for kind in kinds]
 
-        Raises:
-            UsageError: One has none.
-        """
-        custom, once = custom_functions(total)
-        if once:
-            raise UsageError(self._no_derivatives(f'{", ".join(once)} is marked @once_differentiable', twice=True))
-        return custom
-
-    def _why(self, error: Exception, twice: bool) -> str:
-        """What to do about an operation without a derivative."""
-        line = str(error).strip().splitlines()[0]
-        if _CHECKPOINTING.search(line):
-            return (
-                f'{type(self.model).__name__} recomputes activations by re-entrant checkpointing, which '
-                f'torch.autograd.grad does not go through ({line}): switch it off in the config'
-            )
-        return self._no_derivatives(line, twice)
-
-    def _no_derivatives(self, line: str, twice: bool) -> str:
-        kind = 'second derivatives' if twice else 'derivatives'
-        hint = ': leave them out with --eigenvalues 0 --trace-draws 0' if twice else ''
-        return f'{type(self.model).__name__}: its loss has no {kind} ({line}){hint}'
+    def _no_derivatives(self, what: str, line: str) -> UsageError:
+        hint = ': leave them out with --eigenvalues 0 --trace-draws 0' if what == 'second derivatives' else ''
+        return UsageError(f'{type(self.model).__name__}: its loss has no {what} ({line}){hint}')
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.size, dtype=torch.float64, device=self.device)
 
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        """A flat vector in the parameters' shapes."""
+    def _split(self, vector: Tensor) -> list[tuple[Tensor, nn.Parameter]]:
+        """The pieces of a flat vector in the parameters' shapes, with the parameters."""
         pieces = vector.split([parameter.numel() for parameter in self.parameters])
-        return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
-
-    def _shaped(self, vector: Tensor) -> list[Tensor]:
-        """The same in the parameters' dtypes."""
-        return [piece.to(p.dtype) for piece, p in zip(self._split(vector), self.parameters, strict=True)]
+        return [(piece.view_as(p), p) for piece, p in zip(pieces, self.parameters, strict=True)]
 
 
 def as_double(value: Any) -> Any:
     """A copy of a batch in which tensors of floating-point numbers are float64."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: as_double(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(as_double(item) for item in value)
-    if isinstance(value, BaseDataElement):
-        copy = value.clone()
-        for name, item in value.items():
-            setattr(copy, name, as_double(item))
-        return copy
-    return value
+
+    def convert(item: Any) -> Any:
+        if isinstance(item, BaseDataElement):
+            copy = item.clone()
+            for name, inner in item.items():
+                setattr(copy, name, as_double(inner))
+            return copy
+        return item.double() if isinstance(item, Tensor) and item.is_floating_point() else item
+
+    return tree_map(convert, value)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [''])[0]

@@ -11,7 +11,6 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mm_sharp.analysis.benchmark import step_limit
 from mm_sharp.analysis.study.spec import BASE, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.preflight import wrapper_class
@@ -176,9 +175,10 @@ class Plan:
         except UsageError as error:
             raise UsageError(f'methods.{method} in settings.{setting.name}: {error}') from error
         kind = wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper)
-        self._has_rho[method] = issubclass(kind, TwoPassOptimWrapper) and 'rho' not in self.study.methods[method]
-        settings = {'type': kind.__name__, **cfg.optim_wrapper}
-        self.cost[setting.name, method] = step_limit(cfg, settings, cfg.train_dataloader.batch_size).cycle
+        ours, batch_size = issubclass(kind, TwoPassOptimWrapper), cfg.train_dataloader.batch_size
+        self._has_rho[method] = ours and 'rho' not in self.study.methods[method]
+        cost = kind.theoretical_cost(batch_size, **cfg.optim_wrapper).cycle if ours else 1.0
+        self.cost[setting.name, method] = cost
 
 
 def _read(setting: Setting) -> Config:

@@ -1,4 +1,4 @@
-"""A model in evaluation mode, put back as it was (ours)."""
+"""A model in evaluation mode whose loss can be differentiated twice, and which is put back as it was."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
-from mm_sharp.analysis.sharpness.second_derivatives import differentiable_twice
 from mm_sharp.ops.module_state import ModuleStateBackup, StatePlan
 from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.perturbation import TensorBackup
@@ -29,13 +29,20 @@ def preserved_eval_mode(model: nn.Module) -> Iterator[None]:
     model.eval()
     for module in checkpointed:
         module.with_cp = False
+    # torch's own, which RTMPose's backbone uses, can be differentiated once only, as of torch 2.13.
+    hardsigmoid, F.hardsigmoid = F.hardsigmoid, _hardsigmoid
     try:
-        with differentiable_twice():
-            yield
+        yield
     finally:
+        F.hardsigmoid = hardsigmoid
         weights.restore()
         state.restore()
         for module in checkpointed:
             module.with_cp = True
         for module, mode in training.items():
             module.training = mode
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    value = F.relu6(input + 3) / 6
+    return input.copy_(value) if inplace else value

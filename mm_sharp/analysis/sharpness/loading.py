@@ -1,0 +1,142 @@
+"""The model of a config with a checkpoint's weights, and a fixed part of a data set.
+
+The samples are the first ones of a seeded shuffle. They go through the training pipeline, whose last steps make the
+labels that a loss needs, so that a held-out split can be measured as well; where the pipeline augments, one random
+augmentation of each sample is kept, which the seed determines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS
+from mmengine.runner import load_checkpoint, set_random_seed
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from tqdm import tqdm
+
+from mm_sharp.analysis.prepare import build_loader, prepared
+from mm_sharp.cli.loading import careful_loading
+from mm_sharp.errors import UsageError, UserError
+from mm_sharp.hooks.checkpoint import check_next_load
+from mm_sharp.ops.rng import RandomState
+
+SPLITS = ('train', 'val')
+
+
+def load_model(cfg: Config, checkpoint: str, trust: bool = False) -> tuple[nn.Module, int, bool]:
+    """A config's model with a checkpoint's weights, the epochs of its training (0: unknown), whether it is quantized.
+
+    The checkpoint is loaded by the rules of ``tools/test.py``; ``trust`` is for one that may run code.
+
+    Raises:
+        UserError: The checkpoint is not plain, damaged, of another model, or of an uncalibrated quantized one.
+    """
+    config = dict(cfg.model)
+    if cfg.get('data_preprocessor'):
+        config.setdefault('data_preprocessor', cfg.data_preprocessor)
+    quantized = config.get('type') == 'QuantizedModel'
+    with careful_loading(trust), prepared(cfg):
+        model = revert_sync_batchnorm(MODELS.build(config))
+        check_next_load(model)
+        try:
+            content = load_checkpoint(model, checkpoint, map_location='cpu', logger='current')
+            if quantized:
+                from mm_sharp.quantization import check_calibrated
+
+                check_calibrated(model)
+        except UserError as error:
+            if checkpoint in str(error):
+                raise
+            raise UserError(f"cannot use the checkpoint '{checkpoint}': {error}") from error
+    meta = content.get('meta')
+    epoch = meta.get('epoch') if isinstance(meta, dict) else None
+    return model.to(get_device()), epoch if isinstance(epoch, int) else 0, quantized
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples as a data set gives them, in this process's memory."""
+
+    rows: list[Any]
+    collate: Callable[[list[Any]], Any]
+    dataset: str  # its kind, and its annotation file if it has one
+    split: str
+    seed: int  # of the choice and of the augmentation
+    available: int  # samples that the data set has
+    digest: str  # of what the model is fed with, 12 hexadecimal digits: equal digests, equal samples
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, size: int) -> Iterator[tuple[int, Any]]:
+        """The samples in order, ``size`` at a time (the last batch may be smaller): how many, and the batch."""
+        for start in range(0, len(self.rows), size):
+            rows = self.rows[start : start + size]
+            yield len(rows), self.collate(rows)
+
+
+def load_samples(cfg: Config, split: str, count: int, seed: int) -> Samples:
+    """Load ``count`` samples of a config's data set; the seed is of the shuffle and of the random augmentation.
+
+    Raises:
+        UsageError: There is no such data set in the config, or it is too small.
+    """
+    options, before = dataset_config(cfg, split), RandomState.capture()
+    set_random_seed(seed)
+    try:
+        loader = build_loader(cfg, dataset=options, batch_size=1)
+        dataset, collate = loader.dataset, loader.collate_fn
+        if count > len(dataset):
+            raise UsageError(f'--samples {count}: the data set ({split}) has {len(dataset)} samples only')
+        chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
+        rows = [dataset[int(index)] for index in tqdm(chosen, 'loading samples', leave=False, disable=None)]
+    finally:
+        before.restore()
+    return Samples(rows, collate, _name(options), split, seed, len(dataset), _digest(rows, collate))
+
+
+def dataset_config(cfg: Config, split: str) -> dict[str, Any]:
+    """The config of a split's data set, with the training pipeline.
+
+    Raises:
+        UsageError: The config has no such loader.
+    """
+    for name in dict.fromkeys(('train', split)):
+        if not cfg.get(f'{name}_dataloader'):
+            raise UsageError(f'the config has no {name}_dataloader: there is no loss to measure on --split {split}')
+    training, dataset = cfg.train_dataloader.dataset, dict(cfg[f'{split}_dataloader'].dataset)
+    if split == 'val':
+        # As in testing, people would be detections, or have no labels.
+        changes = {'pipeline': _owner(training, 'pipeline').get('pipeline'), 'test_mode': False, 'bbox_file': None}
+        dataset.update({key: value for key, value in changes.items() if key in dataset})
+    return dataset
+
+
+def _owner(dataset: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A data set's config, or that of the one which it wraps (repeated data sets), that has ``key``, if one has."""
+    while not dataset.get(key) and isinstance(dataset.get('dataset'), Mapping):
+        dataset = dataset['dataset']
+    return dataset
+
+
+def _name(dataset: Mapping[str, Any]) -> str:
+    kind = dataset.get('type')
+    return f'{getattr(kind, "__name__", kind)} {_owner(dataset, "ann_file").get("ann_file") or ""}'.strip()
+
+
+def _digest(rows: list[Any], collate: Callable[[list[Any]], Any]) -> str:
+    """Of the first tensor of each sample, which is the image (or what else the model takes in)."""
+    total = hashlib.sha256()
+    for row in rows:
+        for tensor in [leaf for leaf in tree_flatten(collate([row]))[0] if isinstance(leaf, Tensor)][:1]:
+            total.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            total.update(tensor.contiguous().cpu().numpy().tobytes())
+    return total.hexdigest()[:12]

@@ -1,0 +1,42 @@
+"""What a step costs in theory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, SAMOptimWrapper
+from mm_sharp.step.method import Cost
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
+
+HISTORY = {'selection': 'history'}
+
+
+@pytest.mark.parametrize(
+    ('kind', 'settings', 'batch_size', 'step', 'mean', 'length'),
+    [
+        (SAMOptimWrapper, {}, 32, 2, 2, 1),
+        (SAMOptimWrapper, {'adaptive': True}, 32, 2, 2, 1),
+        (ESAMOptimWrapper, {}, 32, 1.7, 1.7, 1),
+        (ESAMOptimWrapper, {}, 1, 5.6 / 3, 5.6 / 3, 1),  # the only sample is taken without a selection
+        (ESAMOptimWrapper, {'beta': 1.0, 'gamma': 1.0}, 32, 2, 2, 1),
+        (ESAMOptimWrapper, HISTORY, 32, 4.1 / 3, 4.2 / 3, 10),
+        (ESAMOptimWrapper, HISTORY, 5, (2.6 + 1.8) / 3, (2.7 + 1.8) / 3, 10),  # 3 of 5 samples
+        (ESAMOptimWrapper, {**HISTORY, 'refresh': 1}, 32, 1.7, 1.7, 1),
+        (ESAMOptimWrapper, {**HISTORY, 'gamma': 1.0}, 32, 5.6 / 3, 5.6 / 3, 1),
+        (AUSAMOptimWrapper, {}, 100, 1.2, 1.2, 1),
+        (AUSAMOptimWrapper, {}, 32, 1.25, 1.25, 1),  # 20 of 32 samples
+        (AUSAMOptimWrapper, {'sampling_ratio': 0.5}, 32, 1, 1, 1),
+    ],
+)
+def test_theoretical_costs(
+    kind: type[TwoPassOptimWrapper],
+    settings: dict[str, Any],
+    batch_size: int,
+    step: float,
+    mean: float,
+    length: int,
+) -> None:
+    found = kind.theoretical_cost(batch_size, **settings)
+    assert found == Cost(pytest.approx(step), pytest.approx(mean), length)
