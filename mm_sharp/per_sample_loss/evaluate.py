@@ -1,27 +1,29 @@
-"""A loss module evaluated on every sample as a batch of one (ours)."""
+"""A loss module evaluated on every sample as a batch of one."""
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from mm_sharp.per_sample_loss.layout import Layout, fill, tensors_of
+from mm_sharp.per_sample_loss.find import is_neither
+from mm_sharp.per_sample_loss.forms import form_of
+from mm_sharp.per_sample_loss.layout import Layout, fill, first_tensor, tensors_of
+from mm_sharp.per_sample_loss.record import ROUNDING, Reduction
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 def shadow(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` to be called without a trace: the same parameters, copies of buffers, no hooks.
+    """A copy of a loss to be called without a trace, since some count their calls, or keep averages.
 
-    Losses may count their calls (``SemiSupervisionLoss``) or keep averages. Attributes other than parameters, buffers
-    and submodules are shared: what a loss changes inside a list of its own is seen.
+    It has the same parameters, copies of buffers and no hooks. What a loss changes inside a list of its own is seen.
     """
     twin = type(module).__new__(type(module))
     state = dict(vars(module))
@@ -34,51 +36,115 @@ def shadow(module: nn.Module) -> nn.Module:
 
 
 class Evaluator:
-    """Evaluates one loss module on batches of one, in the fastest way that works for it.
+    """Evaluates one loss module on batches of one, in the fastest way that works, and remembers what calls have shown.
 
-    Attributes:
-        vmap_error: What ``torch.func.vmap`` failed with, once it did; from then on there is a loop over the samples.
+    Nothing here waits for an accelerator once it is known what each output of the loss is of its samples' losses.
     """
 
-    def __init__(self) -> None:
-        self.vmap_error: Exception | None = None
-        self._upcast = False
+    def __init__(self, module: nn.Module) -> None:
+        self.form = form_of(module)  # None from the moment that it was found to be wrong
+        self.is_looped = False  # whether torch.func.vmap failed: from then on there is a loop over the samples
+        self._form_is_right = self._upcast = False
+        self._is_neither = is_neither(module)
+        self._by_sample = type(module).__name__ == 'AssociativeEmbeddingLoss'
+        self._shared: set[str] = set()
+        self._reductions: dict[int, Reduction] = {}  # of each output
+        names = list(inspect.signature(module.forward).parameters)
+        self._names = names if 'avg_factor' in names else None
 
-    def __call__(self, module: nn.Module, layout: Layout) -> list[Tensor]:
-        """The losses of each sample.
+    def __call__(
+        self, module: nn.Module, size: int, args: Any, kwargs: Any, outputs: Sequence[Tensor], tolerance: float
+    ) -> list[tuple[Tensor, Reduction]]:
+        """The losses of the N samples, (N,), for each of the ``outputs`` of a call, and what the output is of them.
 
-        Args:
-            module: What :func:`shadow` gave.
-            layout: Its arguments, ``layout.template`` being ``(args, kwargs)``.
-
-        Returns:
-            One tensor (N,) for every tensor in the module's output, in the order of :func:`tensors_of`.
+        ``module`` is a :func:`shadow` made before the call, or the loss itself where it has a form.
 
         Raises:
-            ValueError: The module draws random numbers, or gives no single number for one sample.
+            ValueError: There are no such losses.
             Exception: Whatever the module raises on a batch of one.
         """
-        analytic = _analytic(module)
-        if analytic is not None:
-            return [analytic(module, *fill(layout.template[0], layout.rows), **fill(layout.template[1], layout.rows))]
-        if layout.all_tensors and self.vmap_error is None:
+        if self._is_neither:
+            raise ValueError(
+                'it divides by a count over the whole batch, or compares samples with each other, so that it is '
+                'neither the sum nor the mean of its samples'
+            )
+        samples = self._losses(module, size, args, kwargs)
+        if len(samples) != len(outputs) or any(values.shape != (size,) for values in samples):
+            raise ValueError(f'for one sample it gives {len(samples)} losses, for the batch {len(outputs)}')
+        if len(self._reductions) < len(outputs):
+            seen, returned = samples, outputs
+            if size == 1:  # nothing to tell from one sample: so the sample twice
+                layout = self._layout(size, args, kwargs)
+                twice = [torch.cat([row, row]) if isinstance(row, Tensor) else [*row, *row] for row in layout.rows]
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    returned = _run(shadow(module), layout, twice, 2)
+                seen = [torch.cat([values, values]) for values in samples]
+            for index, (values, output) in enumerate(zip(seen, returned, strict=True)):
+                if index not in self._reductions:
+                    found = _reduction_of(values.detach(), output.detach().reshape(()), tolerance)
+                    self._reductions.update({index: found} if found else {})
+        # A loss that was zero in all samples so far is taken for what the others are.
+        other = next(iter(self._reductions.values()), Reduction.MEAN)
+        return [(values, self._reductions.get(index, other)) for index, values in enumerate(samples)]
+
+    def _losses(self, module: nn.Module, size: int, args: Any, kwargs: Any) -> list[Tensor]:
+        values = None if self.form is None else self.form(module, *args, **kwargs)
+        if values is not None and values.shape == (size,) and self._form_is_right:
+            return [values]
+        layout = self._layout(size, args, kwargs)
+        if values is not None and self._confirm_form(values, module, layout):
+            return [values]
+        if not self.is_looped and all(isinstance(row, Tensor) for row in layout.rows):
             try:
                 with warnings.catch_warnings():
-                    # Single operations without a batched form (kl_div) run one by one: slower, and right.
+                    # Single operations without a batched form run one by one: slower, and right.
                     warnings.filterwarnings('ignore', message='There is a performance drop')
                     return self._vectorised(module, layout)
-            except Exception as error:
+            except Exception as error:  # of any kind: the loop says what is wrong
                 if 'randomness' in str(error):
                     raise ValueError('it draws random numbers, which a sample alone does not repeat') from error
-                # Without the frames it came through, which hold on to a whole batch.
-                error.__cause__ = error.__context__ = None
-                self.vmap_error = error.with_traceback(None)
-        return self._loop(module, layout)
+                self.is_looped = True
+        return _loop(module, layout, size)
+
+    def _layout(self, size: int, args: Any, kwargs: Any) -> Layout:
+        first = first_tensor((args, kwargs))
+        if first is None or first.shape[0] != size:
+            shape = None if first is None else tuple(first.shape)
+            raise ValueError(f'its input of shape {shape} does not have one row for each of {size} samples')
+        if self._names is not None:
+            # By name: the average over a batch of one divides by 1, whatever place the number was given in.
+            args, kwargs = (), {**dict(zip(self._names, args, strict=False)), **kwargs}
+            average = kwargs.get('avg_factor')
+            if average is not None and float(average) != size:
+                raise ValueError(f'avg_factor={float(average):g} is not the number of samples, {size}')
+        layout = Layout(size, self._shared, self._by_sample)
+        # Each argument by itself: as many arguments as samples are no list of samples.
+        layout.template = (
+            tuple(layout.split(value, f'args.{number}') for number, value in enumerate(args)),
+            {name: layout.split(value, f'kwargs.{name}') for name, value in kwargs.items()},
+        )
+        return layout
+
+    def _confirm_form(self, values: Tensor, module: nn.Module, layout: Layout) -> bool:
+        # On the first samples: in another version the module may compute something else.
+        with torch.no_grad():
+            alone = _loop(module, layout, min(layout.size, 4))[0]
+        first = values.detach()[: len(alone)].to(alone)
+        self._form_is_right = torch.allclose(first, alone, rtol=1e-3, atol=ROUNDING, equal_nan=True)
+        self.form = self.form if self._form_is_right else None
+        return self._form_is_right
 
     def _vectorised(self, module: nn.Module, layout: Layout) -> list[Tensor]:
-        rows = [_at_least_float32(row) for row in layout.rows] if self._upcast else layout.rows
         # A buffer that one sample's call changed belongs to vmap from then on, hence a copy.
-        values = list(torch.func.vmap(_batch_of_one(shadow(module), layout), randomness='error')(*rows))
+        twin = shadow(module)
+
+        def one(*rows: Tensor) -> tuple[Tensor, ...]:
+            return tuple(_run(twin, layout, [row.unsqueeze(0) for row in rows], 1))
+
+        rows: list[Any] = layout.rows
+        if self._upcast:
+            rows = [row.float() if row.is_floating_point() and row.dtype.itemsize == 2 else row for row in rows]
+        values = list(torch.func.vmap(one, randomness='error')(*rows))
         if not self._upcast and any(value.dtype.itemsize == 2 for value in values):
             # Under vmap autocast misses operations that are made of others, such as cross entropy, which it would
             # compute in float32.
@@ -86,83 +152,28 @@ class Evaluator:
             return self._vectorised(module, layout)
         return values
 
-    def _loop(self, module: nn.Module, layout: Layout) -> list[Tensor]:
-        samples = [run(shadow(module), layout, layout.sample(i), 1) for i in range(layout.size)]
-        return [torch.stack(values) for values in zip(*samples, strict=True)]
+
+def _loop(module: nn.Module, layout: Layout, count: int) -> list[Tensor]:
+    with torch.random.fork_rng(devices=[]):  # vmap refuses losses that draw random numbers, the loop runs them
+        samples = [_run(shadow(module), layout, layout.sample(i), 1) for i in range(count)]
+    return [torch.stack(values) for values in zip(*samples, strict=True)]
 
 
-@contextmanager
-def same_random_state() -> Iterator[None]:
-    """Leave the CPU's random numbers as they were: vmap refuses losses that draw some, the loop runs them."""
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
-def run(module: nn.Module, layout: Layout, rows: list[Any], count: int) -> list[Tensor]:
-    """Call ``module`` on the ``count`` samples in ``rows``.
-
-    Returns:
-        A tensor () for every tensor in the output.
-
-    Raises:
-        ValueError: The output has several numbers.
-    """
+def _run(module: nn.Module, layout: Layout, rows: Sequence[Any], count: int) -> list[Tensor]:
+    """Call ``module`` on the ``count`` samples in ``rows``; gives a tensor () for every tensor in the output."""
     args, kwargs = fill(layout.template, rows)
     if kwargs.get('avg_factor') is not None:
-        kwargs = {**kwargs, 'avg_factor': count}  # of the batch, it is the batch size; facts.py makes sure
+        kwargs = {**kwargs, 'avg_factor': count}  # of the batch, it is the batch size: _layout makes sure
     outputs = tensors_of(module(*args, **kwargs))[1]
     if any(output.numel() != 1 for output in outputs):
         raise ValueError(f'for one sample it gives {[tuple(o.shape) for o in outputs]} instead of one number')
     return [output.reshape(()) for output in outputs]
 
 
-def _at_least_float32(row: Any) -> Any:
-    half = isinstance(row, Tensor) and row.is_floating_point() and row.dtype.itemsize == 2
-    return row.float() if half else row
-
-
-def _batch_of_one(module: nn.Module, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
-    def one(*rows: Tensor) -> tuple[Tensor, ...]:
-        return tuple(run(module, layout, [row.unsqueeze(0) for row in rows], 1))
-
-    return one
-
-
-def _analytic(module: nn.Module) -> Callable[..., Tensor] | None:
-    # Exactly these classes: a subclass may compute something else.
-    if type(module).__module__.startswith('mmpose.models.losses.'):
-        return _ANALYTIC.get(type(module).__name__)
-    return None
-
-
-def _kl_discret(module: Any, pred_simcc: Any, gt_simcc: Any, target_weight: Tensor | None) -> Tensor:
-    """MMPose's ``KLDiscretLoss``, summed over the keypoints of each sample instead of over all."""
-    count, keypoints, _ = pred_simcc[0].shape
-    losses: Any = 0
-    for prediction, target in zip(pred_simcc, gt_simcc):  # noqa: B905 (as the loss itself: a third axis is left out)
-        loss = module.criterion(prediction.flatten(0, 1), target.flatten(0, 1)).reshape(count, keypoints)
-        if module.use_target_weight:
-            assert target_weight is not None
-            loss = loss * target_weight.reshape(count, keypoints)
-        if module.mask is not None:
-            scale = loss.new_ones(keypoints)
-            scale[module.mask] = module.mask_weight
-            loss = loss * scale
-        losses = losses + loss.sum(1)
-    return losses / keypoints  # type: ignore[no-any-return]
-
-
-def _keypoint_mse(
-    module: Any, output: Tensor, target: Tensor, target_weights: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """MMPose's ``KeypointMSELoss``, averaged over each sample's heatmaps instead of over all."""
-    squares = F.mse_loss(output, target, reduction='none')
-    if mask is None and not module.skip_empty_channel and (target_weights is None or target_weights.ndim == 2):
-        losses = squares.flatten(2).mean(2)  # one number a keypoint before the weights: one pass over the heatmaps
-        weighted = losses if target_weights is None else losses * target_weights
-        return weighted.mean(1) * module.loss_weight  # type: ignore[no-any-return]
-    weight = module._get_mask(target, target_weights, mask)
-    return (squares * weight).flatten(1).mean(1) * module.loss_weight  # type: ignore[no-any-return]
-
-
-_ANALYTIC: dict[str, Callable[..., Tensor]] = {'KLDiscretLoss': _kl_discret, 'KeypointMSELoss': _keypoint_mse}
+def _reduction_of(values: Tensor, returned: Tensor, tolerance: float) -> Reduction | None:
+    """Which of sum and mean a batch's loss is closer to; None where values are zero, cancel or are not finite."""
+    values = values.double()
+    total, size, loss = torch.stack([values.sum(), values.abs().sum(), returned.double()]).tolist()
+    if not math.isfinite(size + loss) or abs(total) <= tolerance * size:
+        return None
+    return Reduction.SUM if abs(loss - total) < abs(loss - total / len(values)) else Reduction.MEAN

@@ -1,10 +1,10 @@
-"""Where a model keeps its loss modules, and what is known of heads that treat their losses specially (ours)."""
+"""Where a model keeps its loss modules, and what is known of heads that treat their losses specially."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from operator import is_
+from functools import cached_property
 from typing import Any
 
 from mmengine.logging import MessageHub
@@ -14,7 +14,7 @@ from torch.nn.modules.loss import _Loss
 from mm_sharp.errors import UnsupportedError
 
 # MMPose heads that match predictions with people: a row of their losses is an anchor or a person.
-_ROWS_ARE_NOT_SAMPLES = ('YOLOXPoseHead', 'RTMOHead', 'CIDHead', 'EDPoseHead')
+_ROWS_ARE_NOT_SAMPLES = {'YOLOXPoseHead', 'RTMOHead', 'CIDHead', 'EDPoseHead'}
 
 NAMING_RULE = (
     'a module is taken for a loss if its attribute has "loss" or "criterion" in its name, if the name of its class '
@@ -23,14 +23,10 @@ NAMING_RULE = (
 
 
 class PerSampleLossError(UnsupportedError):
-    """A model's loss has no form for single samples that could be found.
-
-    Attributes:
-        what: The reason alone, without advice.
-    """
+    """A model's loss has no form for single samples that could be found."""
 
     def __init__(self, what: str) -> None:
-        self.what = what
+        self.what = what  # the reason alone, without advice
         super().__init__(
             f'{what} ESAM and AUSAM need the loss of every sample. What works with every model and head is SAM: '
             "optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=...). docs/per_sample_losses.md lists "
@@ -40,19 +36,13 @@ class PerSampleLossError(UnsupportedError):
 
 @dataclass(frozen=True)
 class LossModule:
-    """A loss module and its place in the model.
-
-    Args:
-        module: The module.
-        owner: The module that has it.
-        path: Its name within the model, such as ``head.loss_module``.
-    """
+    """A loss module, the module that has it, and its name within the model, such as ``head.loss_module``."""
 
     module: nn.Module
     owner: nn.Module
     path: str
 
-    @property
+    @cached_property
     def name(self) -> str:
         """For messages: owner, path and class."""
         return f"{type(self.owner).__name__}'s {self.path} ({type(self.module).__name__})"
@@ -77,16 +67,14 @@ class LossModule:
 def find_losses(model: nn.Module) -> list[LossModule]:
     """The outermost loss modules of ``model``, each once.
 
-    A loss is what ``NAMING_RULE`` says, in lists and dicts of modules too, registered ones and plain ones. What a loss
-    is made of is not looked at; only within a "criterion" of a class that does not say whether it is one, losses are
-    looked for as well: it may be no more than a holder of them.
+    A loss is what ``NAMING_RULE`` says, in lists and dicts of modules too. What a loss is made of is not looked at, but
+    in a "criterion" of another class, which may be no more than a holder of losses.
 
     Raises:
         PerSampleLossError: ``model`` has a head whose losses have rows that are not samples.
     """
     for member in model.modules():
-        names = {cls.__name__ for cls in type(member).__mro__} & set(_ROWS_ARE_NOT_SAMPLES)
-        if names:
+        if any(cls.__name__ in _ROWS_ARE_NOT_SAMPLES for cls in type(member).__mro__):
             raise PerSampleLossError(
                 f'{type(member).__name__}: the rows of its losses are anchors or people, not samples, and cannot be '
                 'told apart by picture.'
@@ -102,33 +90,32 @@ def has_losses(name: str, module: nn.Module) -> bool:
     return _has_a_losses_name(name) or _is_of_a_losses_class(module) or any(True for _ in _walk(module, ''))
 
 
-class Structure:
-    """The modules among which a model's losses were found.
+def is_neither(loss: nn.Module) -> bool:
+    """Whether a loss is known to divide by a count over the batch, or to compare samples with each other.
 
-    Args:
-        model: The model.
-        losses: What :func:`find_losses` found.
+    On a batch where the counts are equal it looks like a mean, so that no comparison can tell.
     """
-
-    def __init__(self, model: nn.Module, losses: Iterable[LossModule]) -> None:
-        # Only torch's own modules that have no children are sure not to be given a loss.
-        holders = [m for m in model.modules() if m._modules or not type(m).__module__.startswith('torch.nn.')]
-        self._children = [(module, tuple(module._modules.values())) for module in holders]
-        owners = {id(loss.owner): loss.owner for loss in losses}.values()
-        plain = [(owner, name) for owner in owners for name, value in _plain_containers(owner) if _modules_in(value)]
-        self._plain = [(owner, name, _modules_in(vars(owner)[name])) for owner, name in plain]
-
-    def is_unchanged(self) -> bool:
-        """Whether the model still has them, and no others: in microseconds, so that every step can ask."""
-        return all(same_modules(seen, module._modules.values()) for module, seen in self._children) and all(
-            same_modules(seen, _modules_in(vars(owner).get(name))) for owner, name, seen in self._plain
-        )
+    for module in loss.modules():
+        # MMPose's classes, and those derived from them.
+        names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith('mmpose.')}
+        counted = 'SoftWeightSmoothL1Loss' in names and module.use_target_weight and not module.supervise_empty
+        if isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss)):
+            counted = module.weight is not None and module.reduction == 'mean'
+        if counted or names & {'BoneLoss', 'FocalHeatmapLoss', 'SemiSupervisionLoss', 'InfoNCELoss'}:
+            return True
+    return False
 
 
-def same_modules(left: Iterable[nn.Module | None], right: Iterable[nn.Module | None]) -> bool:
-    """Whether both are the same objects."""
-    left, right = tuple(left), tuple(right)
-    return len(left) == len(right) and all(map(is_, left, right))
+def structure_of(model: nn.Module, losses: Iterable[LossModule]) -> Callable[[], list[Any]]:
+    """What lists the modules among which ``losses`` were found, in microseconds, so that every step can compare."""
+    # Only torch's own modules that have no children are sure not to be given a loss.
+    holders = [m._modules for m in model.modules() if m._modules or not type(m).__module__.startswith('torch.nn.')]
+    owners = {id(loss.owner): loss.owner for loss in losses}.values()
+    plain = [(vars(owner), name) for owner in owners for name, value in _plain_containers(owner) if _modules_in(value)]
+    return lambda: [
+        *([*children.values()] for children in holders),
+        *(_modules_in(attributes.get(name)) for attributes, name in plain),
+    ]
 
 
 def _has_a_losses_name(name: str) -> bool:
@@ -136,8 +123,8 @@ def _has_a_losses_name(name: str) -> bool:
 
 
 def _is_of_a_losses_class(module: Any) -> bool:
-    return isinstance(module, _Loss) or (
-        isinstance(module, nn.Module) and type(module).__name__.endswith(('Loss', 'Criterion'))
+    return isinstance(module, nn.Module) and (
+        isinstance(module, _Loss) or type(module).__name__.endswith(('Loss', 'Criterion'))
     )
 
 
@@ -154,30 +141,28 @@ def _walk(owner: nn.Module, prefix: str) -> Iterator[LossModule]:
 
 
 def _plain_containers(module: nn.Module) -> list[tuple[str, Any]]:
-    return [
-        (name, value)
-        for name, value in vars(module).items()
-        if type(value) in (list, tuple, dict) and not name.startswith('_')
-    ]
+    items = vars(module).items()
+    return [(name, value) for name, value in items if type(value) in (list, tuple, dict) and not name.startswith('_')]
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """What is in a plain container, by name."""
+    if isinstance(value, (list, tuple)):
+        return {str(i): item for i, item in enumerate(value)}
+    return value if isinstance(value, dict) else {}
 
 
 def _modules_in(value: Any) -> list[nn.Module]:
-    """The modules in nested plain containers."""
     if isinstance(value, nn.Module):
         return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [module for part in parts for module in _modules_in(part)]
+    return [module for part in _parts(value).values() for module in _modules_in(part)]
 
 
 def _losses_in(value: Any, owner: nn.Module, path: str) -> Iterator[LossModule]:
     """``value`` itself, or what it contains where it is a container that cannot be called."""
-    if isinstance(value, nn.Module):
-        if type(value).forward is not nn.Module.forward:
-            yield LossModule(value, owner, path)
-            return
-        value = dict(value.named_children())
-    if isinstance(value, (list, tuple)):
-        value = {str(i): item for i, item in enumerate(value)}
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _losses_in(item, owner, f'{path}.{name}')
+    if isinstance(value, nn.Module) and type(value).forward is not nn.Module.forward:
+        yield LossModule(value, owner, path)
+        return
+    parts = dict(value.named_children()) if isinstance(value, nn.Module) else _parts(value)
+    for name, item in parts.items():
+        yield from _losses_in(item, owner, f'{path}.{name}')

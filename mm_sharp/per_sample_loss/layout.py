@@ -1,8 +1,8 @@
-"""Which arguments of a loss have a row for every sample, and the arguments of one sample (ours)."""
+"""Which arguments of a loss have a row for every sample, and the arguments of one sample."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
@@ -20,28 +20,23 @@ class Slot:
 
 @dataclass
 class Layout:
-    """The arguments of one call of a loss, taken apart into rows and the rest.
+    """The arguments of one call of a loss, taken apart into rows and the rest."""
 
-    Args:
-        size: Samples in the batch, N.
-        shared: Paths of tensors that are known to have no row for every sample; grows by what this call shows. A
-            vector over 17 keypoints is thus no batch when a batch has 17 samples.
-        lists_of_samples: Whether every list of N items holds one item for each sample. Otherwise a list of tensors
-            that each have N rows, such as SimCC's x and y, holds whole batches.
-        plain_values: Whether a list of N numbers or strings, or an array of N rows, holds one for each sample.
-    """
-
-    size: int
+    size: int  # samples in the batch, N
+    # Paths of tensors that are known to have no row for every sample; grows by what this call shows. A vector over 17
+    # keypoints is thus no batch when a batch has 17 samples.
     shared: set[str] = field(default_factory=set)
+    # Whether every list of N items holds one item for each sample. Otherwise a list of tensors that each have N rows,
+    # such as SimCC's x and y, holds whole batches.
     lists_of_samples: bool = False
-    plain_values: bool = False
+    plain_values: bool = False  # whether a list of N numbers or strings, or an array of N rows, holds one for each
     template: Any = None
     rows: list[Tensor | Sequence[Any]] = field(default_factory=list)
 
     def split(self, value: Any, path: str = '') -> Any:
         """``value`` with a :class:`Slot` in the place of everything batched, which goes to :attr:`rows`."""
         if isinstance(value, Tensor):
-            batched = value.ndim > 0 and value.shape[0] == self.size
+            batched = self._has_batch(value)
             if self.size > 1 and not batched:
                 self.shared.add(path)  # a single sample shows nothing: its masks may have one row for all
             return self._slot(value) if batched and path not in self.shared else value
@@ -54,11 +49,6 @@ class Layout:
         if isinstance(value, dict):
             return {key: self.split(item, f'{path}.{key}') for key, item in value.items()}
         return value
-
-    @property
-    def all_tensors(self) -> bool:
-        """Whether everything batched is a tensor."""
-        return all(isinstance(row, Tensor) for row in self.rows)
 
     def sample(self, number: int) -> list[Any]:
         """The rows of sample ``number`` as a batch of one."""
@@ -81,40 +71,36 @@ class Layout:
         return type(value) in (list, tuple) and any(self._has_batch(item) for item in value)
 
 
+def map_all(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with ``function`` applied to everything of a ``kind`` in nested containers, in order."""
+    if isinstance(value, kind):
+        return function(value)
+    if type(value) in (list, tuple):
+        return type(value)(map_all(kind, function, item) for item in value)
+    if isinstance(value, dict):
+        return {key: map_all(kind, function, item) for key, item in value.items()}
+    return value
+
+
 def fill(template: Any, values: Sequence[Any]) -> Any:
     """``template`` with ``values`` in the places of its slots."""
-    if isinstance(template, Slot):
-        return values[template.index]
-    if type(template) in (list, tuple):
-        return type(template)(fill(item, values) for item in template)
-    if isinstance(template, dict):
-        return {key: fill(item, values) for key, item in template.items()}
-    return template
+    return map_all(Slot, lambda slot: values[slot.index], template)
 
 
 def tensors_of(value: Any) -> tuple[Any, list[Tensor]]:
     """A template of ``value``, which :func:`fill` takes, and the tensors in it, in order."""
     found: list[Tensor] = []
 
-    def visit(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            found.append(item)
-            return Slot(len(found) - 1)
-        if type(item) in (list, tuple):
-            return type(item)(visit(part) for part in item)
-        if isinstance(item, dict):
-            return {key: visit(part) for key, part in item.items()}
-        return item
+    def slot(tensor: Tensor) -> Slot:
+        found.append(tensor)
+        return Slot(len(found) - 1)
 
-    return visit(value), found
+    return map_all(Tensor, slot, value), found
 
 
-def slots_of(template: Any) -> list[int]:
-    """The numbers of the slots in (a part of) a template."""
-    if isinstance(template, Slot):
-        return [template.index]
-    parts = template.values() if isinstance(template, dict) else template
-    return [number for part in parts for number in slots_of(part)] if type(template) in (list, tuple, dict) else []
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor with rows in nested containers."""
+    return next((tensor for tensor in tensors_of(value)[1] if tensor.ndim > 0), None)
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -134,7 +120,6 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     for value in values:
         if type(value) in (list, tuple) and len(value) > 0 and not isinstance(value[0], (Number, str)):
             return len(value)  # images of different sizes, or data samples
-        for tensor in tensors_of(value)[1]:
-            if tensor.ndim > 0:
-                return tensor.shape[0]
+        if (tensor := first_tensor(value)) is not None:
+            return tensor.shape[0]
     return None

@@ -1,126 +1,91 @@
-"""What one forward pass gave (ours)."""
+"""What one forward pass gave, and its comparison with what the model returned."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 from torch import Tensor
 
-from mm_sharp.ops.host_copy import HostCopy, host_waits
-from mm_sharp.per_sample_loss.facts import HALF, STRICT
 from mm_sharp.per_sample_loss.find import NAMING_RULE, PerSampleLossError
-from mm_sharp.per_sample_loss.reduction import ROUNDING, Reduction
 
-LOOSE = 1e-3
+ROUNDING = 1e-8  # of a loss that is zero
+
+
+class Reduction(Enum):
+    """What a loss of N samples is of their losses as batches of one, l_i."""
+
+    SUM = 'sum'
+    MEAN = 'mean'
+
+    def subset_factor(self, kept: int, of: int) -> float:
+        """The factor that makes a loss on ``kept`` of ``of`` samples as large as one on all of them: N/K or 1."""
+        if not 1 <= kept <= of:
+            raise ValueError(f'kept={kept} of of={of} samples is not allowed: it must be 1 <= kept <= of')
+        return of / kept if self is Reduction.SUM else 1.0
+
+    def combine(self, values: Tensor, weights: Tensor | None = None, full_size: int | None = None) -> Tensor:
+        """The loss of K samples with losses l_i, (K,), that were drawn from ``full_size`` (K).
+
+        With weights w_i, (K,), it is sum_i w_i l_i for means and ``full_size`` * sum_i w_i l_i for sums; without,
+        w_i = 1/K. With ``1 / (N * pi_i)`` (Horvitz-Thompson) for samples drawn from N with inclusion probabilities
+        pi_i, it is an unbiased estimate of the module's loss on all N.
+        """
+        count = values.numel()
+        full_size = count if full_size is None else full_size
+        if weights is None:
+            return values.mean() if self is Reduction.MEAN else values.sum() * (full_size / count)
+        total = (values * weights.to(values)).sum()
+        return total if self is Reduction.MEAN else total * full_size
 
 
 @dataclass
 class LossTerm:
-    """One loss that a forward pass computed.
+    """One loss that a forward pass computed."""
 
-    Args:
-        name: Where it comes from, for messages.
-        values: l_i, (N,), float32, detached, as the model adds them up.
-        reduction: What the batch's loss is of them.
-        combined: The batch's loss made of them again, (), float32; weighted, where the samples are.
-        replaced: What the loss module returned, (), float32, where a weighted loss took its place; otherwise None.
-    """
-
-    name: str
-    values: Tensor
-    reduction: Reduction
-    combined: Tensor
-    replaced: Tensor | None = None
-
-    def scale(self) -> Tensor:
-        """The size of what is added up, (): sums that cancel are no more exact than that."""
-        sizes = self.values.abs()
-        return sizes.sum() if self.reduction is Reduction.SUM else sizes.mean()
-
-
-@dataclass
-class Checks:
-    """The comparisons of a model's records with what the model returned; shared by all of them."""
-
-    passed_once: bool = False
-    _under_way: list[tuple[LossRecord, HostCopy, float]] = field(default_factory=list)
-
-    def run(self, record: LossRecord, total: Tensor) -> None:
-        """Compare a record with the total loss, ().
-
-        On the CPU it is said at once. An accelerator compares without the host waiting for it, but for the very first
-        time, and :meth:`settle` says what came out.
-
-        Raises:
-            PerSampleLossError: They differ.
-        """
-        tolerance = HALF if record.half else LOOSE if self.passed_once else STRICT
-        figures = record.figures(total)
-        if not (self.passed_once and host_waits(total.device)):
-            self.passed_once |= record.judge(figures.tolist(), tolerance)
-        else:
-            self._under_way.append((record, HostCopy(figures), tolerance))
-
-    def settle(self) -> None:
-        """Say what the comparisons have shown that are not said yet; waits for them.
-
-        Raises:
-            PerSampleLossError: One of them has shown a difference.
-        """
-        under_way, self._under_way = self._under_way, []
-        for record, copy, tolerance in under_way:
-            record.judge(copy.numpy().tolist(), tolerance)
+    name: str  # where it comes from, for messages
+    values: Tensor  # l_i, (N,), float32, detached, as the model adds them up
+    reduction: Reduction  # what the batch's loss is of them
+    combined: Tensor  # the batch's loss made of them again, (), float32; weighted, where the samples are
+    replaced: Tensor | None = None  # what the loss module returned, (), float32, where a weighted loss took its place
 
 
 @dataclass
 class LossRecord:
-    """The losses of the samples in one forward pass; filled while the context of ``record()`` is open.
+    """The losses of the samples in one forward pass; filled while the context of ``record()`` is open."""
 
-    Args:
-        owner: The model's class, for messages.
-        size: Samples in the batch, N; None before the forward.
-        terms: One for every loss computed.
-        half: Whether autocast to 16 bits was on; the total is then compared with a tolerance of 2 %.
-        checks: The comparisons of this model's records. The first one allows a relative difference of 1e-5; later ones
-            allow 1e-3, since a sum that cancels is no reason to stop a training.
-        weights: Weights of the samples, (N,), or None; see :meth:`PerSampleLoss.record`.
-        full_size: The number of samples from which these were drawn, or None.
-    """
-
-    owner: str
-    size: int | None = None
-    terms: list[LossTerm] = field(default_factory=list)
-    half: bool = False
-    checks: Checks = field(default_factory=Checks)
-    weights: Tensor | None = None
-    full_size: int | None = None
+    owner: str  # the model's class, for messages
+    check: Callable[[LossRecord, Tensor], None]  # compares a record with the total loss
+    weights: Tensor | None = None  # of the samples, (N,); see PerSampleLoss.record
+    full_size: int | None = None  # the number of samples from which these were drawn
+    size: int | None = None  # samples in the batch, N; None before the forward
+    terms: list[LossTerm] = field(default_factory=list)  # one for every loss computed
+    half: bool = False  # whether autocast to 16 bits was on
 
     def losses(self, total: Tensor) -> Tensor:
-        """The loss of every sample, as the model would return it for this sample alone.
+        """The loss of every sample, as the model would return it for this sample alone: (N,), float32, detached.
+
+        With one :attr:`reduction` for all terms, their sum or mean is ``total``, unless weights were given.
 
         Args:
             total: The loss that the model is trained on: ``parse_losses`` of its output, ().
 
-        Returns:
-            (N,), float32, detached. With one :attr:`reduction` for all terms, their sum or mean is ``total`` (if no
-            weights were given); a model that mixes sums and means has no such identity.
-
         Raises:
-            PerSampleLossError: Nothing was recorded, or what was recorded does not add up to ``total``, or (with
-                weights) what a loss module returned is neither sum nor mean of its samples. On an accelerator all but
-                the first comparison are reported by :meth:`Checks.settle`.
+            PerSampleLossError: Nothing was recorded, or what was recorded is not what the model computed. On an
+                accelerator all but the first comparison are reported by :meth:`PerSampleLoss.settle`.
         """
-        if not self.terms:
+        values = self.values()
+        if values is None:
             raise PerSampleLossError(
                 f'{self.owner}: no loss module was called; {NAMING_RULE}. Calls such as F.mse_loss(...) cannot be '
                 'seen: make the loss a module, self.loss = nn.MSELoss() in __init__ and self.loss(output, target) in '
                 'forward, or return losses of shape (N,), one for each sample.'
             )
-        self.checks.run(self, total.detach())
-        return _added([term.values for term in self.terms])
+        self.check(self, total.detach())
+        return values
 
     def values(self) -> Tensor | None:
         """:meth:`losses` without any check, for messages; None where nothing was recorded."""
@@ -133,59 +98,45 @@ class LossRecord:
         return kinds.pop() if len(kinds) == 1 else None
 
     def subset_factor(self, kept: int, of: int) -> float:
-        """The factor by which the loss on ``kept`` of ``of`` samples must be multiplied: N/K for sums, 1 for means.
-
-        Raises:
-            ValueError: The counts are out of range, or the model mixes sums and means, so that there is no one factor;
-                ``record(full_size=of)`` scales each loss by its own.
-        """
+        """What the loss on ``kept`` of ``of`` samples must be multiplied by: N/K for sums, 1 for means."""
         if self.reduction is None:
             kinds = ', '.join(f'{term.name}: {term.reduction.value}' for term in self.terms)
             raise ValueError(f'{self.owner} has no one factor for a subset ({kinds}): use record(full_size={of})')
         return self.reduction.subset_factor(kept, of)
 
-    def figures(self, total: Tensor) -> Tensor:
-        """What is to be compared: rows of a value, the value that it must be, and their scale, float64.
-
-        First the sum over all terms and ``total``; then, for every term that was replaced, what its samples give
-        without their weights, and what the loss module returned.
+    def pairs(self, total: Tensor) -> list[Tensor]:
+        """What :meth:`judge` compares: the sum of all terms and ``total``; then, for every loss that was replaced, what
+        its samples give without their weights and what its module returned.
         """
-        scales = [term.scale() for term in self.terms]
-        rows = [_added([term.combined for term in self.terms]), total, _added(scales)]
-        for term, scale in zip(self.terms, scales, strict=True):
+        pairs = [_added([term.combined for term in self.terms]), total]
+        for term in self.terms:
             if term.replaced is not None:
-                rows += [term.reduction.combine(term.values), term.replaced, scale]
-        return torch.stack([figure.to(total.device, torch.float64) for figure in rows]).view(-1, 3)
+                pairs += [term.reduction.combine(term.values), term.replaced]
+        return pairs
 
-    def judge(self, figures: Sequence[Sequence[float]], tolerance: float) -> bool:
-        """Compare what :meth:`figures` gave; returns whether there was anything to compare with.
-
-        Raises:
-            PerSampleLossError: A value differs by more than the relative ``tolerance``.
-        """
-        replaced = [term for term in self.terms if term.replaced is not None]
-        for term, figure in zip(replaced, figures[1:], strict=True):
-            if _differ(figure, tolerance):
+    def judge(self, pairs: Sequence[float], tolerance: float) -> bool:
+        """Raise where values differ by more than ``tolerance``; returns whether there was anything to compare with."""
+        checked = [self.terms, *([term] for term in self.terms if term.replaced is not None)]
+        for terms, value, expected in zip(checked, pairs[::2], pairs[1::2], strict=True):
+            if _differ(value, expected, tolerance, terms):
+                names = '; '.join(f'{term.name} = {term.combined.item():.6g}' for term in terms)
                 raise PerSampleLossError(
-                    f'{term.name}: on a batch of {term.values.numel()} it is {figure[1]:.6g}, but the '
-                    f'{term.reduction.value} of its samples alone is {figure[0]:.6g}: it is neither the sum nor the '
-                    'mean of its samples.'
+                    f'{self.owner}: the losses of its samples give {value:.6g} ({names}), but its own loss is '
+                    f'{expected:.6g}. Either a loss is neither the sum nor the mean of its samples, or something '
+                    "scales, drops or adds a loss outside of its module: a weight belongs into the loss's own config "
+                    f'(loss_weight=...), and a further term into a loss module ({NAMING_RULE}).'
                 )
-        if _differ(figures[0], tolerance):
-            names = '; '.join(f'{term.name} = {term.combined.item():.6g}' for term in self.terms)
-            raise PerSampleLossError(
-                f'{self.owner}: its loss modules give {figures[0][0]:.6g} ({names}), but its total loss is '
-                f'{figures[0][1]:.6g}. Either one of them is neither the sum nor the mean of its samples, or something '
-                "scales, drops or adds a loss outside of them: a weight belongs into the loss's own config "
-                f'(loss_weight=...), and a further term into a loss module ({NAMING_RULE}).'
-            )
-        return math.isfinite(figures[0][1])
+        return math.isfinite(pairs[1])
 
 
-def _differ(figures: Sequence[float], tolerance: float) -> bool:
-    value, expected, scale = figures
+def _differ(value: float, expected: float, tolerance: float, terms: Sequence[LossTerm]) -> bool:
     # An overflow in 16 bits is no reason to stop; one sample's nan in a finite loss (ignored labels) is.
-    return math.isfinite(expected) and not abs(value - expected) <= tolerance * max(abs(expected), scale) + ROUNDING
+    difference = abs(value - expected)
+    if not math.isfinite(expected) or difference <= tolerance * abs(expected) + ROUNDING:
+        return False
+    # Sums that cancel are no more exact than what is added up.
+    size = sum(term.reduction.combine(term.values.abs()).item() for term in terms)
+    return not difference <= tolerance * size + ROUNDING
 
 
 def _added(tensors: Sequence[Tensor]) -> Tensor:

@@ -126,7 +126,7 @@ def test_a_step_that_is_refused_leaves_nothing(name: str) -> None:
 # -------------------------------------------------------------------- an accelerator, which the host does not wait for
 @pytest.fixture
 def device_is_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('mm_sharp.per_sample_loss.record.host_waits', lambda device: True)
+    monkeypatch.setattr('mm_sharp.per_sample_loss.recorder.host_waits', lambda device: True)
 
 
 @pytest.mark.usefixtures('device_is_far')

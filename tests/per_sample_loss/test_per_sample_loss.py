@@ -321,8 +321,6 @@ def test_what_the_subset_factor_takes() -> None:
     for kept, of in ((0, 3), (4, 3)):
         with pytest.raises(ValueError, match=rf'kept={kept} of of={of} samples .* 1 <= kept <= of'):
             Reduction.SUM.subset_factor(kept, of)
-    with pytest.raises(ValueError, match='neither'):
-        Reduction.NEITHER.subset_factor(1, 2)
 
 
 def test_bad_weights_are_refused() -> None:
@@ -339,12 +337,11 @@ def _losses(found: LossRecord, total: Tensor) -> Tensor:
 
 REFUSED = {
     'class weights': (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3])), 'divides by a count over the whole batch'),
-    'ignored labels': (nn.CrossEntropyLoss(ignore_index=0), 'it is neither|total loss is'),
-    'largest': (Lambda(lambda o, t: (o - t.float().view(-1, 1)).abs().amax()), 'it is neither'),
-    'half the size': (Lambda(lambda o, t: o.square().sum() / len(o) ** 0.5), 'it is neither'),
+    'ignored labels': (nn.CrossEntropyLoss(ignore_index=0), 'is neither'),
+    'largest': (Lambda(lambda o, t: (o - t.float().view(-1, 1)).abs().amax()), 'is neither'),
+    'half the size': (Lambda(lambda o, t: o.square().sum() / len(o) ** 0.5), 'is neither'),
     'random': (Lambda(lambda o, t: F.dropout(o, 0.5).square().mean()), 'draws random numbers'),
     'no number': (Lambda(lambda o, t: o.square().mean(0)), 'instead of one number'),
-    'in place': (Lambda(lambda o, t: (o - t.clamp_(max=1).view(-1, 1)).square().mean()), 'in place'),
     'not alone': (Lambda(lambda o, t: (o[0] - o[1]).square().sum()), 'IndexError|index 1'),
     'other rows': (Lambda(lambda o, t: o.square().mean()), r'shape \(15,\) does not have one row for each of 5'),
 }
@@ -378,7 +375,7 @@ def test_a_total_that_differs_is_refused(change: Any) -> None:
     model = net(lambda net, o, t: {'loss': change(net.loss_fn(o, t))}, loss_fn=nn.MSELoss())
     found, total = record(model, data())
     with pytest.raises(
-        PerSampleLossError, match=r"Net: its loss modules give .*Net's loss_fn \(MSELoss\) = .*loss_weight"
+        PerSampleLossError, match=r"Net: the losses of its samples give .*Net's loss_fn \(MSELoss\) = .*loss_weight"
     ):
         found.losses(total)
 
@@ -411,23 +408,22 @@ def test_vmap_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.func, 'vmap', lambda *args, **kwargs: tried.append(args) or vmap(*args, **kwargs))
     model = net(loss_fn=Branching())
     per_sample = PerSampleLoss(model)
-    assert per_sample.looped == {}
     for seed in range(3):
         with per_sample.record() as found:
             total = model(**data(seed=seed))['loss']
         torch.testing.assert_close(found.losses(total), one_by_one(model, data(seed=seed)))
     assert len(tried) == 1
-    assert list(per_sample.looped) == ["Net's loss_fn (Branching)"]
+    assert per_sample.looped == ["Net's loss_fn (Branching)"]
 
 
 def test_vmap_copes_with_operations_that_have_no_batched_form() -> None:
     """kl_div has none in torch 2; its warning, an error in these tests, must not send the loss into the loop."""
-    model = net(loss_fn=nn.KLDivLoss(reduction='batchmean'))
+    model = net(loss_fn=Lambda(lambda o, t: F.kl_div(o, t, reduction='batchmean')))
     per_sample = PerSampleLoss(model)
     with per_sample.record() as found:
         total = model(**data())['loss']
     torch.testing.assert_close(found.losses(total), one_by_one(model, data()))
-    assert per_sample.looped == {}
+    assert per_sample.looped == []
 
 
 @pytest.mark.parametrize('loss', [CountingLoss(), CountingLoss(warmup=2), nn.MSELoss(), Branching()])
@@ -565,13 +561,6 @@ def test_the_wrapped_model_is_recorded() -> None:
     with PerSampleLoss(wrapper).record() as found:
         total = wrapper(**data())['loss']
     torch.testing.assert_close(found.losses(total), one_by_one(model, data()))
-
-
-def test_a_loss_called_outside_of_the_models_forward() -> None:
-    model, batch = net(loss_fn=nn.MSELoss()), data()
-    with PerSampleLoss(model).record() as found:
-        total = model.loss_fn(model.linear(batch['inputs']), batch['targets'])
-    torch.testing.assert_close(found.losses(total), one_by_one(model, batch))
 
 
 @pytest.mark.parametrize(

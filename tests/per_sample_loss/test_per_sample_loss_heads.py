@@ -18,9 +18,8 @@ from mmpose.registry import MODELS
 from torch import Tensor, nn
 
 from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss, PerSampleLossError, Reduction
-from mm_sharp.per_sample_loss.evaluate import Evaluator, shadow
-from mm_sharp.per_sample_loss.layout import Layout
-from mm_sharp.per_sample_loss.reduction import known_reduction
+from mm_sharp.per_sample_loss.evaluate import Evaluator
+from mm_sharp.per_sample_loss.find import is_neither
 from tests import mmpose_cases
 from tests.mmpose_cases import CASES, QUIET, Case, build, set_epoch
 from tests.toys import same_bits
@@ -183,30 +182,97 @@ def _simcc() -> list[Any]:
     ]
 
 
-ANALYTIC = [
+POSES = [torch.randn(N, 4, 2), torch.randn(N, 4, 2)]
+WEIGHTED_POSES = [*POSES, torch.rand(N, 4, 1)]
+SCORES = [torch.randn(N, 4), torch.rand(N, 4)]
+LABELS = torch.tensor([2, 0, 3])
+FORMS: list[tuple[Any, list[Any]]] = [
     (dict(type='KLDiscretLoss', beta=10.0, label_softmax=True), _simcc()),
     (dict(type='KLDiscretLoss', use_target_weight=False), _simcc()),
     (dict(type='KLDiscretLoss', use_target_weight=False), [*_simcc()[:2], None]),
     (dict(type='KLDiscretLoss', mask=[1, 2], mask_weight=0.3), _simcc()),
     (dict(type='KeypointMSELoss', loss_weight=3.0), _heatmaps()[:2]),
     (dict(type='KeypointMSELoss', use_target_weight=True), _heatmaps()),
+    (dict(type='RLELoss', use_target_weight=True), [*POSES, POSES[0] + 0.1, torch.rand(N, 4, 2)]),
+    (dict(type='RLELoss', q_distribution='gaussian', size_average=False), [*POSES, POSES[0] + 0.1]),
+    (dict(type='RLELoss', residual=False), [*POSES, POSES[0] + 0.1]),
+    (dict(type='L1Loss', reduction='sum', loss_weight=2.0), POSES),
+    (dict(type='L1Loss', use_target_weight=True, loss_weight=0.3), WEIGHTED_POSES),
+    (dict(type='MSELoss', use_target_weight=True), WEIGHTED_POSES),
+    (dict(type='SmoothL1Loss', use_target_weight=True), WEIGHTED_POSES),
+    (dict(type='BCELoss', use_target_weight=True, loss_weight=0.3), [*SCORES, torch.rand(N)]),
+    (dict(type='BCELoss', reduction='sum'), SCORES),
+    (nn.MSELoss(), POSES),
+    (nn.MSELoss(reduction='sum'), [torch.randn(N), torch.randn(N)]),
+    (nn.L1Loss(), [pose.transpose(1, 2) for pose in POSES]),
+    (nn.SmoothL1Loss(beta=0.3), POSES),
+    (nn.HuberLoss(), POSES),
+    (nn.BCELoss(weight=torch.rand(4)), [SCORES[0].sigmoid(), SCORES[1]]),
+    (nn.BCEWithLogitsLoss(pos_weight=torch.rand(4)), SCORES),
+    (nn.KLDivLoss(reduction='batchmean'), [SCORES[0].log_softmax(1), SCORES[1]]),
+    (nn.CrossEntropyLoss(), [SCORES[0], LABELS]),
+    (nn.CrossEntropyLoss(reduction='sum', ignore_index=2, weight=torch.rand(4)), [SCORES[0], LABELS]),
+]
+NO_FORMS: list[tuple[Any, list[Any]]] = [
     (dict(type='KeypointMSELoss'), [*_heatmaps()[:2], None, torch.rand(N, 1, 6, 5)]),
     (dict(type='KeypointMSELoss'), [*_heatmaps()[:2], torch.rand(N, 4, 6, 5), torch.rand(N, 4, 6, 5)]),
     (dict(type='KeypointMSELoss', skip_empty_channel=True), [torch.rand(N, 4, 6, 5), torch.zeros(N, 4, 6, 5)]),
+    (nn.CrossEntropyLoss(label_smoothing=0.1), [SCORES[0], LABELS]),
+    (nn.CrossEntropyLoss(), SCORES),
+    (nn.CrossEntropyLoss(), [torch.randn(N, 4, 2), torch.randint(4, (N, 2))]),
 ]
 
 
-@pytest.mark.parametrize(('cfg', 'args'), ANALYTIC)
-def test_analytic_forms_equal_batches_of_one(cfg: dict[str, Any], args: list[Any]) -> None:
-    module = MODELS.build(cfg)
-    layout = Layout(N)
-    layout.template = (layout.split(tuple(args)), {})
-    ours = Evaluator()(module, layout)
-    looped = Evaluator()._loop(shadow(module), layout)
-    torch.testing.assert_close(ours, looped)
+def evaluated(module: nn.Module, args: list[Any], how: str) -> list[Tensor]:
+    """The losses by the form, by vmap or in the loop."""
+    evaluator = Evaluator(module)
+    assert evaluator.form is not None
+    evaluator.form = evaluator.form if how == 'form' else None
+    evaluator.is_looped = how == 'loop'
+    ((losses, _),) = evaluator(module, N, args, {}, [module(*args)], 1e-5)
+    assert (evaluator.form is not None, evaluator.is_looped) == (how == 'form', how == 'loop')
+    return losses
 
 
-POSES = [torch.randn(N, 4, 2), torch.randn(N, 4, 2)]
+@pytest.mark.parametrize(('loss', 'args'), [*FORMS, *NO_FORMS])
+def test_forms_equal_batches_of_one(loss: Any, args: list[Any]) -> None:
+    module = loss if isinstance(loss, nn.Module) else MODELS.build(loss)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            evaluated(module, args, 'form'), evaluated(module, args, 'loop'), rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize('loss', [nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.CrossEntropyLoss()])
+def test_forms_do_what_vmap_does(loss: nn.Module) -> None:
+    """Bit by bit, gradients included."""
+    args = [SCORES[0].clone().requires_grad_(), LABELS if isinstance(loss, nn.CrossEntropyLoss) else SCORES[1]]
+    form, vmap = (evaluated(loss, args, how) for how in ('form', 'vmap'))
+    assert same_bits(form, vmap)
+    weights = torch.rand(N)
+    gradients = [torch.autograd.grad((weights * losses).sum(), args[0])[0] for losses in (form, vmap)]
+    assert same_bits(*gradients)
+
+
+def test_a_form_that_is_wrong_is_left() -> None:
+    """As for a version of MMPose whose loss computes something else under the same name."""
+    module = MODELS.build(dict(type='KeypointMSELoss'))
+    module.forward = lambda output, target: 2 * type(module).forward(module, output, target)
+    evaluator = Evaluator(module)
+    args = _heatmaps()[:2]
+    ((losses, _),) = evaluator(module, N, args, {}, [module(*args)], 1e-5)
+    assert evaluator.form is None
+    torch.testing.assert_close(losses, torch.stack([module(args[0][i : i + 1], args[1][i : i + 1]) for i in range(N)]))
+
+
+def test_broadcast_rows_are_no_samples() -> None:
+    """Row i of (N, 1) - (N,) is made of all samples' targets, and their mean is the loss all the same."""
+    output, target, module = torch.randn(N, 1), torch.randn(N), nn.MSELoss()
+    with pytest.warns(UserWarning, match='target size'):
+        ((losses, _),) = Evaluator(module)(module, N, (output, target), {}, [module(output, target)], 1e-5)
+    torch.testing.assert_close(losses, (output[:, 0] - target).square())
+
+
 PER_LOSS = [
     # Those that vmap refuses, and options that change what a loss is of its samples.
     ('VariFocalLoss', {}, [torch.randn(N, 4), torch.rand(N, 4)], Reduction.MEAN),
@@ -228,13 +294,13 @@ PER_LOSS = [
     ('WingLoss', {}, POSES, Reduction.MEAN),
     ('AdaptiveWingLoss', {'use_target_weight': True}, _heatmaps(), Reduction.MEAN),
     ('KeypointOHKMMSELoss', {'topk': 2}, _heatmaps(), Reduction.MEAN),
-    ('BoneLoss', {'joint_parents': [0, 0, 1, 2]}, [torch.randn(N, 4, 3), torch.randn(N, 4, 3)], Reduction.NEITHER),
-    ('FocalHeatmapLoss', {}, [torch.rand(N, 4, 6, 5), torch.ones(N, 4, 6, 5)], Reduction.NEITHER),
+    ('BoneLoss', {'joint_parents': [0, 0, 1, 2]}, [torch.randn(N, 4, 3), torch.randn(N, 4, 3)], None),
+    ('FocalHeatmapLoss', {}, [torch.rand(N, 4, 6, 5), torch.ones(N, 4, 6, 5)], None),
     (
         'SoftWeightSmoothL1Loss',
         {'use_target_weight': True, 'supervise_empty': False},
         [*POSES, torch.ones(N, 4, 2)],
-        Reduction.NEITHER,
+        None,
     ),
     (
         'MultipleLossWrapper',
@@ -258,12 +324,12 @@ class OneLoss(nn.Module):
 
 
 @pytest.mark.parametrize(('kind', 'options', 'args', 'reduction'), PER_LOSS)
-def test_mmposes_other_losses(kind: str, options: dict[str, Any], args: list[Any], reduction: Reduction) -> None:
+def test_mmposes_other_losses(kind: str, options: dict[str, Any], args: list[Any], reduction: Reduction | None) -> None:
     torch.manual_seed(0)
     model = OneLoss(MODELS.build(dict(type=kind, **options)))
-    if reduction is Reduction.NEITHER:
+    if reduction is None:
         # With equal counts in all samples such a loss looks like a mean; the class is known not to be one.
-        assert known_reduction(model.loss_module) is reduction
+        assert is_neither(model.loss_module)
         with pytest.raises(PerSampleLossError, match=f'OneLoss.*{kind}.*neither the sum nor the mean'):
             recorded_loss(model, args)
         return
