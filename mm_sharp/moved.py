@@ -35,7 +35,7 @@ NEW_NAMES = {
     'history_hook': 'hooks.history',
     'indexed_dataset': 'samples.indexed_dataset',
     'launcher_watch': 'cli.process',
-    'loader_draws': 'samples.draw_queue',
+    'loader_draws': 'samples.draw',
     'members': 'step.optim_wrappers',
     'method': 'step.method',
     'module_state': 'ops.module_state',

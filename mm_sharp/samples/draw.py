@@ -1,13 +1,17 @@
 """One mini-batch's draw: which samples, and how likely each was (AUSAM; Deng et al., AAAI 2025, arXiv 2406.08001).
 
 The wrapper draws from batches that are loaded already, the sampler of the data loader before they are loaded: both by
-:class:`BatchDrawer`, so that the probabilities are the same.
+:class:`BatchDrawer`, so that the probabilities are the same. The sampler's draws wait in a :class:`DrawQueue` until
+their batches arrive: workers load ahead, so several are in flight at a time.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +27,11 @@ from mm_sharp.samples.selection import (
     sample_count,
     systematic_sample,
 )
+
+# Far more than workers load ahead: it bounds what piles up where batches are loaded that nobody takes.
+_MOST_IN_FLIGHT = 1024
+# So many batches in a row without one expected sample are no chance: the keys are wrong.
+_MOST_WITHOUT_A_MATCH = 8
 
 
 @dataclass(frozen=True)
@@ -52,45 +61,28 @@ class BatchDraw:
     def scalars(self) -> dict[str, float]:
         """Figures for the log.
 
-        Returns:
-            ``sampling_entropy``: entropy of the shares pi_i / K over log N, from 0 to 1, where 1 is a uniform draw;
-            ``large_scores``: share of the batch's samples whose score is above the middle between the smallest and the
-            largest, those never seen among them.
+        ``sampling_entropy``: entropy of the shares pi_i / K over log N, from 0 to 1, where 1 is a uniform draw;
+        ``large_scores``: share of the batch's samples whose score is above the middle between the smallest and the
+        largest, those never seen among them.
         """
         shares = self.pi / self.pi.sum()
         entropy = -float((shares * np.log(shares)).sum()) / math.log(self.size) if self.size > 1 else 1.0
         return {'sampling_entropy': entropy, 'large_scores': float((normalised_scores(self.scores) > 0.5).mean())}
 
 
+@dataclass
 class BatchDrawer:
-    """Draws K = ceil(sampling_ratio * N) samples of each batch by their scores, and at least ``fewest`` if there are.
+    """Draws K = ceil(sampling_ratio * N) samples of each batch by their scores in ``history``.
 
-    Args:
-        history: Where the scores come from.
-        sampling_ratio: Share of the samples to draw, in (0, 1].
-        s_min: Normalised score of the smallest, > 0.
-        s_max: Normalised score of the largest, >= ``s_min``.
-        preference: Whether large scores or small ones are drawn more often, and where scores are clipped.
-
-    Attributes:
-        fewest: The fewest samples that the model can train on: what :func:`mm_sharp.samples.subset.fewest_samples`
-        gives.
+    K is at least ``fewest``: what :func:`mm_sharp.samples.subset.fewest_samples` says of the model.
     """
 
-    def __init__(
-        self,
-        history: SampleHistory,
-        sampling_ratio: float,
-        s_min: float,
-        s_max: float,
-        preference: Preference | None = None,
-    ) -> None:
-        self.history = history
-        self.sampling_ratio = sampling_ratio
-        self.s_min = s_min
-        self.s_max = s_max
-        self.preference = preference or Preference()
-        self.fewest = 1
+    history: SampleHistory
+    sampling_ratio: float
+    s_min: float
+    s_max: float
+    preference: Preference = field(default_factory=Preference)
+    fewest: int = field(default=1, init=False)
 
     def draw(self, keys: Keys, generator: torch.Generator) -> BatchDraw:
         """Draw from the batch of ``keys``, N pairs of a data set's name and a sample's id."""
@@ -98,3 +90,94 @@ class BatchDrawer:
         k = sample_count(self.sampling_ratio, len(keys), self.fewest)
         pi = inclusion_probabilities(scores, k, self.s_min, self.s_max, self.preference)
         return BatchDraw(systematic_sample(pi, generator), pi, scores)
+
+
+@dataclass(frozen=True)
+class LoaderDraw:
+    """One mini-batch's draw, its place in the training, and the keys of the K samples in the order of loading."""
+
+    epoch: int
+    position: int
+    draw: BatchDraw
+    keys: list[tuple[str, int]]
+
+    def fits(self, keys: Keys) -> bool:
+        """Whether it is a draw from the mini-batch of these N keys."""
+        return self.draw.size == len(keys) and self.keys == [keys[row] for row in self.draw.chosen]
+
+    def agreement(self, received: Keys) -> int:
+        """How many of the keys are equal, row by row; -1 if there are not as many."""
+        if len(self.keys) != len(received):
+            return -1
+        return sum(a == b for a, b in zip(self.keys, received, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same in plain types and tensors."""
+        tensors = {name: torch.tensor(array) for name, array in vars(self.draw).items()}
+        return {'epoch': self.epoch, 'position': self.position, 'keys': list(self.keys), **tensors}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> LoaderDraw:
+        """What :meth:`state_dict` was given for."""
+        chosen, pi, scores = (np.array(state[name]) for name in ('chosen', 'pi', 'scores'))
+        keys = [(str(name), int(number)) for name, number in state['keys']]
+        return cls(state['epoch'], state['position'], BatchDraw(chosen, pi, scores), keys)
+
+
+class DrawQueue:
+    """First in, first out, for draws whose batches may lose samples or get lost on the way."""
+
+    def __init__(self) -> None:
+        self._draws: deque[LoaderDraw] = deque()
+        self._last: LoaderDraw | None = None
+        self._without_a_match = 0
+
+    def __iter__(self) -> Iterator[LoaderDraw]:
+        return iter(self._draws)
+
+    def begin(self) -> Callable[[LoaderDraw], None]:
+        """Forget the draws of an earlier iteration, and return what appends a draw of the new one."""
+        # An earlier iteration that still runs appends to a queue that nobody reads.
+        self._draws, self._last = deque(maxlen=_MOST_IN_FLIGHT), None
+        return self._draws.append
+
+    def take(self, keys: Keys) -> BatchDraw:
+        """The draw of the batch that arrived with these K keys; earlier ones, of skipped batches, are forgotten.
+
+        A data set may replace a sample that it cannot read by another one. So the batch's draw is the one that most of
+        its keys agree with (the earliest of several), and if no key agrees with any, the first.
+
+        Raises:
+            RuntimeError: There is no draw of K samples that it could be, or the keys of many batches in a row agree
+                with none.
+        """
+        received = list(keys)
+        if self._last is not None and self._last.keys == received and all(d.keys != received for d in self._draws):
+            return self._last.draw  # a step that failed is tried again
+        agreement = [draw.agreement(received) for draw in self._draws]
+        best = max(agreement, default=-1)
+        if best < 0 or (best == 0 and agreement[0] < 0):
+            raise RuntimeError(self._no_such_draw(len(received)))
+        self._without_a_match = 0 if best > 0 else self._without_a_match + 1
+        if self._without_a_match > _MOST_WITHOUT_A_MATCH:
+            raise RuntimeError(
+                f'AUSAMSampler: not one sample of the last {self._without_a_match} batches is one that was drawn; it '
+                f'expected {self._draws[0].keys[0]!r} and got {received[0]!r}. The data set gives its samples other '
+                "keys (data set's name, id) when they are loaded than when they are looked up"
+            )
+        for _ in range(agreement.index(best)):
+            self._draws.popleft()
+        self._last = self._draws.popleft()
+        return self._last.draw
+
+    def _no_such_draw(self, size: int) -> str:
+        arrived = f'AUSAMSampler: a batch of {size} samples arrived'
+        if not self._draws:
+            return (
+                f'{arrived}, but no draw is in flight. Batches must come from the training data loader, each once and '
+                'in its order (in_order=True)'
+            )
+        return (
+            f'{arrived} where {len(self._draws[0].keys)} were drawn. A collate function or data preprocessor that adds '
+            'or leaves out samples cannot be used with it'
+        )

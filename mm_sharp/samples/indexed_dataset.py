@@ -1,4 +1,4 @@
-"""A wrapper that gives every sample of any map-style data set an id: its index (ours)."""
+"""A wrapper that gives every sample of any map-style data set an id: its index."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ class IndexedDataset(Dataset[Any]):
     entry ``sample_key`` of a sample that is a dict, or the last element of one that is a tuple or list. The optimizer
     wrappers of this package take it out of the batch before the model sees it.
 
-    Samples that MMEngine's ``RepeatDataset`` or ``ClassBalancedDataset`` inside repeats keep one id. The index stands
-    for the same sample only as long as the data set stays the same, in the same order. Where MMEngine's ``BaseDataset``
-    loads another sample in place of one that its pipeline refuses, that one counts under the index asked for.
+    Samples that MMEngine's ``RepeatDataset`` or ``ClassBalancedDataset`` inside repeats keep one id. The data set must
+    stay the same, in the same order. Where MMEngine's ``BaseDataset`` loads another sample in place of one that its
+    pipeline refuses, that one counts under the index asked for.
 
     Args:
-        dataset: The data set, or its config. Every attribute that this class has not is the data set's, for reading
-            and for setting.
+        dataset: The data set, or its config. Attributes that this class has not are read and set there.
         name: Tells its samples from those of other data sets that it is combined with.
 
     Raises:
@@ -53,7 +52,11 @@ class IndexedDataset(Dataset[Any]):
                 "dict(type='IndexedDataset', name='coco', dataset=...)"
             )
         built = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
-        _check_map_style(built)
+        if isinstance(built, IterableDataset) or not (hasattr(built, '__getitem__') and hasattr(built, '__len__')):
+            raise KindError(
+                f'IndexedDataset: dataset is a {type(built).__name__}, whose samples have no index. It must have '
+                '__getitem__(index) and __len__(); a data set that only iterates cannot be given ids'
+            )
         _check_fixed_order(built)
         self.dataset = built
         self.name = name
@@ -73,30 +76,20 @@ class IndexedDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        """Sample ``index`` of the data set, with its key.
-
-        Raises:
-            TypeError: The sample is no dict, tuple or list.
-            ValueError: The sample has an entry ``sample_key`` of its own.
-        """
-        index = operator.index(index)
-        return _with_key(self.dataset[index], self.sample_key(index))
-
-    def sample_key(self, index: int) -> SampleKey:
-        """The key of sample ``index``; nothing is loaded."""
-        index = operator.index(index)
-        index += len(self) if index < 0 else 0
-        for repeating in self._repeating():
-            index = repeating._get_ori_dataset_idx(index)
-        return SampleKey.of(self.name, index)
+        """Sample ``index`` of the data set, with its key; a TypeError if it is no dict, tuple or list."""
+        place = index = operator.index(index)
+        place += len(self) if index < 0 else 0
+        for repeating in self.repeating():
+            place = repeating._get_ori_dataset_idx(place)
+        return _with_key(self.dataset[index], SampleKey.of(self.name, place))
 
     @property
     def source(self) -> Any:
         """The data set whose indices are the ids: without those around it that repeat its samples."""
-        repeating = list(self._repeating())
-        return repeating[-1].dataset if repeating else self.dataset
+        return [self, *self.repeating()][-1].dataset
 
-    def _repeating(self) -> Iterator[Any]:
+    def repeating(self) -> Iterator[Any]:
+        """The data sets around :attr:`source` that repeat its samples, from the outermost one."""
         dataset = self.dataset
         while isinstance(dataset, (RepeatDataset, ClassBalancedDataset)):
             yield dataset
@@ -123,10 +116,7 @@ def _with_key(sample: Any, key: SampleKey) -> Any:
             sample['data_samples'].set_metainfo({'sample_key': key})
             return sample
         if not isinstance(sample.get('sample_key', key), SampleKey):
-            raise UserError(
-                "IndexedDataset: the data set's samples have an entry 'sample_key' of their own. Give it another name: "
-                "IndexedDataset stores a sample's key there"
-            )
+            raise UserError("IndexedDataset: samples have an entry 'sample_key' of their own. Give it another name")
         sample = copy.copy(sample)
         sample['sample_key'] = key
         return sample
@@ -140,14 +130,6 @@ def _with_key(sample: Any, key: SampleKey) -> Any:
     )
 
 
-def _check_map_style(dataset: Any) -> None:
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, '__getitem__') and hasattr(dataset, '__len__')):
-        raise KindError(
-            f'IndexedDataset: dataset is a {type(dataset).__name__}, whose samples have no index. It must have '
-            '__getitem__(index) and __len__(); a data set that only iterates cannot be given ids'
-        )
-
-
 def _check_fixed_order(dataset: Any) -> None:
     """Refuse data sets that draw the sample behind an index anew every time, at any depth."""
     if getattr(dataset, 'resample', False) is True:
@@ -158,9 +140,6 @@ def _check_fixed_order(dataset: Any) -> None:
             "        dict(type='IndexedDataset', name='first', dataset=...), ...],\n"
             "        pipeline=[..., dict(type='PackPoseInputs', meta_keys=('sample_key', ...))])"
         )
-    if isinstance(dataset, IndexedDataset):
-        return  # Checked when it was made.
-    inner = getattr(dataset, 'datasets', None)
-    for member in (getattr(dataset, 'dataset', None), *(inner if isinstance(inner, (list, tuple)) else ())):
-        if member is not None and member is not dataset:
+    for member in (getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or ())):
+        if member is not None:
             _check_fixed_order(member)

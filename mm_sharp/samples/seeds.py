@@ -1,8 +1,8 @@
-"""Random draws that depend on their place in the training alone (ours).
+"""Random streams that depend on their place in the training alone.
 
-A generator is made anew for every draw, from the run's seed and the draw's place: which kind of draw, which step, which
-rank, and which of several wrappers. So a checkpoint needs nothing but the seed and two numbers to go on with the draws
-of a run that never stopped, on every rank, and a step that fails draws the same again.
+A generator is made anew for every use, from the run's seed and the place: which stream, which rank, which step, and
+which of several wrappers. So a checkpoint needs nothing but the seed and two numbers, and a step that fails draws the
+same again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.nn.parameter import is_lazy
 from mm_sharp.ops.fsdp import local_shard
 
 
-class Draw(IntEnum):
-    """The kinds of draws: each has its own random numbers."""
+class RngStream(IntEnum):
+    """What random numbers are used for: each use has its own."""
 
     MASK = 0
     SAMPLES = 1
@@ -31,41 +31,37 @@ class Draw(IntEnum):
     TIES = 3
 
 
-def make_generator(seed: int, kind: Draw, *place: int) -> torch.Generator:
-    """A generator on the CPU for one draw.
+Draw = RngStream
 
-    Args:
-        seed: The run's seed, >= 0.
-        kind: What is drawn.
-        place: Where in the training, such as the rank and the step's number; each >= 0.
-    """
-    words = np.random.SeedSequence([seed, int(kind), *place]).generate_state(2)
+
+def make_generator(seed: int, stream: RngStream, *place: int) -> torch.Generator:
+    """A generator on the CPU for one use, at a place such as (rank, step); all numbers are >= 0."""
+    # The words that SeedSequence itself makes of a list of integers, in twice the time.
+    words = [word for number in (seed, stream, *place) for word in _words(number)]
+    low, high = np.random.SeedSequence(np.array(words, np.uint32)).generate_state(2).tolist()
     generator = torch.Generator()
-    generator.manual_seed(int(words[0]) | int(words[1]) << 32)
+    generator.manual_seed(low | high << 32)
     return generator
+
+
+def _words(number: int) -> list[int]:
+    return [number] if number < 1 << 32 else [number & 0xFFFFFFFF, *_words(number >> 32)]
 
 
 def shared_seed() -> int:
     """A seed that all ranks agree on: rank 0's seed of torch, which MMEngine sets from ``randomness.seed``."""
-    return _of_rank_0(torch.initial_seed() & (2**63 - 1))
+    return _from_rank_0(torch.initial_seed() & (2**63 - 1))
 
 
 class Member:
-    """Which of the wrappers that are trained side by side a wrapper is, so that each draws independently.
+    """Which of several wrappers that are trained side by side a wrapper is, so that each draws independently.
 
-    - In a Runner it is the place in the ``OptimWrapperDict``. The first one draws as a wrapper that is by itself.
-    - Elsewhere nobody says which wrappers belong together. Once another one of the same seed has drawn between two of a
-      wrapper's own draws, its draws follow from its weights too. So two wrappers whose steps take turns draw alike in
-      the first step, and afterwards only if all their weights are alike.
+    In a Runner, ``number`` is the wrapper's place in the ``OptimWrapperDict``; 0 draws as a single wrapper does.
 
-    Trainings that follow each other in one process are each by themselves. The number is the same on all ranks, and a
-    checkpoint holds it.
-
-    Args:
-        weights: Gives the weights that the wrapper trains.
-
-    Attributes:
-        number: 0 for a wrapper that is by itself or the first; None as long as nobody has said so.
+    Elsewhere nobody says which wrappers belong together, and it is None. Once another wrapper of the same seed has
+    drawn between two of a wrapper's own draws, it is made of its ``weights``. So two wrappers whose steps take turns
+    draw alike in the first step, and afterwards only if all their weights are alike; trainings that follow each other
+    do not change each other. It is the same on all ranks, and a checkpoint holds it.
     """
 
     _drawn: ClassVar[Counter[int]] = Counter()  # by seed: the draws of all wrappers of this process
@@ -76,9 +72,9 @@ class Member:
         self._last: int | None = None  # the number of the own last draw
 
     def place(self, seed: int) -> tuple[int, ...]:
-        """What the place of a draw with ``seed``, which is made now, has in addition."""
+        """What a draw that is made now adds to its place; counts the draw."""
         if self.number is None and self._was_interrupted(seed):
-            self.number = _of_rank_0(_fingerprint(self._weights()))
+            self.number = _from_rank_0(_fingerprint(self._weights()))
         self._drawn[seed] += 1
         self._last = self._drawn[seed]
         return (self.number,) if self.number else ()
@@ -88,7 +84,7 @@ class Member:
         return {'number': self.number, 'interrupted': self.number is None and self._was_interrupted(seed)}
 
     def load(self, state: Mapping[str, Any], seed: int | None) -> None:
-        """Go on from what :meth:`state` gave; from nothing, as a wrapper by itself."""
+        """Continue from what :meth:`state` gave; from ``{}`` as a single wrapper."""
         self.number = state.get('number')
         self._last = None if seed is None else -1 if state.get('interrupted') else self._drawn[seed]
 
@@ -97,13 +93,13 @@ class Member:
 
 
 def _fingerprint(weights: Iterable[Tensor]) -> int:
-    """A number of 63 bits, the largest one set, that other weights do not have: of signs, which no rounding changes."""
+    """A number of 63 bits, the largest one set, made of the weights' signs, which no rounding changes."""
     signs = [(local_shard(w.detach()).reshape(-1)[:8] > 0).cpu() for w in weights if not is_lazy(w)]
     digest = blake2b(bytes(flag for sign in signs for flag in sign.tolist()), digest_size=8).digest()
     return int.from_bytes(digest, 'little') >> 2 | 1 << 62
 
 
-def _of_rank_0(value: int) -> int:
+def _from_rank_0(value: int) -> int:
     values = [value]
     broadcast_object_list(values)
     return values[0]

@@ -1,8 +1,8 @@
-"""A captured model call on some of its samples only (ours)."""
+"""A captured model call on some of its samples only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from mm_sharp.errors import KindError, UserError
 from mm_sharp.ops.host_copy import to_device
 from mm_sharp.ops.model_call import ModelCall, unwrap
-from mm_sharp.per_sample_loss.layout import Layout, batch_size, fill
+from mm_sharp.per_sample_loss.layout import batch_size
 from mm_sharp.samples.selection import IntArray
 
 
 def call_size(owner: str, call: ModelCall) -> int:
-    """The number of samples in a call, N.
-
-    Args:
-        owner: Class that asks, for the message.
-        call: The call.
+    """The number of samples in a call, N; ``owner`` is the class that asks, for the message.
 
     Raises:
         ValueError: None of the arguments is a batch, or the batch is empty.
@@ -42,9 +38,8 @@ def call_size(owner: str, call: ModelCall) -> int:
 def fewest_samples(model: nn.Module) -> int:
     """The fewest samples of a batch that ``model`` can be trained on.
 
-    Returns:
-        2 if it has a ``BatchNorm1d``, whose input (N, C) has one value a channel for each sample, and a single one has
-        no variance; otherwise 1.
+    2 if it has a ``BatchNorm1d``, whose input (N, C) has one value a channel for each sample, and a single one has no
+    variance; otherwise 1.
     """
     return 2 if any(isinstance(m, (nn.BatchNorm1d, nn.LazyBatchNorm1d)) for m in model.modules()) else 1
 
@@ -53,16 +48,13 @@ def fewest_samples(model: nn.Module) -> int:
 def one_is_enough(
     owner: str, ratio: str, counts: Callable[[], tuple[int, int]], leave_out: str = 'drop_last=True'
 ) -> Iterator[None]:
-    """A context of a forward on some samples of a batch, in which torch's error at a single one shows the way out.
+    """A context of a forward on K of N samples, in which torch's error at a single one shows the way out.
 
     Args:
         owner: Class that has taken them, for the message.
         ratio: Name of the argument that K follows from.
         counts: Gives K and N.
         leave_out: What leaves out incomplete batches, as it is written into ``train_dataloader``.
-
-    Raises:
-        UserError: Only one of several was kept, and a layer normalises over the batch.
     """
     try:
         yield
@@ -80,76 +72,79 @@ def one_is_enough(
 def subset(call: ModelCall, rows: IntArray | Tensor, size: int) -> ModelCall:
     """The call on the samples ``rows`` alone.
 
-    What counts as batched among the arguments: tensors and arrays with N rows, lists of N things that are not
-    themselves batches, such as data samples, and both within dicts, lists and tuples. Everything else is shared by all
-    samples.
-
-    Args:
-        call: A call on N samples.
-        rows: Rows to keep, (K,), on the host or on a device. Rows on a device cost a synchronisation where there is a
-            Python list, an array or a tensor on the host among the arguments.
-        size: N.
+    What counts as batched among the arguments: tensors and arrays with N = ``size`` rows, lists of N things that are
+    not themselves batches, such as data samples, and both within dicts, lists and tuples. Everything else is shared by
+    all samples. Rows on a device cost a synchronisation where there is a list, an array or a tensor on the host.
 
     Raises:
         TypeError: An argument is a collection of N things of a kind that is not known here.
     """
-    for value in (*call.args, *call.kwargs.values()):
-        _check_kind(value, size)
     # Beside a list of data samples, a list of N tensors holds the pictures (of different sizes, say); elsewhere it may
     # hold N inputs of N samples each, which the tensors' shapes tell.
-    samples = any(_are_data_samples(value) for value in (*call.args, *call.kwargs.values()))
-    layout = Layout(size, lists_of_samples=samples, plain_values=True)
-    # Each argument has a path of its own: a tensor that is shared must not hide those after it.
-    args = [layout.split(value, str(number)) for number, value in enumerate(call.args)]
-    kwargs = {name: layout.split(value, name) for name, value in call.kwargs.items()}
-    picked = _Picker(rows)
-    values = [picked(value) for value in layout.rows]
-    return replace(call, args=tuple(fill(args, values)), kwargs=fill(kwargs, values), output=None)
+    values = (*call.args, *call.kwargs.values())
+    picker = _Picker(
+        rows, size, any(type(v) in (list, tuple) and v and isinstance(v[0], BaseDataElement) for v in values)
+    )
+    args = tuple(picker.pick(value) for value in call.args)
+    return replace(call, args=args, kwargs=picker.pick(call.kwargs), output=None)
 
 
 class _Picker:
-    """Takes the chosen rows out of tensors and lists."""
+    """Takes the chosen rows out of everything in a call that has a row for every sample."""
 
-    def __init__(self, rows: IntArray | Tensor) -> None:
-        self._given = rows
+    def __init__(self, rows: IntArray | Tensor, size: int, lists_hold_samples: bool) -> None:
+        self._rows = rows
+        self._size = size
+        self._lists_hold_samples = lists_hold_samples
         self._on: dict[torch.device, Tensor] = {}
         self._listed: list[int] | None = None
 
-    def __call__(self, value: Any) -> Any:
+    def pick(self, value: Any) -> Any:
+        if isinstance(value, (str, bytes)):
+            return value
         if isinstance(value, Tensor):
-            return value.index_select(0, self._indices(value.device))
-        if self._listed is None:
-            self._listed = [int(row) for row in self._given.tolist()]
+            return value.index_select(0, self._rows_on(value.device)) if self._has_rows(value) else value
         if isinstance(value, np.ndarray):
-            return value[self._listed]
-        return type(value)(value[row] for row in self._listed)
+            return value[self._list()] if self._has_rows(value) else value
+        if isinstance(value, dict):
+            return {key: self.pick(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            if self._holds_samples(value):
+                return type(value)([value[row] for row in self._list()])
+            return type(value)([self.pick(item) for item in value])
+        self._check_kind(value)
+        return value
 
-    def _indices(self, device: torch.device) -> Tensor:
+    def _has_rows(self, value: Tensor | np.ndarray[Any, Any]) -> bool:
+        return value.ndim > 0 and len(value) == self._size
+
+    def _holds_samples(self, value: Sequence[Any]) -> bool:
+        return len(value) == self._size and (self._lists_hold_samples or not any(map(self._is_batch, value)))
+
+    def _is_batch(self, value: Any) -> bool:
+        if type(value) in (list, tuple):
+            return any(map(self._is_batch, value))
+        return isinstance(value, Tensor) and self._has_rows(value)
+
+    def _rows_on(self, device: torch.device) -> Tensor:
         if device not in self._on:
-            rows = self._given
+            rows = self._rows
             self._on[device] = to_device(rows, device) if isinstance(rows, np.ndarray) else rows.to(device)
         return self._on[device]
 
+    def _list(self) -> list[int]:
+        if self._listed is None:
+            self._listed = self._rows.tolist()
+        return self._listed
 
-def _check_kind(value: Any, size: int) -> None:
-    """Refuse what would silently keep N rows beside K."""
-    if type(value) in (list, tuple, dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            # The things in a list of samples may be anything.
-            if len(value) != size or isinstance(part, (dict, list, tuple)):
-                _check_kind(part, size)
-        return
-    if isinstance(value, tuple):  # a named one; torch.Size and the like hold plain numbers
-        unknown = any(isinstance(part, (Tensor, np.ndarray)) and part.ndim and len(part) == size for part in value)
-    else:
-        known = (Tensor, np.ndarray, str, bytes)
-        unknown = not isinstance(value, known) and hasattr(value, '__len__') and len(value) == size
-    if unknown:
-        raise KindError(
-            f'ESAM and AUSAM do not know how to take samples out of a {type(value).__name__} of {size}: call the model '
-            'with tensors, arrays, lists, tuples or dicts of them'
-        )
-
-
-def _are_data_samples(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], BaseDataElement)
+    def _check_kind(self, value: Any) -> None:
+        """Refuse what would silently keep N rows beside K."""
+        if isinstance(value, tuple):  # a named one; torch.Size and the like hold plain numbers
+            unknown = any(isinstance(part, (Tensor, np.ndarray)) and self._has_rows(part) for part in value)
+        else:
+            unknown = hasattr(value, '__len__') and len(value) == self._size
+        if unknown:
+            raise KindError(
+                f'ESAM and AUSAM do not know how to take samples out of a {type(value).__name__} of {self._size}: call '
+                'the model with tensors, arrays, lists, tuples or dicts of them'
+            )

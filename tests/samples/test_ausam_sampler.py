@@ -1,11 +1,9 @@
-"""The batch sampler against torch's, its draws against the probabilities, and what is on its way to the wrapper."""
+"""The batch sampler against torch's, its draws against the probabilities, and what is in flight to the wrapper."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +20,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, Subset
 
 from mm_sharp.samples.ausam_sampler import AUSAMSampler
-from mm_sharp.samples.draw import BatchDrawer
-from mm_sharp.samples.draw_queue import DrawQueue
+from mm_sharp.samples.draw import BatchDrawer, DrawQueue
 from mm_sharp.samples.history import SampleHistory
 from mm_sharp.samples.selection import Preference, inclusion_probabilities, sample_count
 from tests.checkpoints import through_disk
@@ -130,7 +127,7 @@ def test_a_sampler_without_length() -> None:
 @pytest.mark.parametrize('scores', [[0.1, 0.2, 0.3, 0.4, 2.0], [math.nan, 0.2, 0.0, math.nan, 1.0], [math.nan] * 5])
 def test_inclusion_frequencies(scores: list[float]) -> None:
     """Over many epochs, each sample is loaded with its probability, within 4 standard errors."""
-    epochs, total = 5_000, len(scores)
+    epochs, total = 1_500, len(scores)
     source = DefaultSampler(range(total), shuffle=False, seed=0)
     sampler = make(source, total, ratio=0.6, history=scored(scores))
     expected = inclusion_probabilities(np.array(scores), 3)
@@ -277,7 +274,7 @@ def test_drop_last_belongs_to_the_batch_sampler() -> None:
 
 # -------------------------------------------------------------------- take
 def on_the_way(count: int, size: int = 4) -> tuple[AUSAMSampler, list[list[Key]]]:
-    """A sampler with ``count`` batches under way, and their keys."""
+    """A sampler with ``count`` batches in flight, and their keys."""
     sampler = make(size * (count + 1), size)
     batches = iter(sampler)
     sampler.batches = batches  # type: ignore[attr-defined]  # keeps the iteration alive
@@ -301,7 +298,7 @@ def test_first_in_first_out() -> None:
         assert (draw.size, len(draw.chosen)) == (4, 2)
         assert draw.weights == pytest.approx(1 / (4 * draw.pi[draw.chosen]))
     assert positions == [0, 1, 2, 3]
-    with pytest.raises(RuntimeError, match='a batch of 2 samples arrived, but no draw is on its way'):
+    with pytest.raises(RuntimeError, match='a batch of 2 samples arrived, but no draw is in flight'):
         sampler.take([stranger(0), stranger(1)])
 
 
@@ -442,12 +439,12 @@ def test_resuming_in_mid_iteration_equals_never_stopping(workers: int, with_stat
     for _ in range(5):
         next(batches)
     resumed = train(sampler, history, batches, 8)
-    # Without the state, the draws under way would have been made again, from a newer history.
+    # Without the state, the draws in flight would have been made again, from a newer history.
     assert (resumed == expected) == (with_state or workers == 0)
 
 
 def test_a_checkpoint_soon_after_a_resume_keeps_the_draws_not_reached() -> None:
-    """Saved with four batches under way, resumed with fewer: all are in the next checkpoint."""
+    """Saved with four batches in flight, resumed with fewer: all are in the next checkpoint."""
     sampler, history, loader = resumable(2)
     batches = iter(loader)
     train(sampler, history, batches, 3)
@@ -483,33 +480,6 @@ def test_draws_that_do_not_fit_any_more_are_made_anew(change: str) -> None:
     assert key_list(next(iter(fresh))) != keys[0]
 
 
-@pytest.mark.parametrize(
-    ('change', 'message'),
-    [
-        ({'chosen': torch.tensor([0, 4])}, 'do not belong together'),
-        ({'chosen': torch.tensor([1, 0])}, 'do not belong together'),
-        ({'chosen': torch.tensor([1, 1])}, 'do not belong together'),
-        ({'chosen': torch.tensor([-1, 1])}, 'do not belong together'),
-        ({'chosen': torch.tensor([], dtype=torch.int64)}, 'do not belong together'),
-        ({'scores': torch.zeros(3)}, 'do not belong together'),
-        ({'keys': [('toys', 1)]}, 'do not belong together'),
-        ({'keys': ['toys']}, 'damaged'),
-        ({'pi': None}, 'do not belong together|damaged'),
-        ({'epoch': 'x'}, 'damaged'),
-        ({'pi': torch.tensor(0.5)}, 'do not belong together'),
-    ],
-)
-def test_damaged_states_are_refused(change: dict[str, Any], message: str) -> None:
-    state = on_the_way(2)[0].state_dict()
-    state['draws'][0].update(change)
-    fresh = make(12)
-    with pytest.raises(ValueError, match=message):
-        fresh.load_state_dict(state)
-    with pytest.raises(ValueError, match=r'version is 2: this mm_sharp reads 1'):
-        fresh.load_state_dict({'version': 2})
-    assert fresh.state_dict() == {'version': 1, 'draws': []}
-
-
 # -------------------------------------------------------------------- not attached
 def error_of(batches: Iterator[Any]) -> str:
     """What the first batch raises. The workers end here: the error is a reference cycle that would keep them."""
@@ -525,7 +495,6 @@ def test_without_a_wrapper_the_first_batch_says_what_is_missing(workers: int) ->
     dataset = Numbers(8)
     source = InfiniteSampler(dataset, seed=0)
     sampler = AUSAMSampler(source, 4)
-    assert not sampler.attached
     for data in (dataset, Subset(dataset, range(8))):  # torch's Subset reads a batch at once
         message = error_of(iter(DataLoader(data, batch_sampler=sampler, num_workers=workers)))
         assert "optim_wrapper = dict(type='AUSAMOptimWrapper'" in message
@@ -535,19 +504,6 @@ def test_without_a_wrapper_the_first_batch_says_what_is_missing(workers: int) ->
     assert int(dataset.reads.sum()) == 0
     untouched = InfiniteSampler(dataset, seed=0)
     assert [*itertools.islice(source, 20)] == [*itertools.islice(untouched, 20)], 'no index is lost'
-
-
-@pytest.mark.parametrize('duplicate', [copy.deepcopy, copy.copy, lambda it: pickle.loads(pickle.dumps(it))])
-def test_copies_are_not_attached(duplicate: Any) -> None:
-    sampler, keys = on_the_way(2)
-    del sampler.batches  # type: ignore[attr-defined]
-    other = duplicate(sampler)
-    assert (other.batch_size, other.drop_last, len(other), other.attached) == (4, False, 3, False)
-    assert pending(other) == []
-    assert sampler.attached
-    assert pending(sampler) == keys
-    other.attach(BatchDrawer(SampleHistory(), 0.5, 0.3, 1.0), Shelf(), 0, 0)
-    assert [key_list(batch) for batch in other][:2] == keys
 
 
 class Marked(Points):
@@ -658,11 +614,6 @@ def test_batches_that_a_resumed_loop_skips_are_not_under_way() -> None:
         ({'batch_size': None}, 'batch_size=None '),
         ({'drop_last': 1}, r"drop_last=1 .*True or False.*type='AUSAMSampler', drop_last=True"),
         ({'drop_last': None}, 'drop_last=None '),
-        ({'sampler': None}, r"sampler=None .*a sampler that yields.*sampler=dict\(type='DefaultSampler'"),
-        ({'sampler': 7}, 'sampler=7 '),
-        ({'sampler': 'DefaultSampler'}, "sampler='DefaultSampler' "),
-        ({'sampler': {'type': 'DefaultSampler'}}, 'sampler=.* is not allowed'),
-        ({'sampler': BatchSampler(range(4), 2, False)}, 'sampler=.* is not allowed'),
     ],
 )
 def test_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -673,5 +624,5 @@ def test_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_an_empty_queue_refuses() -> None:
-    with pytest.raises(RuntimeError, match='no draw is on its way'):
+    with pytest.raises(RuntimeError, match='no draw is in flight'):
         DrawQueue().take([stranger()])

