@@ -11,21 +11,20 @@ history has changed since those draws were made, so a resumed run could not make
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import BatchSampler, Sampler
 
-from mm_sharp.errors import check_bool, check_positive_int
+from mm_sharp.errors import check_bool
 from mm_sharp.samples.dataset_keys import DatasetKeys
 from mm_sharp.samples.draw import BatchDraw, BatchDrawer, DrawQueue, LoaderDraw
 from mm_sharp.samples.history import Keys
 from mm_sharp.samples.seeds import RngStream, make_generator
 
 _VERSION = 1
-_BATCH_SIZE = "train_dataloader = dict({name}={example}, batch_sampler=dict(type='{owner}'), ...)"
 _DROP_LAST = "train_dataloader = dict(batch_sampler=dict(type='{owner}', {name}={example}), ...)"
 
 
@@ -43,20 +42,15 @@ class AUSAMSampler(BatchSampler):
         sampler: Yields the data set's indices; MMEngine passes the one of ``train_dataloader``.
         batch_size: N; MMEngine passes the one of ``train_dataloader``.
         drop_last: Leave out the last mini-batch of an epoch if it has fewer than N samples.
-
-    Raises:
-        ValueError: ``batch_size`` or ``drop_last`` is not of its kind; the message shows the config.
     """
 
     sampler: Any  # MMEngine calls its set_epoch
 
     def __init__(self, sampler: Sampler[int] | Iterable[int], batch_size: int, drop_last: bool = False) -> None:
-        owner = type(self).__name__
-        check_positive_int(owner, 'batch_size', batch_size, example='32', form=_BATCH_SIZE)
-        check_bool(owner, 'drop_last', drop_last, form=_DROP_LAST)
+        check_bool(type(self).__name__, 'drop_last', drop_last, form=_DROP_LAST)
         knows_epoch = isinstance(getattr(sampler, 'epoch', None), int)
         super().__init__(sampler if knows_epoch else EpochCounter(sampler), batch_size, drop_last)
-        self._draw: Callable[[int, int, Sequence[int]], LoaderDraw] | None = None
+        self._source: tuple[BatchDrawer, DatasetKeys, int, int] | None = None
         self._queue = DrawQueue()
         self._resumed: dict[tuple[int, int], LoaderDraw] = {}
         self._asked_too_early = False
@@ -64,18 +58,7 @@ class AUSAMSampler(BatchSampler):
 
     def attach(self, drawer: BatchDrawer, keys: DatasetKeys, seed: int, rank: int) -> None:
         """Give it what it draws with, before training: the wrapper's drawer, the data set's keys, the run's seed."""
-
-        def draw(epoch: int, position: int, indices: Sequence[int]) -> LoaderDraw:
-            found = keys.keys(indices)
-            resumed = self._resumed.pop((epoch, position), None)
-            # Another batch size or data set since the checkpoint: its draws are of no use.
-            if resumed is not None and resumed.fits(found):
-                return resumed
-            generator = make_generator(seed, RngStream.SAMPLES_IN_LOADER, rank, epoch, position)
-            drawn = drawer.draw(found, generator)
-            return LoaderDraw(epoch, position, drawn, [found[row] for row in drawn.chosen])
-
-        self._draw = draw
+        self._source = drawer, keys, seed, rank
 
     def follow(self, loop: Any) -> None:
         """Fit MMEngine's iteration-based ``runner.train_loop``; other loops need nothing.
@@ -87,7 +70,7 @@ class AUSAMSampler(BatchSampler):
         if not isinstance(loop, IterBasedTrainLoop):
             return
         self._to_skip = loop.iter
-        if self._asked_too_early and self._draw is not None:
+        if self._asked_too_early and self._source is not None:
             again = type(loop.dataloader_iterator)
             loop.dataloader_iterator = None  # its workers end before the new ones start
             loop.dataloader_iterator = again(loop.dataloader)
@@ -95,7 +78,7 @@ class AUSAMSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Data set indices of the samples drawn from each mini-batch, in the mini-batch's order."""
-        if self._draw is None:
+        if self._source is None:
             # Whoever loads this gets an error, a worker or not. An error right here would stop iteration-based loops
             # when they are built, too early to know.
             self._asked_too_early = True
@@ -110,6 +93,17 @@ class AUSAMSampler(BatchSampler):
             else:
                 append(drawn)
             yield [indices[row] for row in drawn.draw.chosen]
+
+    def _draw(self, epoch: int, position: int, indices: Sequence[int]) -> LoaderDraw:
+        assert self._source is not None
+        drawer, dataset_keys, seed, rank = self._source
+        keys = dataset_keys.keys(indices)
+        resumed = self._resumed.pop((epoch, position), None)
+        # Another batch size or data set since the checkpoint: its draws are of no use.
+        if resumed is not None and resumed.fits(keys):
+            return resumed
+        draw = drawer.draw(keys, make_generator(seed, RngStream.SAMPLES_IN_LOADER, rank, epoch, position))
+        return LoaderDraw(epoch, position, draw, [keys[row] for row in draw.chosen])
 
     def take(self, keys: Keys) -> BatchDraw:
         """How the batch that arrived with these K keys was drawn: :meth:`mm_sharp.samples.draw.DrawQueue.take`."""
@@ -161,7 +155,7 @@ class _Unreadable(list[int]):
     def __iter__(self, _: object = None) -> NoReturn:
         raise RuntimeError(
             'AUSAMSampler draws by the history of AUSAMOptimWrapper, which was not attached to it before the first '
-            'batch was loaded. The two belong together, and no other optimizer wrapper works with this sampler:\n'
+            'batch was loaded. No other optimizer wrapper works with this sampler:\n'
             "    custom_imports = dict(imports=['mm_sharp'])\n"
             "    optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.6, optimizer=...)\n"
             "    train_dataloader = dict(batch_sampler=dict(type='AUSAMSampler'), ...)"

@@ -18,8 +18,8 @@ from torch.utils.data import ConcatDataset, Subset
 
 from mm_sharp.samples.indexed_dataset import IndexedDataset
 from mm_sharp.samples.keys import Key, SampleIdError, id_field, key_of, unidentified
+from mm_sharp.samples.selection import IntArray
 
-IntArray = npt.NDArray[np.int64]
 MetaKeys = tuple[str, ...]
 
 # What keys are read from in a batch without data samples.
@@ -111,12 +111,12 @@ class DatasetKeys:
         ``rows`` tell the indices apart; ``packed`` are the fields of annotations that a pipeline around ``dataset``
         packs. With ``every`` the indices stand for all samples.
         """
-        if isinstance(dataset, IndexedDataset) and packed is not None and 'sample_key' not in packed:
-            yield from self._locate(dataset.dataset, rows, indices, packed, every)
-        elif isinstance(dataset, IndexedDataset):
+        if isinstance(dataset, IndexedDataset) and (packed is None or 'sample_key' in packed):
             for repeating in dataset.repeating():
                 indices = _inner_indices(repeating, indices)
             yield self._leaf(dataset, None), rows, indices
+        elif isinstance(dataset, IndexedDataset):
+            yield from self._locate(dataset.dataset, rows, indices, packed, every)
         elif isinstance(dataset, (RepeatDataset, ClassBalancedDataset, Subset)):
             yield from self._locate(dataset.dataset, rows, _inner_indices(dataset, indices), packed, every)
         elif isinstance(dataset, ConcatDataset) or _is_a(dataset, 'CombinedDataset'):

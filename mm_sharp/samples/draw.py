@@ -148,8 +148,7 @@ class DrawQueue:
         its keys agree with (the earliest of several), and if no key agrees with any, the first.
 
         Raises:
-            RuntimeError: There is no draw of K samples that it could be, or the keys of many batches in a row agree
-                with none.
+            RuntimeError: There is no such draw of K samples, or the keys of many batches in a row agree with none.
         """
         received = list(keys)
         if self._last is not None and self._last.keys == received and all(d.keys != received for d in self._draws):
@@ -157,7 +156,12 @@ class DrawQueue:
         agreement = [draw.agreement(received) for draw in self._draws]
         best = max(agreement, default=-1)
         if best < 0 or (best == 0 and agreement[0] < 0):
-            raise RuntimeError(self._no_such_draw(len(received)))
+            expected = len(self._draws[0].keys) if self._draws else 'none'
+            raise RuntimeError(
+                f'AUSAMSampler: a batch of {len(received)} samples arrived where {expected} were drawn. Batches must '
+                'come from the training data loader, each once and in its order (in_order=True), and no collate '
+                'function or data preprocessor may add or leave out samples'
+            )
         self._without_a_match = 0 if best > 0 else self._without_a_match + 1
         if self._without_a_match > _MOST_WITHOUT_A_MATCH:
             raise RuntimeError(
@@ -169,15 +173,3 @@ class DrawQueue:
             self._draws.popleft()
         self._last = self._draws.popleft()
         return self._last.draw
-
-    def _no_such_draw(self, size: int) -> str:
-        arrived = f'AUSAMSampler: a batch of {size} samples arrived'
-        if not self._draws:
-            return (
-                f'{arrived}, but no draw is in flight. Batches must come from the training data loader, each once and '
-                'in its order (in_order=True)'
-            )
-        return (
-            f'{arrived} where {len(self._draws[0].keys)} were drawn. A collate function or data preprocessor that adds '
-            'or leaves out samples cannot be used with it'
-        )

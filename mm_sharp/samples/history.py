@@ -32,6 +32,7 @@ Keys = Sequence[tuple[str, int]]
 
 _VERSION = 1
 _EXCHANGED_AT_ONCE = 1 << 20
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class SampleHistory:
@@ -77,10 +78,9 @@ class SampleHistory:
 
     def update_of(self, name: str, ids: npt.ArrayLike, differences: npt.ArrayLike) -> None:
         """:meth:`update` for samples of one data set, given the ids alone, shape (N,)."""
-        with np.errstate(over='ignore'):
-            values = np.abs(np.asarray(differences, dtype=np.float32))
-        finite = np.isfinite(values)
-        numbers, values = np.asarray(ids, np.int64)[finite], values[finite].astype(np.float64)
+        values = np.abs(np.asarray(differences, np.float64))
+        finite = values <= _LARGEST
+        numbers, values = np.asarray(ids, np.int64)[finite], values[finite]
         if not len(numbers):
             return
         # What np.unique does, in a third of the time.

@@ -24,7 +24,8 @@ from mm_sharp.ops.model_call import unwrap
 
 Key = tuple[str, int]
 
-_CORRECTIONS = """Either pack what identifies a sample, in the last line of the pipeline:
+_UNIDENTIFIED = """{} keeps a score for every sample and needs to know each again, but found {}: {}. Either
+pack what identifies a sample, in the last line of the pipeline:
     dict(type='PackPoseInputs', meta_keys=('id', 'img_id', 'dataset_name', ...))
 or let the index in the data set be the id, which works with every data set:
     train_dataloader = dict(dataset=dict(_delete_=True, type='IndexedDataset', dataset=_base_.train_dataloader.dataset))
@@ -100,10 +101,7 @@ def id_field(fields: Mapping[str, Any]) -> str:
 
 def unidentified(owner: str, found: str, reason: object) -> SampleIdError:
     """The error that ``owner`` raises where it ``found`` no keys for a ``reason``, with both corrections."""
-    return SampleIdError(
-        f'{owner} keeps a score for every sample and needs to know each again, but found {found}: {reason}. '
-        + _CORRECTIONS
-    )
+    return SampleIdError(_UNIDENTIFIED.format(owner, found, reason))
 
 
 def keys_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, owner: str) -> list[Key]:

@@ -84,14 +84,14 @@ def inclusion_probabilities(
         ``pi``, shape (N,), float64, in (0, 1]; its sum is ``k`` up to the rounding of the sum.
     """
     z = normalised_scores(np.asarray(scores, dtype=np.float64), preference)
-    # In parts of the largest, whose z is 1. The floor keeps the sum from vanishing where s_min / s_max does.
-    sizes = np.maximum((s_min + (s_max - s_min) * z) / (s_min + (s_max - s_min)), 1e-200)
+    s_min = max(s_min, 1e-200 * s_max)  # keeps the sum of sizes from vanishing
+    sizes = (s_min + (s_max - s_min) * z) / (s_min + (s_max - s_min))  # in parts of the largest, whose z is 1
     increasing = np.sort(sizes)
     sums = np.add.accumulate(increasing)
     # left[i]: how many are drawn of the samples 0 to i if all larger ones are certain. The largest i whose share
     # left * size / sum is within 1 is the last one without a cap; there is one, for left[0] <= 1.
     left = np.arange(k - len(sizes) + 1, k + 1)
-    last = np.flatnonzero(left * increasing <= sums)[-1]
+    last = (left * increasing <= sums).nonzero()[0][-1]
     pi: FloatArray = np.minimum(1.0, left[last] * sizes / sums[last])
     return pi
 

@@ -50,11 +50,8 @@ def one_is_enough(
 ) -> Iterator[None]:
     """A context of a forward on K of N samples, in which torch's error at a single one shows the way out.
 
-    Args:
-        owner: Class that has taken them, for the message.
-        ratio: Name of the argument that K follows from.
-        counts: Gives K and N.
-        leave_out: What leaves out incomplete batches, as it is written into ``train_dataloader``.
+    For the message: ``owner`` has an argument ``ratio`` that K follows from, ``counts`` gives K and N, and
+    ``leave_out`` in ``train_dataloader`` leaves out incomplete batches.
     """
     try:
         yield

@@ -123,11 +123,7 @@ def blend(
     """The averages after ``new`` >= 1 more visits of mean ``means``."""
     # Both weights are computed by themselves, and no difference of averages is taken: averages of very different size
     # would cancel.
-    if momentum is None:
-        kept, added = visits.astype(np.float64), new.astype(np.float64)
-    else:
-        past = momentum**new
-        kept, added = past * (1.0 - momentum**visits), 1.0 - past
+    kept, added = (visits, new) if momentum is None else (momentum**new * (1.0 - momentum**visits), 1.0 - momentum**new)
     whole = kept + added
-    result: FloatArray = kept / whole * averages.astype(np.float64) + added / whole * means
+    result: FloatArray = kept / whole * averages + added / whole * means
     return result
