@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from mm_sharp.ops.module_tree import ModuleTree, is_compiled
 from mm_sharp.ops.norm_statistics import BATCH_NORMS
-from mm_sharp.ops.perturbation import TensorBackup
 from mm_sharp.ops.rare_changes import is_ordinary
+from mm_sharp.ops.tensor_backup import TensorBackup
 
 # What every module has besides its own: dicts and sets.
 _TORCHS_OWN = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
@@ -184,11 +184,11 @@ class ModuleStateBackup:
 
     def drop(self, *, release_rare: bool = False) -> None:
         """Forget what was kept; with ``release_rare`` the memory for :attr:`rare` is given back."""
-        self._backup.drop()
+        self._backup.discard()
         if release_rare:
             self._rare_backup.release()
         else:
-            self._rare_backup.drop()
+            self._rare_backup.discard()
         self._buffers, self._odd, self._attributes, self._contents = [], [], [], []
         self._generators, self.rare = [], []
 

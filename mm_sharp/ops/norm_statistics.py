@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mm_sharp.ops.finite import quickly_finite
-from mm_sharp.ops.perturbation import TensorBackup
 from mm_sharp.ops.rare_changes import is_ordinary
+from mm_sharp.ops.tensor_backup import TensorBackup
 
 # Exact classes: others may do anything with their statistics.
 BATCH_NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm})
@@ -80,7 +80,7 @@ class NormStatistics:
     def drop(self) -> None:
         """Forget them."""
         self.show()
-        self._backup.drop()
+        self._backup.discard()
         self._norms = []
 
 
