@@ -41,14 +41,9 @@ class CompileHook(Hook):  # type: ignore[misc]
         """Undo MMEngine's compilation, which nothing has run yet, and compile the parts."""
         # Runner compiles train_step, FlexibleRunner forward unless told otherwise by 'target'.
         methods = [name for name in ('train_step', 'forward') if is_compiled(runner.model, name)]
-        ours = any(
-            isinstance(wrapper, TwoPassOptimWrapper) for wrapper in optim_wrappers(runner.optim_wrapper).values()
-        )
-        if (
-            not runner.cfg.get('compile')
-            or not methods
-            or not any(isinstance(w, TwoPassOptimWrapper) for w in wrappers)
-        ):
+        wrappers = optim_wrappers(runner.optim_wrapper).values()
+        ours = any(isinstance(wrapper, TwoPassOptimWrapper) for wrapper in wrappers)
+        if not runner.cfg.get('compile') or not methods or not ours:
             return
         for name in methods:
             delattr(runner.model, name)

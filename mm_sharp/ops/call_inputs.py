@@ -39,7 +39,7 @@ class InputSnapshot:
         pairs: Leaves = []
         kept = fresh(value, may_write, pairs)
         tensors = [pair for pair in pairs if isinstance(pair[0], Tensor)]
-        self._arrays = [pair for pair in pairs if not isinstance(pair[0], Tensor)]
+        self._arrays = [pair for pair in pairs if may_write and not isinstance(pair[0], Tensor)]
         self._rare.watch([tensor for tensor, _ in tensors], [copy for _, copy in tensors] if may_write else None)
         return kept, may_write
 
@@ -119,6 +119,6 @@ def _fresh_element(element: BaseDataElement, copies: bool, leaves: Leaves | None
 
 
 def _same_array(pair: tuple[Any, Any]) -> bool:
-    array, was = pair  # one and the same unless it was copied
+    array, was = pair
     kind = array.dtype.kind  # objects may not be comparable
     return kind == 'O' or bool(np.array_equal(array, was, equal_nan=kind in 'fc'))

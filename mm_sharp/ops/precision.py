@@ -18,7 +18,7 @@ from mm_sharp.errors import UserError, check_choice, is_number
 
 _DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 # The scaler counts and multiplies in 32 bits.
-_RANGES = {'init_scale': (1.17e-38, 3.4e38), 'growth_factor': (1.0, 3.4e38), 'backoff_factor': (0.0, 1.0)}
+_RANGES = {'init_scale': (1.2e-38, 3.4e38), 'growth_factor': (1.0, 3.4e38), 'backoff_factor': (0.0, 1.0)}
 _ARGUMENTS = (
     'init_scale, a finite number above 1.2e-38; growth_factor, a finite number above 1; backoff_factor, a number in '
     '(0, 1); growth_interval, an integer of at least 1; enabled, True or False'
