@@ -27,7 +27,7 @@ class UsageError(Exception):
 
 
 class UserError(ValueError):
-    """A mistake in a user's files that shows only while a run is under way; the tools print it as one line."""
+    """A mistake in a user's files that shows only during a run; the tools print it as one line."""
 
 
 class KindError(UserError, TypeError):
@@ -50,7 +50,7 @@ def check_number(
     example: str,
     form: str = WRAPPER,
 ) -> float:
-    """Return ``value`` as a float, or raise.
+    """Return ``value`` as a float; raise unless it is a finite number (no ``bool``) from ``low`` to ``high``.
 
     Args:
         owner: Class that takes the argument, for the message.
@@ -62,61 +62,39 @@ def check_number(
         high_open: Whether ``high`` itself is refused.
         example: A right value, as it is written in a config.
         form: How the argument is written in a config, with places for ``owner``, ``name`` and ``example``.
-
-    Raises:
-        ValueError: ``value`` is not a finite number (``bool`` counts as none) within the range.
     """
-    left = '(' if low_open else '['
-    allowed = f'a finite number in {left}{low:g}, {high:g}{")" if high_open or math.isinf(high) else "]"}'
-    ok = is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
-    if ok:
-        assert isinstance(value, (int, float))
-        ok = (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
-    if not ok:
+    number = float(value) if is_number(value) else math.nan  # type: ignore[arg-type]
+    inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
+    if not inside or math.isinf(number):
+        right = ')' if high_open or math.isinf(high) else ']'
+        allowed = f'a finite number in {"(" if low_open else "["}{low:g}, {high:g}{right}'
         raise UserError(_message(owner, name, value, allowed, example, form))
-    return float(value)  # type: ignore[arg-type]
+    return number
 
 
 def check_bool(owner: str, name: str, value: object, form: str = WRAPPER) -> bool:
-    """Return ``value``, or raise.
-
-    Raises:
-        ValueError: ``value`` is neither ``True`` nor ``False``.
-    """
+    """Return ``value``; raise unless it is True or False."""
     if not isinstance(value, bool):
         raise UserError(_message(owner, name, value, 'True or False', 'True', form))
     return value
 
 
 def check_choice(owner: str, name: str, value: object, choices: Collection[object], form: str = WRAPPER) -> None:
-    """Raise unless ``value`` is one of ``choices``.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Raise unless ``value`` is one of ``choices``."""
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         allowed = 'one of ' + ', '.join(repr(choice) for choice in choices)
         raise UserError(_message(owner, name, value, allowed, repr(next(iter(choices))), form))
 
 
 def check_positive_int(owner: str, name: str, value: object, *, example: str, form: str = WRAPPER) -> int:
-    """Return ``value``, or raise.
-
-    Raises:
-        ValueError: ``value`` is not an integer of at least 1 (and below 2**31: torch computes with it).
-    """
+    """Return ``value``; raise unless it is an integer of at least 1 (and below 2**31: torch computes with it)."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
         raise UserError(_message(owner, name, value, 'an integer of at least 1 (and below 2**31)', example, form))
     return value
 
 
 def check_clip_grad(owner: str, value: object) -> None:
-    """Raise unless ``value`` is what MMEngine's ``clip_grad`` takes, with arguments that its clipping function takes.
-
-    Raises:
-        ValueError: It is neither None nor a dict of the arguments of ``torch.nn.utils.clip_grad_norm_``, or, with
-            ``type='value'``, of ``clip_grad_value_``.
-    """
+    """Raise unless ``value`` is None or a dict that MMEngine's ``clip_grad`` and its clipping function take."""
     if value is None:
         return
     if not isinstance(value, Mapping) or not set(value) - {'type'} or value.get('type', 'norm') not in tuple(_CLIPPING):
@@ -128,7 +106,10 @@ def check_clip_grad(owner: str, value: object) -> None:
     except TypeError as error:
         kind = f'the arguments of torch.nn.utils.{clip.__name__} ({error})'
         raise UserError(_message(owner, 'clip_grad', value, kind, _CLIP_GRAD, WRAPPER)) from error
-    ok = _is_limit(value[limit]) and _is_order(value.get('norm_type', 2.0))
+    most, order = value[limit], value.get('norm_type', 2.0)
+    # torch compares the limit with numbers of 32 bits.
+    ok = is_number(most) and (0 < most <= 3e38 or most == math.inf)
+    ok = ok and (order == 'inf' or (is_number(order) and order > 0))
     switches = [value.get('foreach') or False, value.get('error_if_nonfinite', False)]
     if not ok or not all(isinstance(switch, bool) for switch in switches):
         kind = f"a dict with a {limit} above 0 (at most 3e38, or inf), a norm_type above 0 or 'inf', and switches"
@@ -136,11 +117,7 @@ def check_clip_grad(owner: str, value: object) -> None:
 
 
 def check_steps_alone(owner: str, optimizer: Optimizer) -> None:
-    """Refuse optimizers that compute the loss themselves, and so again and again, in their ``step``.
-
-    Raises:
-        UnsupportedError: ``step`` must be given a function.
-    """
+    """Refuse optimizers whose ``step`` needs a closure, with which they compute the loss again and again."""
     closure = signature(type(optimizer).step).parameters.get('closure')
     if closure is not None and closure.default is closure.empty:
         name = type(optimizer).__name__
@@ -159,15 +136,6 @@ def is_number(value: Any) -> bool:
         return not math.isnan(float(value))
     except OverflowError:
         return False
-
-
-def _is_limit(value: Any) -> bool:
-    # torch compares it with numbers of 32 bits.
-    return is_number(value) and (0 < value <= 3e38 or value == math.inf)
-
-
-def _is_order(value: Any) -> bool:
-    return value == 'inf' or (is_number(value) and value > 0)
 
 
 def _message(owner: str, name: str, value: object, allowed: str, example: str, form: str) -> str:
@@ -202,9 +170,6 @@ def check_arguments(cls: type, given: Mapping[str, object], others: Iterable[typ
         cls: The wrapper's class.
         given: Arguments by name.
         others: Classes that the arguments may be meant for.
-
-    Raises:
-        ValueError: ``cls`` has no argument of such a name.
     """
     known = arguments_of(cls)
     wrong = {name: value for name, value in given.items() if name not in known}

@@ -1,9 +1,9 @@
 """Checks of a checkpoint that is resumed or tested: is it of this model and of this optimizer?
 
-MMEngine loads weights by name and goes on with random ones, and a line in the log, where the names or shapes do not
-fit; and torch's optimizers load each other's state, which fails steps later or never. A run that is resumed must go on
-exactly where it was, and a test must test what was trained: for them every such difference is an error. A checkpoint
-that training starts from (``load_from``) may be of a part of the model, but not of none.
+Where names or shapes do not fit, MMEngine goes on with random weights and a line in the log; and torch's optimizers
+load each other's state, which fails steps later or never. For a run that is resumed and for a test every such
+difference is an error. A checkpoint that training starts from (``load_from``) may be of a part of the model, but not of
+none.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ class CheckpointCheckHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
     priority = 'LOWEST'  # after the hooks that change what was loaded
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Check everything but the weights, which :class:`_Loading` checks when the model has looked at them.
-
-        Raises:
-            UserError: The checkpoint does not fit.
-        """
+        """Check everything but the weights, which :class:`_Loading` checks when the model loads them."""
         # Runner.resume would run it: a config is a program, which a checkpoint of anyone's may bring along.
         if isinstance(checkpoint.get('meta'), dict):
             checkpoint['meta'].pop('config', None)
@@ -57,18 +53,15 @@ class CheckpointCheckHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
 
 
 def check_next_load(model: nn.Module) -> None:
-    """Have a model refuse the next state dict that it loads, as a test does, unless all of the model is in it.
-
-    The model then raises :class:`UserError`.
-    """
+    """Have a model raise UserError at the next state dict that it loads, as a test does, if weights are missing."""
     _Loading(model, 'test')
 
 
 class _Loading:
-    """Looks on while a model loads a state dict, once.
+    """Checks the next state dict that a model loads.
 
     Args:
-        model: It will load one next.
+        model: The model.
         purpose: ``'resume'``: keys and shapes must be equal; ``'test'``: nothing may be missing or of another shape;
             ``'train'``: something must fit.
     """
@@ -109,14 +102,12 @@ class _Loading:
 
 
 def _check_entries(checkpoint: Mapping[str, Any]) -> None:
-    """Raise if a checkpoint lacks what a run needs to go on.
-
-    Raises:
-        UserError: Something is missing.
-    """
+    """Raise if a checkpoint lacks what a run needs to go on."""
     meta = checkpoint.get('meta')
     lacking = [key for key in ('meta', 'optimizer', 'message_hub') if not isinstance(checkpoint.get(key), Mapping)]
-    lacking += [f'meta.{key}' for key in ('epoch', 'iter') if isinstance(meta, Mapping) and not _is_count(meta, key)]
+    if isinstance(meta, Mapping):
+        counts = [key for key in ('epoch', 'iter') if isinstance(meta.get(key), int) and meta[key] >= 0]
+        lacking += [f'meta.{key}' for key in ('epoch', 'iter') if key not in counts]
     if lacking:
         raise UserError(
             f'the checkpoint cannot be resumed, only its weights can be used: it has no {some(lacking)}. Write '
@@ -124,15 +115,11 @@ def _check_entries(checkpoint: Mapping[str, Any]) -> None:
         )
 
 
-def _is_count(meta: Mapping[str, Any], key: str) -> bool:
-    return isinstance(meta.get(key), int) and meta[key] >= 0
-
-
 def _optimizers(wrapper: Any, state: Mapping[str, Any]) -> Iterator[tuple[Optimizer, Mapping[str, Any]]]:
     """Each optimizer with its part of the state."""
     if isinstance(wrapper, OptimWrapperDict):
-        for name, member in wrapper.items():
-            yield member.optimizer, state.get(name, {})
+        for name, each in wrapper.items():
+            yield each.optimizer, state.get(name, {})
     elif isinstance(getattr(wrapper, 'optimizer', None), Optimizer):
         yield wrapper.optimizer, state
 

@@ -1,12 +1,11 @@
 """MMEngine's ``compile=True`` beside two passes.
 
-MMEngine compiles the model's ``train_step``, and with it everything that an optimizer wrapper does: hooks that change
-from step to step, which compiled code does not look at again, the history, the random state. So in runs of ours the
-parts of the model that hold no loss are compiled instead, each by itself: the backbone and the neck, which is where the
-time goes, in both passes and in evaluation. Losses, heads that have one, and the step stay as they are.
+MMEngine compiles the model's ``train_step``, and with it the optimizer wrapper's hooks, which change from step to step.
+Instead, the parts of the model that hold no loss are compiled, each by itself, for both passes and for evaluation: the
+backbone and the neck, which take the time.
 
-ESAM switches the gradients of other tensors off in each step. Compiled code is made for one choice of them, so that it
-would be made anew in every step: :func:`mm_sharp.step.checks.check_compiled` refuses it.
+ESAM freezes other tensors in each step, for which code would be compiled anew in every step:
+:func:`mm_sharp.step.checks.check_compiled` refuses it.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from mm_sharp.step.wrapper import TwoPassOptimWrapper
 class CompileHook(Hook):  # type: ignore[misc]
     """Compile the parts of the model that hold no loss, where the config has MMEngine compile all of it.
 
-    It is added by itself to every Runner that uses this package, and does nothing without ``compile`` in the config or
-    without an optimizer wrapper of ours. After training everything is as it was.
+    Added by itself to every Runner that uses this package; it does nothing without one of our optimizer wrappers.
     """
 
     def __init__(self) -> None:
         self._compiled: list[nn.Module] = []
 
     def before_train(self, runner: Any) -> None:
-        """Take MMEngine's compilation back, which nothing has run yet, and compile the parts."""
+        """Undo MMEngine's compilation, which nothing has run yet, and compile the parts."""
         # Runner compiles train_step, FlexibleRunner forward unless told otherwise by 'target'.
         methods = [name for name in ('train_step', 'forward') if is_compiled(runner.model, name)]
-        ours = any(isinstance(member, TwoPassOptimWrapper) for member in optim_wrappers(runner.optim_wrapper).values())
+        wrappers = optim_wrappers(runner.optim_wrapper).values()
+        ours = any(isinstance(wrapper, TwoPassOptimWrapper) for wrapper in wrappers)
         if not runner.cfg.get('compile') or not methods or not ours:
             return
         for name in methods:

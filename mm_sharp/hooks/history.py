@@ -1,8 +1,4 @@
-"""What the sample history needs of a Runner: the data set, the ranks, the data loader.
-
-The hook is added by itself to every Runner that uses this package, so that one line in a config is enough; it does
-nothing where no optimizer wrapper keeps a history.
-"""
+"""What the sample history needs of a Runner: the data set, the ranks, the data loader."""
 
 from __future__ import annotations
 
@@ -23,8 +19,6 @@ from mm_sharp.samples.history import SampleHistory
 from mm_sharp.samples.keys import SampleIdError
 from mm_sharp.samples.seeds import Member
 from mm_sharp.step.optim_wrappers import optim_wrappers
-
-_ITERATIONS_OF_ENDLESS_EPOCHS = 1000
 
 
 @runtime_checkable
@@ -58,12 +52,12 @@ class DrawsInLoader(KeepsHistory, Protocol):
 class SampleHistoryHook(Hook):  # type: ignore[misc]
     """Keep the history of loss differences in step with data set, ranks and data loader.
 
-    - Before training: the members of an ``OptimWrapperDict`` are told apart, so that they draw independently. Samples
-      of a loaded history that are not in the data set any more are dropped, and new ones start unseen; the log says how
-      many. Combined data sets whose samples would share a history are refused. An ``AUSAMSampler`` in the training data
-      loader gets the wrapper that it draws for.
+    - Before training: the wrappers of an ``OptimWrapperDict`` are numbered, so that they draw independently. A loaded
+      history is fitted to the data set, and the log says how. An ``AUSAMSampler`` gets the wrapper that it draws for.
     - With several ranks, the histories are exchanged at the end of every epoch (in iteration-based training, after as
-      many iterations as an epoch has), before validation and before a checkpoint that ``CheckpointHook`` writes.
+      many iterations as an epoch has), before validation and before a checkpoint.
+
+    Added by itself to every Runner that uses this package; it does nothing where no wrapper keeps a history.
     """
 
     priority = 'LOW'  # before CheckpointHook
@@ -74,23 +68,20 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         self._exchanged = True
 
     def before_train(self, runner: Any) -> None:
-        """Bring together wrapper, data set and data loader.
-
-        Raises:
-            ValueError: There is an ``AUSAMSampler`` without exactly one ``AUSAMOptimWrapper``, or in a data loader
-                that delivers batches out of order.
-            SampleIdError: Samples of several data sets would share a history, or have no id.
-        """
+        """Bring together wrapper, data set and data loader."""
         loader = runner.train_dataloader
-        self._epoch_length = _epoch_length(loader)
-        for number, wrapper in enumerate(optim_wrappers(runner.optim_wrapper).values()):
+        try:
+            self._epoch_length = max(1, len(loader))
+        except TypeError:  # a sampler without end
+            self._epoch_length = 1000
+        wrappers = optim_wrappers(runner.optim_wrapper).values()
+        for number, wrapper in enumerate(wrappers):
             if isinstance(wrapper, KeepsHistory):
                 wrapper.member.number = number
-        wrappers = [w for w in optim_wrappers(runner.optim_wrapper).values() if isinstance(w, KeepsHistory)]
-        self._wrappers = [wrapper for wrapper in wrappers if wrapper.uses_history]
+        self._wrappers = [wrapper for wrapper in wrappers if isinstance(wrapper, KeepsHistory) and wrapper.uses_history]
         sampler = getattr(loader, 'batch_sampler', None)
         if isinstance(sampler, AUSAMSampler):
-            _check_sampler(loader, runner.optim_wrapper, wrappers)
+            _check_sampler(loader, runner.optim_wrapper)
         if not self._wrappers or not hasattr(loader.dataset, '__len__'):
             return  # a data set that only iterates: its samples are known when they arrive
         keys = DatasetKeys(loader.dataset)
@@ -112,12 +103,10 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
             self._exchange()
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Exchange at the end of every epoch."""
+        """Exchange at the end of every epoch, and before validation, which may write the best checkpoint."""
         self._exchange()
 
-    def before_val_epoch(self, runner: Any) -> None:
-        """The best checkpoint may be written after validation."""
-        self._exchange()
+    before_val_epoch = after_train_epoch
 
     def _exchange(self) -> None:
         # Ranks go through the same hooks, so that all of them come here or none.
@@ -127,17 +116,11 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         self._exchanged = True
 
 
-def _epoch_length(loader: Any) -> int:
-    try:
-        return max(1, len(loader))
-    except TypeError:  # a sampler without end
-        return _ITERATIONS_OF_ENDLESS_EPOCHS
-
-
-def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[KeepsHistory]) -> None:
+def _check_sampler(loader: Any, optim_wrapper: Any) -> None:
+    wrappers = optim_wrappers(optim_wrapper).values()
     found = sum(isinstance(wrapper, DrawsInLoader) for wrapper in wrappers)
-    # Another member of an OptimWrapperDict would train on the samples drawn without knowing of it.
-    if found != 1 or len(optim_wrappers(optim_wrapper)) > 1:
+    # Another wrapper of an OptimWrapperDict would train on the samples drawn without knowing of it.
+    if found != 1 or len(wrappers) > 1:
         uses = f'{found} of them' if found > 1 else type(optim_wrapper).__name__
         raise UserError(
             f'AUSAMSampler draws the batches for one AUSAMOptimWrapper, but the config uses {uses}: write '
@@ -152,21 +135,18 @@ def _check_sampler(loader: Any, optim_wrapper: Any, wrappers: list[KeepsHistory]
 
 
 def _reconcile(wrapper: KeepsHistory, keys: DatasetKeys) -> None:
-    """Fit a loaded history to the data set, and say so."""
-    level = logging.INFO
+    """Drop samples of a loaded history that are not in the data set any more, and log it."""
+    dropped = 0
     try:
-        known = keys.ids_by_name()
+        kept, dropped, unseen = wrapper.history.reconcile(keys.ids_by_name())
+        message = f'{kept} samples of the data set have been seen, {unseen} not yet'
+        message += f'; {dropped} that are not in the data set any more were dropped' if dropped else ''
     except SampleIdError:
         message = (
             f'{len(wrapper.history)} samples have been seen; the data set cannot tell the ids of its samples '
             'beforehand, so that it is not known whether all of them are still in it'
         )
-    else:
-        kept, dropped, unseen = wrapper.history.reconcile(known)
-        message = f'{kept} samples of the data set have been seen, {unseen} not yet'
-        if dropped:
-            level = logging.WARNING
-            message += f'; {dropped} that are not in the data set any more were dropped'
+    level = logging.WARNING if dropped else logging.INFO
     print_log(f'Sample history: {message}', logger='current', level=level)
 
 

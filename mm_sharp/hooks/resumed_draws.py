@@ -1,14 +1,13 @@
 """A resumed run draws the random numbers that it would have drawn without the interruption.
 
-A checkpoint's random state is that after its last step. Between that step and the next one, a run never stopped draws
-what loading the next batch takes. A resumed run draws more: beginning the loader's iteration takes the workers' seed,
-and in iteration-based training the batches that are skipped are loaded once more. So the state is put back again,
-where the next batch is about to be loaded.
+A checkpoint's random state is that after its last step. A resumed run draws more before its next step than one never
+stopped: the workers' seed and, in iteration-based training, whatever loading the skipped batches takes. So the state
+is restored once more, just before the next batch is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,22 +24,22 @@ from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 @HOOKS.register_module()
 class ResumedDrawsHook(Hook):  # type: ignore[misc]
-    """Put the random state of a checkpoint back where the loader's iteration cannot move it any more.
+    """Restore the random state of a checkpoint just before the first batch.
 
     - Iteration-based training: after the batches that MMEngine skips.
     - Epochs: when the first epoch begins. Persistent workers, which a run never stopped has had since its first epoch,
-      are seeded without a number from the global generator.
+      are seeded without the global generator.
     - Validation leaves the random state as it was: a checkpoint that is written before it cannot know of its draws.
 
     Added by itself to every Runner that uses this package; it does nothing without one of our optimizer wrappers.
     """
 
-    priority = 'VERY_HIGH'  # other hooks' draws come after the state is put back, as they came after the checkpoint
+    priority = 'VERY_HIGH'  # other hooks' draws come after the state is restored, as they came after the checkpoint
 
     def __init__(self) -> None:
         self._devices: tuple[torch.device, ...] | None = None
         self._before_loading: RandomState | None = None
-        self._to_put_back: RandomState | None = None
+        self._to_restore: RandomState | None = None
         self._before_validation: RandomState | None = None
         self._workers_seed: torch.Generator | None = None
 
@@ -50,37 +49,37 @@ class ResumedDrawsHook(Hook):  # type: ignore[misc]
             self._before_loading = RandomState.capture()
 
     def before_train(self, runner: Any) -> None:
-        """In a resumed run: what hooks and loader draw until training begins, they draw as in a run never stopped."""
+        """In a resumed run, have hooks and loader draw until training begins as in a run never stopped."""
         wrappers = [w for w in optim_wrappers(runner.optim_wrapper).values() if isinstance(w, TwoPassOptimWrapper)]
         if not wrappers:
             return
         self._devices = tuple({device for wrapper in wrappers for device in devices_of(wrapper.optimizer)})
         before, self._before_loading = self._before_loading, None
         if runner.iter > 0 and before is not None:
-            self._to_put_back = RandomState.capture(self._devices)
+            self._to_restore = RandomState.capture(self._devices)
             before.restore()
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Put the state back, or have it put back after the batches that are skipped."""
-        if self._to_put_back is None:
+        """Restore the state, or have it restored after the batches that are skipped."""
+        if self._to_restore is None:
             return
         if isinstance(runner.train_loop, IterBasedTrainLoop):
-            runner.train_loop.dataloader_iterator = _PutBackAfterSkipping(runner.train_loop, self)
+            runner.train_loop.dataloader_iterator = _restore_after_skipping(runner.train_loop, self)
         else:
-            self._workers_seed = _seed_workers_apart(runner.train_dataloader, self._to_put_back)
-            self.put_back()
+            self._workers_seed = _seed_workers_apart(runner.train_dataloader, self._to_restore)
+            self.restore()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """The first step: the loader's iteration has begun."""
         if self._workers_seed is not None:
             runner.train_dataloader.generator = self._workers_seed = None
-        self.put_back()  # in a loop of the user's, which does not skip
+        self.restore()  # in a loop of the user's, which does not skip
 
-    def put_back(self) -> None:
-        """Put back the state of the checkpoint, once."""
-        if self._to_put_back is not None:
-            self._to_put_back.restore()
-        self._to_put_back = None
+    def restore(self) -> None:
+        """Restore the state of the checkpoint, once."""
+        if self._to_restore is not None:
+            self._to_restore.restore()
+        self._to_restore = None
 
     def before_val_epoch(self, runner: Any) -> None:
         """Keep the state; in training only."""
@@ -88,37 +87,24 @@ class ResumedDrawsHook(Hook):  # type: ignore[misc]
             self._before_validation = RandomState.capture(self._devices)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Put it back, before the best checkpoint is written."""
+        """Restore it, before the best checkpoint is written."""
         if self._before_validation is not None:
             self._before_validation.restore()
         self._before_validation = None
 
 
-class _PutBackAfterSkipping:
-    """The iterator of an iteration-based loop until its first batch that is trained, for which it steps aside.
-
-    Args:
-        loop: Takes and discards as many batches as it has trained already.
-        hook: Puts the random state back.
-    """
-
-    def __init__(self, loop: IterBasedTrainLoop, hook: ResumedDrawsHook) -> None:
-        self._loop, self._hook = loop, hook
-        self._iterator, self._to_skip = loop.dataloader_iterator, loop.iter
-
-    def __iter__(self) -> _PutBackAfterSkipping:
-        return self
-
-    def __next__(self) -> Any:
-        if self._to_skip == 0:
-            self._loop.dataloader_iterator = self._iterator
-            self._hook.put_back()
-        self._to_skip -= 1
-        return next(self._iterator)
+def _restore_after_skipping(loop: IterBasedTrainLoop, hook: ResumedDrawsHook) -> Iterator[Any]:
+    """The iterator of ``loop`` for as many batches as it has trained already, which it discards, and the next one."""
+    iterator = loop.dataloader_iterator
+    for _ in range(loop.iter):
+        yield next(iterator)
+    loop.dataloader_iterator = iterator
+    hook.restore()
+    yield next(iterator)
 
 
 def _holds_random_state(optimizer: Any) -> bool:
-    """Whether a checkpoint's optimizer state, of one wrapper or of several by name, holds a random state."""
+    """Whether the optimizer state of one wrapper, or of several by name, holds a random state."""
     if not isinstance(optimizer, Mapping):
         return False
     own = optimizer.get('mm_sharp')
@@ -126,11 +112,7 @@ def _holds_random_state(optimizer: Any) -> bool:
 
 
 def _seed_workers_apart(loader: Any, state: RandomState) -> torch.Generator | None:
-    """Have persistent workers that are about to start seeded by a generator of their own.
-
-    Returns:
-        The generator, which ``loader`` has until it is taken away; None where the global one is right.
-    """
+    """Give ``loader`` a generator of its own, if it is about to start persistent workers, and return it."""
     starts = getattr(loader, 'num_workers', 0) > 0 and getattr(loader, '_iterator', None) is None
     if not (starts and loader.persistent_workers) or loader.generator is not None:
         return None

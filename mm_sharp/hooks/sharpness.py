@@ -35,18 +35,14 @@ class SharpnessHook(Hook):  # type: ignore[misc]
 
     AUSAM's losses are those of the samples drawn, estimates of the whole batch's. ESAM's ``L_w_e`` is that of the whole
     batch where the step measured it (``selection='exact'``, or a step that refreshes the history), else that of the
-    samples selected, which makes ``sharpness`` larger than the batch's. In the steps between, its figures are those of
-    the averages that the samples are selected by, which have no sign.
+    samples selected, which makes ``sharpness`` larger. In the steps between, its metrics are those of the averages that
+    the samples are selected by, which have no sign.
 
-    All are of the one iteration that is logged, and of rank 0. (Their names avoid those that MMEngine's log processor
-    smooths over a window: it would mix values that are many iterations apart.) With several optimizer wrappers the
-    names are prefixed by the wrapper's.
+    All are of the one iteration that is logged, and of rank 0: their names avoid those that MMEngine's log processor
+    smooths. With several optimizer wrappers the names are prefixed by the wrapper's.
 
     Args:
         interval: Iterations between two entries; by default the ``LoggerHook``'s.
-
-    Raises:
-        ValueError: ``interval`` is not a positive integer, or (when training starts) no wrapper of ours is used.
     """
 
     priority = 'NORMAL'  # before LoggerHook, which reads the message hub
@@ -60,7 +56,8 @@ class SharpnessHook(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         """Find the wrappers and the logger's interval."""
-        self._wrappers = _two_pass_wrappers(runner.optim_wrapper)
+        found = optim_wrappers(runner.optim_wrapper).items()
+        self._wrappers = {name and f'{name}.': w for name, w in found if isinstance(w, TwoPassOptimWrapper)}
         if not self._wrappers:
             raise UserError(
                 f'SharpnessHook needs a sharpness-aware optimizer wrapper, but the config uses '
@@ -73,9 +70,8 @@ class SharpnessHook(Hook):  # type: ignore[misc]
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Have the step timed if it is going to be logged."""
-        due = self._is_due(runner, batch_idx)
         for wrapper in self._wrappers.values():
-            wrapper.record_timing = due
+            wrapper.record_timing = self._is_due(runner, batch_idx)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Write the step's values to the message hub, if it is going to be logged."""
@@ -90,12 +86,6 @@ class SharpnessHook(Hook):  # type: ignore[misc]
         # LoggerHook may log the last iteration of an epoch too: values must be there, and of that iteration.
         last = self.end_of_epoch(runner.train_dataloader, batch_idx)
         return bool(self.every_n_inner_iters(batch_idx, self._interval) or last)
-
-
-def _two_pass_wrappers(optim_wrapper: Any) -> dict[str, TwoPassOptimWrapper]:
-    """Our wrappers by log prefix."""
-    found = optim_wrappers(optim_wrapper).items()
-    return {name and f'{name}.': wrapper for name, wrapper in found if isinstance(wrapper, TwoPassOptimWrapper)}
 
 
 def _scalars(step: StepRecord) -> dict[str, float]:

@@ -10,17 +10,11 @@ from torch import Tensor, nn
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the gradients of ``parameters`` by their averages over all ranks; a missing one counts as zero.
-
-    Args:
-        parameters: The same on all ranks.
-    """
-    gradients: list[Tensor] = []
+    """Replace the gradients of ``parameters`` by their averages over all ranks; a missing one counts as zero."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    average(gradients)
+    average([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 def average(tensors: Sequence[Tensor]) -> None:

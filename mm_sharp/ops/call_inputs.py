@@ -1,9 +1,8 @@
 """The inputs of a model call, as they were before it.
 
-Every forward pass of a step gets the same batch, whatever an earlier one has done to it: lists, dicts and data samples
-are handed out as shallow copies, and tensors and arrays as copies where the model was seen to write to them
-(:mod:`mm_sharp.ops.rare_changes`). The first pass gets what the caller has passed, and changes it as it would without
-us.
+Every forward pass of a step gets the same batch, whatever an earlier one has done to it. The first one gets what the
+caller has passed. The others get shallow copies of lists, dicts and data samples, and copies of tensors and arrays
+where the model was seen to write to them (:mod:`mm_sharp.ops.rare_changes`).
 """
 
 from __future__ import annotations
@@ -16,56 +15,51 @@ import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from mm_sharp.ops.rare_changes import RareChanges, Stamp, is_ordinary, stamped_changed, stamps
+from mm_sharp.ops.rare_changes import RareChanges, is_ordinary
 
 Leaves = list[tuple[Any, Any]]
 
 _ATOMS = frozenset({type(None), bool, int, float, str, bytes})
 
 
-class InputKeeper:
-    """Keeps the inputs of a step's first forward pass for the further ones."""
+class InputSnapshot:
+    """Copies of the inputs of a step's first forward pass for the further ones."""
 
     def __init__(self) -> None:
         self._rare = RareChanges()
-        self._pairs: list[tuple[Any, Any]] = []
-        self._stamps: list[Stamp] = []
+        self._arrays: Leaves = []
 
-    def keep(self, value: Any) -> tuple[Any, bool]:
-        """Keep inputs, just before the first forward pass.
-
-        Args:
-            value: The arguments.
+    def take(self, value: Any) -> tuple[Any, bool]:
+        """Copy arguments, just before the first forward pass.
 
         Returns:
-            The kept ones, and whether the model may write to tensors and arrays among them: further passes then get
-            copies (:func:`fresh`).
+            The copy, and whether the model may write to tensors and arrays: further passes then get copies of them.
         """
         may_write = self._rare.next_step()
-        pairs: list[tuple[Any, Any]] = []
+        pairs: Leaves = []
         kept = fresh(value, may_write, pairs)
-        self._pairs = pairs if may_write else []
-        self._stamps = [] if may_write else stamps(leaf for leaf, _ in pairs if isinstance(leaf, Tensor))
+        tensors = [pair for pair in pairs if isinstance(pair[0], Tensor)]
+        self._arrays = [pair for pair in pairs if may_write and not isinstance(pair[0], Tensor)]
+        self._rare.watch([tensor for tensor, _ in tensors], [copy for _, copy in tensors] if may_write else None)
         return kept, may_write
 
-    def look(self) -> None:
-        """Find out if the first forward pass has written to them."""
-        tensors = [pair for pair in self._pairs if isinstance(pair[0], Tensor)]
-        arrays = [pair for pair in self._pairs if not isinstance(pair[0], Tensor)]
-        self._rare.compare([tensor for tensor, _ in tensors], [copy for _, copy in tensors])
-        if stamped_changed(self._stamps) or not all(map(_same_array, arrays)):
+    def check(self) -> None:
+        """Find out if the first forward pass has written to the inputs."""
+        if not all(map(_same_array, self._arrays)):
             self._rare.seen()
-        self._pairs, self._stamps = [], []
+        self._rare.changed()
+        self._rare.watch((), None)
+        self._arrays = []
 
 
 def fresh(value: Any, copies: bool, leaves: Leaves | None = None, memo: dict[int, Any] | None = None) -> Any:
-    """``value`` with lists, tuples, dicts and data samples of its own.
+    """A copy of ``value`` with lists, tuples, dicts and data samples of its own.
 
     Args:
         value: Arguments of a model.
         copies: Whether tensors and NumPy arrays are copied as well.
         leaves: Takes the tensors and arrays of ``value`` that can be copied, each with what stands for it.
-        memo: What was made of an object, by its ``id``: what is one object stays one.
+        memo: The copies by the originals' ``id``: what is one object stays one.
     """
     kind = type(value)
     if kind in _ATOMS:
@@ -91,7 +85,6 @@ def fresh(value: Any, copies: bool, leaves: Leaves | None = None, memo: dict[int
 
 
 def _fresh_leaf(value: Any, copies: bool, leaves: Leaves | None) -> Any:
-    """A tensor or an array, copied where that is asked for and possible."""
     if isinstance(value, Tensor):
         if value.requires_grad and value.is_leaf:
             value = value.detach().requires_grad_()  # its gradient is that of the first pass
@@ -114,7 +107,6 @@ def _copied(value: Any) -> Any:
 
 
 def _fresh_element(element: BaseDataElement, copies: bool, leaves: Leaves | None, memo: dict[int, Any]) -> None:
-    """The same for a data sample: what is set, replaced or deleted in it does not reach the original."""
     twin = memo[id(element)] = object.__new__(type(element))
     attributes = vars(twin)
     attributes.update(vars(element))
@@ -128,6 +120,5 @@ def _fresh_element(element: BaseDataElement, copies: bool, leaves: Leaves | None
 
 def _same_array(pair: tuple[Any, Any]) -> bool:
     array, was = pair
-    if array.dtype.kind == 'O':  # what its objects are to each other, nobody knows here
-        return True
-    return bool(np.array_equal(array, was, equal_nan=array.dtype.kind in 'fc'))
+    kind = array.dtype.kind  # objects may not be comparable
+    return kind == 'O' or bool(np.array_equal(array, was, equal_nan=kind in 'fc'))

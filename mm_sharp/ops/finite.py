@@ -14,14 +14,10 @@ _TRUE = torch.tensor(True)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether every element of every tensor is finite.
-
-    Args:
-        tensors: Any number; devices and dtypes may be mixed, and they may be sparse or empty.
+    """Whether every element is finite of tensors of any device, dtype and number, which may be sparse or empty.
 
     Returns:
-        Scalar, bool, on the device of the first one that is not empty; True on the CPU where there is none. No host
-        synchronisation.
+        Scalar, bool, on the device of the first one that is not empty. No host synchronisation.
     """
     if quickly_finite(tensors):
         return _TRUE
@@ -29,23 +25,25 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     dense = [tensor for tensor in dense if tensor.numel()]
     if not dense:
         return _TRUE
-    return _finite_norms(dense, float('inf')).all()
+    return finite_each(dense).all()
 
 
 def finite_each(tensors: Sequence[Tensor]) -> Tensor:
-    """Of each tensor, whether every element is finite.
-
-    Args:
-        tensors: At least one, dense, and none of them empty; devices and dtypes may be mixed.
+    """Of one or more dense tensors, none of them empty, whether every element is finite.
 
     Returns:
         (N,), bool, on the device of the first one. No host synchronisation.
     """
-    return _finite_norms(tensors, float('inf'))
+    groups = group_by_device_and_dtype(tensors)
+    norms = [torch.stack(torch._foreach_norm([tensors[i] for i in group], float('inf'))) for group in groups]
+    if len(groups) == 1:
+        return norms[0].isfinite()
+    finite = torch.cat([norm.isfinite().to(tensors[0].device, non_blocking=True) for norm in norms])
+    return finite[sorted(range(len(tensors)), key=[index for group in groups for index in group].__getitem__)]
 
 
 def quickly_finite(tensors: Sequence[Tensor]) -> bool:
-    """A quick look at tensors on the CPU, of one dtype: True if they are finite, False if that is not known yet.
+    """True if tensors on the CPU, of one dtype, are finite; False if that is not known.
 
     2-norms take less time than the largest magnitude, but overflow before an element does.
     """
@@ -57,20 +55,9 @@ def quickly_finite(tensors: Sequence[Tensor]) -> bool:
     return math.isfinite(torch.stack(torch._foreach_norm(list(tensors), 2)).sum().item())
 
 
-def _finite_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """Of each tensor, whether its norm is finite, (N,), bool, on the device of the first one."""
-    groups = group_by_device_and_dtype(tensors)
-    found = [torch.stack(torch._foreach_norm([tensors[i] for i in group], order)).isfinite() for group in groups]
-    if len(groups) == 1:
-        return found[0]
-    finite = torch.cat([flags.to(tensors[0].device, non_blocking=True) for flags in found])
-    order_of = sorted(range(len(tensors)), key=[index for group in groups for index in group].__getitem__)
-    return finite[order_of]
-
-
 @torch.no_grad()
 def zero_unless(finite: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Set every element of ``tensors`` to zero where ``finite`` is not True, without asking the device."""
+    """Set ``tensors`` to zero unless ``finite``; the host does not wait."""
     for tensor in tensors:
         dense = tensor if tensor.layout == torch.strided else tensor._values()
         dense.masked_fill_(~finite.to(dense.device), 0)

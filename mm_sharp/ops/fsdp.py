@@ -1,15 +1,13 @@
 """Fully sharded models (FSDP): what this process holds of the parameters, and what all processes hold together.
 
-Under FSDP every process holds a piece of each parameter, of its averaged gradient and of the optimizer's state. A
-perturbation works element by element on the pieces, once the norm of *all* pieces is known, which costs one all-reduce
-of a number a step; whether the optimizer steps is agreed on by another, of a flag. Both of torch's kinds are known:
+Every process holds a piece of each parameter and of its averaged gradient. A perturbation works element by element on
+the pieces, once one all-reduce of a number has given the norm of *all* pieces. Both of torch's kinds are known:
 
-- FSDP1, ``FullyShardedDataParallel``, which MMEngine's ``MMFullyShardedDataParallel`` derives from: the model is
-  wrapped, and its parameters are views of a flat one's piece between the steps, of the whole one in a pass;
-- FSDP2, ``fully_shard``: the model's parameters are DTensors between the steps, and others in a pass.
+- FSDP1, ``FullyShardedDataParallel``, and MMEngine's ``MMFullyShardedDataParallel``: the model is wrapped, and its
+  parameters are views of a flat one's piece between the passes, of the whole one in a pass;
+- FSDP2, ``fully_shard``: the model's parameters are DTensors between the passes, and others in a pass.
 
-So what asks for names, or writes to parameters, does it between the passes. Where a pass was broken off,
-:meth:`Shards.reshard` gets there.
+So whatever asks for names, or writes to parameters, does it between the passes (:meth:`Shards.reshard`).
 """
 
 from __future__ import annotations
@@ -41,25 +39,15 @@ def is_sharded(module: nn.Module) -> bool:
 
 def local_shard(tensor: Tensor) -> Tensor:
     """This process's piece of ``tensor``, sharing its memory; ``tensor`` itself unless it is a DTensor."""
-    if type(tensor) in _PLAIN:
-        return tensor
-    to_local = getattr(tensor, 'to_local', None)
-    if to_local is None:
+    if type(tensor) in _PLAIN or not hasattr(tensor, 'to_local'):
         return tensor
     with torch.no_grad():  # with gradients the piece would be a new tensor every time
-        piece: Tensor = to_local()
+        piece: Tensor = tensor.to_local()
     return piece
 
 
 def any_rank(flag: Tensor) -> Tensor:
-    """Whether ``flag`` holds in any process, the same answer in all of them, which must all ask.
-
-    Args:
-        flag: A scalar of bool, on the device that the processes communicate from.
-
-    Returns:
-        A scalar of bool on the same device. No host synchronisation where the backend needs none.
-    """
+    """Whether the scalar ``flag``, on the device of communication, is True in any process; all of them must ask."""
     together = flag.to(torch.float32)
     all_reduce(together, 'max')
     return together > 0
@@ -77,14 +65,12 @@ class Shards:
         model: The model as ``optim_context`` gets it. All processes must take part in all steps.
 
     Attributes:
-        model: The same.
-        parameters: The pieces' parameters, all of the model's.
+        parameters: All of the model's parameters, as pieces.
         flat: Whether flat parameters stand for the model's own (FSDP1 with ``use_orig_params=False``).
         offloads: Whether FSDP1 keeps the pieces on the CPU.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
         self._wrappers: list[Any] = [module for module in model.modules() if is_flat_wrapper(module)]
         marked = [module for module in model.modules() if is_sharded(module)]
         self._modules: list[Any] = [module for module in marked if not is_flat_wrapper(module)]
@@ -94,17 +80,14 @@ class Shards:
         self.parameters = list(model.parameters())
         self._parts = self._distinct_parts()
 
-    # ---------------------------------------------------------------- all processes together
     def norm_of(self, parameters: Sequence[Tensor], device: torch.device) -> NormOf:
-        """The function that takes the 2-norm of whole tensors, given this process's pieces.
+        """A function that takes the 2-norm of whole tensors, given this process's pieces.
+
+        All processes must call it, with pieces or without: one all-reduce gives them all the same, bit for bit.
 
         Args:
             parameters: What the tensors are gradients of, in order.
             device: Where a process without a single tensor has the norm.
-
-        Returns:
-            A function like :func:`mm_sharp.ops.perturbation.global_norm`. All processes must call it, with pieces or
-            without: it is one all-reduce of one number, and gives all of them the same, bit for bit.
         """
         weights = self._weights(parameters)
 
@@ -122,13 +105,8 @@ class Shards:
 
     @torch.no_grad()
     def total(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        """The sum over whole tensors of what this process has computed of its pieces: one all-reduce of one number.
-
-        Args:
-            parameters: What the values are of, in order. All processes must call it, with values or without.
-            values: Scalars.
-        """
-        device = values[0].device if values else self._device()
+        """The sum over all processes of ``values``, scalars of their pieces of ``parameters``; all must call it."""
+        device = values[0].device if values else self.parameters[0].device
         total = torch.zeros((), dtype=torch.float64, device=device)
         for weight, value in zip(self._weights(parameters), values, strict=True):
             total += weight * value.to(total)
@@ -136,11 +114,8 @@ class Shards:
         return total.to(torch.float32)
 
     def _weights(self, parameters: Sequence[Tensor]) -> list[float]:
-        """How much of a sum over the processes each one's piece counts for: one that several hold counts once."""
+        """By how much to multiply what is summed over processes: a piece that several hold counts once."""
         return [self._parts.get(id(parameter), 1) / get_world_size() for parameter in parameters]
-
-    def _device(self) -> torch.device:
-        return self.parameters[0].device
 
     @torch.no_grad()
     def clip_(
@@ -153,29 +128,19 @@ class Shards:
         error_if_nonfinite: bool = False,
         **_: Any,
     ) -> Tensor | None:
-        """Clip gradients as ``clip_grad_norm_`` or ``clip_grad_value_`` of torch do those of whole tensors.
-
-        Args:
-            parameters: With or without a gradient; all processes must ask.
-            device: As of :meth:`norm_of`.
-            max_norm: Largest 2-norm that is left, or None to clip by value.
-            clip_value: Largest absolute value that is left.
-            error_if_nonfinite: Raise where the norm is not finite, in all processes.
+        """Clip gradients as torch's ``clip_grad_norm_`` or ``clip_grad_value_`` do those of whole tensors.
 
         Returns:
             The norm before clipping; None when clipping by value.
-
-        Raises:
-            RuntimeError: The norm is not finite, and ``error_if_nonfinite`` is set.
         """
-        members = [parameter for parameter in parameters if parameter.grad is not None]
-        gradients = [local_shard(p.grad) for p in members if p.grad is not None]
+        pairs = [(parameter, local_shard(parameter.grad)) for parameter in parameters if parameter.grad is not None]
+        gradients = [gradient for _, gradient in pairs]
         if max_norm is None:
             assert clip_value is not None, 'check_shards has looked'
             for gradient in gradients:
                 gradient.clamp_(-clip_value, clip_value)
             return None
-        norm = self.norm_of(members, device)(gradients)
+        norm = self.norm_of([parameter for parameter, _ in pairs], device)(gradients)
         if error_if_nonfinite and not bool(torch.isfinite(norm)):
             raise RuntimeError(f'clip_grad: the norm of the gradient is {norm.item()}, and error_if_nonfinite=True')
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -184,12 +149,7 @@ class Shards:
         return norm
 
     def share_overflow(self, scaler: Any, optimizer: Any) -> None:
-        """Have the processes' loss scalers agree on whether a gradient of ``optimizer`` overflowed.
-
-        Args:
-            scaler: A ``GradScaler`` that has just unscaled the gradients of ``optimizer``.
-            optimizer: The optimizer.
-        """
+        """Share among the processes' ``GradScaler``, which have just unscaled, whether a gradient overflowed."""
         found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device']
         if not found:  # a process without any gradient: torch asks for an entry
             device = scaler._scale.device
@@ -198,15 +158,10 @@ class Shards:
         for flag in found.values():
             flag.fill_(overflow.to(flag.device, flag.dtype).reshape(()))
 
-    # ---------------------------------------------------------------- this process
     def reshard(self, interrupted: bool = False) -> None:
-        """Have the parameters be pieces: after a forward without a backward pass, or an error in the midst of a pass.
+        """Make the parameters pieces again, after a forward without a backward pass or an error (``interrupted``).
 
-        Without it, torch would go on with the whole parameters that it has gathered before, whatever happens to the
-        pieces. Does nothing where they are pieces already. No communication.
-
-        Args:
-            interrupted: Whether an error has come in between.
+        Otherwise torch would go on with the whole parameters that it has gathered before. No communication.
         """
         for wrapper in self._wrappers:
             _reshard_flat(wrapper, interrupted)
@@ -232,7 +187,7 @@ class Shards:
 
 
 def _reshard_flat(wrapper: Any, interrupted: bool) -> None:
-    """The same for one of FSDP1's wrappers; the outermost one speaks for all within it."""
+    """Reshard FSDP1's wrapper; the outermost one stands for all within it."""
     if not wrapper._is_root:  # None until the first forward
         return
     handles = [handle for handle in wrapper._all_handles if handle.uses_sharded_strategy]
@@ -244,10 +199,10 @@ def _reshard_flat(wrapper: Any, interrupted: bool) -> None:
 
 
 def _reshard_module(module: Any, interrupted: bool) -> None:
-    """The same for one of FSDP2's modules."""
+    """Reshard one of FSDP2's modules."""
     state = module._get_fsdp_state()
     if interrupted and hasattr(module, 'reset_iter_state'):
-        if state._is_root:  # it speaks for all within it
+        if state._is_root:
             module.reset_iter_state()
         return
     if interrupted:  # before torch 2.13

@@ -27,10 +27,7 @@ class GradientStash:
             parameter.grad = None
 
     def unstash(self) -> None:
-        """Drop the first pass's gradients and let the second pass accumulate onto copies of the earlier ones.
-
-        Copies, because accumulation is in place: :meth:`undo` must find the originals as they were.
-        """
+        """Drop the first pass's gradients, and give the second pass copies of the earlier ones to accumulate onto."""
         for parameter, value in zip(self._parameters, self._values, strict=True):
             parameter.grad = _clone(value)
 
@@ -43,10 +40,7 @@ class GradientStash:
 
 
 class FirstGradients:
-    """The first passes' gradients of one optimizer step, for methods whose final gradient is made of both.
-
-    Each micro-batch's is added up as that of the second passes is: divided by their number, with the loss scale.
-    """
+    """The first passes' gradients of one optimizer step, summed over micro-batches as the second passes' are."""
 
     def __init__(self) -> None:
         self._sums: dict[nn.Parameter, Tensor] = {}
@@ -72,10 +66,7 @@ class FirstGradients:
         self._pending = []
 
     def take(self) -> dict[nn.Parameter, Tensor]:
-        """The sums, those of the last micro-batch included, by parameter; begins anew.
-
-        They stay here until the step is known to have come to its end: one that fails is made again.
-        """
+        """The sums by parameter, with the last micro-batch's; they stay here too, for a step that fails is repeated."""
         sums = {parameter: gradient.clone() for parameter, gradient in self._sums.items()}
         for parameter, gradient in self._pending:
             sums[parameter] = sums[parameter] + gradient if parameter in sums else gradient.clone()

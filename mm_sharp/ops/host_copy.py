@@ -26,11 +26,7 @@ def host_waits(device: torch.device) -> bool:
 
 
 class HostCopy:
-    """A copy of a tensor on its way to the host.
-
-    Args:
-        tensor: On any device; later changes of it are not seen.
-    """
+    """A copy of a tensor on its way to the host."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event: torch.cuda.Event | None = None

@@ -1,8 +1,7 @@
-"""Capture one training forward of a model, and run it again.
+"""Record one training forward of a model, and run it again.
 
-MMEngine's ``train_step`` runs ``optim_context(model)`` around pre-processing and forward and then hands over a
-scalar. The hooks here see the model call itself, after pre-processing, so that both passes work on the same augmented
-batch.
+MMEngine's ``train_step`` runs ``optim_context(model)`` around pre-processing and forward, and then hands over a scalar.
+The hooks here see the model call itself, after pre-processing, so that both passes work on the same augmented batch.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from mmengine.model import BaseModel, is_model_wrapper
 from torch import Tensor, nn
 
-from mm_sharp.ops.call_inputs import InputKeeper, fresh
+from mm_sharp.ops.call_inputs import InputSnapshot, fresh
 from mm_sharp.ops.fsdp import is_flat_wrapper
 from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.ops.rng import RandomState
@@ -29,7 +28,7 @@ class ModelCall:
     Args:
         model: The module that was called: DDP's or FSDP's wrapper where there is one.
         args: Positional arguments, as they were before the call.
-        kwargs: Keyword arguments, the same.
+        kwargs: Keyword arguments, likewise.
         random_state: The random state just before the call; NumPy's and Python's only where the model may use them.
         may_write: Whether the model may write to tensors and arrays among the arguments.
         output: What the call returned.
@@ -43,12 +42,7 @@ class ModelCall:
     output: Any = field(default=None)
 
     def replay(self) -> Any:
-        """Call the model again with the same arguments.
-
-        Returns:
-            The new output. The model gets lists, dicts and data samples of its own, so that whatever it does to them it
-            can be called any number of times; and tensors of its own, where it may write to them.
-        """
+        """Call the model again; it gets containers of its own, and tensors of its own where it may write to them."""
         args, kwargs = fresh((self.args, self.kwargs), self.may_write)
         return self.model(*args, **kwargs)
 
@@ -59,16 +53,15 @@ ChooseBatch = Callable[[ModelCall], ModelCall]
 class CallRecorder:
     """Records the one call of a model within a context.
 
-    After the context, :attr:`call` is the recorded call, or None if the model was not called, or the call has failed.
-
     Attributes:
+        call: The call, after the context; None if the model was not called, or the call has failed.
         is_open: Whether the context is.
     """
 
     def __init__(self) -> None:
         self.call: ModelCall | None = None
         self.is_open = False
-        self._inputs = InputKeeper()
+        self._inputs = InputSnapshot()
         self._other_draws = RareChanges()  # of NumPy's and Python's generators
         self._depth = 0
 
@@ -80,22 +73,14 @@ class CallRecorder:
         return state
 
     @contextmanager
-    def record(
-        self,
-        model: nn.Module,
-        devices: tuple[torch.device, ...],
-        on_call: ChooseBatch,
-    ) -> Iterator[None]:
-        """Record the call of ``model`` in this context. What the model calls of itself within it is a part of it.
+    def record(self, model: nn.Module, devices: tuple[torch.device, ...], on_call: ChooseBatch) -> Iterator[None]:
+        """Record the call of ``model`` in this context, which may call itself but must not be called twice.
 
         Args:
             model: The module that is going to be called.
             devices: Devices whose random state is recorded.
-            on_call: Sees the call before it runs, and returns the call that runs instead: the same, or one on a part
-                of the batch.
-
-        Raises:
-            RuntimeError: ``model`` is called a second time (on the call).
+            on_call: Sees the call before it runs, and returns the call that runs instead, such as one on a part of the
+                batch.
         """
         self.call, self._depth, self.is_open = None, 0, True
         at_first: list[RandomState] = []
@@ -109,14 +94,14 @@ class CallRecorder:
             random_state = RandomState.capture(devices, all_libraries=self._other_draws.next_step())
             at_first.append(random_state)
             call = on_call(ModelCall(model, args, kwargs, random_state))
-            (kept_args, kept_kwargs), may_write = self._inputs.keep((call.args, call.kwargs))
+            (kept_args, kept_kwargs), may_write = self._inputs.take((call.args, call.kwargs))
             self.call = replace(call, args=kept_args, kwargs=kept_kwargs, may_write=may_write)
             return call.args, call.kwargs
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._depth -= 1
             if self._depth == 0 and self.call is not None:
-                self._inputs.look()
+                self._inputs.check()
                 self.call.output = _copy_containers(output)
                 if output is None:  # the call has failed, and may be tried again
                     self.call = None
@@ -171,27 +156,18 @@ _wrapping: dict[type, bool] = {}
 def _wraps(model: nn.Module) -> bool:
     kind = type(model)
     if kind not in _wrapping:
-        ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-        _wrapping[kind] = is_model_wrapper(model) or ddp or is_flat_wrapper(model)
+        _wrapping[kind] = is_model_wrapper(model) or is_flat_wrapper(model)
     return _wrapping[kind]
 
 
 def has_own_parse_losses(model: nn.Module) -> bool:
-    """Whether a model adds its losses up in a way of its own, which may keep state from call to call."""
+    """Whether a model adds its losses up in its own way, which may keep state from call to call."""
     parse_losses = getattr(model, 'parse_losses', None)
     return parse_losses is not None and getattr(parse_losses, '__func__', None) is not BaseModel.parse_losses
 
 
 def loss_of(call: ModelCall, output: Any) -> Tensor:
-    """The scalar that ``train_step`` makes of a model's output.
-
-    Args:
-        call: The call that gave ``output``.
-        output: A dict of losses, which the model's ``parse_losses`` adds up, or a tensor, which is averaged.
-
-    Raises:
-        TypeError: ``output`` is neither.
-    """
+    """The scalar that ``train_step`` makes of a model's output: ``parse_losses`` of a dict, or the mean of a tensor."""
     if isinstance(output, Tensor):
         return output.mean()
     model = unwrap(call.model)
@@ -207,7 +183,6 @@ def loss_of(call: ModelCall, output: Any) -> Tensor:
 
 
 def _copy_containers(value: Any) -> Any:
-    """``value`` with fresh dicts, lists and tuples; everything in them is shared."""
     if type(value) is dict:
         return {key: _copy_containers(item) for key, item in value.items()}
     if type(value) in (list, tuple):

@@ -10,16 +10,7 @@ from torch import nn
 
 
 class ModuleTree:
-    """All modules and parameters of a model, and whether they still are.
-
-    Args:
-        model: The model.
-
-    Attributes:
-        model: The same.
-        modules: The model and all modules below it, each once.
-        parameters: Their parameters, each once.
-    """
+    """All modules and parameters of a model, each once, and whether they still are."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -32,7 +23,7 @@ class ModuleTree:
         self._parameters_then = [list(each.values()) for each in self._parameters]
 
     def unchanged(self) -> bool:
-        """Whether every module has the children and the parameters that it had; fast, for it is asked in every step."""
+        """Whether every module has the children and the parameters that it had; fast, for every step asks."""
         if not all(map(eq, self._children, self._children_then)):
             return False
         return all(
@@ -54,6 +45,6 @@ def submodules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_compiled(module: nn.Module, method: str = 'forward') -> bool:
-    """Whether ``torch.compile`` has got hold of a module's call, or of another of its methods."""
+    """Whether ``torch.compile`` was applied to a module's call, or to another of its methods."""
     by_hand = '_orig_mod' in module._modules or getattr(module, '_compiled_call_impl', None) is not None
     return hasattr(vars(module).get(method), '_torchdynamo_orig_callable') or (by_hand and method == 'forward')

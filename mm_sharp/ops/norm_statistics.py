@@ -1,8 +1,8 @@
 """BatchNorm's running statistics over the forward passes of a step, without copying them back and forth.
 
-In training mode a BatchNorm normalises by the batch's own statistics and only writes the running ones. So a further
-forward may do without them: ``track_running_stats`` is off, and in the place of the buffers are the copies of what was
-there before the step, for a model that reads them. The buffers themselves stay as the first pass has left them.
+In training mode a BatchNorm only writes its running statistics. In further passes ``track_running_stats`` is off, and
+the buffers' places are taken by copies from before the step, for a model that reads them. The buffers themselves stay
+as the first pass has left them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mm_sharp.ops.finite import quickly_finite
-from mm_sharp.ops.perturbation import TensorBackup
 from mm_sharp.ops.rare_changes import is_ordinary
+from mm_sharp.ops.tensor_backup import TensorBackup
 
 # Exact classes: others may do anything with their statistics.
 BATCH_NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm})
@@ -23,41 +23,36 @@ _STATISTICS = frozenset({'running_mean', 'running_var', 'num_batches_tracked'})
 
 
 class NormStatistics:
-    """Keeps the statistics of BatchNorms, and spares further forwards from them."""
+    """The statistics of BatchNorms, which further passes do not touch; ``backup`` has their copies."""
 
     def __init__(self) -> None:
         self._norms: list[Any] = []
-        self._backup = TensorBackup()
+        self.backup = TensorBackup()
         self._hidden: list[tuple[Any, dict[str, Any]]] = []
         self._known: list[Tensor] = []  # found to be simple before, all of them
         self._floats: list[Tensor] = []
 
     def save(self, norms: Sequence[nn.Module]) -> list[nn.Module]:
-        """Copy the statistics of those of ``norms`` that this way is for; returns the others."""
+        """Copy the statistics of ``norms``; returns those that have to be copied in another way."""
         self._norms = [norm for norm in norms if norm.training and vars(norm)['track_running_stats']]
         buffers = [buffer for norm in self._norms for buffer in norm._buffers.values()]
         if len(buffers) != len(self._known) or not all(map(is_, buffers, self._known)):
             self._norms = [norm for norm in self._norms if _is_simple(norm)]
             self._known = buffers = [buffer for norm in self._norms for buffer in norm._buffers.values()]
             self._floats = [buffer for buffer in buffers if buffer.is_floating_point()]
-        self._backup.save(buffers)
+        self.backup.save(buffers)
         if len(self._norms) == len(norms):
             return []
         taken = set(map(id, self._norms))
         return [norm for norm in norms if id(norm) not in taken]
 
-    @property
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Each buffer with its copy."""
-        return self._backup.pairs
-
     def are_finite(self) -> bool:
-        """A quick look at the statistics as they are now; see :func:`mm_sharp.ops.finite.quickly_finite`."""
+        """Whether the statistics are known to be finite now (:func:`mm_sharp.ops.finite.quickly_finite`)."""
         return not self._norms or quickly_finite(self._floats)
 
     def hide(self) -> None:
-        """Have further forwards find the copies, and write to nothing."""
-        copies = {id(buffer): copy for buffer, copy in self._backup.pairs}
+        """Put the copies in the buffers' places, and stop the updates."""
+        copies = {id(buffer): copy for buffer, copy in self.backup.pairs}
         for norm in self._norms:
             held = norm._buffers
             self._hidden.append((norm, dict(held)))
@@ -66,25 +61,25 @@ class NormStatistics:
             vars(norm)['track_running_stats'] = False
 
     def show(self) -> None:
-        """Have the buffers back, as the first pass has left them."""
+        """Undo :meth:`hide`: the buffers are as the first pass has left them."""
         for norm, held in self._hidden:
             norm._buffers.update(held)
             vars(norm)['track_running_stats'] = True
         self._hidden = []
 
     def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
-        """Have the statistics be what they were before the step; see :meth:`TensorBackup.write_back`."""
+        """Write back what was before the step; see :meth:`TensorBackup.write_back`."""
         self.show()
-        self._backup.write_back(apart_from)
+        self.backup.write_back(apart_from)
 
-    def drop(self) -> None:
-        """Forget them."""
+    def discard(self) -> None:
+        """Undo :meth:`hide`, and forget the copies."""
         self.show()
-        self._backup.drop()
+        self.backup.discard()
         self._norms = []
 
 
 def _is_simple(norm: Any) -> bool:
-    """Whether a BatchNorm's buffers are all there, of the usual kind, and no others."""
+    """Whether a BatchNorm's buffers are the usual ones."""
     held: dict[str, Any] = norm._buffers
     return held.keys() == _STATISTICS and all(buffer is not None and is_ordinary(buffer) for buffer in held.values())

@@ -13,22 +13,16 @@ OTHERWISE = 'use the config that it was trained with, or start from its weights:
 
 
 def check_base_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Raise unless an optimizer's state is of the same kind of optimizer and of as many parameters.
+    """Raise unless the state of an ``OptimWrapper`` is of the same kind of optimizer and of as many parameters.
 
-    Args:
-        optimizer: It is to load the state.
-        state: The state of an ``OptimWrapper``, ours or MMEngine's. Ours name the base optimizer; of others it shows in
-            the hyperparameters.
-
-    Raises:
-        UserError: It is not.
+    Ours names the base optimizer; in MMEngine's it shows in the hyperparameters.
     """
     name = type(optimizer).__name__
     groups = state.get('param_groups')
     if not isinstance(groups, list) or not isinstance(state.get('state'), Mapping):
         raise UserError(f"the checkpoint's optimizer state is damaged: it lacks state or param_groups. {OTHERWISE}")
     saved = (state.get('mm_sharp') or {}).get('base_optimizer', name)
-    # Flags are left out: newer versions of torch add some, and their optimizers know what to do without.
+    # Flags are left out: newer versions of torch add some, and do without.
     needed = {key for key, value in optimizer.defaults.items() if value is not None and not isinstance(value, bool)}
     lacking = sorted({key for group in groups for key in needed - group.keys()})
     if saved != name or lacking:

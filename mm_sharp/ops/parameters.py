@@ -1,12 +1,13 @@
 """Which parameters an optimizer trains, and which of them are perturbed: the ``perturb`` argument.
 
-What is left out is still trained; it only stays where it is during the second pass.
+What is left out is still trained, but stays where it is during the second pass.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ _EXAMPLE = (
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """All parameters of an optimizer, in its order, each once: torch only warns where a group holds one twice."""
+    """All parameters of an optimizer, each once: torch only warns where a group holds one twice."""
     found = {id(parameter): parameter for group in optimizer.param_groups for parameter in group['params']}
     return list(found.values())
 
@@ -46,13 +47,10 @@ class ParameterSelector:
         owner: Class that takes the argument, for error messages.
         perturb: ``'all'``; ``'auto'``, all but, in a model with quantizers, their scales and every bias: of a few bits,
             a scale's perturbation can exceed the scale itself; ``'weights'``, which leaves out normalisation layers,
-            biases and the scales of quantizers; or a dict with any of the switches ``norm``, ``bias`` and
-            ``quantizer_scale`` (all True unless given) and of ``include`` and ``exclude``, regular expressions (one or
-            a list) searched in parameter names: a parameter must match one of ``include``, if given, and none of
-            ``exclude``. ``bias`` does not speak of norm layers' biases, which ``norm`` governs.
-
-    Raises:
-        ValueError: ``perturb`` has another form.
+            biases and the scales of quantizers; or a dict with any of the switches ``norm`` (its biases included),
+            ``bias`` and ``quantizer_scale`` (all True unless given) and of ``include`` and ``exclude``, regular
+            expressions (one or a list): a parameter's name must match one of ``include``, if given, and none of
+            ``exclude``.
     """
 
     def __init__(self, owner: str, perturb: str | Mapping[str, object]) -> None:
@@ -67,7 +65,10 @@ class ParameterSelector:
         unknown = set(perturb) - {*_SWITCHES, *_PATTERNS}
         if unknown:
             raise self._error(f'unknown keys {sorted(map(str, unknown))}')
-        self._switches = {name: self._switch(name, perturb.get(name, True)) for name in _SWITCHES}
+        self._switches: dict[str, Any] = {name: perturb.get(name, True) for name in _SWITCHES}
+        for name, value in self._switches.items():
+            if not isinstance(value, bool):
+                raise self._error(f'{name}={value!r} must be True or False')
         self._include = self._compile('include', perturb.get('include'))
         self._exclude = self._compile('exclude', perturb.get('exclude'))
         self._cached_for: tuple[int, ...] = ()
@@ -79,20 +80,13 @@ class ParameterSelector:
         return all(self._switches.values()) and not self._include and not self._exclude
 
     def select(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """The members of ``parameters`` that are perturbed, in order.
+        """Those of an optimizer's ``parameters`` that are perturbed, by their names and layers in ``model``, in order.
 
-        Args:
-            model: Module whose parameter names and layer types the rules speak of.
-            parameters: The optimizer's parameters. One that ``model`` does not hold has no name: only ``include``
-                can leave it out.
-
-        Raises:
-            ValueError: A pattern matches no parameter, or nothing is left to perturb.
+        One that ``model`` does not hold has no name: only ``include`` can leave it out.
         """
         key = (id(model), *map(id, parameters))
         if key != self._cached_for:
-            self._selected = self._apply(model, parameters)
-            self._cached_for = key
+            self._selected, self._cached_for = self._apply(model, parameters), key
         return self._selected
 
     def _apply(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -106,22 +100,14 @@ class ParameterSelector:
         selected = []
         for parameter in parameters:
             kind, name = kinds.get(id(parameter)), names.get(id(parameter), '')
-            if kind is not None and not self._switches[kind]:
+            switched_off = kind is not None and not self._switches[kind]
+            if switched_off or (spared and (kind == 'quantizer_scale' or _is_bias(name))):
                 continue
-            if spared and (kind == 'quantizer_scale' or _is_bias(name)):
-                continue
-            if self._include and not _matches(self._include, name):
-                continue
-            if not _matches(self._exclude, name):
+            if (not self._include or _matches(self._include, name)) and not _matches(self._exclude, name):
                 selected.append(parameter)
         if not selected:
             raise self._error('it leaves no parameter to perturb')
         return selected
-
-    def _switch(self, name: str, value: object) -> bool:
-        if not isinstance(value, bool):
-            raise self._error(f'{name}={value!r} must be True or False')
-        return value
 
     def _compile(self, name: str, value: object) -> list[re.Pattern[str]]:
         if value is None:
@@ -143,7 +129,7 @@ def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
 
 
 def _plain_name(name: str) -> str:
-    """``name`` without the parts that wrappers within the model (FSDP's, activation checkpointing's) put in."""
+    """``name`` without what FSDP's and activation checkpointing's wrappers put in."""
     return re.sub(r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.', '', name)
 
 
@@ -153,7 +139,7 @@ def _is_bias(name: str) -> bool:
 
 
 def _kinds(model: nn.Module) -> dict[int, str]:
-    """Switch that governs a parameter, by its ``id``; parameters that no switch governs are absent."""
+    """The switch for a parameter, by its ``id``, if there is one."""
     kinds: dict[int, str] = {}
     for prefix, module in model.named_modules():
         norm = is_norm_layer(module)
@@ -169,10 +155,6 @@ def _kinds(model: nn.Module) -> dict[int, str]:
 
 
 def is_norm_layer(module: nn.Module) -> bool:
-    """Whether ``module`` is a normalisation layer.
-
-    torch's own classes share no base class, and OpenMMLab adds some (``LayerNorm2d``, ``ScaleNorm``, ``GRN``):
-    besides the batch and instance norms, a layer counts by its class's name.
-    """
+    """Whether ``module`` is a normalisation layer: by its class's name, for they share no base class."""
     names = (cls.__name__ for cls in type(module).__mro__)
     return isinstance(module, _NormBase) or any(n.endswith(('Norm', 'Norm2d')) or n == 'GRN' for n in names)

@@ -1,6 +1,6 @@
-"""Mixed precision for a two-pass step: autocast and loss scaling on any device, the CPU included.
+"""Mixed precision for a two-pass step: autocast and loss scaling on any device.
 
-MMEngine's ``AmpOptimWrapper`` cannot be reused: it refuses the CPU and knows one backward pass a step.
+MMEngine's ``AmpOptimWrapper`` refuses the CPU and allows one backward pass a step.
 """
 
 from __future__ import annotations
@@ -14,19 +14,15 @@ from mmengine.utils import digit_version
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mm_sharp.errors import UserError, check_choice
+from mm_sharp.errors import UserError, check_choice, is_number
 
 _DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
-_INTERVAL = 'growth_interval'
-_SMALLEST = torch.finfo(torch.float32).tiny
-_LARGEST = (torch.finfo(torch.float32).max, torch.iinfo(torch.int32).max)
-_SCALER_ARGUMENTS = {
-    'init_scale': 'init_scale, a finite number above 1.2e-38',
-    'growth_factor': 'growth_factor, a finite number above 1',
-    'backoff_factor': 'backoff_factor, a number in (0, 1)',
-    'growth_interval': 'growth_interval, an integer of at least 1',
-    'enabled': 'enabled, True or False',
-}
+# The scaler counts and multiplies in 32 bits.
+_RANGES = {'init_scale': (1.2e-38, 3.4e38), 'growth_factor': (1.0, 3.4e38), 'backoff_factor': (0.0, 1.0)}
+_ARGUMENTS = (
+    'init_scale, a finite number above 1.2e-38; growth_factor, a finite number above 1; backoff_factor, a number in '
+    '(0, 1); growth_interval, an integer of at least 1; enabled, True or False'
+)
 
 
 class Precision:
@@ -38,9 +34,6 @@ class Precision:
         loss_scale: ``'dynamic'``, a fixed scale > 0, or a dict of ``GradScaler``'s arguments. Used with float16 only;
             with another dtype it is checked and does nothing, so that ``dtype`` alone can be switched.
         device: Where the parameters are.
-
-    Raises:
-        ValueError: ``dtype`` or ``loss_scale`` has another form, or the device or this torch cannot do it.
     """
 
     def __init__(
@@ -53,7 +46,7 @@ class Precision:
         check_choice(owner, 'dtype', dtype, (*_DTYPES, None, *_DTYPES.values()))
         self.dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         self.device = device
-        # Where several processes hold the gradients together: has their scalers agree on an overflow.
+        # Of sharded models: shares an overflow among the processes' scalers.
         self.share_overflow: Callable[[Any, Optimizer], None] | None = None
         self._fixed_scale: float | None = None
         arguments = self._scaler_arguments(owner, loss_scale)
@@ -91,24 +84,21 @@ class Precision:
         if self.scaler is None:
             optimizer.step(**kwargs)
             return
-        if self.share_overflow is not None and self.scaler.is_enabled() and not self._unscaled(optimizer):
-            self.unscale(optimizer)
+        if self.share_overflow is not None and self.scaler.is_enabled():
+            scaler: Any = self.scaler
+            if not scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device']:  # not unscaled in this step
+                self.unscale(optimizer)
         self.scaler.step(optimizer, **kwargs)
         self.scaler.update(self._fixed_scale)
         if self.scaler._scale is not None:
-            # After some 160 overflows in a row the scale would be so small that one over it is infinite, and would make
-            # infinite weights of finite gradients: the scaler looks for these before it multiplies.
-            self.scaler._scale.clamp_(min=_SMALLEST)
+            # Of a smaller scale, one over it is infinite, and would make infinite weights of finite gradients: the
+            # scaler checks these before it multiplies.
+            self.scaler._scale.clamp_(min=torch.finfo(torch.float32).tiny)
 
     def forget_step(self) -> None:
-        """Forget what the scaler has done to the gradients of a step that failed, which it would refuse to do again."""
+        """Let the scaler unscale again after a step that failed."""
         if self.scaler is not None:
             self.scaler._per_optimizer_states.clear()
-
-    def _unscaled(self, optimizer: Optimizer) -> bool:
-        """Whether :meth:`unscale` was called in this step."""
-        scaler: Any = self.scaler
-        return bool(scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'])
 
     def _scaler_arguments(self, owner: str, loss_scale: object) -> dict[str, Any]:
         if isinstance(loss_scale, str) and loss_scale == 'dynamic':
@@ -117,11 +107,10 @@ class Precision:
             wrong = [f'{key}={value!r}' for key, value in loss_scale.items() if not _fits_scaler(key, value)]
             if not wrong:
                 return dict(loss_scale)
-            reason = f'{", ".join(wrong)} is none of these ({"; ".join(_SCALER_ARGUMENTS.values())})'
+            reason = f'{", ".join(wrong)} is none of these ({_ARGUMENTS})'
         elif _fits_scaler('init_scale', loss_scale):
-            assert isinstance(loss_scale, (int, float))
-            self._fixed_scale = float(loss_scale)
-            return {'init_scale': float(loss_scale)}
+            self._fixed_scale = float(loss_scale)  # type: ignore[arg-type]
+            return {'init_scale': self._fixed_scale}
         else:
             reason = "it must be 'dynamic', a finite number above 1.2e-38 or a dict of GradScaler's arguments"
         raise UserError(
@@ -131,20 +120,14 @@ class Precision:
         )
 
 
-def _fits_scaler(name: object, value: object) -> bool:
-    """Whether ``value`` is one that GradScaler takes as argument ``name`` and can work with."""
+def _fits_scaler(name: object, value: Any) -> bool:
+    """Whether GradScaler can work with ``value`` as argument ``name``."""
     if name == 'enabled':
         return isinstance(value, bool)
-    # The scaler counts and multiplies in 32 bits.
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= _LARGEST[name == _INTERVAL]:
-        return False
-    if name == _INTERVAL:
-        return isinstance(value, int)
-    return (
-        (name == 'init_scale' and value >= _SMALLEST)
-        or (name == 'growth_factor' and value > 1)
-        or (name == 'backoff_factor' and value < 1)
-    )
+    if name == 'growth_interval':
+        return isinstance(value, int) and is_number(value) and 1 <= value < 2**31
+    low, high = _RANGES.get(str(name), (0.0, 0.0))
+    return is_number(value) and low < value < high
 
 
 def _check_device(owner: str, dtype: torch.dtype | None, device: torch.device) -> None:

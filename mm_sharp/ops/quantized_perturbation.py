@@ -1,9 +1,9 @@
 """The perturbation of quantized weights themselves: ``perturb_quantized`` (ours, after Liu et al. 2021).
 
-Under a quantizer ``Q``, SAM's second pass is at ``Q(w + e)``: where ``e`` is small against a step, most integers stay
-what they are, and the few that change move by whole steps. "Sharpness-aware Quantization for Deep Neural Networks"
-(arXiv 2111.12273) perturbs what the network computes with: ``Q(w) + e``. Here ``e`` is SAM's, of the gradient that
-the straight-through estimator gives the float weight. Which of the paper's further choices differ, was not compared.
+Under a quantizer ``Q``, SAM's second pass is at ``Q(w + e)``: where ``e`` is small against a step, few integers change,
+and those by whole steps. "Sharpness-aware Quantization for Deep Neural Networks" (arXiv 2111.12273) perturbs what the
+network computes with: ``Q(w) + e``. Here ``e`` is SAM's, of the gradient that the straight-through estimator gives the
+float weight. The paper's further choices were not compared.
 
 Quantized layers are those with a ``weight_quant``, as Brevitas has them; nothing of Brevitas is imported.
 """
@@ -11,6 +11,7 @@ Quantized layers are those with a ``weight_quant``, as Brevitas has them; nothin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ class QuantizedPerturbation:
 
         Args:
             model: Where the layers are.
-            perturbed: Parameters that hold ``w + e``. Those of quantized layers hold ``w`` again afterwards, the others
-                are left.
+            perturbed: Parameters that hold ``w + e``; those of other layers are left as they are.
             before: Their ``w``.
         """
         chosen = {id(parameter) for parameter in perturbed}
@@ -43,10 +43,10 @@ class QuantizedPerturbation:
             difference = torch.sub(weight, before[weight], out=weight.grad)
             weight.copy_(before[weight])
             quantizer: Any = layer.weight_quant
-            self._handles.append(quantizer.register_forward_hook(_Adding(difference)))
+            self._handles.append(quantizer.register_forward_hook(partial(_add, difference)))
 
     def remove(self) -> None:
-        """Have the quantizers give what they give."""
+        """Undo :meth:`apply`, apart from the weights."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -57,11 +57,5 @@ def quantizes_weights(layer: nn.Module) -> bool:
     return bool(getattr(getattr(layer, 'weight_quant', None), 'is_quant_enabled', False))
 
 
-class _Adding:
-    """A forward hook that adds a tensor to a quantized weight."""
-
-    def __init__(self, difference: Tensor) -> None:
-        self._difference = difference
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return output._replace(value=output.value + self._difference.to(output.value.dtype))
+def _add(difference: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+    return output._replace(value=output.value + difference.to(output.value.dtype))

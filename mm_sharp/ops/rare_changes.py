@@ -1,90 +1,80 @@
-"""What few models change in a forward pass, and how it is kept for those that do.
+"""When to copy what few models change in a forward pass: frozen weights, tensors that are plain attributes, the inputs.
 
-Frozen weights (of momentum teachers), tensors that are plain attributes, and the inputs: copies of them in every step
-would be paid for by all models. So they are kept in some steps, fewer and fewer, and in every step as soon as one of
-them was seen to change. In the steps between, ``Tensor._version`` shows most changes at no cost, one step late.
+Copies in every step would cost all models. So they are made in some steps, fewer and fewer, and in every step as soon
+as a change was seen. In the steps between, ``Tensor._version`` shows most changes at no cost, one step late.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mm_sharp.ops.host_copy import HostCopy
 
-Stamp = tuple[Tensor, int, int]
-
 _ALL_UP_TO = 10
 
 
 class RareChanges:
-    """Decides in which steps such tensors are kept."""
+    """Decides in which steps such tensors are copied, and finds out if they have changed."""
 
     def __init__(self) -> None:
         self._steps = 0
         self._seen = False
         self._compared: list[HostCopy] = []
+        self._tensors: Sequence[Tensor] = ()
+        self._copies: Sequence[Tensor] | None = None
+        self._versions: list[tuple[int, int]] = []
 
     @property
     def every_step(self) -> bool:
-        """Whether a change was seen, so that copies are kept in every step."""
+        """Whether a change was seen, so that copies are made in every step."""
         return self._seen
 
     def next_step(self) -> bool:
-        """Begin a step; returns whether copies are to be kept in it."""
+        """Begin a step; returns whether copies are to be made in it."""
         self._steps += 1
         while self._compared and self._compared[0].ready:
             self._seen |= bool(self._compared.pop(0).numpy())
-        return self._seen or self._steps <= _ALL_UP_TO or _is_triangular(self._steps)
+        # Triangular numbers: of these some are multiples of n, for whatever is done every n-th step.
+        triangular = math.isqrt(8 * self._steps + 1) ** 2 == 8 * self._steps + 1
+        return self._seen or self._steps <= _ALL_UP_TO or triangular
 
     def seen(self) -> None:
-        """Note that a tensor has changed: from the next step on, copies are kept in every step."""
+        """Note that a tensor has changed: from the next step on, copies are made in every step."""
         self._seen = True
 
-    def compare(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
-        """Find out if tensors have changed since they were copied.
+    def watch(self, tensors: Sequence[Tensor], copies: Sequence[Tensor] | None) -> None:
+        """Prepare :meth:`changed`, which compares tensors with ``copies`` or, without, looks at their versions."""
+        self._tensors, self._copies = tensors, copies
+        self._versions = list(map(_version, tensors)) if copies is None else []
 
-        Args:
-            tensors: The tensors.
-            copies: Of each, the copy.
+    def changed(self) -> bool:
+        """Whether the tensors may have changed since :meth:`watch`; an accelerator's answer counts in a later step.
 
-        Returns:
-            Whether they may have; an accelerator is not waited for, so that a later step knows.
+        By their versions, a change through ``.data`` or NumPy is not seen.
         """
-        if self._seen or not tensors:
+        if self._copies is None:
+            changed = list(map(_version, self._tensors)) != self._versions
+            self._seen |= changed
+            return changed
+        if self._seen or not self._tensors:
             return self._seen
-        pairs = zip(tensors, copies, strict=True)
-        if all(tensor.device.type == 'cpu' for tensor in tensors):
+        pairs = zip(self._tensors, self._copies, strict=True)
+        if all(tensor.device.type == 'cpu' for tensor in self._tensors):
             self._seen = not all(torch.equal(tensor, copy) for tensor, copy in pairs)
             return self._seen
-        changed = [(tensor != copy).any() for tensor, copy in pairs]
-        self._compared.append(HostCopy(torch.stack([flag.to(changed[0].device) for flag in changed]).any()))
+        flags = [(tensor != copy).any() for tensor, copy in pairs]
+        self._compared.append(HostCopy(torch.stack([flag.to(flags[0].device) for flag in flags]).any()))
         return True
 
 
 def is_ordinary(tensor: Tensor) -> bool:
-    """Whether a tensor can be copied and compared with others: not sparse, nested, MKLDNN's, inference mode's, meta."""
+    """Whether a tensor can be copied and compared: not sparse, nested, MKLDNN's, inference mode's or meta."""
     return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_inference() or tensor.is_meta)
 
 
-def _is_triangular(number: int) -> bool:
-    """Whether it is 1 + 2 + … + k: of these some are multiples of n, for whatever is done every n-th step."""
-    square = 8 * number + 1
-    return math.isqrt(square) ** 2 == square
-
-
-def stamps(tensors: Iterable[Tensor]) -> list[Stamp]:
-    """What shows later, at no cost, whether tensors were changed by ordinary in-place operations."""
-    return [(tensor, _version(tensor), tensor.data_ptr()) for tensor in tensors]
-
-
-def stamped_changed(stamped: Iterable[Stamp]) -> bool:
-    """Whether one of the tensors has changed since. What is written through ``.data`` or NumPy is not seen."""
-    return any(_version(tensor) != version or tensor.data_ptr() != where for tensor, version, where in stamped)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()

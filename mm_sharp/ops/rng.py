@@ -1,7 +1,6 @@
-"""The random state of this process, taken and put back as a whole.
+"""The random state of this process, captured and restored as a whole.
 
-With it the second pass draws the same dropout and DropPath masks as the first, so that the difference of the two
-losses measures the perturbation and not the masks.
+With it the second pass draws the same dropout masks as the first: the difference of the losses is the perturbation's.
 """
 
 from __future__ import annotations
@@ -18,14 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """State of the global generators: torch on the CPU and on devices, NumPy, Python.
-
-    Taking it costs no device synchronisation.
+    """State of the global generators; capturing it costs no device synchronisation.
 
     Args:
         cpu: torch's CPU generator, (n,) uint8.
-        devices: State of each device's generator, by the device's name.
-        numpy: NumPy's legacy generator, as ``numpy.random.get_state`` gives it; None if it is left alone.
+        devices: Of each device's generator, by the device's name.
+        numpy: ``numpy.random.get_state()``; None if it is left alone.
         python: ``random.getstate()``; None with ``numpy``.
     """
 
@@ -36,7 +33,7 @@ class RandomState:
 
     @classmethod
     def capture(cls, devices: Iterable[torch.device] = (), *, all_libraries: bool = True) -> RandomState:
-        """The state now, of torch on the CPU and on ``devices`` and, with ``all_libraries``, of NumPy and Python."""
+        """The state now, of torch on the CPU and on ``devices``, and with ``all_libraries`` of NumPy and Python."""
         states = {str(device): _module(device).get_rng_state(device) for device in devices if device.type != 'cpu'}
         if not all_libraries:  # these take longer than all the rest
             return cls(torch.get_rng_state(), states, None, None)
@@ -74,10 +71,7 @@ class RandomState:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> RandomState:
-        """The inverse of :meth:`state_dict`.
-
-        Generators of devices that this machine lacks are left out. Tensors may have been loaded onto any device.
-        """
+        """The inverse of :meth:`state_dict`, without devices that this machine lacks."""
         name, keys, *rest = state['numpy']
         version, internal, gauss = state['python']
         devices = {n: s.cpu() for n, s in state['devices'].items() if _available(torch.device(n))}

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from mm_sharp.ops.all_reduce import average_gradients
 from mm_sharp.ops.frozen_params import FrozenParams
 from mm_sharp.ops.fsdp import local_shard
-from mm_sharp.ops.perturbation import Direction, TensorBackup, global_norm, perturb_
+from mm_sharp.ops.perturbation import Direction, global_norm, perturb_
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.quantized_perturbation import QuantizedPerturbation
+from mm_sharp.ops.tensor_backup import TensorBackup
 from mm_sharp.step.checks import check_perturbed
 from mm_sharp.step.parallel import ParallelModel
 from mm_sharp.step.settings import StepSettings

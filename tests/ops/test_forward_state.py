@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mm_sharp.methods.per_sample import PerSampleOptimWrapper
-from mm_sharp.ops.call_inputs import InputKeeper
+from mm_sharp.ops.call_inputs import InputSnapshot
 from mm_sharp.ops.call_inputs import fresh as own_containers
 from mm_sharp.ops.forward_state import ForwardState
 from mm_sharp.ops.host_copy import HostCopy
@@ -145,9 +145,11 @@ def test_frozen_weights_are_copied_in_few_steps() -> None:
     for number in range(1, 101):
         if rare.next_step():
             kept.append(number)
-        rare.compare([tensor], [torch.zeros(3)])
+        rare.watch([tensor], [torch.zeros(3)])
+        assert not rare.changed()
     assert kept == [*range(1, 11), 15, 21, 28, 36, 45, 55, 66, 78, 91]
-    rare.compare([tensor.fill_(1)], [torch.zeros(3)])
+    rare.watch([tensor.fill_(1)], [torch.zeros(3)])
+    assert rare.changed()
     assert all(rare.next_step() for _ in range(20))
 
 
@@ -162,7 +164,8 @@ def test_accelerators_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     meta = type('Elsewhere', (Tensor,), {'device': property(lambda _: torch.device('meta'))})
     elsewhere = torch.zeros(3).as_subclass(meta)
     monkeypatch.setattr(torch, 'stack', lambda flags: torch.tensor([True]))
-    rare.compare([elsewhere], [torch.zeros(3).as_subclass(meta)])
+    rare.watch([elsewhere], [torch.zeros(3).as_subclass(meta)])
+    assert rare.changed()
     assert not rare.next_step()
     Late.ready = True
     assert rare.next_step()
@@ -297,21 +300,21 @@ def test_esam_selects_and_trains_on_the_same_inputs() -> None:
 
 
 def test_inputs_are_copied_in_few_steps() -> None:
-    keeper, copied = InputKeeper(), []
+    snapshot, copied = InputSnapshot(), []
     batch = sampled_batch()
     for number in range(1, 31):
-        kept, may_write = keeper.keep(batch)
-        keeper.look()
+        kept, may_write = snapshot.take(batch)
+        snapshot.check()
         if may_write:
             copied.append(number)
         assert (kept['inputs'] is batch['inputs']) != may_write
         assert (kept['data_samples'][0].label is batch['data_samples'][0].label) != may_write
         assert kept['data_samples'][0] is not batch['data_samples'][0]
     assert copied == [*range(1, 11), 15, 21, 28]
-    keeper.keep(batch)
+    snapshot.take(batch)
     batch['data_samples'][2].gt_instances.points.mul_(2)
-    keeper.look()
-    assert keeper.keep(batch)[1], 'a change is seen though nothing was copied'
+    snapshot.check()
+    assert snapshot.take(batch)[1], 'a change is seen though nothing was copied'
 
 
 # ------------------------------------------------------------------ calls
@@ -494,8 +497,8 @@ def test_copies_of_frozen_weights_are_given_back() -> None:
     wrapper = build('sam', model)
     for batch in batches(3):
         model.train_step(batch, wrapper)
-        assert not wrapper._state._before._rare_backup._memory
-        assert not wrapper._state._after._rare_backup._memory
+        assert not wrapper._state._before.rare_backup._memory
+        assert not wrapper._state._after.rare_backup._memory
 
 
 def test_frozen_weights_that_the_second_pass_alone_moves() -> None:

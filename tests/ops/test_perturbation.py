@@ -14,14 +14,13 @@ from torch import Tensor
 
 from mm_sharp.ops.perturbation import (
     Direction,
-    TensorBackup,
-    _add_if,
-    _add_where,
+    _add,
     asam_stretches,
     global_norm,
     group_by_device_and_dtype,
     perturb_,
 )
+from mm_sharp.ops.tensor_backup import TensorBackup
 from tests.references import asam_perturbation, sam_perturbation
 from tests.toys import same_bits
 
@@ -104,15 +103,14 @@ def test_a_gradient_that_is_not_finite_leaves_every_weight(bad: float, adaptive:
 
 
 @pytest.mark.parametrize('bad', [None, math.nan, math.inf])
-def test_the_branch_for_other_devices_agrees_with_the_cpus(bad: float | None) -> None:
+def test_a_device_that_is_not_asked_agrees_with_the_host(bad: float | None) -> None:
     weights, gradients = tensors(0, *SHAPES), tensors(1, *SHAPES)
-    if bad is not None:
+    results = [[w.clone() for w in weights] for _ in range(2)]
+    if bad is None:
+        _add(results[0], [g.clone() for g in gradients], torch.tensor(0.3), None)
+    else:
         gradients[0][0, 0] = bad
-    finite, step = torch.isfinite(global_norm(gradients)), torch.tensor(0.3)
-    results = []
-    for branch in (_add_if, _add_where):
-        results.append([w.clone() for w in weights])
-        branch(finite, results[-1], [g.clone() for g in gradients], step)
+    _add(results[1], gradients, torch.tensor(0.3), torch.isfinite(global_norm(gradients)))
     assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
     assert torch.equal(results[0][1], weights[1]) == (bad is not None)
 
@@ -200,7 +198,7 @@ def test_a_second_save_would_lose_the_first() -> None:
     backup.save([torch.zeros(2)])
     with pytest.raises(RuntimeError, match='have not been restored'):
         backup.save([torch.zeros(2)])
-    backup.drop()
+    backup.discard()
     backup.save([torch.zeros(2)])
 
 

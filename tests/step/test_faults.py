@@ -17,9 +17,9 @@ from mm_sharp.methods.per_sample import PerSampleOptimWrapper
 from mm_sharp.ops.gradients import GradientStash
 from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.ops.module_state import ModuleStateBackup
-from mm_sharp.ops.perturbation import TensorBackup
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rng import RandomState
+from mm_sharp.ops.tensor_backup import TensorBackup
 from mm_sharp.samples.history import SampleHistory
 from mm_sharp.step import ascent
 from mm_sharp.step.wrapper import TwoPassOptimWrapper

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mm_sharp.analysis.benchmark.compare import columns, quartiles
 from mm_sharp.analysis.benchmark.steps import seconds_of
-from mm_sharp.ops.perturbation import Direction, TensorBackup, perturb_
+from mm_sharp.ops.perturbation import Direction, perturb_
+from mm_sharp.ops.tensor_backup import TensorBackup
 
 # Numbers read and written for each weight; perturbation: copy; norm; gradients times the step; weights plus that.
 _COPY, _PERTURB, _RESTORE = 1 + 1, (1 + 1) + 1 + (1 + 1) + (2 + 1), 1 + 1

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from mm_sharp.ops.module_state import ModuleStateBackup, StatePlan
 from mm_sharp.ops.module_tree import ModuleTree
-from mm_sharp.ops.perturbation import TensorBackup
+from mm_sharp.ops.tensor_backup import TensorBackup
 
 
 @contextmanager

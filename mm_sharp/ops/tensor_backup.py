@@ -1,0 +1,113 @@
+"""An exact copy of some tensors, such as the weights before the perturbation.
+
+Weights come back by copying, never by subtracting the perturbation: floating-point subtraction does not undo an
+addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping, Sequence
+from operator import is_
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mm_sharp.ops.perturbation import group_by_device_and_dtype
+
+
+class TensorBackup:
+    """Copies of tensors, in memory that is allocated once and used again in every step.
+
+    One backup at a time: :meth:`save`, :meth:`write_back` any number of times, then :meth:`restore` or :meth:`discard`.
+    Restoring twice, or without saving, does nothing.
+    """
+
+    def __init__(self) -> None:
+        # Weak: memory for a tensor that is gone goes with it.
+        self._memory: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._last: list[ref[Tensor]] = []  # what was saved last, which is mostly saved again
+        self._last_copies: list[Tensor] = []
+        self._kinds: list[tuple[object, ...]] = []
+        self._tensors: list[Tensor] = []
+        self._copies: list[Tensor] = []
+
+    @property
+    def saved(self) -> bool:
+        """Whether tensors are kept that have not been restored."""
+        return bool(self._tensors)
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that are kept now, each with its copy."""
+        return list(zip(self._tensors, self._copies, strict=True))
+
+    def save(self, tensors: Sequence[Tensor]) -> None:
+        """Copy ``tensors``; an earlier backup must have been restored or discarded."""
+        if self.saved:
+            raise RuntimeError('The tensors of an earlier backup have not been restored')
+        if not tensors:
+            return
+        kinds = list(map(_kind, tensors))
+        same = len(tensors) == len(self._last) and all(map(is_, [last() for last in self._last], tensors))
+        if not same or kinds != self._kinds:
+            self._last_copies = [self._copy_of(tensor) for tensor in tensors]
+            self._last, self._kinds = [ref(tensor) for tensor in tensors], kinds
+        _foreach_copy(self._last_copies, tensors)
+        self._tensors, self._copies = list(tensors), self._last_copies
+
+    def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
+        """Write the copies back, bit for bit, into the storage they were taken from.
+
+        Args:
+            apart_from: Tensors whose memory is not written to, whatever else lies in it.
+        """
+        if not self._tensors:
+            return
+        tensors, copies = self._tensors, self._copies
+        if taken := set(map(_storage_of, apart_from)):
+            pairs = [pair for pair in self.pairs if _storage_of(pair[0]) not in taken]
+            tensors, copies = [tensor for tensor, _ in pairs], [copy for _, copy in pairs]
+        for tensor, copy in zip(tensors, copies, strict=True):
+            if tensor.shape != copy.shape:  # resized since
+                tensor.data = torch.empty_like(copy)
+        _foreach_copy(tensors, copies)
+
+    def restore(self) -> None:
+        """Write the copies back, and forget them."""
+        self.write_back()
+        self.discard()
+
+    def discard(self, *, release: bool = False) -> None:
+        """Forget the backup; the memory stays for the next one unless ``release`` is set."""
+        self._tensors, self._copies = [], []
+        if release:
+            self._memory, self._last, self._last_copies = WeakTensorKeyDictionary(), [], []
+
+    def _copy_of(self, tensor: Tensor) -> Tensor:
+        memory = self._memory.get(tensor)
+        if memory is None or _kind(memory) != _kind(tensor):
+            memory = self._memory[tensor] = torch.empty_like(tensor, requires_grad=False)
+        return memory
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _storage_of(tensor: Tensor) -> int:
+    """A number that tensors which share memory have in common."""
+    storage: int = tensor.untyped_storage()._cdata
+    return storage
+
+
+@torch.no_grad()
+def _foreach_copy(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy every source into its destination, in as few kernels as devices and dtypes allow."""
+    groups = group_by_device_and_dtype(destinations)
+    if len(groups) == 1:
+        torch._foreach_copy_(destinations, sources)  # type: ignore[arg-type]  # any sequence does
+        return
+    for group in groups:
+        torch._foreach_copy_([destinations[i] for i in group], [sources[i] for i in group])
