@@ -119,6 +119,6 @@ def test_makefile_and_readme_run_the_same_commands() -> None:
         for line in re.sub(r'\\\n\s*', '', blocks(ROOT / 'README.md', 'bash')[1]).splitlines()
         if line.startswith('.venv') and '&&' not in line
     ]
-    assert len(commands) == 6
+    assert len(commands) == 7
     missing = [command for command in commands if command not in makefile]
     assert not missing, missing
