@@ -136,6 +136,7 @@ def test_testing_writes_metrics_predictions_and_pictures(trained: Path, tiny: Pa
     assert f'Pictures: {pictures[0].parent}' in done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """dist_train.sh and dist_test.sh over gloo; float16, scaled learning rate and no validation on the way."""
     monkeypatch.setenv('PORT', str(free_port()))
@@ -166,6 +167,7 @@ threads()
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads the names of threads in /proc')
+@pytest.mark.slow
 def test_the_process_group_ends_with_the_tool(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of gloo's that outlives the tool can abort the process while the interpreter shuts down.
 
@@ -208,6 +210,7 @@ def test_the_group_of_a_tool_that_failed_is_left_alone(
     assert bool(ended) == ends
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line(tiny: Path) -> None:
     done = run('tools/train.py', 'sam.py', '--cfg-options', 'optim_wrapper.type=SAMOptimWraper', cwd=tiny, code=2)
     assert len(done.stderr.splitlines()) == 1

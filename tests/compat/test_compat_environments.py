@@ -14,6 +14,8 @@ import pytest
 
 from tests.environments import ROOT, make_environment, run_python
 
+pytestmark = pytest.mark.slow
+
 REPORT = 'import json; from mm_sharp import compat; print(json.dumps({f.name: f.active for f in compat.fixes()}))'
 HEAVY = {'torchvision', 'mmcv', 'mmdet', 'mmpose', 'xtcocotools', 'faster_coco_eval', 'brevitas'}
 CONFIG = 'sam/td-hm_res50_sam_8xb64-210e_coco-256x192.py'

@@ -301,6 +301,7 @@ def test_as_written_ends_with_its_block(tmp_path: Path) -> None:
     assert Config.fromfile(file).optim_wrapper.type == 'SAMOptimWrapper'
 
 
+@pytest.mark.slow
 def test_a_program_that_knows_us_by_custom_imports_alone(tmp_path: Path) -> None:
     """As MMPose's own tools, with the fragment named by its path."""
     file = write(tmp_path, ['mmpose::_base_/default_runtime.py', str(FRAGMENTS / 'sam.py')])

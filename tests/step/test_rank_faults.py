@@ -40,7 +40,13 @@ def write_config(path: Path, fault: str = 'none') -> Path:
 
 
 @in_proc
-@pytest.mark.parametrize('fault', ['hangs', pytest.param('dies', marks=kills), pytest.param('raises', marks=kills)])
+@pytest.mark.parametrize(
+    'fault',
+    [
+        pytest.param('hangs', marks=pytest.mark.slow),
+        *(pytest.param(fault, marks=kills) for fault in ('dies', 'raises')),
+    ],
+)
 def test_the_others_end_too(tmp_path: Path, fault: str, holds: Holds) -> None:
     config = write_config(tmp_path / 'config.py', fault)
     run = Run(config, tmp_path / 'work', processes=2)

@@ -111,10 +111,12 @@ def final_state(work_dir: Path) -> dict[str, Any]:
 
 
 # The others with the kills: each takes ten seconds.
-ALWAYS = ('asam, dropout, float16, accumulation', 'ausam, sampler in a loader with workers, in mid-epoch')
+SLOW = ('asam, dropout, float16, accumulation', 'ausam, sampler in a loader with workers, in mid-epoch')
 
 
-@pytest.mark.parametrize('case', [pytest.param(c, marks=[] if c in ALWAYS else pytest.mark.kills) for c in CASES])
+@pytest.mark.parametrize(
+    'case', [pytest.param(c, marks=pytest.mark.slow if c in SLOW else pytest.mark.kills) for c in CASES]
+)
 def test_killed_and_resumed_equals_never_stopped(tmp_path: Path, case: str) -> None:
     config = write_config(tmp_path / 'config.py', case)
     straight = start(config, tmp_path / 'straight')
