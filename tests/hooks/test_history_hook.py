@@ -18,9 +18,8 @@ from torch.utils.data import IterableDataset
 from mm_sharp.hooks.history import SampleHistoryHook
 from mm_sharp.samples.keys import SampleIdError
 from tests.distributed import run
-from tests.hooks.test_hooks import KEYS
 from tests.reliability import Holds
-from tests.toys import Batch, ToySamples, same_bits, toy_config
+from tests.toys import KEYS, Batch, ToySamples, same_bits, toy_config
 
 SGD = dict(type='SGD', lr=0.01, momentum=0.9)
 AUSAM = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, optimizer=SGD)

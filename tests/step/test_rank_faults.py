@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from mm_sharp.cli import process
-from tests.cli.test_tools import configure
 from tests.processes import Run
 from tests.reliability import Holds
-from tests.tool_runs import write_toy
+from tests.tool_runs import configure, write_toy
 
 SECTION = 'Ranks'
 TIMEOUT = 15  # seconds, in which a process can start beside others on a core, too
