@@ -28,7 +28,7 @@ from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import DECONV, HRNET, RLE, RTMPOSE, SIMCC, calibrated, float_model, images, quantized
 
 pytestmark = QUIET
-ARCHITECTURES = (SIMCC, HRNET, RLE, RTMPOSE)
+ARCHITECTURES = (SIMCC, *(pytest.param(case, marks=pytest.mark.slow) for case in (HRNET, RLE)), RTMPOSE)
 OUTPUTS = {
     SIMCC.name: ['simcc_x', 'simcc_y'],
     HRNET.name: ['heatmaps'],
