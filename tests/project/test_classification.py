@@ -116,7 +116,7 @@ def one_epoch(cfg: Config, folder: Path) -> Runner:
     return Runner.from_cfg(cfg)
 
 
-@pytest.mark.parametrize('classes', CLASSES)
+@pytest.mark.parametrize('classes', [10, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('method', WRAPPERS)
 def test_two_training_steps_and_an_evaluation(
     method: str, classes: int, cifar: dict[int, Path], tmp_path: Path
@@ -160,7 +160,7 @@ def accuracy(runner: Runner) -> float:
     return 100 * int(right) / total
 
 
-@pytest.mark.parametrize('method', ['sgd', 'ausam'])
+@pytest.mark.parametrize('method', [pytest.param('sgd', marks=pytest.mark.slow), 'ausam'])
 def test_two_training_steps_at_four_bits(method: str, cifar: dict[int, Path], tmp_path: Path) -> None:
     cfg = small(f'w4a4_{method}', 10, cifar[10])
     assert cfg.load_from.startswith('https://')

@@ -122,7 +122,18 @@ CASES = (
     *(Case(name, 'W4A4 folded', steps=4, options=(('accumulative_counts', 2),)) for name in THREE),
     *(Case(name, 'W4A4', with_cp=True) for name in THREE),
 )
-everywhere = pytest.mark.parametrize('case', CASES, ids=str)
+# Half precision and checkpointing of AUSAM alone: it has the most of its own in a step.
+everywhere = pytest.mark.parametrize(
+    'case',
+    [
+        pytest.param(
+            case,
+            id=str(case),
+            marks=pytest.mark.slow if case.name != 'ausam' and (case.options or case.with_cp) else (),
+        )
+        for case in CASES
+    ],
+)
 
 
 @functools.cache

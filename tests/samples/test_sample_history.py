@@ -434,6 +434,7 @@ def test_a_million_samples_take_at_most_16_bytes_each(kind: str, distributed: bo
     assert most <= 16
 
 
+@pytest.mark.slow
 def test_ten_million_samples_fit_and_a_look_up_is_as_large_as_its_batch() -> None:
     total, part = 10_000_000, 500_000
     history = SampleHistory()

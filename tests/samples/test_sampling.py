@@ -305,6 +305,7 @@ def test_frequencies_match_the_probabilities(n: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize(('n', 'kind', 's_min'), [(100, 'unseen', 0.3), (256, 'dominant', 0.001)])
+@pytest.mark.slow
 def test_frequencies_match_the_probabilities_of_large_batches(n: int, kind: str, s_min: float) -> None:
     pi = inclusion_probabilities(score_kinds(n)[kind], sample_count(0.6, n), s_min)
     assert pi.max() == 1.0  # the cap takes part
