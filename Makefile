@@ -16,7 +16,7 @@ QAT_CONFIG := configs/demo/simcc_res18-half_w4a4_ausam_demo-128x96.py
 QAT_DIR := work_dirs/demo-qat
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-qat test test-kills reliability sweep lint format types lock doctor dist clean
+.PHONY: help install train train-qat test test-slow test-kills reliability sweep lint format types lock doctor dist clean
 
 help: ## list the targets
 	@echo 'mm_sharp: sharpness-aware training for OpenMMLab. Targets:'
@@ -62,8 +62,11 @@ train-qat: $(INSTALLED) $(QAT_DIR)/float/epoch_4.pth ## train a float model, qua
 	@echo 'Log, curves, checkpoints (post_training.pth: before fine-tuning):  $(QAT_DIR)'
 	@echo 'The model for ONNX Runtime, and a picture of what it finds:        $(QAT_DIR)/model.onnx, $(QAT_DIR)/keypoints.png'
 
-test: $(INSTALLED) lint types ## lint, check the types and run the whole test suite
+test: $(INSTALLED) lint types ## lint, check the types and run the fast tests (at most five minutes)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: $(INSTALLED) ## run the tests that take long and rarely break: whole command lines, broken environments, long runs
+	$(PY) -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 test-kills: $(INSTALLED) ## kill training runs at random times, and resume them (about five minutes)
 	$(PY) -m pytest -m kills -s $(ARGS) tests/step/test_kills.py tests/step/test_rank_faults.py tests/cli/test_process.py tests/step/test_resume.py

@@ -1,8 +1,9 @@
-"""What a checkpoint makes of a state."""
+"""What a checkpoint makes of a state, and the last one of a run."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,3 +15,14 @@ def through_disk(state: Any) -> Any:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def final_state(work_dir: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load((work_dir / 'last_checkpoint').read_text().strip(), weights_only=True)
+    return state
+
+
+def assert_same_history(left: dict[str, dict[str, torch.Tensor]], right: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert all(torch.equal(left[name][column], right[name][column]) for column in left[name])

@@ -20,8 +20,8 @@ from torch.optim import SGD
 
 from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
+from tests.rank_steps import shard
 from tests.references import gradients_of
-from tests.step.test_distributed import shard
 from tests.toys import Notes, ToyNet, batches, make
 from tests.wrappers import build, momentum_sgd
 

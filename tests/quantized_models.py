@@ -10,6 +10,7 @@ from copy import deepcopy
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -75,7 +76,8 @@ RLE = Case(
     edit=_mobilenet,
 )
 RTMPOSE = Case('CSPNeXt-RTMCC', f'{_BODY}/rtmpose/coco/rtmpose-t_8xb256-420e_coco-256x192.py', SIZE, edit=_rtmpose)
-MODELS_OF_MMPOSE = (SIMCC, DECONV, HRNET, RLE, RTMPOSE)
+# Two that differ most; the others with what is slow.
+MODELS_OF_MMPOSE = (SIMCC, *(pytest.param(case, marks=pytest.mark.slow) for case in (DECONV, HRNET, RLE)), RTMPOSE)
 
 
 def float_model(case: Case, seed: int = 0, **backbone: Any) -> nn.Module:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -90,3 +92,33 @@ class Tools:
         if code and lines is not None:
             assert len(errors.splitlines()) == lines, errors
         return errors
+
+
+SAM = ROOT / 'configs' / 'demo' / 'simcc_res18-half_sam_demo-128x96.py'
+
+
+PLAIN = ROOT / 'configs' / 'demo' / 'simcc_res18-half_demo-128x96.py'
+
+
+def run(command: str, *arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a tool as a user does, from another folder than the repository's."""
+    interpreter = [] if command.endswith('.sh') else [sys.executable]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable}
+    environment.pop('PYTHONPATH', None)
+    done = subprocess.run(
+        [*interpreter, ROOT / command, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def configure(name: str, *arguments: object) -> Config:
+    """The config that a tool ends up with."""
+    module = tool(name)
+    return module.configure(module.parse_arguments([str(argument) for argument in arguments]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import DATASETS, MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -173,3 +174,29 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return left.detach().contiguous().numpy().tobytes() == right.detach().contiguous().numpy().tobytes()
+
+
+@MODELS.register_module()
+class ToyPair(BaseModel):
+    """Two models with an optimizer each, as adversarial training has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = make(seed=1), make(seed=2)
+
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        return self.left(inputs, targets, mode=mode)
+
+    def train_step(self, data: dict[str, Tensor], optim_wrapper: OptimWrapperDict) -> dict[str, Tensor]:
+        logged: dict[str, Tensor] = {}
+        for name, part in (('left', self.left), ('right', self.right)):
+            with optim_wrapper[name].optim_context(part):
+                losses = part(**data)
+            loss, _ = part.parse_losses(losses)
+            optim_wrapper[name].update_params(loss)
+            logged[f'loss_{name}'] = loss
+        return logged
+
+
+# What a SharpnessHook logs of a step.
+KEYS = {'L_w', 'L_w_e', 'sharpness', 'g_norm', 'pass2_share'}

@@ -27,6 +27,8 @@ WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'ausam-loader': (AUSAMOptimWrapper, {'rho': 0.05}),
     'ausam-loader-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True}),
 }
+# One of every way in which a step goes: of what the base class does for all, these see what a method could break.
+DISTINCT = ('sam', 'looksam', 'esam', 'esam-history', 'ausam', 'ausam-loader-reweight')
 # Options with which all samples go through both passes.
 WHOLE: dict[str, dict[str, Any]] = {
     'esam': {'gamma': 1.0},

@@ -238,6 +238,7 @@ def test_a_method_that_the_model_does_not_suit_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures('one_thread')
+@pytest.mark.slow
 def test_a_quantized_model_is_compared_with_its_float_model(
     tiny: Path, tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,6 +305,7 @@ def test_the_tool_prints_and_writes_all_rows(
 
 
 @pytest.mark.usefixtures('one_thread')
+@pytest.mark.slow
 def test_several_batch_sizes_under_autocast_beside_peers(
     tiny: Path, tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

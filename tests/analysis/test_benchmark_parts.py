@@ -274,6 +274,7 @@ def test_tensors_alive_are_counted_once() -> None:
         assert alive.now == 4000
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept() -> None:
     """In a process of its own: pages that are touched again are there."""
     code = """

@@ -22,23 +22,12 @@ from mm_sharp.analysis.sharpness import hessian as hessian_module
 from mm_sharp.analysis.sharpness.eval_mode import preserved_eval_mode
 from mm_sharp.analysis.sharpness.hessian import hutchinson, top_eigenvalues
 from mm_sharp.analysis.sharpness.loading import Samples
-from mm_sharp.analysis.sharpness.measure import Findings, Settings, measure
+from mm_sharp.analysis.sharpness.measure import measure
 from mm_sharp.analysis.sharpness.objective import Averaging, Objective
 from mm_sharp.analysis.sharpness.surroundings import ball_sharpness, filter_direction, filter_norms, line, plane
 from mm_sharp.errors import UsageError
+from tests.sharpness import QUICK, figures, rows_of
 from tests.toys import CountingNet, Functional, ToyNet, batches, make, same_bits, same_state
-
-QUICK = Settings(batch_size=3, rhos=(0.1,), ascent_steps=1, trace_draws=2, points=3, landscape=('1d', '2d'))
-
-
-def samples(rows: list[dict[str, Tensor]]) -> Samples:
-    return Samples(rows, default_collate, 'rows', 'train', 0, len(rows), '')
-
-
-def rows_of(**columns: Tensor) -> Samples:
-    """Samples of which each tensor has a row."""
-    count = len(next(iter(columns.values())))
-    return samples([{name: value[i] for name, value in columns.items()} for i in range(count)])
 
 
 def toy_samples(count: int = 8) -> Samples:
@@ -345,22 +334,6 @@ def test_nothing_depends_on_the_batches(
     for other in findings[1:]:
         for name, value in findings[0].items():
             assert other[name] == pytest.approx(value, rel=1e-6), name  # the eigenvalue stops at a tolerance
-
-
-def figures(found: Findings) -> dict[str, Any]:
-    """What a measurement found but for its time."""
-    assert found.eigenvalues is not None
-    assert found.trace is not None
-    return {
-        'loss': found.loss,
-        'gradient_norm': found.gradient_norm,
-        'eigenvalue': found.eigenvalues.values,
-        'trace': found.trace.value,
-        'one_step': [ball.one_step for ball in found.balls],
-        'ascent': [ball.ascent for ball in found.balls],
-        'line': found.line,
-        'plane': [value for values in found.plane for value in values],
-    }
 
 
 def test_a_loss_that_no_hook_sees_counts_by_share_and_says_so() -> None:

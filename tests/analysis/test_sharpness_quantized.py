@@ -18,13 +18,11 @@ from mm_sharp.analysis.sharpness.loading import Samples, load_samples
 from mm_sharp.analysis.sharpness.measure import measure
 from mm_sharp.analysis.sharpness.objective import Objective
 from mm_sharp.quantization import calibrate
-from tests.analysis.test_sharpness import QUICK, figures, rows_of
-from tests.analysis.test_sharpness_tool import QUICK as OPTIONS
-from tests.cli.test_tools import PLAIN
 from tests.mmpose_cases import QUIET
 from tests.quantized_toys import ResidualToy, batches, is_spared, plain_state, quantized
+from tests.sharpness import OPTIONS, QUICK, figures, rows_of
 from tests.tiny_data import NARROW_RECIPE, draw_coco
-from tests.tool_runs import Tools
+from tests.tool_runs import PLAIN, Tools
 from tests.toys import same_state
 
 pytestmark = QUIET
@@ -117,6 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_beside_a_float_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,19 +21,14 @@ from mm_sharp.analysis.sharpness.measure import Findings, Settings
 from mm_sharp.analysis.sharpness.surroundings import BallSharpness
 from mm_sharp.analysis.sharpness.table import Entry, row, table, write_csv, write_json
 from mm_sharp.errors import UsageError
-from tests.cli.test_tools import PLAIN
 from tests.mmpose_cases import QUIET
+from tests.sharpness import OPTIONS
 from tests.tiny_data import NARROW_RECIPE, draw_coco
-from tests.tool_runs import Tools, tool
+from tests.tool_runs import PLAIN, Tools, tool
 
 pytestmark = QUIET
 
 SAM = PLAIN.with_name('simcc_res18-half_sam_demo-128x96.py')
-# Little of everything.
-QUICK = (
-    *('--samples', 3, '--batch-size', 2, '--rho', 0.05, '--ascent-steps', 1, '--tolerance', 0.2, '--trace-draws', 2),
-    *('--points', 3),
-)
 
 
 @pytest.fixture(scope='module')
@@ -69,7 +64,7 @@ def analyze(folder: Path, patch: pytest.MonkeyPatch, *arguments: object) -> list
 def test_two_checkpoints_of_two_configs(folder: Path, tools: Tools, capsys: pytest.CaptureFixture[str]) -> None:
     names = ('--names', 'base', 'sam', '--landscape', '1d', '2d', '--out-dir', 'out')
     # The second one's config differs in the optimizer alone, so that both see the same pictures.
-    tools('analyze_sharpness', 'plain.py', 'a.pth', 'sam.py:b.pth', *QUICK, *names)
+    tools('analyze_sharpness', 'plain.py', 'a.pth', 'sam.py:b.pth', *OPTIONS, *names)
     content = json.loads((folder / 'out' / 'sharpness.json').read_text())
     first, second = content['checkpoints']
     assert [(c['name'], c['config'], c['epoch']) for c in (first, second)] == [
@@ -103,7 +98,7 @@ def test_the_batch_size_and_the_precision_do_not_matter(folder: Path, monkeypatc
     found = []
     for size, dtype in ((3, 'float32'), (2, 'float64'), (1, 'float64')):
         options = ('--batch-size', size, '--dtype', dtype, '--eigenvalues', 0, '--landscape', 'none')
-        (entry,) = analyze(folder, monkeypatch, 'plain.py', 'a.pth', *QUICK, *options)
+        (entry,) = analyze(folder, monkeypatch, 'plain.py', 'a.pth', *OPTIONS, *options)
         cells = row(entry)
         found.append([cells[name] for name in ('loss', 'gradient_norm', 'trace', 'sharpness_0.05', 'ascent_0.05')])
     assert found[1] == pytest.approx(found[2], rel=1e-9)
@@ -112,7 +107,7 @@ def test_the_batch_size_and_the_precision_do_not_matter(folder: Path, monkeypatc
 
 def test_held_out_people(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ('--split', 'val', '--samples', 4, '--eigenvalues', 0, '--trace-draws', 0)
-    (entry,) = analyze(folder, monkeypatch, 'plain.py', 'a.pth', *QUICK, *options)
+    (entry,) = analyze(folder, monkeypatch, 'plain.py', 'a.pth', *OPTIONS, *options)
     assert entry.samples.dataset.endswith('person_keypoints_val.json')
     assert (len(entry.samples), entry.samples.split) == (4, 'val')
     assert entry.findings.loss > 0

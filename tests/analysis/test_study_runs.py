@@ -82,6 +82,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_a_study_runs_from_the_command_line_in_processes_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / 'out'
     command = [sys.executable, ROOT / 'tools/study.py', write(tmp_path, tiny()), '--out-dir', out]

@@ -126,7 +126,8 @@ def test_decoding_is_that_of_mmposes_codec(script: ModuleType, name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ('case', 'udp'), [(SIMCC, False), (DECONV, False), (DECONV, True), (RLE, False)],
+    ('case', 'udp'),
+    [(SIMCC, False), *(pytest.param(DECONV, udp, marks=pytest.mark.slow) for udp in (False, True)), (RLE, False)],
     ids=['simcc', 'heatmap', 'udp crop', 'regression'],
 )  # fmt: skip
 def test_keypoints_are_those_of_mmposes_inference(script: ModuleType, picture: Path, case: Case, udp: bool) -> None:

@@ -26,7 +26,10 @@ from tests.tool_runs import write_toy
 IMPORTS = dict(imports=['mm_sharp', 'tests.toys', 'tests.toy_metric', 'tests.fault_toys'])
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.kills)])
+@pytest.mark.parametrize(
+    'number',
+    [pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.kills)],
+)
 def test_signals(tmp_path: Path, number: signal.Signals, holds: Holds) -> None:
     config = write_toy(
         tmp_path / 'config.py',

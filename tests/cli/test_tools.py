@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +24,8 @@ from mm_sharp.errors import UsageError, UserError
 from tests.conftest import ROOT
 from tests.distributed import free_port
 from tests.tiny_data import NARROW_RECIPE, draw_coco
-from tests.tool_runs import Tools, tool
+from tests.tool_runs import PLAIN, SAM, Tools, configure, run
 
-SAM = ROOT / 'configs' / 'demo' / 'simcc_res18-half_sam_demo-128x96.py'
-PLAIN = ROOT / 'configs' / 'demo' / 'simcc_res18-half_demo-128x96.py'
 WITHOUT_FRAGMENT = ['sam.py', '--cfg-options', 'sharp_optim_wrapper=None']
 
 
@@ -47,30 +44,6 @@ def trained(tiny: Path) -> Path:
     """The work directory of a training run of one epoch, two steps, by the command line."""
     run('tools/train.py', 'sam.py', cwd=tiny)
     return tiny / 'work_dirs' / 'sam'
-
-
-def run(command: str, *arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a tool as a user does, from another folder than the repository's."""
-    interpreter = [] if command.endswith('.sh') else [sys.executable]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable}
-    environment.pop('PYTHONPATH', None)
-    done = subprocess.run(
-        [*interpreter, ROOT / command, *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-def configure(name: str, *arguments: object) -> Config:
-    """The config that a tool ends up with."""
-    module = tool(name)
-    return module.configure(module.parse_arguments([str(argument) for argument in arguments]))
 
 
 def logged(work_dir: Path) -> list[dict[str, Any]]:
@@ -136,6 +109,7 @@ def test_testing_writes_metrics_predictions_and_pictures(trained: Path, tiny: Pa
     assert f'Pictures: {pictures[0].parent}' in done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """dist_train.sh and dist_test.sh over gloo; float16, scaled learning rate and no validation on the way."""
     monkeypatch.setenv('PORT', str(free_port()))
@@ -166,6 +140,7 @@ threads()
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads the names of threads in /proc')
+@pytest.mark.slow
 def test_the_process_group_ends_with_the_tool(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of gloo's that outlives the tool can abort the process while the interpreter shuts down.
 
@@ -208,6 +183,7 @@ def test_the_group_of_a_tool_that_failed_is_left_alone(
     assert bool(ended) == ends
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line(tiny: Path) -> None:
     done = run('tools/train.py', 'sam.py', '--cfg-options', 'optim_wrapper.type=SAMOptimWraper', cwd=tiny, code=2)
     assert len(done.stderr.splitlines()) == 1

@@ -198,6 +198,7 @@ print(mm_sharp.compat.operators.TORCHVISION.reason)
 """
 
 
+@pytest.mark.slow
 def test_timm_before_mm_sharp_and_after_it(tmp_path: Path) -> None:
     """What is imported before us fails as ever, and not for good; the doctor's line says in which order it works."""
     for name, text in MISMATCHED.items():

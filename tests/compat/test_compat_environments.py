@@ -14,6 +14,8 @@ import pytest
 
 from tests.environments import ROOT, make_environment, run_python
 
+pytestmark = pytest.mark.slow
+
 REPORT = 'import json; from mm_sharp import compat; print(json.dumps({f.name: f.active for f in compat.fixes()}))'
 HEAVY = {'torchvision', 'mmcv', 'mmdet', 'mmpose', 'xtcocotools', 'faster_coco_eval', 'brevitas'}
 CONFIG = 'sam/td-hm_res50_sam_8xb64-210e_coco-256x192.py'
@@ -42,7 +44,7 @@ config = mmengine.Config.fromfile('user.py')
 assert get_config('mmpose::body_2d_keypoint/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py').model
 import xtcocotools, xtcocotools.mask as cocomask
 from xtcocotools import cocoeval
-from tests.compat.test_compat_mmpose import evaluate_coco
+from tests.coco_evaluation import evaluate_coco
 fixes = {{fix.name: fix.active for fix in compat.fixes()}}
 modules = [cocoeval.COCOeval.__module__, cocoeval.Params.__module__, cocomask.decode.__module__]
 result = evaluate_coco(Path({str(shared_data)!r}))
@@ -55,7 +57,7 @@ print(json.dumps([loaded, fixes, modules, config.optim_wrapper.type, result]))
     assert modules[0] == 'mm_sharp.compat.coco_stand_in'
     assert modules[2] == 'faster_coco_eval.core.mask'
     assert wrapper == 'SAMOptimWrapper'
-    from tests.compat.test_compat_mmpose import evaluate_coco
+    from tests.coco_evaluation import evaluate_coco
 
     assert result == pytest.approx(evaluate_coco(shared_data), abs=1e-12)
 

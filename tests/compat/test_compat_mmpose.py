@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import torch
 from mmengine.registry import Registry, init_default_scope
 
 from mm_sharp.compat import mmpose_arrays
+from tests.coco_evaluation import coco_description, evaluate_coco
 
 
 @pytest.fixture(scope='module')
@@ -39,43 +39,6 @@ def test_all_registries_load(mmpose: Any) -> None:
     assert all(sizes[name] for name in filled), sizes
     assert {'TopdownPoseEstimator', 'EDPoseHead', 'RTMOHead', 'SimCCHead'} <= set(registries.MODELS.module_dict)
     assert {'CocoMetric', 'MpiiPCKAccuracy'} <= set(registries.METRICS.module_dict)
-
-
-def coco_description() -> dict[str, Any]:
-    from mmpose.datasets.datasets.utils import parse_pose_metainfo
-
-    folder = Path(importlib.import_module('mmpose').__file__ or '').parent / '.mim' / 'configs'
-    description: dict[str, Any] = parse_pose_metainfo({'from_file': str(folder / '_base_' / 'datasets' / 'coco.py')})
-    return description
-
-
-def evaluate_coco(folder: Path) -> dict[str, float]:
-    """``CocoMetric`` on slightly wrong predictions for the annotated people of ``folder``."""
-    from mmpose.evaluation.metrics import CocoMetric
-
-    path = folder / 'coco' / 'test_coco.json'
-    metric = CocoMetric(ann_file=str(path))
-    metric.dataset_meta = coco_description()
-    rng = np.random.default_rng(0)
-    for person in json.loads(path.read_text())['annotations']:
-        points = np.reshape(person['keypoints'], (1, -1, 3)).astype(float)
-        x, y, w, h = person['bbox']
-        instances = {
-            'keypoints': points[..., :2] + rng.normal(0, 0.03 * w, points[..., :2].shape),
-            'keypoint_scores': (points[..., 2] > 0).astype(float),
-            'bboxes': np.array([[x, y, x + w, y + h]]),
-            'bbox_scores': np.ones(1),
-        }
-        sample = {
-            'id': person['id'],
-            'img_id': person['image_id'],
-            'category_id': 1,
-            'gt_instances': {'bbox_scales': np.array([[w, h]]), 'bbox_scores': np.ones(1), 'bboxes': np.ones((1, 4))},
-            'pred_instances': instances,
-        }
-        metric.process([], [sample])
-    results: dict[str, float] = metric.evaluate(size=len(metric.results))
-    return results
 
 
 def test_coco_metric(mmpose: Any, shared_data: Path) -> None:

@@ -181,6 +181,7 @@ work_dir = 'work'
 """
 
 
+@pytest.mark.slow
 def test_tool_of_mmpose(tmp_path: Path) -> None:
     package = find_spec('mmpose')
     if package is None or package.origin is None:

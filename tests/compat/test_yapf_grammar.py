@@ -41,6 +41,7 @@ def write(cache: Path, cached: dict[str, bytes], share: float) -> None:
         path.write_bytes(content[: int(len(content) * share)])
 
 
+@pytest.mark.slow
 def test_a_torn_cache(tmp_path: Path, cached: dict[str, bytes]) -> None:
     assert len(cached) == 2
     write(tmp_path, cached, 0.0)

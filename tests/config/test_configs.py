@@ -53,7 +53,17 @@ def _read(path: Path) -> Config:
     return Config.fromfile(path)
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=name)
+@pytest.mark.parametrize(
+    'path',
+    # Of each recipe one method is fast, of AUSAM all.
+    [
+        pytest.param(
+            path, marks=pytest.mark.slow if path.parent.name in ('sam', 'esam') and 'simcc' not in path.stem else ()
+        )
+        for path in CONFIGS
+    ],
+    ids=name,
+)
 def test_two_training_steps(path: Path, tmp_path: Path) -> None:
     cfg = read(path)
     narrow(cfg.model)

@@ -45,6 +45,7 @@ def test_pictures_are_the_recorded_ones() -> None:
     assert scene_hash() == GOLDEN
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_simd() -> None:
     """numpy without its AVX2, FMA and AVX-512 loops, as on an older machine, draws the same."""
     code = 'from tests.demo.test_demo_scene import scene_hash; print(scene_hash())'

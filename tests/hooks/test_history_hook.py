@@ -18,9 +18,8 @@ from torch.utils.data import IterableDataset
 from mm_sharp.hooks.history import SampleHistoryHook
 from mm_sharp.samples.keys import SampleIdError
 from tests.distributed import run
-from tests.hooks.test_hooks import KEYS
 from tests.reliability import Holds
-from tests.toys import Batch, ToySamples, same_bits, toy_config
+from tests.toys import KEYS, Batch, ToySamples, same_bits, toy_config
 
 SGD = dict(type='SGD', lr=0.01, momentum=0.9)
 AUSAM = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, optimizer=SGD)
@@ -310,11 +309,16 @@ def collectives(folder: str, case: str, epochs: int) -> int:
 
 
 def every_case(rank: int, processes: int, folder: str) -> dict[str, Any]:
-    results: dict[str, Any] = {case: train_on_ranks(rank, processes, folder, case) for case in WRAPPERS}
-    results['collectives'] = {
-        (case, epochs): collectives(folder, case, epochs) for case in COUNTED for epochs in (1, 3)
-    }
-    return results
+    return {case: train_on_ranks(rank, processes, folder, case) for case in WRAPPERS}
+
+
+def count_collectives(rank: int, processes: int, folder: str) -> dict[tuple[str, int], int]:
+    return {(case, epochs): collectives(folder, case, epochs) for case in COUNTED for epochs in (1, 3)}
+
+
+@pytest.fixture(scope='module')
+def counted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], int]]:
+    return run(count_collectives, 2, str(tmp_path_factory.mktemp('counted')))
 
 
 @pytest.fixture(scope='module')
@@ -346,15 +350,15 @@ def test_checkpoints_in_mid_epoch_hold_every_ranks_visits(ranks: list[dict[str, 
             assert same_bits(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('case', 'at_the_start', 'an_epoch'), [
     ('sam', 0, 0), ('esam', 2, 0), ('esam-history', 2, 2), ('ausam', 2, 2),
 ])  # fmt: skip
 def test_communication_besides_the_base_optimizers(
-    ranks: list[dict[str, Any]], case: str, at_the_start: int, an_epoch: int, holds: Holds
+    counted: list[dict[tuple[str, int], int]], case: str, at_the_start: int, an_epoch: int, holds: Holds
 ) -> None:
     """The seed once, and one exchange of the history an epoch: of objects, whose sizes go before their bytes."""
-    for rank in ranks:
-        counts = rank['collectives']
+    for counts in counted:
         assert counts['base', 3] > counts['base', 1] > 0
         more = {epochs: counts[case, epochs] - counts['base', epochs] for epochs in (1, 3)}
         assert more == {1: at_the_start + an_epoch, 3: at_the_start + 3 * an_epoch}

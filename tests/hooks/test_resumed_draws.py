@@ -146,8 +146,16 @@ def resume(case: Case, tmp_path: Path, kind: type = Runner, **changes: Any) -> A
     return kind.from_cfg(config)
 
 
-@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
-def test_resumed_equals_never_stopped(tmp_path: Path, case: Case) -> None:
+# Each way to load and each loop; the other pairs of them with what is slow.
+FAST = (
+    *('by iterations, sampler in the loader, persistent', 'by iterations, no workers, across epochs'),
+    *('by epochs, no workers', 'by epochs, workers', 'by epochs, sampler in the loader'),
+)
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in CASES])
+def test_resumed_equals_never_stopped(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
     straight = finish(Runner.from_cfg(case.config(tmp_path / 'straight')))
     resumed = finish(resume(case, tmp_path))
     assert same_state(straight.model, resumed.model)

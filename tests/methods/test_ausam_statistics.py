@@ -200,6 +200,7 @@ def assert_frequencies(run: Run) -> None:
     assert (np.abs(run.frequencies() - pi) <= 4 * error + 1e-12).all()
 
 
+@pytest.mark.slow
 def test_inclusion_frequencies_match_pi(reweighted: Run) -> None:
     z = [0.0, 0.0, *[0.2 / 90] * 3, 1.0, 1.0, 1.0]
     sizes = [0.3 + 0.7 * x for x in z]
@@ -208,18 +209,21 @@ def test_inclusion_frequencies_match_pi(reweighted: Run) -> None:
     assert all(len(set(draw.chosen.tolist())) == len(draw.chosen) == 4 for draw in reweighted.draws)
 
 
+@pytest.mark.slow
 def test_both_gradients_are_unbiased(reweighted: Run) -> None:
     assert standard_errors(reweighted.first, reweighted.whole) < 4
     assert standard_errors(reweighted.first, reweighted.whole_perturbed) > 4
     assert standard_errors(reweighted.second, reweighted.whole_perturbed) < 4
 
 
+@pytest.mark.slow
 def test_without_weights_both_gradients_are_biased() -> None:
     run = many_steps(('mean', 'sum', 'rows'), 300, sampling_ratio=0.5)
     assert standard_errors(run.first, run.whole) > 8
     assert standard_errors(run.second, run.whole_perturbed) > 8
 
 
+@pytest.mark.slow
 def test_a_capped_sample_is_in_every_draw() -> None:
     run = many_steps(('rows',), 600, sampling_ratio=0.6, s_min=0.05)
     assert run.draws[0].pi[5:].tolist() == [1.0] * 3

@@ -17,7 +17,7 @@ from mm_sharp import ESAMOptimWrapper
 from mm_sharp.ops.perturbation import weight_mask
 from mm_sharp.per_sample_loss import PerSampleLossError
 from mm_sharp.samples.keys import SampleIdError
-from tests.methods.test_esam import LineNet, Rows, both, line, pair, pool_batches, selecting, train_both
+from tests.esam_pairs import LineNet, Rows, both, line, pair, pool_batches, selecting, train_both
 from tests.toys import Batch, Functional, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import momentum_sgd
 

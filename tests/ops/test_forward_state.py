@@ -25,9 +25,9 @@ from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.rare_changes import RareChanges
 from tests.memory_toys import MEMORIES, Codebook, HandTeacher, Memory, Teacher
 from tests.toys import Batch, Notes, ToyNet, batches, make, same_bits
-from tests.wrappers import WRAPPERS, build, forwards_in, momentum_sgd, same_weights
+from tests.wrappers import DISTINCT, build, forwards_in, momentum_sgd, same_weights
 
-everywhere = pytest.mark.parametrize('name', [name for name in WRAPPERS if 'loader' not in name])
+everywhere = pytest.mark.parametrize('name', [name for name in DISTINCT if 'loader' not in name])
 remembering = pytest.mark.parametrize('kind', MEMORIES)
 STEPS = 6
 

@@ -29,7 +29,25 @@ def _as_in_training() -> None:
     set_epoch(0)
 
 
-@pytest.fixture(scope='module', params=CASES, ids=lambda case: case.name)
+# One of each way of decoding and of reduction; the others with what is slow.
+FAST = (
+    *(
+        'HeatmapHead',
+        'HeatmapHead-DropPath',
+        'SimCCHead',
+        'RTMCCHead',
+        'RLEHead',
+        'DSNTHead',
+        'AssociativeEmbeddingHead',
+    ),
+    'YOLOXPoseHead',
+)
+
+
+@pytest.fixture(
+    scope='module',
+    params=[pytest.param(c, id=c.name, marks=() if c.name in FAST else pytest.mark.slow) for c in CASES],
+)
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
     return found
@@ -110,7 +128,7 @@ def test_all_heads_of_our_recipes_are_tried_in_mixed_precision() -> None:
     assert {case.name for case in AMP_CASES} == set(AMP_HEADS)
 
 
-@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('dtype', [pytest.param('float16', marks=pytest.mark.slow), 'bfloat16'])
 @pytest.mark.parametrize('head', AMP_CASES, ids=lambda case: case.name)
 def test_our_line_trains_the_recipe_in_mixed_precision(head: Case, dtype: str) -> None:
     cfg = head.config()

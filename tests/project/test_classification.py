@@ -116,7 +116,7 @@ def one_epoch(cfg: Config, folder: Path) -> Runner:
     return Runner.from_cfg(cfg)
 
 
-@pytest.mark.parametrize('classes', CLASSES)
+@pytest.mark.parametrize('classes', [10, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('method', WRAPPERS)
 def test_two_training_steps_and_an_evaluation(
     method: str, classes: int, cifar: dict[int, Path], tmp_path: Path
@@ -160,7 +160,7 @@ def accuracy(runner: Runner) -> float:
     return 100 * int(right) / total
 
 
-@pytest.mark.parametrize('method', ['sgd', 'ausam'])
+@pytest.mark.parametrize('method', [pytest.param('sgd', marks=pytest.mark.slow), 'ausam'])
 def test_two_training_steps_at_four_bits(method: str, cifar: dict[int, Path], tmp_path: Path) -> None:
     cfg = small(f'w4a4_{method}', 10, cifar[10])
     assert cfg.load_from.startswith('https://')
@@ -315,8 +315,9 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize('dtype', [None, torch.bfloat16], ids=['float32', 'bfloat16'])
-@pytest.mark.parametrize('classes', CLASSES)
+@pytest.mark.parametrize(
+    ('classes', 'dtype'), [(10, torch.bfloat16), (100, None)], ids=['10 in bfloat16', '100 in float32']
+)
 @pytest.mark.parametrize('loss', LOSSES)
 def test_the_losses_of_samples_are_torchs(
     loss: str, classes: int, dtype: torch.dtype | None, cifar: dict[int, Path]

@@ -14,26 +14,10 @@ from mmengine.config import Config
 import mm_sharp
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.conftest import ROOT
+from tests.pages import blocks
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'configs').rglob('README.md')), *sorted((ROOT / 'docs').rglob('*.md'))]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(mm_sharp.__path__, 'mm_sharp.'))
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """Fenced code blocks of a language ('' for those without)."""
-    found: list[str] = []
-    inside: str | None = None
-    for line in page.read_text().splitlines(keepends=True):
-        if not line.startswith('```'):
-            if inside == language:
-                found[-1] += line
-        elif inside is None:
-            inside = line[3:].strip()
-            if inside == language:
-                found.append('')
-        else:
-            inside = None
-    return found
 
 
 CONFIGS = [
@@ -119,6 +103,6 @@ def test_makefile_and_readme_run_the_same_commands() -> None:
         for line in re.sub(r'\\\n\s*', '', blocks(ROOT / 'README.md', 'bash')[1]).splitlines()
         if line.startswith('.venv') and '&&' not in line
     ]
-    assert len(commands) == 6
+    assert len(commands) == 7
     missing = [command for command in commands if command not in makefile]
     assert not missing, missing

@@ -185,6 +185,7 @@ def test_command_without_torch(tmp_path: Path) -> None:
     assert 'cannot be listed' in done.stdout
 
 
+@pytest.mark.slow
 def test_command_with_the_base_alone(tmp_path: Path) -> None:
     missing = ['mmpose', 'mmcv', 'mmcv_lite', 'mmdet', 'mmpretrain', 'torchvision']
     missing += ['xtcocotools', 'faster_coco_eval', 'brevitas']

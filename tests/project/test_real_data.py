@@ -15,6 +15,8 @@ import mm_sharp  # noqa: F401  (registers the wrapper and `mm_sharp::` for the c
 from tests.conftest import ROOT
 from tests.toys import same_bits
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 24
 
 

@@ -48,8 +48,11 @@ def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ('package', 'path', 'loss'),
-    [('mmpretrain', BYOL, ''), ('mmpretrain', RESNET, 'SeesawLoss'), ('mmdet', RTMDET_INS, '')],
-    ids=['BYOL', 'SeesawLoss', 'RTMDet-Ins'],
+    [
+        pytest.param('mmpretrain', BYOL, '', id='BYOL', marks=pytest.mark.slow),
+        pytest.param('mmpretrain', RESNET, 'SeesawLoss', id='SeesawLoss'),
+        pytest.param('mmdet', RTMDET_INS, '', id='RTMDet-Ins', marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_at_rho_zero_is_the_base_optimizers(package: str, path: str, loss: str) -> None:
     from tests.sweep.process import attempt

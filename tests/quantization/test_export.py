@@ -28,7 +28,7 @@ from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import DECONV, HRNET, RLE, RTMPOSE, SIMCC, calibrated, float_model, images, quantized
 
 pytestmark = QUIET
-ARCHITECTURES = (SIMCC, HRNET, RLE, RTMPOSE)
+ARCHITECTURES = (SIMCC, *(pytest.param(case, marks=pytest.mark.slow) for case in (HRNET, RLE)), RTMPOSE)
 OUTPUTS = {
     SIMCC.name: ['simcc_x', 'simcc_y'],
     HRNET.name: ['heatmaps'],
@@ -117,6 +117,7 @@ def test_the_integers_of_all_layers_are_pytorchs(case: Case, exported: Any) -> N
     assert equal > 0.99 * values
 
 
+@pytest.mark.slow
 def test_qonnx_files_execute_and_agree(exported: Any) -> None:
     model, file = exported(DECONV, 'qonnx')  # SimCC: tests/quantization/test_export_tool.py
     graph = onnx.load(file)

@@ -74,6 +74,7 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize('name', SIZES)
+@pytest.mark.slow
 def test_pooling_to_a_size_is_exported(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = model_of(SIZES[name])
     file = export_onnx(model, tmp_path / 'model.onnx', 'qcdq', {})

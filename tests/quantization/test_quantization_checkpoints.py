@@ -326,6 +326,7 @@ def test_an_average_of_weights_is_saved_and_loaded() -> None:
         ExponentialMovingAverage(quantized(DECONV, weight=8)).load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_mmengines_hook_loads_float_and_quantized_checkpoints_into_its_average() -> None:
     """It does so strictly, when a Runner loads a checkpoint."""
 

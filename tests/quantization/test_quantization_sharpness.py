@@ -122,7 +122,16 @@ CASES = (
     *(Case(name, 'W4A4 folded', steps=4, options=(('accumulative_counts', 2),)) for name in THREE),
     *(Case(name, 'W4A4', with_cp=True) for name in THREE),
 )
-everywhere = pytest.mark.parametrize('case', CASES, ids=str)
+# Fast: SAM with every policy, every wrapper with one, and AUSAM, which has the most of its own, with every option.
+SLOW = [
+    case
+    for case in CASES
+    if case.name != 'sam'
+    and (case.policy == 'W2A4 folded' or (case.name != 'ausam' and (case.options or case.with_cp)))
+]
+everywhere = pytest.mark.parametrize(
+    'case', [pytest.param(case, id=str(case), marks=pytest.mark.slow if case in SLOW else ()) for case in CASES]
+)
 
 
 @functools.cache
@@ -324,7 +333,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize('option', OPTIONS)
-@pytest.mark.parametrize('name', THREE)
+@pytest.mark.parametrize(
+    'name', [name if name == 'ausam' else pytest.param(name, marks=pytest.mark.slow) for name in THREE]
+)
 def test_rho_zero_is_the_base_optimizer_with_its_companions(name: str, option: str) -> None:
     compare_at_rho_zero(name, 'W4A4', **OPTIONS[option])
 

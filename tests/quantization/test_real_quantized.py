@@ -16,6 +16,8 @@ from mm_sharp.cli import options as cli
 from tests.conftest import ROOT
 from tests.tool_runs import tool as load
 
+pytestmark = pytest.mark.slow
+
 DEMO = ROOT / 'configs' / 'demo'
 # The demo's model at half its width again, on the real images: 14 people, an iteration an epoch.
 TEXT = """

@@ -125,6 +125,7 @@ def test_a_sampler_without_length() -> None:
 
 # -------------------------------------------------------------------- draws
 @pytest.mark.parametrize('scores', [[0.1, 0.2, 0.3, 0.4, 2.0], [math.nan, 0.2, 0.0, math.nan, 1.0], [math.nan] * 5])
+@pytest.mark.slow
 def test_inclusion_frequencies(scores: list[float]) -> None:
     """Over many epochs, each sample is loaded with its probability, within 4 standard errors."""
     epochs, total = 1_500, len(scores)

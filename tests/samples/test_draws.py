@@ -73,6 +73,7 @@ HISTORIES = {
 
 @pytest.mark.parametrize('scores', HISTORIES.values(), ids=HISTORIES)
 @pytest.mark.parametrize(('ratio', 'k'), [(0.5, 4), (0.6, 5)])
+@pytest.mark.slow
 def test_frequencies_of_drawn_batches_match_pi(scores: list[float], ratio: float, k: int) -> None:
     drawer = BatchDrawer(history_with(scores), ratio, 0.3, 1.0)
     counts, draws = np.zeros(8), 1000

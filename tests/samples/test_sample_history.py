@@ -345,6 +345,7 @@ def test_samples_take_at_most_16_bytes_each(kind: str, distributed: bool) -> Non
     assert most <= 16
 
 
+@pytest.mark.slow
 def test_ten_million_samples_fit_and_a_look_up_is_as_large_as_its_batch() -> None:
     total, part = 10_000_000, 2_500_000
     history = SampleHistory()

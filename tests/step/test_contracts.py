@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from tests.toys import CountingNet, NaNSecond, Notes, ToyNet, batches, make, same_bits, same_state
-from tests.wrappers import WRAPPERS, build, momentum_sgd, same_weights
+from tests.wrappers import DISTINCT, WRAPPERS, build, momentum_sgd, same_weights
 
-pytestmark = pytest.mark.parametrize('name', WRAPPERS)
+everywhere = pytest.mark.parametrize('name', WRAPPERS)
+distinct = pytest.mark.parametrize('name', DISTINCT)
 
 
 class Watch:
@@ -28,6 +29,7 @@ class Watch:
 
 
 # ------------------------------------------------------------------ 1. restoration
+@everywhere
 def test_weights_are_restored_exactly_before_the_step(name: str) -> None:
     model = make()
     wrapper = build(name, model, SGD(model.parameters(), lr=0.0))
@@ -66,16 +68,21 @@ class Interrupting(ToyNet):
         raise self.error
 
 
+STAGES = ('first forward', 'first backward', 'selecting forward', 'second forward', 'second backward')
+FAULTS = [
+    *((name, where, ValueError('broken')) for name in DISTINCT for where in STAGES),
+    *((name, 'second forward', KeyboardInterrupt()) for name in WRAPPERS),
+]
+
+
 @pytest.mark.parametrize(
-    'where', ['first forward', 'first backward', 'selecting forward', 'second forward', 'second backward']
+    ('name', 'where', 'error'),
+    [case for case in FAULTS if case[1] != 'selecting forward' or case[0].startswith('esam')],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-@pytest.mark.parametrize('error', [ValueError('broken'), KeyboardInterrupt()], ids=['error', 'interrupt'])
 def test_an_exception_anywhere_leaves_everything_as_it_was(name: str, where: str, error: BaseException) -> None:
     model = make(Interrupting, error=error, where=where)
     wrapper = build(name, model, accumulative_counts=4)
-    if where == 'selecting forward' and not name.startswith('esam'):
-        model.train_step(batches(1)[0], wrapper)  # there is no such forward, and so no error
-        return
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -120,6 +127,7 @@ class HalfUsed(ToyNet):
         return losses
 
 
+@distinct
 def test_parameters_without_a_gradient_in_one_pass_are_restored(name: str) -> None:
     model = make(HalfUsed)
     wrapper = build(name, model, SGD(model.parameters(), lr=0.0))
@@ -128,6 +136,7 @@ def test_parameters_without_a_gradient_in_one_pass_are_restored(name: str) -> No
     assert same_bits(model.second, torch.ones(3))
 
 
+@distinct
 def test_a_forward_left_without_its_update_changes_nothing_later(name: str) -> None:
     """Its copies of buffers are dropped, and no parameter is left without a gradient."""
     model = make()
@@ -143,8 +152,8 @@ def test_a_forward_left_without_its_update_changes_nothing_later(name: str) -> N
 
 
 # ------------------------------------------------------------------ 2. rho = 0
-@pytest.mark.parametrize('accumulative_counts', [1, 3])
-@pytest.mark.parametrize('with_cp', [False, True], ids=['plain', 'checkpointed'])
+@everywhere
+@pytest.mark.parametrize(('accumulative_counts', 'with_cp'), [(1, True), (3, False)])
 def test_rho_zero_is_the_base_optimizer_bit_for_bit(name: str, accumulative_counts: int, with_cp: bool) -> None:
     ours, theirs = make(dropout=0.4, with_cp=with_cp), make(dropout=0.4, with_cp=with_cp)
     kwargs = dict(accumulative_counts=accumulative_counts, clip_grad=dict(max_norm=0.5))
@@ -160,8 +169,8 @@ def test_rho_zero_is_the_base_optimizer_bit_for_bit(name: str, accumulative_coun
 
 
 # ------------------------------------------------------------------ 3. side effects
-@pytest.mark.parametrize('kind', [ToyNet, CountingNet])
-@pytest.mark.parametrize('accumulative_counts', [1, 2])
+@everywhere
+@pytest.mark.parametrize(('kind', 'accumulative_counts'), [(ToyNet, 2), (CountingNet, 1)])
 def test_the_second_pass_leaves_no_trace(name: str, kind: type[ToyNet], accumulative_counts: int) -> None:
     """With a learning rate of 0 only forward passes change anything: as many as the base optimizer runs."""
     ours, theirs = make(kind), make(kind)
@@ -178,6 +187,7 @@ def test_the_second_pass_leaves_no_trace(name: str, kind: type[ToyNet], accumula
     assert [b.data_ptr() for b in ours.norm.buffers()] == pointers
 
 
+@distinct
 def test_checkpointed_recomputation_in_the_second_backward_leaves_no_trace(name: str) -> None:
     ours, theirs = make(with_cp=True), make(with_cp=True)
     wrapper = build(name, ours, SGD(ours.parameters(), lr=0.0), whole=True)
@@ -188,6 +198,7 @@ def test_checkpointed_recomputation_in_the_second_backward_leaves_no_trace(name:
     assert same_state(ours, theirs)
 
 
+@distinct
 def test_batch_norm_uses_batch_statistics_in_the_second_pass(name: str) -> None:
     model = make()
     modes: list[bool] = []
@@ -196,6 +207,7 @@ def test_batch_norm_uses_batch_statistics_in_the_second_pass(name: str) -> None:
     assert modes in ([True] * 2, [True] * 3)
 
 
+@distinct
 def test_the_caller_sees_the_losses_of_the_first_pass(name: str) -> None:
     ours, theirs = make(), make()
     (batch,) = batches(1)
@@ -205,6 +217,7 @@ def test_the_caller_sees_the_losses_of_the_first_pass(name: str) -> None:
 
 
 # ------------------------------------------------------------------ 4. accumulation
+@everywhere
 def test_the_inner_count_advances_by_one(name: str) -> None:
     model = make()
     wrapper = build(name, model, accumulative_counts=2)
@@ -218,6 +231,7 @@ def test_the_inner_count_advances_by_one(name: str) -> None:
     assert len(watch.seen) >= 8, 'LookSAM has a second pass in three of five steps'
 
 
+@everywhere
 def test_first_gradients_never_reach_accumulated_ones(name: str) -> None:
     """Accumulated over a cycle of two equal micro-batches, the gradient is that of one (half each)."""
     (batch,) = batches(1)
@@ -233,6 +247,7 @@ def test_first_gradients_never_reach_accumulated_ones(name: str) -> None:
         torch.testing.assert_close(right.grad, 2 * left.grad)
 
 
+@distinct
 def test_the_last_incomplete_cycle_is_scaled_and_stepped(name: str) -> None:
     """5 iterations in cycles of 3: the last cycle has 2, as MMEngine's OptimWrapper counts."""
     ours, theirs = make(norm=False), make(norm=False)
@@ -247,6 +262,7 @@ def test_the_last_incomplete_cycle_is_scaled_and_stepped(name: str) -> None:
 
 
 # ------------------------------------------------------------------ 5. non-finite values (AMP: test_amp.py)
+@everywhere
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_a_first_gradient_that_is_not_finite_means_no_perturbation(name: str, bad: float) -> None:
     ours = make(NaNSecond, factors={0: bad})
@@ -263,17 +279,17 @@ def test_a_first_gradient_that_is_not_finite_means_no_perturbation(name: str, ba
 
 
 # ------------------------------------------------------------------ 9. errors
-def test_update_params_without_a_forward(name: str) -> None:
+def test_update_params_without_a_forward() -> None:
     model = make()
-    wrapper = build(name, model)
+    wrapper = build('sam', model)
     loss = model.parse_losses(model(**batches(1)[0]))[0]
     with pytest.raises(RuntimeError, match=r'needs the forward pass(.|\n)*with optim_wrapper.optim_context\(model\)'):
         wrapper.update_params(loss)
 
 
-def test_update_params_twice_for_one_forward(name: str) -> None:
+def test_update_params_twice_for_one_forward() -> None:
     model = make()
-    wrapper = build(name, model)
+    wrapper = build('sam', model)
     with wrapper.optim_context(model):
         losses = model(**batches(1)[0])
     wrapper.update_params(model.parse_losses(losses)[0])
@@ -281,6 +297,7 @@ def test_update_params_twice_for_one_forward(name: str) -> None:
         wrapper.update_params(model.parse_losses(losses)[0])
 
 
+@distinct
 def test_a_model_called_twice_in_one_context(name: str) -> None:
     model = make()
     wrapper = build(name, model)
@@ -298,9 +315,9 @@ def test_a_model_called_twice_in_one_context(name: str) -> None:
     model.train_step(batch, wrapper)
 
 
-def test_a_loss_that_the_second_pass_could_not_repeat(name: str) -> None:
+def test_a_loss_that_the_second_pass_could_not_repeat() -> None:
     model = make()
-    wrapper = build(name, model)
+    wrapper = build('sam', model)
     with wrapper.optim_context(model):
         losses = model(**batches(1)[0])
     loss = model.parse_losses(losses)[0]
@@ -308,9 +325,9 @@ def test_a_loss_that_the_second_pass_could_not_repeat(name: str) -> None:
         wrapper.update_params(2 * loss)
 
 
-def test_an_output_without_a_loss(name: str) -> None:
+def test_an_output_without_a_loss() -> None:
     model = make()
-    wrapper = build(name, model)
+    wrapper = build('sam', model)
     model.forward = lambda inputs, targets, sample_idx, mode='loss': [inputs]  # type: ignore[method-assign]
     with wrapper.optim_context(model):
         model(**batches(1)[0])
@@ -318,11 +335,11 @@ def test_an_output_without_a_loss(name: str) -> None:
         wrapper.update_params(torch.zeros((), requires_grad=True))
 
 
-def test_the_callers_config_is_not_changed(name: str) -> None:
+def test_the_callers_config_is_not_changed() -> None:
     model = make()
     clip_grad = dict(type='norm', max_norm=1.0)
     perturb: dict[str, object] = dict(norm=False, exclude=['head'])
-    build(name, model, clip_grad=clip_grad, perturb=perturb)
+    build('sam', model, clip_grad=clip_grad, perturb=perturb)
     assert clip_grad == dict(type='norm', max_norm=1.0)
     assert perturb == dict(norm=False, exclude=['head'])
 
@@ -338,6 +355,7 @@ class MaskWatch:
         )
 
 
+@distinct
 @pytest.mark.parametrize('replay_rng', [True, False])
 def test_dropout_masks_are_replayed(name: str, replay_rng: bool) -> None:
     model = make(dropout=0.5)
@@ -350,6 +368,7 @@ def test_dropout_masks_are_replayed(name: str, replay_rng: bool) -> None:
     assert agreement > 0.97 if replay_rng else agreement < 0.9
 
 
+@distinct
 def test_random_numbers_after_the_step_do_not_depend_on_the_second_pass(name: str) -> None:
     ours, theirs = make(dropout=0.5), make(dropout=0.5)
     torch.manual_seed(5)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel, MMSeparateDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from mm_sharp import AUSAMOptimWrapper
@@ -20,21 +20,16 @@ from mm_sharp.samples.seeds import Draw, make_generator
 from tests.corrupted import finite, logged
 from tests.distributed import run
 from tests.memory_toys import Queue
+from tests.rank_steps import esam_gradients, loss_of, shard
 from tests.rank_toys import SyncedNet, digest
 from tests.references import sam_gradients, sam_step
 from tests.references_esam import ReferenceESAM
 from tests.reliability import Holds
-from tests.toys import Batch, ToyNet, batches, make
+from tests.toys import Batch, batches, make
 from tests.wrappers import WRAPPERS, build, momentum_sgd
 
 STEPS = 4
 Arrays = list[np.ndarray]
-
-
-def shard(batch: Batch, rank: int, processes: int) -> Batch:
-    """The part of the batch that ``rank`` sees."""
-    size = len(batch['inputs']) // processes
-    return {key: value[rank * size : (rank + 1) * size] for key, value in batch.items()}
 
 
 def uneven_shard(batch: Batch, rank: int, processes: int) -> Batch:
@@ -168,10 +163,6 @@ def counting_all_reduce(reduced, bucket):  # type: ignore[no-untyped-def]
     return allreduce_hook(None, bucket)
 
 
-def loss_of(model: ToyNet, batch: Batch) -> Tensor:
-    return model.parse_losses(model(**batch))[0]
-
-
 def assert_close(left: Arrays, right: Arrays, tolerance: float = 1e-6) -> None:
     for a, b in zip(left, right, strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
@@ -274,22 +265,6 @@ def test_esam_on_ranks_equals_its_reference(ranks: list[dict[str, Any]], synced:
     assert_close(first['state'], arrays(model))
     assert (first['norm'] == second['norm']) == synced
     assert first['reduced'] == [PARAMETERS] * STEPS, "DDP's own averaging takes part in the first pass"
-
-
-def esam_gradients(reference: ReferenceESAM, climb: Batch, part: Batch, mask: list[bool]) -> list[Tensor]:
-    """ESAM's final gradient on ``part``, the perturbation being that of the batch ``climb``."""
-    model = reference.model
-    parameters = list(model.parameters())
-    chosen = [parameter for parameter, taken in zip(parameters, mask, strict=True) if taken]
-    weights = [parameter.detach().clone() for parameter in parameters]
-    before = model(**part, mode='tensor').detach()
-    reference._climb(chosen, list(torch.autograd.grad(loss_of(model, climb), chosen)))
-    rows = reference._select(part, before, range(len(before)))
-    final = list(torch.autograd.grad(loss_of(model, {k: v[rows] for k, v in part.items()}), parameters))
-    with torch.no_grad():
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.copy_(weight)
-    return final
 
 
 @pytest.mark.parametrize('synced', [False, True])

@@ -29,7 +29,7 @@ from tests.wrappers import build
 
 METHODS = ('sam', 'esam', 'esam-history', 'ausam', 'ausam-reweight', 'ausam-loader')
 HELD = 'weights, buffers, optimizer, gradients, flags, hooks, scaler, history, random state; the next step works'
-SETTINGS = [(dtype, accumulation) for dtype in (None, 'float16') for accumulation in (1, 2)]
+SETTINGS: tuple[tuple[str | None, int], ...] = ((None, 2), ('float16', 1))
 
 
 class InjectedError(Exception):

@@ -15,10 +15,10 @@ from mm_sharp.samples.seeds import Draw, make_generator
 from tests.distributed import run
 from tests.fsdp_cases import STEPS, Faulty, error_of, norm_beside_ignored, overflow_of_one, train
 from tests.fsdp_runs import WHOLE, run_and_resume
+from tests.rank_steps import esam_gradients, loss_of, shard
 from tests.references import sam_training
 from tests.references_esam import ReferenceESAM
 from tests.reliability import Holds
-from tests.step.test_distributed import esam_gradients, loss_of, shard
 from tests.toys import Batch, ToyNet, batches, make
 from tests.wrappers import build, momentum_sgd
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpoints import assert_same_history, final_state
 from tests.processes import Run
 from tests.reliability import Holds
-from tests.step.test_resume import assert_same_history, final_state
 from tests.tool_runs import write_toy
 from tests.toys import same_bits
 

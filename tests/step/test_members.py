@@ -17,8 +17,7 @@ from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper
 from mm_sharp.samples.history import Keys
 from mm_sharp.samples.seeds import Draw, Member, make_generator
 from tests.checkpoints import through_disk
-from tests.step.test_runner import ToyPair
-from tests.toys import Batch, Notes, ToyNet, batches, make, toy_config
+from tests.toys import Batch, Notes, ToyNet, ToyPair, batches, make, toy_config
 from tests.wrappers import momentum_sgd
 
 STEPS = 8

@@ -25,7 +25,7 @@ from tests.reliability import Holds
 from tests.toys import NaNSecond, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import WRAPPERS
 
-EXAMPLES = 60
+EXAMPLES = 25
 SECTION = 'Properties'
 VALID = 'valid configs drawn at random'
 bounded = settings(
@@ -227,7 +227,7 @@ def refusal(name: str, model: ToyNet, options: dict[str, Any]) -> str | None:
     return None
 
 
-@settings(bounded, max_examples=250)
+@settings(bounded, max_examples=100)
 @given(data=st.data())
 def test_any_value_of_any_argument_is_refused_or_works(data: st.DataObject, holds: Holds) -> None:
     name = data.draw(st.sampled_from(list(OWN)))

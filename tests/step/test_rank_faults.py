@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from mm_sharp.cli import process
-from tests.cli.test_tools import configure
 from tests.processes import Run
 from tests.reliability import Holds
-from tests.tool_runs import write_toy
+from tests.tool_runs import configure, write_toy
 
 SECTION = 'Ranks'
 TIMEOUT = 15  # seconds, in which a process can start beside others on a core, too
@@ -40,7 +39,13 @@ def write_config(path: Path, fault: str = 'none') -> Path:
 
 
 @in_proc
-@pytest.mark.parametrize('fault', ['hangs', pytest.param('dies', marks=kills), pytest.param('raises', marks=kills)])
+@pytest.mark.parametrize(
+    'fault',
+    [
+        pytest.param('hangs', marks=pytest.mark.slow),
+        *(pytest.param(fault, marks=kills) for fault in ('dies', 'raises')),
+    ],
+)
 def test_the_others_end_too(tmp_path: Path, fault: str, holds: Holds) -> None:
     config = write_config(tmp_path / 'config.py', fault)
     run = Run(config, tmp_path / 'work', processes=2)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from tests.checkpoints import assert_same_history, final_state
 from tests.conftest import ROOT
 from tests.toys import same_bits, toy_config
 
@@ -105,16 +106,13 @@ def kill_after(process: subprocess.Popen[str], lines: int) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def final_state(work_dir: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load((work_dir / 'last_checkpoint').read_text().strip(), weights_only=True)
-    return state
-
-
 # The others with the kills: each takes ten seconds.
-ALWAYS = ('asam, dropout, float16, accumulation', 'ausam, sampler in a loader with workers, in mid-epoch')
+SLOW = ('asam, dropout, float16, accumulation', 'ausam, sampler in a loader with workers, in mid-epoch')
 
 
-@pytest.mark.parametrize('case', [pytest.param(c, marks=[] if c in ALWAYS else pytest.mark.kills) for c in CASES])
+@pytest.mark.parametrize(
+    'case', [pytest.param(c, marks=pytest.mark.slow if c in SLOW else pytest.mark.kills) for c in CASES]
+)
 def test_killed_and_resumed_equals_never_stopped(tmp_path: Path, case: str) -> None:
     config = write_config(tmp_path / 'config.py', case)
     straight = start(config, tmp_path / 'straight')
@@ -139,9 +137,3 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path: Path, case: str) -> N
     assert own[0].get('steps') == own[1].get('steps')
     assert_same_history(*(state.get('history', {}).get('data_sets', {}) for state in own))
     assert torch.equal(*(state['random_state']['cpu'] for state in own))
-
-
-def assert_same_history(left: dict[str, dict[str, torch.Tensor]], right: dict[str, dict[str, torch.Tensor]]) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert all(torch.equal(left[name][column], right[name][column]) for column in left[name])

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.registry import MODELS
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
 from tests.references import sam_gradients
-from tests.toys import batches, make, same_bits, same_state, toy_config
+from tests.toys import ToyPair, batches, make, same_bits, same_state, toy_config
 from tests.wrappers import WRAPPERS, build, momentum_sgd
 
 
@@ -96,28 +94,6 @@ def test_the_averaged_model_follows_the_restored_weights(tmp_path: Path) -> None
     averaged = hook.ema_model.module
     for name, parameter in runner.model.named_parameters():
         torch.testing.assert_close(averaged.get_parameter(name), parameter)
-
-
-@MODELS.register_module()
-class ToyPair(BaseModel):
-    """Two models with an optimizer each, as adversarial training has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = make(seed=1), make(seed=2)
-
-    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
-        return self.left(inputs, targets, mode=mode)
-
-    def train_step(self, data: dict[str, Tensor], optim_wrapper: OptimWrapperDict) -> dict[str, Tensor]:
-        logged: dict[str, Tensor] = {}
-        for name, part in (('left', self.left), ('right', self.right)):
-            with optim_wrapper[name].optim_context(part):
-                losses = part(**data)
-            loss, _ = part.parse_losses(losses)
-            optim_wrapper[name].update_params(loss)
-            logged[f'loss_{name}'] = loss
-        return logged
 
 
 def test_members_of_an_optim_wrapper_dict() -> None:

@@ -63,6 +63,7 @@ def resident() -> int:
 
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=[] if n == 'ausam' else pytest.mark.thorough) for n in METHODS])
+@pytest.mark.slow
 def test_nothing_grows(tmp_path: Path, name: str, holds: Holds) -> None:
     config = toy_config(tmp_path / name, optim_wrapper=METHODS[name], custom_hooks=[dict(type='SharpnessHook')])
     config['train_dataloader']['dataset']['count'] = SAMPLES
