@@ -164,7 +164,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     cfg = configure(args)
     try:
-        from mm_sharp.quantization.packages import require
+        from mm_sharp.quantization.export import require
 
         require(f'exporting to {args.format}', 'onnx', 'onnxoptimizer', _RUNTIMES[args.format])
         report = export(cfg, load_model(cfg, args.checkpoint, args.trust_checkpoint), args)

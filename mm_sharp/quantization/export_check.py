@@ -1,38 +1,44 @@
-"""Run a model and its exported file on the same pictures, and compare (ours).
+"""Run a model and its exported file on the same pictures, and compare integers, outputs, keypoints and metrics.
 
-:mod:`mm_sharp.quantization.integer_check` compares inside the network, :mod:`mm_sharp.quantization.prediction_check`
-behind it; :mod:`mm_sharp.quantization.export_report` judges.
+Both programs' outputs go through the same code of MMPose: flip test, decoding, metrics. So what differs is what the
+networks compute. :mod:`mm_sharp.quantization.integer_check` compares inside the network;
+:mod:`mm_sharp.quantization.export_report` judges.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Mapping
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import onnx
 import torch
 from mmengine.dataset import pseudo_collate
+from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from .export import METADATA_KEY, Network
-from .export_report import ExportReport
+from .export_report import ExportReport, OutputAgreement
 from .integer_check import IntegerCheck, recording
-from .onnx_run import Arrays, runner
-from .prediction_check import OutputAgreement, Outputs, evaluate, keypoint_distances, predict
+from .onnx_graph import Arrays, runner
+
+Outputs = Sequence[NDArray[np.float32]]
 
 
 class ExportCheck:
-    """Run a model and its export on the same batches.
-
-    Args:
-        model: What was exported, in evaluation mode.
-        file: The ONNX file.
-    """
+    """Run a model, in evaluation mode, and its exported file on the same batches."""
 
     def __init__(self, model: nn.Module, file: str | Path) -> None:
         graph = onnx.load(str(file))
@@ -67,22 +73,16 @@ class ExportCheck:
         return len(samples)
 
     def report(self, metrics: Any, dataset_meta: Mapping[str, Any]) -> ExportReport:
-        """Evaluate both programs' predictions, and sum up.
-
-        Args:
-            metrics: The config's ``test_evaluator``.
-            dataset_meta: The data set's ``metainfo``.
-        """
-        ours, theirs = self._predictions
-        values = [evaluate(metrics, dataset_meta, predictions) for predictions in (ours, theirs)]
+        """Evaluate both programs' predictions by the config's ``test_evaluator``, and sum up."""
+        ours, theirs = (evaluate(metrics, dataset_meta, predictions) for predictions in self._predictions)
         return ExportReport(
             file=self._file,
             file_format=self._format,
-            samples=len(ours),
+            samples=len(self._predictions[0]),
             layers=self._integers.layers,
             outputs=self._outputs,
-            distances=keypoint_distances(ours, theirs).tolist(),
-            metrics={name: (values[0][name], values[1][name]) for name in values[0]},
+            distances=keypoint_distances(*self._predictions).tolist(),
+            metrics={name: (ours[name], theirs[name]) for name in ours},
         )
 
     def _pytorch(self, inputs: Tensor) -> Outputs:
@@ -96,16 +96,78 @@ class ExportCheck:
 
 
 def first_samples(dataset: Mapping[str, Any], count: int, batch_size: int) -> tuple[Any, DataLoader[Any]]:
-    """The first samples of a data set, in batches.
-
-    Args:
-        dataset: Its config.
-        count: How many; all, if there are fewer.
-        batch_size: Samples a batch.
-
-    Returns:
-        The data set, and its batches.
-    """
+    """A data set built from its config, and its first ``count`` samples (or all) in batches."""
     built = DATASETS.build(dict(dataset))
     part = Subset(built, range(min(count, len(built))))
     return built, DataLoader(part, batch_size=batch_size, collate_fn=pseudo_collate)
+
+
+def predict(model: Any, outputs: Sequence[Outputs], inputs: Tensor, samples: Sequence[Any]) -> list[Any]:
+    """What MMPose makes of a network's outputs: copies of the data samples, with predictions.
+
+    Args:
+        model: The estimator, whose own network is not run.
+        outputs: The head's outputs for the batch and, with a flip test, for the flipped batch.
+        inputs: The batch, as it leaves the data preprocessor.
+        samples: Its data samples.
+    """
+    # Heads decode in place, so they are given copies.
+    remaining = iter([tuple(torch.from_numpy(np.array(array)) for array in batch) for batch in outputs])
+    with (
+        patch.object(model, 'extract_feat', lambda _: next(remaining)),
+        patch.object(model.head, 'forward', lambda made: made[0] if len(made) == 1 else made),
+    ):
+        return list(model.predict(inputs, deepcopy(list(samples))))
+
+
+def keypoint_distances(ours: Sequence[Any], theirs: Sequence[Any]) -> NDArray[np.float64]:
+    """(people, keypoints): how far two predictions are apart, in pixels of the network's input."""
+    distances = []
+    for one, other in zip(ours, theirs, strict=True):
+        scale = np.asarray(one.metainfo['input_scale']) / np.asarray(one.metainfo['input_size'])
+        difference = (one.pred_instances.keypoints - other.pred_instances.keypoints)[..., :2] / scale
+        distances.append(np.linalg.norm(difference, axis=-1).reshape(-1))
+    return np.stack(distances)
+
+
+def evaluate(metrics: Any, dataset_meta: Mapping[str, Any], samples: Sequence[Any]) -> dict[str, float]:
+    """A config's metrics, by name, of predictions on a part of its test set.
+
+    Metrics with an annotation file of COCO's form judge all of its pictures. They are given a copy with only those that
+    there are predictions for, since a person whom nobody looked for is not one who was missed.
+    """
+    images = {sample.metainfo.get('img_id') for sample in samples}
+    configs = [deepcopy(config) for config in (metrics if isinstance(metrics, (list, tuple)) else [metrics])]
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        for i, config in enumerate(configs):
+            if str(config.get('ann_file')).endswith('.json') and Path(config['ann_file']).is_file():
+                config['ann_file'] = _annotations_of(config['ann_file'], images, Path(folder, f'{i}.json'))
+        evaluator = Evaluator(configs)
+        evaluator.dataset_meta = dict(dataset_meta)
+        evaluator.process(samples, None)
+        values = evaluator.evaluate(len(samples))
+    return {name: float(value) for name, value in values.items()}
+
+
+def _annotations_of(file: str, images: set[Any], part: Path) -> str:
+    """Write the annotations of some pictures; returns the new file, or the old one if its form is another."""
+    content = json.loads(Path(file).read_text(encoding='utf-8'))
+    if not isinstance(content, dict) or not {'images', 'annotations'} <= content.keys():
+        return file
+    content['images'] = [image for image in content['images'] if image['id'] in images]
+    content['annotations'] = [person for person in content['annotations'] if person['image_id'] in images]
+    part.write_text(json.dumps(content), encoding='utf-8')
+    return str(part)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tables that metrics print and log."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -21,10 +21,8 @@ from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError, UserError
 from mm_sharp.quantization import calibrate
 from mm_sharp.quantization.export import Network
-from mm_sharp.quantization.export_check import ExportCheck, first_samples
-from mm_sharp.quantization.export_report import ExportReport
-from mm_sharp.quantization.integer_check import Agreement, LayerAgreement
-from mm_sharp.quantization.prediction_check import OutputAgreement, evaluate, keypoint_distances, predict
+from mm_sharp.quantization.export_check import ExportCheck, evaluate, first_samples, keypoint_distances, predict
+from mm_sharp.quantization.export_report import Agreement, ExportReport, LayerAgreement, OutputAgreement
 from tests.cli.test_tools import PLAIN, run
 from tests.mmpose_cases import QUIET
 from tests.tiny_data import NARROW_RECIPE, draw_coco
@@ -164,13 +162,6 @@ def layer(equal: int = 1000, largest: int = 0) -> LayerAgreement:
         ({'distances': [[0.5] * 9 + [50.0]], 'metrics': {'AP': (0.5, 0.5)}}, ''),
         ({'distances': [[0.5] * 8 + [50.0] * 2], 'metrics': {'AP': (0.5, 0.5)}}, 'only 80.0% of the keypoints are wi'),
         ({'distances': [[math.nan] + [0.0] * 20]}, 'only 95.2% of the keypoints are within 1 pixel'),
-        # Metrics that say nothing leave it to the keypoints.
-        (
-            {'distances': [[0.5] * 9 + [50.0]], 'metrics': {'AP': (0.0, 0.0)}},
-            "keypoints are 5.45 pixels from PyTorch's",
-        ),
-        ({'distances': [[0.5] * 9 + [50.0]]}, "keypoints are 5.45 pixels from PyTorch's"),
-        ({'distances': [[0.5] * 9 + [50.0]], 'metrics': {'AP': (0.0, 0.0), 'EPE': (4.0, 4.0)}}, ''),
         ({'distances': [[50.0] * 17], 'metrics': {'PCK': (0.0, 0.0)}}, 'only 0.0% of the keypoints are within 1 pixel'),
         ({'metrics': {'AP': (0.0, 0.0)}}, ''),
     ],
@@ -222,8 +213,6 @@ def test_differences_of_outputs() -> None:
     agreement = OutputAgreement('y')
     agreement.add(np.array([1.0, -2.0], np.float32), np.array([1.5, -2.0], np.float32))
     assert (agreement.largest, agreement.low, agreement.high) == (0.5, -2.0, 1.0)
-    with pytest.raises(RuntimeError, match='output y'):
-        agreement.add(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32))
 
 
 def test_predictions_from_outputs_are_the_models_own(model: Any, batch: dict[str, Any]) -> None:
@@ -289,7 +278,7 @@ def test_mistakes_are_explained(
 def test_a_missing_runtime_is_named_before_anything_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
-    with pytest.raises(UsageError, match=r'onnxruntime not installed.*pip install mm_sharp\[quant\]'):
+    with pytest.raises(UsageError, match=r'onnxruntime, which cannot be imported.*pip install mm_sharp\[quant\]'):
         tool('export').main(['w4a4.py', 'model.pth'])
 
 

@@ -138,14 +138,6 @@ def test_the_copy_of_a_model_that_was_not_calibrated_can_be(changes: dict[str, A
     assert same_state(model, expected)
 
 
-def test_progress_is_told_after_each_batch() -> None:
-    steps: list[int] = []
-    calibrate(toy(), iter(BATCHES), progress=lambda: steps.append(1))
-    assert len(steps) == 4
-    calibrate(toy(), iter(BATCHES), bias_correction=True, progress=lambda: steps.append(1))
-    assert len(steps) == 4 + 8
-
-
 # ------------------------------------------------------------------ what it leaves
 def test_nothing_but_scales_is_changed() -> None:
     model = toy(fold_batchnorm=False).train()

@@ -62,7 +62,7 @@ def test_of_several_patterns_the_wrong_one_is_named(name: str, value: Any) -> No
 
 @pytest.mark.parametrize('value', ['head', {}, dict(pattern='head'), dict(weight_bit_width=4), 4])
 def test_named_layers_have_a_pattern_and_something_to_change(value: Any) -> None:
-    with pytest.raises(ValueError, match=rf'policy layers={re.escape(repr(value))} .* as dict\(pattern=') as caught:
+    with pytest.raises(ValueError, match=rf'policy layers={re.escape(repr(value))} .*dict\(pattern=') as caught:
         read(layers=[dict(pattern='head', weight_bit_width=4), value])
     assert 'QuantizedModel' in str(caught.value)
 
