@@ -26,10 +26,15 @@ from .build import quantize, quantized_model
 from .calibration import calibrate
 from .calibration_hook import CalibrationHook
 from .freeze_hook import FreezeHook
-from .loading import CheckpointMismatchError
 from .policy import LayerPolicy, QuantizationPolicy
-from .quantizers import NotCalibratedError, check_calibrated, is_calibrated
-from .record import LayerRecord, QuantizationRecord
+from .record import (
+    CheckpointMismatchError,
+    LayerRecord,
+    NotCalibratedError,
+    QuantizationRecord,
+    check_calibrated,
+    is_calibrated,
+)
 from .scale_decay import install as _keep_scales_from_decay
 
 __all__ = [

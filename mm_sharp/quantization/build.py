@@ -7,7 +7,6 @@ work on float values.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,10 +22,9 @@ from mm_sharp.errors import UserError
 
 from .flow import LAYERS, LayerFlow, float_output, trace_flow
 from .folding import fold_batchnorms, is_plain
-from .loading import after_loading, before_loading
 from .policy import OWNER, LayerPolicy, QuantizationPolicy
-from .quantizers import check_call, input_quantizer, input_range, repair, weight_quantizer
-from .record import LAYOUT, LayerRecord, QuantizationRecord, record_of, size_in_bytes
+from .quantizers import input_quantizer, input_range, repair, weight_quantizer
+from .record import LayerRecord, QuantizationRecord, attach, record_of, size_in_bytes
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: qnn.QuantConv1d,
@@ -52,9 +50,6 @@ def quantized_model(model: Any, policy: Mapping[str, Any] | None = None, **kwarg
         model: Config of the float model, the name of its class, or the model itself.
         policy: See :class:`mm_sharp.quantization.policy.QuantizationPolicy`.
         **kwargs: With a name, the float model's arguments; with a config, keys that are set in it.
-
-    Returns:
-        The model, of the float model's class, with a record of the quantization as ``.quantization``.
     """
     checked = QuantizationPolicy.from_config(policy)
     if not isinstance(model, nn.Module):
@@ -73,27 +68,22 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     """
     if record_of(model) is not None:
         raise UserError(f'{OWNER}: the model is quantized already')
-    _check_patterns(model, policy)  # before anything is changed
+    policy.check_patterns([name for name, module in model.named_modules() if isinstance(module, LAYERS)])
     float_bytes = size_in_bytes(model.state_dict())
     for module in model.modules():  # mmcv's wrappers of layers add nothing on today's torch
         if isinstance(module, LAYERS) and type(module).__module__ == 'mmcv.cnn.bricks.wrappers':
             module.__class__ = next(base for base in type(module).__mro__ if base in _QUANTIZED)  # type: ignore
-    size = policy.input_size or _input_size(model)
-    noise = _noise(model, size)
-    flows = trace_flow(model, noise)
-    output = float_output(model, noise)
+    width, height = policy.input_size or _input_size(model)
+    noise = _noise(model, width, height)
+    flows, output = trace_flow(model, noise), float_output(model, noise)
     pairs = {flow.batchnorm: name for name, flow in flows.items() if flow.batchnorm}
     batchnorms = fold_batchnorms(model, pairs) if policy.fold_batchnorm else {}
     layers = _replace_layers(model, flows, policy)
     _check_output(model, noise, output)
-    record = QuantizationRecord(policy, layers, batchnorms, float_bytes, 0, size)
+    record = QuantizationRecord(policy, layers, batchnorms, float_bytes, 0, (width, height))
     record.other_bytes = _calibrated_bytes(model) - sum(4 * layer.weights for layer in record.quantized)
-    model.quantization = record  # type: ignore[assignment]
-    model.register_buffer(LAYOUT, record.layout())
-    model._register_load_state_dict_pre_hook(before_loading, with_module=True)
-    model.register_load_state_dict_post_hook(after_loading)
-    model.register_forward_pre_hook(check_call)
-    print_log(f'Quantized {type(model).__name__}:\n{record.table()}', logger='current', level=logging.INFO)
+    attach(model, record)
+    print_log(f'Quantized {type(model).__name__}:\n{record.table()}', 'current')
     return model
 
 
@@ -134,10 +124,8 @@ def _replace_layers(model: nn.Module, flows: Mapping[str, LayerFlow], policy: Qu
 
 
 def _quantized(module: nn.Module, policy: LayerPolicy, *, nonnegative: bool) -> nn.Module:
-    """Brevitas's layer with a float layer's weights.
-
-    The scales of a layer that is not trained (a frozen stage's) are not trained either: its model would freeze them
-    whenever it enters training mode, too late for the optimizer and for DDP.
+    """Brevitas's layer with a float layer's weights. The scales of a layer that is not trained are not trained either:
+    its model would freeze them on entering training mode, too late for the optimizer and for DDP.
     """
     trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     # Not its `apply`, which searches the model for the layer, and that for each of hundreds.
@@ -166,11 +154,11 @@ def _input_size(model: nn.Module) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def _noise(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
+def _noise(model: nn.Module, width: int, height: int) -> torch.Tensor:
     """(1, C, H, W): any values will do, since only the graph is read; no global random number is drawn."""
     mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, 3 if mean is None else mean.numel(), size[1], size[0], generator=generator)
+    noise = torch.randn(1, 3 if mean is None else mean.numel(), height, width, generator=generator)
     return noise.to(next(model.parameters()))
 
 
@@ -195,13 +183,3 @@ def _check_output(model: nn.Module, inputs: torch.Tensor, expected: torch.Tensor
         f'{OWNER}: with BatchNorms folded and layers replaced the model {fault}: write '
         'policy=dict(fold_batchnorm=False, …), or leave layers out by policy=dict(skip=[…], …)'
     ) from cause
-
-
-def _check_patterns(model: nn.Module, policy: QuantizationPolicy) -> None:
-    names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
-    unused = policy.unused_patterns(names)
-    if unused:
-        raise UserError(
-            f'{OWNER}: policy patterns {unused} match no layer; there are {", ".join(names)}. '
-            f"Write for example: policy=dict(skip=['{names[0] if names else 'conv1'}'], …)"
-        )

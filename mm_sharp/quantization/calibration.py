@@ -1,12 +1,11 @@
 """Scales from statistics: post-training quantization, and the start of training, by Brevitas's calibration.
 
-Weights are at full precision while the inputs' statistics are collected; the weights' own scales are initialised by one
-forward pass after it. From then on nothing but BatchNorm's statistics changes in a forward pass: a second pass finds no
-counter to move.
+Weights are at full precision while the inputs' statistics are collected; one forward pass after that initialises their
+scales. From then on nothing but BatchNorm's statistics changes in a forward pass.
 
-Afterwards it may be that nothing is left of the model's accuracy. Fine-tuning at few bits can win back such a collapse;
-a fault in the weights, the data or the quantization it cannot. The float model's accuracy takes another pass over the
-validation set, so it is measured only where half of the outputs of a batch are gone, or a metric is 0.
+Afterwards nothing may be left of the model's accuracy. Fine-tuning at few bits can win back such a collapse; a fault in
+the weights, the data or the quantization it cannot. The float model's accuracy takes another pass over the validation
+set, so it is measured only where half of the outputs of a batch are gone, or a metric is 0.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from typing import Any
 
 import torch
 from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
-from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from mmengine.dist import broadcast
 from torch import Tensor, nn
 
 from mm_sharp.errors import UserError
 
 from .flow import evaluation, flat, forward_hooks, without_quantizers
-from .quantizers import SCALES, check_calibrated, forget
-from .record import quantized_record
+from .quantizers import SCALES, forget
+from .record import check_calibrated, quantized_record
 
 # Shares: of the outputs' size that their error has, and of the float model's metric that is left.
 _OUTPUT_ERROR = 0.5
@@ -38,18 +37,14 @@ _ERRORS = ('epe', 'nme', 'mpjpe', 'mae', 'mse', 'loss', 'error')
 def calibrate(model: nn.Module, batches: Iterable[Any], *, bias_correction: bool = False) -> None:
     """Initialise all scales and zero points of a quantized model, anew if they were before.
 
-    The model is in evaluation mode meanwhile, whatever its mode is, so that BatchNorm does not move.
-
     Args:
-        model: Built by ``QuantizedModel``, with its float weights loaded.
+        model: Built by ``QuantizedModel``, with its float weights loaded. Its BatchNorms do not move meanwhile.
         batches: What a data loader delivers.
         bias_correction: Afterwards add, to the biases of layers that have one, the mean error that quantization makes
             in their output (Nagel et al. 2019, arXiv 1906.04721, by Brevitas).
 
     Raises:
-        ValueError: There is no batch, or a scale is not finite. The model is left without scales then, and whenever a
-            batch fails.
-        TypeError: The model is not quantized.
+        ValueError: There is no batch, or a scale is not finite. The model is without scales then.
     """
     record = quantized_record(model)
     record.calibrated, record.calibrating = False, True
@@ -64,7 +59,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, bias_correction: bool
             if not seen:
                 raise UserError('calibration needs at least one batch')
             run_batch(model, seen[-1])
-            _check_finite(model)
+            for name, parameter in model.named_parameters():
+                if SCALES in name and not bool(parameter.isfinite().all()):
+                    raise UserError(
+                        f'calibration: {name} is not finite: the weights or the images of the calibration batches hold '
+                        'values that are not finite, or so large that the layers before it overflow'
+                    )
             if bias_correction:
                 # Layers without a bias get none: a parameter that only some checkpoints have would fit neither model.
                 with bias_correction_mode(model, skip_if_no_bias=True):
@@ -88,27 +88,10 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     return model(inputs, None, mode='tensor')
 
 
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if SCALES in name and not bool(parameter.isfinite().all()):
-            raise UserError(
-                f'calibration: {name} is not finite: the weights or the images of the calibration batches hold values '
-                'that are not finite, or so large that the layers before it overflow'
-            )
-
-
-# ------------------------------------------------------------------ collapse
 def collapse_warning(
     model: nn.Module, batch: Any, metrics: Mapping[str, float], evaluate_float: Callable[[], Mapping[str, float]]
 ) -> str | None:
-    """What to say of a collapse, or None if there is none.
-
-    Args:
-        model: A calibrated model.
-        batch: What a data loader delivers.
-        metrics: Those of the quantized model.
-        evaluate_float: Measures those of the float model; called only if a collapse is possible.
-    """
+    """What to say of a collapse, or None. The float model is evaluated only if there may be one."""
     judged = {name: value for name, value in metrics.items() if ' ' not in name}
     nothing = [name for name, value in judged.items() if not value > 0 and not _is_error(name)]
     output_error, layers = _errors(model, batch)
@@ -144,13 +127,10 @@ def _errors(model: nn.Module, batch: Any) -> tuple[float, dict[str, tuple[float,
 
         return hook
 
-    def is_quantized(name: str, module: nn.Module) -> bool:
-        return isinstance(getattr(module, 'input_quant', None), ActQuantProxyFromInjectorBase)
-
     with evaluation(model), torch.no_grad():
         with without_quantizers(model):
             expected = flat(run_batch(model, batch))
-        with forward_hooks(model, note, is_quantized):
+        with forward_hooks(model, note, lambda _, module: isinstance(module, QuantWeightBiasInputOutputLayer)):
             found = flat(run_batch(model, batch))
     # Every rank has a batch of its own, and all must evaluate the float model or none.
     error = torch.full((1,), _error(found, expected), device=expected.device)

@@ -7,8 +7,7 @@ calibrates. Runs that resume, or start from a quantized model's checkpoint, have
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from copy import deepcopy
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -30,9 +29,8 @@ from mm_sharp.step.optim_wrappers import optim_wrappers
 from .calibration import calibrate, collapse_warning
 from .export import warn_of_export
 from .flow import without_quantizers
-from .quantizers import NotCalibratedError, is_calibrated
-from .record import record_of
-from .scale_decay import decaying_scales, fit_groups
+from .record import NotCalibratedError, is_calibrated, record_of
+from .scale_decay import fit_groups
 
 CHECKPOINT = 'post_training.pth'
 
@@ -41,9 +39,9 @@ CHECKPOINT = 'post_training.pth'
 class CalibrationHook(Hook):  # type: ignore[misc]
     """Calibrate a quantized model before training and report its accuracy then: post-training quantization.
 
-    Runs whose model is a ``QuantizedModel`` get one by themselves; it is in a config for other arguments than the
-    defaults. The batches are training batches, of samples drawn at random, but the same in every run with the same
-    seed. Training draws the same random numbers without it. On several ranks all hold rank 0's outcome.
+    Runs whose model is a ``QuantizedModel`` get one by themselves; it is in a config for other arguments. The batches
+    are training batches, of samples drawn at random, but the same with the same seed. Training draws the same random
+    numbers without it. On several ranks all hold rank 0's outcome.
 
     Args:
         num_batches: Batches of the training data loader's size.
@@ -76,15 +74,8 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if record_of(model) is None:
             return
-        decaying = decaying_scales(runner.optim_wrapper, model)
-        if decaying:
-            _say(
-                f'{len(decaying)} scales of quantizers have weight decay, which pulls them towards 0 (the first is '
-                f'{decaying[0]}), as the config, the optimizer or the checkpoint that is resumed has it',
-                logging.WARNING,
-            )
         if is_calibrated(model):
-            _say('The quantizers have their scales from the checkpoint: nothing to calibrate')
+            print_log('The quantizers have their scales from the checkpoint: nothing to calibrate', 'current')
             return
         if runner.iter > 0:
             raise NotCalibratedError(
@@ -107,8 +98,9 @@ class CalibrationHook(Hook):  # type: ignore[misc]
     def _calibrate(self, runner: Any, model: nn.Module) -> None:
         loader = _some_batches(runner.train_dataloader, self.num_batches, runner.seed or 0)
         if runner._load_from is None:
-            _say('No load_from: the model that is quantized has random or pretrained weights only', logging.WARNING)
-        _say(f'Calibrating the quantizers on {len(loader)} training batches')
+            message = 'No load_from: the model that is quantized has random or pretrained weights only'
+            print_log(message, 'current', logging.WARNING)
+        print_log(f'Calibrating the quantizers on {len(loader)} training batches', 'current')
         calibrate(model, _with_bar(loader), bias_correction=self.bias_correction)
         for tensor in (*model.parameters(), *model.buffers()):
             broadcast(tensor.detach(), src=0)
@@ -121,36 +113,29 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         if runner.val_loop is None:
             return
         loader, evaluator = runner.val_loop.dataloader, runner.val_loop.evaluator
-        first: list[Any] = []
-        metrics = evaluate(runner.model, loader, evaluator, first.append)
+        metrics = evaluate(runner.model, loader, evaluator)
         values = '  '.join(f'{name}: {value:.4f}' for name, value in metrics.items())
-        _say(f'Before training (post-training quantization, {CHECKPOINT}):  {values}')
+        print_log(f'Before training (post-training quantization, {CHECKPOINT}):  {values}', 'current')
         runner.visualizer.add_scalars({f'post_training/{name}': value for name, value in metrics.items()}, step=0)
-        if runner._load_from is None or not first:
+        if runner._load_from is None:
             return  # there is no accuracy to lose
 
         def evaluate_float() -> dict[str, float]:
             with without_quantizers(model):
                 return evaluate(runner.model, loader, evaluator)
 
-        warning = collapse_warning(model, first[0], metrics, evaluate_float)
+        warning = collapse_warning(model, next(iter(loader)), metrics, evaluate_float)
         if warning:
-            _say(warning, logging.WARNING)
+            print_log(warning, 'current', logging.WARNING)
 
 
 @torch.no_grad()
-def evaluate(model: Any, loader: Any, evaluator: Any, first: Callable[[Any], Any] | None = None) -> dict[str, float]:
-    """A model's metrics, without a Runner's validation hooks, which would take them for those of an epoch.
-
-    What is no number is left out: some metrics of MMPretrain are tensors (a confusion matrix). ``first`` is given the
-    first batch.
-    """
+def evaluate(model: Any, loader: Any, evaluator: Any) -> dict[str, float]:
+    """A model's metrics that are numbers, without validation hooks, which would take them for those of an epoch."""
     training = model.training
     model.eval()
-    _say(f'Evaluating on {len(loader.dataset)} validation samples')
-    for number, batch in enumerate(_with_bar(loader)):
-        if first is not None and number == 0:
-            first(deepcopy(batch))
+    print_log(f'Evaluating on {len(loader.dataset)} validation samples', 'current')
+    for batch in _with_bar(loader):
         evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
     metrics = evaluator.evaluate(len(loader.dataset))
     model.train(training)
@@ -158,10 +143,7 @@ def evaluate(model: Any, loader: Any, evaluator: Any, first: Callable[[Any], Any
 
 
 def _some_batches(loader: DataLoader[Any], count: int, seed: int) -> DataLoader[Any]:
-    """A data loader over some of the training samples, made as the training's but for the sampler.
-
-    The training's own must not be used: samplers count, and ``AUSAMSampler`` draws.
-    """
+    """A data loader like the training's, but for its sampler: samplers count, and ``AUSAMSampler`` draws."""
     batch_size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
     order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
     return DataLoader(
@@ -176,7 +158,3 @@ def _some_batches(loader: DataLoader[Any], count: int, seed: int) -> DataLoader[
 def _with_bar(loader: Any) -> Iterable[Any]:
     """The batches of a loader, with a progress bar on the main process."""
     return track_iter_progress((loader, len(loader))) if is_main_process() else loader  # type: ignore[no-any-return]
-
-
-def _say(message: str, level: int = logging.INFO) -> None:
-    print_log(message, logger='current', level=level)

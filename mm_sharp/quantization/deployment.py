@@ -22,16 +22,13 @@ _PACKAGES = ('mm_sharp', 'brevitas', 'torch', 'onnx', 'mmpose', 'mmengine')
 def deployment_constants(
     model: nn.Module, pipeline: Sequence[Mapping[str, Any]], dataset_meta: Mapping[str, Any], name: str = ''
 ) -> dict[str, Any]:
-    """The constants of a model, as plain values that JSON can hold.
+    """The constants of MMPose's top-down estimator, as plain values that JSON can hold.
 
     Args:
-        model: A top-down pose estimator of MMPose, quantized or not.
+        model: The estimator, quantized or not.
         pipeline: The config's test pipeline.
         dataset_meta: Its data set's ``metainfo``: names, links and colours of keypoints.
         name: What to call the model, for example its config's name.
-
-    Raises:
-        UserError: The model has no codec, or the pipeline does not crop people as MMPose's top-down recipes do.
     """
     codec = codec_constants(model)
     settings = getattr(model, 'test_cfg', None) or {}
@@ -74,8 +71,6 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, (set, frozenset)):
-        return list(value)
     return value.pattern if isinstance(value, Pattern) else str(value)
 
 
@@ -91,7 +86,6 @@ def _versions() -> dict[str, str]:
 
 
 def _normalisation(model: Any, codec: Mapping[str, Any]) -> dict[str, Any]:
-    """Size, channel order, mean and standard deviation of the network's input."""
     preprocessor, found = model.data_preprocessor, {'mean': [0.0] * 3, 'std': [1.0] * 3}
     if getattr(preprocessor, '_enable_normalize', False):
         # Numbers in float32 as they were written in the config: 123.675, not 123.67500305175781.

@@ -1,21 +1,17 @@
 """A quantized pose estimator as an ONNX file, in one of two forms. Brevitas writes both through torch's exporter:
 
-- ``'qcdq'``: weights as integers, and QuantizeLinear, Clip and DequantizeLinear around every quantized layer. All of it
-  is standard ONNX, which ONNX Runtime and compilers read.
+- ``'qcdq'``: weights as integers, and QuantizeLinear, Clip and DequantizeLinear: standard ONNX, which ONNX Runtime and
+  compilers read.
 - ``'qonnx'``: weights in float behind the operator ``Quant`` of the QONNX dialect (Pappalardo et al. 2022,
-  arXiv 2206.07527), which keeps any number of bits as it is. FINN, hls4ml and the package ``qonnx`` read it.
+  arXiv 2206.07527), which keeps any number of bits. FINN, hls4ml and the package ``qonnx`` read it.
 
-The graph goes from the normalised picture to the head's outputs; the batch's size is free. The constants around it
-(:mod:`mm_sharp.quantization.deployment`) are in the file's metadata and in a JSON file beside it.
-
-The size of the picture is fixed, so what is derived from it (the size that LiteHRNet pools to) is written as a
-constant, although the exporter takes it for a value. What else torch cannot write is known before training: the network
-is exported once in float, without its quantizers, which takes a few seconds.
+The graph goes from the normalised picture to the head's outputs; the batch's size is free. The picture's is fixed, so
+what is derived from it (the size that LiteHRNet pools to) is a constant. What else torch cannot write is said before
+training, by a trial export in float.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
@@ -40,13 +36,11 @@ from mm_sharp.errors import UnsupportedError, UserError
 
 from .deployment import codec_constants
 from .flow import evaluation, without_quantizers
-from .quantizers import check_calibrated
-from .record import quantized_record, record_of
+from .record import check_calibrated, quantized_record
 
 FORMATS = ('qcdq', 'qonnx')
 OPSET = 17
-# The key of a file's metadata under which the constants are, as JSON.
-METADATA_KEY = 'mm_sharp'
+METADATA_KEY = 'mm_sharp'  # of the constants, as JSON
 
 
 class Network(nn.Module):
@@ -70,20 +64,15 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
         file: The ONNX file; folders are made. The constants go to the same name with ``.json``. Both are complete
             before they replace files of the same name.
         file_format: ``'qcdq'`` or ``'qonnx'``.
-        constants: What the file says of itself, as :func:`mm_sharp.quantization.deployment.deployment_constants`
-            returns it; the format and the names of the outputs are added.
+        constants: Those of :mod:`mm_sharp.quantization.deployment`; format and names of the outputs are added.
 
     Raises:
         ValueError: The format is unknown.
-        UserError: The model is not quantized, its head's outputs are not known, or ONNX has no form of an operator.
-        NotCalibratedError: The model is not calibrated.
-        ImportError: A package is missing.
+        UserError: The model is float or not calibrated, its outputs are not known, or ONNX has no form of an operator.
     """
     if file_format not in FORMATS:
         raise ValueError(f"format={file_format!r} is not allowed: one of {', '.join(FORMATS)}, as format='qcdq'")
-    check_quantized(model)
     check_calibrated(model)
-    require('exporting', 'onnx', 'onnxoptimizer', 'brevitas')
     import onnx
 
     from .onnx_graph import tidy
@@ -103,28 +92,6 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
         os.replace(written, file)
         os.replace(sidecar, file.with_suffix('.json'))
     return file
-
-
-def require(purpose: str, *packages: str) -> None:
-    """Raise an ImportError that names the extra to install unless packages can be imported."""
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except Exception as error:  # onnx raises AttributeError where ml_dtypes is too old, for one
-            fault = f'{type(error).__name__}: {error}'
-            raise ImportError(
-                f'{purpose} needs {package}, which cannot be imported ({fault}): pip install mm_sharp[quant]'
-            ) from error
-
-
-def check_quantized(model: nn.Module) -> None:
-    """Raise a UserError, which says how a model is quantized, for float models."""
-    if record_of(model) is None:
-        raise UserError(
-            f'model={type(model).__name__} is a float model: quantize it by a fragment, as '
-            "_base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py'], run tools/train.py, which calibrates and "
-            'trains it, and export the checkpoint of that run'
-        )
 
 
 def output_names(outputs: Sequence[Tensor]) -> tuple[str, ...]:
@@ -151,7 +118,7 @@ def warn_of_export(model: nn.Module) -> None:
                 torch.onnx.export(network, (inputs,), file, opset_version=OPSET, dynamo=False)
     except UserError as error:
         message = f'This model can be trained and tested, but tools/export.py will refuse it: {error}'
-        print_log(message, logger='current', level=logging.WARNING)
+        print_log(message, 'current', logging.WARNING)
 
 
 @contextmanager

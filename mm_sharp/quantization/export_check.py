@@ -1,8 +1,13 @@
 """Run a model and its exported file on the same pictures, and compare integers, outputs, keypoints and metrics.
 
+Float sums differ in their last bits between two programs, and what lies about halfway between two integers is rounded
+up by one and down by the other. Such a flip makes more of them in the next layers. So how many integers differ in the
+whole network, as it runs, says as much about its depth as about the export. There is a second comparison, one layer at
+a time: every layer is given PyTorch's quantized input, so that what differs behind it is its own doing. It is about the
+file, and so without ONNX Runtime's optimizations, which round the biases of convolutions in integers.
+
 Both programs' outputs go through the same code of MMPose: flip test, decoding, metrics. So what differs is what the
-networks compute. :mod:`mm_sharp.quantization.integer_check` compares inside the network;
-:mod:`mm_sharp.quantization.export_report` judges.
+networks compute. :mod:`mm_sharp.quantization.export_report` judges.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,18 +27,16 @@ from unittest.mock import patch
 import numpy as np
 import onnx
 import torch
-from mmengine.dataset import pseudo_collate
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from .export import METADATA_KEY, Network
-from .export_report import ExportReport, OutputAgreement
-from .integer_check import IntegerCheck, recording
-from .onnx_graph import Arrays, runner
+from .export_report import ExportReport, LayerAgreement, OutputAgreement
+from .flow import forward_hooks
+from .onnx_graph import FORCED, Arrays, Run, activation_points, runner, with_inputs
 
 Outputs = Sequence[NDArray[np.float32]]
 
@@ -95,13 +99,82 @@ class ExportCheck:
         return [made[output.name] for output in self._outputs]
 
 
-def first_samples(dataset: Mapping[str, Any], count: int, batch_size: int) -> tuple[Any, DataLoader[Any]]:
-    """A data set built from its config, and its first ``count`` samples (or all) in batches."""
-    built = DATASETS.build(dict(dataset))
-    part = Subset(built, range(min(count, len(built))))
-    return built, DataLoader(part, batch_size=batch_size, collate_fn=pseudo_collate)
+# ------------------------------------------------------------------ integers
+@dataclass(frozen=True)
+class Quantized:
+    """What an activation quantizer of PyTorch made of a batch: integers times the scale."""
+
+    layer: str
+    values: NDArray[np.float32]
+    scale: float
+    zero_point: float
+
+    def integers(self, values: NDArray[Any]) -> NDArray[np.int32]:
+        """Values of either program as integers."""
+        steps: NDArray[Any] = np.rint(values / np.float32(self.scale) + np.float32(self.zero_point))
+        return steps.astype(np.int32)
 
 
+class IntegerCheck:
+    """Compare all quantized activations of a model and its exported graph, batch after batch."""
+
+    def __init__(self, graph: onnx.ModelProto, file_format: str) -> None:
+        self._graph, self._format = graph, file_format
+        self._points = activation_points(graph)
+        self._names = [point.tensor for point in self._points]
+        self._run = runner(graph, file_format, self._names)
+        self._run_alone: Run | None = None
+        self.layers: list[LayerAgreement] = []
+
+    def add(self, inputs: NDArray[np.float32], records: Sequence[Quantized]) -> Arrays:
+        """Compare a batch with what :func:`recording` has of PyTorch; returns what the graph made of it."""
+        own = dict(zip(self._names, self._paired(records), strict=True))
+        if self._run_alone is None:
+            graph = with_inputs(self._graph, {name: record.values.shape for name, record in own.items()})
+            self._run_alone = runner(graph, self._format, self._names, optimized=False)
+            self.layers = [LayerAgreement(record.layer) for record in own.values()]
+        network = self._run({'input': inputs})
+        alone = self._run_alone({'input': inputs, **{name + FORCED: own[name].values for name in own}})
+        for (name, record), layer in zip(own.items(), self.layers, strict=True):
+            ours = record.integers(record.values)
+            layer.network.add(ours, record.integers(network[name]))
+            layer.alone.add(ours, record.integers(alone[name]))
+        return network
+
+    def _paired(self, records: Sequence[Quantized]) -> list[Quantized]:
+        """For each place in the graph, in the order of the forward pass, what PyTorch recorded there.
+
+        A quantizer that nothing depends on is not in the graph.
+        """
+        found: list[Quantized] = []
+        for record in records:
+            point = self._points[len(found)] if len(found) < len(self._points) else None
+            if point and (record.scale, record.zero_point) == (point.scale, point.zero_point):
+                found.append(record)
+        if len(found) < len(self._points):
+            raise RuntimeError(
+                f"the exported graph's quantizer {self._points[len(found)].node} is none of the model's: the file was "
+                'exported from another model, or from this one with other weights'
+            )
+        return found
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module) -> Iterator[list[Quantized]]:
+    """Collect what the activation quantizers of a model make of the batch that runs inside, in order."""
+    records: list[Quantized] = []
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, made: Any) -> None:
+            records.append(Quantized(name, made.value.cpu().numpy(), made.scale.item(), made.zero_point.item()))
+
+        return hook
+
+    with forward_hooks(model, keep, lambda _, m: isinstance(m, ActQuantProxyFromInjectorBase) and m.is_quant_enabled):
+        yield records
+
+
+# ------------------------------------------------------------------ predictions
 def predict(model: Any, outputs: Sequence[Outputs], inputs: Tensor, samples: Sequence[Any]) -> list[Any]:
     """What MMPose makes of a network's outputs: copies of the data samples, with predictions.
 
@@ -133,8 +206,7 @@ def keypoint_distances(ours: Sequence[Any], theirs: Sequence[Any]) -> NDArray[np
 def evaluate(metrics: Any, dataset_meta: Mapping[str, Any], samples: Sequence[Any]) -> dict[str, float]:
     """A config's metrics, by name, of predictions on a part of its test set.
 
-    Metrics with an annotation file of COCO's form judge all of its pictures. They are given a copy with only those that
-    there are predictions for, since a person whom nobody looked for is not one who was missed.
+    COCO's metric judges all pictures of its annotation file; it is given one with only those that were looked at.
     """
     images = {sample.metainfo.get('img_id') for sample in samples}
     configs = [deepcopy(config) for config in (metrics if isinstance(metrics, (list, tuple)) else [metrics])]

@@ -1,8 +1,7 @@
 """What a comparison of an exported file with its model found, and whether it is within the tolerances.
 
 - One layer at a time, no integer may differ by more than one step, and 99.9 % must be equal. Right exports have 99.99 %
-  and more; a wrong scale, bias or operator is far below. How many differ when the whole network ran is not judged: a
-  deep network makes many out of a single flip, and still finds the same keypoints.
+  and more; a wrong scale, bias or operator is far below. The whole network's are not judged.
 - 90 % of the keypoints must be within a pixel of the network's input. The demo's had 97 % and more.
 - Each metric may differ by 0.1 points (0.001), or by one person where there are fewer than 1,000 of them. Parts of a
   metric ('coco/AP .5', 'coco/AR (L)', 'Head PCK': names with a blank) are not judged: they are about few people, or
@@ -128,12 +127,6 @@ class ExportReport:
             f'{", ".join(silent)} of both programs is 0 or not a number, which says nothing of the file (is the '
             'checkpoint trained, and is it of this data?): the keypoints were compared instead'
         ]
-
-    def by_what(self) -> str:
-        """How near the keypoints and the metrics are, as the end of a sentence."""
-        parts = [f'the keypoints differ by {self._keypoints()["mean_px"]:.2g} pixels on average']
-        parts += [f'{name} {theirs:.4g} (PyTorch: {ours:.4g})' for name, (ours, theirs) in self._judged().items()]
-        return f': {"; ".join(parts)}'
 
     def as_dict(self) -> dict[str, Any]:
         """Everything in plain values."""

@@ -2,8 +2,7 @@
 
 A float model is run once, on noise. Its graph tells which layers the forward uses, which of them see the image and
 which end the network, whose input cannot be negative (it comes out of a ReLU, say), and which BatchNorm follows a layer
-directly. Symbolic tracing would say the same, but fails on some models and needs the model in another form; guessing
-by names or by order of definition is wrong for others.
+directly. Symbolic tracing would say the same, but fails on some models; guessing by names is wrong for others.
 """
 
 from __future__ import annotations
@@ -33,11 +32,7 @@ _KEEPING_SIGN = re.compile(
     'ToCopy|Alias|ConstantPadNd|Index|IndexSelect)Backward0|(Mean|Sum|Squeeze)Backward[01]'
 )
 # Clamping (ReLU6 is one), and where its node keeps the lower limit.
-_CLAMPING = {
-    'HardtanhBackward0': '_saved_min_val',
-    'ClampBackward1': '_saved_min',
-    'ClampMinBackward0': '_saved_min',
-}
+_CLAMPING = dict(HardtanhBackward0='_saved_min_val', ClampBackward1='_saved_min', ClampMinBackward0='_saved_min')
 
 
 class _Call(NamedTuple):
@@ -61,15 +56,7 @@ class LayerFlow:
 
 
 def trace_flow(model: nn.Module, inputs: Tensor) -> dict[str, LayerFlow]:
-    """Run a float model once and read its layers' places off the graph. The model is left as it was.
-
-    Args:
-        model: A model of MMEngine's kind (``mode='tensor'``).
-        inputs: (N, C, H, W) float, as they leave the data preprocessor.
-
-    Returns:
-        By name, every convolution, deconvolution and fully connected layer that was called as a module.
-    """
+    """Run a float model once, on (N, C, H, W) inputs; returns, by name, every layer that was called as a module."""
     calls: list[_Call] = []
     # A copy: models may write into their input, which autograd does not let them do to a leaf of its graph.
     image = inputs.detach().requires_grad_(True).clone()
@@ -171,7 +158,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 def float_output(model: nn.Module, inputs: Tensor) -> Tensor:
     """What a model puts out in evaluation mode without its quantizers. No global random number is drawn."""
     with torch.random.fork_rng(devices=[]), evaluation(model), without_quantizers(model), torch.no_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return flat(model(inputs.clone(), None, mode='tensor'))
 
 

@@ -1,9 +1,8 @@
 """BatchNorm folded into the layer before it, in a model and in checkpoints of float models.
 
-``torch.nn.utils.fusion`` computes the folded weights: W' = W * gamma / sqrt(var + eps), b' = (b - mean) * gamma /
-sqrt(var + eps) + beta. What follows what is known from :mod:`mm_sharp.quantization.flow`, so that deconvolutions are
-folded too, and nothing that another branch reads. Only exact classes are folded: subclasses may do more than
-normalise (timm's ``BatchNormAct2d`` activates, too).
+W' = W * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta. What follows what is known from
+:mod:`mm_sharp.quantization.flow`, so that deconvolutions are folded too, and nothing that another branch reads. Only
+exact classes are folded: subclasses may do more than normalise (timm's ``BatchNormAct2d`` activates, too).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .loading import CheckpointMismatchError
+from .record import CheckpointMismatchError
 
 _STATE = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
@@ -30,14 +29,10 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm, _Batc
 
 
 def fold_batchnorms(model: nn.Module, layers: Mapping[str, str]) -> dict[str, str]:
-    """Fold BatchNorms into layers of a float model, in place, and have it fold checkpoints that it loads.
+    """Fold BatchNorms into the layers before them, in place, and have the model fold checkpoints that it loads.
 
-    Args:
-        model: The model.
-        layers: Name of a BatchNorm to the name of the layer before it.
-
-    Returns:
-        For each BatchNorm of the model, why it was not folded; '' if it was.
+    ``layers`` has the layer's name by the BatchNorm's. Returned is, for each BatchNorm of the model, why it was not
+    folded; '' if it was.
     """
     modules = dict(model.named_modules())
     names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
@@ -53,9 +48,7 @@ def fold_batchnorms(model: nn.Module, layers: Mapping[str, str]) -> dict[str, st
 
 
 def is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether a module does what its class, one of ``kinds``, says: subclasses and hooks (weight normalisation is one)
-    may do something to the weights before they multiply by them.
-    """
+    """Whether a module does what its class, one of ``kinds``, says: subclasses and hooks may do something else."""
     hooks = module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module)
     return type(module) in kinds and not hooks
 
@@ -100,8 +93,7 @@ def _fold_checkpoint(
 ) -> None:
     """Fold a BatchNorm of a float model's checkpoint while it is loaded.
 
-    A checkpoint in which it is folded already is left alone. One of a quantized model in which it is not folded cannot
-    be loaded: the scales in it are those of other weights.
+    One of a quantized model in which it is not folded cannot be loaded: its scales are those of other weights.
     """
     layer, norm = f'{prefix}{layer}.', f'{prefix}{norm}.'
     if f'{norm}running_mean' not in state or f'{layer}weight' not in state:

@@ -26,11 +26,7 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     - The zero point of every DequantizeLinear has a tensor of its own: ONNX Runtime 1.32 fails on one that is shared.
     - ``torch.flatten`` and ``view`` became Shape, Slice or Gather, Concat and Reshape, since the batch's size is free.
       The new shape becomes a constant, with -1 for the size that depends on the batch.
-    - Outputs have shapes, which the exporter loses behind operators that it does not know.
-
-    Args:
-        model: What the exporter wrote, with constants as initializers.
-        outputs: The shapes of its outputs.
+    - Outputs have the shapes that are given, which the exporter loses behind operators that it does not know.
     """
     graph = model.graph
     del graph.input[1:]
@@ -76,7 +72,6 @@ def _with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     return copy
 
 
-# ------------------------------------------------------------------ quantized activations
 @dataclass(frozen=True)
 class ActivationPoint:
     """A place where a graph quantizes an activation."""
@@ -115,7 +110,6 @@ def with_inputs(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> 
     return copy
 
 
-# ------------------------------------------------------------------ running
 def runner(model: onnx.ModelProto, file_format: str, tensors: Sequence[str] = (), *, optimized: bool = True) -> Run:
     """A function from a graph's inputs to its outputs, both by name; batches of any size.
 
@@ -135,8 +129,7 @@ def runner(model: onnx.ModelProto, file_format: str, tensors: Sequence[str] = ()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors; warnings are about what is optimized, and how
-    # On x86 processors without VNNI instructions, products of 8-bit integers overflow otherwise. It is the file that is
-    # checked, not the processor.
+    # On x86 processors without VNNI instructions, products of 8-bit integers overflow otherwise.
     options.add_session_config_entry('session.x64quantprecision', '1')
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

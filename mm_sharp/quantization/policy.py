@@ -1,13 +1,10 @@
-"""How a model is to be quantized: the ``policy`` of a config, checked.
-
-No Brevitas here: :mod:`mm_sharp.quantization.quantizers` says which of its quantizers a policy means.
-"""
+"""How a model is to be quantized: the ``policy`` of a config, checked."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mm_sharp.errors import UserError, check_bool, check_choice
@@ -78,8 +75,7 @@ class QuantizationPolicy:
         overrides: Pairs of a pattern and what it changes. The last one that matches a layer's name counts, and goes
             before ``first_layers`` and ``last_layers``.
         skip: Patterns (regular expressions, searched in layers' names) of layers that stay in float.
-        fold_batchnorm: Whether BatchNorm is folded into the layer directly before it. Training then has no batch
-            statistics any more.
+        fold_batchnorm: Whether BatchNorm is folded into the layer directly before it: no batch statistics any more.
         input_size: Width and height of the input in pixels; needed only where the model's codec does not know it.
     """
 
@@ -95,9 +91,8 @@ class QuantizationPolicy:
     def from_config(cls, policy: Mapping[str, Any] | None) -> QuantizationPolicy:
         """Read the dict of a config; a ValueError names what is not allowed in it.
 
-        Its keys are those of :class:`LayerPolicy`, ``first_layers``, ``last_layers``, ``skip`` (a pattern or a list of
-        them), ``fold_batchnorm``, ``input_size`` and ``layers``: a list of dicts with a ``pattern`` and keys of
-        :class:`LayerPolicy`.
+        Its keys are this class's, :class:`LayerPolicy`'s for ``default``, and ``layers`` for ``overrides``: a list of
+        dicts with a ``pattern`` and keys of :class:`LayerPolicy`.
         """
         if not isinstance(policy, Mapping):
             raise UserError(f'{OWNER}: policy={policy!r} is not allowed: a dict, as {_EXAMPLE}')
@@ -109,13 +104,13 @@ class QuantizationPolicy:
         layers, skip = policy.get('layers', ()), policy.get('skip', ())
         if not isinstance(layers, (list, tuple)):
             raise UserError(f'{OWNER}: policy layers={layers!r} is not allowed: a list, as {_LAYERS}')
-        read = {
-            'overrides': tuple(_override(default, item) for item in layers),
-            'skip': tuple(_pattern('skip', item) for item in (skip if isinstance(skip, (list, tuple)) else [skip])),
-            'input_size': _size(policy.get('input_size')),
-        }
-        known = {field.name for field in fields(cls)}
-        return cls(default, **{key: value for key, value in {**policy, **read}.items() if key in known})
+        return cls(
+            default,
+            overrides=tuple(_override(default, item) for item in layers),
+            skip=tuple(_pattern('skip', item) for item in (skip if isinstance(skip, (list, tuple)) else [skip])),
+            input_size=_size(policy.get('input_size')),
+            **{key: policy[key] for key in ('first_layers', 'last_layers', 'fold_batchnorm') if key in policy},
+        )
 
     def of_layer(self, name: str, *, first: bool, last: bool) -> LayerPolicy | str:
         """How a layer is quantized, which sees the image or ends the network; or why it is not."""
@@ -130,11 +125,14 @@ class QuantizationPolicy:
         bits = max((end for end in ends if isinstance(end, int)), default=None)
         return self.default if bits is None else replace(self.default, weight_bit_width=bits, act_bit_width=bits)
 
-    def unused_patterns(self, names: Iterable[str]) -> list[str]:
-        """Patterns that match none of the names."""
-        names = list(names)
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Refuse patterns that match none of the layers' names."""
         patterns = [*self.skip, *(pattern for pattern, _ in self.overrides)]
-        return [p.pattern for p in patterns if not any(p.search(name) for name in names)]
+        unused = [p.pattern for p in patterns if not any(p.search(name) for name in names)]
+        if unused:
+            raise UserError(
+                f'{OWNER}: policy patterns {unused} match no layer; there are {", ".join(names)}. Write {_EXAMPLE}'
+            )
 
 
 def _override(default: LayerPolicy, item: object) -> tuple[re.Pattern[str], LayerPolicy]:

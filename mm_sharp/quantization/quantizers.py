@@ -3,10 +3,7 @@
 Weights: integers of one scale for each output channel or for the tensor. Inputs: one scale; unsigned where they cannot
 be negative. Biases stay in float: they are added to accumulators, not multiplied.
 
-Learned scales are parameters that calibration initialises, with straight-through rounding in between, as in LSQ (Esser
-et al. 2020, arXiv 1902.08153). Brevitas initialises a scale that it has not got in the next forward pass, whatever that
-is: in training, in the middle of a sharpness-aware step, or in an export, without a word. So a quantized model refuses
-to run before it is calibrated.
+Learned scales are parameters that calibration initialises, as in LSQ (Esser et al. 2020, arXiv 1902.08153).
 """
 
 from __future__ import annotations
@@ -23,19 +20,11 @@ from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from brevitas.quant import scaled_int, shifted_scaled_int
 from torch import nn
 
-from mm_sharp.errors import UserError
-
 from .policy import LayerPolicy
-from .record import quantized_record, record_of
 
 SCALES = 'tensor_quant'  # in the names of all that belongs to a quantizer
 
 
-class NotCalibratedError(UserError, RuntimeError):
-    """A quantized model was used before its quantizers had scales."""
-
-
-# ------------------------------------------------------------------ which quantizers
 def weight_quantizer(policy: LayerPolicy) -> Any:
     """Brevitas's injector for a layer's weights."""
     name = 'Int8' if policy.weight_symmetric else 'ShiftedUint8'
@@ -64,24 +53,21 @@ def _injector(name: str, policy: LayerPolicy) -> type[ExtendedInjector]:
     return found
 
 
-# ------------------------------------------------------------------ repairs of Brevitas 0.13
 def repair(layer: Any) -> None:
-    """Have a quantized layer train in float16, and have its copies be calibrated by themselves, in place.
+    """Repair a layer of Brevitas 0.13: have it train in float16, and have its copies be calibrated by themselves.
 
     Searches for scales of least squared error switch the modes of the quantizer beside them. Brevitas gives them
     closures over the layer that it built: calibrating a copy would switch modes in the original, and recurse.
     """
     layer.input_quant.register_forward_pre_hook(_at_full_precision)
     for proxy in layer.modules():
-        if not isinstance(proxy, QuantProxyFromInjector):
-            continue
-        for search in proxy.modules():
-            if isinstance(search, stats_op.MSE):
-                before = search.previous_observer_mode
-                search.set_local_loss_mode = partial(stats_op._set_local_loss_mode, proxy)
-                search.set_observer_mode = partial(stats_op._set_observer_mode, proxy, previous_observer_mode=before)
-                search.restore_observer_mode = partial(stats_op._restore_observer_mode, proxy, before)
-                search.restore_offload_param = partial(stats_op._restore_params, proxy)
+        searches = proxy.modules() if isinstance(proxy, QuantProxyFromInjector) else ()
+        for search in filter(lambda module: isinstance(module, stats_op.MSE), searches):
+            before = search.previous_observer_mode
+            search.set_local_loss_mode = partial(stats_op._set_local_loss_mode, proxy)
+            search.set_observer_mode = partial(stats_op._set_observer_mode, proxy, previous_observer_mode=before)
+            search.restore_observer_mode = partial(stats_op._restore_observer_mode, proxy, before)
+            search.restore_offload_param = partial(stats_op._restore_params, proxy)
 
 
 def _at_full_precision(proxy: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -95,7 +81,6 @@ def _at_full_precision(proxy: nn.Module, args: tuple[Any, ...]) -> Any:
     return inputs if scale is None else inputs.to(scale.dtype)
 
 
-# ------------------------------------------------------------------ have they their scales?
 def uninitialised(model: nn.Module) -> list[str]:
     """Names of the quantizers' scales and zero points that have no value yet."""
     return [
@@ -120,31 +105,6 @@ def forget(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if SCALES in name and hasattr(module, 'internal_candidate'):
             module.internal_candidate = None  # where the last search for a scale of least squared error ended
-
-
-def is_calibrated(model: nn.Module) -> bool:
-    """Whether a model is quantized and all its quantizers have their scales."""
-    return record_of(model) is not None and not uninitialised(model)
-
-
-def check_calibrated(model: nn.Module) -> None:
-    """Raise a NotCalibratedError if quantizers have no scale yet, and a TypeError for float models."""
-    quantized_record(model)
-    names = uninitialised(model)
-    if names:
-        raise NotCalibratedError(
-            f'{len(names)} quantizers have no scale yet (the first is {names[0]}): the model has not been calibrated. '
-            'Load the checkpoint of a quantized model, train with a Runner, which calibrates first (CalibrationHook), '
-            'or call mm_sharp.quantization.calibrate(model, batches)'
-        )
-
-
-def check_call(model: nn.Module, args: Any) -> None:
-    """A forward pre-hook: a quantized model refuses to run before it is calibrated."""
-    record = quantized_record(model)
-    if not record.calibrated and not record.calibrating:
-        check_calibrated(model)
-        record.calibrated = True
 
 
 def _values(model: nn.Module) -> Iterator[tuple[str, Any]]:

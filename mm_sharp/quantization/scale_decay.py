@@ -7,7 +7,6 @@ scales that still decay are moved into groups of their own, equal to the ones th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from itertools import compress
 from operator import not_
@@ -55,17 +54,11 @@ def keep_scales_from_decay(optim_wrapper: Any, model: nn.Module) -> None:
 
     Optimizers that share their parameters out to processes know them by their groups, and stay as they are.
     """
-    scales = _scales(model)
-    for optimizer in _optimizers(optim_wrapper):
+    scales = {id(parameter) for name, parameter in model.named_parameters() if SCALES in name}
+    for member in optim_wrappers(optim_wrapper).values():
+        optimizer = getattr(member, 'optimizer', None)
         if scales and isinstance(optimizer, Optimizer) and not hasattr(optimizer, 'consolidate_state_dict'):
             _move(optimizer, scales)
-
-
-def decaying_scales(optim_wrapper: Any, model: nn.Module) -> list[str]:
-    """Names of the quantizers' scales that have weight decay."""
-    scales = _scales(model)
-    groups = [group for optimizer in _optimizers(optim_wrapper) for group in getattr(optimizer, 'param_groups', ())]
-    return [scales[id(p)] for group in groups if group.get('weight_decay') for p in group['params'] if id(p) in scales]
 
 
 def fit_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -80,7 +73,7 @@ def fit_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     del _before[optimizer]
 
 
-def _move(optimizer: Optimizer, scales: Mapping[int, str]) -> None:
+def _move(optimizer: Optimizer, scales: set[int]) -> None:
     moved = []
     before = [dict(group) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -101,17 +94,8 @@ def _move(optimizer: Optimizer, scales: Mapping[int, str]) -> None:
         optimizer.add_param_group(group)
     _before[optimizer] = before
     optimizer.register_load_state_dict_pre_hook(fit_groups)
-    count = sum(len(group['params']) for group in moved)
-    message = f'{count} scales of quantizers are in parameter groups of their own, without weight decay'
-    print_log(message, logger='current', level=logging.INFO)
-
-
-def _scales(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters() if SCALES in name}
-
-
-def _optimizers(optim_wrapper: Any) -> list[Any]:
-    return [getattr(member, 'optimizer', None) for member in optim_wrappers(optim_wrapper).values()]
+    count = sum(_sizes(moved))
+    print_log(f'{count} scales of quantizers are in parameter groups of their own, without weight decay', 'current')
 
 
 def _sizes(groups: Any) -> list[int]:
