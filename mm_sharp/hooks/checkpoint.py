@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from mm_sharp.errors import UserError, some
 from mm_sharp.ops.optimizer_state import OTHERWISE, check_base_optimizer
 
-# Quantized models have rules of their own about their quantizers, which may be missing (mm_sharp.quantization.loading).
+# Quantized models have rules of their own about their quantizers, which may be missing (mm_sharp.quantization.record).
 _QUANTIZER = 'tensor_quant'
 
 

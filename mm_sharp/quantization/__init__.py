@@ -6,17 +6,35 @@ quantizers' scales have no weight decay (:mod:`mm_sharp.quantization.scale_decay
 Brevitas.
 """
 
-from mm_sharp.compat import register_default_hook as _add_to_our_runs
+import warnings as _warnings
 
-from . import brevitas_switches  # noqa: F401  # first: it says what is missing, if Brevitas is
+try:
+    with _warnings.catch_warnings():
+        # Brevitas can do without that package, which we use nothing of.
+        _warnings.filterwarnings('ignore', message='fast_hadamard_transform package not found')
+        _warnings.filterwarnings('ignore', message='brevitas.fx is deprecated')  # Brevitas 0.13 imports it itself
+        import brevitas.graph.quantize  # noqa: F401
+        from brevitas import config as _brevitas
+except ModuleNotFoundError as error:
+    raise ImportError(
+        'quantization needs Brevitas, which is not installed: pip install "mm_sharp[quant]" (or brevitas)'
+    ) from error
+
+from mm_sharp.compat import register_default_hook as _register_default_hook
+
 from .build import quantize, quantized_model
 from .calibration import calibrate
 from .calibration_hook import CalibrationHook
 from .freeze_hook import FreezeHook
-from .guard import NotCalibratedError, check_calibrated, is_calibrated
-from .loading import CheckpointMismatchError
 from .policy import LayerPolicy, QuantizationPolicy
-from .record import LayerRecord, QuantizationRecord
+from .record import (
+    CheckpointMismatchError,
+    LayerRecord,
+    NotCalibratedError,
+    QuantizationRecord,
+    check_calibrated,
+    is_calibrated,
+)
 from .scale_decay import install as _keep_scales_from_decay
 
 __all__ = [
@@ -35,5 +53,10 @@ __all__ = [
     'quantized_model',
 ]
 
-_add_to_our_runs(CalibrationHook)
+# When a checkpoint is loaded, Brevitas would replace the scales by new parameters, which an optimizer that is built
+# already would not know, and refuse checkpoints of float models.
+_brevitas.REINIT_ON_STATE_DICT_LOAD = False
+_brevitas.IGNORE_MISSING_KEYS = True
+
+_register_default_hook(CalibrationHook)
 _keep_scales_from_decay()

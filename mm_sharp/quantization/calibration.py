@@ -1,60 +1,75 @@
-"""Scales from statistics: post-training quantization, and the start of training (ours, by Brevitas's calibration).
+"""Scales from statistics: post-training quantization, and the start of training, by Brevitas's calibration.
 
-Weights are at full precision while the inputs' statistics are collected; the weights' own scales are initialised by one
-forward pass after it. From then on nothing but BatchNorm's statistics changes in a forward pass: a second pass finds no
-counter to move.
+Weights are at full precision while the inputs' statistics are collected; one forward pass after that initialises their
+scales. From then on nothing but BatchNorm's statistics changes in a forward pass.
+
+Afterwards nothing may be left of the model's accuracy. Fine-tuning at few bits can win back such a collapse; a fault in
+the weights, the data or the quantization it cannot. The float model's accuracy takes another pass over the validation
+set, so it is measured only where half of the outputs of a batch are gone, or a metric is 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
-from torch import nn
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
+from mmengine.dist import broadcast
+from torch import Tensor, nn
 
 from mm_sharp.errors import UserError
 
-from .guard import check_calibrated, forget, record_of
+from .flow import evaluation, flat, forward_hooks, without_quantizers
+from .quantizers import SCALES, forget
+from .record import check_calibrated, quantized_record
+
+# Shares: of the outputs' size that their error has, and of the float model's metric that is left.
+_OUTPUT_ERROR = 0.5
+_METRIC_LEFT = 0.5
+_LISTED = 3
+# Parts of names of metrics that are the better the lower they are.
+_ERRORS = ('epe', 'nme', 'mpjpe', 'mae', 'mse', 'loss', 'error')
 
 
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    bias_correction: bool = False,
-    progress: Callable[[], None] = lambda: None,
-) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Any], *, bias_correction: bool = False) -> None:
     """Initialise all scales and zero points of a quantized model, anew if they were before.
 
-    The model is in evaluation mode meanwhile, whatever its mode is, so that BatchNorm does not move.
-
     Args:
-        model: Built by ``QuantizedModel``, with its float weights loaded.
+        model: Built by ``QuantizedModel``, with its float weights loaded. Its BatchNorms do not move meanwhile.
         batches: What a data loader delivers.
         bias_correction: Afterwards add, to the biases of layers that have one, the mean error that quantization makes
             in their output (Nagel et al. 2019, arXiv 1906.04721, by Brevitas).
-        progress: Called after each batch; with bias correction twice for each.
 
     Raises:
-        ValueError: There is no batch, or a scale is not finite. The model is left without scales then, and whenever a
-            batch fails.
-        TypeError: The model is not quantized.
+        ValueError: There is no batch, or a scale is not finite. The model is without scales then.
     """
-    record = record_of(model)
-    if record is None:
-        check_calibrated(model)  # says what is wrong
-    assert record is not None
+    record = quantized_record(model)
     record.calibrated, record.calibrating = False, True
     forget(model)
     try:
-        with _evaluation(model), torch.no_grad():
-            seen = _collect(model, batches, progress, keep=bias_correction)
-            _check_finite(model)
+        with evaluation(model), torch.no_grad():
+            seen: list[Any] = []
+            with calibration_mode(model):
+                for batch in batches:
+                    run_batch(model, batch)
+                    seen = [*seen, batch] if bias_correction else [batch]
+            if not seen:
+                raise UserError('calibration needs at least one batch')
+            run_batch(model, seen[-1])
+            for name, parameter in model.named_parameters():
+                if SCALES in name and not bool(parameter.isfinite().all()):
+                    raise UserError(
+                        f'calibration: {name} is not finite: the weights or the images of the calibration batches hold '
+                        'values that are not finite, or so large that the layers before it overflow'
+                    )
             if bias_correction:
-                _correct_biases(model, seen, progress)
+                # Layers without a bias get none: a parameter that only some checkpoints have would fit neither model.
+                with bias_correction_mode(model, skip_if_no_bias=True):
+                    for batch in seen:
+                        run_batch(model, batch)
     except BaseException:
         # Brevitas gives inputs of which it has seen nothing a scale of 1, and would not look at them again.
         forget(model)
@@ -65,38 +80,7 @@ def calibrate(
     record.calibrated = True
 
 
-def _collect(model: nn.Module, batches: Iterable[Any], progress: Callable[[], None], *, keep: bool) -> list[Any]:
-    """Run the batches, and set the scales; returns the batches, if they are to be kept, or the last one."""
-    seen: list[Any] = []
-    with calibration_mode(model):
-        for batch in batches:
-            _forward(model, batch)
-            seen = [*seen, batch] if keep else [batch]
-            progress()
-    if not seen:
-        raise UserError('calibration needs at least one batch')
-    _forward(model, seen[-1])
-    return seen
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if 'tensor_quant' in name and not bool(parameter.isfinite().all()):
-            raise UserError(
-                f'calibration: {name} is not finite: the weights or the images of the calibration batches hold values '
-                'that are not finite, or so large that the layers before it overflow'
-            )
-
-
-def _correct_biases(model: nn.Module, batches: Sequence[Any], progress: Callable[[], None]) -> None:
-    # Layers without a bias get none: a parameter that only some checkpoints have would fit neither model.
-    with bias_correction_mode(model, skip_if_no_bias=True):
-        for batch in batches:
-            _forward(model, batch)
-            progress()
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
+def run_batch(model: nn.Module, batch: Any) -> Any:
     """What inference runs, up to the head's raw output, which is returned."""
     preprocessor = getattr(model, 'data_preprocessor', None)
     data = batch if preprocessor is None else preprocessor(batch, False)
@@ -104,12 +88,69 @@ def _forward(model: nn.Module, batch: Any) -> Any:
     return model(inputs, None, mode='tensor')
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+def collapse_warning(
+    model: nn.Module, batch: Any, metrics: Mapping[str, float], evaluate_float: Callable[[], Mapping[str, float]]
+) -> str | None:
+    """What to say of a collapse, or None. The float model is evaluated only if there may be one."""
+    judged = {name: value for name, value in metrics.items() if ' ' not in name}
+    nothing = [name for name, value in judged.items() if not value > 0 and not _is_error(name)]
+    output_error, layers = _errors(model, batch)
+    if output_error < _OUTPUT_ERROR and not nothing:
+        return None
+    before = evaluate_float()
+    for name, value in judged.items():
+        if _collapsed(name, value, before[name]):
+            worst = sorted(layers.items(), key=lambda item: -max(item[1]))[:_LISTED]
+            changed = [f'{layer} (weights by {w:.0%}, input by {x:.0%} of their size)' for layer, (w, x) in worst]
+            return (
+                f'Post-training quantization takes {name} from {before[name]:.4f} to {value:.4f}. Look at the '
+                f'layers that it changes most, {", ".join(changed)}: give them more bits, policy=dict(layers=[dict('
+                "pattern='^…$', weight_bit_width=8, act_bit_width=8)], …), or other scales (scale_init)"
+            )
+    if nothing and not before[nothing[0]] > 0:
+        return (
+            f'{nothing[0]} is {before[nothing[0]]:.4f} without the quantizers, too, so the quantizers are not the '
+            'cause: look at the weights (is load_from a trained model of this recipe?) and at the validation set'
+        )
+    return None
+
+
+def _errors(model: nn.Module, batch: Any) -> tuple[float, dict[str, tuple[float, float]]]:
+    """How far quantization changes the outputs for a batch and, by layer, its weights and its input."""
+    layers: dict[str, tuple[float, float]] = {}
+
+    def note(name: str) -> Any:
+        def hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            pairs = ((layer.quant_weight().value, layer.weight), (layer.input_quant(args[0]).value, args[0]))
+            weights, inputs = (_error(*pair) for pair in pairs)
+            layers[name] = max((weights, inputs), layers.get(name, (0.0, 0.0)), key=max)
+
+        return hook
+
+    with evaluation(model), torch.no_grad():
+        with without_quantizers(model):
+            expected = flat(run_batch(model, batch))
+        with forward_hooks(model, note, lambda _, module: isinstance(module, QuantWeightBiasInputOutputLayer)):
+            found = flat(run_batch(model, batch))
+    # Every rank has a batch of its own, and all must evaluate the float model or none.
+    error = torch.full((1,), _error(found, expected), device=expected.device)
+    broadcast(error, src=0)
+    return float(error), layers
+
+
+def _collapsed(name: str, value: float, before: float) -> bool:
+    if not math.isfinite(before) or not math.isfinite(value):
+        return math.isfinite(before)
+    if _is_error(name):
+        return value * _METRIC_LEFT > before
+    return before > 0 and value < _METRIC_LEFT * before
+
+
+def _is_error(name: str) -> bool:
+    return any(part in name.lower() for part in _ERRORS)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """The size of the difference, as a share of the size of what was expected."""
+    size, difference = float(expected.norm()), float((found - expected).norm())
+    return difference / size if size else math.inf if difference else 0.0

@@ -1,15 +1,13 @@
-"""Calibration before training, and the accuracy that it gives: a hook (ours).
+"""Calibration before training, and the accuracy that it gives: a hook.
 
-Order in a Runner: the model is built quantized, the checkpoint of ``load_from`` is loaded, then, in ``before_train``,
-this hook calibrates; then training starts. Runs that resume, or start from a quantized model's checkpoint, have nothing
-to calibrate.
+A Runner builds the model quantized and loads the checkpoint of ``load_from``. Then, in ``before_train``, this hook
+calibrates. Runs that resume, or start from a quantized model's checkpoint, have nothing to calibrate.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -19,7 +17,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, MODELS
-from mmengine.utils import ProgressBar
+from mmengine.utils import track_iter_progress
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
@@ -28,12 +26,11 @@ from mm_sharp.errors import HOOK, check_bool, check_positive_int
 from mm_sharp.ops.rng import RandomState
 from mm_sharp.step.optim_wrappers import optim_wrappers
 
-from .calibration import calibrate
-from .collapse import Collapse
-from .exportable import warn_of_export
-from .float_outputs import without_quantizers
-from .guard import NotCalibratedError, is_calibrated, record_of
-from .scale_decay import decaying_scales, fit_groups
+from .calibration import calibrate, collapse_warning
+from .export import warn_of_export
+from .flow import without_quantizers
+from .record import NotCalibratedError, is_calibrated, record_of
+from .scale_decay import fit_groups
 
 CHECKPOINT = 'post_training.pth'
 
@@ -42,11 +39,9 @@ CHECKPOINT = 'post_training.pth'
 class CalibrationHook(Hook):  # type: ignore[misc]
     """Calibrate a quantized model before training and report its accuracy then: post-training quantization.
 
-    Runs whose model is a ``QuantizedModel`` get one by themselves; it is in a config for other arguments than the
-    defaults. In other runs it does nothing.
-
-    The batches are training batches, of samples drawn at random (but the same in every run with the same seed); the
-    random state of the training that follows does not depend on it. On several ranks all hold rank 0's outcome.
+    Runs whose model is a ``QuantizedModel`` get one by themselves; it is in a config for other arguments. The batches
+    are training batches, of samples drawn at random, but the same with the same seed. Training draws the same random
+    numbers without it. On several ranks all hold rank 0's outcome.
 
     Args:
         num_batches: Batches of the training data loader's size.
@@ -55,9 +50,6 @@ class CalibrationHook(Hook):  # type: ignore[misc]
             the model as ``post_training.pth`` in the work directory, to be tested, exported or trained further. Where
             little seems to be left of a trained model's accuracy, it is evaluated in float, too, and a warning says
             where to look.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
 
     priority = 'VERY_HIGH'  # before hooks that look at the weights when training starts
@@ -78,23 +70,12 @@ class CalibrationHook(Hook):  # type: ignore[misc]
                 fit_groups(member.optimizer, saved.get(name, {}) if name else saved)
 
     def before_train(self, runner: Any) -> None:
-        """Calibrate, if the model is quantized and has not been calibrated.
-
-        Raises:
-            NotCalibratedError: Training is resumed from a checkpoint without scales.
-        """
+        """Calibrate, if the model is quantized and has not been calibrated."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if record_of(model) is None:
             return
-        decaying = decaying_scales(runner.optim_wrapper, model)
-        if decaying:
-            _say(
-                f'{len(decaying)} scales of quantizers have weight decay, which pulls them towards 0 (the first is '
-                f'{decaying[0]}), as the config, the optimizer or the checkpoint that is resumed has it',
-                logging.WARNING,
-            )
         if is_calibrated(model):
-            _say('The quantizers have their scales from the checkpoint: nothing to calibrate')
+            print_log('The quantizers have their scales from the checkpoint: nothing to calibrate', 'current')
             return
         if runner.iter > 0:
             raise NotCalibratedError(
@@ -104,93 +85,69 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         state = RandomState.capture([next(model.parameters()).device])
         try:
             self._calibrate(runner, model)
-            _renew_averages(runner)
+            for hook in runner.hooks:  # EMAHook copied the model before weights and scales were there
+                if isinstance(hook, EMAHook):
+                    hook.ema_model = MODELS.build(hook.ema_cfg, default_args={'model': hook.src_model})
             if is_main_process():
                 warn_of_export(model)
             if self.baseline:
-                self._report(runner)
+                self._report(runner, model)
         finally:
             state.restore()
 
     def _calibrate(self, runner: Any, model: nn.Module) -> None:
         loader = _some_batches(runner.train_dataloader, self.num_batches, runner.seed or 0)
         if runner._load_from is None:
-            _say('No load_from: the model that is quantized has random or pretrained weights only', logging.WARNING)
-        _say(f'Calibrating the quantizers on {len(loader)} training batches')
-        bar = _bar(len(loader) * (1 + self.bias_correction))
-        calibrate(model, loader, bias_correction=self.bias_correction, progress=lambda: bar and bar.update())
-        _end(bar)
+            message = 'No load_from: the model that is quantized has random or pretrained weights only'
+            print_log(message, 'current', logging.WARNING)
+        print_log(f'Calibrating the quantizers on {len(loader)} training batches', 'current')
+        calibrate(model, _with_bar(loader), bias_correction=self.bias_correction)
         for tensor in (*model.parameters(), *model.buffers()):
             broadcast(tensor.detach(), src=0)
 
-    def _report(self, runner: Any) -> None:
+    def _report(self, runner: Any, model: nn.Module) -> None:
         """Evaluate and save what post-training quantization alone gives."""
         runner.save_checkpoint(
-            runner.work_dir,
-            CHECKPOINT,
-            save_optimizer=False,
-            save_param_scheduler=False,
-            by_epoch=False,
+            runner.work_dir, CHECKPOINT, save_optimizer=False, save_param_scheduler=False, by_epoch=False
         )
         if runner.val_loop is None:
             return
         loader, evaluator = runner.val_loop.dataloader, runner.val_loop.evaluator
-        first: list[Any] = []
-        numbers = evaluate(runner.model, loader, evaluator, first.append)
-        figures = '  '.join(f'{name}: {value:.4f}' for name, value in numbers.items())
-        _say(f'Before training (post-training quantization, {CHECKPOINT}):  {figures}')
-        runner.visualizer.add_scalars({f'post_training/{name}': value for name, value in numbers.items()}, step=0)
-        if runner._load_from is None or not first:
+        metrics = evaluate(runner.model, loader, evaluator)
+        values = '  '.join(f'{name}: {value:.4f}' for name, value in metrics.items())
+        print_log(f'Before training (post-training quantization, {CHECKPOINT}):  {values}', 'current')
+        runner.visualizer.add_scalars({f'post_training/{name}': value for name, value in metrics.items()}, step=0)
+        if runner._load_from is None:
             return  # there is no accuracy to lose
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
 
         def evaluate_float() -> dict[str, float]:
             with without_quantizers(model):
                 return evaluate(runner.model, loader, evaluator)
 
-        warning = Collapse(model, first[0]).warning(numbers, evaluate_float)
+        warning = collapse_warning(model, next(iter(loader)), metrics, evaluate_float)
         if warning:
-            _say(warning, logging.WARNING)
+            print_log(warning, 'current', logging.WARNING)
 
 
 @torch.no_grad()
-def evaluate(model: Any, loader: Any, evaluator: Any, first: Callable[[Any], Any] | None = None) -> dict[str, float]:
-    """A model's metrics, without a Runner's validation hooks, which would take them for those of an epoch.
-
-    What is no number is left out: some metrics of MMPretrain's are tensors (a confusion matrix).
-
-    Args:
-        model: A module with ``val_step``; it ends in the mode that it had.
-        loader: The validation set.
-        evaluator: MMEngine's.
-        first: Given the first batch.
-    """
+def evaluate(model: Any, loader: Any, evaluator: Any) -> dict[str, float]:
+    """A model's metrics that are numbers, without validation hooks, which would take them for those of an epoch."""
     training = model.training
     model.eval()
-    _say(f'Evaluating on {len(loader.dataset)} validation samples')
-    bar = _bar(len(loader))
-    for number, batch in enumerate(loader):
-        if first is not None and number == 0:
-            first(deepcopy(batch))
+    print_log(f'Evaluating on {len(loader.dataset)} validation samples', 'current')
+    for batch in _with_bar(loader):
         evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
-        if bar:
-            bar.update()
-    _end(bar)
     metrics = evaluator.evaluate(len(loader.dataset))
     model.train(training)
     return {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
 
 
 def _some_batches(loader: DataLoader[Any], count: int, seed: int) -> DataLoader[Any]:
-    """A data loader over some of the training samples, made as the training's but for the sampler.
-
-    The training's own must not be used: samplers count, and ``AUSAMSampler`` draws.
-    """
+    """A data loader like the training's, but for its sampler: samplers count, and ``AUSAMSampler`` draws."""
     batch_size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
     order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
-    chosen = order[: count * batch_size].tolist()
     return DataLoader(
-        Subset(loader.dataset, chosen),
+        Subset(loader.dataset, order[: count * batch_size].tolist()),
         batch_size=batch_size,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
@@ -198,21 +155,6 @@ def _some_batches(loader: DataLoader[Any], count: int, seed: int) -> DataLoader[
     )
 
 
-def _renew_averages(runner: Any) -> None:
-    """EMAHook copied the model before weights and scales were there."""
-    for hook in runner.hooks:
-        if isinstance(hook, EMAHook):
-            hook.ema_model = MODELS.build(hook.ema_cfg, default_args={'model': hook.src_model})
-
-
-def _bar(count: int) -> ProgressBar | None:
-    return ProgressBar(count) if is_main_process() else None
-
-
-def _end(bar: ProgressBar | None) -> None:
-    if bar:
-        bar.file.write('\n')
-
-
-def _say(message: str, level: int = logging.INFO) -> None:
-    print_log(message, logger='current', level=level)
+def _with_bar(loader: Any) -> Iterable[Any]:
+    """The batches of a loader, with a progress bar on the main process."""
+    return track_iter_progress((loader, len(loader))) if is_main_process() else loader  # type: ignore[no-any-return]

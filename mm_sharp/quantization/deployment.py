@@ -1,13 +1,8 @@
-"""What a program needs around an exported model: how to make its input, and what its outputs mean (ours).
-
-An ONNX file holds the network alone. The crop of a person, the normalisation and the decoding of the outputs stay
-outside, and each has constants. They are collected from the model, its config and its data set, as plain values that
-JSON can hold, and travel in the file's metadata and beside it (:mod:`mm_sharp.quantization.export`); ``docs/export.md``
-explains every key.
-"""
+"""The constants around an exported model: how to make its input, and what its outputs mean (``docs/export.md``)."""
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -16,8 +11,6 @@ from inspect import signature
 from re import Pattern
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from mm_sharp.errors import UserError
@@ -29,22 +22,17 @@ _PACKAGES = ('mm_sharp', 'brevitas', 'torch', 'onnx', 'mmpose', 'mmengine')
 def deployment_constants(
     model: nn.Module, pipeline: Sequence[Mapping[str, Any]], dataset_meta: Mapping[str, Any], name: str = ''
 ) -> dict[str, Any]:
-    """Collect everything that turns a picture and a box into the model's input, and its outputs into keypoints.
+    """The constants of MMPose's top-down estimator, as plain values that JSON can hold.
 
     Args:
-        model: A top-down pose estimator of MMPose's; quantized or not.
+        model: The estimator, quantized or not.
         pipeline: The config's test pipeline.
         dataset_meta: Its data set's ``metainfo``: names, links and colours of keypoints.
-        name: What to call the model, as its config's name.
-
-    Returns:
-        Plain values; see ``docs/export.md``.
-
-    Raises:
-        UserError: The model has no codec, or the pipeline does not crop people as MMPose's top-down recipes do.
+        name: What to call the model, for example its config's name.
     """
     codec = codec_constants(model)
-    return {
+    settings = getattr(model, 'test_cfg', None) or {}
+    found = {
         'version': VERSION,
         'name': name,
         'input': {'name': 'input', **_normalisation(model, codec)},
@@ -52,19 +40,16 @@ def deployment_constants(
         'codec': codec,
         'head': type(model.head).__name__,
         'keypoints': _keypoints(dataset_meta),
-        'output_keypoint_indices': plain(_test_setting(model, 'output_keypoint_indices')),
-        'flip_test': bool(_test_setting(model, 'flip_test')),
-        'quantization': plain(getattr(getattr(model, 'quantization', None), 'policy', None)),
-        'versions': versions(),
+        'output_keypoint_indices': settings.get('output_keypoint_indices'),
+        'flip_test': bool(settings.get('flip_test')),
+        'quantization': getattr(getattr(model, 'quantization', None), 'policy', None),
+        'versions': _versions(),
     }
+    return {key: plain(value) for key, value in found.items()}
 
 
 def codec_constants(model: nn.Module) -> dict[str, Any]:
-    """The codec of a model's head: its type, and its arguments with their defaults filled in.
-
-    Raises:
-        UserError: The model is no top-down estimator, or its head has no codec that knows its input's size.
-    """
+    """The codec of a model's head: its type, and its arguments with their defaults filled in."""
     codec = getattr(getattr(model, 'head', None), 'decoder', None)
     if type(model).__name__ != 'TopdownPoseEstimator' or not hasattr(codec, 'input_size'):
         head = type(model.head).__name__ if hasattr(model, 'head') else 'none'
@@ -77,25 +62,20 @@ def codec_constants(model: nn.Module) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value in types that JSON has: numbers, text, lists, dicts; patterns as text, dataclasses as dicts.
+    """A value in types that JSON has. What has no form there becomes the text that Python shows for it."""
+    return json.loads(json.dumps(value, default=_plain))
 
-    Anything else becomes the text that Python shows for it.
-    """
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, 'tolist'):  # arrays, tensors and numpy's numbers
         return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
     if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: getattr(value, field.name) for field in fields(value)}
     return value.pattern if isinstance(value, Pattern) else str(value)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what made the file; a package that is not installed as one is left out."""
+def _versions() -> dict[str, str]:
+    """Versions of what made the file. A package that is not installed as one is left out."""
     found = {'python': platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -106,32 +86,21 @@ def versions() -> dict[str, str]:
 
 
 def _normalisation(model: Any, codec: Mapping[str, Any]) -> dict[str, Any]:
-    """Size, channel order, mean and standard deviation of what the network takes in."""
-    width, height = codec['input_size']
-    preprocessor = model.data_preprocessor
-    normalized = getattr(preprocessor, '_enable_normalize', False)
-    return {
-        'width': int(width),
-        'height': int(height),
-        # Pictures are read as BGR; the preprocessor turns their channels round or leaves them.
-        'channels': 'rgb' if getattr(preprocessor, '_channel_conversion', False) else 'bgr',
-        'mean': _shortest(preprocessor.mean) if normalized else [0.0] * 3,
-        'std': _shortest(preprocessor.std) if normalized else [1.0] * 3,
-    }
-
-
-def _shortest(values: torch.Tensor) -> list[float]:
-    """Numbers in float32 as they were written in the config: 123.675, not 123.67500305175781."""
-    return [float(str(value)) for value in values.flatten().cpu().numpy()]
+    preprocessor, found = model.data_preprocessor, {'mean': [0.0] * 3, 'std': [1.0] * 3}
+    if getattr(preprocessor, '_enable_normalize', False):
+        # Numbers in float32 as they were written in the config: 123.675, not 123.67500305175781.
+        found = {n: [float(str(x)) for x in getattr(preprocessor, n).flatten().cpu().numpy()] for n in found}
+    size = dict(zip(('width', 'height'), map(int, codec['input_size']), strict=True))
+    # Pictures are read as BGR; the preprocessor may reverse their channels.
+    channels = 'rgb' if getattr(preprocessor, '_channel_conversion', False) else 'bgr'
+    return {**size, 'channels': channels, **found}
 
 
 def _crop(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How a box becomes the input's picture.
-
-    Raises:
-        UserError: The pipeline lacks one of the two steps that do it.
-    """
-    steps = {_name(step): step for step in pipeline}
+    """How a person's box becomes the input's picture."""
+    # In new-style configs a type is a class.
+    kinds = [getattr(step['type'], '__name__', str(step['type']).rpartition('.')[2]) for step in pipeline]
+    steps = dict(zip(kinds, pipeline, strict=True))
     missing = [name for name in ('GetBBoxCenterScale', 'TopdownAffine') if name not in steps]
     if missing:
         raise UserError(
@@ -147,21 +116,6 @@ def _crop(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _keypoints(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Names, links and colours (RGB) of keypoints."""
     names = meta.get('keypoint_id2name') or {}
-    return {
-        'dataset': meta.get('dataset_name'),
-        'names': [names[i] for i in sorted(names)],
-        'colors': plain(meta.get('keypoint_colors')),
-        'skeleton': plain(meta.get('skeleton_links')),
-        'skeleton_colors': plain(meta.get('skeleton_link_colors')),
-        'flip_indices': plain(meta.get('flip_indices')),
-    }
-
-
-def _test_setting(model: Any, name: str) -> Any:
-    return (getattr(model, 'test_cfg', None) or {}).get(name)
-
-
-def _name(step: Mapping[str, Any]) -> str:
-    """A pipeline step's type, without its scope; in new-style configs it is a class."""
-    kind = step['type']
-    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition('.')[2]
+    keys = {'dataset': 'dataset_name', 'colors': 'keypoint_colors', 'skeleton': 'skeleton_links'}
+    keys |= {'skeleton_colors': 'skeleton_link_colors', 'flip_indices': 'flip_indices'}
+    return {'names': [names[i] for i in sorted(names)], **{ours: meta.get(theirs) for ours, theirs in keys.items()}}

@@ -1,48 +1,50 @@
-"""A quantized pose estimator as an ONNX file.
+"""A quantized pose estimator as an ONNX file, in one of two forms. Brevitas writes both through torch's exporter:
 
-Two forms, both written by Brevitas (``brevitas.export``) through torch's TorchScript exporter, operator set 17:
-
-- ``'qcdq'``: weights as integers, and QuantizeLinear, Clip and DequantizeLinear around every quantized layer. All of it
-  is standard ONNX, which ONNX Runtime and compilers that start from it read.
+- ``'qcdq'``: weights as integers, and QuantizeLinear, Clip and DequantizeLinear: standard ONNX, which ONNX Runtime and
+  compilers read.
 - ``'qonnx'``: weights in float behind the operator ``Quant`` of the QONNX dialect (Pappalardo et al. 2022,
-  arXiv 2206.07527), which keeps any number of bits as it is. FINN, hls4ml and the package ``qonnx`` read it.
+  arXiv 2206.07527), which keeps any number of bits. FINN, hls4ml and the package ``qonnx`` read it.
 
-The graph goes from the normalised picture to what the head computes; the batch's size is free. How to make its input
-and how to read its outputs (:mod:`mm_sharp.quantization.deployment`) is in the file's metadata and in a JSON file
-beside it. ``dynamo=False``: torch's newer exporter cannot store integer weights.
+The graph goes from the normalised picture to the head's outputs; the batch's size is free. The picture's is fixed, so
+what is derived from it (the size that LiteHRNet pools to) is a constant. What else torch cannot write is said before
+training, by a trial export in float.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
+from torch.nn import functional as F  # noqa: N812
 
-from mm_sharp.errors import UserError
+from mm_sharp.errors import UnsupportedError, UserError
 
 from .deployment import codec_constants
-from .exportable import OPSET, exporting
-from .guard import check_calibrated, record_of
-from .packages import require
+from .flow import evaluation, without_quantizers
+from .record import check_calibrated, quantized_record
 
 FORMATS = ('qcdq', 'qonnx')
-# The key of a file's metadata under which the constants are, as JSON.
-METADATA_KEY = 'mm_sharp'
+OPSET = 17
+METADATA_KEY = 'mm_sharp'  # of the constants, as JSON
 
 
 class Network(nn.Module):
-    """What is exported: from the normalised picture to the head's outputs.
-
-    Args:
-        model: A top-down pose estimator of MMPose's.
-    """
+    """What is exported: from the normalised picture to the outputs of the head of MMPose's top-down estimator."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -55,83 +57,47 @@ class Network(nn.Module):
 
 
 def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants: Mapping[str, Any]) -> Path:
-    """Write a quantized model as ONNX. The model stays as it is: a copy is exported.
-
-    Both files are complete before they replace those of the same name.
+    """Write a copy of a calibrated model as ONNX; returns the file.
 
     Args:
-        model: A calibrated model, built with ``QuantizedModel``.
-        file: The ONNX file; folders are made. The constants go to the same name with ``.json``.
+        model: Built with ``QuantizedModel``.
+        file: The ONNX file; folders are made. The constants go to the same name with ``.json``. Both are complete
+            before they replace files of the same name.
         file_format: ``'qcdq'`` or ``'qonnx'``.
-        constants: What the file says of itself, as :func:`mm_sharp.quantization.deployment.deployment_constants`
-            returns it; the format and the names of the outputs are added.
-
-    Returns:
-        The file.
+        constants: Those of :mod:`mm_sharp.quantization.deployment`; format and names of the outputs are added.
 
     Raises:
         ValueError: The format is unknown.
-        UserError: The model is not quantized, its head's outputs are not known, or ONNX has no form of an operator.
-        NotCalibratedError: The model is not calibrated.
-        ImportError: A package is missing.
+        UserError: The model is float or not calibrated, its outputs are not known, or ONNX has no form of an operator.
     """
     if file_format not in FORMATS:
         raise ValueError(f"format={file_format!r} is not allowed: one of {', '.join(FORMATS)}, as format='qcdq'")
-    check_quantized(model)
     check_calibrated(model)
-    require('exporting', 'onnx', 'onnxoptimizer', 'brevitas')
     import onnx
 
-    from .onnx_biases import set_biases_apart
-    from .onnx_tidy import set_outputs, tidy
+    from .onnx_graph import tidy
 
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix='.export-') as folder:
-        written = Path(folder, file.name)
+        written, sidecar = Path(folder, file.name), Path(folder, 'constants.json')
         outputs = _write(model, written, file_format)
         constants = {**constants, 'format': file_format, 'outputs': list(outputs)}
-        graph = onnx.load(written)
-        tidy(graph)
-        if file_format == 'qcdq':
-            set_biases_apart(graph)
-        set_outputs(graph, outputs)
-        _describe(graph, constants)
+        graph = tidy(onnx.load(written), outputs)
+        graph.metadata_props.add(key=METADATA_KEY, value=json.dumps(constants, ensure_ascii=False))
+        graph.producer_name, graph.producer_version = 'mm_sharp', constants.get('versions', {}).get('mm_sharp', '')
         onnx.checker.check_model(graph)
         onnx.save(graph, written)
-        sidecar = Path(folder, 'constants.json')
         sidecar.write_text(json.dumps(constants, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
         os.replace(written, file)
         os.replace(sidecar, file.with_suffix('.json'))
     return file
 
 
-def check_quantized(model: nn.Module) -> None:
-    """Refuse float models.
-
-    Raises:
-        UserError: The model is not quantized; the message says how it becomes so.
-    """
-    if record_of(model) is None:
-        raise UserError(
-            f'model={type(model).__name__} is a float model: quantize it by a fragment, as '
-            "_base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py'], run tools/train.py, which calibrates and "
-            'trains it, and export the checkpoint of that run'
-        )
-
-
 def output_names(outputs: Sequence[Tensor]) -> tuple[str, ...]:
-    """Names of a head's outputs.
-
-    Args:
-        outputs: Two of shape (N, K, bins): SimCC's; one of shape (N, K, H, W): heatmaps; or one of shape (N, K, 2 or
-            more): coordinates.
-
-    Raises:
-        UserError: They are something else.
-    """
-    dimensions = [output.ndim if isinstance(output, Tensor) else 0 for output in outputs]
-    names = {(3, 3): ('simcc_x', 'simcc_y'), (4,): ('heatmaps',), (3,): ('keypoints',)}.get(tuple(dimensions))
+    """Names of a head's outputs; a UserError if they are not SimCC's, heatmaps or coordinates."""
+    dimensions = tuple(output.ndim if isinstance(output, Tensor) else 0 for output in outputs)
+    names = {(3, 3): ('simcc_x', 'simcc_y'), (4,): ('heatmaps',), (3,): ('keypoints',)}.get(dimensions)
     if names is None:
         shapes = [list(getattr(output, 'shape', [])) or type(output).__name__ for output in outputs]
         raise UserError(
@@ -141,18 +107,49 @@ def output_names(outputs: Sequence[Tensor]) -> tuple[str, ...]:
     return names
 
 
-def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int]]:
-    """Have Brevitas write a copy of the model.
+def warn_of_export(model: nn.Module) -> None:
+    """Warn in one line, before a calibrated model is trained, that it cannot be exported afterwards, and why."""
+    try:
+        inputs, network = _zeros(model).to(next(model.parameters()).device), Network(model)
+        with evaluation(model), without_quantizers(model), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            output_names(network(inputs))
+            with exporting():
+                file = str(Path(folder, 'float.onnx'))
+                torch.onnx.export(network, (inputs,), file, opset_version=OPSET, dynamo=False)
+    except UserError as error:
+        message = f'This model can be trained and tested, but tools/export.py will refuse it: {error}'
+        print_log(message, 'current', logging.WARNING)
 
-    Returns:
-        By name, the shapes of the outputs; the batch's size is in them.
-    """
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """A context for torch's exporter: sizes are constants, and its errors one line (an UnsupportedError)."""
+    try:
+        with (
+            patch.object(torch._C, '_jit_onnx_log', lambda *args: None),  # it prints the whole graph when it fails
+            patch.object(F, 'adaptive_avg_pool2d', _pool),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter('ignore', TracerWarning)  # that sizes are constants
+            warnings.simplefilter('ignore', DeprecationWarning)  # that the exporter is torch's older one
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        layer = _layer(error)
+        reason = ' '.join(str(error).partition('Please feel free')[0].split('\n')[0].split()).rstrip('. ')
+        raise UnsupportedError(
+            f'torch cannot write the network as ONNX: {layer and f"{layer}: "}{reason or type(error).__name__}'
+        ) from error
+
+
+def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int]]:
+    """Have Brevitas write a copy of the model; returns the outputs' shapes, by name."""
     from brevitas.export import export_onnx_qcdq, export_qonnx
 
-    network = Network(deepcopy(model)).cpu().float().eval()
-    width, height = codec_constants(model)['input_size']
-    # Two pictures, so that nothing in the graph can take the batch's size for the number 1.
-    inputs = torch.zeros(2, 3, height, width)
+    network, inputs = Network(deepcopy(model)).cpu().float().eval(), _zeros(model)
+    if file_format == 'qcdq':
+        _set_biases_apart(network.model)
     with torch.no_grad():
         outputs = network(inputs)
     names = output_names(outputs)
@@ -166,15 +163,54 @@ def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int
             output_names=list(names),
             dynamic_axes={name: {0: 'batch'} for name in ('input', *names)},
             opset_version=OPSET,
-            dynamo=False,
-            # Weights are constants, not inputs that a caller could replace.
-            keep_initializers_as_inputs=False,
+            dynamo=False,  # torch's newer exporter cannot store integer weights
+            keep_initializers_as_inputs=True,  # else equal ones are stored once, and reach the others by Identity
         )
     return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
 
 
-def _describe(graph: Any, constants: Mapping[str, Any]) -> None:
-    """Write the metadata."""
-    entry = graph.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, json.dumps(constants, ensure_ascii=False)
-    graph.producer_name, graph.producer_version = 'mm_sharp', str(constants.get('versions', {}).get('mm_sharp', ''))
+def _set_biases_apart(model: nn.Module) -> None:
+    """Have layers of fewer than 8 bits add their bias in a step of its own, in place.
+
+    ONNX Runtime computes a convolution between DequantizeLinear and QuantizeLinear in integers, with its bias rounded
+    to a multiple of input scale times weight scale. At 4 bits that is coarse: in the demo's model (W4A4, not
+    fine-tuned) it moved 14 % of the keypoints by more than a pixel, against 0.1 % without it; at 8 bits 2.6 % against
+    0.6 %, for 1.7 (ResNet-50) to 3 times (MobileNetV2) the speed.
+    """
+    for record in quantized_record(model).quantized:
+        layer: Any = model.get_submodule(record.name)
+        policy = record.policy
+        if layer.bias is not None and policy and min(policy.weight_bit_width, policy.act_bit_width) < 8:
+            # (C,) behind fully connected layers, (C, 1, 1) behind convolutions of pictures
+            bias = layer.bias.detach().reshape(-1, *[1] * (layer.weight.ndim - 2))
+            layer.bias = None
+            layer.register_forward_hook(lambda _, args, products, bias=bias: products + bias)
+
+
+def _zeros(model: nn.Module) -> Tensor:
+    """Two black pictures: with one, something in the graph might take the batch's size for the number 1."""
+    width, height = codec_constants(model)['input_size']
+    return torch.zeros(2, 3, height, width)
+
+
+def _pool(inputs: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
+    """``adaptive_avg_pool2d`` with sizes that are known: a mean over windows, or a product."""
+    sides = [int(side) for side in inputs.shape[-2:]]
+    wanted = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    target = [side if size is None else int(size) for side, size in zip(sides, wanted, strict=True)]
+    if all(side % size == 0 for side, size in zip(sides, target, strict=True)):
+        return F.avg_pool2d(inputs, [side // size for side, size in zip(sides, target, strict=True)])
+    # (side, size): the shares that pixels have in the means of windows, as constants of the graph.
+    rows, columns = (
+        inputs.new_tensor(F.adaptive_avg_pool1d(torch.eye(side)[None], size)[0].tolist())
+        for side, size in zip(sides, target, strict=True)
+    )
+    return rows.T @ inputs @ columns
+
+
+def _layer(error: BaseException) -> str:
+    """Name of the layer whose operator the exporter was at; '' if that is not known."""
+    nodes = [frame.f_locals.get('node') for frame, _ in walk_tb(error.__traceback__)]
+    scopes: list[Any] = [node.scopeName() for node in nodes if isinstance(node, torch._C.Node)]
+    names = re.findall(r'::([\w.]+)', scopes[-1]) if scopes else []
+    return '.'.join(names[1:])  # the first is the model's in the network

@@ -1,113 +1,148 @@
-"""Where an exported graph quantizes activations, and copies of it in which these places can be read and set (ours).
-
-A QCDQ graph quantizes by QuantizeLinear, then by Clip if there are fewer than 8 bits: what comes out are integers. A
-QONNX graph quantizes by ``Quant``: what comes out are integers times the scale.
-"""
+"""Exported graphs: the exporter's leftovers, the places where activations are quantized, and how graphs are run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxoptimizer  # type: ignore[import-untyped]
+import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+Arrays = dict[str, NDArray[Any]]
+Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
 FORCED = '/forced'
+
+
+def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
+    """A graph without the exporter's leftovers, since compilers want nothing in it but the network.
+
+    - Weights are constants, not inputs that a caller could replace.
+    - The zero point of every DequantizeLinear has a tensor of its own: ONNX Runtime 1.32 fails on one that is shared.
+    - ``torch.flatten`` and ``view`` became Shape, Slice or Gather, Concat and Reshape, since the batch's size is free.
+      The new shape becomes a constant, with -1 for the size that depends on the batch.
+    - Outputs have the shapes that are given, which the exporter loses behind operators that it does not know.
+    """
+    graph = model.graph
+    del graph.input[1:]
+    stored = {item.name: item for item in graph.initializer}
+    small, large = _shapes(model, 2), _shapes(model, 3)
+    for node in graph.node:
+        if node.op_type == 'DequantizeLinear' and node.input[2] in stored:
+            zero_point = graph.initializer.add()
+            zero_point.CopyFrom(stored[node.input[2]])
+            zero_point.name = node.input[2] = f'{node.name}/zero_point'
+        if node.op_type == 'Reshape' and node.input[1] not in stored:
+            pairs = zip(small.get(node.output[0], ()), large.get(node.output[0], ()), strict=True)
+            shape = [a if a == b != 0 else -1 for a, b in pairs]  # 0 is a size that is not known
+            if shape.count(-1) == 1:
+                node.input[1] = f'{node.name}/shape'
+                graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), node.input[1]))
+    for output in graph.output:
+        kind = output.type.tensor_type.elem_type
+        output.CopyFrom(helper.make_tensor_value_info(output.name, kind, ['batch', *outputs[output.name][1:]]))
+    return onnxoptimizer.optimize(model, ['eliminate_deadend', 'eliminate_unused_initializer'])
+
+
+def _shapes(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
+    """The shape of every tensor for one size of the batch."""
+    sized = _with_batch(model, batch)
+    for node in sized.graph.node:
+        if node.op_type == 'Quant':  # which ONNX does not know, and which changes no shape
+            node.op_type, node.domain = 'Identity', ''
+            del node.input[1:], node.attribute[:]
+    graph = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
+    values = (*graph.value_info, *graph.output)
+    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
+
+
+def _with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """A copy whose inputs are of one size of the batch, and whose other shapes are to be inferred."""
+    copy = deepcopy(model)
+    for value in copy.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField('shape')
+    del copy.graph.value_info[:]
+    return copy
 
 
 @dataclass(frozen=True)
 class ActivationPoint:
-    """A place where a graph quantizes an activation.
+    """A place where a graph quantizes an activation."""
 
-    Args:
-        node: Name of the node, which has the layer's name in it.
-        tensor: Name of what comes out.
-        scale: Size of a quantization step.
-        zero_point: The integer that stands for 0.
-        integers: Whether integers come out, or integers times the scale.
-        dtype: Of what comes out.
-    """
-
-    node: str
-    tensor: str
+    node: str  # name of the node, which has the layer's name in it
+    tensor: str  # name of the quantized activation: integers times the scale, in float
     scale: float
     zero_point: float
-    integers: bool
-    dtype: np.dtype[Any]
-
-    def to_integers(self, values: NDArray[Any]) -> NDArray[np.int32]:
-        """What came out as integers, of the same shape."""
-        if self.integers:
-            return values.astype(np.int32)
-        steps: NDArray[Any] = np.round(values / np.float32(self.scale) + np.float32(self.zero_point))
-        return steps.astype(np.int32)
-
-    def from_integers(self, integers: NDArray[np.int32]) -> NDArray[Any]:
-        """Integers as what comes out, of the same shape."""
-        if self.integers:
-            return integers.astype(self.dtype)
-        values = (integers.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
-        return values.astype(self.dtype)
 
 
 def activation_points(model: onnx.ModelProto) -> list[ActivationPoint]:
     """The places where a graph quantizes activations, in the order of its nodes, which is that of the forward pass."""
-    known = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    clipped = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == 'Clip'}
+    stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    users = {node.input[0]: node for node in model.graph.node if node.op_type in ('Clip', 'DequantizeLinear')}
     points = []
     for node in model.graph.node:
-        if node.op_type not in ('QuantizeLinear', 'Quant') or node.input[0] in known:
-            continue
-        integers = node.op_type == 'QuantizeLinear'
-        scale, zero_point = (known[name] for name in node.input[1:3])
-        made = node.output[0]
-        points.append(
-            ActivationPoint(
-                node=node.name,
-                tensor=clipped.get(made, made) if integers else made,
-                scale=float(scale),
-                zero_point=float(zero_point),
-                integers=integers,
-                dtype=zero_point.dtype if integers else np.dtype(np.float32),
-            )
-        )
+        if node.op_type in ('QuantizeLinear', 'Quant') and node.input[0] not in stored:  # weights are
+            last = node
+            while last.op_type not in ('DequantizeLinear', 'Quant'):
+                last = users[last.output[0]]
+            scale, zero_point = (float(stored[name]) for name in node.input[1:3])
+            points.append(ActivationPoint(node.name, last.output[0], scale, zero_point))
     return points
 
 
-def with_outputs(model: onnx.ModelProto, points: Sequence[ActivationPoint]) -> onnx.ModelProto:
-    """A copy of a graph whose further outputs are what comes out at the points."""
+def with_inputs(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
+    """A copy of a graph in which tensors, of these shapes, come from outside: by their names and :data:`FORCED`."""
     copy = deepcopy(model)
-    for point in points:
-        element = helper.np_dtype_to_tensor_dtype(point.dtype)
-        copy.graph.output.append(helper.make_tensor_value_info(point.tensor, element, None))
+    for node in copy.graph.node:
+        for i, name in enumerate(node.input):
+            if name in shapes:
+                node.input[i] = name + FORCED
+    for name, shape in shapes.items():
+        free = ['batch', *shape[1:]]
+        copy.graph.input.append(helper.make_tensor_value_info(name + FORCED, onnx.TensorProto.FLOAT, free))
     return copy
 
 
-def with_inputs(
-    model: onnx.ModelProto, points: Sequence[ActivationPoint], shapes: Mapping[str, Sequence[int]]
-) -> onnx.ModelProto:
-    """A copy in which every layer takes its quantized input from outside, so that it can be judged by itself.
-
-    What comes out at the points goes nowhere; what goes on from there comes in, as inputs by the tensor's name and
-    :data:`FORCED`.
+def runner(model: onnx.ModelProto, file_format: str, tensors: Sequence[str] = (), *, optimized: bool = True) -> Run:
+    """A function from a graph's inputs to its outputs, both by name; batches of any size.
 
     Args:
         model: The graph.
-        points: Its points.
-        shapes: By the tensor's name, its shape behind the batch's size.
+        file_format: ``'qcdq'``, which runs in ONNX Runtime, or ``'qonnx'``: in the package ``qonnx``, which is slow.
+        tensors: Names inside the graph whose values are returned, too.
+        optimized: Whether ONNX Runtime may optimize the graph, as it does by default.
     """
+    names = [*(output.name for output in model.graph.output), *tensors]
+    if file_format == 'qonnx':
+        return lambda inputs: _run_qonnx(model, names, inputs)
+    import onnxruntime
+
     copy = deepcopy(model)
-    tensors = {point.tensor for point in points}
-    for node in copy.graph.node:
-        for i, name in enumerate(node.input):
-            if name in tensors:
-                node.input[i] = name + FORCED
-    for point in points:
-        element = helper.np_dtype_to_tensor_dtype(point.dtype)
-        shape: list[str | int | None] = ['batch', *shapes[point.tensor]]
-        copy.graph.input.append(helper.make_tensor_value_info(point.tensor + FORCED, element, shape))
-    return copy
+    copy.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors; warnings are about what is optimized, and how
+    # On x86 processors without VNNI instructions, products of 8-bit integers overflow otherwise.
+    options.add_session_config_entry('session.x64quantprecision', '1')
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(copy.SerializeToString(), options, providers=['CPUExecutionProvider'])
+    return lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def _run_qonnx(model: onnx.ModelProto, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """The reference semantics of ``Quant``: every node is a session of its own, and all shapes must be known."""
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.core.onnx_exec import execute_onnx
+    from qonnx.transformation.infer_shapes import InferShapes
+
+    sized = ModelWrapper(_with_batch(model, len(inputs['input']))).transform(InferShapes())
+    made = execute_onnx(sized, dict(inputs), return_full_exec_context=True)
+    return {name: made[name] for name in names}

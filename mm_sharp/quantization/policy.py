@@ -1,20 +1,27 @@
-"""How a model is to be quantized: the ``policy`` of a config, checked (ours).
-
-No Brevitas here: :mod:`mm_sharp.quantization.quantizers` says which of its quantizers a policy means.
-"""
+"""How a model is to be quantized: the ``policy`` of a config, checked."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mm_sharp.errors import UserError, check_bool, check_choice
 
 OWNER = 'QuantizedModel'
-_BIT_WIDTHS = range(2, 9)
-_ENDS = ('same', 'float')
+_BITS = (8, 7, 6, 5, 4, 3, 2)
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    'weight_bit_width': _BITS,
+    'act_bit_width': _BITS,
+    'weight_granularity': ('channel', 'tensor'),
+    'weight_scales': ('learned', 'statistics'),
+    'act_scales': ('learned', 'fixed'),
+    'weight_symmetric': (True, False),
+    'act_symmetric': (True, False),
+    'scale_init': ('mse', 'max'),
+}
+_MODEL_KEYS = ('first_layers', 'last_layers', 'skip', 'layers', 'fold_batchnorm', 'input_size')
 _EXAMPLE = "policy=dict(weight_bit_width=4, act_bit_width=4, last_layers=8, skip=['head.final_layer'])"
 _LAYERS = "policy=dict(layers=[dict(pattern='^head', weight_bit_width=8)], …)"
 _FORM = 'policy=dict({name}={example}, …)'
@@ -29,13 +36,10 @@ class LayerPolicy:
         act_bit_width: Bits of the layer's input, 2 to 8.
         weight_granularity: One scale for each output ``'channel'``, or one for the whole ``'tensor'``.
         weight_scales: ``'learned'``: step sizes that start from statistics of the weights and are trained with them
-            (as LSQ does, Esser et al. 2020, without its scaling of the step sizes' gradients); ``'statistics'``: the
-            largest weight's size, computed anew from the weights in every forward pass.
+            (LSQ, without its scaling of their gradients); ``'statistics'``: the largest weight's size in every forward.
         act_scales: ``'learned'``, or ``'fixed'`` at what calibration found.
-        weight_symmetric: Integers around 0 without a zero point, the lowest one left out, so that at 2 bits a weight
-            is -1, 0 or 1 step.
-        act_symmetric: No zero point for inputs of either sign. Inputs that cannot be negative never have one: they are
-            unsigned integers.
+        weight_symmetric: Integers around 0 without a zero point, the lowest one left out: -1, 0 and 1 at 2 bits.
+        act_symmetric: No zero point for inputs of either sign. Inputs that cannot be negative never have one.
         scale_init: What scales start from: ``'mse'``, the scale of least squared error (20 candidates), or ``'max'``,
             the largest weight and the 99.999th percentile of an input.
     """
@@ -50,21 +54,8 @@ class LayerPolicy:
     scale_init: str = 'mse'
 
     def __post_init__(self) -> None:
-        for name in ('weight_bit_width', 'act_bit_width'):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value not in _BIT_WIDTHS:
-                raise UserError(
-                    f'{OWNER}: policy {name}={value!r} is not allowed: an integer from 2 to 8, as {_EXAMPLE}'
-                )
-        for name, choices in (
-            ('weight_granularity', ('channel', 'tensor')),
-            ('weight_scales', ('learned', 'statistics')),
-            ('act_scales', ('learned', 'fixed')),
-            ('scale_init', ('mse', 'max')),
-        ):
+        for name, choices in _CHOICES.items():
             check_choice(OWNER, name, getattr(self, name), choices, _FORM)
-        check_bool(OWNER, 'weight_symmetric', self.weight_symmetric, _FORM)
-        check_bool(OWNER, 'act_symmetric', self.act_symmetric, _FORM)
         if self.weight_scales == 'statistics' and self.scale_init == 'mse':
             raise UserError(
                 f"{OWNER}: policy weight_scales='statistics' with scale_init='mse' would search the scales in every "
@@ -79,14 +70,12 @@ class QuantizationPolicy:
     Args:
         default: How a layer is quantized unless the rest says otherwise.
         first_layers: What applies to layers that see the image: bits of weights and input (2 to 8), ``'float'``, or
-            ``'same'`` as all others. 8 by default, as is common: a network's two ends are the most sensitive, and
-            the image has 8 bits anyway.
+            ``'same'`` as all others. 8 by default, since a network's two ends are the most sensitive.
         last_layers: The same for layers whose output no further layer takes in.
         overrides: Pairs of a pattern and what it changes. The last one that matches a layer's name counts, and goes
             before ``first_layers`` and ``last_layers``.
         skip: Patterns (regular expressions, searched in layers' names) of layers that stay in float.
-        fold_batchnorm: Whether BatchNorm is folded into the layer before it, weights and statistics, where it follows
-            one directly. What is folded has no batch statistics in training any more.
+        fold_batchnorm: Whether BatchNorm is folded into the layer directly before it: no batch statistics any more.
         input_size: Width and height of the input in pixels; needed only where the model's codec does not know it.
     """
 
@@ -100,120 +89,83 @@ class QuantizationPolicy:
 
     @classmethod
     def from_config(cls, policy: Mapping[str, Any] | None) -> QuantizationPolicy:
-        """Read the dict of a config.
+        """Read the dict of a config; a ValueError names what is not allowed in it.
 
-        Args:
-            policy: Keys of :class:`LayerPolicy`, and ``first_layers``, ``last_layers``, ``skip`` (a pattern or a list
-                of them), ``fold_batchnorm``, ``input_size`` and ``layers``: a list of dicts with a ``pattern`` and
-                keys of :class:`LayerPolicy`.
-
-        Raises:
-            ValueError: A key or value is not allowed; the message names it.
+        Its keys are this class's, :class:`LayerPolicy`'s for ``default``, and ``layers`` for ``overrides``: a list of
+        dicts with a ``pattern`` and keys of :class:`LayerPolicy`.
         """
         if not isinstance(policy, Mapping):
             raise UserError(f'{OWNER}: policy={policy!r} is not allowed: a dict, as {_EXAMPLE}')
-        given = dict(policy)
+        _check_keys('policy keys {}', policy, (*_CHOICES, *_MODEL_KEYS), _EXAMPLE)
         for name in ('first_layers', 'last_layers'):
-            _check_end(name, given.get(name, 8))
-        default = _layer_policy(LayerPolicy(), {k: given.pop(k) for k in _LAYER_KEYS if k in given})
-        layers = given.pop('layers', ())
-        if isinstance(layers, (Mapping, str)) or not isinstance(layers, Iterable):
+            check_choice(OWNER, name, policy.get(name, 8), (*_BITS, 'same', 'float'), _FORM)
+        check_bool(OWNER, 'fold_batchnorm', policy.get('fold_batchnorm', True), _FORM)
+        default = LayerPolicy(**{key: policy[key] for key in _CHOICES if key in policy})
+        layers, skip = policy.get('layers', ()), policy.get('skip', ())
+        if not isinstance(layers, (list, tuple)):
             raise UserError(f'{OWNER}: policy layers={layers!r} is not allowed: a list, as {_LAYERS}')
-        overrides = tuple(_override(default, item) for item in layers)
-        skip = tuple(_pattern('skip', pattern) for pattern in _listed(given.pop('skip', ())))
-        unknown = set(given) - {'first_layers', 'last_layers', 'fold_batchnorm', 'input_size'}
-        if unknown:
-            allowed = ', '.join([*_LAYER_KEYS, 'first_layers, last_layers, skip, layers, fold_batchnorm, input_size'])
-            raise UserError(
-                f'{OWNER}: unknown policy keys {sorted(map(str, unknown))}; there are {allowed}. Write {_EXAMPLE}'
-            )
-        check_bool(OWNER, 'fold_batchnorm', given.get('fold_batchnorm', True), _FORM)
-        if given.get('input_size') is not None:
-            given['input_size'] = _size(given['input_size'])
-        return cls(default=default, overrides=overrides, skip=skip, **given)
+        return cls(
+            default,
+            overrides=tuple(_override(default, item) for item in layers),
+            skip=tuple(_pattern('skip', item) for item in (skip if isinstance(skip, (list, tuple)) else [skip])),
+            input_size=_size(policy.get('input_size')),
+            **{key: policy[key] for key in ('first_layers', 'last_layers', 'fold_batchnorm') if key in policy},
+        )
 
     def of_layer(self, name: str, *, first: bool, last: bool) -> LayerPolicy | str:
-        """What applies to a layer.
-
-        Args:
-            name: Its dotted name.
-            first: Whether it sees the image.
-            last: Whether no further layer takes its output in.
-
-        Returns:
-            How it is quantized, or why it is not.
-        """
+        """How a layer is quantized, which sees the image or ends the network; or why it is not."""
         if any(pattern.search(name) for pattern in self.skip):
             return 'left out by the policy (skip)'
         matching = [layer for pattern, layer in self.overrides if pattern.search(name)]
         if matching:
             return matching[-1]
-        ends = [getattr(self, f'{end}_layers') for end, here in (('first', first), ('last', last)) if here]
+        ends = [value for value, here in ((self.first_layers, first), (self.last_layers, last)) if here]
         if 'float' in ends:
             return f'{"first" if first and self.first_layers == "float" else "last"} layer (policy)'
         bits = max((end for end in ends if isinstance(end, int)), default=None)
         return self.default if bits is None else replace(self.default, weight_bit_width=bits, act_bit_width=bits)
 
-    def unused_patterns(self, names: Iterable[str]) -> list[str]:
-        """Patterns that match none of the names."""
-        names = list(names)
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Refuse patterns that match none of the layers' names."""
         patterns = [*self.skip, *(pattern for pattern, _ in self.overrides)]
-        return [p.pattern for p in patterns if not any(p.search(name) for name in names)]
-
-
-_LAYER_KEYS = tuple(field.name for field in fields(LayerPolicy))
-
-
-def _layer_policy(base: LayerPolicy, changes: Mapping[str, Any]) -> LayerPolicy:
-    return replace(base, **changes)
+        unused = [p.pattern for p in patterns if not any(p.search(name) for name in names)]
+        if unused:
+            raise UserError(
+                f'{OWNER}: policy patterns {unused} match no layer; there are {", ".join(names)}. Write {_EXAMPLE}'
+            )
 
 
 def _override(default: LayerPolicy, item: object) -> tuple[re.Pattern[str], LayerPolicy]:
     if not isinstance(item, Mapping) or 'pattern' not in item or len(item) < 2:
         raise UserError(
-            f'{OWNER}: policy layers={item!r} is not allowed: a dict with a pattern and what it changes, as '
-            "dict(pattern='^head', weight_bit_width=8)"
+            f'{OWNER}: policy layers={item!r} is not allowed: a dict with a pattern and what it changes, as {_LAYERS}'
         )
     changes = {key: value for key, value in item.items() if key != 'pattern'}
-    unknown = set(changes) - {*_LAYER_KEYS}
+    _check_keys('keys {} in policy layers', changes, tuple(_CHOICES), _LAYERS)
+    return _pattern('layers', item['pattern']), replace(default, **changes)
+
+
+def _check_keys(what: str, given: Iterable[Any], allowed: tuple[str, ...], example: str) -> None:
+    unknown = [key for key in given if key not in allowed]
     if unknown:
-        allowed = ', '.join(_LAYER_KEYS)
-        raise UserError(
-            f'{OWNER}: unknown keys {sorted(unknown)} in policy layers; there are {allowed}. Write {_LAYERS}'
-        )
-    return _pattern('layers', item['pattern']), _layer_policy(default, changes)
+        raise UserError(f'{OWNER}: unknown {what.format(unknown)}; there are {", ".join(allowed)}. Write {example}')
 
 
 def _pattern(name: str, pattern: object) -> re.Pattern[str]:
-    if not isinstance(pattern, str):
-        raise UserError(f'{OWNER}: policy {name}={pattern!r} is not allowed: a regular expression, as {_EXAMPLE}')
+    fault = 'it is no text'
     try:
-        return re.compile(pattern)
+        if isinstance(pattern, str):
+            return re.compile(pattern)
     except re.error as error:
-        raise UserError(
-            f'{OWNER}: policy {name}={pattern!r} is no regular expression ({error}). Write {_EXAMPLE}'
-        ) from error
+        fault = str(error)
+    raise UserError(f'{OWNER}: policy {name}={pattern!r} is no regular expression ({fault}). Write {_EXAMPLE}')
 
 
-def _listed(patterns: object) -> Iterable[object]:
-    return patterns if isinstance(patterns, (list, tuple)) else [patterns]
-
-
-def _check_end(name: str, value: object) -> None:
-    ok = value in _ENDS if isinstance(value, str) else type(value) is int and value in _BIT_WIDTHS
-    if not ok:
-        raise UserError(
-            f"{OWNER}: policy {name}={value!r} is not allowed: bits (2 to 8), 'float', or 'same' as the "
-            f'other layers, as {_EXAMPLE}'
-        )
-
-
-def _size(value: object) -> tuple[int, int]:
-    if (
-        not isinstance(value, (list, tuple))
-        or len(value) != 2
-        or not all(type(side) is int and side > 0 for side in value)
-    ):
+def _size(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    sides = value if isinstance(value, (list, tuple)) else ()
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         example = 'policy=dict(input_size=(192, 256), …)'
         raise UserError(f'{OWNER}: policy input_size={value!r} is not allowed: (width, height) in pixels, as {example}')
-    return (value[0], value[1])
+    return sides[0], sides[1]

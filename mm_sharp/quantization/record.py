@@ -1,71 +1,74 @@
-"""What was quantized in a model, what was not and why: kept with the model and printed (ours)."""
+"""What a quantized model knows of itself: what was quantized, whether it is calibrated, which checkpoints fit it.
+
+Of a float model's checkpoint only what belongs to quantizers may be missing. A quantized model's must have the same
+bits in the same layers.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mm_sharp.errors import KindError, UserError, some
+
 from .policy import LayerPolicy, QuantizationPolicy
+from .quantizers import SCALES, forget, uninitialised
 
 # Name of the buffer that says, in a checkpoint, how its model is quantized.
 LAYOUT = 'quantization_layout'
 _RANGES = ('signed', 'unsigned', 'shifted')
+_REMEDY = 'use the policy that it was trained with (it is in the config beside the checkpoint)'
+
+
+class NotCalibratedError(UserError, RuntimeError):
+    """A quantized model was used before its quantizers had scales."""
+
+
+class CheckpointMismatchError(UserError):
+    """A checkpoint does not fit the quantized model."""
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One convolution, deconvolution or fully connected layer.
-
-    Args:
-        name: Its dotted name.
-        kind: Class of the float layer.
-        policy: How it is quantized, or None if it is not.
-        input_range: ``'signed'``, ``'unsigned'`` or ``'shifted'``; '' if it is not quantized.
-        reason: Why it is not; '' if it is.
-        weights: How many weights it has, without biases.
-    """
+    """One convolution, deconvolution or fully connected layer."""
 
     name: str
-    kind: str
-    policy: LayerPolicy | None
-    input_range: str
-    reason: str
-    weights: int
+    kind: str  # class of the float layer
+    policy: LayerPolicy | None  # None if it is not quantized
+    input_range: str  # 'signed', 'unsigned' or 'shifted'; '' if it is not quantized
+    reason: str  # why it is not quantized; '' if it is
+    weights: int  # without biases
 
 
 @dataclass
 class QuantizationRecord:
-    """How a model is quantized; ``model.quantization``.
-
-    Args:
-        policy: What the config asked for.
-        layers: Every layer with weights to multiply by, in the order of the model's definition.
-        folded: Names of the BatchNorms that were folded into the layer before them.
-        float_bytes: Size of the float model's parameters and statistics.
-        other_bytes: Size of those that stay in float (biases, norms, layers that are not quantized).
-        input_size: Width and height in pixels that the model was traced with.
-        calibrated: Whether every quantizer is known to be initialised.
-        calibrating: Whether statistics are being collected.
-        unfolded: Names of the BatchNorms that were to be folded and could not be, and why.
-    """
+    """How a model is quantized; ``model.quantization``."""
 
     policy: QuantizationPolicy
-    layers: Sequence[LayerRecord]
-    folded: Sequence[str]
-    float_bytes: int
-    other_bytes: int
-    input_size: tuple[int, int]
-    calibrated: bool = False
+    layers: Sequence[LayerRecord]  # in the order of the model's definition
+    batchnorms: Mapping[str, str]  # of those that were to be folded, why they could not be; '' if they were
+    float_bytes: int  # size of the float model's parameters and statistics
+    other_bytes: int  # of those that stay in float (biases, norms, layers that are not quantized)
+    input_size: tuple[int, int]  # width and height in pixels that the model was traced with
+    calibrated: bool = False  # whether every quantizer is known to be initialised
     calibrating: bool = False
-    unfolded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> list[LayerRecord]:
         """The layers that are quantized."""
         return [layer for layer in self.layers if layer.policy is not None]
+
+    @property
+    def folded(self) -> list[str]:
+        """The BatchNorms that were folded into the layer before them."""
+        return [name for name, reason in self.batchnorms.items() if not reason]
 
     def bytes(self) -> int:
         """The model's size when weights take the bits that they have and scales 4 bytes each."""
@@ -74,16 +77,12 @@ class QuantizationRecord:
 
     def layout(self) -> Tensor:
         """(layers, 4) uint8: weight bits, input bits, range of the input, per-channel and symmetric weights."""
-        rows = [
-            (
-                layer.policy.weight_bit_width,
-                layer.policy.act_bit_width,
-                _RANGES.index(layer.input_range),
-                2 * (layer.policy.weight_granularity == 'channel') + layer.policy.weight_symmetric,
-            )
-            for layer in self.layers
-            if layer.policy is not None
-        ]
+        rows = []
+        for layer in self.layers:
+            if layer.policy is not None:
+                bits = (layer.policy.weight_bit_width, layer.policy.act_bit_width)
+                kind = 2 * (layer.policy.weight_granularity == 'channel') + layer.policy.weight_symmetric
+                rows.append((*bits, _RANGES.index(layer.input_range), kind))
         # Not int16, which neither gloo nor NCCL can send to other ranks.
         return torch.tensor(rows, dtype=torch.uint8).view(-1, 4)
 
@@ -97,38 +96,128 @@ class QuantizationRecord:
             if layer.policy is not None:
                 how = f'{layer.policy.weight_bit_width:>4}  {layer.policy.act_bit_width} {layer.input_range}'
             lines.append(f'{layer.name:<{width}}  {count}  {how}')
-        for reason in dict.fromkeys(self.unfolded.values()):
-            names = ', '.join(name for name, why in self.unfolded.items() if why == reason)
+        for reason in dict.fromkeys(filter(None, self.batchnorms.values())):
+            names = ', '.join(name for name, why in self.batchnorms.items() if why == reason)
             lines.append(f'BatchNorm not folded, {reason}: {names}')
-        return '\n'.join([*lines, *self._sums()])
-
-    def _sums(self) -> list[str]:
-        quantized = self.quantized
-        total = sum(layer.weights for layer in self.layers) or 1
-        share = sum(layer.weights for layer in quantized) / total
-        return [
-            f'{len(quantized)} of {len(self.layers)} layers are quantized, {share:.1%} of their weights; '
-            f'{len(self.folded)} BatchNorms are folded',
-            f'size {self.float_bytes / 1e6:.2f} MB in float, {self.bytes() / 1e6:.2f} MB quantized '
-            f'({self.float_bytes / max(self.bytes(), 1):.1f} times smaller)',
-            'activations, norms, residual sums, concatenations and what attention multiplies stay in float: each '
-            'layer quantizes its own input',
-        ]
+        weights = sum(layer.weights for layer in self.quantized) / sum(layer.weights for layer in self.layers)
+        return '\n'.join(
+            [
+                *lines,
+                f'{len(self.quantized)} of {len(self.layers)} layers are quantized, {weights:.1%} of their weights; '
+                f'{len(self.folded)} BatchNorms are folded',
+                f'size {self.float_bytes / 1e6:.2f} MB in float, {self.bytes() / 1e6:.2f} MB quantized '
+                f'({self.float_bytes / self.bytes():.1f} times smaller)',
+                'activations, norms, residual sums, concatenations and what attention multiplies stay in float: each '
+                'layer quantizes its own input',
+            ]
+        )
 
 
-def summary(layout: Tensor) -> str:
-    """A checkpoint's layout in words: how many layers have which bits.
+def attach(model: nn.Module, record: QuantizationRecord) -> None:
+    """Keep a record with its model, and have the model check what it loads and that it is calibrated when it runs."""
+    model.quantization = record  # type: ignore[assignment]
+    model.register_buffer(LAYOUT, record.layout())
+    model._register_load_state_dict_pre_hook(_before_loading, with_module=True)
+    model.register_load_state_dict_post_hook(_after_loading)
+    model.register_forward_pre_hook(_check_call)
 
-    Args:
-        layout: What :meth:`QuantizationRecord.layout` gave.
-    """
-    counts: dict[str, int] = {}
-    for weight, act, *_ in layout.tolist():
-        counts[f'W{weight}A{act}'] = counts.get(f'W{weight}A{act}', 0) + 1
+
+def record_of(model: nn.Module) -> QuantizationRecord | None:
+    """The record of a quantized model, or None for others."""
+    record = getattr(model, 'quantization', None)
+    return record if isinstance(record, QuantizationRecord) else None
+
+
+def quantized_record(model: nn.Module) -> QuantizationRecord:
+    """The record of a quantized model; a KindError for others."""
+    record = record_of(model)
+    if record is None:
+        raise KindError(
+            f'model={type(model).__name__} is a float model: quantize it by a fragment, as '
+            "_base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py'], or build it with type='QuantizedModel'"
+        )
+    return record
+
+
+def size_in_bytes(state: Mapping[str, Tensor]) -> int:
+    """Bytes of the tensors in a state."""
+    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+
+
+def is_calibrated(model: nn.Module) -> bool:
+    """Whether a model is quantized and all its quantizers have their scales."""
+    return record_of(model) is not None and not uninitialised(model)
+
+
+def check_calibrated(model: nn.Module) -> None:
+    """Raise a NotCalibratedError if quantizers have no scale yet, and a TypeError for float models."""
+    quantized_record(model)
+    names = uninitialised(model)
+    if names:
+        raise NotCalibratedError(
+            f'{len(names)} quantizers have no scale yet (the first is {names[0]}): the model has not been calibrated. '
+            'Load the checkpoint of a quantized model, train with a Runner, which calibrates first (CalibrationHook), '
+            'or call mm_sharp.quantization.calibrate(model, batches)'
+        )
+
+
+def _check_call(model: nn.Module, args: Any) -> None:
+    # Brevitas would initialise a scale that it has not got in whatever forward pass comes next, without a word.
+    record = quantized_record(model)
+    if not record.calibrated and not record.calibrating:
+        check_calibrated(model)
+        record.calibrated = True
+
+
+def _before_loading(model: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Compare the checkpoint's bits with the model's, and keep what the other hook cannot see."""
+    record = quantized_record(model)
+    record.calibrated = False
+    saved, ours = state.get(prefix + LAYOUT), record.layout()
+    scales = any(SCALES in key for key in state if key.startswith(prefix))
+    model._loading = (prefix, saved is not None, scales)  # type: ignore[assignment]
+    if saved is not None and (saved.shape != ours.shape or not bool((saved.cpu() == ours).all())):
+        raise CheckpointMismatchError(
+            f'the checkpoint is of a model with {_summary(saved)}, and the config makes one with {_summary(ours)}: '
+            f'{_REMEDY}'
+        )
+
+
+def _after_loading(model: nn.Module, keys: Any) -> None:
+    """Report missing and unexpected keys; those of quantizers may be missing."""
+    prefix, is_quantized, scales = model.__dict__.pop('_loading', ('', False, False))
+    if not is_quantized and prefix + LAYOUT in keys.missing_keys:
+        keys.missing_keys.remove(prefix + LAYOUT)
+    missing, unexpected = (
+        [key[len(prefix) :] for key in found if key.startswith(prefix)]
+        for found in (keys.missing_keys, keys.unexpected_keys)
+    )
+    missing = [key for key in missing if 'num_batches_tracked' not in key and not _of_quantizer(key)]
+    if missing:
+        raise CheckpointMismatchError(
+            f'{len(missing)} weights of the model are not in the checkpoint (only those of quantizers may be missing): '
+            f'{some(missing)}' + (f'; in it and not in the model are {some(unexpected)}' if unexpected else '')
+        )
+    if not is_quantized and not scales:
+        forget(model)  # what calibration found for other weights
+    without = uninitialised(model)
+    if is_quantized and scales and without:
+        raise CheckpointMismatchError(
+            f'the checkpoint has no values for {len(without)} quantizers (the first is {without[0]}), and has some for '
+            f'others: {_REMEDY}'
+        )
+    weights = sum(not _of_quantizer(name) for name, _ in model.named_parameters())
+    message = f'Loaded the checkpoint of a {"quantized" if is_quantized else "float"} model: all {weights} weights, '
+    message += f'{len(without)} quantizers to be calibrated' if without else 'all quantizers'
+    message += f'; not used: {some(unexpected)}' if unexpected else ''
+    print_log(message, 'current', logging.WARNING if unexpected else logging.INFO)
+
+
+def _of_quantizer(key: str) -> bool:
+    return SCALES in key or key == LAYOUT
+
+
+def _summary(layout: Tensor) -> str:
+    """The layout of a checkpoint's model in words: how many layers have which bits."""
+    counts = Counter(f'W{weight}A{act}' for weight, act, *_ in layout.tolist())
     return ', '.join(f'{count} layers {name}' for name, count in counts.items())
-
-
-def size_in_bytes(model: nn.Module) -> int:
-    """Bytes of a float model's parameters and of the buffers that its checkpoint holds."""
-    saved = model.state_dict()
-    return sum(tensor.numel() * tensor.element_size() for tensor in saved.values() if isinstance(tensor, Tensor))

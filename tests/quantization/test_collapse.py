@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mm_sharp.quantization.collapse import Collapse
+from mm_sharp.quantization.calibration import collapse_warning
 from tests.mmpose_cases import QUIET
 from tests.quantized_toys import batches, quantized
 from tests.toys import same_state
@@ -32,15 +32,14 @@ def never() -> dict[str, float]:
 
 def test_a_model_that_keeps_its_outputs_costs_no_second_evaluation() -> None:
     model = quantized('W8A8')
-    collapse = Collapse(model, BATCH)
-    assert collapse.warning({'coco/AP': 0.7, 'EPE': 0.0, 'coco/AP (L)': -1.0}, never) is None
+    assert collapse_warning(model, BATCH, {'coco/AP': 0.7, 'EPE': 0.0, 'coco/AP (L)': -1.0}, never) is None
     assert same_state(model, quantized('W8A8'))
     assert not any(module._forward_hooks for module in model.modules())
     assert model.training
 
 
 def test_the_layers_that_are_changed_most_are_named() -> None:
-    warning = Collapse(corrupted(), BATCH).warning({'PCK': 0.1}, lambda: {'PCK': 0.9})
+    warning = collapse_warning(corrupted(), BATCH, {'PCK': 0.1}, lambda: {'PCK': 0.9})
     assert warning is not None
     assert 'takes PCK from 0.9000 to 0.1000' in warning
     named = warning.partition('most, ')[2]
@@ -66,15 +65,15 @@ def test_the_layers_that_are_changed_most_are_named() -> None:
     ],
 )
 def test_what_a_collapse_is(name: str, before: float, after: float, collapsed: bool) -> None:
-    warning = Collapse(corrupted(), BATCH).warning({name: after}, lambda: {name: before})
+    warning = collapse_warning(corrupted(), BATCH, {name: after}, lambda: {name: before})
     assert (warning is not None) is collapsed
 
 
 def test_a_metric_of_0_is_measured_in_float_whatever_the_outputs() -> None:
-    collapse = Collapse(quantized('W8A8'), BATCH)
-    warning = collapse.warning({'PCK': 0.0}, lambda: {'PCK': 0.0})
+    model = quantized('W8A8')
+    warning = collapse_warning(model, BATCH, {'PCK': 0.0}, lambda: {'PCK': 0.0})
     assert warning is not None
     assert 'PCK is 0.0000 without the quantizers, too' in warning
-    warning = collapse.warning({'PCK': 0.0}, lambda: {'PCK': 0.5})
+    warning = collapse_warning(model, BATCH, {'PCK': 0.0}, lambda: {'PCK': 0.5})
     assert warning is not None
     assert 'takes PCK from 0.5000 to 0.0000' in warning

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from mm_sharp.errors import UserError
-from mm_sharp.quantization import QuantizationPolicy, calibrate, exportable, quantize
-from mm_sharp.quantization.export import export_onnx
-from mm_sharp.quantization.exportable import warn_of_export
+from mm_sharp.quantization import QuantizationPolicy, calibrate, export, quantize
+from mm_sharp.quantization.export import export_onnx, warn_of_export
 from tests.mmpose_cases import QUIET
 from tests.quantized_models import conv, policy
 from tests.toys import same_state
@@ -86,7 +85,7 @@ def test_pooling_to_a_size_is_exported(name: str, tmp_path: Path, caplog: pytest
         # A rounding flip is a step of the last layer's input; nearly all values have none.
         assert np.mean(np.abs(found - expected) < 1e-5) > 0.99
         assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
-    assert F.adaptive_avg_pool2d is not exportable._pool
+    assert F.adaptive_avg_pool2d is not export._pool
 
 
 @pytest.mark.parametrize(
@@ -94,7 +93,7 @@ def test_pooling_to_a_size_is_exported(name: str, tmp_path: Path, caplog: pytest
 )
 def test_pooling_computes_the_same(sides: tuple[int, int], size: tuple[int, int]) -> None:
     inputs = torch.rand(2, 3, *sides, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert torch.allclose(exportable._pool(inputs, size), F.adaptive_avg_pool2d(inputs, size), rtol=1e-6)
+    assert torch.allclose(export._pool(inputs, size), F.adaptive_avg_pool2d(inputs, size), rtol=1e-6)
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +107,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path, capfd: pytest.Captur
 
 def warnings_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[tuple[str, int]] = []
-    monkeypatch.setattr(exportable, 'print_log', lambda message, logger, level: said.append((message, level)))
+    monkeypatch.setattr(export, 'print_log', lambda message, logger, level: said.append((message, level)))
     warn_of_export(model)
     assert all(level == logging.WARNING and '\n' not in message for message, level in said)
     return [message for message, _ in said]

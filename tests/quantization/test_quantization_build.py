@@ -233,7 +233,7 @@ def test_what_is_not_quantized_is_said_with_its_reason() -> None:
     reasons = {layer.name: layer.reason for layer in model.quantization.layers}
     assert reasons == {
         'a': '',
-        'b': 'Doubled has a forward of its own',
+        'b': 'Doubled has hooks or a forward of its own',
         'c': 'last layer (policy)',
         'd': 'not called in inference',
     }

@@ -18,9 +18,8 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, MODELS, init_defau
 from mmengine.runner import Runner
 from torch import Tensor
 
-from mm_sharp.quantization import CalibrationHook, is_calibrated
+from mm_sharp.quantization import CalibrationHook, calibration_hook, is_calibrated
 from mm_sharp.quantization.calibration_hook import CHECKPOINT
-from mm_sharp.quantization.collapse import Collapse
 from tests.conftest import ROOT
 from tests.distributed import run
 from tests.mmpose_cases import QUIET
@@ -187,11 +186,11 @@ def test_what_is_nothing_in_float_too_is_a_warning(base: Runner) -> None:
 def test_a_collapse_is_measured_against_the_float_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[dict[str, float]] = []
 
-    def warning(self: Collapse, metrics: dict[str, float], evaluate_float: Any) -> str:
+    def warning(model: Any, batch: Any, metrics: dict[str, float], evaluate_float: Any) -> str:
         measured.extend([dict(metrics), evaluate_float()])
         return 'collapsed'
 
-    monkeypatch.setattr(Collapse, 'warning', warning)
+    monkeypatch.setattr(calibration_hook, 'collapse_warning', warning)
     runner = build(folder, log_level='INFO')
     logged = trained_by(runner)
     plain = Config.fromfile(folder / 'float.py')

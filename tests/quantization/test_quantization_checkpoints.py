@@ -165,7 +165,7 @@ def test_keys_that_are_not_used_are_reported(load: Load, lines: list[logging.Log
     load(quantized(DECONV), state)
     warned = [line.getMessage() for line in lines if line.levelname == 'WARNING' and 'Loaded' in line.getMessage()]
     assert len(warned) == 1
-    assert warned[0].endswith('not used: teacher.0, teacher.1, teacher.2, teacher.3, teacher.4 and 2 more')
+    assert warned[0].endswith('not used: teacher.0, teacher.1, teacher.2, teacher.3 and 3 more')
 
 
 def test_float_weights_in_a_calibrated_model_call_for_calibration() -> None:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mmcv.cnn.bricks import ConvWS2d
-from mmengine.model import initialize
-from mmengine.runner.checkpoint import load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mm_sharp.quantization.flow import LAYERS, trace_flow
-from mm_sharp.quantization.folding import fold_batchnorms
 from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import (
     DECONV,
@@ -28,7 +23,6 @@ from tests.quantized_models import (
     SIMCC,
     Toy,
     conv,
-    distance,
     draw_batchnorms,
     float_model,
     images,
@@ -49,7 +43,8 @@ def names_of(flows: dict[str, Any], field: str) -> set[str]:
 
 
 def pairs_of(flows: dict[str, Any]) -> dict[str, str]:
-    return {name: flow.batchnorm for name, flow in flows.items() if flow.batchnorm}
+    """By BatchNorm, the layer before it."""
+    return {flow.batchnorm: name for name, flow in flows.items() if flow.batchnorm}
 
 
 def smallest_inputs(model: nn.Module, inputs: Callable[[int], Tensor], rounds: int) -> dict[str, float]:
@@ -81,7 +76,6 @@ def test_first_and_last_layers(case: Case) -> None:
     flows = flows_of(float_model(case), images(1))
     assert names_of(flows, 'first') == {FIRST.get(case.name.split('-')[0], 'backbone.stem.0.conv')}
     assert names_of(flows, 'last') == LAST[case]
-    assert all(flow.calls == 1 for flow in flows.values())
 
 
 @EVERY
@@ -129,8 +123,8 @@ def behind(layer: str) -> str:
 def test_every_batchnorm_is_found_behind_its_layer(case: Case) -> None:
     model = float_model(case)
     pairs = pairs_of(flows_of(model, images(1)))
-    assert pairs == {layer: behind(layer) for layer in pairs}
-    assert set(pairs.values()) == {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    assert pairs == {behind(layer): layer for layer in pairs.values()}
+    assert set(pairs) == {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
 @pytest.mark.parametrize('case', [SIMCC, HRNET, RLE], ids=lambda case: case.name)
@@ -274,7 +268,7 @@ def test_a_layer_called_twice_takes_in_both() -> None:
             signs = (lambda x, keep=keep: x.relu() if keep else x for keep in (first, second))
             model = Toy(lambda m, x, f=list(signs): m.b(f[1](m.b(f[0](m.a(x))))), a=conv(3, 4), b=conv(4, 4))
             flow = flows_of(model)['b']
-            assert (flow.calls, flow.nonnegative, flow.first, flow.last) == (2, first and second, False, True)
+            assert (flow.nonnegative, flow.first, flow.last) == (first and second, False, True)
 
 
 def test_a_layer_that_sees_the_image_and_more() -> None:
@@ -322,184 +316,3 @@ def test_outputs_of_several_kinds() -> None:
 
     flows = flows_of(Toy(forward, **layers))
     assert (names_of(flows, 'first'), names_of(flows, 'last')) == ({'a'}, {'b', 'c', 'd'})
-
-
-# ------------------------------------------------------------------ what is folded
-def norm(channels: int = 4, **kwargs: Any) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, **kwargs)
-
-
-# Forwards with layers a, b and BatchNorms n, o; and what may be folded into what.
-FOLDS: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, str]]] = {
-    'a chain': (lambda m, x: m.b(m.n(m.a(x)).relu()), {'a': 'n'}),
-    'two': (lambda m, x: m.o(m.b(m.n(m.a(x)).relu())), {'a': 'n', 'b': 'o'}),
-    'another branch reads the layer': (lambda m, x: m.n(y := m.a(x)) + y, {}),
-    'another branch reads the layer before': (lambda m, x: (y := m.a(x)).relu() + m.n(y), {}),
-    'the layer is an output': (lambda m, x: (y := m.a(x), m.n(y)), {}),
-    'two BatchNorms read the layer': (lambda m, x: m.n(y := m.a(x)) + m.o(y), {}),
-    'BatchNorm used twice': (lambda m, x: m.b(m.n(m.a(x))) + m.n(m.b(x.repeat(1, 2, 1, 1)[:, :4])), {}),
-    'BatchNorm used twice in a row': (lambda m, x: m.n(m.n(m.a(x))), {}),
-    'layer used twice': (lambda m, x: m.n(m.a(x)) + m.o(m.a(x * 2)), {}),
-    'ReLU between': (lambda m, x: m.n(m.a(x).relu()), {}),
-    'ReLU in place between': (lambda m, x: m.n(F.relu_(m.a(x))), {}),
-    'a sum between': (lambda m, x: m.n(m.a(x) + x[:, :1]), {}),
-    'a slice between': (lambda m, x: m.n(m.a(x)[:, [1, 0, 3, 2]]), {}),
-    'BatchNorm before': (lambda m, x: m.a(nn.functional.pad(m.o(x), (1, 1))), {}),
-    'dropout between, which does nothing': (lambda m, x: m.n(m.d(m.a(x))), {'a': 'n'}),
-    'ReLU behind': (lambda m, x: m.b(m.n(m.a(x)).relu_()), {'a': 'n'}),
-    'a residual': (lambda m, x: (y := m.a(x).relu()) + m.n(m.b(y)), {'b': 'n'}),
-}
-
-
-@pytest.mark.parametrize('name', FOLDS)
-def test_what_is_folded_and_what_must_not_be(name: str) -> None:
-    forward, expected = FOLDS[name]
-    channels = 3 if name == 'BatchNorm before' else 4
-    layers = dict(a=conv(3, 4), b=conv(4, 4), n=norm(), o=norm(channels), d=nn.Dropout(0.5))
-    model = draw_batchnorms(Toy(forward, **layers), seed=0)
-    inputs = images(2, size=(8, 8))
-    before = output(model, inputs)
-    pairs = pairs_of(flows_of(model))
-    assert pairs == expected
-    assert fold_batchnorms(model, pairs) == list(expected.values())
-    assert distance(output(model, inputs), before) < 1e-6
-
-
-def test_frozen_layers_stay_frozen() -> None:
-    model = Toy(FOLDS['two'][0], a=conv(3, 4, bias=False), b=conv(4, 4), n=norm(), o=norm())
-    model.a.weight.requires_grad_(False)
-    fold_batchnorms(model, pairs_of(flows_of(model)))
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {'b.weight', 'b.bias'}
-    assert 'a.bias' in dict(model.named_parameters())
-
-
-# Layers in front of a BatchNorm, the BatchNorm, and whether it can be folded.
-LAYER_KINDS: dict[str, tuple[nn.Module, nn.Module, bool]] = {
-    'bias': (conv(3, 4), norm(), True),
-    'no bias': (conv(3, 4, bias=False), norm(), True),
-    'grouped': (conv(3, 6, groups=3), norm(6), True),
-    'stride, dilation': (nn.Conv2d(3, 4, 3, stride=2, dilation=2, padding=2), norm(), True),
-    'one dimension': (nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), True),
-    'deconvolution': (nn.ConvTranspose2d(3, 4, 4, 2, 1), norm(), True),
-    'deconvolution without bias': (nn.ConvTranspose2d(3, 4, 4, 2, 1, 1, bias=False), norm(), True),
-    'deconvolution of one dimension': (nn.ConvTranspose1d(3, 4, 4, 2), nn.BatchNorm1d(4), True),
-    'grouped deconvolution': (nn.ConvTranspose2d(3, 6, 4, 2, 1, groups=3), norm(6), False),
-    'neither weight nor bias': (conv(3, 4), norm(affine=False), True),
-    'no statistics': (conv(3, 4), norm(track_running_stats=False), False),
-    'large eps': (conv(3, 4), norm(eps=0.5), True),
-    'synchronised': (conv(3, 4), nn.SyncBatchNorm(4), True),
-    'fully connected': (nn.Linear(8, 4), nn.BatchNorm1d(3), False),
-    'weights that the layer normalises itself': (ConvWS2d(3, 4, 3), norm(), False),
-    'instance norm': (conv(3, 4), nn.InstanceNorm2d(4, track_running_stats=True, affine=True), False),
-}
-
-
-@pytest.mark.parametrize('name', LAYER_KINDS)
-def test_folding_changes_no_output(name: str) -> None:
-    layer, batchnorm, folds = deepcopy(LAYER_KINDS[name])
-    model = draw_batchnorms(Toy(lambda m, x: m.n(m.a(x)), a=layer, n=batchnorm), seed=0)
-    if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d, nn.Linear)):
-        inputs = images(2, size=(8, 8))[..., 0]
-    else:
-        inputs = images(2, size=(8, 8))
-    before = output(model, inputs)
-    folded = fold_batchnorms(model, pairs_of(flows_of(model, inputs)))
-    assert folded == (['n'] if folds else [])
-    assert isinstance(model.n, nn.Identity) is folds
-    assert distance(output(model, inputs), before) < (1e-6 if folds else 1e-12)
-
-
-def test_folded_layers_have_no_batch_statistics() -> None:
-    """Training mode is evaluation mode."""
-    model = float_model(HRNET)
-    fold_batchnorms(model, pairs_of(flows_of(model, images(1))))
-    with torch.no_grad():
-        trained = model.train()(images(2), None, mode='tensor')
-    assert torch.equal(trained.flatten(), output(model, images(2)))
-
-
-# ------------------------------------------------------------------ folded models and their checkpoints
-def folded_model(case: Case, seed: int = 0) -> nn.Module:
-    model = float_model(case, seed)
-    for module in model.modules():
-        if type(module).__module__ == 'mmcv.cnn.bricks.wrappers':  # which torch of today does not need
-            module.__class__ = type(module).__mro__[1]
-    fold_batchnorms(model, pairs_of(flows_of(model, images(1))))
-    return model
-
-
-@EVERY
-def test_a_folded_model_is_the_float_model(case: Case) -> None:
-    model = folded_model(case)
-    assert not any(isinstance(module, _BatchNorm) for module in model.modules())
-    assert distance(output(model, images(2)), output(float_model(case), images(2))) <= 1e-5
-
-
-@EVERY
-def test_a_float_checkpoint_is_folded_while_it_is_loaded(case: Case, tmp_path: Path) -> None:
-    source, inputs = float_model(case, seed=1), images(2)
-    expected = output(source, inputs)
-    state = source.state_dict()
-    keys, first = list(state), state['backbone.' + next(iter(source.backbone.state_dict()))].clone()
-
-    by_torch = folded_model(case)
-    assert distance(output(by_torch, inputs), expected) > 0.1, 'nothing would be proven'
-    result = by_torch.load_state_dict(state)
-    assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert distance(output(by_torch, inputs), expected) <= 1e-5
-
-    torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'float.pth')
-    by_mmengine = folded_model(case)
-    load_checkpoint(by_mmengine, str(tmp_path / 'float.pth'), strict=True)
-    assert same_state(by_mmengine, by_torch)
-
-    assert list(state) == keys, 'the caller keeps the checkpoint as it was'
-    assert torch.equal(state['backbone.' + next(iter(source.backbone.state_dict()))], first)
-
-
-@EVERY
-def test_a_checkpoint_of_the_backbone_alone_is_folded_too(case: Case, tmp_path: Path) -> None:
-    """As ``init_cfg=dict(type='Pretrained', …)`` loads it, with the whole model's names and with the backbone's own."""
-    source, inputs = float_model(case, seed=1), images(2)
-    torch.save({'state_dict': source.state_dict()}, tmp_path / 'whole.pth')
-    torch.save({'state_dict': source.backbone.state_dict()}, tmp_path / 'backbone.pth')
-    expected = torch.cat([tensor.flatten() for tensor in source.eval().backbone(inputs)])
-    pretrained = dict(type='Pretrained', prefix='backbone.', checkpoint=str(tmp_path / 'whole.pth'))
-    own = dict(type='Pretrained', checkpoint=str(tmp_path / 'backbone.pth'))
-    for init_cfg in (pretrained, own):
-        model = folded_model(case).eval()
-        head = deepcopy(model.head)
-        initialize(model.backbone, init_cfg)
-        found = torch.cat([tensor.flatten() for tensor in model.backbone(inputs)])
-        assert distance(found, expected) <= 1e-5
-        assert same_state(model.head, head)
-
-
-@EVERY
-def test_a_folded_checkpoint_is_not_folded_again(case: Case) -> None:
-    source = folded_model(case, seed=1)
-    model = folded_model(case)
-    result = model.load_state_dict(source.state_dict())
-    assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert same_state(model, source)
-
-
-def test_copies_and_wrapped_models_fold_what_they_load() -> None:
-    source = float_model(HRNET, seed=1)
-    expected = output(source, images(2))
-    copy, model = deepcopy(folded_model(HRNET)), folded_model(HRNET)
-    copy.load_state_dict(source.state_dict())
-    assert distance(output(copy, images(2)), expected) <= 1e-5
-    wrapped = nn.ModuleDict({'module': nn.ModuleList([model])})
-    wrapped.load_state_dict({f'module.0.{name}': value for name, value in source.state_dict().items()})
-    assert same_state(model, copy)
-
-
-def test_a_batchnorm_that_the_checkpoint_lacks_is_missing() -> None:
-    """Its layer is not folded, and nothing is invented: the bias, which only folding makes, is missing."""
-    state = {name: value for name, value in float_model(HRNET).state_dict().items() if 'conv2' not in name}
-    state |= {name: value for name, value in float_model(HRNET).state_dict().items() if name.endswith('conv2.weight')}
-    state = {name: value for name, value in state.items() if not name.startswith('backbone.bn2')}
-    result = folded_model(HRNET).load_state_dict(state, strict=False)
-    assert result.missing_keys == ['backbone.conv2.bias']
