@@ -74,7 +74,9 @@ def test_every_way_into_a_model_of_mmpose_is_guarded() -> None:
 
 def test_float_models_are_told_apart() -> None:
     for refuse in (check_calibrated, lambda model: calibrate(model, BATCHES)):
-        with pytest.raises(TypeError, match=r"model=Linear is a float model: .* or build it with type='QuantizedModel'"):
+        with pytest.raises(
+            TypeError, match=r"model=Linear is a float model: .* or build it with type='QuantizedModel'"
+        ):
             refuse(nn.Linear(2, 2))
     assert not is_calibrated(nn.Linear(2, 2))
 
