@@ -64,7 +64,8 @@ class ResumedDrawsHook(Hook):  # type: ignore[misc]
         if self._to_restore is None:
             return
         if isinstance(runner.train_loop, IterBasedTrainLoop):
-            runner.train_loop.dataloader_iterator = _restore_after_skipping(runner.train_loop, self)
+            loop = runner.train_loop
+            loop.dataloader_iterator = _restore_after_skipping(loop, loop.dataloader_iterator, self)
         else:
             self._workers_seed = _seed_workers_apart(runner.train_dataloader, self._to_restore)
             self.restore()
@@ -93,9 +94,8 @@ class ResumedDrawsHook(Hook):  # type: ignore[misc]
         self._before_validation = None
 
 
-def _restore_after_skipping(loop: IterBasedTrainLoop, hook: ResumedDrawsHook) -> Iterator[Any]:
-    """The iterator of ``loop`` for as many batches as it has trained already, which it discards, and the next one."""
-    iterator = loop.dataloader_iterator
+def _restore_after_skipping(loop: IterBasedTrainLoop, iterator: Iterator[Any], hook: ResumedDrawsHook) -> Iterator[Any]:
+    """``iterator`` for as many batches as ``loop`` has trained already, which it discards, and the next one."""
     for _ in range(loop.iter):
         yield next(iterator)
     loop.dataloader_iterator = iterator
