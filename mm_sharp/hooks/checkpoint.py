@@ -9,12 +9,11 @@ none.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import BaseLoop
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 
 from mm_sharp.errors import UserError, some
 from mm_sharp.ops.optimizer_state import OTHERWISE, check_base_optimizer
+from mm_sharp.step.optim_wrappers import optim_wrappers
 
 # Quantized models have rules of their own about their quantizers, which may be missing (mm_sharp.quantization.record).
 _QUANTIZER = 'tensor_quant'
@@ -36,7 +36,7 @@ class CheckpointCheckHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
     priority = 'LOWEST'  # after the hooks that change what was loaded
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Check everything but the weights, which :class:`_Loading` checks when the model loads them."""
+        """Check everything but the weights; :func:`check_next_load` has these checked."""
         # Runner.resume would run it: a config is a program, which a checkpoint of anyone's may bring along.
         if isinstance(checkpoint.get('meta'), dict):
             checkpoint['meta'].pop('config', None)
@@ -46,59 +46,58 @@ class CheckpointCheckHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
         resumes = bool(runner._resume) and not runner._has_loaded
         if resumes:
             _check_entries(checkpoint)
-            for optimizer, state in _optimizers(runner.optim_wrapper, checkpoint['optimizer']):
-                check_base_optimizer(optimizer, state)
+            states = checkpoint['optimizer']
+            for name, wrapper in optim_wrappers(runner.optim_wrapper).items():
+                if isinstance(getattr(wrapper, 'optimizer', None), Optimizer):
+                    check_base_optimizer(wrapper.optimizer, states.get(name, {}) if name else states)
         trains = isinstance(runner._train_loop, BaseLoop)
-        _Loading(model, 'resume' if resumes else 'train' if trains else 'test')
+        check_next_load(model, 'resume' if resumes else 'train' if trains else 'test')
 
 
-def check_next_load(model: nn.Module) -> None:
-    """Have a model raise UserError at the next state dict that it loads, as a test does, if weights are missing."""
-    _Loading(model, 'test')
-
-
-class _Loading:
-    """Checks the next state dict that a model loads.
+def check_next_load(model: nn.Module, purpose: str = 'test') -> None:
+    """Have a model raise UserError at the next state dict that it loads, if that does not fit.
 
     Args:
         model: The model.
         purpose: ``'resume'``: keys and shapes must be equal; ``'test'``: nothing may be missing or of another shape;
             ``'train'``: something must fit.
     """
+    errors: list[list[str]] = []  # into which the modules write what does not fit
 
-    def __init__(self, model: nn.Module, purpose: str) -> None:
-        self._purpose = purpose
-        self._weights = {name for name, _ in model.named_parameters()}
-        self._errors: list[str] = []
-        # Not by strict=True, with which MMEngine raises on rank 0 only.
-        before = model._register_load_state_dict_pre_hook(self._before)
-        after = model.register_load_state_dict_post_hook(self._after)
-        self._handles = (before, after)
-
-    def _before(self, state: Any, prefix: str, *args: Any) -> None:
-        self._errors = args[-1]  # into which the modules write what does not fit
-
-    def _after(self, model: nn.Module, keys: Any) -> None:
-        for handle in self._handles:
+    def after(model: nn.Module, keys: Any) -> None:
+        for handle in handles:
             handle.remove()
-        missing = [key for key in keys.missing_keys if 'num_batches_tracked' not in key and _QUANTIZER not in key]
-        unexpected = list(keys.unexpected_keys)
-        if self._purpose == 'train':
-            misshapen = {name for error in self._errors for name in re.findall(r'size mismatch for (\S+):', error)}
-            if self._weights and self._weights <= {*keys.missing_keys, *misshapen}:
-                raise UserError(
-                    f'the checkpoint holds none of the {len(self._weights)} weights of the model ({some(missing)}): '
-                    f'it holds {some(unexpected) or "others of the same names"}; load_from needs a checkpoint of this '
-                    'model or of parts of it'
-                )
-            return
-        faults = [f'{len(missing)} of its weights are missing ({some(missing)})'] if missing else []
-        faults += [f'{len(self._errors)} do not fit ({some(self._errors, 2)})'] if self._errors else []
-        if self._purpose == 'resume' and unexpected:
-            faults.append(f'{len(unexpected)} are not in the model ({some(unexpected)})')
-        if faults:
-            advice = OTHERWISE if self._purpose == 'resume' else 'use the config that it was trained with'
-            raise UserError(f'the checkpoint is not of this model: {", ".join(faults)}: {advice}')
+        check = _check_start if purpose == 'train' else _check_whole
+        check(model, keys, errors[-1], purpose)
+
+    # Not by strict=True, with which MMEngine raises on rank 0 only.
+    before = model._register_load_state_dict_pre_hook(lambda *args: errors.append(args[-1]))
+    handles = before, model.register_load_state_dict_post_hook(after)
+
+
+def _check_start(model: nn.Module, keys: Any, errors: list[str], purpose: str) -> None:
+    weights = {name for name, _ in model.named_parameters()}
+    misshapen = {name for error in errors for name in re.findall(r'size mismatch for (\S+):', error)}
+    if weights and weights <= {*keys.missing_keys, *misshapen}:
+        raise UserError(
+            f'the checkpoint holds none of the {len(weights)} weights of the model ({some(_missing(keys))}): it holds '
+            f'{some(keys.unexpected_keys) or "others of the same names"}; load_from needs a checkpoint of this model '
+            'or of parts of it'
+        )
+
+
+def _check_whole(model: nn.Module, keys: Any, errors: list[str], purpose: str) -> None:
+    resumes, missing, unexpected = purpose == 'resume', _missing(keys), keys.unexpected_keys
+    faults = [f'{len(missing)} of its weights are missing ({some(missing)})'] if missing else []
+    faults += [f'{len(errors)} do not fit ({some(errors, 2)})'] if errors else []
+    faults += [f'{len(unexpected)} are not in the model ({some(unexpected)})'] if resumes and unexpected else []
+    if faults:
+        advice = OTHERWISE if resumes else 'use the config that it was trained with'
+        raise UserError(f'the checkpoint is not of this model: {", ".join(faults)}: {advice}')
+
+
+def _missing(keys: Any) -> list[str]:
+    return [key for key in keys.missing_keys if 'num_batches_tracked' not in key and _QUANTIZER not in key]
 
 
 def _check_entries(checkpoint: Mapping[str, Any]) -> None:
@@ -113,15 +112,6 @@ def _check_entries(checkpoint: Mapping[str, Any]) -> None:
             f'the checkpoint cannot be resumed, only its weights can be used: it has no {some(lacking)}. Write '
             'load_from=… and leave out --resume'
         )
-
-
-def _optimizers(wrapper: Any, state: Mapping[str, Any]) -> Iterator[tuple[Optimizer, Mapping[str, Any]]]:
-    """Each optimizer with its part of the state."""
-    if isinstance(wrapper, OptimWrapperDict):
-        for name, each in wrapper.items():
-            yield each.optimizer, state.get(name, {})
-    elif isinstance(getattr(wrapper, 'optimizer', None), Optimizer):
-        yield wrapper.optimizer, state
 
 
 def _unwrapped(model: nn.Module) -> nn.Module | None:

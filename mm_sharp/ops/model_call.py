@@ -132,11 +132,11 @@ class CallRecorder:
 
 def _called_twice(model: nn.Module) -> str:
     return (
-        f'{type(unwrap(model)).__name__} was called twice in one optim_context: a second pass could not '
-        'tell which call the loss comes from. Put everything that the loss needs into one forward '
-        '(model(..., mode="loss")), or use one optim_context and update_params for each call:\n'
-        '    with optim_wrapper.optim_context(model):\n        losses = model(inputs, data_samples, '
-        "mode='loss')\n    optim_wrapper.update_params(model.parse_losses(losses)[0])"
+        f'{type(unwrap(model)).__name__} was called twice in one optim_context: a second pass could not tell which '
+        'call the loss comes from. Put everything that the loss needs into one forward (model(..., mode="loss")), or '
+        'use one optim_context and update_params for each call:\n'
+        "    with optim_wrapper.optim_context(model):\n        losses = model(inputs, data_samples, mode='loss')\n"
+        '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
     )
 
 
