@@ -302,14 +302,14 @@ RUNS = (
 
 QUANTIZATION = (
     Bad('a bit width of 9', 'SAM', 'sharp_quantization = dict(policy=dict(input_size=(6, 6), weight_bit_width=9))',
-        'weight_bit_width=9', 'policy=dict(weight_bit_width=4'),
+        'weight_bit_width=9', 'policy=dict(weight_bit_width=8'),
     Bad('an unknown key of the policy', 'AUSAM', 'sharp_quantization = dict(policy=dict(input_size=(6, 6), bits=4))',
         "['bits']", 'policy=dict(weight_bit_width=4'),
     Bad('unknown scales', 'SAM', "sharp_quantization = dict(policy=dict(input_size=(6, 6), act_scales='learnt'))",
         "act_scales='learnt'", "policy=dict(act_scales='learned', …)"),
     Bad('a skip pattern that matches nothing', 'SAM',
         "sharp_quantization = dict(policy=dict(input_size=(6, 6), skip='hed'))", "['hed'] match no layer",
-        "policy=dict(skip=['conv'], …)"),
+        "skip=['head.final_layer']"),
     Bad('a skip pattern that is no pattern', 'SAM',
         "sharp_quantization = dict(policy=dict(input_size=(6, 6), skip='('))",
         "skip='('", "skip=['head.final_layer']"),
