@@ -309,7 +309,7 @@ QUANTIZATION = (
         "act_scales='learnt'", "policy=dict(act_scales='learned', …)"),
     Bad('a skip pattern that matches nothing', 'SAM',
         "sharp_quantization = dict(policy=dict(input_size=(6, 6), skip='hed'))", "['hed'] match no layer",
-        "skip=['head.final_layer']"),
+        "policy=dict(skip=['conv'], …)"),
     Bad('a skip pattern that is no pattern', 'SAM',
         "sharp_quantization = dict(policy=dict(input_size=(6, 6), skip='('))",
         "skip='('", "skip=['head.final_layer']"),

@@ -25,12 +25,15 @@ settings.load_profile('no clock')
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Files that take half a minute and more for few tests: begun last, one of them would keep a core busy alone.
+# Files that take ten seconds and more: begun last, one of them would keep a core busy alone.
 _FIRST = (
-    *('test_tools', 'test_real_quantized', 'test_distributed_runs', 'test_resume', 'test_compat_environments'),
-    *('test_study_runs', 'test_ausam_statistics', 'test_quantization_sharpness_runs', 'test_history_hook'),
-    *('test_export_tool', 'test_soak', 'test_export', 'test_benchmark', 'test_quantization_build'),
-    *('test_quantization_checkpoints', 'test_mmpose_heads', 'test_quantization_sharpness', 'test_rank_faults'),
+    *('test_tools', 'test_fsdp', 'test_history_hook', 'test_distributed', 'test_distributed_runs', 'test_export'),
+    *('test_export_tool', 'test_quantization_build', 'test_quantization_checkpoints', 'test_quantization_sharpness'),
+    *('test_quantization_sharpness_runs', 'test_quantization_calibration', 'test_quantization_calibration_hook'),
+    *('test_qat_configs', 'test_mmpose_heads', 'test_classification', 'test_benchmark', 'test_bad_configs'),
+    # Under `make test-slow`.
+    *('test_real_quantized', 'test_resume', 'test_compat_environments', 'test_soak', 'test_rank_faults'),
+    *('test_study_runs', 'test_ausam_statistics'),
 )
 
 

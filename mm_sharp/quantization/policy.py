@@ -130,9 +130,9 @@ class QuantizationPolicy:
         patterns = [*self.skip, *(pattern for pattern, _ in self.overrides)]
         unused = [p.pattern for p in patterns if not any(p.search(name) for name in names)]
         if unused:
-            raise UserError(
-                f'{OWNER}: policy patterns {unused} match no layer; there are {", ".join(names)}. Write {_EXAMPLE}'
-            )
+            example = f"policy=dict(skip=['{next(iter(names), 'conv1')}'], …)"
+            there = ', '.join(names)
+            raise UserError(f'{OWNER}: policy patterns {unused} match no layer; there are {there}. Write {example}')
 
 
 def _override(default: LayerPolicy, item: object) -> tuple[re.Pattern[str], LayerPolicy]:

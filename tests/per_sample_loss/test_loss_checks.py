@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from mm_sharp.per_sample_loss import PerSampleLoss, PerSampleLossError
-from tests.per_sample_loss.test_per_sample_loss import HostReads
+from tests.small_losses import HostReads
 from tests.toys import Batch, Notes, same_state
 from tests.wrappers import build
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from mm_sharp.per_sample_loss import PerSampleLoss, PerSampleLossError, recorder
 from mm_sharp.per_sample_loss.find import find_losses
 from tests.checkpoints import through_disk
-from tests.per_sample_loss.test_per_sample_loss import Lambda, data, net, one_by_one, record
+from tests.small_losses import Lambda, data, net, one_by_one, record
 from tests.toys import Batch, ToyNet, make, same_state
 from tests.toys import batches as toy_batches
 from tests.wrappers import build

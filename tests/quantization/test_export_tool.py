@@ -23,10 +23,9 @@ from mm_sharp.quantization import calibrate
 from mm_sharp.quantization.export import Network
 from mm_sharp.quantization.export_check import ExportCheck, evaluate, keypoint_distances, predict
 from mm_sharp.quantization.export_report import Agreement, ExportReport, LayerAgreement, OutputAgreement
-from tests.cli.test_tools import PLAIN, run
 from tests.mmpose_cases import QUIET
 from tests.tiny_data import NARROW_RECIPE, draw_coco
-from tests.tool_runs import tool
+from tests.tool_runs import PLAIN, run, tool
 
 pytestmark = QUIET
 

@@ -15,7 +15,7 @@ from mmpose.datasets.datasets.utils import parse_pose_metainfo
 from torch.utils.data import DataLoader
 
 from tests.conftest import ROOT
-from tests.project.test_docs import blocks
+from tests.pages import blocks
 from tests.tiny_data import NARROW_RECIPE, draw_coco
 from tests.tiny_runs import make_runner
 

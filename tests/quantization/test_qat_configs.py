@@ -264,7 +264,18 @@ def float_checkpoint(cfg: Config, file: Path) -> Path:
 
 
 # Those of 8 bits are built and looked at in the tests above; here they would take the same steps.
-@pytest.mark.parametrize('path', [*(path for path in PAIRS if 'w4a4' in path.stem), DEMOS[0]], ids=name)
+@pytest.mark.parametrize(
+    'path',
+    [
+        *(
+            pytest.param(path, marks=pytest.mark.slow if 'res50' in path.stem and 'coco' in path.stem else ())
+            for path in PAIRS
+            if 'w4a4' in path.stem
+        ),
+        DEMOS[0],
+    ],
+    ids=name,
+)
 def test_two_training_steps(path: Path, tmp_path: Path) -> None:
     cfg = read(path)
     shrink(cfg)
