@@ -1,8 +1,6 @@
-"""A keypoint data set that draws itself: people with annotations, in minutes, from nothing but a seed.
+"""A keypoint data set that draws itself: people with annotations, from nothing but a seed.
 
-Read ``settings``, ``exact`` (arithmetic that is the same on every machine), ``skeleton``, ``render``, ``body``,
-``backdrop``, ``scene`` (one picture), ``formats``, ``dataset``, in this order. Nothing here is needed to train;
-``import mm_sharp`` doesn't import it.
+Read ``settings``, ``exact``, ``skeleton``, ``render``, ``body``, ``backdrop``, ``scene``, ``formats``, ``dataset``.
 """
 
 from mm_sharp.demo.dataset import make_dataset
