@@ -67,7 +67,11 @@ class Draws:
     """The random numbers of one image, which depend on ``(seed, split, index)``, each in [0, 2^32), alone."""
 
     def __init__(self, seed: int, split: int, index: int) -> None:
-        words = np.random.SeedSequence((seed, split, index))  # 32 bits of each: else two images could share their words
+        for name, value in (('seed', seed), ('split', split), ('index', index)):
+            # Each has one 32-bit word of the seed sequence, else two images could share their words.
+            if not 0 <= value < 2**32:
+                raise ValueError(f'{name}={value} must be a whole number in [0, 4294967295]')
+        words = np.random.SeedSequence((seed, split, index))
         self._generator = np.random.Generator(np.random.PCG64(words))
 
     def unit(self) -> float:

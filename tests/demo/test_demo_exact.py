@@ -88,3 +88,9 @@ def test_integers_and_weights_are_drawn_evenly() -> None:
     assert counts.min() > 850
     names = [draws.weighted({'one': 1, 'three': 3}) for _ in range(4000)]
     assert 2800 < names.count('three') < 3200
+
+
+@pytest.mark.parametrize('words', [(-1, 0, 0), (2**32, 0, 0), (0, 0, -1), (0, 2**32, 0)])
+def test_draws_reject_words_that_could_collide(words: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r'must be a whole number in \[0, 4294967295\]'):
+        Draws(*words)
