@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_sharp.demo import make_dataset, write_preview
+from mm_sharp.demo import make_dataset
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,12 +27,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument('--seed', type=int, default=0, help='of all random choices')
     parser.add_argument('--workers', type=int, help='processes that draw; default: one per CPU core')
     parser.add_argument('--force', action='store_true', help='replace a demo data set made with other arguments')
-    parser.add_argument(
-        '--preview',
-        type=int,
-        metavar='N',
-        help='also write OUT/preview.png: the first N training images with their keypoints',
-    )
     return parser.parse_args(arguments)
 
 
@@ -40,13 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse_arguments(arguments)
     try:
-        if args.preview is not None and args.preview < 1:
-            raise ValueError(f'preview={args.preview} must be at least 1')
         drawn = make_dataset(args.out, args.train, args.val, args.seed, workers=args.workers, force=args.force)
         there = f'{args.out}: {args.train} training and {args.val} validation images'
         print(f'{there} drawn' if drawn else f'{there} are already there')
-        if args.preview is not None:
-            print(f'preview: {write_preview(args.out, args.preview)}')
     except (ValueError, OSError, RuntimeError) as error:
         print(f'make_demo_data: error: {error}', file=sys.stderr)
         return 2

@@ -1,13 +1,10 @@
-"""A keypoint data set that draws itself: people with annotations, in minutes, from nothing but a seed.
+"""A keypoint data set that draws itself: people with annotations, from nothing but a seed.
 
-Read ``settings``, ``exact`` (arithmetic that is the same on every machine), ``skeleton``, ``render``, ``body``,
-``backdrop``, ``scene`` (one picture), ``formats``, ``folder``, ``dataset``, ``preview``, in this order. Nothing here is
-needed to train; ``import mm_sharp`` doesn't import it.
+Read ``settings``, ``exact``, ``skeleton``, ``render``, ``body``, ``backdrop``, ``scene``, ``formats``, ``dataset``.
 """
 
 from mm_sharp.demo.dataset import make_dataset
-from mm_sharp.demo.preview import write_preview
 from mm_sharp.demo.scene import Person, Scene, draw_scene
 from mm_sharp.demo.settings import SETTINGS, Settings
 
-__all__ = ['SETTINGS', 'Person', 'Scene', 'Settings', 'draw_scene', 'make_dataset', 'write_preview']
+__all__ = ['SETTINGS', 'Person', 'Scene', 'Settings', 'draw_scene', 'make_dataset']

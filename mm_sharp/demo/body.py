@@ -1,8 +1,4 @@
-"""A clothed body: which capsules a person is made of, and what they are painted with.
-
-``PARTS`` numbers the parts, so that a rendered pixel tells which part it shows; ``OWN_PARTS`` says on which
-parts a keypoint counts as seen, and how deep under the surface it may lie there.
-"""
+"""A clothed body: which capsules a person is made of, and what they are painted with."""
 
 from __future__ import annotations
 
@@ -26,8 +22,8 @@ _CENTRAL = ('chest', 'belly', 'pelvis', 'shoulders', 'neck', 'face', 'hair', 'no
 _NAMES = (*(f'{side}_{part}' for side in _SIDES for part in _SIDED), *_CENTRAL)
 PARTS: dict[str, int] = {name: number for number, name in enumerate(_NAMES)}
 
-#: For each keypoint, without its side: its own parts (a leading ``*`` stands for the side) and the largest
-#: depth, metres at girth 1, of the keypoint under a surface on which it still counts as seen.
+#: For each keypoint, without its side: the parts on which it counts as seen (``*`` stands for the side), and how deep,
+#: in metres at girth 1, it may lie under their surface.
 OWN_PARTS: dict[str, tuple[tuple[str, ...], float]] = {
     'nose': (('nose', 'face'), 0.05),
     'eye': (('*_eye', 'face'), 0.035),

@@ -5,7 +5,7 @@ Layout::
     train/NNNNNN.png  val/NNNNNN.png                    numbered from 1
     annotations/person_keypoints_{train,val}.json       COCO keypoint format
     mpii/mpii_{train,val}.json  mpii/mpii_gt_val.mat    MPII as MMPose reads it
-    meta.json                                           written last
+    meta.json                                           first without, at last with ``sha256``
 
 Images are drawn in several processes; each depends on the seed, its split and its number alone, so neither the
 number of processes nor the number of images changes any of them.
@@ -31,15 +31,17 @@ from typing import Any
 import cv2
 from tqdm import tqdm
 
-from mm_sharp.demo import folder as layout
+from mm_sharp.compat.atomic_writes import write_atomically
 from mm_sharp.demo.formats import coco_annotation, coco_file, coco_image, head_box, mat_file, mpii_record
 from mm_sharp.demo.scene import Person, draw_scene
 from mm_sharp.demo.settings import GENERATOR_VERSION, SETTINGS, SPLITS, Settings
 
-#: Six digits in the names of the files.
-MAX_IMAGES = 999_999
 Task = tuple[str, int]  # the split and the number, from 0, of an image to draw
 Drawn = tuple[tuple[Person, ...], str]  # the people in an image, and the SHA-256 of its pixels
+_GENERATOR = 'mm_sharp.demo'
+_GROUND_TRUTH = 'mpii/mpii_gt_val.mat'
+_COCO, _MPII = 'annotations/person_keypoints_{}.json', 'mpii/mpii_{}.json'
+_FILES = (*(name.format(split) for split in SPLITS for name in (_COCO, _MPII)), _GROUND_TRUTH)
 
 
 def make_dataset(
@@ -60,38 +62,66 @@ def make_dataset(
         seed: 0 <= seed < 2^32.
         workers: processes that draw; None for one per CPU core, 0 and 1 for none but this one.
         force: replace a data set of ours that was made with other arguments.
-
-    Raises:
-        FileExistsError: if ``out`` holds other files, or another data set of ours without ``force``.
-        OSError: if a file can't be written.
-        RuntimeError: if a worker process was killed.
     """
     workers = min(os.cpu_count() or 1, 16) if workers is None else workers
     arguments = {'train': train, 'val': val, 'seed': seed}
-    _check_arguments({**arguments, 'workers': workers})
+    # The files' names have six digits; the seed is one word of a seed sequence.
+    limits = {'train': (1, 999_999), 'val': (1, 999_999), 'seed': (0, 2**32 - 1), 'workers': (0, 256)}
+    for name, value in {**arguments, 'workers': workers}.items():
+        low, high = limits[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f'{name}={value!r} must be a whole number in [{low}, {high}]')
     out = Path(out)
-    identity = {'generator_version': GENERATOR_VERSION, 'arguments': arguments, 'settings': asdict(settings)}
-    request: dict[str, Any] = json.loads(json.dumps(identity))  # in the types that JSON gives back
-    if not layout.claim_folder(out, request, force=force):
+    request = {'generator_version': GENERATOR_VERSION, 'arguments': arguments, 'settings': asdict(settings)}
+    meta: dict[str, Any] = json.loads(json.dumps({'generator': _GENERATOR, **request}))  # as it is read back
+    if _is_there(out, meta, force):
         return False
-    for split in SPLITS:
-        (out / split).mkdir(exist_ok=True)
+    _write_json(out / 'meta.json', meta)
+    for file in (*out.glob(f'*/{"[0-9]" * 6}.png'), *map(out.joinpath, _FILES)):
+        file.unlink(missing_ok=True)
+    for folder in (*SPLITS, 'annotations', 'mpii'):
+        (out / folder).mkdir(exist_ok=True)
     tasks = [(split, index) for split in SPLITS for index in range(arguments[split])]
     with _mapped(functools.partial(_draw_image, out, seed, settings), tasks, workers) as results:
         drawn = list(tqdm(results, 'drawing people', len(tasks), unit='image', disable=not progress, mininterval=0.5))
     digest = hashlib.sha256()
     _write_split(out, 'train', drawn[:train], digest)
     _write_split(out, 'val', drawn[train:], digest)
-    layout.finish_folder(out, {**request, 'sha256': digest.hexdigest()})
+    _write_json(out / 'meta.json', {**meta, 'sha256': digest.hexdigest()})
     return True
 
 
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    limits = {'train': (1, MAX_IMAGES), 'val': (1, MAX_IMAGES), 'seed': (0, 2**32 - 1), 'workers': (0, 256)}
-    for name, (low, high) in limits.items():
-        value = arguments[name]
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f'{name}={value!r} must be a whole number in [{low}, {high}]')
+def _is_there(out: Path, meta: dict[str, Any], force: bool) -> bool:
+    """Whether the data set ``meta`` is in the folder, complete; raise FileExistsError if something else must stay."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f'{out} is a file: choose another folder with --out')
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    try:
+        found = json.loads((out / 'meta.json').read_text(encoding='utf-8'))
+        is_ours = found['generator'] == _GENERATOR
+    except (OSError, ValueError, TypeError, KeyError):
+        is_ours = False
+    if not is_ours:
+        raise FileExistsError(f'{out} holds other files than a demo data set: choose another folder with --out')
+    if 'sha256' not in found:  # interrupted: worth nothing
+        return False
+    if any(found.get(key) != value for key, value in meta.items()) and not force:
+        was, asked = (
+            ' '.join(f'--{name} {value}' for name, value in one['arguments'].items())
+            + f' (generator version {one["generator_version"]})'
+            for one in (found, meta)
+        )
+        raise FileExistsError(
+            f'{out} holds a demo data set made with {was}, not {asked}: pass --force to replace it, or choose another '
+            'folder with --out'
+        )
+    images = (f'{split}/{i + 1:06d}.png' for split in SPLITS for i in range(meta['arguments'][split]))
+    return found == {**meta, 'sha256': found['sha256']} and all((out / name).is_file() for name in (*_FILES, *images))
+
+
+def _write_json(path: Path, content: object) -> None:
+    write_atomically((json.dumps(content) + '\n').encode(), path)
 
 
 @contextmanager
@@ -132,14 +162,11 @@ def _write_split(out: Path, split: str, drawn: list[Drawn], digest: hashlib._Has
     coco = coco_file(images, [coco_annotation(person, image['id'], number) for image, number, person in people])
     mpii = [mpii_record(person, image['file_name']) for image, _, person in people]
     heads = [head_box(person) for _, _, person in people]
-    for name, content in ((layout.COCO[split], coco), (layout.MPII[split], mpii)):
-        (out / name).parent.mkdir(exist_ok=True)
-        layout.write_json(out / name, content)
-    _add(digest, [[pixels for _, pixels in drawn], coco, mpii])
+    _write_json(out / _COCO.format(split), coco)
+    _write_json(out / _MPII.format(split), mpii)
+    contents: list[object] = [[[pixels for _, pixels in drawn], coco, mpii]]
     if split == 'val':
-        (out / layout.MPII_GROUND_TRUTH).write_bytes(mat_file(mpii, heads))
-        _add(digest, heads)
-
-
-def _add(digest: hashlib._Hash, content: object) -> None:
-    digest.update(json.dumps(content, separators=(',', ':')).encode())
+        (out / _GROUND_TRUTH).write_bytes(mat_file(mpii, heads))
+        contents.append(heads)
+    for content in contents:
+        digest.update(json.dumps(content, separators=(',', ':')).encode())

@@ -1,14 +1,11 @@
 """Arithmetic and random draws that give the same bits on every machine.
 
-IEEE 754 fixes the results of ``+ - * /`` and ``sqrt``, in Python and in numpy's elementwise loops. What does not agree
-everywhere is kept out of the generator:
+IEEE 754 fixes the results of ``+ - * /`` and ``sqrt``, in Python and in numpy's elementwise loops. Not so:
 
-- ``sin``, ``cos``, ``exp``, ``log``: the last bit depends on the maths library and on SIMD. Angles are whole numbers of
-  1/4096 turn, looked up in a sine table that is rounded to 2^-24. No entry lies within 1e-12 of a rounding boundary.
-- ``dot``, ``@`` and sums over floats: BLAS and SIMD choose the order. Sums are written out.
-- numpy's distributions: their algorithms may change between releases (NEP 19), and C compilers fuse ``low + range *
-x``.
-  Only ``Generator.random()`` over PCG64 is used, and scaled in Python.
+- ``sin``, ``cos``: angles are whole numbers of 1/4096 turn, looked up in a sine table that is rounded to 2^-24. No
+  entry lies within 1e-12 of a rounding boundary.
+- ``dot``, ``@`` and sums over floats, whose order BLAS and SIMD choose: sums are written out.
+- numpy's distributions (NEP 19): only ``Generator.random()`` over PCG64 is used, and scaled in Python.
 """
 
 from __future__ import annotations

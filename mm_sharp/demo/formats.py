@@ -1,15 +1,12 @@
 """People as COCO keypoint annotations, and as MMPose's ``MpiiDataset`` reads MPII.
 
-**COCO**: coordinates count from 0 at the centre of the top left pixel. The box is the body's outline inside the image,
-with what others cover, so that it holds the hidden keypoints too; the area counts the pixels that show the person.
-
-**MPII** is a list of records, and head boxes in a MATLAB file. Its conventions, as MMPose's reader undoes them:
+In COCO, coordinates count from 0 at the centre of the top left pixel. MPII's conventions, as MMPose's reader undoes
+them:
 
 - coordinates count from 1, so a point (u, v) of ours is written as (u + 1, v + 1);
 - ``scale`` is the person's size over 200 pixels: here the longer side of the box;
 - ``center`` is 15 * scale pixels above the middle of the box: the reader moves it down by that much;
-- a joint outside of the image is (-1, -1) with ``joints_vis`` 0; hidden joints inside count as annotated, 1;
-- the head box's diagonal times 0.6 is the unit of PCKh.
+- a joint outside of the image is (-1, -1) with ``joints_vis`` 0; hidden joints inside count as annotated, 1.
 """
 
 from __future__ import annotations
@@ -49,12 +46,9 @@ def coco_image(image_id: int) -> dict[str, Any]:
 
 
 def coco_annotation(person: Person, image_id: int, number: int) -> dict[str, Any]:
-    """The annotation of person ``number`` (from 0) in an image.
-
-    Ids follow from the image alone and are never 0, which COCO's evaluation takes for "no match".
-    """
+    """The annotation of person ``number`` (from 0) in an image."""
     return {
-        'id': image_id * 10 + number,
+        'id': image_id * 10 + number,  # never 0, which COCO's evaluation takes for "no match"
         'image_id': image_id,
         'category_id': 1,
         'iscrowd': 0,
@@ -101,18 +95,14 @@ def head_box(person: Person) -> HeadBox:
 
 
 def mat_file(records: list[dict[str, Any]], heads: list[HeadBox]) -> bytes:
-    """The ground truth of n people, in the order of ``records``, as MATLAB data, the same bytes at any time.
-
-    It has ``headboxes_src`` (2, 2, n): corner, then x and y; ``pos_gt_src`` (16, 2, n), ``jnt_missing`` (16, n) and the
-    joints' names.
-    """
+    """The ground truth of n people, in the order of ``records``, as MATLAB data, the same bytes at any time."""
     corners: npt.NDArray[np.float64] = np.array(heads, np.float64).reshape(-1, 2, 2)
     joints = np.array([record['joints'] for record in records], np.float64)
     missing = 1.0 - np.array([record['joints_vis'] for record in records], np.float64)
     content = {
-        'headboxes_src': np.transpose(corners, (1, 2, 0)),
-        'pos_gt_src': np.transpose(joints, (1, 2, 0)),
-        'jnt_missing': missing.T,
+        'headboxes_src': np.transpose(corners, (1, 2, 0)),  # (2, 2, n): corner, then x and y
+        'pos_gt_src': np.transpose(joints, (1, 2, 0)),  # (16, 2, n)
+        'jnt_missing': missing.T,  # (16, n)
         'dataset_joints': np.array(MPII_JOINTS, dtype=object),
     }
     buffer = io.BytesIO()

@@ -1,26 +1,21 @@
 """Rounded limbs before a pinhole camera, drawn into a layer with colour, depth and part number.
 
-**Camera**: a point of the world (x to the right of a viewer who faces it from +z, y up, z toward that viewer) is turned
-about y, x and z, and moved ``distance`` away:
+**Camera**: a point p of the world (y up, z toward a viewer at azimuth 0) is turned and moved ``distance`` away:
 
     (x', y', z') = R_z(roll) R_x(elevation) R_y(-azimuth) p
     X = x',  Y = -y',  Z = distance - z'
     u = centre_x + focal * X / Z,   v = centre_y + focal * Y / Z
 
-with u to the right and v down, whole numbers at pixel centres. At azimuth 0 the camera faces the front of a person who
-looks along +z, and the person's left is on the right of the picture.
+with u to the right and v down, whole numbers at pixel centres.
 
 **Capsules**: the only solid is the hull of two balls in camera space. Its outline is exact for the two projected discs;
-depth and normal inside are those of the ball that touches the pixel's ray in the picture plane, which differs from ray
-casting by less than the limb's thickness. With L the distance of the discs in pixels, r0 and r1 their radii, along and
-across the coordinates of a pixel in the capsule's frame:
+depth and normal inside are those of the ball that touches the pixel's ray in the picture plane. With L the distance of
+the discs in pixels, r0 and r1 their radii, along and across the coordinates of a pixel in the capsule's frame:
 
     sin(alpha) = (r0 - r1) / L
     t = clamp((along - |across| tan(alpha)) / L, 0, 1)
     c = t L,  r = r0 + t (r1 - r0),  d^2 = (along - c)^2 + across^2
     inside: d^2 <= r^2,   depth = z0 + t (z1 - z0) - sqrt(r^2 - d^2) Z / focal
-
-All arithmetic is elementwise (see ``exact``), so every machine decides every pixel alike.
 """
 
 from __future__ import annotations
@@ -37,10 +32,8 @@ Colour = tuple[int, int, int]
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-#: Part number of pixels where nothing was drawn.
-EMPTY = -1
-#: Nothing is drawn nearer to the camera than this, metres.
-NEAREST = 0.3
+EMPTY = -1  # part number of pixels where nothing was drawn
+NEAREST = 0.3  # metres: nothing is drawn nearer to the camera
 
 
 @dataclass(frozen=True)
@@ -69,11 +62,7 @@ class Camera:
         return (self.centre[0] + scale * seen[0], self.centre[1] + scale * seen[1])
 
     def framing(self, seen: dict[str, Vector], size: tuple[float, float], middle: tuple[float, float]) -> Camera:
-        """The same view with focal length and centre such that points in camera coordinates fit into a frame.
-
-        The tighter of the frame's width and height (pixels) is filled; the middle of the points' extent falls on the
-        pixel ``middle``.
-        """
+        """The same view, zoomed so that points in camera coordinates fill ``size`` pixels round ``middle``."""
         flat = [(x / z, y / z) for x, y, z in seen.values()]
         left, right = min(u for u, _ in flat), max(u for u, _ in flat)
         top, bottom = min(v for _, v in flat), max(v for _, v in flat)
@@ -136,11 +125,7 @@ class Layer:
 
 
 def draw_capsule(layer: Layer, capsule: Capsule, camera: Camera, light: Light) -> None:
-    """Draw a capsule into a layer, where it is nearer than what is there.
-
-    Raises:
-        ValueError: if an end is nearer to the camera than 0.3 m.
-    """
+    """Draw a capsule into a layer, where it is nearer than what is there."""
     if min(capsule.first[2], capsule.second[2]) < NEAREST:
         raise ValueError(f'capsule={capsule} must be at least {NEAREST} m in front of the camera')
     height, width = layer.depth.shape

@@ -22,20 +22,13 @@ _ATTEMPTS = 200
 
 @dataclass(frozen=True)
 class Person:
-    """What a picture shows of one person.
+    """What a picture shows of one person, in pixels."""
 
-    Attributes:
-        keypoints: for each COCO keypoint its pixel coordinates (u, v), centres at whole numbers, and a flag: 2 where it
-            is seen, 1 where the person's own body, another person or an object hides it, 0 (and u = v = 0) outside.
-        points: pixel coordinates of every point of the skeleton, also outside of the image, rounded to 1/100.
-        box: left, top, width, height of the body's outline inside the image, with what others cover.
-        area: number of pixels of the image that show this person.
-    """
-
+    #: (u, v) of each COCO keypoint, and 2 where it is seen, 1 where something hides it; all 0 outside of the image.
     keypoints: tuple[tuple[float, float, int], ...]
-    points: dict[str, tuple[float, float]]
-    box: tuple[int, int, int, int]
-    area: int
+    points: dict[str, tuple[float, float]]  # every point of the skeleton, also outside, rounded to 1/100
+    box: tuple[int, int, int, int]  # left, top, width, height of the outline inside, with what others cover
+    area: int  # number of pixels that show this person
 
 
 @dataclass(frozen=True)

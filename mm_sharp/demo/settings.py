@@ -1,19 +1,14 @@
 """Every number that decides what the demo pictures look like and how hard they are.
 
-Changing anything here, or how anything is drawn, changes the pictures: raise ``GENERATOR_VERSION`` then, so that an old
-data set is not taken for a new one.
+Raise ``GENERATOR_VERSION`` when anything here, or how anything is drawn, changes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-#: Part of ``meta.json``; two data sets are the same only if it agrees.
-GENERATOR_VERSION = 1
-
-#: Size of an image in pixels: small, so that decoding takes well under a millisecond.
-WIDTH, HEIGHT = 160, 208
-
+GENERATOR_VERSION = 1  # part of ``meta.json``: two data sets are the same only if it agrees
+WIDTH, HEIGHT = 160, 208  # pixels: small, so that decoding takes well under a millisecond
 SPLITS = ('train', 'val')
 
 
@@ -25,8 +20,7 @@ class Settings:
     pose_weights: dict[str, int] = field(
         default_factory=lambda: dict(standing=3, walking=3, sitting=2, arms_up=2, bending=2, reaching=2, free=3)
     )
-    #: Share of the cameras within ``frontal_degrees`` of the person's front; the others come from all around. Seen from
-    #: behind or from the side, left and right are harder to tell apart.
+    #: Share of the cameras within ``frontal_degrees`` of the person's front; the others come from all around.
     frontal_share: float = 0.4
     frontal_degrees: int = 70
     #: Of the camera: degrees, degrees, metres. Near cameras foreshorten limbs.
@@ -51,12 +45,9 @@ class Settings:
     brightness: tuple[int, int] = (-25, 25)
     contrast: tuple[float, float] = (0.75, 1.15)
     noise: tuple[int, int] = (2, 10)
-    #: How often a further blur goes over the image.
-    blur_chance: float = 0.3
-    #: How often a garment has stripes or checks.
-    pattern_chance: float = 0.35
-    #: How often a shirt or a pair of trousers is darker on the wearer's right: a cue to the side where the face is
-    #: hidden. Zero leaves the body as the only cue.
+    blur_chance: float = 0.3  # of a further blur over the image
+    pattern_chance: float = 0.35  # of stripes or checks on a garment
+    #: How often a garment is darker on the wearer's right: a cue to the side where the face is hidden.
     two_tone_chance: float = 0.0
 
 

@@ -1,11 +1,8 @@
 """The skeleton: joint angles of a random pose, proportions of a body, and the positions of its points.
 
-A pose maps every degree of freedom to an angle in units of 1/4096 turn. A pose *family* narrows or widens some of the
-ranges; what it doesn't name stays near the neutral pose.
-
-Body frame, metres: x to the person's own left, y up, z forward (right-handed), the pelvis at the origin. All lengths
-are ours, near those of an adult of 1.7 m with a head somewhat large, so that faces keep a few pixels in small
-pictures.
+A pose maps every degree of freedom to an angle in units of 1/4096 turn. A pose *family* changes some ranges; what it
+does not name stays near the neutral pose. Body frame, metres: x to the person's own left, y up, z forward
+(right-handed), the pelvis at the origin. Heads are somewhat large, so that faces keep a few pixels in small pictures.
 """
 
 from __future__ import annotations
@@ -29,8 +26,7 @@ MPII_JOINTS = (
     'left_elbow', 'left_wrist',
 )  # fmt: skip
 
-#: Angle in units of 1/4096 turn for each degree of freedom.
-Pose = dict[str, int]
+Pose = dict[str, int]  # angle in units of 1/4096 turn for each degree of freedom
 Ranges = dict[str, tuple[int, int]]
 Points = dict[str, Vector]
 
@@ -40,8 +36,7 @@ _CENTRAL: Ranges = {
     'head_pitch': (-15, 20), 'head_yaw': (-35, 35), 'head_roll': (-8, 8),
 }  # fmt: skip
 
-#: Those of the left and of the right side alike. Flexion is forward, except of the knee; abduction and twist are away
-#: from the body.
+#: Those of both sides. Flexion is forward, except of the knee; abduction and twist are away from the body.
 _SIDED: Ranges = {
     'shoulder_flexion': (-20, 25), 'shoulder_abduction': (4, 30), 'shoulder_twist': (-30, 20),
     'elbow_flexion': (0, 70), 'hip_flexion': (-8, 12), 'hip_abduction': (0, 12), 'hip_twist': (-5, 15),

@@ -168,30 +168,9 @@ def test_interruption_leaves_nothing_complete_and_the_next_call_finishes(
     monkeypatch.setattr(dataset, 'draw_scene', interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, train=5)
-    assert (tmp_path / 'unfinished.json').is_file()
-    assert not (tmp_path / 'meta.json').exists()
+    assert 'sha256' not in read_meta(tmp_path)
     monkeypatch.undo()
     assert make(tmp_path)  # also with other arguments: what is incomplete is worth nothing
-    assert contents(tmp_path) == contents(folder)
-
-
-@pytest.mark.parametrize('stage', ['before', 'after'])
-def test_interruption_around_the_last_step(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
-    finish = dataset.layout.finish_folder
-
-    def interrupted(out: Path, meta: dict[str, Any]) -> None:
-        if stage == 'after':
-            finish(out, meta)
-            dataset.layout.write_json(out / 'unfinished.json', {'generator': 'mm_sharp.demo'})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(dataset.layout, 'finish_folder', interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path)
-    monkeypatch.undo()
-    assert make(tmp_path) is (stage == 'before')
     assert contents(tmp_path) == contents(folder)
 
 
@@ -199,7 +178,7 @@ def test_a_picture_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatc
     monkeypatch.setattr(dataset.cv2, 'imwrite', lambda *_: False)
     with pytest.raises(OSError, match=r'could not write .*000001.png'):
         make(tmp_path)
-    assert not (tmp_path / 'meta.json').exists()
+    assert 'sha256' not in read_meta(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere workers do not inherit the patched function')
@@ -209,7 +188,7 @@ def test_a_killed_worker_is_an_error(
     monkeypatch.setattr(dataset, 'draw_scene', lambda *_: os._exit(1))
     assert tool(tmp_path, '--workers', '2') == 2
     assert 'terminated abruptly' in capsys.readouterr().err
-    assert not (tmp_path / 'meta.json').exists()
+    assert 'sha256' not in read_meta(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -235,17 +214,12 @@ def tool(out: Path, *options: str) -> int:
     return make_demo_data.main(['--out', str(out), '--train', '3', '--val', '2', '--workers', '1', *options])
 
 
-def test_tool_draws_says_so_and_draws_a_preview(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tool_draws_and_says_so(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool(tmp_path) == 0
     assert '3 training and 2 validation images drawn' in capsys.readouterr().out
     assert contents(tmp_path) == contents(folder)
-    assert tool(tmp_path, '--preview', '2') == 0
+    assert tool(tmp_path) == 0
     assert 'are already there' in capsys.readouterr().out
-    assert cv2.imread(str(tmp_path / 'preview.png')).shape == (416, 640, 3)
-    assert tool(tmp_path, '--seed', '4', '--force') == 0
-    assert not (tmp_path / 'preview.png').exists()
 
 
 @pytest.mark.parametrize(
@@ -253,7 +227,6 @@ def test_tool_draws_says_so_and_draws_a_preview(
     [
         (['--train', '0'], 'train=0 must be a whole number in [1, 999999]'),
         (['--workers', '-3'], 'workers=-3 must be'),
-        (['--preview', '0'], 'preview=0 must be at least 1'),
     ],
 )
 def test_tool_reports_errors_in_one_line(
