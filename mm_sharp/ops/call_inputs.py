@@ -64,6 +64,10 @@ def fresh(value: Any, copies: bool, leaves: Leaves | None = None, memo: dict[int
     kind = type(value)
     if kind in _ATOMS:
         return value
+    if kind is Tensor and not copies and not (value.requires_grad and value.is_leaf):
+        if leaves is not None and is_ordinary(value):
+            leaves.append((value, value))
+        return value
     memo = {} if memo is None else memo
     if id(value) in memo:
         return memo[id(value)]

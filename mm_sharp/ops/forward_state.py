@@ -93,15 +93,18 @@ class ForwardState:
 
     def newly_not_finite(self) -> Tensor | bool:
         """Whether a buffer has become not finite since :meth:`snapshot`; an accelerator is not waited for."""
-        others = self._before.backup.pairs
-        if not others and self._norms.are_finite():
-            return False
-        pairs = [*self._norms.backup.pairs, *others]
+        pairs = [*self._norms.backup.pairs, *self._before.backup.pairs]
         floats = [pair for pair in pairs if pair[0].dtype in _FLOATS and pair[0].numel()]
         buffers = [buffer for buffer, _ in floats]
         if not buffers or (buffers[0].device.type == 'cpu' and all_finite(buffers)):
             return False
         return (finite_each([copy for _, copy in floats]) & ~finite_each(buffers)).any()
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """All buffers that may become not finite, as the first pass has left them."""
+        others = self._before.backup.pairs
+        return [*self._norms.floats, *(buffer for buffer, _ in others if buffer.dtype in _FLOATS and buffer.numel())]
 
     def take_back(self) -> None:
         """Put back what was before the step, which has been made or undone, apart from the weights."""

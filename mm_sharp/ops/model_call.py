@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -94,9 +94,10 @@ class CallRecorder:
             random_state = RandomState.capture(devices, all_libraries=self._other_draws.next_step())
             at_first.append(random_state)
             call = on_call(ModelCall(model, args, kwargs, random_state))
-            (kept_args, kept_kwargs), may_write = self._inputs.take((call.args, call.kwargs))
-            self.call = replace(call, args=kept_args, kwargs=kept_kwargs, may_write=may_write)
-            return call.args, call.kwargs
+            given = call.args, call.kwargs
+            (call.args, call.kwargs), call.may_write = self._inputs.take(given)
+            self.call = call
+            return given
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._depth -= 1

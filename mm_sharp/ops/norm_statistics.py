@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mm_sharp.ops.finite import quickly_finite
 from mm_sharp.ops.rare_changes import is_ordinary
 from mm_sharp.ops.tensor_backup import TensorBackup
 
@@ -46,9 +45,10 @@ class NormStatistics:
         taken = set(map(id, self._norms))
         return [norm for norm in norms if id(norm) not in taken]
 
-    def are_finite(self) -> bool:
-        """Whether the statistics are known to be finite now (:func:`mm_sharp.ops.finite.quickly_finite`)."""
-        return not self._norms or quickly_finite(self._floats)
+    @property
+    def floats(self) -> list[Tensor]:
+        """Running means and variances."""
+        return self._floats if self._norms else []
 
     def hide(self) -> None:
         """Put the copies in the buffers' places, and stop the updates."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mm_sharp.ops.finite import all_finite, zero_unless
+from mm_sharp.ops.finite import all_finite, quickly_finite, zero_unless
 from mm_sharp.ops.forward_state import ForwardState
 from mm_sharp.ops.fsdp import any_rank, local_shard
 from mm_sharp.ops.host_copy import HostCopy
@@ -42,6 +42,7 @@ class NonFiniteGuard:
         self._log = NonFiniteLog(owner)
         self._state = state
         self._corrupted: HostCopy | bool = False
+        self._has_begun = False  # where the host knows: the state is still to be looked at
 
     def next_step(self) -> None:
         """Deal with what the last step has shown, and have nothing kept."""
@@ -53,12 +54,15 @@ class NonFiniteGuard:
 
         Copied now, it is on the host when the next step begins; later, the host would wait for all of this step.
         """
+        if self.host_knows:
+            self._has_begun = True
+            return
         found = self._state.newly_not_finite()
         self._corrupted = HostCopy(found) if isinstance(found, Tensor) else found
 
     def forget(self) -> None:
         """Forget a step that failed."""
-        self._corrupted = False
+        self._corrupted, self._has_begun = False, False
 
     def verdict(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Whether the final gradient is finite, so that the optimizer steps.
@@ -73,7 +77,11 @@ class NonFiniteGuard:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if sharded:
             gradients = list(map(local_shard, gradients))
-        finite = all_finite(gradients)
+        if self.host_knows and quickly_finite([*gradients, *self._state.statistics]):
+            self._has_begun = False
+            finite = torch.tensor(True)
+        else:
+            finite = all_finite(gradients)
         if sharded:
             finite = ~any_rank(~finite.to(self._device))
         if not self.host_knows:
@@ -92,6 +100,8 @@ class NonFiniteGuard:
         """Log what is known by now, and put the state back that is not finite."""
         self._log.flush()
         corrupted, self._corrupted = self._corrupted, False
+        if self._has_begun:
+            corrupted, self._has_begun = bool(self._state.newly_not_finite()), False
         if corrupted.numpy() if isinstance(corrupted, HostCopy) else corrupted:
             self._state.take_back()
         else:

@@ -339,7 +339,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             with timer.exclude('recording'):
                 call = self.first_batch(call)
         with timer.exclude('host'):
-            args, kwargs = without_keys(call.model, call.args, call.kwargs)
+            call.args, call.kwargs = without_keys(call.model, call.args, call.kwargs)
             if self._passes is Passes.BOTH:
                 allowed = self.selector.select(self._parallel.module, self._trained)
                 perturbed = self.select_parameters(allowed)
@@ -349,7 +349,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                 self._ascent.choose(perturbed, skip, average_by_hand=by_hand)
         if not self._parallel.is_ddp:
             self._snapshot()
-        return replace(call, args=args, kwargs=kwargs)
+        return call
 
     def _snapshot(self) -> None:
         """Runs once, after :meth:`_on_call`, when the forward of the user's own model begins."""
