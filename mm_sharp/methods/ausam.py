@@ -200,14 +200,14 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         return second, second.detach()
 
     def own_state(self) -> dict[str, Any]:
-        """The history and the draws, those of the data loader's batches that are under way included."""
+        """The history and the draws, those of the data loader's batches that are in flight included."""
         state = super().own_state()
         if self.sampler is not None:
             state['samplers'] = self.rank_states or [self.rank_state()]
         return state
 
     def rank_state(self) -> Any:
-        """The draws of this rank's batches that are under way."""
+        """The draws of this rank's batches that are in flight."""
         return None if self.sampler is None else self.sampler.state_dict()
 
     def load_own_state(self, state: Any) -> None:

@@ -156,7 +156,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         if self.gamma == 1.0 or (not self._measures and self._reductions):
             self._record = None
             yield
-            self._settle()
+            self._flush_checks()
             return
         with super().recording(model):
             yield

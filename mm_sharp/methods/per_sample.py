@@ -130,12 +130,12 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         """Record the losses of the first pass, and report what an accelerator has found of the step before."""
         with self.losses_of(model).record() as self._record:
             yield
-        self._settle()
+        self._flush_checks()
 
-    def _settle(self) -> None:
+    def _flush_checks(self) -> None:
         # Behind the forward, which the device has to do while the host waits for what came before.
         if self._per_sample is not None:
-            self._per_sample.settle()
+            self._per_sample.flush()
 
     def update_params(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """See :meth:`TwoPassOptimWrapper.update_params`; a step that fails draws the same again."""

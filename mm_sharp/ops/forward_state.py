@@ -106,7 +106,7 @@ class ForwardState:
         others = self._before.backup.pairs
         return [*self._norms.floats, *(buffer for buffer, _ in others if buffer.dtype in _FLOATS and buffer.numel())]
 
-    def take_back(self) -> None:
+    def restore_all(self) -> None:
         """Put back what was before the step, which has been made or undone, apart from the weights."""
         weights = self._trained()
         self._norms.write_back(weights)

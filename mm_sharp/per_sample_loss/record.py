@@ -75,7 +75,7 @@ class LossRecord:
 
         Raises:
             PerSampleLossError: Nothing was recorded, or what was recorded is not what the model computed. On an
-                accelerator all but the first comparison are reported by :meth:`PerSampleLoss.settle`.
+                accelerator all but the first comparison are reported by :meth:`PerSampleLoss.flush`.
         """
         values = self.values()
         if values is None:

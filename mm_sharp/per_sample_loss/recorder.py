@@ -88,7 +88,7 @@ class PerSampleLoss:
             for handle in handles:
                 handle.remove()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Raise what an accelerator has found of the forwards before; waits for it, not for what runs now."""
         in_flight, self._in_flight = self._in_flight, []
         for record, copy, tolerance in in_flight:

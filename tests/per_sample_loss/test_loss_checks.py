@@ -165,7 +165,7 @@ def test_the_host_does_not_wait_for_the_comparison(weights: Tensor | None, monke
         with HostReads() as later:
             record.losses(total)
         assert number == 0 or reads.count == later.count == len(lists) == 0
-    per_sample.settle()
+    per_sample.flush()
 
 
 @pytest.mark.usefixtures('device_is_far')
@@ -179,5 +179,5 @@ def test_a_comparison_under_way_outlives_a_new_loss() -> None:
     with per_sample.record() as record:
         total = model(**ignoring(2))['loss']
     with pytest.raises(PerSampleLossError, match='neither'):
-        per_sample.settle()
+        per_sample.flush()
     record.losses(total)
