@@ -66,7 +66,7 @@ test: $(INSTALLED) lint types ## lint, check the types and run the fast tests (a
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(INSTALLED) ## run the tests that take long and rarely break: whole command lines, broken environments, long runs
-	$(PY) -m pytest -n 2 --dist loadfile -m slow $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m 'slow and not thorough and not kills' $(ARGS)
 
 test-kills: $(INSTALLED) ## kill training runs at random times, and resume them (about five minutes)
 	$(PY) -m pytest -m kills -s $(ARGS) tests/step/test_kills.py tests/step/test_rank_faults.py tests/cli/test_process.py tests/step/test_resume.py
