@@ -18,7 +18,8 @@ from tests.reliability import Holds
 from tests.toys import toy_config
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='reads the memory in use from /proc')
-STEPS, SETTLED, SAMPLES = 2000, 100, 40
+# The heap takes some hundred steps to find its size; from then on 1 % is 3 kB a step.
+STEPS, SETTLED, SAMPLES = 2000, 500, 40
 SGD = dict(type='SGD', lr=0.005, momentum=0.9)
 METHODS: dict[str, dict[str, Any]] = {
     'sam': dict(type='SAMOptimWrapper', optimizer=SGD, accumulative_counts=2),
