@@ -162,3 +162,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     if report.when == 'call':
         item.passed = report.passed  # type: ignore[attr-defined]
     return report
+
+
+@pytest.fixture
+def loading_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The messages that loading logs."""
+    messages: list[str] = []
+    monkeypatch.setattr('mm_sharp.step.checkpoint.print_log', lambda message, **_: messages.append(message))
+    return messages

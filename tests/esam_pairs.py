@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mm_sharp import ESAMOptimWrapper
 from mm_sharp.ops.perturbation import weight_mask
-from mm_sharp.samples.seeds import Draw, make_generator
+from mm_sharp.samples.seeds import RngStream, make_generator
 from tests.references_esam import ReferenceESAM, ToyLoss
 from tests.toys import Batch, Notes, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import momentum_sgd
@@ -84,8 +84,8 @@ def pool_batches(count: int, size: int = 8, pool: int = 24) -> list[Batch]:
 
 def draws(wrapper: ESAMOptimWrapper, model: nn.Module, step: int, size: int) -> tuple[list[bool], list[int]]:
     """What the wrapper draws in a step: which tensors are perturbed, and the order of samples with equal history."""
-    mask = weight_mask(len(list(model.parameters())), wrapper.beta, make_generator(wrapper.seed, Draw.MASK, step))
-    return mask, torch.randperm(size, generator=make_generator(wrapper.seed, Draw.TIES, 0, step)).tolist()
+    mask = weight_mask(len(list(model.parameters())), wrapper.beta, make_generator(wrapper.seed, RngStream.MASK, step))
+    return mask, torch.randperm(size, generator=make_generator(wrapper.seed, RngStream.TIES, 0, step)).tolist()
 
 
 def pair(

@@ -78,6 +78,7 @@ RLE = Case(
 RTMPOSE = Case('CSPNeXt-RTMCC', f'{_BODY}/rtmpose/coco/rtmpose-t_8xb256-420e_coco-256x192.py', SIZE, edit=_rtmpose)
 # Two that differ most; the others with what is slow.
 MODELS_OF_MMPOSE = (SIMCC, *(pytest.param(case, marks=pytest.mark.slow) for case in (DECONV, HRNET, RLE)), RTMPOSE)
+EVERY = pytest.mark.parametrize('case', MODELS_OF_MMPOSE, ids=lambda case: case.name)
 
 
 def float_model(case: Case, seed: int = 0, **backbone: Any) -> nn.Module:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pytest
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -17,6 +20,16 @@ from tests.conftest import ROOT
 from tests.mmpose_cases import without_pretrained
 from tests.tiny_data import draw_coco, draw_mpii
 
+# Warnings of the dependencies' own, raised while recipes are read and run.
+QUIET = [
+    pytest.mark.filterwarnings(f'ignore:{message}')
+    for message in (
+        '.*MultiScaleDeformableAttention.* has been moved',
+        '.*torch.cuda.amp.autocast.* is deprecated',
+        'The metainfo config file .* does not exist',
+        'Use the existing "bbox_center"',
+    )
+]
 # Two steps: people in the data set, people in a batch, and samples in each forward pass.
 STEPS = {
     'OptimWrapper': (4, 2, [2, 2]),
@@ -25,6 +38,16 @@ STEPS = {
     'ESAMOptimWrapper-history': (4, 4, [4, 4, 2, 4, 2]),  # the second step selects by what the first one measured
     'AUSAMOptimWrapper': (3, 3, [2, 2, 2, 2]),  # ceil(0.6 * 3)
 }
+
+
+def read(path: Path) -> Config:
+    """A config file, read once; the caller may change what it gets."""
+    return deepcopy(_read(path))
+
+
+@functools.cache
+def _read(path: Path) -> Config:
+    return Config.fromfile(path)
 
 
 def name(path: Path) -> str:

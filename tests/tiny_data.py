@@ -102,3 +102,10 @@ def _draw(file: Path, number: int, rng: np.random.Generator) -> dict[str, Any]:
         'num_keypoints': 17,
         'keypoints': keypoints.ravel().tolist(),
     }
+
+
+def write_float_and_w4a4(folder: Path, base: str, width: int) -> None:
+    """Drawn people in ``people/``, and the configs ``float.py`` and ``w4a4.py`` of a narrow model on them."""
+    data = draw_coco(folder / 'people')
+    (folder / 'float.py').write_text(NARROW_RECIPE.format(base=base, data=data, width=width))
+    (folder / 'w4a4.py').write_text("_base_ = ['float.py', 'mm_sharp::_base_/quantization/w4a4.py']\n")

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from mm_sharp.config.build_errors import not_registered, type_name
 from mm_sharp.errors import UsageError, arguments_of, check_arguments, did_you_mean, is_number
-from mm_sharp.step.wrapper import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
 
 _OPTIMIZER = "optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"
 _WRAPPER = f"optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, {_OPTIMIZER})"
@@ -120,9 +120,8 @@ def enable_amp(cfg: Config) -> None:
 def _check_wrapper(cfg: Config, key: str, cls: type[OptimWrapper], wrapper: Mapping[str, Any]) -> None:
     others = ('type', '_scope_', 'optimizer', 'constructor', 'paramwise_cfg')
     arguments = {name: deepcopy(value) for name, value in wrapper.items() if name not in others}
-    classes = [c for c in OPTIM_WRAPPERS.module_dict.values() if isinstance(c, type)]
     with _in_one_line(key):
-        check_arguments(cls, arguments, [other for other in classes if issubclass(other, TwoPassOptimWrapper)])
+        check_arguments(cls, arguments, registered_methods().values())
         cls(optimizer=_optimizer(cfg, key, wrapper), **arguments)
     is_half = issubclass(cls, TwoPassOptimWrapper) and arguments.get('dtype') in ('float16', torch.float16)
     if is_half and get_device() == 'cpu':

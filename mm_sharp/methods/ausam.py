@@ -43,7 +43,7 @@ from mm_sharp.ops.host_copy import to_device
 from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.samples.draw import BatchDraw, BatchDrawer
 from mm_sharp.samples.history import Keys
-from mm_sharp.samples.seeds import Draw
+from mm_sharp.samples.seeds import RngStream
 from mm_sharp.samples.selection import Preference, sample_count
 from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
 from mm_sharp.step.method import Cost
@@ -178,7 +178,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         if self.sampler is not None:
             draw = self.sampler.take(keys)
         else:
-            draw = self.drawer.draw(keys, self.generator(Draw.SAMPLES))
+            draw = self.drawer.draw(keys, self.generator(RngStream.SAMPLES))
             if len(draw.chosen) < size:
                 keys = [keys[row] for row in draw.chosen]
                 call = subset(call, draw.chosen, size)

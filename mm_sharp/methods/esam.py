@@ -40,7 +40,7 @@ from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.ops.perturbation import Direction, weight_mask
 from mm_sharp.per_sample_loss import Reduction
 from mm_sharp.samples.history import Keys
-from mm_sharp.samples.seeds import Draw
+from mm_sharp.samples.seeds import RngStream
 from mm_sharp.samples.selection import FloatArray, IntArray, normalised_scores, sample_count, top_k
 from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
 from mm_sharp.step.checks import check_compiled
@@ -137,7 +137,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     def select_parameters(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         """Each of ``parameters`` with probability ``beta``, the same ones on all ranks."""
-        mask = weight_mask(len(parameters), self.beta, self.generator(Draw.MASK, shared=True))
+        mask = weight_mask(len(parameters), self.beta, self.generator(RngStream.MASK, shared=True))
         return [parameter for parameter, taken in zip(parameters, mask, strict=True) if taken]
 
     def direction(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Direction:
@@ -216,7 +216,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         measured = ~np.isnan(scores)
         neutral = scores[measured].mean() if measured.any() else 0.0
         # In random order, since of equal ones the first are taken.
-        order = torch.randperm(self._size, generator=self.generator(Draw.TIES)).numpy()
+        order = torch.randperm(self._size, generator=self.generator(RngStream.TIES)).numpy()
         ranked = torch.from_numpy(np.where(measured, scores, neutral)[order])
         return np.sort(order[top_k(ranked, count).numpy()]), scores
 

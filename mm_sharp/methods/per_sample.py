@@ -21,7 +21,7 @@ from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
 from mm_sharp.samples.history import Keys, SampleHistory
 from mm_sharp.samples.keys import keys_of
 from mm_sharp.samples.pending import PendingUpdates
-from mm_sharp.samples.seeds import Draw, Member, make_generator, shared_seed
+from mm_sharp.samples.seeds import Member, RngStream, make_generator, shared_seed
 from mm_sharp.step.checks import check_compiled
 from mm_sharp.step.nonfinite_log import offending_samples
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -74,7 +74,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
             self._seed = shared_seed()
         return self._seed
 
-    def generator(self, kind: Draw, *, shared: bool = False) -> torch.Generator:
+    def generator(self, kind: RngStream, *, shared: bool = False) -> torch.Generator:
         """A generator for a draw of this step; with ``shared`` all ranks draw the same."""
         rank = () if shared else (get_rank(),)
         return make_generator(self.seed, kind, *rank, self.steps, *self.member.place(self.seed))

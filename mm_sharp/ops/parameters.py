@@ -30,11 +30,6 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Those of an optimizer's parameters that require a gradient now."""
-    return [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
-
-
 def devices_of(optimizer: Optimizer) -> tuple[torch.device, ...]:
     """The devices of an optimizer's parameters, each once."""
     return tuple(dict.fromkeys(parameter.device for parameter in parameters_of(optimizer)))

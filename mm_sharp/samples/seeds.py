@@ -31,9 +31,6 @@ class RngStream(IntEnum):
     TIES = 3
 
 
-Draw = RngStream
-
-
 def make_generator(seed: int, stream: RngStream, *place: int) -> torch.Generator:
     """A generator on the CPU for one use, at a place such as (rank, step); all numbers are >= 0."""
     # The words that SeedSequence itself makes of a list of integers, in twice the time.

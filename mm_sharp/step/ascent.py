@@ -33,13 +33,13 @@ class Ascent:
     nothing to undo.
 
     Args:
-        settings: The wrapper's.
+        settings: The wrapper's; its ``rho``, which may change between steps, is the method's to apply.
         precision: Its loss scale.
         parallel: The model that holds the parameters.
     """
 
     def __init__(self, settings: StepSettings, precision: Precision, parallel: ParallelModel) -> None:
-        self.settings = settings
+        self._settings = settings
         self._precision = precision
         self._parallel = parallel
         self._perturbed: Sequence[nn.Parameter] = ()
@@ -109,7 +109,7 @@ class Ascent:
             ValueError: Quantized weights are to be perturbed, and the model has none.
         """
         perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
-        check_perturbed(self.settings.owner, model, perturbed, quantized=self.settings.perturb_quantized)
+        check_perturbed(self._settings.owner, model, perturbed, quantized=self._settings.perturb_quantized)
         shards = self._parallel.shards
         if not perturbed and shards is None:
             return torch.zeros((), device=device)
@@ -122,11 +122,11 @@ class Ascent:
             weights,
             gradients,
             direct(weights, gradients),
-            eps=self.settings.eps,
+            eps=self._settings.eps,
             inverse_grad_scale=self._inverse_grad_scale(),
             norm_of=global_norm if shards is None else shards.norm_of(perturbed, device),
         )
-        if self.settings.perturb_quantized:
+        if self._settings.perturb_quantized:
             self._quantized.apply(model, perturbed, dict(self._weights.pairs))
         return norm
 

@@ -25,7 +25,7 @@ from mm_sharp.ops.forward_state import ForwardState
 from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.gradients import GradientStash
 from mm_sharp.ops.model_call import CallRecorder, ModelCall
-from mm_sharp.ops.parameters import ParameterSelector, devices_of, parameters_of, trained_by
+from mm_sharp.ops.parameters import ParameterSelector, devices_of, parameters_of
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.samples.keys import without_keys
@@ -95,7 +95,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
-        check_arguments(type(self), kwargs, _ours())
+        check_arguments(type(self), kwargs, registered_methods().values())
         check_positive_int(name, 'accumulative_counts', accumulative_counts, example='4')
         check_clip_grad(name, clip_grad)
         check_steps_alone(name, optimizer)
@@ -137,7 +137,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
 
     @rho.setter
     def rho(self, value: float) -> None:
-        self.settings = self._ascent.settings = replace(self.settings, rho=value)
+        self.settings = replace(self.settings, rho=value)
 
     # ---------------------------------------------------------------- MMEngine's interface
     @contextmanager
@@ -156,9 +156,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._passes = self.passes()
         synced = self._first_pass_is_synced()
         self._guard.next_step()
-        self._attach(model)
         self._parameters = parameters_of(self.optimizer)
         self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._attach(model)
         try:
             with (
                 self._parallel.no_sync(not synced),
@@ -328,7 +328,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             raise
         if shards is not None:
             # In a pass, the parameters that have the names may be others.
-            self.selector.select(self._parallel.module, trained_by(self.optimizer))
+            self.selector.select(self._parallel.module, self._trained)
 
     def _on_call(self, call: ModelCall) -> ModelCall:
         """Runs just before the model's forward."""
@@ -389,12 +389,12 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         if self._parallel.shards is None:
             super()._clip_grad()
             return
-        norm = self._parallel.clip_gradients(trained_by(self.optimizer), self.device, self.clip_grad_kwargs)
+        norm = self._parallel.clip_gradients(self._trained, self.device, self.clip_grad_kwargs)
         if norm is not None:
             self.message_hub.update_scalar('train/grad_norm', float(norm))
 
 
-def _ours() -> list[type[TwoPassOptimWrapper]]:
-    """All methods."""
-    found = OPTIM_WRAPPERS.module_dict.values()
-    return [kind for kind in found if isinstance(kind, type) and issubclass(kind, TwoPassOptimWrapper)]
+def registered_methods() -> dict[str, type[TwoPassOptimWrapper]]:
+    """The wrapper of every method, by the name that it is registered under."""
+    found = OPTIM_WRAPPERS.module_dict.items()
+    return {name: cls for name, cls in found if isinstance(cls, type) and issubclass(cls, TwoPassOptimWrapper)}

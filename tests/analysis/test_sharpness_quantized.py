@@ -21,7 +21,7 @@ from mm_sharp.quantization import calibrate
 from tests.mmpose_cases import QUIET
 from tests.quantized_toys import ResidualToy, batches, is_spared, plain_state, quantized
 from tests.sharpness import OPTIONS, QUICK, figures, rows_of
-from tests.tiny_data import NARROW_RECIPE, draw_coco
+from tests.tiny_data import write_float_and_w4a4
 from tests.tool_runs import PLAIN, Tools
 from tests.toys import same_state
 
@@ -101,9 +101,7 @@ def _plain(value: object) -> torch.Tensor:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float config and a quantized one of 8 drawn people, and checkpoints of both."""
     folder = tmp_path_factory.mktemp('sharp_quantized')
-    data = draw_coco(folder / 'people')
-    (folder / 'float.py').write_text(NARROW_RECIPE.format(base=PLAIN, data=data, width=4))
-    (folder / 'w4a4.py').write_text("_base_ = ['float.py', 'mm_sharp::_base_/quantization/w4a4.py']\n")
+    write_float_and_w4a4(folder, PLAIN, 4)
     with DefaultScope.overwrite_default_scope('mmpose'), torch.random.fork_rng():
         torch.manual_seed(0)
         model = MODELS.build(Config.fromfile(folder / 'float.py').model)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from mm_sharp.config.preflight import check_wrappers
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.conftest import ROOT
 from tests.narrow import narrow
-from tests.recipe_runs import STEPS, Steps, cost, inherited, method, name, two_steps
+from tests.recipe_runs import QUIET, STEPS, Steps, cost, inherited, method, name, read, two_steps
 
 FOLDER = ROOT / 'configs'
 METHODS = ('sam', 'esam', 'ausam')
@@ -32,25 +30,7 @@ LOADER = FOLDER / 'ausam' / 'simcc_res50_ausam-loader_8xb64-210e_coco-256x192.py
 RECIPES = [path for path in CONFIGS if path not in {*DEMOS, LOADER}]
 OWN = {'optim_wrapper', 'custom_hooks', 'custom_imports', 'sharp_optim_wrapper', 'sharp_hook'}
 
-# Warnings of the dependencies' own.
-pytestmark = [
-    pytest.mark.filterwarnings(f'ignore:{message}')
-    for message in (
-        '.*MultiScaleDeformableAttention.* has been moved',
-        '.*torch.cuda.amp.autocast.* is deprecated',
-        'The metainfo config file .* does not exist',
-        'Use the existing "bbox_center"',
-    )
-]
-
-
-def read(path: Path) -> Config:
-    return deepcopy(_read(path))
-
-
-@functools.cache
-def _read(path: Path) -> Config:
-    return Config.fromfile(path)
+pytestmark = QUIET
 
 
 @pytest.mark.parametrize(

@@ -58,16 +58,8 @@ def test_stopped_and_resumed_draws_as_if_never_stopped(name: str, stop: int) -> 
     assert same_state(resumed, straight)
 
 
-@pytest.fixture
-def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The messages that loading logs."""
-    messages: list[str] = []
-    monkeypatch.setattr('mm_sharp.step.checkpoint.print_log', lambda message, **_: messages.append(message))
-    return messages
-
-
 @both
-def test_a_checkpoint_without_a_history_loads_with_a_warning(name: str, warnings: list[str]) -> None:
+def test_a_checkpoint_without_a_history_loads_with_a_warning(name: str, loading_log: list[str]) -> None:
     model = make()
     before = OptimWrapper(momentum_sgd(model))
     model.train_step(batches(1)[0], before)
@@ -75,7 +67,7 @@ def test_a_checkpoint_without_a_history_loads_with_a_warning(name: str, warnings
     train(model, wrapper, batches(2))  # what it has gathered, or is about to, belongs to another training
     wrapper.load_state_dict(through_disk(before.state_dict()))
     wrapper.exchange_history()
-    assert ['holds no state of mm_sharp' in message for message in warnings] == [True]
+    assert ['holds no state of mm_sharp' in message for message in loading_log] == [True]
     assert len(wrapper.history) == 0
     assert wrapper.steps == 0
     ((_, pi),) = train(model, wrapper, batches(1))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mm_sharp import ESAMOptimWrapper
 from mm_sharp.ops.perturbation import weight_mask
-from mm_sharp.samples.seeds import Draw, make_generator
+from mm_sharp.samples.seeds import RngStream, make_generator
 from tests.toys import Notes, ToyNet, batches, make, same_bits
 from tests.wrappers import momentum_sgd
 
@@ -100,7 +100,9 @@ class Arrived:
 def masks(model: nn.Module, wrapper: ESAMOptimWrapper, steps: int) -> list[set[str]]:
     """The names of the tensors that the wrapper perturbs in each step."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    drawn = [weight_mask(len(names), wrapper.beta, make_generator(wrapper.seed, Draw.MASK, i)) for i in range(steps)]
+    drawn = [
+        weight_mask(len(names), wrapper.beta, make_generator(wrapper.seed, RngStream.MASK, i)) for i in range(steps)
+    ]
     return [{name for name, taken in zip(names, mask, strict=True) if taken} for mask in drawn]
 
 

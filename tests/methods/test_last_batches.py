@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mm_sharp.errors import UserError
 from mm_sharp.samples.draw import BatchDrawer
 from mm_sharp.samples.history import SampleHistory
-from mm_sharp.samples.seeds import Draw, make_generator
+from mm_sharp.samples.seeds import RngStream, make_generator
 from mm_sharp.samples.selection import sample_count
 from mm_sharp.samples.subset import fewest_samples
 from tests.toys import Batch, Notes, ToyNet, batches, make, same_state, toy_config
@@ -123,7 +123,7 @@ def test_probabilities_stay_exact() -> None:
     drawer.fewest = 2
     counts, draws = np.zeros(5), 1000
     for step in range(draws):
-        draw = drawer.draw(keys, make_generator(0, Draw.SAMPLES, 0, step))
+        draw = drawer.draw(keys, make_generator(0, RngStream.SAMPLES, 0, step))
         counts[draw.chosen] += 1
     assert draw.pi.sum() == pytest.approx(2, rel=1e-12)
     assert (np.abs(counts / draws - draw.pi) <= 4 * np.sqrt(draw.pi * (1 - draw.pi) / draws)).all()

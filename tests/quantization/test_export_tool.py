@@ -24,7 +24,7 @@ from mm_sharp.quantization.export import Network
 from mm_sharp.quantization.export_check import ExportCheck, evaluate, keypoint_distances, predict
 from mm_sharp.quantization.export_report import Agreement, ExportReport, LayerAgreement, OutputAgreement
 from tests.mmpose_cases import QUIET
-from tests.tiny_data import NARROW_RECIPE, draw_coco
+from tests.tiny_data import write_float_and_w4a4
 from tests.tool_runs import PLAIN, run, tool
 
 pytestmark = QUIET
@@ -34,9 +34,7 @@ pytestmark = QUIET
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn people, a float config, a quantized one, and its model after calibration in ``model.pth``."""
     folder = tmp_path_factory.mktemp('export')
-    data = draw_coco(folder / 'people')
-    (folder / 'float.py').write_text(NARROW_RECIPE.format(base=PLAIN, data=data, width=8))
-    (folder / 'w4a4.py').write_text("_base_ = ['float.py', 'mm_sharp::_base_/quantization/w4a4.py']\n")
+    write_float_and_w4a4(folder, PLAIN, 8)
     cfg = Config.fromfile(folder / 'w4a4.py')
     init_default_scope('mmpose')
     model = MODELS.build(cfg.model)

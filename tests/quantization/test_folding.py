@@ -27,8 +27,8 @@ from mm_sharp.quantization.folding import fold_batchnorms
 from mm_sharp.quantization.quantizers import uninitialised
 from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import (
+    EVERY,
     HRNET,
-    MODELS_OF_MMPOSE,
     Toy,
     conv,
     distance,
@@ -41,7 +41,6 @@ from tests.quantized_models import (
 from tests.toys import same_state
 
 pytestmark = QUIET
-EVERY = pytest.mark.parametrize('case', MODELS_OF_MMPOSE, ids=lambda case: case.name)
 SIZE = (8, 8)
 
 

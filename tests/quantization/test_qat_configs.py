@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import re
-from copy import deepcopy
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from mm_sharp.quantization import CalibrationHook, FreezeHook, LayerPolicy, Quan
 from tests.conftest import ROOT
 from tests.mmpose_cases import without_pretrained
 from tests.narrow import narrow
-from tests.recipe_runs import STEPS, Steps, cost, inherited, method, name, two_steps
+from tests.recipe_runs import QUIET, STEPS, Steps, cost, inherited, method, name, read, two_steps
 
 FOLDER = ROOT / 'configs' / 'qat'
 DEMO = ROOT / 'configs' / 'demo'
@@ -63,15 +61,7 @@ SCHEDULE = {
 SCHEDULE |= {'qat_epochs', 'qat_train_cfg', 'qat_checkpoint', 'qat_param_scheduler', 'qat_freeze_hook'}
 OF_RTMPOSE = {'base_lr', 'max_epochs', 'stage2_num_epochs'}
 
-pytestmark = [
-    pytest.mark.filterwarnings(f'ignore:{message}')
-    for message in (
-        '.*MultiScaleDeformableAttention.* has been moved',
-        '.*torch.cuda.amp.autocast.* is deprecated',
-        'The metainfo config file .* does not exist',
-        'Use the existing "bbox_center"',
-    )
-]
+pytestmark = QUIET
 
 
 def recipe(model: str, variant: str) -> Path:
@@ -82,15 +72,6 @@ def recipe(model: str, variant: str) -> Path:
 def bits(path: Path) -> str:
     (found,) = QUANTIZED.findall(path.stem)
     return str(found)
-
-
-def read(path: Path) -> Config:
-    return deepcopy(_read(path))
-
-
-@functools.cache
-def _read(path: Path) -> Config:
-    return Config.fromfile(path)
 
 
 def build(cfg: Config) -> torch.nn.Module:

@@ -27,8 +27,8 @@ from mm_sharp.quantization.record import LAYOUT
 from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import (
     DECONV,
+    EVERY,
     HRNET,
-    MODELS_OF_MMPOSE,
     RLE,
     RTMPOSE,
     SIMCC,
@@ -48,7 +48,6 @@ from tests.quantized_models import (
 from tests.toys import same_state
 
 pytestmark = QUIET
-EVERY = pytest.mark.parametrize('case', MODELS_OF_MMPOSE, ids=lambda case: case.name)
 QUANTIZED = (qnn.QuantConv1d, qnn.QuantConv2d, qnn.QuantConvTranspose1d, qnn.QuantConvTranspose2d, qnn.QuantLinear)
 
 

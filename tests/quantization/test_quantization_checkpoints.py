@@ -21,7 +21,7 @@ from tests.checkpoints import through_disk
 from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import (
     DECONV,
-    MODELS_OF_MMPOSE,
+    EVERY,
     RLE,
     Toy,
     calibrated,
@@ -39,7 +39,6 @@ from tests.quantized_models import (
 from tests.toys import same_state
 
 pytestmark = QUIET
-EVERY = pytest.mark.parametrize('case', MODELS_OF_MMPOSE, ids=lambda case: case.name)
 Load = Callable[[nn.Module, dict[str, Any]], Any]
 
 

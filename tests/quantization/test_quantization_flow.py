@@ -16,8 +16,8 @@ from mm_sharp.quantization.flow import LAYERS, trace_flow
 from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import (
     DECONV,
+    EVERY,
     HRNET,
-    MODELS_OF_MMPOSE,
     RLE,
     RTMPOSE,
     SIMCC,
@@ -31,7 +31,6 @@ from tests.quantized_models import (
 from tests.toys import same_state
 
 pytestmark = QUIET
-EVERY = pytest.mark.parametrize('case', MODELS_OF_MMPOSE, ids=lambda case: case.name)
 
 
 def flows_of(model: nn.Module, inputs: Tensor | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from mm_sharp import ESAMOptimWrapper
 from mm_sharp.ops.perturbation import weight_mask
 from mm_sharp.quantization import calibrate
-from mm_sharp.samples.seeds import Draw, make_generator
+from mm_sharp.samples.seeds import RngStream, make_generator
 from tests.quantized_toys import (
     LEARNED,
     POLICIES,
@@ -388,7 +388,7 @@ def masked(wrapper: ESAMOptimWrapper, model: nn.Module, step: int) -> list[bool]
     """Which of the model's parameters the wrapper perturbs in a step: it draws among those that are not spared."""
     names = [name for name, _ in model.named_parameters()]
     mask = weight_mask(
-        sum(not is_spared(name) for name in names), wrapper.beta, make_generator(wrapper.seed, Draw.MASK, step)
+        sum(not is_spared(name) for name in names), wrapper.beta, make_generator(wrapper.seed, RngStream.MASK, step)
     )
     drawn = iter(mask)
     return [not is_spared(name) and next(drawn) for name in names]
@@ -404,7 +404,7 @@ def test_esam_equals_its_reference_bit_for_bit(policy: str, refresh: int | None)
     reference = ReferenceESAM(theirs, slow_sgd(theirs), refresh=refresh)
     rows = Rows(ours)
     for step, batch in enumerate(pool_batches(6)):
-        order = torch.randperm(8, generator=make_generator(wrapper.seed, Draw.TIES, 0, step)).tolist()
+        order = torch.randperm(8, generator=make_generator(wrapper.seed, RngStream.TIES, 0, step)).tolist()
         mask = masked(wrapper, ours, step)
         ours.train_step(batch, wrapper)
         reference.step(batch, mask, order)

@@ -16,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from mm_sharp import AUSAMOptimWrapper
 from mm_sharp.ops.perturbation import weight_mask
-from mm_sharp.samples.seeds import Draw, make_generator
+from mm_sharp.samples.seeds import RngStream, make_generator
 from tests.corrupted import finite, logged
 from tests.distributed import run
 from tests.memory_toys import Queue
@@ -251,7 +251,7 @@ def test_esam_on_ranks_equals_its_reference(ranks: list[dict[str, Any]], synced:
     references = [ReferenceESAM(model, optimizer) for _ in range(2)]
     parameters = list(model.parameters())
     for step, batch in enumerate(batches(STEPS, size=8)):
-        mask = weight_mask(len(parameters), 0.6, make_generator(first['seed'], Draw.MASK, step))
+        mask = weight_mask(len(parameters), 0.6, make_generator(first['seed'], RngStream.MASK, step))
         shards = [shard(batch, rank, 2) for rank in range(2)]
         climbs = [batch, batch] if synced else shards
         final = [

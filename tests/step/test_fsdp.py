@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mm_sharp.ops.perturbation import weight_mask
-from mm_sharp.samples.seeds import Draw, make_generator
+from mm_sharp.samples.seeds import RngStream, make_generator
 from tests.distributed import run
 from tests.fsdp_cases import STEPS, Faulty, error_of, norm_beside_ignored, overflow_of_one, train
 from tests.fsdp_runs import WHOLE, run_and_resume
@@ -181,7 +181,7 @@ def test_esam(ranks: Any, kind: str, holds: Holds) -> None:
     references = [ReferenceESAM(model, optimizer) for _ in range(2)]
     parameters = list(model.parameters())
     for step, batch in enumerate(batches(STEPS, size=8)):
-        mask = weight_mask(len(parameters), 0.6, make_generator(results[0]['seed'], Draw.MASK, step))
+        mask = weight_mask(len(parameters), 0.6, make_generator(results[0]['seed'], RngStream.MASK, step))
         final = [
             esam_gradients(one, batch, shard(batch, rank, 2), mask)
             for rank, one in zip(range(2), references, strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper
 from mm_sharp.samples.history import Keys
-from mm_sharp.samples.seeds import Draw, Member, make_generator
+from mm_sharp.samples.seeds import Member, RngStream, make_generator
 from tests.checkpoints import through_disk
 from tests.toys import Batch, Notes, ToyNet, ToyPair, batches, make, toy_config
 from tests.wrappers import momentum_sgd
@@ -70,7 +70,7 @@ def test_one_by_itself_draws_by_seed_and_step_alone() -> None:
     ((model, wrapper), _) = pair()
     for step, batch in enumerate(BATCHES):
         model.train_step(batch, wrapper)
-        expected = wrapper.drawer.draw(ids_of(batch), make_generator(0, Draw.SAMPLES, 0, step))
+        expected = wrapper.drawer.draw(ids_of(batch), make_generator(0, RngStream.SAMPLES, 0, step))
         assert wrapper._draw is not None
         assert wrapper._draw.chosen.tolist() == expected.chosen.tolist()
 
@@ -129,7 +129,7 @@ def test_shared_draws_differ_from_member_to_member_too() -> None:
     models = [make(Noting, seed=seed) for seed in (1, 2)]
     wrappers = [ESAMOptimWrapper(momentum_sgd(model)) for model in models]
     for _ in range(3):
-        seeds = {wrapper.generator(Draw.MASK, shared=True).initial_seed() for wrapper in wrappers}
+        seeds = {wrapper.generator(RngStream.MASK, shared=True).initial_seed() for wrapper in wrappers}
     assert len(seeds) == 2
 
 

@@ -30,14 +30,6 @@ def planned(model: torch.nn.Module) -> tuple[StatePlan, list[torch.nn.Module]]:
     return plan, plan.norms
 
 
-@pytest.fixture
-def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The messages that loading logs."""
-    messages: list[str] = []
-    monkeypatch.setattr('mm_sharp.step.checkpoint.print_log', lambda message, **_: messages.append(message))
-    return messages
-
-
 @everywhere
 @pytest.mark.parametrize(('dtype', 'accumulative_counts'), [(None, 1), ('float16', 2)])
 def test_resuming_equals_never_having_stopped(name: str, dtype: str | None, accumulative_counts: int) -> None:
@@ -66,7 +58,7 @@ def test_resuming_equals_never_having_stopped(name: str, dtype: str | None, accu
 
 
 @distinct
-def test_a_plain_checkpoint_loads_with_a_warning(name: str, warnings: list[str]) -> None:
+def test_a_plain_checkpoint_loads_with_a_warning(name: str, loading_log: list[str]) -> None:
     model = make()
     base = OptimWrapper(momentum_sgd(model))
     for batch in batches(2):
@@ -74,7 +66,7 @@ def test_a_plain_checkpoint_loads_with_a_warning(name: str, warnings: list[str])
     state = through_disk(base.state_dict())
     wrapper = build(name, model)
     wrapper.load_state_dict(state)
-    assert 'holds no state of mm_sharp' in warnings[0]
+    assert 'holds no state of mm_sharp' in loading_log[0]
     momentum = wrapper.optimizer.state[model.head.weight]['momentum_buffer']
     assert torch.equal(momentum, base.optimizer.state[model.head.weight]['momentum_buffer'])
 

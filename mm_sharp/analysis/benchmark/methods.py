@@ -21,7 +21,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mm_sharp.config.preflight import check_wrappers, wrapper_class, wrapper_configs
 from mm_sharp.errors import UsageError, arguments_of
 from mm_sharp.step.method import Cost
-from mm_sharp.step.wrapper import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
 
 # What every wrapper keeps of a config's; a step is a whole one, so accumulative_counts is not among them.
 SHARED = ('optimizer', 'constructor', 'paramwise_cfg')
@@ -29,7 +29,7 @@ SHARED = ('optimizer', 'constructor', 'paramwise_cfg')
 
 def all_methods() -> dict[str, str]:
     """The wrapper of the base optimizer and every registered sharpness-aware one, by name; the costliest first."""
-    kinds = {name: kind for name, kind in OPTIM_WRAPPERS.module_dict.items() if issubclass(kind, TwoPassOptimWrapper)}
+    kinds = registered_methods()
     ordered = sorted(kinds, key=lambda name: -kinds[name].theoretical_cost(32).cycle)
     return {'base': 'OptimWrapper', **{kind.removesuffix('OptimWrapper').lower(): kind for kind in ordered}}
 
