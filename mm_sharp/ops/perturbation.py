@@ -56,7 +56,9 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
             norms += torch._foreach_norm(members, 2)
     device = norms[0].device
     dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
-    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device=device, dtype=dtype) for n in norms]))
+    if len({(n.device, n.dtype) for n in norms}) > 1:
+        norms = [n.to(device=device, dtype=dtype) for n in norms]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
 

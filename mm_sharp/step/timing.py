@@ -115,7 +115,7 @@ class NoTimer(StepTimer):
 NO_TIMER = NoTimer()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepRecord:
     """What one step found, kept on the device until somebody asks.
 

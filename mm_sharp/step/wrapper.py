@@ -211,7 +211,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             self.second_pass.synchronise = self.should_sync()
             both = self._passes is Passes.BOTH
             record = self._two_pass.run(self, batch) if both else self._two_pass.run_first_alone(batch)
-            self.last_step = record if self._metrics is None else replace(record, metrics=self._metrics)
+            record.metrics = self._metrics
+            self.last_step = record
             self._inner_count += 1
             due = self.should_update()
             finite = self._step_if_finite(step_kwargs or {}) if due else None
