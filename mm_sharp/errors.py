@@ -52,16 +52,8 @@ def check_number(
 ) -> float:
     """Return ``value`` as a float; raise unless it is a finite number (no ``bool``) from ``low`` to ``high``.
 
-    Args:
-        owner: Class that takes the argument, for the message.
-        name: The argument's name.
-        value: What the user gave.
-        low: Smallest allowed value.
-        high: Largest allowed value.
-        low_open: Whether ``low`` itself is refused.
-        high_open: Whether ``high`` itself is refused.
-        example: A right value, as it is written in a config.
-        form: How the argument is written in a config, with places for ``owner``, ``name`` and ``example``.
+    ``low_open`` and ``high_open`` refuse the limit itself. The message names ``owner``, the class that takes the
+    argument ``name``, and a right value, ``example``, in the ``form`` in which a config has it.
     """
     number = float(value) if is_number(value) else math.nan  # type: ignore[arg-type]
     inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
@@ -164,13 +156,7 @@ def arguments_of(cls: type) -> dict[str, Parameter]:
 
 
 def check_arguments(cls: type, given: Mapping[str, object], others: Iterable[type] = ()) -> None:
-    """Refuse arguments that an optimizer wrapper does not take, and say what was meant.
-
-    Args:
-        cls: The wrapper's class.
-        given: Arguments by name.
-        others: Classes that the arguments may be meant for.
-    """
+    """Refuse arguments that a wrapper's class does not take, and say what was meant, for which of the ``others``."""
     known = arguments_of(cls)
     wrong = {name: value for name, value in given.items() if name not in known}
     if not wrong:

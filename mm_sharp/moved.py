@@ -10,70 +10,35 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+# By folder, the names of before, with the new one where that is another.
+_MOVED = {
+    '': 'diagnosis:doctor validation:errors',
+    'analysis': 'benchmark sharpness study',
+    'cli': 'careful_loading:loading endings:process launcher_watch:process runners',
+    'config': (
+        'build_errors config_types:fragments fragments preflight quantized_config:fragments '
+        'training_checks:preflight wrapper_checks:preflight'
+    ),
+    'hooks': 'checkpoint_check:checkpoint compilation:compile history_hook:history resumed_draws',
+    'methods': 'ausam esam per_sample_pass:per_sample sam',
+    'ops': (
+        'call_inputs finite forward_state grad_switch:frozen_params gradients module_state parameters '
+        'perturbation precision quantized_perturbation random_state:rng ranks:all_reduce rare_changes '
+        'replay:model_call shards:fsdp transfer:host_copy'
+    ),
+    'samples': (
+        'ausam_sampler batch_draw:draw dataset_keys draws:seeds indexed_dataset loader_draws:draw '
+        'sample_history:history sample_keys:keys sample_table:table sampling:selection subset visits:pending'
+    ),
+    'step': (
+        'ascent members:optim_wrappers method parallel_model:parallel second_pass step_guard:nonfinite_guard '
+        'step_record:timing step_watch:nonfinite_log support:checks two_pass:wrapper wrapper_state:checkpoint'
+    ),
+}
 NEW_NAMES = {
-    'ascent': 'step.ascent',
-    'ausam': 'methods.ausam',
-    'ausam_sampler': 'samples.ausam_sampler',
-    'batch_draw': 'samples.draw',
-    'benchmark': 'analysis.benchmark',
-    'build_errors': 'config.build_errors',
-    'call_inputs': 'ops.call_inputs',
-    'careful_loading': 'cli.loading',
-    'checkpoint_check': 'hooks.checkpoint',
-    'compilation': 'hooks.compile',
-    'config_types': 'config.fragments',
-    'dataset_keys': 'samples.dataset_keys',
-    'diagnosis': 'doctor',
-    'draws': 'samples.seeds',
-    'endings': 'cli.process',
-    'esam': 'methods.esam',
-    'finite': 'ops.finite',
-    'forward_state': 'ops.forward_state',
-    'fragments': 'config.fragments',
-    'grad_switch': 'ops.frozen_params',
-    'gradients': 'ops.gradients',
-    'history_hook': 'hooks.history',
-    'indexed_dataset': 'samples.indexed_dataset',
-    'launcher_watch': 'cli.process',
-    'loader_draws': 'samples.draw',
-    'members': 'step.optim_wrappers',
-    'method': 'step.method',
-    'module_state': 'ops.module_state',
-    'parallel_model': 'step.parallel',
-    'parameters': 'ops.parameters',
-    'per_sample_pass': 'methods.per_sample',
-    'perturbation': 'ops.perturbation',
-    'precision': 'ops.precision',
-    'preflight': 'config.preflight',
-    'quantized_config': 'config.fragments',
-    'quantized_perturbation': 'ops.quantized_perturbation',
-    'random_state': 'ops.rng',
-    'ranks': 'ops.all_reduce',
-    'rare_changes': 'ops.rare_changes',
-    'replay': 'ops.model_call',
-    'resumed_draws': 'hooks.resumed_draws',
-    'runners': 'cli.runners',
-    'sam': 'methods.sam',
-    'sample_history': 'samples.history',
-    'sample_keys': 'samples.keys',
-    'sample_table': 'samples.table',
-    'sampling': 'samples.selection',
-    'second_pass': 'step.second_pass',
-    'shards': 'ops.fsdp',
-    'sharpness': 'analysis.sharpness',
-    'step_guard': 'step.nonfinite_guard',
-    'step_record': 'step.timing',
-    'step_watch': 'step.nonfinite_log',
-    'study': 'analysis.study',
-    'subset': 'samples.subset',
-    'support': 'step.checks',
-    'training_checks': 'config.preflight',
-    'transfer': 'ops.host_copy',
-    'two_pass': 'step.wrapper',
-    'validation': 'errors',
-    'visits': 'samples.pending',
-    'wrapper_checks': 'config.preflight',
-    'wrapper_state': 'step.checkpoint',
+    item.partition(':')[0]: f'{folder}.{item.rpartition(":")[2]}'.lstrip('.')
+    for folder, items in _MOVED.items()
+    for item in items.split()
 }
 
 
@@ -89,7 +54,7 @@ class _Alias(Loader):
         return self._module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing but to take back what importing writes to a module that has run already."""
+        """Take back what importing writes to a module that has run already."""
         module.__spec__ = self._spec
 
 

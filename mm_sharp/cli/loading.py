@@ -34,9 +34,9 @@ def careful_loading(trust: bool) -> Iterator[None]:
 
 
 def check_checkpoint(path: str, source: str, hint: str = '') -> None:
-    """Refuse a checkpoint that is missing or cut off; ``source`` is the option or key that names it.
+    """Refuse a checkpoint that is missing (``hint``: how to come by it) or cut off, by the option or key that names it.
 
-    URLs are left to MMEngine. ``hint`` says how to come by the file, where that is known.
+    URLs are left to MMEngine.
     """
     if '://' in path:
         return
@@ -70,9 +70,8 @@ def _explained_load(load: Callable[..., Any]) -> Callable[..., Any]:
             advice = explain_load_error(error) or _said(error)
             raise UserError(f"cannot read the checkpoint '{filename}': {advice}") from error
         if not isinstance(checkpoint, dict):
-            raise UserError(
-                f"cannot use the checkpoint '{filename}': it holds a {type(checkpoint).__name__}, not weights"
-            )
+            kind = type(checkpoint).__name__
+            raise UserError(f"cannot use the checkpoint '{filename}': it holds a {kind}, not weights")
         return checkpoint
 
     return wrapper

@@ -1,8 +1,7 @@
 """What the command lines in ``tools/`` share: their options, and errors of one line that say what to do.
 
-A mistake of the user's (no such file, no such option) is raised as :class:`UsageError`, printed as one line and ends
-the program with exit code 2; so, with codes of their own, are a full disk and Ctrl-C (:mod:`mm_sharp.cli.process`).
-``--debug`` shows the traceback instead. Everything else is a bug and keeps its traceback.
+These are for a mistake of the user's, a full disk and Ctrl-C; ``--debug`` shows the traceback instead. Everything else
+is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

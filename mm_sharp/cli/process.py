@@ -62,17 +62,15 @@ def say_how_to_go_on(last_checkpoint: Callable[[], str | None]) -> Iterator[None
 def end_with_parent() -> None:
     """Have this process end by SIGTERM soon after the one that started it.
 
-    Where torchrun or a study is itself killed, its processes would go on, and write into the folder of the run that is
-    resumed in their place.
+    Where torchrun or a study is killed, its processes would go on, and write into the folder of the resumed run.
     """
     threading.Thread(target=_watch, args=(os.getppid(),), name='launcher watch', daemon=True).start()
 
 
 def end_process_group() -> None:
-    """End gloo's process group after a tool that has succeeded.
+    """End gloo's process group after a tool that has succeeded; one that failed may have collectives in flight.
 
-    A thread of gloo's that frees tensors while the interpreter shuts down aborts the process; the group's end waits for
-    its threads. A tool that has failed may have collectives in flight, so its group is left to the end of the process.
+    A thread of gloo's that frees tensors while the interpreter shuts down aborts the process.
     """
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_backend() == 'gloo':

@@ -1,15 +1,9 @@
-"""``xtcocotools.coco`` and ``xtcocotools.cocoeval`` for keypoints, on top of faster-coco-eval; when:
-``xtcocotools_names``.
+"""``xtcocotools.coco`` and ``xtcocotools.cocoeval`` for keypoints, by faster-coco-eval; when: ``xtcocotools_names``.
 
-faster-coco-eval does the matching and the curves. What it does otherwise than xtcocotools is settled before it starts,
-by handing it annotations in which the difference no longer shows:
-
-- which people count: xtcocotools ignores those without a visible keypoint, counted from the keypoints (CrowdPose: from
-  ``num_keypoints``); faster-coco-eval always trusts ``num_keypoints``;
-- detections whose keypoint scores are all zero are dropped;
-- an annotation may have the id 0, which faster-coco-eval takes for "unmatched": ids are counted from 1;
-- ``use_area=False`` replaces areas by 0.53 times the box also where sizes are told apart;
-- parts of COCO-WholeBody (``keypoints_face`` and so on) have keypoints and scores of their own.
+What it does otherwise than xtcocotools is settled by the annotations that it gets: people without a visible keypoint
+(CrowdPose: by ``num_keypoints``) and detections whose keypoint scores are all zero don't count; ids begin at 1, since 0
+means "unmatched"; ``use_area=False`` replaces areas by 0.53 times the box also where sizes are told apart; parts of
+COCO-WholeBody have keypoints and scores of their own.
 """
 
 from __future__ import annotations
@@ -38,8 +32,7 @@ _PARTS = {
         'wholebody_score',
     ),
 }
-# The area of a person is about this part of the area of its box, where annotations have no area.
-_AREA_OF_BOX = 0.53
+_AREA_OF_BOX = 0.53  # of its person, about, where annotations have none
 # (precision or recall, IoU threshold or all, sizes), in the order of ``stats``.
 _SUMMARY = [
     (kind, iou, size)
@@ -49,11 +42,7 @@ _SUMMARY = [
 
 
 class COCO(FasterCOCO):  # type: ignore[misc]
-    """A COCO annotation file: images, categories and annotations by id.
-
-    ``ann_data`` is the content of the file, where it has been read already. With ``test_index`` only these keypoints
-    are kept of every annotation.
-    """
+    """A COCO annotation file, or its content ``ann_data``; with ``test_index``, of these keypoints alone."""
 
     def __init__(
         self,
@@ -96,11 +85,9 @@ class COCOeval:
     """Average precision and recall of keypoints.
 
     ``cocoDt`` is from ``cocoGt.loadRes``; ``sigmas`` (K,) are the keypoints' standard deviations as a fraction of the
-    person's size; ``use_area=False`` is for annotations without an area (CrowdPose, AI Challenger).
-
-    After ``summarize``, ``stats`` holds the ten numbers AP, AP50, AP75, APm, APl, AR, AR50, AR75, ARm, ARl, or for
-    ``keypoints_crowd`` the nine AP, AP50, AP75, AR, AR50, AR75, AP easy, AP medium, AP hard: fractions in [0, 1], -1
-    where there is nothing to count.
+    person's size; ``use_area=False`` is for annotations without an area. After ``summarize``, ``stats`` holds AP, AP50,
+    AP75, APm, APl, AR, AR50, AR75, ARm, ARl, or for ``keypoints_crowd`` AP, AP50, AP75, AR, AR50, AR75, AP easy, AP
+    medium, AP hard: fractions in [0, 1], -1 where there is nothing to count.
     """
 
     def __init__(
@@ -161,10 +148,9 @@ class COCOeval:
     def _precision_by_crowd(self) -> list[float]:
         """AP of easy, medium and hard images (CrowdPose), rounded and with -1 for nobody, as the benchmark has it."""
         with open(self.cocoGt.anno_file[0], encoding='utf-8') as file:
-            images = json.load(file)['images']
-        groups: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-        for image in images:
-            groups[(image['crowdIndex'] >= 0.2) + (image['crowdIndex'] >= 0.8)].append(image['id'])
+            crowded = {image['id']: image['crowdIndex'] for image in json.load(file)['images']}
+        limits = (-np.inf, 0.2), (0.2, 0.8), (0.8, np.inf)
+        groups = ([image for image, index in crowded.items() if low <= index < high] for low, high in limits)
         return [round(self._precision_on(group), 4) for group in groups]
 
     def _precision_on(self, images: list[Any]) -> float:

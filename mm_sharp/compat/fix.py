@@ -1,4 +1,4 @@
-"""How a fix of the stack is declared, and when it runs.
+"""How a fix of the stack is declared, by ``@partial(Fix, name, ends_with)`` on its ``patch``, and when it runs.
 
 ``import mm_sharp`` must stay cheap, and must work where MMPose, MMCV or torchvision are absent. So a fix runs when what
 it repairs is imported; for MMEngine, which we need anyway, at once.
@@ -23,22 +23,20 @@ class Fix(MetaPathFinder):
 
     Attributes:
         name: what it repairs, in two or three words.
+        ends_with: the version that makes it unnecessary.
         patch: patches what is broken, and returns what that was; None if nothing is. Its argument is the module that is
             about to be imported. It may be called again until it has patched something.
-        ends_with: the version that makes it unnecessary.
         before: modules before whose import ``patch`` is called; if none, it is called when mm_sharp is imported.
         stand_in: loads modules in place of those in ``before`` once ``patch`` has found them broken.
-        active: whether anything was patched.
-        found: what ``patch`` found to be broken.
     """
 
     name: str
-    patch: Callable[[str], str | None]
     ends_with: str
+    patch: Callable[[str], str | None]
     before: Sequence[str] = ()
     stand_in: Loader | None = None
-    active: bool = False
-    found: str | None = None
+    active: bool = False  # whether anything was patched
+    found: str | None = None  # what was broken
 
     @property
     def reason(self) -> str:

@@ -23,10 +23,7 @@ STRICT, LOOSE, HALF = 1e-5, 1e-3, 2e-2
 
 
 class PerSampleLoss:
-    """Records the loss of every sample of a model's batches.
-
-    One instance serves a model's whole training: it remembers what it found out about each loss module. Losses may be
-    replaced or added at any time between two forwards.
+    """Records the loss of every sample of a model's batches; losses may be replaced or added between two forwards.
 
     Args:
         model: Any model; a DDP wrapper is looked through.
@@ -61,10 +58,10 @@ class PerSampleLoss:
         Both arguments may also be set on the record until the forward begins.
 
         Args:
-            weights: Weights w_i of the K samples of this forward, (K,). Every loss then becomes sum_i w_i l_i where it
-                is a mean over the batch, and ``full_size`` * sum_i w_i l_i where it is a sum, with gradient.
-            full_size: The number of samples N from which the K in this forward were drawn, N >= K; K if None. Losses
-                that are sums are scaled by N/K, also without weights. The record's values are never scaled.
+            weights: Of the K samples of this forward, (K,): every loss becomes :meth:`Reduction.combine` of its
+                samples', with gradient.
+            full_size: The number of samples N from which the K were drawn, N >= K; K if None. Losses that are sums are
+                scaled by N/K, also without weights. The record's values are never scaled.
 
         Raises:
             ValueError: ``weights`` or ``full_size`` do not fit the batch (in the forward).

@@ -1,18 +1,9 @@
 """Average loss difference of every sample of the data set: the scores that AUSAM samples by.
 
-The score of a sample is the average, over all its visits, of the absolute difference in loss before and after the
-perturbation (ADLP; Deng et al., AAAI 2025, arXiv 2406.08001). The exponential average and the exchange are ours.
-
-One formula serves both averages and the exchange. ``C`` visits with mean ``E`` join ``n`` visits with average ``v``::
-
-    (m**C * mass(n) * v + mass(C) * E) / mass(n + C),    mass(n) = n, m = 1     running average
-                                                         mass(n) = 1 - m**n     exponential average with momentum m
-
-So the exponential average has no bias at its start: after one visit it is that visit's value. Visits that have no order
-among them, since they came in one call of :meth:`SampleHistory.update` or from several ranks between two exchanges,
-count as ``C`` visits of their mean.
-
-Memory: 14 bytes a sample, and in a distributed history 14 more for each that this process saw since the last exchange.
+A score is the average over a sample's visits of ``|l_i(w + e) - l_i(w)|`` (ADLP; Deng et al., AAAI 2025, arXiv
+2406.08001). The exponential average, without bias at its start, and the exchange between ranks are ours. Visits without
+an order among them, of one :meth:`SampleHistory.update` or of several ranks, count as so many visits of their mean; by
+:func:`mm_sharp.samples.table.blend`. Memory: 14 bytes a sample, 14 more for each seen since the last exchange.
 """
 
 from __future__ import annotations
@@ -36,11 +27,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class SampleHistory:
-    """Average absolute loss difference per sample, keyed by (data set's name, id).
+    """Average absolute loss difference per sample, keyed by (data set's name, id), any 64-bit integer.
 
-    Ids are any 64-bit integers, dense or sparse. Samples of different data sets never meet; a data set that is repeated
-    under one name shares its samples. An average is kept over at most 65,535 visits: from there on a visit weighs as
-    much as the 65,535th did. Not for several threads at once.
+    An average is kept over at most 65,535 visits: from there on a visit weighs as much as the 65,535th did. Not for
+    several threads at once.
 
     Args:
         momentum: Weight of the past in an exponential average, in [0, 1); None for the average over all visits.
@@ -120,10 +110,7 @@ class SampleHistory:
         self._own = {}
 
     def reconcile(self, known: Mapping[str, npt.ArrayLike]) -> tuple[int, int, int]:
-        """Drop what is not in the data set (any more), given the ids of all samples by the data set's name.
-
-        Returns how many samples were kept, were dropped, and are in the data set but were never seen.
-        """
+        """Drop what is not in the data set, given all its ids by name; how many are kept, dropped, and not yet seen."""
         data_sets = {name: np.unique(np.asarray(ids, np.int64)) for name, ids in known.items()}
         before = len(self)
         for tables in (self._shared, self._own):
@@ -145,11 +132,7 @@ class SampleHistory:
         return sum(table.nbytes for tables in (self._shared, self._own) for table in tables.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole history in plain types and tensors (a copy: 14 bytes a sample).
-
-        Of a distributed history it is this process's view; exchange before saving, or visits of other ranks since the
-        last exchange are missing after a resume.
-        """
+        """The whole history in plain types and tensors (a copy); exchange a distributed one before."""
         data_sets = {name: self._export(name) for name in sorted({*self._shared, *self._own})}
         return {'version': _VERSION, 'momentum': self.momentum, 'data_sets': data_sets}
 

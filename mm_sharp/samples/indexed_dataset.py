@@ -32,8 +32,7 @@ class IndexedDataset(Dataset[Any]):
     wrappers of this package take it out of the batch before the model sees it.
 
     Samples that MMEngine's ``RepeatDataset`` or ``ClassBalancedDataset`` inside repeats keep one id. The data set must
-    stay the same, in the same order. Where MMEngine's ``BaseDataset`` loads another sample in place of one that its
-    pipeline refuses, that one counts under the index asked for.
+    stay the same, in the same order. A sample that ``BaseDataset`` loads in place of a refused one has that one's id.
 
     Args:
         dataset: The data set, or its config. Attributes that this class has not are read and set there.
@@ -64,8 +63,7 @@ class IndexedDataset(Dataset[Any]):
     @property
     def metainfo(self) -> dict[str, Any]:
         """The data set's meta information; empty where it has none."""
-        info: dict[str, Any] = getattr(self.dataset, 'metainfo', {})
-        return info
+        return getattr(self.dataset, 'metainfo', {})  # type: ignore[no-any-return]
 
     def full_init(self) -> None:
         """Load the annotations, for data sets that put that off."""

@@ -20,12 +20,7 @@ class PendingUpdates:
         self._in_flight: tuple[Keys, HostCopy] | None = None
 
     def add(self, keys: Keys, differences: Tensor | HostCopy) -> None:
-        """Record a step's visits.
-
-        Args:
-            keys: K pairs of a data set's name and a sample's id.
-            differences: ``l_i(w + e) - l_i(w)``, (K,), or their copy. Those that are not finite are ignored.
-        """
+        """Record a step's visits of K samples, with ``l_i(w + e) - l_i(w)``, (K,); not finite ones are ignored."""
         self.flush()
         self._in_flight = (keys, differences if isinstance(differences, HostCopy) else HostCopy(differences))
 
