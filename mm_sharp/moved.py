@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # By folder, the names of before, with the new one where that is another.
 _MOVED = {
@@ -28,7 +28,7 @@ _MOVED = {
     ),
     'samples': (
         'ausam_sampler batch_draw:draw dataset_keys draws:seeds indexed_dataset loader_draws:draw '
-        'sample_history:history sample_keys:keys sample_table:table sampling:selection subset visits:pending'
+        'sample_history:history sample_keys:keys sample_table:table sampling:selection subset visits:history'
     ),
     'step': (
         'ascent members:optim_wrappers method parallel_model:parallel second_pass step_guard:nonfinite_guard '
@@ -42,29 +42,10 @@ NEW_NAMES = {
 }
 
 
-class _Alias(Loader):
-    """Hands out the module of the new name."""
+class MovedModules(MetaPathFinder, Loader):
+    """Finds ``mm_sharp.<old>`` and everything below it under the new name, and hands out the module of that name."""
 
-    def __init__(self, new: str) -> None:
-        self._module = importlib.import_module(new)
-        self._spec = self._module.__spec__
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The module itself, and not a copy: classes that are registered must not be made twice."""
-        return self._module
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Take back what importing writes to a module that has run already."""
-        module.__spec__ = self._spec
-
-
-class MovedModules(MetaPathFinder):
-    """Finds ``mm_sharp.<old>`` and everything below it under the new name."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """See :meth:`importlib.abc.MetaPathFinder.find_spec`."""
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         package, _, rest = fullname.partition('.')
         old, dot, below = rest.partition('.')
         if package != 'mm_sharp' or old not in NEW_NAMES:
@@ -72,7 +53,17 @@ class MovedModules(MetaPathFinder):
         new = f'mm_sharp.{NEW_NAMES[old]}{dot}{below}'
         message = f'{fullname} has moved to {new}; the old name will be gone in the next release'
         warnings.warn(message, FutureWarning, stacklevel=2)
-        return ModuleSpec(fullname, _Alias(new), is_package=True)
+        return ModuleSpec(fullname, self, loader_state=new, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        # The module itself, and not a copy: classes that are registered must not be made twice.
+        module = importlib.import_module(spec.loader_state)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # It has run already: this takes back what importing has written to it.
+        module.__spec__ = module.__spec__ and module.__spec__.loader_state
 
 
 def install() -> None:

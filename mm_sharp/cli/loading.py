@@ -67,7 +67,7 @@ def _explained_load(load: Callable[..., Any]) -> Callable[..., Any]:
         try:
             checkpoint = load(cls, filename, *args, **kwargs)
         except Exception as error:  # torch raises a dozen kinds for damaged files
-            advice = explain_load_error(error) or _said(error)
+            advice = explain_load_error(error) or one_line(error)
             raise UserError(f"cannot read the checkpoint '{filename}': {advice}") from error
         if not isinstance(checkpoint, dict):
             kind = type(checkpoint).__name__
@@ -86,15 +86,15 @@ def _explained_start(start: Callable[..., None]) -> Callable[..., None]:
             if isinstance(error, UserError) and "the checkpoint '" in str(error):
                 raise
             purpose = 'resume' if self._resume else 'load'
-            said = str(error) if isinstance(error, UserError) else f'it does not fit or is damaged: {_said(error)}'
+            said = str(error) if isinstance(error, UserError) else f'it does not fit or is damaged: {one_line(error)}'
             raise UserError(f"cannot {purpose} '{self._load_from}': {said}") from error
 
     return wrapper
 
 
-def _said(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error's kind and the first line that it says."""
-    lines = str(error).strip().splitlines()
+    lines = str(error).strip().strip('"\'').splitlines()
     return f'{type(error).__name__}{f": {lines[0]}" if lines else ""}'
 
 

@@ -1,7 +1,7 @@
 """How the process of a command line ends: after Ctrl-C or on a full disk, with the one that started it, with its group.
 
-SIGTERM ends a training run at once, as the operating system has it: batch systems send it shortly before SIGKILL, a
-checkpoint is whole at any time (:mod:`mm_sharp.compat.atomic_writes`), and the run goes on with ``--resume``.
+SIGTERM ends a training run at once: a checkpoint is whole at any time (:mod:`mm_sharp.compat.atomic_writes`), and the
+run goes on with ``--resume``.
 """
 
 from __future__ import annotations

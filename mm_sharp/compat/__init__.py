@@ -15,25 +15,15 @@ from . import yapf_grammar  # installs itself: what comes next imports MMEngine,
 
 # isort: split
 from . import atomic_writes, checkpoint_hook, config_names, flexible_runner, mmpose_arrays, operators, xtcocotools_names
-from .atomic_writes import CheckpointWriteError
-from .checkpoint_hook import PlainCheckpointHook, enable_for_all_runs, register_default_hook
-from .fix import Fix
-from .operators import MissingOperatorError
-from .trust import explain_load_error, only_weights, trust_checkpoints
-
-__all__ = [
-    'CheckpointWriteError',
-    'Fix',
-    'MissingOperatorError',
-    'PlainCheckpointHook',
-    'apply',
-    'enable_for_all_runs',
-    'explain_load_error',
-    'fixes',
-    'only_weights',
-    'register_default_hook',
-    'trust_checkpoints',
-]
+from .atomic_writes import CheckpointWriteError as CheckpointWriteError
+from .checkpoint_hook import PlainCheckpointHook as PlainCheckpointHook
+from .checkpoint_hook import enable_for_all_runs as enable_for_all_runs
+from .checkpoint_hook import register_default_hook as register_default_hook
+from .fix import Fix as Fix
+from .operators import MissingOperatorError as MissingOperatorError
+from .trust import explain_load_error as explain_load_error
+from .trust import only_weights as only_weights
+from .trust import trust_checkpoints as trust_checkpoints
 
 _FIXES = (
     *(yapf_grammar.fix_grammars, operators.fix_torchvision, operators.fix_mmcv, xtcocotools_names.fix_xtcocotools),

@@ -55,10 +55,8 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
         for key in list(checkpoint):
             checkpoint[key] = to_plain(checkpoint[key], f'checkpoint[{key!r}]', left)
         for line in sorted({*left} - self._told):
-            text = (
-                f'{line} has no plain form and is saved as it is: this checkpoint will not load with '
-                'torch.load(weights_only=True), but only with --trust-checkpoint'
-            )
+            way = 'not load with torch.load(weights_only=True), but only with --trust-checkpoint'
+            text = f'{line} has no plain form and is saved as it is: this checkpoint will {way}'
             print_log(text, logger='current', level=logging.WARNING)
         self._told.update(left)
 
@@ -86,10 +84,9 @@ def enable_for_all_runs() -> None:
     _in_every_run = True
 
 
-def register_default_hook(hook: type[Hook], of_tools: bool = False) -> type[Hook]:
+def register_default_hook(hook: type[Hook], of_tools: bool = False) -> None:
     """Have a hook added to every Runner that uses mm_sharp (``of_tools``: or is a tool's) and has none of it yet."""
     _default_hooks.setdefault(hook, of_tools)
-    return hook
 
 
 def uses_mm_sharp(runner: Any) -> bool:

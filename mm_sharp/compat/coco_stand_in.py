@@ -6,31 +6,28 @@ means "unmatched"; ``use_area=False`` replaces areas by 0.53 times the box also 
 COCO-WholeBody have keypoints and scores of their own.
 """
 
+# ruff: noqa: N802, N803, N811, N815  (the names of the COCO tools)
 from __future__ import annotations
 
 import copy
 import json
-import os
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from faster_coco_eval.core.coco import COCO as FasterCOCO  # noqa: N811
+from faster_coco_eval.core.coco import COCO as FasterCOCO
 from faster_coco_eval.core.cocoeval import Params as FasterParams
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from mmengine.logging import print_log
 
 Annotation = dict[str, Any]
 
+_WHOLEBODY = ('keypoints', 'foot_kpts', 'face_kpts', 'lefthand_kpts', 'righthand_kpts')
 # Which entries of an annotation make up the keypoints, and which entry of a detection is its score.
 _PARTS = {
     **{f'keypoints{part}': (('keypoints',), 'score') for part in ('', '_body', '_crowd')},
     **{f'keypoints_{part}': ((f'{part}_kpts',), f'{part}_score') for part in ('foot', 'face', 'lefthand', 'righthand')},
-    'keypoints_wholebody': (
-        ('keypoints', 'foot_kpts', 'face_kpts', 'lefthand_kpts', 'righthand_kpts'),
-        'wholebody_score',
-    ),
+    'keypoints_wholebody': (_WHOLEBODY, 'wholebody_score'),
 }
 _AREA_OF_BOX = 0.53  # of its person, about, where annotations have none
 # (precision or recall, IoU threshold or all, sizes), in the order of ``stats``.
@@ -44,12 +41,7 @@ _SUMMARY = [
 class COCO(FasterCOCO):  # type: ignore[misc]
     """A COCO annotation file, or its content ``ann_data``; with ``test_index``, of these keypoints alone."""
 
-    def __init__(
-        self,
-        annotation_file: str | os.PathLike[str] | None = None,
-        test_index: Sequence[int] | None = None,
-        ann_data: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, annotation_file: Any = None, test_index: Any = None, ann_data: Any = None) -> None:
         super().__init__(annotation_file if ann_data is None else ann_data)
         self.anno_file: list[Any] = [annotation_file]
         self.test_index = test_index
@@ -59,7 +51,7 @@ class COCO(FasterCOCO):  # type: ignore[misc]
                 annotation['keypoints'] = points.reshape(-1).tolist()
             annotation.setdefault('iscrowd', False)
 
-    def createIndex(self) -> None:  # noqa: N802
+    def createIndex(self) -> None:
         """Fill ``anns``, ``imgs``, ``cats`` (by id), ``imgToAnns`` and ``catToImgs``."""
         with warnings.catch_warnings():
             # Such an annotation would count as unmatched: ``COCOeval`` counts from 1.
@@ -70,9 +62,9 @@ class COCO(FasterCOCO):  # type: ignore[misc]
 class Params(FasterParams):  # type: ignore[misc]
     """What is evaluated, with the attribute names of COCO's own tools; only keypoints, by category, are supported."""
 
-    useSegm = None  # noqa: N815  # MMPose sets it
+    useSegm = None  # MMPose sets it
 
-    def __init__(self, iouType: str = 'keypoints') -> None:  # noqa: N803
+    def __init__(self, iouType: str = 'keypoints') -> None:
         if iouType not in _PARTS:
             raise ValueError(
                 f'iouType={iouType!r} must be one of {sorted(_PARTS)}. Boxes and masks are not evaluated '
@@ -91,12 +83,7 @@ class COCOeval:
     """
 
     def __init__(
-        self,
-        cocoGt: COCO,  # noqa: N803
-        cocoDt: COCO,  # noqa: N803
-        iouType: str = 'keypoints',  # noqa: N803
-        sigmas: Any = None,
-        use_area: bool = True,
+        self, cocoGt: COCO, cocoDt: COCO, iouType: str = 'keypoints', sigmas: Any = None, use_area: bool = True
     ) -> None:
         self.params = Params(iouType)
         self.params.imgIds, self.params.catIds = cocoGt.getImgIds(), sorted(cocoGt.getCatIds())
@@ -188,10 +175,6 @@ class COCOeval:
 
 def _dataset(annotations: list[Annotation], images: dict[Any, int], categories: list[Any]) -> FasterCOCO:
     """A faster-coco-eval data set with ids counted from 1."""
-    return FasterCOCO(
-        {
-            'images': [{'id': number} for number in images.values()],
-            'annotations': [{**a, 'id': number} for number, a in enumerate(annotations, start=1)],
-            'categories': [{'id': category} for category in categories],
-        }
-    )
+    people = [{**annotation, 'id': number} for number, annotation in enumerate(annotations, start=1)]
+    listed = {'images': images.values(), 'categories': categories}
+    return FasterCOCO({'annotations': people, **{key: [{'id': i} for i in ids] for key, ids in listed.items()}})

@@ -12,29 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import Any
 
 _looked_for: set[str] = set()  # modules that no fix is to run for at the moment
 
 
 @dataclass(eq=False)
 class Fix(MetaPathFinder):
-    """One repair of the stack, and its state in this process.
+    """One repair of the stack, and its state in this process."""
 
-    Attributes:
-        name: what it repairs, in two or three words.
-        ends_with: the version that makes it unnecessary.
-        patch: patches what is broken, and returns what that was; None if nothing is. Its argument is the module that is
-            about to be imported. It may be called again until it has patched something.
-        before: modules before whose import ``patch`` is called; if none, it is called when mm_sharp is imported.
-        stand_in: loads modules in place of those in ``before`` once ``patch`` has found them broken.
-    """
-
-    name: str
-    ends_with: str
+    name: str  # what it repairs, in two or three words
+    ends_with: str  # the version that makes it unnecessary
+    # Patches what the module that is about to be imported finds broken, and returns what that was; None if nothing is,
+    # and then it may be called again.
     patch: Callable[[str], str | None]
-    before: Sequence[str] = ()
-    stand_in: Loader | None = None
+    before: Sequence[str] = ()  # modules before whose import it patches; if none, when mm_sharp is imported
+    stand_in: Loader | None = None  # loads these once they were found to be broken
     active: bool = False  # whether anything was patched
     found: str | None = None  # what was broken
 
@@ -67,9 +60,7 @@ class Fix(MetaPathFinder):
             raise
         self.active = self.found is not None
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Patch what ``fullname`` needs; then its import goes on as ever, or with the stand-in."""
         if fullname not in self.before or fullname in _looked_for:
             return None

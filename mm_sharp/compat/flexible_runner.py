@@ -56,21 +56,14 @@ def _patch_fsdp() -> None:
         return {**whole, **packed} if packed else packed  # empty where another process saves for all
 
     def load_optim_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-        loadable = FSDP.optim_state_dict_to_load(
-            model=self.model,
-            optim=self.optim_wrapper.optimizer,
-            optim_state_dict={key: state_dict[key] for key in _OPTIMIZER if key in state_dict},
-        )
-        self.optim_wrapper.load_state_dict({**state_dict, **loadable})
+        saved = {key: state_dict[key] for key in _OPTIMIZER if key in state_dict}
+        arguments = {'model': self.model, 'optim': self.optim_wrapper.optimizer, 'optim_state_dict': saved}
+        self.optim_wrapper.load_state_dict({**state_dict, **FSDP.optim_state_dict_to_load(**arguments)})
 
     FSDPStrategy.optim_state_dict, FSDPStrategy.load_optim_state_dict = optim_state_dict, load_optim_state_dict
 
 
-@partial(
-    Fix,
-    'resuming FlexibleRunner',
-    'an mmengine whose FlexibleRunner and FSDPStrategy resume exactly (none as of 0.10.7)',
-)
+@partial(Fix, 'resuming FlexibleRunner', 'an mmengine whose FlexibleRunner resumes exactly (none as of 0.10.7)')
 def fix_resume(module: str) -> str:
     FlexibleRunner.save_checkpoint = _keep_epoch(FlexibleRunner.save_checkpoint)
     _patch_fsdp()

@@ -15,10 +15,10 @@ import torch
 
 from .fix import Fix
 
+_VISUALIZER = 'mmpose.visualization.local_visualizer_3d'
 
-@partial(
-    Fix, 'bfloat16 arrays', 'an mmpose whose to_numpy takes bfloat16 (none as of 1.3.2)', before=('mmpose.models',)
-)
+
+@partial(Fix, 'bfloat16 arrays', 'an mmpose whose to_numpy takes it (none as of 1.3.2)', before=('mmpose.models',))
 def fix_bfloat16(module: str) -> str | None:
     utils: Any = importlib.import_module('mmpose.utils.tensor_utils')
     to_numpy = utils.to_numpy
@@ -42,12 +42,7 @@ def _widen(x: Any) -> Any:
     return [_widen(item) for item in x] if isinstance(x, (list, tuple)) else x
 
 
-@partial(
-    Fix,
-    'matplotlib canvas',
-    'an mmpose whose 3-D visualizer uses buffer_rgba (none as of 1.3.2)',
-    before=('mmpose.visualization.local_visualizer_3d',),
-)
+@partial(Fix, 'matplotlib canvas', 'an mmpose that uses buffer_rgba (none as of 1.3.2)', before=(_VISUALIZER,))
 def fix_canvas(module: str) -> str | None:
     canvas: Any = importlib.import_module('matplotlib.backends.backend_agg').FigureCanvasAgg
     if hasattr(canvas, 'tostring_rgb'):

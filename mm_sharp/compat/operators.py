@@ -21,6 +21,8 @@ from .fix import Fix
 
 # A torch.library.Library takes its operators with it when it is collected, hence a reference for good.
 _library: torch.library.Library | None = None
+# Which of the two is imported first, after the library was tried, depends on torchvision's version.
+_REGISTRATIONS = 'torchvision._autograd_registrations', 'torchvision._meta_registrations'
 # mmcv.utils.collect_env calls these two as soon as mmcv.ops imports: they report, they don't compute.
 _REPORTS = ('get_compiler_version', 'get_compiling_cuda_version')
 
@@ -29,13 +31,7 @@ class MissingOperatorError(RuntimeError):
     """A compiled mmcv operator was called where none are installed."""
 
 
-@partial(
-    Fix,
-    'torchvision operators',
-    'a torchvision built for the installed torch (a +cpu wheel beside a CPU torch)',
-    # Which of the two is imported first, after the library was tried, depends on torchvision's version.
-    before=('torchvision._autograd_registrations', 'torchvision._meta_registrations'),
-)
+@partial(Fix, 'torchvision operators', 'a torchvision built for the installed torch', before=_REGISTRATIONS)
 def fix_torchvision(module: str) -> str | None:
     global _library
     extension = sys.modules.get('torchvision.extension')

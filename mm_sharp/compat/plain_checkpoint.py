@@ -105,8 +105,7 @@ def _plain_scalar(value: Any, path: str, left: list[str]) -> Any:
 
 
 def _rebuild(value: dict[str, Any], path: str) -> Any:
-    kinds: dict[str, Callable[[dict[str, Any]], Any]]
-    kinds = {_ARRAY: _rebuild_array, _HISTORY: _rebuild_history, _SHARDED: _rebuild_shards}
+    kinds: dict[str, Any] = {_ARRAY: _rebuild_array, _HISTORY: _rebuild_history, _SHARDED: _rebuild_shards}
     if value[TAG] not in kinds:
         raise ValueError(
             f'{path} stands for {value[TAG]!r}, which this version of mm_sharp does not know '

@@ -15,14 +15,12 @@ from .fix import Fix, is_present
 
 _PACKAGE = 'xtcocotools'
 # Whose names each module has; the package itself has none.
-_SOURCES = {
-    'coco': 'mm_sharp.compat.coco_stand_in',
-    'cocoeval': 'mm_sharp.compat.coco_stand_in',
-    'mask': 'faster_coco_eval.core.mask',
-}
+_COCO = 'mm_sharp.compat.coco_stand_in'
+_SOURCES = {'coco': _COCO, 'cocoeval': _COCO, 'mask': 'faster_coco_eval.core.mask'}
+_NAMES = _PACKAGE, *(f'{_PACKAGE}.{part}' for part in _SOURCES)
 
 
-class _StandInLoader(Loader):
+class _StandIn(Loader):
     """Fills a module named ``xtcocotools.*``."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -35,13 +33,7 @@ class _StandInLoader(Loader):
             vars(module).update({name: value for name, value in names.items() if not name.startswith('_')})
 
 
-@partial(
-    Fix,
-    _PACKAGE,
-    'an xtcocotools with wheels for the installed Python and numpy',
-    before=(_PACKAGE, *(f'{_PACKAGE}.{part}' for part in _SOURCES)),
-    stand_in=_StandInLoader(),
-)
+@partial(Fix, _PACKAGE, 'an xtcocotools with wheels for this Python and numpy', before=_NAMES, stand_in=_StandIn())
 def fix_xtcocotools(module: str) -> str | None:
     if not is_present(_PACKAGE):
         cause = 'xtcocotools is not installed'

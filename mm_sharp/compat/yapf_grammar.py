@@ -15,6 +15,7 @@ from typing import Any
 
 from .fix import Fix
 
+_READER = 'yapf_third_party._ylib2to3.pygram'  # reads the grammars when it is imported
 # What pickle raises of a torn file, by where it is torn.
 _TORN = (EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError, ValueError)
 
@@ -32,12 +33,7 @@ def tolerant(load_grammar: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
-@partial(
-    Fix,
-    'yapf grammars',
-    'a yapf that flushes its cache before it renames it (none as of 0.43.0)',
-    before=('yapf_third_party._ylib2to3.pygram',),  # reads the grammars when it is imported
-)
+@partial(Fix, 'yapf grammars', 'a yapf that flushes its cache first (none as of 0.43.0)', before=(_READER,))
 def fix_grammars(module: str) -> str:
     driver: Any = importlib.import_module('yapf_third_party._ylib2to3.pgen2.driver')
     driver.load_grammar = tolerant(driver.load_grammar)

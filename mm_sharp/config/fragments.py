@@ -160,10 +160,8 @@ def _check_quantization(settings: Any) -> None:
     forms: dict[str, Any] = {'policy': dict, 'calibration': (dict, type(None))}
     is_right = isinstance(settings, dict) and set(settings) <= set(forms)
     if not is_right or not all(isinstance(settings.get(part), kinds) for part, kinds in forms.items()):
-        raise ValueError(
-            f'sharp_quantization={settings!r} is not allowed: it must be a dict with a dict called policy and, if '
-            f'wanted, one called calibration. Write {_EXAMPLE}'
-        )
+        allowed = 'a dict with a dict called policy and, if wanted, one called calibration'
+        raise ValueError(f'sharp_quantization={settings!r} is not allowed: it must be {allowed}. Write {_EXAMPLE}')
 
 
 def _written(cfg: Config, key: str) -> Any:

@@ -71,10 +71,8 @@ def wrapper_configs(cfg: Config) -> dict[str, Any]:
         parts = {'optim_wrapper': top, **{f'optim_wrapper.{key}': value for key, value in top.items()}}
         members = {k: v for k, v in parts.items() if isinstance(v, dict) and ('optimizer' in v or 'type' in v)}
     if not members:
-        raise UsageError(
-            f'optim_wrapper={top!r} is not allowed: it must be a dict with a type and an optimizer. Write for example: '
-            f'{_WRAPPER}'
-        )
+        what = f'optim_wrapper={top!r} is not allowed: it must be a dict with a type and an optimizer'
+        raise UsageError(f'{what}. Write for example: {_WRAPPER}')
     if 'optim_wrapper' in members:
         return {'optim_wrapper': top}
     if type_name(top.get('constructor', _CONSTRUCTOR)) == _CONSTRUCTOR:
@@ -107,10 +105,8 @@ def enable_amp(cfg: Config) -> None:
         elif cls not in (OptimWrapper, AmpOptimWrapper):
             raise UsageError(f'--amp cannot change {key}.type={cls.__name__}: set its precision in the config')
         elif on_cpu:
-            raise UsageError(
-                "--amp: MMEngine's AmpOptimWrapper needs a GPU: leave out --amp, or take a wrapper that does it on "
-                f"the CPU, {key}=dict(type='SAMOptimWrapper', …)"
-            )
+            instead = f"take a wrapper that does it on the CPU, {key}=dict(type='SAMOptimWrapper', …)"
+            raise UsageError(f"--amp: MMEngine's AmpOptimWrapper needs a GPU: leave out --amp, or {instead}")
         else:
             wrapper['type'] = 'AmpOptimWrapper'
             wrapper.setdefault('loss_scale', 'dynamic')

@@ -71,10 +71,7 @@ def find_losses(model: nn.Module) -> list[LossModule]:
     """
     for member in model.modules():
         if any(cls.__name__ in _ROWS_ARE_NOT_SAMPLES for cls in type(member).__mro__):
-            raise PerSampleLossError(
-                f'{type(member).__name__}: the rows of its losses are anchors or people, not samples, and cannot be '
-                'told apart by picture.'
-            )
+            raise PerSampleLossError(f'{type(member).__name__}: the rows of its losses are anchors or people.')
     found: dict[int, LossModule] = {}
     for loss in _walk(model, ''):
         found.setdefault(id(loss.module), loss)

@@ -53,11 +53,7 @@ class DatasetKeys:
         return found
 
     def count(self) -> int:
-        """How many different samples can be loaded, without reading annotations.
-
-        Two data sets are taken to have the same samples if they are one object, or of the same class, name, annotation
-        file and selection from it; what overlaps otherwise is counted for each.
-        """
+        """How many different samples can be loaded, by objects, annotation files and what is selected from them."""
         return sum(len(places) for _, places in self._members())
 
     def ids_by_name(self) -> dict[str, IntArray]:

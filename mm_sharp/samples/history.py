@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.samples.table import FloatArray, IntArray, Table, blend
 
 Keys = Sequence[tuple[str, int]]
@@ -73,17 +74,11 @@ class SampleHistory:
         numbers, values = np.asarray(ids, np.int64)[finite], values[finite]
         if not len(numbers):
             return
-        # What np.unique does, in a third of the time.
-        order = numbers.argsort(kind='stable')
-        numbers = numbers[order]
-        first = np.ones(len(numbers), np.bool_)
-        np.not_equal(numbers[1:], numbers[:-1], out=first[1:])
-        group = np.add.accumulate(first, dtype=np.int64) - 1
-        visits = np.bincount(group)
-        means = np.bincount(group, values[order]) / visits
+        numbers, group, visits = np.unique(numbers, return_inverse=True, return_counts=True)
+        means = np.bincount(group, values) / visits
         tables = self._own if self.distributed else self._shared
         # Exactly str: torch.load(weights_only=True) refuses numpy's subclass of it.
-        tables.setdefault(str(name), Table()).add(numbers[first], means, visits, self.momentum)
+        tables.setdefault(str(name), Table()).add(numbers, means, visits, self.momentum)
 
     def pending(self) -> dict[str, dict[str, torch.Tensor]]:
         """What this process of a distributed history gathered since the last exchange, for the others; by name."""
@@ -124,12 +119,7 @@ class SampleHistory:
     def __len__(self) -> int:
         """Samples seen."""
         shared = sum(map(len, self._shared.values()))
-        return shared + sum(int((self._shared_part(n, t.all_ids())[1] == 0).sum()) for n, t in self._own.items())
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all arrays, in bytes."""
-        return sum(table.nbytes for tables in (self._shared, self._own) for table in tables.values())
+        return shared + sum(int((self._shared_part(n, t.columns().ids)[1] == 0).sum()) for n, t in self._own.items())
 
     def state_dict(self) -> dict[str, Any]:
         """The whole history in plain types and tensors (a copy); exchange a distributed one before."""
@@ -137,11 +127,7 @@ class SampleHistory:
         return {'version': _VERSION, 'momentum': self.momentum, 'data_sets': data_sets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the history by what :meth:`state_dict` gave; it goes on under its own ``momentum``.
-
-        Raises:
-            ValueError: ``state`` is damaged, or of a newer version.
-        """
+        """Replace the history by what :meth:`state_dict` gave, if need be with a ValueError; ``momentum`` stays."""
         if state.get('version') != _VERSION:
             raise ValueError(f"The history's version is {state.get('version')!r}: this mm_sharp reads {_VERSION}")
         data_sets = state.get('data_sets')
@@ -171,6 +157,39 @@ class SampleHistory:
         table = Table.read(self._shared[name].export()) if name in self._shared else Table()
         table.add(*self._own[name].columns(), self.momentum)
         return table.export()
+
+
+class PendingUpdates:
+    """Brings each step's loss differences to the host without waiting, and writes them when the next step begins."""
+
+    def __init__(self, history: SampleHistory) -> None:
+        self.history = history
+        self._in_flight: tuple[Keys, HostCopy] | None = None
+
+    def add(self, keys: Keys, differences: torch.Tensor | HostCopy) -> None:
+        """Record a step's visits of K samples, with ``l_i(w + e) - l_i(w)``, (K,); not finite ones are ignored."""
+        self.flush()
+        self._in_flight = (keys, differences if isinstance(differences, HostCopy) else HostCopy(differences))
+
+    def flush(self) -> None:
+        """Write what is in flight into the history; waits for the device only if the copy is not there yet."""
+        if self._in_flight is not None:
+            keys, copy = self._in_flight
+            self.history.update(keys, copy.numpy())
+            self._in_flight = None  # only now: a step that fails before loses nothing
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is in flight, in plain types and tensors: to write it early would change the draws that come before."""
+        if self._in_flight is None:
+            return {}
+        keys, copy = self._in_flight
+        return {'keys': [tuple(key) for key in keys], 'differences': torch.tensor(copy.numpy())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace what is in flight by what :meth:`state_dict` gave."""
+        self._in_flight = None
+        if state:
+            self.add([(str(name), int(number)) for name, number in state['keys']], state['differences'].cpu())
 
 
 def _by_data_set(keys: Keys) -> Iterator[tuple[str, slice | IntArray, IntArray]]:

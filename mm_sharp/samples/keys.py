@@ -99,10 +99,9 @@ def unidentified(owner: str, found: str, reason: object) -> SampleIdError:
 def keys_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, owner: str) -> list[Key]:
     """The keys of the ``size`` samples of a model call ``model(*args, **kwargs)`` that ``owner`` needs.
 
-    Looked for in this order: a list of :class:`SampleKey` among the arguments; ``data_samples``, whose meta information
-    :func:`key_of` reads; ``sample_idx`` of a batch that is a dict, a list of integers or a tensor (N,), with
-    ``dataset_name``, one or a list of N, where there is one. Reading ``sample_idx`` from a tensor on an accelerator
-    waits for the device; none of the other ways does.
+    Looked for in this order: a list of :class:`SampleKey` among the arguments; ``data_samples``; ``sample_idx`` of a
+    batch that is a dict, a list of integers or a tensor (N,), with ``dataset_name``, one or a list of N, where there is
+    one. Only reading ``sample_idx`` from a tensor on an accelerator waits for the device.
 
     Raises:
         SampleIdError: The samples cannot be told apart, or their number is not ``size``.
@@ -126,9 +125,7 @@ def keys_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, owner: 
     return keys
 
 
-def without_keys(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def without_keys(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies of a model call's arguments without the sample keys that ``IndexedDataset`` added.
 
     A model whose ``forward`` has a parameter ``sample_key`` gets the keys; one that takes any keyword gets those passed

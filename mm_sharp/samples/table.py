@@ -49,11 +49,6 @@ class Table:
     def __len__(self) -> int:
         return len(self._main.ids) + len(self._recent.ids)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of all arrays, in bytes."""
-        return sum(column.nbytes for column in (*self._main, *self._recent))
-
     def look_up(self, ids: IntArray) -> tuple[FloatArray, IntArray]:
         """Averages and visits; both 0 where there are none."""
         averages, visits = np.zeros(len(ids)), np.zeros(len(ids), np.int64)
@@ -89,10 +84,6 @@ class Table:
         """All samples: the table's own arrays."""
         self._compact()
         return self._main
-
-    def all_ids(self) -> IntArray:
-        """The ids, in any order."""
-        return np.concatenate([self._main.ids, self._recent.ids])
 
     def export(self) -> dict[str, torch.Tensor]:
         """Copies of the columns as tensors; visits as int16, for torch's older versions have no unsigned ones."""
