@@ -160,9 +160,8 @@ def list_fixes() -> list[str]:
         from mm_sharp import compat
 
         compat.apply()
-        ends = {fix.name: f' (until: {fix.ends_with})' if fix.active else '' for fix in compat.fixes()}
-        states = {True: 'active', False: '  -   '}
-        return [f'[{states[fix.active]}] {fix.name}: {fix.reason}{ends[fix.name]}' for fix in compat.fixes()]
+        lines = {True: '[active] {0.name}: {0.reason} (until: {0.ends_with})', False: '[  -   ] {0.name}: {0.reason}'}
+        return [lines[fix.active].format(fix) for fix in compat.fixes()]
     except Exception as error:
         return [f'cannot be listed: {type(error).__name__}: {error}']
 

@@ -51,10 +51,9 @@ def fix_torchvision(module: str) -> str | None:
 
 def _missing_in_torchvision(operator: str):  # type: ignore[no-untyped-def]  # torch inspects the signature
     def missing(dets: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> NoReturn:
-        raise RuntimeError(
-            f"torchvision::{operator} is compiled code, and the installed torchvision's does not load "
-            f'beside torch {torch.__version__}. Install the torchvision wheel that was built for this torch.'
-        )
+        cause = f"the installed torchvision's does not load beside torch {torch.__version__}"
+        advice = 'Install the torchvision wheel that was built for this torch.'
+        raise RuntimeError(f'torchvision::{operator} is compiled code, and {cause}. {advice}')
 
     return missing
 

@@ -61,10 +61,8 @@ class Evaluator:
         where there are no such losses, and whatever the module raises on a batch of one.
         """
         if self._is_neither:
-            raise ValueError(
-                'it divides by a count over the whole batch, or compares samples with each other, so that it is '
-                'neither the sum nor the mean of its samples'
-            )
+            cause = 'it divides by a count over the whole batch, or compares samples with each other'
+            raise ValueError(f'{cause}, so that it is neither the sum nor the mean of its samples')
         samples = self._losses(module, size, args, kwargs)
         if len(samples) != len(outputs) or any(values.shape != (size,) for values in samples):
             raise ValueError(f'for one sample it gives {len(samples)} losses, for the batch {len(outputs)}')

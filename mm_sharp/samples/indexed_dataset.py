@@ -31,8 +31,8 @@ class IndexedDataset(Dataset[Any]):
     entry ``sample_key`` of a sample that is a dict, or the last element of one that is a tuple or list. The optimizer
     wrappers of this package take it out of the batch before the model sees it.
 
-    Samples that MMEngine's ``RepeatDataset`` or ``ClassBalancedDataset`` inside repeats keep one id. The data set must
-    stay the same, in the same order. A sample that ``BaseDataset`` loads in place of a refused one has that one's id.
+    Samples that a ``RepeatDataset`` or ``ClassBalancedDataset`` inside repeats keep one id. The data set must stay the
+    same, in the same order. A sample that ``BaseDataset`` loads in place of a refused one has that one's id.
 
     Args:
         dataset: The data set, or its config. Attributes that this class has not are read and set there.
