@@ -34,10 +34,7 @@ def careful_loading(trust: bool) -> Iterator[None]:
 
 
 def check_checkpoint(path: str, source: str, hint: str = '') -> None:
-    """Refuse a checkpoint that is missing (``hint``: how to come by it) or cut off, by the option or key that names it.
-
-    URLs are left to MMEngine.
-    """
+    """Refuse a file that is missing (``hint``: how to come by it) or cut off, by the option or key that names it."""
     if '://' in path:
         return
     if not Path(path).exists():
@@ -105,11 +102,8 @@ def _age(file: Path) -> tuple[int, int]:
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether a file is a checkpoint to its end: a zip archive, whose directory comes last, or torch's old pickle.
-
-    Under FSDP with ``state_dict_cfg='local'`` it is a folder with a file of every process.
-    """
-    if file.is_dir():
+    """Whether a file is a checkpoint to its end: a zip archive, whose directory comes last, or torch's old pickle."""
+    if file.is_dir():  # under FSDP with state_dict_cfg='local', with a file of every process
         ranks = [file / f'rank{rank}.pth' for rank in range(int(os.environ.get('WORLD_SIZE', 1)))]
         return all(part.is_file() and _is_complete(part) for part in ranks)
     with file.open('rb') as stream:

@@ -60,10 +60,7 @@ def say_how_to_go_on(last_checkpoint: Callable[[], str | None]) -> Iterator[None
 
 
 def end_with_parent() -> None:
-    """Have this process end by SIGTERM soon after the one that started it.
-
-    Where torchrun or a study is killed, its processes would go on, and write into the folder of the resumed run.
-    """
+    """Have this process end by SIGTERM soon after the one that started it, not write on into a resumed run's folder."""
     threading.Thread(target=_watch, args=(os.getppid(),), name='launcher watch', daemon=True).start()
 
 

@@ -39,10 +39,7 @@ def apply() -> None:
 
 
 def fixes() -> list[Fix]:
-    """The state of every fix, for ``python -m mm_sharp.doctor``.
-
-    Imports what they wait for: only then it shows whether they are needed.
-    """
+    """The state of every fix, once what it waits for was imported: only then it shows whether it is needed."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in (name for fix in _FIXES for name in fix.before):

@@ -84,10 +84,7 @@ def has_losses(name: str, module: nn.Module) -> bool:
 
 
 def is_neither(loss: nn.Module) -> bool:
-    """Whether a loss is known to divide by a count over the batch, or to compare samples with each other.
-
-    On a batch where the counts are equal no comparison can tell.
-    """
+    """Whether a loss is known to divide by a count over the batch (equal counts would hide it) or compare samples."""
     for module in loss.modules():
         # MMPose's classes, and those derived from them.
         names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith('mmpose.')}

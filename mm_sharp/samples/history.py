@@ -58,11 +58,7 @@ class SampleHistory:
         return averages
 
     def update(self, keys: Keys, differences: npt.ArrayLike) -> None:
-        """Add one visit for each of N keys, also of repeated ones.
-
-        The sign of ``differences``, ``l_i(w + e) - l_i(w)``, (N,), does not matter; those that are not finite in
-        float32 are ignored.
-        """
+        """Add a visit with the size of ``l_i(w + e) - l_i(w)``, (N,), for each key; not finite ones are ignored."""
         values = np.asarray(differences)
         for name, rows, ids in _by_data_set(keys):
             self.update_of(name, ids, values[rows])
@@ -85,10 +81,7 @@ class SampleHistory:
         return {name: table.export() for name, table in self._own.items()}
 
     def merge(self, gathered: Sequence[Mapping[str, Mapping[str, torch.Tensor]]]) -> None:
-        """Add every rank's :meth:`pending`, this rank's own included, in the same order on all ranks.
-
-        If they held the same history at the last exchange, they hold the same again, bit for bit.
-        """
+        """Add every rank's :meth:`pending`, in one order: all hold the same again, bit for bit, if they did before."""
         for name in sorted({name for part in gathered for name in part}):
             columns = [Table.read(part[name]).columns() for part in gathered if name in part]
             shared = self._shared.setdefault(name, Table())

@@ -126,10 +126,9 @@ def keys_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, owner: 
 
 
 def without_keys(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of a model call's arguments without the sample keys that ``IndexedDataset`` added.
+    """Copies of a model call's arguments without the keys of ``IndexedDataset``, but for a ``forward(sample_key)``.
 
-    A model whose ``forward`` has a parameter ``sample_key`` gets the keys; one that takes any keyword gets those passed
-    by keyword.
+    One that takes any keyword gets those passed by keyword, too.
     """
     parameters = {} if _stored_keys(args, kwargs) is None else inspect.signature(unwrap(model).forward).parameters
     if not parameters or 'sample_key' in parameters:
