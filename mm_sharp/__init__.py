@@ -1,15 +1,6 @@
-"""Sharpness-aware training for OpenMMLab: SAM, ASAM, ESAM and AUSAM as MMEngine optimizer wrappers.
+"""Sharpness-aware training for OpenMMLab: SAM, ASAM, ESAM, AUSAM and LookSAM as MMEngine optimizer wrappers.
 
-Importing the package registers, in MMEngine's root registries:
-
-- ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`,
-  :class:`LookSAMOptimWrapper`
-- ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.hooks.history.SampleHistoryHook`,
-  :class:`mm_sharp.hooks.resumed_draws.ResumedDrawsHook`, :class:`mm_sharp.hooks.compile.CompileHook`,
-  :class:`mm_sharp.compat.PlainCheckpointHook`
-- ``DATA_SAMPLERS``: :class:`AUSAMSampler`
-- ``DATASETS``: :class:`IndexedDataset`
-
+Importing the package registers the optimizer wrappers, hooks, batch sampler and data set in MMEngine's root registries,
 lets :mod:`mm_sharp.compat` patch what is broken on the installed stack, and :mod:`mm_sharp.config.fragments` put the
 fragments that a config file inherits into effect when it is read. Nothing else happens at import.
 """

@@ -18,9 +18,8 @@ from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.ops.model_call import ModelCall, unwrap
 from mm_sharp.ops.parameters import parameters_of
 from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
-from mm_sharp.samples.history import Keys, SampleHistory
+from mm_sharp.samples.history import Keys, PendingUpdates, SampleHistory
 from mm_sharp.samples.keys import keys_of
-from mm_sharp.samples.pending import PendingUpdates
 from mm_sharp.samples.seeds import Member, RngStream, make_generator, shared_seed
 from mm_sharp.step.checks import check_compiled
 from mm_sharp.step.nonfinite_log import offending_samples
