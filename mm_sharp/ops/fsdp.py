@@ -13,18 +13,16 @@ So whatever asks for names, or writes to parameters, does it between the passes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor, nn
 
-from mm_sharp.ops.perturbation import global_norm
+from mm_sharp.ops.perturbation import Norms, global_norm, tensor_norms
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
-
-NormOf = Callable[[Sequence[Tensor]], Tensor]
 
 
 def is_flat_wrapper(module: nn.Module) -> bool:
@@ -58,6 +56,69 @@ def shards_of(model: nn.Module) -> Shards | None:
     return Shards(model) if any(map(is_sharded, model.modules())) else None
 
 
+class ShardNorms(Norms):
+    """Takes the norms of whole tensors, of which this process has pieces.
+
+    All processes must ask, with pieces or without: one all-reduce gives them all the same, bit for bit. See
+    :meth:`Shards.norms`, which builds it.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        weights: Sequence[float],
+        among: Sequence[Tensor],
+        weights_among: Sequence[float],
+        device: torch.device,
+    ) -> None:
+        self._weights = weights
+        self._among = among
+        self._weights_among = weights_among
+        self._device = device
+        places = {id(parameter): place for place, parameter in enumerate(among)}
+        self._places = [places[id(parameter)] for parameter in parameters] if among else []
+
+    def of_all(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of all of them together; scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else self._device)
+        for weight in dict.fromkeys(self._weights):
+            members = [t for t, w in zip(tensors, self._weights, strict=True) if w == weight]
+            # A piece that several processes hold counts once. In double precision squares do not overflow.
+            total += weight * global_norm(members).to(total).square()
+        all_reduce(total)
+        return _narrow(total.sqrt(), tensors)
+
+    def of_each(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The 2-norms of every tensor that any process may have a piece of, and of their gradients; (n,) both."""
+        device = gradients[0].device if gradients else self._device
+        # All of its weights, though a process may lack the gradient of a piece.
+        pieces = [local_shard(parameter).to(device) for parameter in self._among]
+        of_gradients: list[Tensor] = [torch.zeros((), dtype=torch.float64, device=device)] * len(pieces)
+        if gradients:
+            for place, norm in zip(self._places, tensor_norms(gradients).double().unbind(), strict=True):
+                of_gradients[place] = norm
+        both = [*tensor_norms(pieces).double().unbind(), *of_gradients]
+        # Numbers of the host, so that the device is not waited for.
+        roots = [weight**0.5 for weight in self._weights_among]
+        squares = torch.stack(torch._foreach_mul(both, roots * 2)).square()
+        all_reduce(squares)
+        of_weights, of_all_gradients = _narrow(squares.sqrt(), gradients).chunk(2)
+        return of_weights, of_all_gradients
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of ``values``, one for each norm of :meth:`of_each`, those of this process's pieces."""
+        if self._places == list(range(len(values))):
+            return values
+        each = values.unbind()
+        return torch.stack([each[place] for place in self._places]) if self._places else values[:0]
+
+
+def _narrow(norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Norms in float32, unless tensors are in double precision."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return norms.to(torch.float64 if wide else torch.float32)
+
+
 class Shards:
     """A sharded model's pieces in this process.
 
@@ -80,28 +141,15 @@ class Shards:
         self.parameters = list(model.parameters())
         self._parts = self._distinct_parts()
 
-    def norm_of(self, parameters: Sequence[Tensor], device: torch.device) -> NormOf:
-        """A function that takes the 2-norm of whole tensors, given this process's pieces.
-
-        All processes must call it, with pieces or without: one all-reduce gives them all the same, bit for bit.
+    def norms(self, parameters: Sequence[Tensor], device: torch.device, among: Sequence[Tensor] = ()) -> ShardNorms:
+        """What takes the norms of whole tensors, given this process's pieces of ``parameters``.
 
         Args:
-            parameters: What the tensors are gradients of, in order.
-            device: Where a process without a single tensor has the norm.
+            parameters: What this process has pieces of, in order.
+            device: Where a process without a single tensor has the norms.
+            among: Those that any process may have pieces of, the same in all of them; for norms of single tensors.
         """
-        weights = self._weights(parameters)
-
-        def norm(tensors: Sequence[Tensor]) -> Tensor:
-            total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else device)
-            for weight in dict.fromkeys(weights):
-                members = [t for t, w in zip(tensors, weights, strict=True) if w == weight]
-                # A piece that several processes hold counts once. In double precision squares do not overflow.
-                total += weight * global_norm(members).to(total).square()
-            all_reduce(total)
-            wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-            return total.sqrt().to(torch.float64 if wide else torch.float32)
-
-        return norm
+        return ShardNorms(parameters, self._weights(parameters), among, self._weights(among), device)
 
     @torch.no_grad()
     def total(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -140,7 +188,7 @@ class Shards:
             for gradient in gradients:
                 gradient.clamp_(-clip_value, clip_value)
             return None
-        norm = self.norm_of([parameter for parameter, _ in pairs], device)(gradients)
+        norm = self.norms([parameter for parameter, _ in pairs], device).of_all(gradients)
         if error_if_nonfinite and not bool(torch.isfinite(norm)):
             raise RuntimeError(f'clip_grad: the norm of the gradient is {norm.item()}, and error_if_nonfinite=True')
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mm_sharp.ops.all_reduce import average_gradients
 from mm_sharp.ops.frozen_params import FrozenParams
 from mm_sharp.ops.fsdp import local_shard
-from mm_sharp.ops.perturbation import Direction, global_norm, perturb_
+from mm_sharp.ops.perturbation import Direction, Norms, perturb_
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.quantized_perturbation import QuantizedPerturbation
 from mm_sharp.ops.tensor_backup import TensorBackup
@@ -124,7 +124,7 @@ class Ascent:
             direct(weights, gradients),
             eps=self._settings.eps,
             inverse_grad_scale=self._inverse_grad_scale(),
-            norm_of=global_norm if shards is None else shards.norm_of(perturbed, device),
+            norms=Norms() if shards is None else shards.norms(perturbed, device, self._perturbed),
         )
         if self._settings.perturb_quantized:
             self._quantized.apply(model, perturbed, dict(self._weights.pairs))

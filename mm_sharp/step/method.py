@@ -106,6 +106,8 @@ class Method:
             gradients: Of each, with the loss scale; they may be changed in place.
         """
         settings = self.settings
+        if isinstance(settings.adaptive, str):
+            return Direction(settings.rho, relative=settings.adaptive)
         return Direction(settings.rho, asam_stretches(weights, settings.eta) if settings.adaptive else None)
 
     # ---------------------------------------------------------------- 4: which passes
