@@ -91,8 +91,10 @@ class ShardNorms(Norms):
     def of_each(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The 2-norms of every tensor that any process may have a piece of, and of their gradients; (n,) both."""
         device = gradients[0].device if gradients else self._device
-        # All of its weights, though a process may lack the gradient of a piece.
+        # All of the weights, though a process may lack the gradient of a piece.
         pieces = [local_shard(parameter).to(device) for parameter in self._among]
+        for place, parameter in zip(self._places, parameters, strict=True):
+            pieces[place] = parameter
         of_gradients: list[Tensor] = [torch.zeros((), dtype=torch.float64, device=device)] * len(pieces)
         if gradients:
             for place, norm in zip(self._places, tensor_norms(gradients).double().unbind(), strict=True):

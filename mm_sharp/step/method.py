@@ -147,6 +147,11 @@ class Method:
         """What a method adds to the log, besides what the step's record holds."""
         return {}
 
+    @property
+    def same_samples(self) -> bool:
+        """Whether the L(w) and L(w + e) of a step's record are of the same samples, in all steps."""
+        return True
+
     @classmethod
     def theoretical_cost(cls, batch_size: int, **settings: Any) -> Cost:
         """What a step costs by counting passes.

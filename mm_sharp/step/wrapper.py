@@ -75,6 +75,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     Attributes:
         last_step: What the last step has found.
         record_timing: Whether the next step is timed.
+        record_sizes: Whether the next step records how far each tensor is moved; under FSDP the same in all processes.
         optimizer_steps: Optimizer steps so far, those before a resume included.
 
     Raises:
@@ -112,6 +113,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self.device = parameters_of(optimizer)[0].device
         self.precision = Precision(name, dtype, loss_scale, self.device)
         self.record_timing = False
+        self.record_sizes = False
         self.last_step: StepRecord | None = None
         self._recorder = CallRecorder()
         self._parallel = ParallelModel()
@@ -340,6 +342,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """Runs just before the model's forward."""
         timer = self._two_pass.timer = StepTimer(self.device) if self.record_timing else NO_TIMER
         timer.mark('start')
+        self._two_pass.measures = self.record_sizes
         self._metrics = None
         if self._passes is Passes.BOTH:
             with timer.exclude('recording'):
