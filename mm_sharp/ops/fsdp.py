@@ -20,7 +20,7 @@ import torch
 from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor, nn
 
-from mm_sharp.ops.perturbation import Norms, global_norm, tensor_norms
+from mm_sharp.ops.shard_norms import ShardNorms
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
 
@@ -56,71 +56,6 @@ def shards_of(model: nn.Module) -> Shards | None:
     return Shards(model) if any(map(is_sharded, model.modules())) else None
 
 
-class ShardNorms(Norms):
-    """Takes the norms of whole tensors, of which this process has pieces.
-
-    All processes must ask, with pieces or without: one all-reduce gives them all the same, bit for bit. See
-    :meth:`Shards.norms`, which builds it.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        weights: Sequence[float],
-        among: Sequence[Tensor],
-        weights_among: Sequence[float],
-        device: torch.device,
-    ) -> None:
-        self._weights = weights
-        self._among = among
-        self._weights_among = weights_among
-        self._device = device
-        places = {id(parameter): place for place, parameter in enumerate(among)}
-        self._places = [places[id(parameter)] for parameter in parameters] if among else []
-
-    def of_all(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The 2-norm of all of them together; scalar."""
-        total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else self._device)
-        for weight in dict.fromkeys(self._weights):
-            members = [t for t, w in zip(tensors, self._weights, strict=True) if w == weight]
-            # A piece that several processes hold counts once. In double precision squares do not overflow.
-            total += weight * global_norm(members).to(total).square()
-        all_reduce(total)
-        return _narrow(total.sqrt(), tensors)
-
-    def of_each(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The 2-norms of every tensor that any process may have a piece of, and of their gradients; (n,) both."""
-        device = gradients[0].device if gradients else self._device
-        # All of the weights, though a process may lack the gradient of a piece.
-        pieces = [local_shard(parameter).to(device) for parameter in self._among]
-        for place, parameter in zip(self._places, parameters, strict=True):
-            pieces[place] = parameter
-        of_gradients: list[Tensor] = [torch.zeros((), dtype=torch.float64, device=device)] * len(pieces)
-        if gradients:
-            for place, norm in zip(self._places, tensor_norms(gradients).double().unbind(), strict=True):
-                of_gradients[place] = norm
-        both = [*tensor_norms(pieces).double().unbind(), *of_gradients]
-        # Numbers of the host, so that the device is not waited for.
-        roots = [weight**0.5 for weight in self._weights_among]
-        squares = torch.stack(torch._foreach_mul(both, roots * 2)).square()
-        all_reduce(squares)
-        of_weights, of_all_gradients = _narrow(squares.sqrt(), gradients).chunk(2)
-        return of_weights, of_all_gradients
-
-    def own(self, values: Tensor) -> Tensor:
-        """Of ``values``, one for each norm of :meth:`of_each`, those of this process's pieces."""
-        if self._places == list(range(len(values))):
-            return values
-        each = values.unbind()
-        return torch.stack([each[place] for place in self._places]) if self._places else values[:0]
-
-
-def _narrow(norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Norms in float32, unless tensors are in double precision."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return norms.to(torch.float64 if wide else torch.float32)
-
-
 class Shards:
     """A sharded model's pieces in this process.
 
@@ -151,7 +86,10 @@ class Shards:
             device: Where a process without a single tensor has the norms.
             among: Those that any process may have pieces of, the same in all of them; for norms of single tensors.
         """
-        return ShardNorms(parameters, self._weights(parameters), among, self._weights(among), device)
+        places = {id(parameter): place for place, parameter in enumerate(among)}
+        own = [places[id(parameter)] for parameter in parameters] if among else []
+        pieces = list(map(local_shard, among))
+        return ShardNorms(self._weights(parameters), pieces, self._weights(among), own, device)
 
     @torch.no_grad()
     def total(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:

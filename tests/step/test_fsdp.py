@@ -13,7 +13,7 @@ import torch
 from mm_sharp.ops.perturbation import RELATIVE, weight_mask
 from mm_sharp.samples.seeds import RngStream, make_generator
 from tests.distributed import run
-from tests.fsdp_cases import STEPS, Faulty, error_of, norm_beside_ignored, overflow_of_one, train
+from tests.fsdp_cases import STEPS, Faulty, error_of, norm_beside_ignored, overflow_of_one, sizes_of, train
 from tests.fsdp_runs import WHOLE, run_and_resume
 from tests.rank_steps import esam_gradients, loss_of, shard
 from tests.references import sam_training
@@ -51,6 +51,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f'{kind} sam': (kind, 'sam', {}) for kind in STEPPED},
     **{f'{kind} asam': (kind, 'asam', {}) for kind in BOTH},
     **{f'{kind} {to}': (kind, 'sam', dict(adaptive=to)) for kind in STEPPED for to in RELATIVE if named(kind, to)},
+    **{f'{kind} sizes': (kind, 'sam', dict(sizes=True)) for kind in STEPPED if kind != 'no names'},
+    **{f'{kind} part sizes': (kind, 'sam-tensor', dict(sizes=True, perturb=CONV)) for kind in BOTH},
     **{f'{kind} part by tensor': (kind, 'sam', dict(adaptive='tensor', perturb=CONV)) for kind in BOTH},
     **{f'{kind} esam': (kind, 'esam', {}) for kind in (*BOTH, 'zero2')},
     **{f'{kind} ausam': (kind, 'ausam', {}) for kind in BOTH},
@@ -160,6 +162,22 @@ def test_relative_to_whole_tensors(ranks: Any, case: str) -> None:
         assert_weights(rank[case], model)
         assert rank[case]['norms'] == pytest.approx(norms, rel=1e-5)
     assert ranks[0][case]['norms'] == ranks[1][case]['norms']
+
+
+SIZES = [f'{kind} sizes' for kind in STEPPED if kind != 'no names'] + [f'{kind} part sizes' for kind in BOTH]
+
+
+@pytest.mark.parametrize('case', SIZES)
+def test_how_far_whole_tensors_are_moved(ranks: Any, case: str) -> None:
+    model = make(norm=False)
+    part = 'part' in case
+    wrapper = build('sam-tensor' if part else 'sam', model, **(dict(perturb=CONV) if part else {}))
+    wrapper.record_sizes = True
+    for (batch,) in SINGLY:
+        model.train_step(batch, wrapper)
+    for rank in ranks:
+        assert rank[case]['sizes'] == [pytest.approx(values, rel=1e-4) for values in sizes_of(wrapper)]
+    assert ranks[0][case]['sizes'] == ranks[1][case]['sizes']
 
 
 @pytest.mark.parametrize('kind', BOTH)
