@@ -1,44 +1,15 @@
-"""How far the weights are perturbed, and where: for the log, and for whoever has to choose ``rho``.
-
-A radius that fits one model destroys another: what counts is its size relative to the weights, and how much of it falls
-on which part. See ``docs/scale.md``.
-"""
+"""How far a step has moved the weights, and where: by layer and by part of the model."""
 
 from __future__ import annotations
 
-import logging
 import math
-import re
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import mean, median
 
-from mmengine.logging import print_log
 from torch import nn
 
-from mm_sharp.ops.parameters import parameters_of, plain_name
-from mm_sharp.step.timing import PerturbationSizes, StepRecord
-from mm_sharp.step.wrapper import TwoPassOptimWrapper
-
-# In the log, so that it stays readable; what is left is put together.
-_MOST_PARTS = 5
-# Nearly all of the perturbation is in a part with little of the weights: with three quarters of its squared norm there,
-# all the rest of the model moves by half of rho, and that part by 8 times as much of itself as the whole does.
-# In each of the last steps: in the very first ones nearly all of the gradient is in a head that knows nothing.
-_NEARLY_ALL, _LITTLE = 0.75, 0.1
-# The loss rises by less than a tenth of what it differs by from one batch to the next, and by hardly anything of itself
-# (with small batches it differs by much).
-_OF_THE_NOISE, _OF_THE_LOSS = 0.1, 0.005
-# The loss more than triples, by more than half of what it was at first: late in a training, where the loss is nearly
-# zero, many times as much is still little.
-_TIMES, _OF_THE_FIRST = 3.0, 0.5
-# Logged steps that a warning looks back on: what is seen at once, and what needs a mean. As many again come before that
-# mean: while a learning rate warms up, hardly any perturbation raises the loss.
-_FEW, _MANY = 5, 20
-
-_MEASURED = "adaptive='tensor', rho=0.02, perturb='weights' (rho as a share of each tensor's norm)"
+from mm_sharp.ops.parameters import plain_name
+from mm_sharp.step.timing import PerturbationSizes
 
 
 @dataclass(frozen=True)
@@ -63,7 +34,7 @@ class Scale:
     Args:
         whole: All that is perturbed.
         layers: By the module that a tensor belongs to itself, such as ``head.final_layer``.
-        parts: By the model's top-level parts, such as ``head``.
+        parts: By the model's top-level parts, such as ``head``, those of which nothing is perturbed too.
         tensors: How many are perturbed.
     """
 
@@ -87,17 +58,22 @@ def scale_of(sizes: PerturbationSizes, model: nn.Module) -> Scale:
     """The sizes by part of the model; waits for the device."""
     known = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     names = [known.get(id(parameter), 'others') for parameter in sizes.parameters]
+    # Of all of the model: which tensors are perturbed may differ from step to step.
+    part_of = dict(zip(known.values(), top_level(list(known.values())), strict=True))
     moves, weights = sizes.perturbation.tolist(), sizes.weights.tolist()
     layers = _grouped([name.rpartition('.')[0] or name for name in names], moves, weights)
-    parts = _grouped(top_level(names), moves, weights)
+    parts = _grouped([part_of.get(name, name) for name in names], moves, weights, part_of.values())
     return Scale(Part('', math.hypot(*moves), math.hypot(*weights)), layers, parts, len(names))
 
 
-def _grouped(keys: Sequence[str], moves: Sequence[float], weights: Sequence[float]) -> list[Part]:
-    found: dict[str, list[tuple[float, float]]] = {}
-    for key, *sizes in zip(keys, moves, weights, strict=True):
-        found.setdefault(key, []).append((sizes[0], sizes[1]))
-    return [Part(key, *(math.hypot(*column) for column in zip(*rows, strict=True))) for key, rows in found.items()]
+def _grouped(
+    keys: Sequence[str], moves: Sequence[float], weights: Sequence[float], all_keys: Iterable[str] = ()
+) -> list[Part]:
+    """The norms over all tensors of one key; those of ``all_keys`` without a tensor are 0."""
+    found: dict[str, list[tuple[float, float]]] = {key: [] for key in (*all_keys, *keys)}
+    for key, move, weight in zip(keys, moves, weights, strict=True):
+        found[key].append((move, weight))
+    return [Part(key, math.hypot(*(m for m, _ in own)), math.hypot(*(w for _, w in own))) for key, own in found.items()]
 
 
 def top_level(names: Sequence[str]) -> list[str]:
@@ -106,148 +82,3 @@ def top_level(names: Sequence[str]) -> list[str]:
     while all(len(path) > 1 for path in paths) and len({path[0] for path in paths}) == 1:
         paths = [path[1:] for path in paths]
     return [path[0] for path in paths]
-
-
-class ScaleReport:
-    """Tells what a wrapper perturbs: once at the start, in the log's scalars, and in warnings, each once.
-
-    Args:
-        wrapper: The wrapper.
-        model: The user's own model.
-
-    Attributes:
-        introduced: Whether it was said what is perturbed.
-    """
-
-    def __init__(self, wrapper: TwoPassOptimWrapper, model: nn.Module) -> None:
-        self._wrapper = wrapper
-        self._model = model
-        self._owner = type(wrapper).__name__
-        self._shown: list[str] | None = None
-        self._losses: deque[tuple[float, float]] = deque(maxlen=2 * _MANY)
-        self._crowded: deque[set[str]] = deque(maxlen=_FEW)
-        self._first = 0.0
-        self._said: set[str] = set()
-        self.introduced = False
-
-    def scale(self, step: StepRecord) -> Scale | None:
-        """The sizes of a step's perturbation; None where it has none, or was not measured."""
-        if step.sizes is None or step.grad_norm is None or not math.isfinite(float(step.grad_norm)):
-            return None
-        return scale_of(step.sizes, self._model)
-
-    def introduce(self, step: StepRecord) -> None:
-        """Say once what is perturbed, by the first step that perturbs anything."""
-        scale = self.scale(step)
-        if scale is None:
-            return
-        self.introduced, self._first = True, float(step.loss)
-        trained = sum(parameter.requires_grad for parameter in parameters_of(self._wrapper.optimizer))
-        line = (
-            f'{self._owner}: the first step perturbs {scale.tensors} of {trained} tensors, rho {self._wrapper.rho:g}: '
-            f"{_percent(scale.relative)} of the weights' norm"
-        )
-        if scale.whole.perturbation:
-            largest = max(scale.layers, key=scale.share)
-            line += f'; {_percent(scale.share(largest))} of the perturbation is in {largest.name}'
-        print_log(line, logger='current', level=logging.INFO)
-
-    def log_scalars(self, step: StepRecord) -> dict[str, float]:
-        """``rho_relative``, and ``share_…`` of the model's parts, where it has several; may warn."""
-        scale = self.scale(step)
-        if scale is None:
-            return {}
-        self._warn(step, scale)
-        scalars = {'rho_relative': scale.relative}
-        if len(scale.parts) > 1 or self._shown:
-            scalars |= self._shares(scale)
-        return scalars
-
-    def _shares(self, scale: Scale) -> dict[str, float]:
-        """The shares of always the same parts: all, or those that had most at first, and the rest."""
-        if self._shown is None:
-            ranked = sorted(scale.parts, key=scale.share, reverse=True)
-            kept = ranked if len(ranked) <= _MOST_PARTS else ranked[: _MOST_PARTS - 1]
-            self._shown = [part.name for part in kept]
-        shares = dict.fromkeys((f'share_{name}' for name in self._shown), 0.0)
-        for part in scale.parts:
-            key = f'share_{part.name}' if part.name in self._shown else 'share_rest'
-            shares[key] = shares.get(key, 0.0) + scale.share(part)
-        return shares
-
-    # ---------------------------------------------------------------- warnings
-    def _warn(self, step: StepRecord, scale: Scale) -> None:
-        self._warn_of_one_part(scale)
-        if step.perturbed_loss is None or not self._wrapper.same_samples or not self._wrapper.rho:
-            return
-        loss, perturbed = float(step.loss), float(step.perturbed_loss)
-        if not math.isfinite(loss) or not math.isfinite(perturbed):
-            return  # which is logged elsewhere
-        self._losses.append((loss, perturbed - loss))
-        self._warn_of_too_little(scale)
-        self._warn_of_too_much(scale)
-
-    def _warn_of_one_part(self, scale: Scale) -> None:
-        if self._wrapper.settings.adaptive in ('tensor', 'layer') or not scale.whole.perturbation:
-            return
-        little = _LITTLE * scale.whole.weights
-        found = {
-            part.name: part
-            for part in (*scale.parts, *scale.layers)
-            if scale.share(part) > _NEARLY_ALL and part.weights < little
-        }
-        self._crowded.append(set(found))
-        always = set.intersection(*self._crowded)
-        if len(self._crowded) < _FEW or not always:
-            return
-        part = found[max(always, key=len)]  # the layer, if it is in a single one
-        own = f'by {_percent(part.perturbation / part.weights)} of its own' if part.weights else 'away from zero'
-        self._say(
-            'one part',
-            f'{_percent(scale.share(part))} of the perturbation is in {part.name}, which has '
-            f"{_percent(part.weights / scale.whole.weights)} of the weights' norm and is moved {own}: the rest of the "
-            f'model is hardly perturbed, and this part perhaps too far. Write {_MEASURED}, or leave it out: '
-            rf"perturb=dict(exclude=[r'\b{re.escape(part.name)}\b'])",
-        )
-
-    def _warn_of_too_little(self, scale: Scale) -> None:
-        losses, rises = zip(*list(self._losses)[-_MANY:], strict=True)
-        # Between neighbours, so that a loss that falls in the course of training is not taken for noise.
-        squares = [(later - earlier) ** 2 for earlier, later in pairwise(losses)]
-        noise = math.sqrt(mean(squares) / 2) if squares else 0.0
-        little = mean(rises) < min(_OF_THE_NOISE * noise, _OF_THE_LOSS * abs(mean(losses)))
-        if len(self._losses) == 2 * _MANY and little:
-            self._say(
-                'too little',
-                f"rho={self._wrapper.rho:g} is negligible: at {_percent(scale.relative)} of the weights' norm, the "
-                f'perturbation has changed the loss by {mean(rises):.2g} in the mean of the last {_MANY} logged steps, '
-                f'and from batch to batch it differs by {noise:.2g}. Write {self._way_out("larger", 5)}',
-            )
-
-    def _warn_of_too_much(self, scale: Scale) -> None:
-        last = list(self._losses)[-_FEW:]
-        loss, rise = median(loss for loss, _ in last), median(rise for _, rise in last)
-        far = rise > (_TIMES - 1) * abs(loss) and rise > _OF_THE_FIRST * abs(self._first)
-        if len(last) == _FEW and far:
-            self._say(
-                'too much',
-                f"rho={self._wrapper.rho:g} leaves the neighbourhood: at {_percent(scale.relative)} of the weights' "
-                f'norm, the perturbation raises the loss from {loss:.2g} to {loss + rise:.2g} (medians of the last '
-                f'{_FEW} logged steps). Write {self._way_out("smaller", 0.2)}',
-            )
-
-    def _way_out(self, which: str, factor: float) -> str:
-        """What to write in place of the present scale."""
-        other = f'a {which} rho, such as rho={self._wrapper.rho * factor:.2g}'
-        if self._wrapper.settings.adaptive == 'tensor':
-            return other
-        return f'{_MEASURED}, or {other}'
-
-    def _say(self, kind: str, message: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
-            print_log(f'{self._owner}: {message}. See docs/scale.md', logger='current', level=logging.WARNING)
-
-
-def _percent(share: float) -> str:
-    return f'{100 * share:.0f} %' if share > 0.095 else f'{100 * share:.2g} %'

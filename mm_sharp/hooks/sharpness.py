@@ -8,7 +8,7 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS
 
 from mm_sharp.errors import HOOK, UserError, check_positive_int
-from mm_sharp.hooks.scale import ScaleReport
+from mm_sharp.hooks.scale_report import ScaleReport
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.step.optim_wrappers import optim_wrappers
 from mm_sharp.step.timing import StepRecord
@@ -48,7 +48,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
 
     After the first step one line says what is perturbed. Three warnings, each at most once and only in logged steps,
     say what to write: nearly all of the perturbation is in one small part of the model; the loss does not rise
-    noticeably; it rises to several times what it was. See ``docs/scale.md`` and :mod:`mm_sharp.hooks.scale`.
+    noticeably; it rises to several times what it was. See ``docs/scale.md`` and :mod:`mm_sharp.hooks.scale_report`.
 
     Args:
         interval: Iterations between two entries; by default the ``LoggerHook``'s.

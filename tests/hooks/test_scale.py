@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mm_sharp import SAMOptimWrapper
-from mm_sharp.hooks import scale
-from mm_sharp.hooks.scale import ScaleReport, scale_of, top_level
+from mm_sharp.hooks import scale_report
+from mm_sharp.hooks.scale import scale_of, top_level
+from mm_sharp.hooks.scale_report import ScaleReport
 from mm_sharp.step.timing import PerturbationSizes, StepRecord
 from tests.references import gradients_of, perturbation_of
 from tests.toys import Batch, ToyNet, batches, make, same_state, toy_config
@@ -101,7 +102,7 @@ class Lopsided(ToyNet):
 def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     """What is logged, with its level."""
     lines: list[tuple[int, str]] = []
-    monkeypatch.setattr(scale, 'print_log', lambda message, logger, level: lines.append((level, message)))
+    monkeypatch.setattr(scale_report, 'print_log', lambda message, logger, level: lines.append((level, message)))
     return lines
 
 
@@ -161,10 +162,15 @@ def test_the_scalars(tmp_path: Path) -> None:
     assert sum(shares.values()) == pytest.approx(1.0)
 
 
+def test_parts_that_are_left_out_have_no_share(tmp_path: Path) -> None:
+    runner = train(tmp_path, dict(rho=0.1, perturb=dict(include=['^conv'])), epochs=1)
+    assert [last(runner, f'share_{part}') for part in ('conv', 'norm', 'head')] == [pytest.approx(1.0), 0.0, 0.0]
+
+
 def test_only_logged_steps_and_the_first_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    original = scale.scale_of
-    monkeypatch.setattr(scale, 'scale_of', lambda *args: asked.append(1) or original(*args))
+    original = scale_report.scale_of
+    monkeypatch.setattr(scale_report, 'scale_of', lambda *args: asked.append(1) or original(*args))
     measured: list[bool] = []
     original_step = SAMOptimWrapper.update_params
 
