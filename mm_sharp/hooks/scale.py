@@ -36,12 +36,14 @@ class Scale:
         layers: By the module that a tensor belongs to itself, such as ``head.final_layer``.
         parts: By the model's top-level parts, such as ``head``, those of which nothing is perturbed too.
         tensors: How many are perturbed.
+        by_tensor: The norm of the relative changes ||e_t|| / ||w_t|| of all tensors.
     """
 
     whole: Part
     layers: list[Part]
     parts: list[Part]
     tensors: int
+    by_tensor: float
 
     @property
     def relative(self) -> float:
@@ -63,7 +65,9 @@ def scale_of(sizes: PerturbationSizes, model: nn.Module) -> Scale:
     moves, weights = sizes.perturbation.tolist(), sizes.weights.tolist()
     layers = _grouped([name.rpartition('.')[0] or name for name in names], moves, weights)
     parts = _grouped([part_of.get(name, name) for name in names], moves, weights, part_of.values())
-    return Scale(Part('', math.hypot(*moves), math.hypot(*weights)), layers, parts, len(names))
+    whole = Part('', math.hypot(*moves), math.hypot(*weights))
+    by_tensor = math.hypot(*(move / weight for move, weight in zip(moves, weights, strict=True) if weight))
+    return Scale(whole, layers, parts, len(names), by_tensor)
 
 
 def _grouped(

@@ -33,6 +33,9 @@ _OF_THE_NOISE, _OF_THE_LOSS = 0.1, 0.005
 # The loss more than triples, by more than half of what it was at first: late in a training, where the loss is nearly
 # zero, many times as much is still little.
 _TIMES, _OF_THE_FIRST = 3.0, 0.5
+# Or it rises by less than a quarter of what the gradient says, where that is a noticeable part of it: w + e is where the
+# gradient at w knows nothing of. So it is with losses that cannot rise by much, such as those of heatmaps.
+_OF_THE_GRADIENT, _NOTICEABLE = 0.25, 0.02
 # Logged steps that a warning looks back on: what is seen at once, and what needs a mean. As many again come before that
 # mean: while a learning rate warms up, hardly any perturbation raises the loss.
 _FEW, _MANY = 5, 20
@@ -58,6 +61,7 @@ class ScaleReport:
         self._shown: list[str] | None = None
         self._losses: deque[tuple[float, float]] = deque(maxlen=2 * _MANY)
         self._crowded: deque[set[str]] = deque(maxlen=_FEW)
+        self._expected: deque[float] = deque(maxlen=_FEW)
         self._first = 0.0
         self._said: set[str] = set()
         self.introduced = False
@@ -91,6 +95,9 @@ class ScaleReport:
             return {}
         self._warn(step, scale)
         scalars = {'rho_relative': scale.relative}
+        expected = self._expected_rise(step, scale)
+        if expected and step.perturbed_loss is not None and self._wrapper.same_samples:
+            scalars['linearity'] = (float(step.perturbed_loss) - float(step.loss)) / expected
         if len(scale.parts) > 1:
             scalars |= self._shares(scale)
         return scalars
@@ -107,6 +114,16 @@ class ScaleReport:
             shares[key] = shares.get(key, 0.0) + scale.share(part)
         return shares
 
+    def _expected_rise(self, step: StepRecord, scale: Scale) -> float | None:
+        """The inner product of e and g: the rise of the loss, were it linear. None where the norms do not tell it."""
+        adaptive, norm = self._wrapper.settings.adaptive, float(step.grad_norm or 0.0)
+        if adaptive == 'layer':
+            return None
+        # The norm of e is known, ASAM's in its own measure by rho alone; that of g, or of T g, is the step's.
+        if adaptive is True:
+            return self._wrapper.rho * norm
+        return (scale.by_tensor if adaptive == 'tensor' else scale.whole.perturbation) * norm
+
     # ---------------------------------------------------------------- warnings
     def _warn(self, step: StepRecord, scale: Scale) -> None:
         self._warn_of_one_part(scale)
@@ -116,6 +133,7 @@ class ScaleReport:
         if not math.isfinite(loss) or not math.isfinite(perturbed):
             return  # which is logged elsewhere
         self._losses.append((loss, perturbed - loss))
+        self._expected.append(self._expected_rise(step, scale) or 0.0)
         self._warn_of_too_little(scale)
         self._warn_of_too_much(scale)
 
@@ -133,12 +151,13 @@ class ScaleReport:
         if len(self._crowded) < _FEW or not always:
             return
         part = found[max(always, key=len)]  # the layer, if it is in a single one
-        own = f'by {_percent(part.perturbation / part.weights)} of its own' if part.weights else 'away from zero'
+        layer = max(scale.layers, key=scale.share)
+        own = f'by {_percent(layer.perturbation / layer.weights)} of its norm' if layer.weights else 'away from zero'
         self._say(
             'one part',
             f'{_percent(scale.share(part))} of the perturbation is in {part.name}, which has '
-            f"{_percent(part.weights / scale.whole.weights)} of the weights' norm and is moved {own}: the rest of the "
-            f'model is hardly perturbed, and this part perhaps too far. Write {_MEASURED}, or leave it out: '
+            f"{_percent(part.weights / scale.whole.weights)} of the weights' norm: the rest of the model is hardly "
+            f'perturbed, while {layer.name} is moved {own}. Write {_MEASURED}, or leave it out: '
             rf"perturb=dict(exclude=[r'\b{re.escape(part.name)}\b'])",
         )
 
@@ -159,13 +178,16 @@ class ScaleReport:
     def _warn_of_too_much(self, scale: Scale) -> None:
         last = list(self._losses)[-_FEW:]
         loss, rise = median(loss for loss, _ in last), median(rise for _, rise in last)
-        far = rise > (_TIMES - 1) * abs(loss) and rise > _OF_THE_FIRST * abs(self._first)
-        if len(last) == _FEW and far:
+        expected = median(self._expected)
+        steep = rise > (_TIMES - 1) * abs(loss) and rise > _OF_THE_FIRST * abs(self._first)
+        flat = rise < _OF_THE_GRADIENT * expected and expected > _NOTICEABLE * abs(loss)
+        if len(last) == _FEW and (steep or flat):
+            instead = f', and not to the {loss + expected:.2g} that the gradient says' if flat else ''
             self._say(
                 'too much',
                 f"rho={self._wrapper.rho:g} leaves the neighbourhood: at {_percent(scale.relative)} of the weights' "
-                f'norm, the perturbation raises the loss from {loss:.2g} to {loss + rise:.2g} (medians of the last '
-                f'{_FEW} logged steps). Write {self._way_out("smaller", 0.2)}',
+                f'norm, the perturbation raises the loss from {loss:.2g} to {loss + rise:.2g}{instead} (medians of the '
+                f'last {_FEW} logged steps). Write {self._way_out("smaller", 0.2)}',
             )
 
     def _way_out(self, which: str, factor: float) -> str:

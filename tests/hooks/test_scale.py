@@ -216,6 +216,7 @@ def test_nearly_all_in_a_small_part(tmp_path: Path, said: list[tuple[int, str]])
     runner = train(tmp_path, dict(rho=0.1), model=dict(type='Lopsided'))
     (message,) = [line for line in warnings(said) if 'hardly perturbed' in line]
     assert ' % of the perturbation is in head, which has ' in message
+    assert ', while head is moved by ' in message
     assert "Write adaptive='tensor', rho=0.02, perturb='weights'" in message
     assert r"perturb=dict(exclude=[r'\bhead\b'])" in message
     assert last(runner, 'share_head') > 0.75
@@ -229,6 +230,28 @@ def test_nearly_all_in_a_small_part(tmp_path: Path, said: list[tuple[int, str]])
 def test_its_ways_out(way_out: dict[str, Any], tmp_path: Path, said: list[tuple[int, str]]) -> None:
     train(tmp_path, dict(way_out), model=dict(type='Lopsided'))
     assert not [line for line in warnings(said) if 'hardly perturbed' in line]
+
+
+@MODELS.register_module()
+class Saturated(ToyNet):
+    """A loss that rises to 1 at most."""
+
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        losses = super().forward(inputs, targets, sample_idx, mode)
+        return {'loss': 1 - torch.exp(-sum(losses.values()))}
+
+
+def test_rho_beyond_what_the_gradient_knows_of(tmp_path: Path, said: list[tuple[int, str]]) -> None:
+    runner = train(tmp_path, dict(rho=10.0, lr=0.0), model=dict(type='Saturated'))
+    (message,) = [line for line in warnings(said) if 'neighbourhood' in line]
+    assert ' that the gradient says (medians of the last 5 logged steps). Write ' in message
+    assert abs(last(runner, 'linearity')) < 0.25
+
+
+@pytest.mark.parametrize('adaptive', [False, True, 'tensor', 'global'])
+def test_by_a_small_step_the_loss_rises_linearly(adaptive: bool | str, tmp_path: Path) -> None:
+    runner = train(tmp_path, dict(rho=1e-3, adaptive=adaptive), epochs=1)
+    assert last(runner, 'linearity') == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize('adaptive', [False, 'tensor'])
@@ -264,7 +287,7 @@ def test_of_many_parts_the_rest_is_put_together() -> None:
         sizes = PerturbationSizes(list(model.parameters()), moves, torch.ones(7))
         step = StepRecord(torch.ones(()), torch.full((), 1.2), torch.ones(()), sizes=sizes)
         scalars = report.log_scalars(step)
-        assert set(scalars) == {'rho_relative', 'share_rest', *(f'share_part{i}' for i in (3, 4, 5, 6))}
+        assert set(scalars) == {'rho_relative', 'linearity', 'share_rest', *(f'share_part{i}' for i in (3, 4, 5, 6))}
         squares = moves.square() / moves.square().sum()
         assert scalars['share_part6'] == pytest.approx(squares[6].item())
         assert scalars['share_rest'] == pytest.approx(squares[:3].sum().item())
@@ -276,5 +299,6 @@ def test_a_model_in_one_part_has_no_shares() -> None:
     sizes = PerturbationSizes(list(model.parameters()), torch.ones(2), torch.ones(2))
     report = ScaleReport(SAMOptimWrapper(SGD(model.parameters(), lr=0.1)), model)
     assert set(report.log_scalars(StepRecord(torch.ones(()), torch.ones(()), torch.ones(()), sizes=sizes))) == {
-        'rho_relative'
+        'rho_relative',
+        'linearity',
     }
