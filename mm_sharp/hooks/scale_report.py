@@ -16,8 +16,9 @@ from statistics import mean, median
 from mmengine.logging import print_log
 from torch import nn
 
-from mm_sharp.hooks.scale import Scale, scale_of
+from mm_sharp.hooks.scale import Part, Scale, scale_of
 from mm_sharp.ops.parameters import parameters_of
+from mm_sharp.ops.quantized_perturbation import quantizes_weights
 from mm_sharp.step.timing import StepRecord
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -33,8 +34,9 @@ _OF_THE_NOISE, _OF_THE_LOSS = 0.1, 0.005
 # The loss more than triples, by more than half of what it was at first: late in a training, where the loss is nearly
 # zero, many times as much is still little.
 _TIMES, _OF_THE_FIRST = 3.0, 0.5
-# Or it rises by less than a quarter of what the gradient says, where that is a noticeable part of it: w + e is where the
-# gradient at w knows nothing of. So it is with losses that cannot rise by much, such as those of heatmaps.
+# Or it rises by less than a quarter of what the gradient says, where that is a noticeable part of it: w + e is beyond
+# what the gradient at w knows. So it is with losses that cannot rise by much, such as those of heatmaps. (Under
+# quantizers, a small perturbation may change no integer.)
 _OF_THE_GRADIENT, _NOTICEABLE = 0.25, 0.02
 # Logged steps that a warning looks back on: what is seen at once, and what needs a mean. As many again come before that
 # mean: while a learning rate warms up, hardly any perturbation raises the loss.
@@ -151,8 +153,8 @@ class ScaleReport:
         if len(self._crowded) < _FEW or not always:
             return
         part = found[max(always, key=len)]  # the layer, if it is in a single one
-        layer = max(scale.layers, key=scale.share)
-        own = f'by {_percent(layer.perturbation / layer.weights)} of its norm' if layer.weights else 'away from zero'
+        layer = max((each for each in scale.layers if scale.share(each) > _LITTLE), key=_moved, default=part)
+        own = f'by {_percent(_moved(layer))} of its norm' if layer.weights else 'away from zero'
         self._say(
             'one part',
             f'{_percent(scale.share(part))} of the perturbation is in {part.name}, which has '
@@ -180,7 +182,7 @@ class ScaleReport:
         loss, rise = median(loss for loss, _ in last), median(rise for _, rise in last)
         expected = median(self._expected)
         steep = rise > (_TIMES - 1) * abs(loss) and rise > _OF_THE_FIRST * abs(self._first)
-        flat = rise < _OF_THE_GRADIENT * expected and expected > _NOTICEABLE * abs(loss)
+        flat = not self._rounds() and rise < _OF_THE_GRADIENT * expected and expected > _NOTICEABLE * abs(loss)
         if len(last) == _FEW and (steep or flat):
             instead = f', and not to the {loss + expected:.2g} that the gradient says' if flat else ''
             self._say(
@@ -189,6 +191,11 @@ class ScaleReport:
                 f'norm, the perturbation raises the loss from {loss:.2g} to {loss + rise:.2g}{instead} (medians of the '
                 f'last {_FEW} logged steps). Write {self._way_out("smaller", 0.2)}',
             )
+
+    def _rounds(self) -> bool:
+        """Whether the perturbation goes through quantizers of weights."""
+        quantized = any(map(quantizes_weights, self._model.modules()))
+        return quantized and not self._wrapper.settings.perturb_quantized
 
     def _way_out(self, which: str, factor: float) -> str:
         """What to write in place of the present scale."""
@@ -201,6 +208,11 @@ class ScaleReport:
         if kind not in self._said:
             self._said.add(kind)
             print_log(f'{self._owner}: {message}. See docs/scale.md', logger='current', level=logging.WARNING)
+
+
+def _moved(part: Part) -> float:
+    """How far a part is moved, as a share of its own norm."""
+    return part.perturbation / part.weights if part.weights else math.inf
 
 
 def _percent(share: float) -> str:

@@ -28,8 +28,8 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     ``g_norm``            norm of the first gradient (ASAM: of T g), without loss scaling
     ``pass2_share``       fraction of the step's time spent in the second forward and backward pass
     ``rho_relative``      ||e|| / ||w||, over what is perturbed: how far the perturbation goes, whatever ``rho`` means
-    ``linearity``         ``sharpness`` over what it would be if the loss were linear, the inner product of e and g; near
-                          0 or far above 1, e goes beyond what the gradient knows. Not with ``adaptive='layer'``
+    ``linearity``         ``sharpness`` over the inner product of e and g, which it would be if the loss were linear:
+                          near 0 or far above 1, e goes beyond what the gradient knows; not with ``adaptive='layer'``
     ``share_backbone`` …  share of the perturbation's squared norm in each top-level part of the model, where it has
                           several; of more than 5, those with most in the first logged step, and ``share_rest``
 

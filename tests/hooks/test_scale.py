@@ -248,6 +248,19 @@ def test_rho_beyond_what_the_gradient_knows_of(tmp_path: Path, said: list[tuple[
     assert abs(last(runner, 'linearity')) < 0.25
 
 
+@pytest.mark.parametrize('quantized', [False, True])
+def test_a_rise_that_rounding_has_eaten_is_not_blamed_on_rho(quantized: bool, said: list[tuple[int, str]]) -> None:
+    model = nn.Linear(2, 2)
+    if quantized:
+        model.weight_quant = nn.Identity()
+        model.weight_quant.is_quant_enabled = True
+    report = ScaleReport(SAMOptimWrapper(SGD(model.parameters(), lr=0.1), rho=0.1), model)
+    sizes = PerturbationSizes(list(model.parameters()), torch.full((2,), 0.1), torch.ones(2))
+    for _ in range(5):
+        report.log_scalars(StepRecord(torch.ones(()), torch.full((), 1.001), torch.ones(()), sizes=sizes))
+    assert len(warnings(said)) == (0 if quantized else 1)
+
+
 @pytest.mark.parametrize('adaptive', [False, True, 'tensor', 'global'])
 def test_by_a_small_step_the_loss_rises_linearly(adaptive: bool | str, tmp_path: Path) -> None:
     runner = train(tmp_path, dict(rho=1e-3, adaptive=adaptive), epochs=1)
