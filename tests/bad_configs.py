@@ -82,7 +82,7 @@ ARGUMENTS = (
     wrapper('a negative radius', 'SAM', 'rho=-0.1', 'rho=0.05'),
     wrapper('a radius that is no number', 'SAM', "rho='0.05'", 'rho=0.05'),
     wrapper('a radius of nan', 'AUSAM', "rho=float('nan')", 'rho=0.05', key='rho=nan'),
-    wrapper('adaptive that is no switch', 'SAM', "adaptive='yes'", 'adaptive=True', key='adaptive='),
+    wrapper('adaptive that there is not', 'SAM', "adaptive='yes'", 'adaptive=True', key='adaptive='),
     wrapper('eta below 0', 'SAM', 'eta=-1', 'eta=0.01'),
     wrapper('eps of 0', 'SAM', 'eps=0', 'eps=1e-12'),
     wrapper('sync_perturbation that is no switch', 'SAM', 'sync_perturbation=1', 'sync_perturbation=True'),

@@ -19,6 +19,7 @@ WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'sam': (SAMOptimWrapper, {'rho': 0.05}),
     'asam': (SAMOptimWrapper, {'rho': 0.5, 'adaptive': True}),
     'sam-weights': (SAMOptimWrapper, {'rho': 0.05, 'perturb': 'weights'}),
+    'sam-tensor': (SAMOptimWrapper, {'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights'}),
     'looksam': (LookSAMOptimWrapper, {'rho': 0.05, 'k': 2}),
     'esam': (ESAMOptimWrapper, {'rho': 0.05}),
     'esam-history': (ESAMOptimWrapper, {'rho': 0.05, 'selection': 'history', 'refresh': 2}),

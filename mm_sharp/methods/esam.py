@@ -123,6 +123,11 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         """Only ``selection='history'`` does, and where all samples are kept it has nothing to select."""
         return self.selection == 'history' and self.gamma < 1.0
 
+    @property
+    def same_samples(self) -> bool:
+        """Where the samples are selected by their history, L(w + e) is that of those selected."""
+        return not self.uses_history
+
     def first_batch(self, call: ModelCall) -> ModelCall:
         """The whole batch.
 

@@ -106,6 +106,8 @@ class Method:
             gradients: Of each, with the loss scale; they may be changed in place.
         """
         settings = self.settings
+        if isinstance(settings.adaptive, str):
+            return Direction(settings.rho, relative=settings.adaptive)
         return Direction(settings.rho, asam_stretches(weights, settings.eta) if settings.adaptive else None)
 
     # ---------------------------------------------------------------- 4: which passes
@@ -144,6 +146,11 @@ class Method:
     def log_scalars(self) -> dict[str, float]:
         """What a method adds to the log, besides what the step's record holds."""
         return {}
+
+    @property
+    def same_samples(self) -> bool:
+        """Whether the L(w) and L(w + e) of a step's record are of the same samples, in all steps."""
+        return True
 
     @classmethod
     def theoretical_cost(cls, batch_size: int, **settings: Any) -> Cost:

@@ -68,6 +68,7 @@ class TwoPassStep:
 
     Attributes:
         timer: Of this step.
+        measures: Whether this step records how far each tensor is moved.
         first_gradients: Sums of the first passes' gradients, where the method keeps them.
     """
 
@@ -87,6 +88,7 @@ class TwoPassStep:
         self.recorder = recorder
         self.replay_rng = replay_rng
         self.timer: StepTimer = NO_TIMER
+        self.measures = False
         self.first_gradients = FirstGradients()
 
     def run(self, method: Method, batch: MicroBatch) -> StepRecord:
@@ -108,6 +110,8 @@ class TwoPassStep:
             with self.timer.exclude('host'):
                 self.state.rewind()
             norm = self.ascent.perturb(self.parallel.module, method.direction, batch.loss.device)  # w + e
+            with self.timer.exclude('host'):
+                sizes = self.ascent.sizes(batch.loss.device) if self.measures else None
             batch.gradients.unstash()
             self.timer.mark('perturb')
             second, perturbed_loss = method.perturbed_loss(batch.call, batch.loss, norm)  # L(w + e)
@@ -117,7 +121,7 @@ class TwoPassStep:
         finally:
             self._restore(drawn, interrupted)  # w
             self.timer.mark('restore')
-        return StepRecord(batch.loss.detach(), perturbed_loss, norm, self.timer.if_running())
+        return StepRecord(batch.loss.detach(), perturbed_loss, norm, self.timer.if_running(), sizes=sizes)
 
     def run_first_alone(self, batch: MicroBatch) -> StepRecord:
         """The base optimizer's pass: its gradient is the one that counts."""

@@ -51,8 +51,12 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         optimizer: The base optimizer.
         rho: Radius of the perturbation, >= 0. With 0 the step is the base optimizer's, bit for bit, provided that
             ``replay_rng`` is on.
-        adaptive: ASAM's perturbation instead of SAM's.
-        eta: ASAM's additive constant, >= 0.
+        adaptive: What ``rho`` is measured by: ``False``, nothing (SAM); ``True``, each weight's own size (ASAM);
+            ``'tensor'``, each tensor's norm, so that ``rho`` is a share of the weights, such as 0.02, to be used with
+            ``perturb='weights'``; for comparisons ``'layer'``, every tensor by ``rho`` of its own norm, and
+            ``'global'``, SAM's direction by ``rho`` of the whole norm. :mod:`mm_sharp.ops.perturbation` has the
+            equations.
+        eta: ASAM's additive constant (``adaptive=True``), >= 0.
         eps: Added to the gradient norm, > 0.
         perturb: Which parameters are perturbed: ``'auto'`` (all; in a model with quantizers neither their scales nor
             biases), ``'all'``, ``'weights'`` or a dict; see :class:`mm_sharp.ops.parameters.ParameterSelector`.
@@ -71,6 +75,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     Attributes:
         last_step: What the last step has found.
         record_timing: Whether the next step is timed.
+        record_sizes: Whether the next step records how far each tensor is moved; under FSDP the same in all processes.
         optimizer_steps: Optimizer steps so far, those before a resume included.
 
     Raises:
@@ -81,7 +86,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self,
         optimizer: Optimizer,
         rho: float = 0.05,
-        adaptive: bool = False,
+        adaptive: bool | str = False,
         eta: float = 0.01,
         eps: float = 1e-12,
         perturb: str | Mapping[str, object] = 'auto',
@@ -108,6 +113,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self.device = parameters_of(optimizer)[0].device
         self.precision = Precision(name, dtype, loss_scale, self.device)
         self.record_timing = False
+        self.record_sizes = False
         self.last_step: StepRecord | None = None
         self._recorder = CallRecorder()
         self._parallel = ParallelModel()
@@ -320,7 +326,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                     name,
                     shards,
                     perturb_quantized=self.settings.perturb_quantized,
-                    by_name=not self.selector.takes_all or self.skips_gradients,
+                    by_name=not self.selector.takes_all
+                    or self.skips_gradients
+                    or self.settings.adaptive in ('tensor', 'layer'),
                     clip_grad=self.clip_grad_kwargs,
                     accumulative_counts=self._accumulative_counts,
                 )
@@ -335,6 +343,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """Runs just before the model's forward."""
         timer = self._two_pass.timer = StepTimer(self.device) if self.record_timing else NO_TIMER
         timer.mark('start')
+        self._two_pass.measures = self.record_sizes
         self._metrics = None
         if self._passes is Passes.BOTH:
             with timer.exclude('recording'):

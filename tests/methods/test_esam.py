@@ -41,6 +41,12 @@ def test_with_asam_too(refresh: int | None) -> None:
     train_both(*pair(refresh=refresh, adaptive=True, rho=0.5), pool_batches(50))
 
 
+@pytest.mark.parametrize('adaptive', ['tensor', 'layer', 'global'])
+def test_relative_to_the_weights_too(adaptive: str) -> None:
+    """Of the tensors drawn, and times 1 / beta."""
+    train_both(*pair(adaptive=adaptive, rho=0.02), pool_batches(10))
+
+
 @pytest.mark.parametrize('refresh', [None, 10], ids=['exact', 'history'])
 @pytest.mark.parametrize(
     'loss', [ToyLoss(True, True), ToyLoss(True, False), ToyLoss(False, True)], ids=['sum', 'sum + mean', 'mean + sum']

@@ -43,6 +43,7 @@ BUCKETS = dict(gradient_as_bucket_view=True)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     'synced sam': ('sam', dict(model=PLAIN, sync_perturbation=True)),
     'synced asam': ('asam', dict(model=PLAIN, sync_perturbation=True)),
+    'synced sam-tensor': ('sam-tensor', dict(model=PLAIN, sync_perturbation=True, perturb='all')),
     'per rank': ('sam', dict(model=PLAIN)),
     'accumulated per rank': ('sam', dict(model=PLAIN, accumulative_counts=2)),
     'accumulated synced': ('sam', dict(model=PLAIN, accumulative_counts=2, sync_perturbation=True)),
@@ -175,14 +176,15 @@ def assert_identical(left: Arrays, right: Arrays) -> None:
 PARAMETERS = sum(p.numel() for p in make(norm=False).parameters())
 
 
-@pytest.mark.parametrize('name', ['sam', 'asam'])
+@pytest.mark.parametrize('name', ['sam', 'asam', 'sam-tensor'])
 def test_synced_perturbation_equals_one_process_with_the_joint_batch(ranks: list[dict[str, Any]], name: str) -> None:
     first, second = (rank[f'synced {name}'] for rank in ranks)
     model = make(norm=False)
     optimizer = momentum_sgd(model)
-    rho = WRAPPERS[name][1]['rho']
+    options = WRAPPERS[name][1]
+    rho, adaptive = options['rho'], options.get('adaptive', False)
     for batch in batches(STEPS, size=8):
-        sam_step(model, optimizer, lambda batch=batch: loss_of(model, batch), rho, adaptive=name == 'asam')
+        sam_step(model, optimizer, lambda batch=batch: loss_of(model, batch), rho, adaptive)
     assert_identical(first['state'], second['state'])
     assert_close(first['state'], arrays(model))
     assert first['norm'] == second['norm']

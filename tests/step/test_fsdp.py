@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from mm_sharp.ops.perturbation import weight_mask
+from mm_sharp.ops.perturbation import RELATIVE, weight_mask
 from mm_sharp.samples.seeds import RngStream, make_generator
 from tests.distributed import run
-from tests.fsdp_cases import STEPS, Faulty, error_of, norm_beside_ignored, overflow_of_one, train
+from tests.fsdp_cases import STEPS, Faulty, error_of, norm_beside_ignored, overflow_of_one, sizes_of, train
 from tests.fsdp_runs import WHOLE, run_and_resume
 from tests.rank_steps import esam_gradients, loss_of, shard
 from tests.references import sam_training
@@ -40,10 +40,20 @@ COMPARED = 'steps compared with one process'
 CONV = dict(include=['^conv'])
 CLIP = dict(clip_grad=dict(max_norm=0.3))
 
+
+def named(kind: str, relative: str) -> bool:
+    """Whether a sharded model's tensors can be told apart, or need not be."""
+    return kind != 'no names' or relative == 'global'
+
+
 # By name: (how it is sharded, wrapper, options). All run in one pair of processes, since starting them takes seconds.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f'{kind} sam': (kind, 'sam', {}) for kind in STEPPED},
     **{f'{kind} asam': (kind, 'asam', {}) for kind in BOTH},
+    **{f'{kind} {to}': (kind, 'sam', dict(adaptive=to)) for kind in STEPPED for to in RELATIVE if named(kind, to)},
+    **{f'{kind} sizes': (kind, 'sam', dict(sizes=True)) for kind in STEPPED if kind != 'no names'},
+    **{f'{kind} part sizes': (kind, 'sam-tensor', dict(sizes=True, perturb=CONV)) for kind in BOTH},
+    **{f'{kind} part by tensor': (kind, 'sam', dict(adaptive='tensor', perturb=CONV)) for kind in BOTH},
     **{f'{kind} esam': (kind, 'esam', {}) for kind in (*BOTH, 'zero2')},
     **{f'{kind} ausam': (kind, 'ausam', {}) for kind in BOTH},
     **{f'{kind} looksam': (kind, 'looksam', {}) for kind in BOTH},
@@ -100,6 +110,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     'masks': ('no names', 'esam', {}),
     'norm type': ('fsdp2', 'sam', dict(clip_grad=dict(max_norm=1.0, norm_type='inf'))),
     'quantized': ('flat', 'sam', dict(perturb_quantized=True)),
+    'by tensor': ('no names', 'sam', dict(adaptive='tensor')),
 }
 
 
@@ -139,6 +150,42 @@ def test_sharded_equals_one_process_with_the_joint_batch(ranks: Any, case: str, 
     holds(
         'Ranks', f'sharded by {KINDS[kind]}', subject, 'equal to one process', STEPS, 'steps compared with one process'
     )
+
+
+@pytest.mark.parametrize('case', [f'{kind} {to}' for kind in STEPPED for to in RELATIVE if named(kind, to)])
+def test_relative_to_whole_tensors(ranks: Any, case: str) -> None:
+    relative = case.rsplit(' ', 1)[1]
+    model, norms = reference(SINGLY, adaptive=relative)
+    plain, _ = reference(SINGLY)
+    assert not torch.allclose(model.head.weight, plain.head.weight, atol=1e-4), 'the scale makes no difference'
+    for rank in ranks:
+        assert_weights(rank[case], model)
+        assert rank[case]['norms'] == pytest.approx(norms, rel=1e-5)
+    assert ranks[0][case]['norms'] == ranks[1][case]['norms']
+
+
+SIZES = [f'{kind} sizes' for kind in STEPPED if kind != 'no names'] + [f'{kind} part sizes' for kind in BOTH]
+
+
+@pytest.mark.parametrize('case', SIZES)
+def test_how_far_whole_tensors_are_moved(ranks: Any, case: str) -> None:
+    model = make(norm=False)
+    part = 'part' in case
+    wrapper = build('sam-tensor' if part else 'sam', model, **(dict(perturb=CONV) if part else {}))
+    wrapper.record_sizes = True
+    for (batch,) in SINGLY:
+        model.train_step(batch, wrapper)
+    for rank in ranks:
+        assert rank[case]['sizes'] == [pytest.approx(values, rel=1e-4) for values in sizes_of(wrapper)]
+    assert ranks[0][case]['sizes'] == ranks[1][case]['sizes']
+
+
+@pytest.mark.parametrize('kind', BOTH)
+def test_a_process_without_a_piece_of_a_chosen_tensor(ranks: Any, kind: str) -> None:
+    model, norms = reference(SINGLY, part='conv', adaptive='tensor')
+    for rank in ranks:
+        assert_weights(rank[f'{kind} part by tensor'], model)
+        assert rank[f'{kind} part by tensor']['norms'] == pytest.approx(norms, rel=1e-5)
 
 
 def test_what_fsdp_leaves_alone_counts_once(ranks: Any) -> None:
@@ -333,6 +380,7 @@ MESSAGES = {
     'perturb': 'UserError: SAMOptimWrapper perturbs chosen parameters.*use_orig_params=True',
     'masks': 'UserError: ESAMOptimWrapper perturbs chosen parameters.*use_orig_params=True',
     'norm type': "UserError: SAMOptimWrapper: clip_grad with norm_type='inf' .* write clip_grad=",
+    'by tensor': 'UserError: SAMOptimWrapper perturbs chosen parameters.*use_orig_params=True',
     'quantized': 'UnsupportedError: SAMOptimWrapper: perturb_quantized=True is not supported under FSDP',
 }
 
