@@ -9,7 +9,13 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, LookSAMOptimWrapper, SAMOptimWrapper
+from mm_sharp import (
+    AUSAMOptimWrapper,
+    ESAMOptimWrapper,
+    FriendlySAMOptimWrapper,
+    LookSAMOptimWrapper,
+    SAMOptimWrapper,
+)
 from mm_sharp.samples.draw import BatchDraw
 from mm_sharp.samples.history import Keys
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -18,8 +24,10 @@ from tests.toys import same_state
 WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'sam': (SAMOptimWrapper, {'rho': 0.05}),
     'asam': (SAMOptimWrapper, {'rho': 0.5, 'adaptive': True}),
+    'sam-interval': (SAMOptimWrapper, {'rho': 0.05, 'interval': 2}),
     'sam-weights': (SAMOptimWrapper, {'rho': 0.05, 'perturb': 'weights'}),
     'looksam': (LookSAMOptimWrapper, {'rho': 0.05, 'k': 2}),
+    'friendlysam': (FriendlySAMOptimWrapper, {'rho': 0.05}),
     'esam': (ESAMOptimWrapper, {'rho': 0.05}),
     'esam-history': (ESAMOptimWrapper, {'rho': 0.05, 'selection': 'history', 'refresh': 2}),
     'ausam': (AUSAMOptimWrapper, {'rho': 0.05}),
@@ -28,7 +36,7 @@ WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'ausam-loader-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True}),
 }
 # One of every way in which a step goes: of what the base class does for all, these see what a method could break.
-DISTINCT = ('sam', 'looksam', 'esam', 'esam-history', 'ausam', 'ausam-loader-reweight')
+DISTINCT = ('sam', 'looksam', 'friendlysam', 'esam', 'esam-history', 'ausam', 'ausam-loader-reweight')
 # Options with which all samples go through both passes.
 WHOLE: dict[str, dict[str, Any]] = {
     'esam': {'gamma': 1.0},
@@ -42,7 +50,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 def forwards_in(name: str, step: int) -> int:
     """Forward passes in a step, counted from 0."""
-    if name == 'looksam':
+    if name in ('looksam', 'sam-interval'):
         return 2 - step % 2
     return 3 if name == 'esam' or (name == 'esam-history' and step % 2 == 0) else 2
 

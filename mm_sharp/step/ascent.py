@@ -23,6 +23,7 @@ from mm_sharp.step.parallel import ParallelModel
 from mm_sharp.step.settings import StepSettings
 
 Direct = Callable[[Sequence[Tensor], Sequence[Tensor]], Direction]
+Adjust = Callable[[Sequence[nn.Parameter], Sequence[Tensor], Tensor | None], None]
 
 
 class Ascent:
@@ -92,12 +93,13 @@ class Ascent:
         if self._average_by_hand and self._parallel.averages:
             average_gradients(self._perturbed)
 
-    def perturb(self, model: nn.Module, direct: Direct, device: torch.device) -> Tensor:
+    def perturb(self, model: nn.Module, adjust: Adjust, direct: Direct, device: torch.device) -> Tensor:
         """Perturb the chosen parameters by their gradients, after an exact copy was taken.
 
         Args:
             model: Module that holds the parameters.
-            direct: The method's :meth:`mm_sharp.step.method.Method.direction`.
+            adjust: The method's :meth:`mm_sharp.step.method.Method.perturbation_gradient`.
+            direct: Its :meth:`mm_sharp.step.method.Method.direction`.
             device: Where the norm is if nothing has a gradient.
 
         Returns:
@@ -117,13 +119,16 @@ class Ascent:
         gradients = [parameter.grad for parameter in perturbed if parameter.grad is not None]
         if shards is not None:
             weights, gradients = list(map(local_shard, weights)), list(map(local_shard, gradients))
+        inverse = self._inverse_grad_scale()
+        with torch.no_grad():
+            adjust(perturbed, gradients, inverse)
         self._weights.save(weights)
         norm = perturb_(
             weights,
             gradients,
             direct(weights, gradients),
             eps=self._settings.eps,
-            inverse_grad_scale=self._inverse_grad_scale(),
+            inverse_grad_scale=inverse,
             norm_of=global_norm if shards is None else shards.norm_of(perturbed, device),
         )
         if self._settings.perturb_quantized:

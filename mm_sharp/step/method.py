@@ -3,7 +3,8 @@
 ===  ==================================================  ============================================================
 1    Which samples go through each pass?                 :meth:`Method.first_batch`, :meth:`Method.perturbed_loss`
 2    Which parameters are perturbed?                     :meth:`Method.select_parameters`
-3    In which direction, and how far?                    :meth:`Method.direction`
+3    In which direction, and how far?                    :meth:`Method.direction`,
+                                                         :meth:`Method.perturbation_gradient`
 4    Which passes run in this step?                      :meth:`Method.passes`
 5    Which gradient does the optimizer get?              :meth:`Method.final_gradient`
 ===  ==================================================  ============================================================
@@ -107,6 +108,17 @@ class Method:
         """
         settings = self.settings
         return Direction(settings.rho, asam_stretches(weights, settings.eta) if settings.adaptive else None)
+
+    def perturbation_gradient(
+        self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], inverse_scale: Tensor | None
+    ) -> None:
+        """Change, in place, the gradients that the perturbation follows; asked before :meth:`direction`.
+
+        Args:
+            parameters: Those that are perturbed, and have a gradient.
+            gradients: Of each, as memory of this process, with the loss scale.
+            inverse_scale: What the gradients are multiplied by to be without it; None for 1.
+        """
 
     # ---------------------------------------------------------------- 4: which passes
     def passes(self) -> Passes:

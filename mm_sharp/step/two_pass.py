@@ -107,7 +107,9 @@ class TwoPassStep:
         try:
             with self.timer.exclude('host'):
                 self.state.rewind()
-            norm = self.ascent.perturb(self.parallel.module, method.direction, batch.loss.device)  # w + e
+            norm = self.ascent.perturb(
+                self.parallel.module, method.perturbation_gradient, method.direction, batch.loss.device
+            )  # w + e
             batch.gradients.unstash()
             self.timer.mark('perturb')
             second, perturbed_loss = method.perturbed_loss(batch.call, batch.loss, norm)  # L(w + e)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, SAMOptimWrapper
+from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, LookSAMOptimWrapper, SAMOptimWrapper
 from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -18,6 +18,8 @@ HISTORY = {'selection': 'history'}
     [
         (SAMOptimWrapper, {}, 32, 2, 2, 1),
         (SAMOptimWrapper, {'adaptive': True}, 32, 2, 2, 1),
+        (SAMOptimWrapper, {'interval': 5}, 32, 1, 1.2, 5),
+        (LookSAMOptimWrapper, {}, 32, 1, 1.2, 5),
         (ESAMOptimWrapper, {}, 32, 1.7, 1.7, 1),
         (ESAMOptimWrapper, {}, 1, 5.6 / 3, 5.6 / 3, 1),  # the only sample is taken without a selection
         (ESAMOptimWrapper, {'beta': 1.0, 'gamma': 1.0}, 32, 2, 2, 1),
