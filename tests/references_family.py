@@ -6,6 +6,7 @@ Micro-batches are averaged before anything else is done with their gradients; ea
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -119,3 +120,11 @@ class FriendlySAM(FlatReference):
     def final(self, plain: Tensor, perturbed: Tensor) -> Tensor:
         self.average = self.update(plain)
         return perturbed
+
+
+# By the wrapper's row in tests/wrappers.py, with that row's arguments.
+FAMILY: dict[str, Callable[..., FlatReference]] = {
+    'sam-interval': partial(IntervalSAM, interval=2),
+    'looksam': partial(LookSAM, k=2, alpha=0.7),
+    'friendlysam': partial(FriendlySAM, sigma=1.0, lmbda=0.9),
+}

@@ -18,6 +18,7 @@ from tests.fsdp_runs import WHOLE, run_and_resume
 from tests.rank_steps import esam_gradients, loss_of, shard
 from tests.references import sam_training
 from tests.references_esam import ReferenceESAM
+from tests.references_family import FAMILY
 from tests.reliability import Holds
 from tests.toys import Batch, ToyNet, batches, make
 from tests.wrappers import build, momentum_sgd
@@ -46,7 +47,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f'{kind} asam': (kind, 'asam', {}) for kind in BOTH},
     **{f'{kind} esam': (kind, 'esam', {}) for kind in (*BOTH, 'zero2')},
     **{f'{kind} ausam': (kind, 'ausam', {}) for kind in BOTH},
-    **{f'{kind} looksam': (kind, 'looksam', {}) for kind in BOTH},
+    **{f'{kind} {name}': (kind, name, {}) for kind in BOTH for name in FAMILY},
     **{f'{kind} accumulated': (kind, 'sam', dict(accumulative_counts=2)) for kind in (*BOTH, 'no names')},
     **{f'{kind} part': (kind, 'sam', dict(perturb=CONV)) for kind in BOTH},
     **{f'{kind} clipped': (kind, 'sam', CLIP) for kind in BOTH},
@@ -94,6 +95,14 @@ RUNS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     'kept parts': ('local', dict(type='LookSAMOptimWrapper', k=2), "a checkpoint of each rank's part"),
     'kept whole': (WHOLE, dict(type='LookSAMOptimWrapper', k=2), 'one whole checkpoint'),
+    'average parts': ('local', dict(type='FriendlySAMOptimWrapper'), "a checkpoint of each rank's part"),
+    'average whole': (WHOLE, dict(type='FriendlySAMOptimWrapper'), 'one whole checkpoint'),
+}
+SUBJECTS = {
+    'AUSAMOptimWrapper': 'ausam',
+    'ESAMOptimWrapper': 'esam-history',
+    'LookSAMOptimWrapper': 'looksam',
+    'FriendlySAMOptimWrapper': 'friendlysam',
 }
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     'perturb': ('no names', 'sam', dict(perturb='weights')),
@@ -295,13 +304,14 @@ def test_a_step_that_fails_leaves_no_trace(ranks: Any, kind: str, fault: str, at
 
 
 @pytest.mark.parametrize('kind', BOTH)
-def test_looksam_keeps_the_direction_in_pieces(ranks: Any, kind: str) -> None:
+@pytest.mark.parametrize('name', FAMILY)
+def test_the_family_in_pieces_is_one_process(ranks: Any, name: str, kind: str) -> None:
     model = make(norm=False)
-    wrapper = build('looksam', model)
+    wrapper = build(name, model)
     for (batch,) in SINGLY:
         model.train_step(batch, wrapper)
     for rank in ranks:
-        assert_weights(rank[f'{kind} looksam'], model)
+        assert_weights(rank[f'{kind} {name}'], model)
 
 
 @pytest.mark.parametrize('key', RUNS)
@@ -317,8 +327,8 @@ def test_a_resumed_run_is_one_that_never_stopped(ranks: Any, key: str, holds: Ho
         expected = {'mm_sharp', 'param_groups', 'state'} | ({'loss_scaler'} if key == 'whole' else set())
         assert set(result['saved']) == expected
         assert math.isfinite(result['logged'])
-    assert ("'visits'" in ranks[0][key]['states'][0]) == (not key.startswith('kept'))
-    subject = {'parts': 'ausam', 'whole': 'esam-history'}.get(key, 'looksam')
+    subject = SUBJECTS[RUNS[key][1]['type']]
+    assert ("'visits'" in ranks[0][key]['states'][0]) == (subject in ('ausam', 'esam-history'))
     holds(
         'Ranks',
         f'resumed under FSDP, from {RUNS[key][2]}',
