@@ -3,7 +3,8 @@
 Importing the package registers, in MMEngine's root registries:
 
 - ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`,
-  :class:`LookSAMOptimWrapper`, :class:`FriendlySAMOptimWrapper`
+  :class:`LookSAMOptimWrapper`, :class:`FriendlySAMOptimWrapper`,
+  :class:`GSAMOptimWrapper`
 - ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.hooks.history.SampleHistoryHook`,
   :class:`mm_sharp.hooks.resumed_draws.ResumedDrawsHook`, :class:`mm_sharp.hooks.compile.CompileHook`,
   :class:`mm_sharp.compat.PlainCheckpointHook`
@@ -22,6 +23,7 @@ __all__ = [
     'AUSAMSampler',
     'ESAMOptimWrapper',
     'FriendlySAMOptimWrapper',
+    'GSAMOptimWrapper',
     'IndexedDataset',
     'LookSAMOptimWrapper',
     'SAMOptimWrapper',
@@ -47,6 +49,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.methods.ausam import AUSAMOptimWrapper
     from mm_sharp.methods.esam import ESAMOptimWrapper
     from mm_sharp.methods.friendlysam import FriendlySAMOptimWrapper
+    from mm_sharp.methods.gsam import GSAMOptimWrapper
     from mm_sharp.methods.looksam import LookSAMOptimWrapper
     from mm_sharp.methods.sam import SAMOptimWrapper
     from mm_sharp.samples.ausam_sampler import AUSAMSampler

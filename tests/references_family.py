@@ -58,9 +58,7 @@ class FlatReference:
     def both(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
         """g and g', averaged over the micro-batches."""
         plain = [self.gradient(batch) for batch in micro_batches]
-        perturbed = [
-            self.gradient(batch, self.perturbation(g)) for batch, g in zip(micro_batches, plain, strict=True)
-        ]
+        perturbed = [self.gradient(batch, self.perturbation(g)) for batch, g in zip(micro_batches, plain, strict=True)]
         return torch.stack(plain).mean(0), torch.stack(perturbed).mean(0)
 
     def final(self, plain: Tensor, perturbed: Tensor) -> Tensor:
@@ -122,9 +120,27 @@ class FriendlySAM(FlatReference):
         return perturbed
 
 
+class GSAM(FlatReference):
+    """Algorithm 1; the learning rate is the first group's, and was ``lr_max`` at the start."""
+
+    def __init__(self, *args: Any, alpha: float, rho_min: float, lr_min: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.alpha, self.rho_min, self.lr_min = alpha, rho_min, lr_min
+        self.lr_max = self.optimizer.param_groups[0]['lr']
+
+    def perturbation(self, gradient: Tensor) -> Tensor:
+        share = (self.optimizer.param_groups[0]['lr'] - self.lr_min) / (self.lr_max - self.lr_min)
+        return (self.rho_min + (self.rho - self.rho_min) * share) * gradient / gradient.norm()
+
+    def final(self, plain: Tensor, perturbed: Tensor) -> Tensor:
+        orthogonal = plain - (plain @ perturbed) / (perturbed @ perturbed) * perturbed
+        return perturbed - self.alpha * orthogonal
+
+
 # By the wrapper's row in tests/wrappers.py, with that row's arguments.
 FAMILY: dict[str, Callable[..., FlatReference]] = {
     'sam-interval': partial(IntervalSAM, interval=2),
     'looksam': partial(LookSAM, k=2, alpha=0.7),
+    'gsam': partial(GSAM, alpha=0.4, rho_min=0.0),
     'friendlysam': partial(FriendlySAM, sigma=1.0, lmbda=0.9),
 }

@@ -13,6 +13,7 @@ from mm_sharp import (
     AUSAMOptimWrapper,
     ESAMOptimWrapper,
     FriendlySAMOptimWrapper,
+    GSAMOptimWrapper,
     LookSAMOptimWrapper,
     SAMOptimWrapper,
 )
@@ -28,6 +29,7 @@ WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'sam-weights': (SAMOptimWrapper, {'rho': 0.05, 'perturb': 'weights'}),
     'looksam': (LookSAMOptimWrapper, {'rho': 0.05, 'k': 2}),
     'friendlysam': (FriendlySAMOptimWrapper, {'rho': 0.05}),
+    'gsam': (GSAMOptimWrapper, {'rho': 0.05}),
     'esam': (ESAMOptimWrapper, {'rho': 0.05}),
     'esam-history': (ESAMOptimWrapper, {'rho': 0.05, 'selection': 'history', 'refresh': 2}),
     'ausam': (AUSAMOptimWrapper, {'rho': 0.05}),
@@ -36,7 +38,7 @@ WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'ausam-loader-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True}),
 }
 # One of every way in which a step goes: of what the base class does for all, these see what a method could break.
-DISTINCT = ('sam', 'looksam', 'friendlysam', 'esam', 'esam-history', 'ausam', 'ausam-loader-reweight')
+DISTINCT = ('sam', 'looksam', 'friendlysam', 'gsam', 'esam', 'esam-history', 'ausam', 'ausam-loader-reweight')
 # Options with which all samples go through both passes.
 WHOLE: dict[str, dict[str, Any]] = {
     'esam': {'gamma': 1.0},

@@ -12,8 +12,8 @@ m is updated with the gradient itself, as in the paper. (A widely used implement
 back into its average.) It starts at zero. The authors' code subtracts m as it was before g entered it, and starts it
 with the first g; with ``sigma=1`` that gives the same direction, up to what m started with.
 
-m is one for all processes and micro-batches: it takes up the first passes' gradient of the whole optimizer step, averaged
-over both, when the step is made. Each micro-batch of each process is perturbed along its own ``g - sigma * m``.
+m is one for all processes and micro-batches: when an optimizer step is made, it takes up the first passes' gradient,
+averaged over both. Each micro-batch of each process is perturbed along its own ``g - sigma * m``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -76,5 +75,5 @@ class FriendlySAMOptimWrapper(TwoPassOptimWrapper):
             self.lmbda * average + (1.0 - self.lmbda) * g
             for average, g in zip(self.kept_of(gradient.parameters), plain, strict=True)
         ]
-        self.keep(gradient.parameters, averages, torch.isfinite(gradient.dot(plain, plain)))
+        self.keep(gradient.parameters, averages, gradient.all_finite(plain))
         super().final_gradient(gradient)

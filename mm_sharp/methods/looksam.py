@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from mmengine.registry import OPTIM_WRAPPERS
 from torch.optim import Optimizer
 
@@ -58,7 +57,7 @@ class LookSAMOptimWrapper(TwoPassOptimWrapper):
             plain = gradient.first_gradients()
             along = gradient.dot(ours, plain) / gradient.dot(plain, plain).clamp(min=self.settings.eps**2)
             across = [a - along.to(a) * b for a, b in zip(ours, plain, strict=True)]
-            self.keep(gradient.parameters, across, torch.isfinite(gradient.dot(across, across)))
+            self.keep(gradient.parameters, across, gradient.all_finite(across))
             return
         kept = self.kept_of(gradient.parameters)
         factor = self.alpha * gradient.dot(ours, ours).sqrt() / (gradient.dot(kept, kept).sqrt() + self.settings.eps)

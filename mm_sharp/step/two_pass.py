@@ -128,12 +128,13 @@ class TwoPassStep:
         self.timer.mark('pass1')
         return StepRecord(batch.loss.detach(), timer=self.timer.if_running())
 
-    def final_gradient(self, trained: list[nn.Parameter], average: bool) -> FinalGradient:
+    def final_gradient(self, trained: list[nn.Parameter], average: bool, finite: Tensor | None = None) -> FinalGradient:
         """The gradients of an optimizer step, for the method to change; without the loss scale.
 
         Args:
             trained: The parameters.
             average: Whether the first passes' gradients are each process's own so far.
+            finite: Whether the gradients were finite; see :class:`FinalGradient`.
         """
         first = self.first_gradients.take()
         inverse = self.precision.inverse_scale()
@@ -142,7 +143,7 @@ class TwoPassStep:
         if average:
             self.parallel.average(list(first.values()))
         with_gradient = [parameter for parameter in trained if parameter.grad is not None]
-        return FinalGradient(with_gradient, first, self.parallel.total)
+        return FinalGradient(with_gradient, first, self.parallel.total, finite)
 
     def undo(self, batch: MicroBatch) -> None:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""

@@ -128,6 +128,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._passes = Passes.BOTH
         self._loss_checks = RareChanges()
         self._within_update = False
+        self._finite: Tensor | None = None
 
     # ---------------------------------------------------------------- settings
     @property
@@ -252,8 +253,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         if self.changes_gradient or self.clip_grad_kwargs:
             self.precision.unscale(self.optimizer)
         if self.changes_gradient:
+            apart = not self.settings.sync_perturbation
             with torch.no_grad():
-                self.final_gradient(self._two_pass.final_gradient(self._trained, not self.settings.sync_perturbation))
+                self.final_gradient(self._two_pass.final_gradient(self._trained, apart, self._finite))
         if self.clip_grad_kwargs:
             self._clip_grad()
         self.precision.step(self.optimizer, **kwargs)
@@ -375,11 +377,14 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
 
     def _step_if_finite(self, step_kwargs: Mapping[str, Any]) -> Tensor | None:
         """Step, unless the final gradient is not finite; None where that is for the loss scaler to find out."""
+        self._finite = None
         if self.precision.scaler is not None:
             self.step(**step_kwargs)
             return None
         with self.exclude_from_timing('host'):
             finite = self._guard.verdict(self._parameters)
+        if not self._guard.host_knows:
+            self._finite = finite
         if not self._guard.host_knows or finite:
             self.step(**step_kwargs)
         return finite

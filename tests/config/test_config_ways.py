@@ -25,7 +25,14 @@ from tests.tiny_data import draw_coco
 
 FOLDER = ROOT / 'configs'
 # By folder, the method's name.
-METHODS = {'sam': 'SAM', 'esam': 'ESAM', 'ausam': 'AUSAM', 'looksam': 'LookSAM', 'friendlysam': 'FriendlySAM'}
+METHODS = {
+    'sam': 'SAM',
+    'esam': 'ESAM',
+    'ausam': 'AUSAM',
+    'looksam': 'LookSAM',
+    'friendlysam': 'FriendlySAM',
+    'gsam': 'GSAM',
+}
 RECIPE = 'mmpose::body_2d_keypoint/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py'
 VITPOSE = 'mmpose::body_2d_keypoint/topdown_heatmap/coco/td-hm_ViTPose-small_8xb64-210e_coco-256x192.py'
 # Class, and what differs from its defaults, by fragment.
@@ -38,6 +45,7 @@ FRAGMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     'ausam': ('AUSAMOptimWrapper', {}),
     'looksam': ('LookSAMOptimWrapper', {}),
     'friendlysam': ('FriendlySAMOptimWrapper', {}),
+    'gsam': ('GSAMOptimWrapper', {}),
 }
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from mmengine.optim import OptimWrapper
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.checkpoints import through_disk
-from tests.references_family import FlatReference, FriendlySAM, IntervalSAM, LookSAM
-from tests.toys import ToyNet, batches, make, same_state
+from tests.references_family import GSAM, FlatReference, FriendlySAM, IntervalSAM, LookSAM
+from tests.toys import NaNSecond, ToyNet, batches, make, same_state
 from tests.wrappers import build, momentum_sgd
 
 # By case: the wrapper's row and arguments, and the reference's class and arguments.
@@ -23,13 +23,18 @@ CASES: dict[str, tuple[str, dict[str, Any], type[FlatReference], dict[str, Any]]
     'looksam': ('looksam', {'k': 5, 'alpha': 0.7}, LookSAM, {'k': 5, 'alpha': 0.7}),
     'looksam of 3': ('looksam', {'k': 3, 'alpha': 0.3}, LookSAM, {'k': 3, 'alpha': 0.3}),
     'friendlysam': ('friendlysam', {}, FriendlySAM, {'sigma': 1.0, 'lmbda': 0.9}),
-    'friendlysam of 0.5': (
-        'friendlysam', {'sigma': 0.8, 'lmbda': 0.5}, FriendlySAM, {'sigma': 0.8, 'lmbda': 0.5}
+    'friendlysam of 0.5': ('friendlysam', {'sigma': 0.8, 'lmbda': 0.5}, FriendlySAM, {'sigma': 0.8, 'lmbda': 0.5}),
+    'gsam': ('gsam', {}, GSAM, {'alpha': 0.4, 'rho_min': 0.0}),
+    'gsam scheduled': (
+        'gsam',
+        {'rho_min': 0.02, 'alpha': 1.0, 'lr_min': 1e-3},
+        GSAM,
+        {'alpha': 1.0, 'rho_min': 0.02, 'lr_min': 1e-3},
     ),
 }
 # Those that keep a tensor of each parameter.
 KEEP = ('looksam', 'friendlysam')
-ALL = ('sam-interval', *KEEP)
+ALL = ('sam-interval', 'gsam', *KEEP)
 
 
 def train(wrapper: TwoPassOptimWrapper, model: ToyNet, data: list[Any]) -> None:
@@ -57,6 +62,9 @@ def test_fifty_steps_equal_the_reference(case: str, way: str) -> None:
     ]
     for number in range(50):
         micro_batches = data[number * count : (number + 1) * count]
+        if 'scheduled' in case:
+            for optimizer in (wrapper.optimizer, reference.optimizer):
+                optimizer.param_groups[0]['lr'] *= 0.97  # never below lr_min
         train(wrapper, ours, micro_batches)
         reference.step(micro_batches)
         for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -117,6 +125,7 @@ def test_an_overflow_leaves_what_is_kept(name: str) -> None:
 BAD = {
     'sam': [('interval', 0), ('interval', 2.5)],
     'friendlysam': [('sigma', -0.5), ('sigma', None), ('lmbda', 0), ('lmbda', 1.0), ('lmbda', '0.9')],
+    'gsam': [('alpha', -1), ('rho_min', 0.06), ('rho_min', -1), ('lr_max', 0.0), ('lr_min', None)],
     'looksam': [('k', 0), ('k', 2.5), ('alpha', -0.1), ('alpha', None), ('rho', -1)],
 }
 
@@ -134,6 +143,7 @@ EQUAL: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] 
     'SAM in every step': (('sam-interval', {'interval': 1}), ('sam', {})),
     'ASAM in every step': (('asam', {'interval': 1}), ('asam', {})),
     'Friendly SAM that takes nothing off': (('friendlysam', {'sigma': 0.0}), ('sam', {})),
+    'GSAM without weight, at a constant radius': (('gsam', {'alpha': 0.0, 'rho_min': 0.05}), ('sam', {})),
     'LookSAM in every step': (('looksam', {'k': 1}), ('sam', {})),
 }
 
@@ -160,3 +170,32 @@ def test_the_steps_between_are_the_base_optimizer_s(name: str, options: dict[str
         assert wrapper.last_step is not None
         assert wrapper.last_step.perturbed_loss is None
     assert same_state(ours, theirs)
+
+
+def test_gsams_radius_follows_the_learning_rate() -> None:
+    """A scheduler notes the initial learning rate; warm-up and what lies beyond the range stay within the radii."""
+    wrapper = build('gsam', make(), rho_min=0.01, lr_min=0.01)
+    (group,) = wrapper.optimizer.param_groups
+    assert wrapper.scheduled_rho == pytest.approx(0.05)
+    group['initial_lr'] = 0.11
+    for lr, rho in ((0.06, 0.03), (0.11, 0.05), (0.2, 0.05), (0.01, 0.01), (0.0, 0.01)):
+        group['lr'] = lr
+        assert wrapper.scheduled_rho == pytest.approx(rho)
+    assert wrapper.log_scalars() == {'rho': pytest.approx(0.01)}
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_where_the_host_learns_late_of_a_gradient_that_is_not_finite(name: str) -> None:
+    """As on an accelerator, which steps along a gradient of zero: nothing moves, and what is kept stays."""
+    model = make(NaNSecond, factors={3: float('nan')})
+    wrapper = build(name, model, SGD(model.parameters(), lr=0.1), **({'k': 1} if name == 'looksam' else {}))
+    wrapper._guard.host_knows = False
+    first, second = batches(2)
+    model.train_step(first, wrapper)
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    kept = [tensor.clone() for tensor in wrapper.kept.values()]
+    if name == 'sam-interval':
+        wrapper.optimizer_steps = 0
+    model.train_step(second, wrapper)
+    assert all(map(torch.equal, model.parameters(), weights))
+    assert all(map(torch.equal, wrapper.kept.values(), kept))
