@@ -4,7 +4,7 @@ Importing the package registers, in MMEngine's root registries:
 
 - ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`,
   :class:`LookSAMOptimWrapper`, :class:`FriendlySAMOptimWrapper`,
-  :class:`GSAMOptimWrapper`
+  :class:`GSAMOptimWrapper`, :class:`MSAMOptimWrapper`
 - ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.hooks.history.SampleHistoryHook`,
   :class:`mm_sharp.hooks.resumed_draws.ResumedDrawsHook`, :class:`mm_sharp.hooks.compile.CompileHook`,
   :class:`mm_sharp.compat.PlainCheckpointHook`
@@ -26,6 +26,7 @@ __all__ = [
     'GSAMOptimWrapper',
     'IndexedDataset',
     'LookSAMOptimWrapper',
+    'MSAMOptimWrapper',
     'SAMOptimWrapper',
     'SharpnessHook',
     '__version__',
@@ -51,6 +52,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.methods.friendlysam import FriendlySAMOptimWrapper
     from mm_sharp.methods.gsam import GSAMOptimWrapper
     from mm_sharp.methods.looksam import LookSAMOptimWrapper
+    from mm_sharp.methods.msam import MSAMOptimWrapper
     from mm_sharp.methods.sam import SAMOptimWrapper
     from mm_sharp.samples.ausam_sampler import AUSAMSampler
     from mm_sharp.samples.indexed_dataset import IndexedDataset

@@ -137,10 +137,26 @@ class GSAM(FlatReference):
         return perturbed - self.alpha * orthogonal
 
 
+class MSAM(FlatReference):
+    """Algorithm 1, with SGD's momentum or Adam's."""
+
+    rho = 0.3
+
+    def step(self, micro_batches: list[Batch]) -> None:
+        states = [self.optimizer.state[parameter] for parameter in self.parameters]
+        momenta = [state.get('momentum_buffer', state.get('exp_avg')) for state in states]
+        move = None
+        if self.steps:
+            momentum = flat(momenta)
+            move = -self.rho * momentum / momentum.norm()
+        self.finish(torch.stack([self.gradient(batch, move) for batch in micro_batches]).mean(0))
+
+
 # By the wrapper's row in tests/wrappers.py, with that row's arguments.
 FAMILY: dict[str, Callable[..., FlatReference]] = {
     'sam-interval': partial(IntervalSAM, interval=2),
     'looksam': partial(LookSAM, k=2, alpha=0.7),
     'gsam': partial(GSAM, alpha=0.4, rho_min=0.0),
+    'msam': MSAM,
     'friendlysam': partial(FriendlySAM, sigma=1.0, lmbda=0.9),
 }

@@ -4,7 +4,8 @@
 1    Which samples go through each pass?                 :meth:`Method.first_batch`, :meth:`Method.perturbed_loss`
 2    Which parameters are perturbed?                     :meth:`Method.select_parameters`
 3    In which direction, and how far?                    :meth:`Method.direction`,
-                                                         :meth:`Method.perturbation_gradient`
+                                                         :meth:`Method.perturbation_gradient`,
+                                                         :meth:`Method.perturb_along`
 4    Which passes run in this step?                      :meth:`Method.passes`
 5    Which gradient does the optimizer get?              :meth:`Method.final_gradient`
 ===  ==================================================  ============================================================
@@ -36,6 +37,7 @@ class Passes(Enum):
 
     BOTH = 'both: the second one at the perturbed weights'
     FIRST = 'the first alone: the base optimizer, on the gradient that final_gradient makes of it'
+    PERTURBED = 'one alone, at weights that are perturbed before it, along what perturb_along gives'
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,18 @@ class Method:
             gradients: Of each, as memory of this process, with the loss scale.
             inverse_scale: What the gradients are multiplied by to be without it; None for 1.
         """
+
+    def perturb_along(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """What stands for the gradient where the passes are ``Passes.PERTURBED``, before there is one.
+
+        Args:
+            parameters: Those that are perturbed.
+
+        Returns:
+            Of each, a new tensor as memory of this process, or None if it stays where it is. They go to
+            :meth:`direction` as gradients.
+        """
+        return [None for _ in parameters]
 
     # ---------------------------------------------------------------- 4: which passes
     def passes(self) -> Passes:

@@ -27,6 +27,7 @@ from mm_sharp.ops.gradients import FirstGradients, GradientStash
 from mm_sharp.ops.model_call import CallRecorder, ModelCall
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rng import RandomState
+from mm_sharp.step.ahead import PerturbationAhead
 from mm_sharp.step.ascent import Ascent
 from mm_sharp.step.final_gradient import FinalGradient
 from mm_sharp.step.method import Method
@@ -60,6 +61,7 @@ class TwoPassStep:
 
     Args:
         ascent: The way to w + e and back.
+        ahead: The same, before the only pass.
         precision: Loss scale.
         parallel: The model.
         state: What its forward passes change in it.
@@ -74,6 +76,7 @@ class TwoPassStep:
     def __init__(
         self,
         ascent: Ascent,
+        ahead: PerturbationAhead,
         precision: Precision,
         parallel: ParallelModel,
         state: ForwardState,
@@ -81,6 +84,7 @@ class TwoPassStep:
         replay_rng: bool,
     ) -> None:
         self.ascent = ascent
+        self.ahead = ahead
         self.precision = precision
         self.parallel = parallel
         self.state = state
@@ -128,6 +132,20 @@ class TwoPassStep:
         self.timer.mark('pass1')
         return StepRecord(batch.loss.detach(), timer=self.timer.if_running())
 
+    def run_perturbed(self, batch: MicroBatch) -> StepRecord:
+        """The only pass of its step, at the perturbed weights that its forward has seen; then back to w."""
+        batch.gradients.unstash()
+        interrupted = True
+        try:
+            self.ahead.take_up()
+            self._backward(batch.loss, batch.micro_batches)
+            self.timer.mark('pass1')
+            interrupted = False
+        finally:
+            in_order(lambda: self.parallel.reshard(interrupted), self.ahead.restore)
+            self.timer.mark('restore')
+        return StepRecord(batch.loss.detach(), timer=self.timer.if_running())
+
     def final_gradient(self, trained: list[nn.Parameter], average: bool, finite: Tensor | None = None) -> FinalGradient:
         """The gradients of an optimizer step, for the method to change; without the loss scale.
 
@@ -149,6 +167,7 @@ class TwoPassStep:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""
         in_order(
             lambda: self.parallel.reshard(interrupted=True),
+            self.ahead.restore,
             self.ascent.restore,
             self.ascent.unfreeze,
             self.first_gradients.forget_pending,

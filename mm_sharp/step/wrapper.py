@@ -29,6 +29,7 @@ from mm_sharp.ops.parameters import ParameterSelector, devices_of, parameters_of
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.samples.keys import without_keys
+from mm_sharp.step.ahead import PerturbationAhead
 from mm_sharp.step.ascent import Ascent
 from mm_sharp.step.checkpoint import pack_state, unpack_state, with_kept, without_kept
 from mm_sharp.step.checks import check_loss, check_model, check_shards, check_within, require_call
@@ -113,10 +114,17 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._parallel = ParallelModel()
         self._state = ForwardState(self._weights)
         self._ascent = Ascent(settings, self.precision, self._parallel)
+        self._ahead = PerturbationAhead(settings, self._parallel)
         self.second_pass = SecondPass(self._parallel, self.precision, self._state, settings.replay_rng)
         self._guard = NonFiniteGuard(name, self.device, self._parallel, self._state)
         self._two_pass = TwoPassStep(
-            self._ascent, self.precision, self._parallel, self._state, self._recorder, settings.replay_rng
+            self._ascent,
+            self._ahead,
+            self.precision,
+            self._parallel,
+            self._state,
+            self._recorder,
+            settings.replay_rng,
         )
         self.optimizer_steps = 0
         self.kept: dict[nn.Parameter, Tensor] = {}
@@ -160,6 +168,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._parameters = parameters_of(self.optimizer)
         self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         self._attach(model)
+        self._ahead.restore()  # an earlier forward may have been left without the rest of its step
         try:
             with (
                 self._parallel.no_sync(not synced),
@@ -169,8 +178,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                 self.recording(model) if self._passes is Passes.BOTH else _NOTHING,
             ):
                 yield
+            self._ahead.set_aside()
         except BaseException:
             self._parallel.reshard(interrupted=True)
+            self._ahead.restore()
             self._state.undo()
             raise
         finally:
@@ -210,8 +221,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                 self._check_loss(call, loss)
                 self._guard.begin()
             self.second_pass.synchronise = self.should_sync()
-            both = self._passes is Passes.BOTH
-            record = self._two_pass.run(self, batch) if both else self._two_pass.run_first_alone(batch)
+            record = self._run(batch)
             self.last_step = record if self._metrics is None else replace(record, metrics=self._metrics)
             self._inner_count += 1
             due = self.should_update()
@@ -295,9 +305,17 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         return offending_samples(type(self).__name__, call)
 
     # ---------------------------------------------------------------- parts of a step
+    def _run(self, batch: MicroBatch) -> StepRecord:
+        """The passes of this step."""
+        if self._passes is Passes.BOTH:
+            return self._two_pass.run(self, batch)
+        if self._passes is Passes.PERTURBED:
+            return self._two_pass.run_perturbed(batch)
+        return self._two_pass.run_first_alone(batch)
+
     def _first_pass_is_synced(self) -> bool:
         """Whether DDP averages the first pass's gradients."""
-        if self._passes is Passes.FIRST:
+        if self._passes is not Passes.BOTH:
             return bool(self.should_sync())
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
         return self.settings.sync_perturbation and not self.skips_gradients
@@ -337,14 +355,16 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         timer = self._two_pass.timer = StepTimer(self.device) if self.record_timing else NO_TIMER
         timer.mark('start')
         self._metrics = None
+        self._ahead.restore()  # a model may catch the error of a call, and call itself again
         if self._passes is Passes.BOTH:
             with timer.exclude('recording'):
                 call = self.first_batch(call)
         with timer.exclude('host'):
             call.args, call.kwargs = without_keys(call.model, call.args, call.kwargs)
+            if self._passes is not Passes.FIRST:
+                perturbed = self.select_parameters(self.selector.select(self._parallel.module, self._trained))
+                self._ahead.choose(perturbed)
             if self._passes is Passes.BOTH:
-                allowed = self.selector.select(self._parallel.module, self._trained)
-                perturbed = self.select_parameters(allowed)
                 # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
                 skip = self._trained if self.skips_gradients and self._parallel.shards is None else ()
                 by_hand = self.settings.sync_perturbation and self.skips_gradients
@@ -358,6 +378,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         with self.exclude_from_timing('host'):
             sharded = self._parallel.shards is not None
             self._state.snapshot(self._parallel.tree, sharded=sharded, broadcast=self._parallel.broadcasts)
+        if self._passes is Passes.PERTURBED:
+            self._ahead.perturb(self, self.device)
 
     def _micro_batch(self, call: ModelCall, loss: Tensor) -> MicroBatch:
         with self.exclude_from_timing('host'):

@@ -32,6 +32,7 @@ METHODS = {
     'looksam': 'LookSAM',
     'friendlysam': 'FriendlySAM',
     'gsam': 'GSAM',
+    'msam': 'MSAM',
 }
 RECIPE = 'mmpose::body_2d_keypoint/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py'
 VITPOSE = 'mmpose::body_2d_keypoint/topdown_heatmap/coco/td-hm_ViTPose-small_8xb64-210e_coco-256x192.py'
@@ -46,6 +47,7 @@ FRAGMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     'looksam': ('LookSAMOptimWrapper', {}),
     'friendlysam': ('FriendlySAMOptimWrapper', {}),
     'gsam': ('GSAMOptimWrapper', {}),
+    'msam': ('MSAMOptimWrapper', {}),
 }
 
 
