@@ -4,7 +4,7 @@ Importing the package registers, in MMEngine's root registries:
 
 - ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`,
   :class:`LookSAMOptimWrapper`, :class:`FriendlySAMOptimWrapper`,
-  :class:`GSAMOptimWrapper`, :class:`MSAMOptimWrapper`
+  :class:`GSAMOptimWrapper`, :class:`MSAMOptimWrapper`, :class:`WSAMOptimWrapper`
 - ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.hooks.history.SampleHistoryHook`,
   :class:`mm_sharp.hooks.resumed_draws.ResumedDrawsHook`, :class:`mm_sharp.hooks.compile.CompileHook`,
   :class:`mm_sharp.compat.PlainCheckpointHook`
@@ -29,6 +29,7 @@ __all__ = [
     'MSAMOptimWrapper',
     'SAMOptimWrapper',
     'SharpnessHook',
+    'WSAMOptimWrapper',
     '__version__',
 ]
 
@@ -54,6 +55,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.methods.looksam import LookSAMOptimWrapper
     from mm_sharp.methods.msam import MSAMOptimWrapper
     from mm_sharp.methods.sam import SAMOptimWrapper
+    from mm_sharp.methods.wsam import WSAMOptimWrapper
     from mm_sharp.samples.ausam_sampler import AUSAMSampler
     from mm_sharp.samples.indexed_dataset import IndexedDataset
 

@@ -137,6 +137,31 @@ class GSAM(FlatReference):
         return perturbed - self.alpha * orthogonal
 
 
+class WSAM(FlatReference):
+    """Algorithm 2; clipping is of g and g' each by itself, or of the sum that the base optimizer gets."""
+
+    def __init__(self, *args: Any, gamma: float, decouple: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight, self.decouple = gamma / (1 - gamma), decouple
+
+    def clipped(self, gradient: Tensor) -> Tensor:
+        """Of one vector as of many tensors."""
+        holder = torch.nn.Parameter(torch.zeros_like(gradient))
+        holder.grad = gradient.clone()
+        self.clip([holder])
+        return holder.grad
+
+    def final(self, plain: Tensor, perturbed: Tensor) -> Tensor:
+        self.apart = self.clipped(perturbed) - self.clipped(plain)
+        return plain if self.decouple else plain + self.weight * (perturbed - plain)
+
+    def finish(self, final: Tensor) -> None:
+        super().finish(final)
+        if self.decouple:
+            (group,) = self.optimizer.param_groups
+            self.write(flat(self.parameters) - group['lr'] * self.weight * self.apart)
+
+
 class MSAM(FlatReference):
     """Algorithm 1, with SGD's momentum or Adam's."""
 
@@ -158,5 +183,7 @@ FAMILY: dict[str, Callable[..., FlatReference]] = {
     'looksam': partial(LookSAM, k=2, alpha=0.7),
     'gsam': partial(GSAM, alpha=0.4, rho_min=0.0),
     'msam': MSAM,
+    'wsam': partial(WSAM, gamma=0.9),
+    'wsam-coupled': partial(WSAM, gamma=0.9, decouple=False),
     'friendlysam': partial(FriendlySAM, sigma=1.0, lmbda=0.9),
 }

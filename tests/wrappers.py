@@ -17,6 +17,7 @@ from mm_sharp import (
     LookSAMOptimWrapper,
     MSAMOptimWrapper,
     SAMOptimWrapper,
+    WSAMOptimWrapper,
 )
 from mm_sharp.samples.draw import BatchDraw
 from mm_sharp.samples.history import Keys
@@ -31,6 +32,8 @@ WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'looksam': (LookSAMOptimWrapper, {'rho': 0.05, 'k': 2}),
     'friendlysam': (FriendlySAMOptimWrapper, {'rho': 0.05}),
     'gsam': (GSAMOptimWrapper, {'rho': 0.05}),
+    'wsam': (WSAMOptimWrapper, {'rho': 0.05}),
+    'wsam-coupled': (WSAMOptimWrapper, {'rho': 0.05, 'decouple': False}),
     'msam': (MSAMOptimWrapper, {'rho': 0.3}),
     'esam': (ESAMOptimWrapper, {'rho': 0.05}),
     'esam-history': (ESAMOptimWrapper, {'rho': 0.05, 'selection': 'history', 'refresh': 2}),
@@ -40,7 +43,18 @@ WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'ausam-loader-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True}),
 }
 # One of every way in which a step goes: of what the base class does for all, these see what a method could break.
-DISTINCT = ('sam', 'looksam', 'friendlysam', 'gsam', 'msam', 'esam', 'esam-history', 'ausam', 'ausam-loader-reweight')
+DISTINCT = (
+    'sam',
+    'looksam',
+    'friendlysam',
+    'gsam',
+    'wsam',
+    'msam',
+    'esam',
+    'esam-history',
+    'ausam',
+    'ausam-loader-reweight',
+)
 # Those whose only pass is at perturbed weights; they need an optimizer with momentum.
 ONE_PASS = ('msam',)
 TWO_PASS = tuple(name for name in WRAPPERS if name not in ONE_PASS)

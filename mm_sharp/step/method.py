@@ -7,7 +7,7 @@
                                                          :meth:`Method.perturbation_gradient`,
                                                          :meth:`Method.perturb_along`
 4    Which passes run in this step?                      :meth:`Method.passes`
-5    Which gradient does the optimizer get?              :meth:`Method.final_gradient`
+5    Which gradient does the optimizer get?              :meth:`Method.final_gradient`, :meth:`Method.beside_step`
 ===  ==================================================  ============================================================
 
 The defaults are SAM's. :mod:`mm_sharp.step.two_pass` has the order in which a step asks.
@@ -142,6 +142,16 @@ class Method:
     # ---------------------------------------------------------------- 5: what the optimizer gets
     def final_gradient(self, gradient: FinalGradient) -> None:
         """Change the gradients that the optimizer is about to step along: pass 2's, or pass 1's where it ran alone."""
+
+    def beside_step(self) -> Mapping[nn.Parameter, Tensor]:
+        """What the weights are moved by beside the optimizer's step, which has the gradients as :meth:`final_gradient`
+        and clipping have left them; asked just before it.
+
+        Returns:
+            By parameter, a tensor as memory of this process. After the optimizer's step, the parameter's learning rate
+            times this is subtracted from it. Where the step is left out, it must be zero.
+        """
+        return {}
 
     def keep(self, parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor], valid: Tensor) -> None:
         """Keep a tensor of each parameter's shape from step to step, and in checkpoints.

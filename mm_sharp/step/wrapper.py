@@ -268,7 +268,14 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                 self.final_gradient(self._two_pass.final_gradient(self._trained, apart, self._finite))
         if self.clip_grad_kwargs:
             self._clip_grad()
+        with torch.no_grad():
+            beside = self.beside_step()
         self.precision.step(self.optimizer, **kwargs)
+        with torch.no_grad():
+            for group in self.optimizer.param_groups if beside else ():
+                for parameter in group['params']:
+                    if parameter in beside:
+                        local_shard(parameter).sub_(beside[parameter] * group['lr'])
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state under MMEngine's keys, the loss scaler's, and ``'mm_sharp'`` for our own.

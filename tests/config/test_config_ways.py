@@ -33,6 +33,7 @@ METHODS = {
     'friendlysam': 'FriendlySAM',
     'gsam': 'GSAM',
     'msam': 'MSAM',
+    'wsam': 'WSAM',
 }
 RECIPE = 'mmpose::body_2d_keypoint/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py'
 VITPOSE = 'mmpose::body_2d_keypoint/topdown_heatmap/coco/td-hm_ViTPose-small_8xb64-210e_coco-256x192.py'
@@ -48,6 +49,7 @@ FRAGMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     'friendlysam': ('FriendlySAMOptimWrapper', {}),
     'gsam': ('GSAMOptimWrapper', {}),
     'msam': ('MSAMOptimWrapper', {}),
+    'wsam': ('WSAMOptimWrapper', {}),
 }
 
 

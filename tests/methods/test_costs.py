@@ -14,6 +14,7 @@ from mm_sharp import (
     LookSAMOptimWrapper,
     MSAMOptimWrapper,
     SAMOptimWrapper,
+    WSAMOptimWrapper,
 )
 from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -30,6 +31,7 @@ HISTORY = {'selection': 'history'}
         (LookSAMOptimWrapper, {}, 32, 1, 1.2, 5),
         (FriendlySAMOptimWrapper, {}, 32, 2, 2, 1),
         (GSAMOptimWrapper, {}, 32, 2, 2, 1),
+        (WSAMOptimWrapper, {}, 32, 2, 2, 1),
         (MSAMOptimWrapper, {}, 32, 1, 1, 1),
         (ESAMOptimWrapper, {}, 32, 1.7, 1.7, 1),
         (ESAMOptimWrapper, {}, 1, 5.6 / 3, 5.6 / 3, 1),  # the only sample is taken without a selection

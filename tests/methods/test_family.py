@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.checkpoints import through_disk
-from tests.references_family import GSAM, MSAM, FlatReference, FriendlySAM, IntervalSAM, LookSAM
+from tests.references_family import GSAM, MSAM, WSAM, FlatReference, FriendlySAM, IntervalSAM, LookSAM
 from tests.toys import NaNSecond, ToyNet, batches, make, same_state
 from tests.wrappers import ONE_PASS, build, momentum_sgd
 
@@ -25,6 +25,8 @@ CASES: dict[str, tuple[str, dict[str, Any], type[FlatReference], dict[str, Any]]
     'friendlysam': ('friendlysam', {}, FriendlySAM, {'sigma': 1.0, 'lmbda': 0.9}),
     'friendlysam of 0.5': ('friendlysam', {'sigma': 0.8, 'lmbda': 0.5}, FriendlySAM, {'sigma': 0.8, 'lmbda': 0.5}),
     'msam': ('msam', {}, MSAM, {}),
+    'wsam': ('wsam', {}, WSAM, {'gamma': 0.9}),
+    'wsam coupled': ('wsam', {'gamma': 0.6, 'decouple': False}, WSAM, {'gamma': 0.6, 'decouple': False}),
     'gsam': ('gsam', {}, GSAM, {'alpha': 0.4, 'rho_min': 0.0}),
     'gsam scheduled': (
         'gsam',
@@ -35,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any], type[FlatReference], dict[str, Any]]
 }
 # Those that keep a tensor of each parameter.
 KEEP = ('looksam', 'friendlysam')
-ALL = ('sam-interval', 'gsam', 'msam', *KEEP)
+ALL = ('sam-interval', 'gsam', 'wsam', 'wsam-coupled', 'msam', *KEEP)
 
 
 def train(wrapper: TwoPassOptimWrapper, model: ToyNet, data: list[Any]) -> None:
@@ -126,6 +128,7 @@ def test_an_overflow_leaves_what_is_kept(name: str) -> None:
 BAD = {
     'sam': [('interval', 0), ('interval', 2.5)],
     'friendlysam': [('sigma', -0.5), ('sigma', None), ('lmbda', 0), ('lmbda', 1.0), ('lmbda', '0.9')],
+    'wsam': [('gamma', 1.0), ('gamma', -0.1), ('gamma', None), ('decouple', 1)],
     'gsam': [('alpha', -1), ('rho_min', 0.06), ('rho_min', -1), ('lr_max', 0.0), ('lr_min', None)],
     'looksam': [('k', 0), ('k', 2.5), ('alpha', -0.1), ('alpha', None), ('rho', -1)],
 }
@@ -200,3 +203,33 @@ def test_where_the_host_learns_late_of_a_gradient_that_is_not_finite(name: str) 
     model.train_step(second, wrapper)
     assert all(map(torch.equal, model.parameters(), weights))
     assert all(map(torch.equal, wrapper.kept.values(), kept))
+
+
+def test_wsam_without_weight_is_the_base_optimizer() -> None:
+    ours, theirs = make(), make()
+    wrapper, base = build('wsam', ours, gamma=0.0), OptimWrapper(momentum_sgd(theirs))
+    for batch in batches(3):
+        ours.train_step(batch, wrapper)
+        theirs.train_step(batch, base)
+    assert same_state(ours, theirs)
+
+
+@pytest.mark.parametrize(('left', 'right'), [('wsam', 'wsam-coupled'), ('wsam-coupled', 'sam'), ('wsam', 'sam')])
+def test_wsam_s_forms_are_one_under_sgd_and_sam_at_equal_weights(left: str, right: str) -> None:
+    models = make(norm=False), make(norm=False)
+    for model, name in zip(models, (left, right), strict=True):
+        options = {'gamma': 0.5} if name.startswith('wsam') else {}
+        train(build(name, model, SGD(model.parameters(), lr=0.05), **options), model, batches(10))
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('clip_grad', [None, dict(max_norm=0.5)])
+def test_an_overflow_moves_nothing_beside_the_step(clip_grad: dict[str, float] | None) -> None:
+    model = make(NaNSecond, factors={3: float('inf')})
+    wrapper = build('wsam', model, dtype='float16', loss_scale=64.0, clip_grad=clip_grad)
+    first, second = batches(2)
+    model.train_step(first, wrapper)
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    model.train_step(second, wrapper)
+    assert all(map(torch.equal, model.parameters(), weights))
