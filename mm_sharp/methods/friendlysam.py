@@ -46,6 +46,8 @@ class FriendlySAMOptimWrapper(TwoPassOptimWrapper):
     """
 
     changes_gradient: ClassVar[bool] = True  # it does not, but gets the first passes' gradients by this
+    keeps: ClassVar[bool] = True
+    hands_on: ClassVar[frozenset[str]] = frozenset({'perturbation_gradient', 'final_gradient'})
 
     def __init__(
         self, optimizer: Optimizer, rho: float = 0.05, sigma: float = 1.0, lmbda: float = 0.9, **kwargs: Any
@@ -70,7 +72,7 @@ class FriendlySAMOptimWrapper(TwoPassOptimWrapper):
 
     def final_gradient(self, gradient: FinalGradient) -> None:
         """Take up the optimizer step's g in m."""
-        plain = gradient.first_gradients()
+        plain = gradient.first_gradients() if gradient.first else gradient.gradients  # of a step's only pass
         averages = [
             self.lmbda * average + (1.0 - self.lmbda) * g
             for average, g in zip(self.kept_of(gradient.parameters), plain, strict=True)

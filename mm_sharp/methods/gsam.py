@@ -83,6 +83,8 @@ class GSAMOptimWrapper(TwoPassOptimWrapper):
 
     def final_gradient(self, gradient: FinalGradient) -> None:
         """g' - alpha * g_o."""
+        if not gradient.first:  # there was no second pass, in a class of two methods
+            return
         ours = gradient.gradients
         # g' - g has the same orthogonal part as -g, and is exactly zero where nothing was perturbed.
         _, apart = gradient.first_and_difference()

@@ -40,6 +40,7 @@ class LookSAMOptimWrapper(TwoPassOptimWrapper):
     """
 
     changes_gradient: ClassVar[bool] = True
+    keeps: ClassVar[bool] = True
 
     def __init__(self, optimizer: Optimizer, rho: float = 0.05, k: int = 5, alpha: float = 0.7, **kwargs: Any) -> None:
         self.k = check_positive_int(type(self).__name__, 'k', k, example='5')

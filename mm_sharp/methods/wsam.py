@@ -66,6 +66,8 @@ class WSAMOptimWrapper(TwoPassOptimWrapper):
 
     def final_gradient(self, gradient: FinalGradient) -> None:
         """g, with the sharpness term or without it."""
+        if not gradient.first:  # there was no second pass, in a class of two methods
+            return
         plain, apart = gradient.first_and_difference()
         if self.decouple:
             self._sound = gradient.both_finite()

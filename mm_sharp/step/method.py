@@ -64,6 +64,9 @@ class Method:
         skips_gradients: Whether the first pass computes the gradients of the perturbed parameters only.
         changes_gradient: Whether :meth:`final_gradient` does anything; it is then given the first passes' gradients.
         kept: What the method keeps of each parameter.
+        keeps: Whether it keeps anything.
+        hands_on: Of the names of its own answers, those that go on to ask ``super()``, so that the next method of a
+            class of two is heard, too.
     """
 
     settings: StepSettings
@@ -71,6 +74,8 @@ class Method:
     kept: dict[nn.Parameter, Tensor]
     skips_gradients: ClassVar[bool] = False
     changes_gradient: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
+    hands_on: ClassVar[frozenset[str]] = frozenset()
 
     # ---------------------------------------------------------------- 1: which samples
     def first_batch(self, call: ModelCall) -> ModelCall:

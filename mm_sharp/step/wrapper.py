@@ -33,6 +33,7 @@ from mm_sharp.step.ahead import PerturbationAhead
 from mm_sharp.step.ascent import Ascent
 from mm_sharp.step.checkpoint import pack_state, unpack_state, with_kept, without_kept
 from mm_sharp.step.checks import check_loss, check_model, check_shards, check_within, require_call
+from mm_sharp.step.combination import check_combination
 from mm_sharp.step.method import Method, Passes
 from mm_sharp.step.nonfinite_guard import NonFiniteGuard
 from mm_sharp.step.nonfinite_log import offending_samples
@@ -96,6 +97,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
+        check_combination(type(self), TwoPassOptimWrapper)
         check_arguments(type(self), kwargs, registered_methods().values())
         check_positive_int(name, 'accumulative_counts', accumulative_counts, example='4')
         check_clip_grad(name, clip_grad)
