@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -68,7 +69,9 @@ class MSAMOptimWrapper(TwoPassOptimWrapper):
         """-v; None where there is none yet."""
         states = [self.optimizer.state.get(parameter, {}) for parameter in parameters]
         momenta = [state.get('momentum_buffer', state.get('exp_avg')) for state in states]
-        return [None if momentum is None else -local_shard(momentum) for momentum in momenta]
+        known = [local_shard(momentum) for momentum in momenta if momentum is not None]
+        opposite = iter(torch._foreach_neg(known) if known else ())
+        return [None if momentum is None else next(opposite) for momentum in momenta]
 
     @classmethod
     def theoretical_cost(cls, batch_size: int, **settings: Any) -> Cost:

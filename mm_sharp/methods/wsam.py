@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mm_sharp.errors import check_bool, check_number
-from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.step.final_gradient import FinalGradient
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -56,8 +55,7 @@ class WSAMOptimWrapper(TwoPassOptimWrapper):
         self.gamma = check_number(name, 'gamma', gamma, high=1.0, high_open=True, example='0.9')
         self.decouple = check_bool(name, 'decouple', decouple)
         super().__init__(optimizer, rho=rho, **kwargs)
-        self._perturbed: dict[nn.Parameter, Tensor] = {}
-        self._sound = torch.tensor(True)
+        self._both: tuple[FinalGradient, list[Tensor]] | None = None
 
     @property
     def weight(self) -> float:
@@ -66,14 +64,14 @@ class WSAMOptimWrapper(TwoPassOptimWrapper):
 
     def final_gradient(self, gradient: FinalGradient) -> None:
         """g, with the sharpness term or without it."""
+        self._both = None
         if not gradient.first:  # there was no second pass, in a class of two methods
             return
         plain, apart = gradient.first_and_difference()
         if self.decouple:
-            self._sound = gradient.both_finite()
             if self.clip_grad_kwargs:
                 self._clip_grad()  # g'
-            self._perturbed = {p: g.clone() for p, g in zip(gradient.parameters, gradient.gradients, strict=True)}
+            self._both = gradient, [mine.clone() for mine in gradient.gradients]
         for mine, g, difference in zip(gradient.gradients, plain, apart, strict=True):
             mine.copy_(g)
             if not self.decouple:
@@ -81,10 +79,10 @@ class WSAMOptimWrapper(TwoPassOptimWrapper):
 
     def beside_step(self) -> Mapping[nn.Parameter, Tensor]:
         """k * (g' - g), both clipped."""
-        perturbed, self._perturbed = self._perturbed, {}
-        found = {}
-        for parameter, second in perturbed.items():
-            assert parameter.grad is not None
-            apart = second - local_shard(parameter.grad)
-            found[parameter] = self.weight * torch.where(self._sound.to(apart.device), apart, torch.zeros_like(apart))
-        return found
+        if self._both is None:
+            return {}
+        (gradient, perturbed), self._both = self._both, None
+        apart = [second - g for second, g in zip(perturbed, gradient.gradients, strict=True)]
+        sound = gradient.all_finite(apart)  # else the loss scaler leaves the step out
+        terms = [self.weight * torch.where(sound.to(d.device), d, torch.zeros_like(d)) for d in apart]
+        return dict(zip(gradient.parameters, terms, strict=True))

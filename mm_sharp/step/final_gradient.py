@@ -46,14 +46,11 @@ class FinalGradient:
 
         Where the first gradient is not finite, there was no perturbation: g' stands in for it, and the difference is 0.
         """
-        ours, plain, sound = self.gradients, self.first_gradients(), self.both_finite()
+        ours, plain = self.gradients, self.first_gradients()
         apart = [mine - g for mine, g in zip(ours, plain, strict=True)]
+        sound = self.all_finite(apart)
         plain = [torch.where(sound.to(g.device), g, mine) for g, mine in zip(plain, ours, strict=True)]
         return plain, [torch.where(sound.to(d.device), d, torch.zeros_like(d)) for d in apart]
-
-    def both_finite(self) -> Tensor:
-        """Whether g and g' are finite; scalar of bool."""
-        return self.all_finite([mine - g for mine, g in zip(self.gradients, self.first_gradients(), strict=True)])
 
     def all_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Whether ``tensors``, one of each parameter, are finite, and the final gradient was; scalar of bool."""
