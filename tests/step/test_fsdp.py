@@ -76,6 +76,11 @@ def run_all(rank: int, processes: int, folder: str) -> dict[str, Any]:
             rank, processes, kind, 'sam', model=make(Faulty, fault=fault, at=at), faults=1, accumulative_counts=2
         )
     for kind in BOTH:
+        for fault in ('forward', 'backward'):
+            # In the second micro-batch of the second step, which has a momentum to perturb along.
+            results[f'{kind} msam {fault}'] = train(
+                rank, processes, kind, 'msam', model=make(Faulty, fault=fault, at=3), faults=1, accumulative_counts=2
+            )
         for dtype in (None, 'float16'):
             results[f'{kind} overflow {dtype}'] = overflow_of_one(rank, processes, kind, dtype)
     results['ignored'] = norm_beside_ignored(rank, processes)
@@ -312,6 +317,17 @@ def test_the_family_in_pieces_is_one_process(ranks: Any, name: str, kind: str) -
         model.train_step(batch, wrapper)
     for rank in ranks:
         assert_weights(rank[f'{kind} {name}'], model)
+
+
+@pytest.mark.parametrize('fault', ['forward', 'backward'])
+@pytest.mark.parametrize('kind', BOTH)
+def test_a_pass_at_perturbed_weights_that_fails_leaves_no_trace(ranks: Any, kind: str, fault: str) -> None:
+    model = make(norm=False)
+    wrapper = build('msam', model, accumulative_counts=2)
+    for (batch,) in SINGLY:
+        model.train_step(batch, wrapper)
+    for rank in ranks:
+        assert_weights(rank[f'{kind} msam {fault}'], model)
 
 
 @pytest.mark.parametrize('key', RUNS)
