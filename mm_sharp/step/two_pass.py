@@ -11,8 +11,8 @@
     restore            w; buffers, counters and random state as after the first pass
     step               clipping and the base optimizer, if this micro-batch ends a cycle
 
-A method (:class:`mm_sharp.step.method.Method`) decides *what* runs in each place and never *when*. A step of one pass is
-:meth:`TwoPassStep.run_first_alone`, at w, or :meth:`TwoPassStep.run_perturbed`, at w + e.
+A method (:class:`mm_sharp.step.method.Method`) decides *what* runs in each place and never *when*. A step of one pass
+is :meth:`TwoPassStep.run_first_alone`, at w, or :meth:`TwoPassStep.run_perturbed`, at w + e.
 """
 
 from __future__ import annotations

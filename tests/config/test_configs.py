@@ -93,7 +93,9 @@ def test_the_wrapper_is_the_one_in_the_name(path: Path) -> None:
 )
 def test_two_steps_of_the_family(path: Path, tmp_path: Path) -> None:
     cfg = read(path)
-    assert cfg.optim_wrapper.type.lower() == re.findall(r'_([a-z]*sam)(?:-interval)?_8xb', path.stem)[0] + 'optimwrapper'
+    assert (
+        cfg.optim_wrapper.type.lower() == re.findall(r'_([a-z]*sam)(?:-interval)?_8xb', path.stem)[0] + 'optimwrapper'
+    )
     narrow(cfg.model)
     runner = two_steps(cfg, tmp_path)
     steps = Steps()
