@@ -103,7 +103,7 @@ class LookSAM(FlatReference):
 
 
 class FriendlySAM(FlatReference):
-    """Algorithm 1; the average takes up the whole step's gradient, each micro-batch's direction its own."""
+    """The average takes up the whole step's gradient, each micro-batch's direction its own."""
 
     def __init__(self, *args: Any, sigma: float, lmbda: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -138,7 +138,7 @@ class GSAM(FlatReference):
 
 
 class WSAM(FlatReference):
-    """Algorithm 2; clipping is of g and g' each by itself, or of the sum that the base optimizer gets."""
+    """Clipping is of g and g' each by itself, or of the sum that the base optimizer gets."""
 
     def __init__(self, *args: Any, gamma: float, decouple: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -163,7 +163,7 @@ class WSAM(FlatReference):
 
 
 class MSAM(FlatReference):
-    """Algorithm 1, with SGD's momentum or Adam's."""
+    """Along SGD's momentum, or Adam's."""
 
     rho = 0.3
 

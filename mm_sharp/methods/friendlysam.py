@@ -1,6 +1,6 @@
 """Friendly SAM: SAM's perturbation without the part of the gradient that all batches share.
 
-Friendly SAM, F-SAM (Li et al., CVPR 2024, arXiv 2403.12350, algorithm 1), estimates the whole data set's gradient by an
+Friendly SAM, F-SAM (Li et al., CVPR 2024, arXiv 2403.12350), estimates the whole data set's gradient by an
 exponential average of the batches' gradients, and perturbs along what is particular to the batch::
 
     g   = grad L(w)

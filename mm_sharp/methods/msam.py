@@ -1,6 +1,6 @@
 """Momentum SAM: one pass, at weights that are perturbed along the optimizer's momentum.
 
-Momentum SAM, MSAM (Becker et al., arXiv 2401.12033, algorithm 1), takes the momentum, which is there anyway, in place
+Momentum SAM, MSAM (Becker et al., arXiv 2401.12033), takes the momentum, which is there anyway, in place
 of the gradient that SAM's first pass computes. A step costs what the base optimizer's costs::
 
     e   = -rho * v / ||v||
