@@ -1,4 +1,4 @@
-"""Sharpness-aware training for OpenMMLab: SAM, ASAM, ESAM, AUSAM and LookSAM as MMEngine optimizer wrappers.
+"""Sharpness-aware training for OpenMMLab: SAM, its family and AUSAM as MMEngine optimizer wrappers.
 
 Importing the package registers the optimizer wrappers, hooks, batch sampler and data set in MMEngine's root registries,
 lets :mod:`mm_sharp.compat` patch what is broken on the installed stack, and :mod:`mm_sharp.config.fragments` put the
@@ -12,10 +12,14 @@ __all__ = [
     'AUSAMOptimWrapper',
     'AUSAMSampler',
     'ESAMOptimWrapper',
+    'FriendlySAMOptimWrapper',
+    'GSAMOptimWrapper',
     'IndexedDataset',
     'LookSAMOptimWrapper',
+    'MSAMOptimWrapper',
     'SAMOptimWrapper',
     'SharpnessHook',
+    'WSAMOptimWrapper',
     '__version__',
 ]
 
@@ -36,8 +40,12 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.hooks.sharpness import SharpnessHook
     from mm_sharp.methods.ausam import AUSAMOptimWrapper
     from mm_sharp.methods.esam import ESAMOptimWrapper
+    from mm_sharp.methods.friendlysam import FriendlySAMOptimWrapper
+    from mm_sharp.methods.gsam import GSAMOptimWrapper
     from mm_sharp.methods.looksam import LookSAMOptimWrapper
+    from mm_sharp.methods.msam import MSAMOptimWrapper
     from mm_sharp.methods.sam import SAMOptimWrapper
+    from mm_sharp.methods.wsam import WSAMOptimWrapper
     from mm_sharp.samples.ausam_sampler import AUSAMSampler
     from mm_sharp.samples.indexed_dataset import IndexedDataset
 

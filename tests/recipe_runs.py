@@ -37,6 +37,12 @@ STEPS = {
     'ESAMOptimWrapper': (4, 2, [2, 2, 1, 2, 2, 1]),  # all, all to select, selected
     'ESAMOptimWrapper-history': (4, 4, [4, 4, 2, 4, 2]),  # the second step selects by what the first one measured
     'AUSAMOptimWrapper': (3, 3, [2, 2, 2, 2]),  # ceil(0.6 * 3)
+    'SAMOptimWrapper-interval': (4, 2, [2, 2, 2]),
+    'LookSAMOptimWrapper': (4, 2, [2, 2, 2]),
+    'FriendlySAMOptimWrapper': (4, 2, [2, 2, 2, 2]),
+    'GSAMOptimWrapper': (4, 2, [2, 2, 2, 2]),
+    'WSAMOptimWrapper': (4, 2, [2, 2, 2, 2]),
+    'MSAMOptimWrapper': (4, 2, [2, 2]),
 }
 
 
@@ -58,7 +64,8 @@ def name(path: Path) -> str:
 def method(cfg: Config) -> str:
     """A key of ``STEPS``."""
     wrapper = cfg.optim_wrapper
-    return '-'.join([wrapper.get('type', 'OptimWrapper'), *filter(None, [wrapper.get('selection')])])
+    variant = [wrapper.get('selection'), wrapper.get('interval') and 'interval']
+    return '-'.join([wrapper.get('type', 'OptimWrapper'), *filter(None, variant)])
 
 
 def inherited(path: Path) -> str:

@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, LookSAMOptimWrapper, SAMOptimWrapper
+from mm_sharp import (
+    AUSAMOptimWrapper,
+    ESAMOptimWrapper,
+    FriendlySAMOptimWrapper,
+    GSAMOptimWrapper,
+    LookSAMOptimWrapper,
+    MSAMOptimWrapper,
+    SAMOptimWrapper,
+    WSAMOptimWrapper,
+)
 from mm_sharp.samples.draw import BatchDraw
 from mm_sharp.samples.history import Keys
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -18,9 +27,15 @@ from tests.toys import same_state
 WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'sam': (SAMOptimWrapper, {'rho': 0.05}),
     'asam': (SAMOptimWrapper, {'rho': 0.5, 'adaptive': True}),
+    'sam-interval': (SAMOptimWrapper, {'rho': 0.05, 'interval': 2}),
     'sam-weights': (SAMOptimWrapper, {'rho': 0.05, 'perturb': 'weights'}),
     'sam-tensor': (SAMOptimWrapper, {'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights'}),
     'looksam': (LookSAMOptimWrapper, {'rho': 0.05, 'k': 2}),
+    'friendlysam': (FriendlySAMOptimWrapper, {'rho': 0.05}),
+    'gsam': (GSAMOptimWrapper, {'rho': 0.05}),
+    'wsam': (WSAMOptimWrapper, {'rho': 0.05}),
+    'wsam-coupled': (WSAMOptimWrapper, {'rho': 0.05, 'decouple': False}),
+    'msam': (MSAMOptimWrapper, {'rho': 0.3}),
     'esam': (ESAMOptimWrapper, {'rho': 0.05}),
     'esam-history': (ESAMOptimWrapper, {'rho': 0.05, 'selection': 'history', 'refresh': 2}),
     'ausam': (AUSAMOptimWrapper, {'rho': 0.05}),
@@ -29,7 +44,22 @@ WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'ausam-loader-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True}),
 }
 # One of every way in which a step goes: of what the base class does for all, these see what a method could break.
-DISTINCT = ('sam', 'looksam', 'esam', 'esam-history', 'ausam', 'ausam-loader-reweight')
+DISTINCT = (
+    'sam',
+    'looksam',
+    'friendlysam',
+    'gsam',
+    'wsam',
+    'msam',
+    'esam',
+    'esam-history',
+    'ausam',
+    'ausam-loader-reweight',
+)
+# Those whose only pass is at perturbed weights; they need an optimizer with momentum.
+ONE_PASS = ('msam',)
+TWO_PASS = tuple(name for name in WRAPPERS if name not in ONE_PASS)
+DISTINCT_TWO_PASS = tuple(name for name in DISTINCT if name not in ONE_PASS)
 # Options with which all samples go through both passes.
 WHOLE: dict[str, dict[str, Any]] = {
     'esam': {'gamma': 1.0},
@@ -43,7 +73,9 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 def forwards_in(name: str, step: int) -> int:
     """Forward passes in a step, counted from 0."""
-    if name == 'looksam':
+    if name in ONE_PASS:
+        return 1
+    if name in ('looksam', 'sam-interval'):
         return 2 - step % 2
     return 3 if name == 'esam' or (name == 'esam-history' and step % 2 == 0) else 2
 
@@ -66,6 +98,11 @@ class DrawnInLoader:
 def momentum_sgd(model: nn.Module, lr: float = 0.05) -> Optimizer:
     """The base optimizer of most tests."""
     return SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+
+
+def resting_sgd(model: nn.Module) -> Optimizer:
+    """An optimizer that moves nothing, and has momentum."""
+    return momentum_sgd(model, lr=0.0)
 
 
 def build(

@@ -60,11 +60,13 @@ class TensorBackup:
         _foreach_copy(self._last_copies, tensors, self._groups)
         self._tensors, self._copies = list(tensors), self._last_copies
 
-    def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
+    def write_back(self, apart_from: Iterable[Tensor] = (), *, unseen: bool = False) -> None:
         """Write the copies back, bit for bit, into the storage they were taken from.
 
         Args:
             apart_from: Tensors whose memory is not written to, whatever else lies in it.
+            unseen: Autograd is not told. Between a forward and its backward pass it would refuse tensors that were
+                written to, though they have what the forward saw again by then.
         """
         if not self._tensors:
             return
@@ -76,7 +78,7 @@ class TensorBackup:
         for tensor, copy in zip(tensors, copies, strict=True):
             if tensor.shape != copy.shape:  # resized since
                 tensor.data = torch.empty_like(copy)
-        _foreach_copy(tensors, copies, groups)
+        _foreach_copy([tensor.data for tensor in tensors] if unseen else tensors, copies, groups)
 
     def restore(self) -> None:
         """Write the copies back, and forget them."""

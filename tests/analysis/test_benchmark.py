@@ -332,7 +332,7 @@ def test_several_batch_sizes_under_autocast_beside_peers(
         (['--parameters', '1k', '--plot', 'a.png'], '--plot draws the table of a CONFIG'),
         (['--parameters', '1k', '1.5'], '--parameters 1.5: it must be a whole number'),
         (['nowhere.py'], "no config file 'nowhere.py'"),
-        (['sam.py', '--methods', 'sgd'], '--methods sgd: there are base, sam'),
+        (['sam.py', '--methods', 'sgd'], '--methods sgd: there are base, '),
         (['sam.py', '--methods', 'esma'], "did you mean 'esam'"),
         (['sam.py', '--methods', 'esam-histroy'], "selection='histroy' is not allowed"),
         (['sam.py', '--methods', 'ausam-1.5'], 'sampling_ratio=1.5 is not allowed'),

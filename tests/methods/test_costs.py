@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from mm_sharp import AUSAMOptimWrapper, ESAMOptimWrapper, SAMOptimWrapper
+from mm_sharp import (
+    AUSAMOptimWrapper,
+    ESAMOptimWrapper,
+    FriendlySAMOptimWrapper,
+    GSAMOptimWrapper,
+    LookSAMOptimWrapper,
+    MSAMOptimWrapper,
+    SAMOptimWrapper,
+    WSAMOptimWrapper,
+)
 from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -18,6 +27,12 @@ HISTORY = {'selection': 'history'}
     [
         (SAMOptimWrapper, {}, 32, 2, 2, 1),
         (SAMOptimWrapper, {'adaptive': True}, 32, 2, 2, 1),
+        (SAMOptimWrapper, {'interval': 5}, 32, 1, 1.2, 5),
+        (LookSAMOptimWrapper, {}, 32, 1, 1.2, 5),
+        (FriendlySAMOptimWrapper, {}, 32, 2, 2, 1),
+        (GSAMOptimWrapper, {}, 32, 2, 2, 1),
+        (WSAMOptimWrapper, {}, 32, 2, 2, 1),
+        (MSAMOptimWrapper, {}, 32, 1, 1, 1),
         (ESAMOptimWrapper, {}, 32, 1.7, 1.7, 1),
         (ESAMOptimWrapper, {}, 1, 5.6 / 3, 5.6 / 3, 1),  # the only sample is taken without a selection
         (ESAMOptimWrapper, {'beta': 1.0, 'gamma': 1.0}, 32, 2, 2, 1),
