@@ -5,6 +5,7 @@ Importing the package registers, in MMEngine's root registries:
 - ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`,
   :class:`LookSAMOptimWrapper`
 - ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.hooks.history.SampleHistoryHook`,
+  :class:`mm_sharp.hooks.draw_schedule.DrawScheduleHook`,
   :class:`mm_sharp.hooks.resumed_draws.ResumedDrawsHook`, :class:`mm_sharp.hooks.compile.CompileHook`,
   :class:`mm_sharp.compat.PlainCheckpointHook`
 - ``DATA_SAMPLERS``: :class:`AUSAMSampler`
@@ -40,6 +41,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
 
     from mm_sharp.hooks.checkpoint import CheckpointCheckHook as _CheckpointCheckHook
     from mm_sharp.hooks.compile import CompileHook as _CompileHook
+    from mm_sharp.hooks.draw_schedule import DrawScheduleHook as _DrawScheduleHook
     from mm_sharp.hooks.history import SampleHistoryHook as _SampleHistoryHook
     from mm_sharp.hooks.resumed_draws import ResumedDrawsHook as _ResumedDrawsHook
     from mm_sharp.hooks.sharpness import SharpnessHook
@@ -50,6 +52,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.samples.ausam_sampler import AUSAMSampler
     from mm_sharp.samples.indexed_dataset import IndexedDataset
 
+    _compat.register_default_hook(_DrawScheduleHook)
     _compat.register_default_hook(_SampleHistoryHook)
     _compat.register_default_hook(_ResumedDrawsHook)
     _compat.register_default_hook(_CompileHook)

@@ -15,6 +15,7 @@ from mm_sharp.analysis.study.spec import BASE, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.preflight import wrapper_class
 from mm_sharp.errors import UsageError
+from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 # What a config must have: rho is chosen on the validation data, the results are of the test data.
@@ -61,8 +62,7 @@ class Plan:
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
         self._configs = {name: _read(setting) for name, setting in study.settings.items()}
-        # Theoretical cost of a step in steps of the base optimizer, by setting and method.
-        self.cost: dict[tuple[str, str], float] = {}
+        self.cost: dict[tuple[str, str], Cost] = {}  # in theory, by setting and method
         self._has_rho: dict[str, bool] = {}
         for setting in study.settings.values():
             if setting.corrupt:
@@ -87,7 +87,11 @@ class Plan:
     def epochs(self, setting: str, method: str, budget: str) -> int:
         """Epochs of a method: at equal compute the base optimizer's over the method's cost, rounded."""
         most = self.study.settings[setting].epochs
-        return most if budget == 'epochs' else max(1, round(most / self.cost[setting, method]))
+        return most if budget == 'epochs' else max(1, round(self.cost[setting, method].epochs_for(most)))
+
+    def compute(self, setting: str, method: str, epochs: int) -> float:
+        """What so many epochs of a method cost, in trainings of the base optimizer with the setting's epochs."""
+        return epochs * self.cost[setting, method].over(epochs) / self.study.settings[setting].epochs
 
     def selection_runs(self, setting: str) -> list[Run]:
         """The runs that choose rho in a setting."""
@@ -177,7 +181,7 @@ class Plan:
         kind = wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper)
         ours, batch_size = issubclass(kind, TwoPassOptimWrapper), cfg.train_dataloader.batch_size
         self._has_rho[method] = ours and 'rho' not in self.study.methods[method]
-        cost = kind.theoretical_cost(batch_size, **cfg.optim_wrapper).cycle if ours else 1.0
+        cost = kind.theoretical_cost(batch_size, **cfg.optim_wrapper) if ours else Cost(1.0, 1.0)
         self.cost[setting.name, method] = cost
 
 
