@@ -359,7 +359,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             self._has_said.add('length')
             print_log(
                 f'{type(self).__name__}: nobody has said how long this training is, so s_max is {plan.s_max:g} from '
-                'the first step on, and no epoch is used whole. A Runner says it by itself; in a training loop of your own '
+                'the first step on, and no epoch is used whole. A Runner says it by itself; in a loop of your own '
                 'write, when an epoch begins, optim_wrapper.place = TrainingLength(epochs, len(loader)).place(epoch), '
                 'with mm_sharp.samples.schedule.TrainingLength',
                 logger='current',
