@@ -112,11 +112,15 @@ def schedule_of(settings: Mapping[str, Any]) -> Schedule:
     ``s_max`` and nothing that is newer keep ``'constant'``. (The authors' own range, written out, is the authors'.)
     """
     given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
-    base = UNIFORM if settings.get('draw') == 'uniform' else SCHEDULES[given.get('schedule') or _name_of(given)]
+    base = UNIFORM if settings.get('draw') == 'uniform' else SCHEDULES[schedule_name(settings)]
     return replace(base, **{name: given[name] for name in vars(base) if name in given})
 
 
-def _name_of(given: Mapping[str, Any]) -> str:
+def schedule_name(settings: Mapping[str, Any]) -> str:
+    """The name of the schedule that a wrapper's arguments ask for; see :func:`schedule_of`."""
+    given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
+    if 'schedule' in given:
+        return str(given['schedule'])
     authors = vars(SCHEDULES['authors'])
     writes_range = any(name in given for name in _RANGE)
     is_theirs = all(given.get(name) == authors[name] for name in _RANGE)

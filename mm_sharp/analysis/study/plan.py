@@ -15,6 +15,7 @@ from mm_sharp.analysis.study.spec import BASE, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.preflight import wrapper_class
 from mm_sharp.errors import UsageError
+from mm_sharp.samples.schedule import schedule_name
 from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -141,6 +142,7 @@ class Plan:
         anywhere = copy.copy(self)
         anywhere.folder = Path('/study')
         content = {k: v for k, v in anywhere.config(run).to_dict().items() if k not in ('work_dir', 'experiment_name')}
+        _name_schedule(content['optim_wrapper'])
         text = json.dumps(content, sort_keys=True, default=repr)
         for now, before in _FORMER_NAMES.items():
             text = text.replace(now, before)
@@ -183,6 +185,15 @@ class Plan:
         self._has_rho[method] = ours and 'rho' not in self.study.methods[method]
         cost = kind.theoretical_cost(batch_size, **cfg.optim_wrapper) if ours else Cost(1.0, 1.0)
         self.cost[setting.name, method] = cost
+
+
+def _name_schedule(wrapper: dict[str, Any]) -> None:
+    """Write AUSAM's schedule as configs had it when ``'constant'`` was the only one, and had no name."""
+    if str(wrapper.get('type')).endswith('AUSAMOptimWrapper') and wrapper.get('draw') != 'uniform':
+        name = schedule_name(wrapper)
+        wrapper.pop('schedule', None)
+        if name != 'constant':
+            wrapper['schedule'] = name
 
 
 def _read(setting: Setting) -> Config:
