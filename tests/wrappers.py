@@ -91,6 +91,11 @@ def build(
     return wrapper
 
 
+def constant_ausam(optimizer: Optimizer, **options: Any) -> AUSAMOptimWrapper:
+    """AUSAM that draws 60 % of every batch by one range of scores."""
+    return AUSAMOptimWrapper(optimizer, **{**OLD, **options})
+
+
 def same_weights(name: str, left: nn.Module, right: nn.Module, tolerance: float = 1e-4) -> bool:
     """Whether all weights and buffers are equal: bit for bit, but for weighted means, which are sums of other order."""
     if not name.endswith('reweight'):

@@ -97,8 +97,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             the authors' both, and neither ``schedule`` nor ``ramp`` nor ``whole_first_epoch``, keeps ``'constant'``.
         ramp: Share of the training, by epochs, over which ``s_max`` rises from ``s_min``, in [0, 1]; 0.15 is the
             authors'. With 0 it does not change.
-        whole_first_epoch: Use the batches of the first epoch whole, so that every sample is measured once; the authors'
-            do.
+        whole_first_epoch: Use the batches of the first epoch whole, so that every sample is measured once; by default
+            as the schedule has it: the authors' do.
         kwargs: The other arguments of :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`.
 
     Attributes:
@@ -138,7 +138,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         clip_quantile: float = 1.0,
         draw: str = 'systematic',
         schedule: str | None = None,
-        ramp: float | None = None,
+        ramp: float = Unset(0.15),
         whole_first_epoch: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -150,8 +150,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         check_number(name, 'clip_quantile', clip_quantile, high=1.0, low_open=True, example='0.9')
         check_choice(name, 'draw', draw, self.choices['draw'])
         check_choice(name, 'schedule', schedule, (*self.choices['schedule'], None))
-        if ramp is not None:
-            check_number(name, 'ramp', ramp, high=1.0, example='0.15')
+        check_number(name, 'ramp', ramp, high=1.0, example='0.15')
         if whole_first_epoch is not None:
             check_bool(name, 'whole_first_epoch', whole_first_epoch)
         settings: dict[str, Any] = dict(
@@ -172,8 +171,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         plan = schedule_of(settings)
         if plan.s_max < plan.s_min:
             raise UserError(
-                f'{name}: s_max={plan.s_max:g} is not allowed: it must be a finite number in [{plan.s_min:g}, inf), '
-                f"with s_min={plan.s_min:g}. Write for example: optim_wrapper = dict(type='{name}', "
+                f'{name}: s_max={plan.s_max!r} is not allowed: it must be a finite number in [{plan.s_min:g}, inf), '
+                f"with s_min={plan.s_min!r}. Write for example: optim_wrapper = dict(type='{name}', "
                 f's_max={max(1.0, plan.s_min)!r}, ...)'
             )
         super().__init__(optimizer, history_momentum=history_momentum, rho=rho, **kwargs)

@@ -15,7 +15,8 @@ Ours: ``selection='history'`` takes the samples with the largest *average* loss 
 forward: (2 + beta + 3 * gamma) / 3, 1.37. Since BatchNorm makes losses on different sets of samples incomparable, the
 averages are measured by an exact selection every ``refresh`` steps, and only then. Samples not measured yet rank at the
 mean of the batch's measured ones; equal ones are taken at random. Also ours: exactly ``ceil(gamma * N)`` samples are
-kept (the authors' code compares with a strict ``>``, and keeps floor(gamma * N) - 1), and at least one tensor is always perturbed.
+kept (the authors' code compares with a strict ``>``, and keeps floor(gamma * N) - 1), and at least one tensor is always
+perturbed.
 
 A loss that is the sum of its samples' is scaled by N / K, so that a step is as long as on the whole batch.
 """

@@ -28,7 +28,7 @@ from tests.tiny_data import draw_coco
 from tests.tool_runs import tool as load
 from tests.toys import batches, make, toy_config
 
-METHODS = ['base', 'sam', 'esam', 'esam-history', 'ausam', 'ausam-0.5']
+METHODS = ['base', 'sam', 'esam', 'esam-history', 'ausam', 'ausam-0.6']
 BASE = Cost(1, 1)
 
 # The demo's config with the first stage alone of a narrow ResNet-18, on drawn people; SAM's, so that rho reaches the
@@ -393,7 +393,7 @@ def test_the_hosts_own_time() -> None:
     ]
     assert sum(parameter.numel() for parameter in SmallModel().parameters()) == 3164
     costs = {row.label: row.theoretical for row in rows}
-    assert (costs['sam'], costs['ausam'], costs['ausam-0.5']) == (2.0, 2 * 10 / 16, 1.0)
+    assert (costs['sam'], costs['ausam'], costs['ausam-0.6']) == (2.0, 1.0, 2 * 10 / 16)
     assert costs['esam-history, cycle of 10'] == pytest.approx((2 + 0.6 + 1.5 + 0.1) / 3)
     assert next(row.steps for row in rows if row.label == 'base') == 10, 'a whole cycle'
     assert all(row.seconds.median > 0 for row in rows)

@@ -55,7 +55,7 @@ def test_what_arguments_ask_for(options: dict[str, Any], expected: tuple[Any, ..
 
 def test_defaults_are_the_authors_numbers() -> None:
     defaults = AUSAMOptimWrapper.__init__.__defaults__ or ()
-    assert [float(value) for value in defaults if isinstance(value, Unset)] == [0.5, 0.1, 0.5]
+    assert [float(value) for value in defaults if isinstance(value, Unset)] == [0.5, 0.1, 0.5, 0.15]
 
 
 @pytest.mark.parametrize(

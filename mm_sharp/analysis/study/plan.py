@@ -63,7 +63,9 @@ class Plan:
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
         self._configs = {name: _read(setting) for name, setting in study.settings.items()}
-        self.cost: dict[tuple[str, str], Cost] = {}  # in theory, by setting and method
+        # Theoretical cost of a step in steps of the base optimizer, by setting and method: of most, and of all.
+        self.cost: dict[tuple[str, str], float] = {}
+        self._costs: dict[tuple[str, str], Cost] = {}
         self._has_rho: dict[str, bool] = {}
         for setting in study.settings.values():
             if setting.corrupt:
@@ -88,11 +90,11 @@ class Plan:
     def epochs(self, setting: str, method: str, budget: str) -> int:
         """Epochs of a method: at equal compute the base optimizer's over the method's cost, rounded."""
         most = self.study.settings[setting].epochs
-        return most if budget == 'epochs' else max(1, round(self.cost[setting, method].epochs_for(most)))
+        return most if budget == 'epochs' else max(1, round(self._costs[setting, method].epochs_for(most)))
 
     def compute(self, setting: str, method: str, epochs: int) -> float:
         """What so many epochs of a method cost, in trainings of the base optimizer with the setting's epochs."""
-        return epochs * self.cost[setting, method].over(epochs) / self.study.settings[setting].epochs
+        return epochs * self._costs[setting, method].over(epochs) / self.study.settings[setting].epochs
 
     def selection_runs(self, setting: str) -> list[Run]:
         """The runs that choose rho in a setting."""
@@ -184,7 +186,7 @@ class Plan:
         ours, batch_size = issubclass(kind, TwoPassOptimWrapper), cfg.train_dataloader.batch_size
         self._has_rho[method] = ours and 'rho' not in self.study.methods[method]
         cost = kind.theoretical_cost(batch_size, **cfg.optim_wrapper) if ours else Cost(1.0, 1.0)
-        self.cost[setting.name, method] = cost
+        self._costs[setting.name, method], self.cost[setting.name, method] = cost, cost.cycle
 
 
 def _name_schedule(wrapper: dict[str, Any]) -> None:
