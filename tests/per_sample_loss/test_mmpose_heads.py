@@ -21,7 +21,7 @@ from tests.toys import same_bits, same_state
 pytestmark = QUIET
 # Losses that are sums over the batch, as far as one batch shows.
 SUMS = {
-    **dict.fromkeys(('SimCCHead', 'RTMCCHead', 'RTMWHead', 'DWPoseDistiller'), {'loss_kpt'}),
+    **{name: {'loss_kpt'} for name in ('SimCCHead', 'RTMCCHead', 'RTMWHead', 'DWPoseDistiller')},
     'AssociativeEmbeddingHead': {'loss_pull'},
 }
 REFUSED = ('CIDHead', 'YOLOXPoseHead', 'RTMOHead')
