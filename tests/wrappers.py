@@ -24,6 +24,8 @@ from mm_sharp.samples.history import Keys
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from tests.toys import same_state
 
+# What AUSAM was before it had its authors' schedule: draws of 60 %, of one range of scores, from the first step on.
+OLD = {'schedule': 'constant'}
 WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'sam': (SAMOptimWrapper, {'rho': 0.05}),
     'asam': (SAMOptimWrapper, {'rho': 0.5, 'adaptive': True}),
@@ -38,10 +40,12 @@ WRAPPERS: dict[str, tuple[type[TwoPassOptimWrapper], dict[str, Any]]] = {
     'msam': (MSAMOptimWrapper, {'rho': 0.3}),
     'esam': (ESAMOptimWrapper, {'rho': 0.05}),
     'esam-history': (ESAMOptimWrapper, {'rho': 0.05, 'selection': 'history', 'refresh': 2}),
-    'ausam': (AUSAMOptimWrapper, {'rho': 0.05}),
-    'ausam-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True, 'history_momentum': 0.8}),
-    'ausam-loader': (AUSAMOptimWrapper, {'rho': 0.05}),
-    'ausam-loader-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True}),
+    'ausam': (AUSAMOptimWrapper, {'rho': 0.05, **OLD}),
+    'ausam-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True, 'history_momentum': 0.8, **OLD}),
+    'ausam-loader': (AUSAMOptimWrapper, {'rho': 0.05, **OLD}),
+    'ausam-loader-reweight': (AUSAMOptimWrapper, {'rho': 0.05, 'reweight': True, **OLD}),
+    'ausam-authors': (AUSAMOptimWrapper, {'rho': 0.05, 'draw': 'sequential'}),
+    'ausam-uniform': (AUSAMOptimWrapper, {'rho': 0.05, 'draw': 'uniform'}),
 }
 # One of every way in which a step goes: of what the base class does for all, these see what a method could break.
 DISTINCT = (
@@ -68,6 +72,8 @@ WHOLE: dict[str, dict[str, Any]] = {
     'ausam-reweight': {'sampling_ratio': 1.0},
     'ausam-loader': {'sampling_ratio': 1.0},
     'ausam-loader-reweight': {'sampling_ratio': 1.0},
+    'ausam-authors': {'sampling_ratio': 1.0},
+    'ausam-uniform': {'sampling_ratio': 1.0},
 }
 
 
@@ -77,6 +83,8 @@ def forwards_in(name: str, step: int) -> int:
         return 1
     if name in ('looksam', 'sam-interval'):
         return 2 - step % 2
+    if name == 'ausam-uniform' and step == 0:
+        return 3  # the first one finds out which losses are sums
     return 3 if name == 'esam' or (name == 'esam-history' and step % 2 == 0) else 2
 
 
@@ -119,6 +127,11 @@ def build(
         assert isinstance(wrapper, AUSAMOptimWrapper)
         wrapper.sampler = DrawnInLoader(options.get('sampling_ratio', 0.6))  # type: ignore[assignment]
     return wrapper
+
+
+def constant_ausam(optimizer: Optimizer, **options: Any) -> AUSAMOptimWrapper:
+    """AUSAM that draws 60 % of every batch by one range of scores."""
+    return AUSAMOptimWrapper(optimizer, **{**OLD, **options})
 
 
 def same_weights(name: str, left: nn.Module, right: nn.Module, tolerance: float = 1e-4) -> bool:

@@ -29,7 +29,8 @@ class PerSampleLossError(UnsupportedError):
         self.what = what  # the reason alone, without advice
         super().__init__(
             f'{what} ESAM and AUSAM need the loss of every sample. What works with every model and head is SAM: '
-            "optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=...). docs/per_sample_losses.md lists "
+            "optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=...), and AUSAM "
+            "with draw='uniform'. docs/per_sample_losses.md lists "
             'the heads and losses that work with all three.'
         )
 

@@ -48,11 +48,28 @@ class Cost:
         step: Of most steps.
         cycle: The mean over a cycle of ``length`` steps, whose first one costs more.
         length: Of a cycle; 1 where all steps cost the same.
+        first_epoch: Of the steps in the first epoch, where they cost more than the others; otherwise None.
     """
 
     step: float
     cycle: float
     length: int = 1
+    first_epoch: float | None = None
+
+    def over(self, epochs: float) -> float:
+        """The mean over a training of so many epochs, the first one included."""
+        if self.first_epoch is None:
+            return self.cycle
+        first = min(1.0, 1.0 / epochs)
+        return first * self.first_epoch + (1.0 - first) * self.cycle
+
+    def epochs_for(self, compute: float) -> float:
+        """How many epochs cost as much as ``compute`` epochs of the base optimizer."""
+        if self.first_epoch is None:
+            return compute / self.cycle
+        if compute <= self.first_epoch:
+            return compute / self.first_epoch
+        return 1.0 + (compute - self.first_epoch) / self.cycle
 
 
 class Method:

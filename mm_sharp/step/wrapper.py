@@ -21,6 +21,7 @@ from mm_sharp.errors import (
     check_positive_int,
     check_steps_alone,
 )
+from mm_sharp.ops.call_inputs import fresh
 from mm_sharp.ops.forward_state import ForwardState
 from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.gradients import GradientStash
@@ -312,6 +313,20 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         super().load_state_dict(rest)
 
     # ---------------------------------------------------------------- what methods use
+    def try_forward(self, call: ModelCall) -> Any:
+        """What the model returns for ``call``, without a trace; for ``first_batch``, before the first forward."""
+        args, kwargs = fresh(without_keys(call.model, call.args, call.kwargs), copies=True)
+        # DDP would count the forward, and send buffers around.
+        run = call.model if self._parallel.shards is not None else self._parallel.module.forward
+        self._snapshot()
+        try:
+            with torch.no_grad():
+                return run(*args, **kwargs)
+        finally:
+            self._parallel.reshard()
+            self._state.undo()
+            call.random_state.restore()
+
     def exclude_from_timing(self, name: str) -> AbstractContextManager[None]:
         """A context whose time is not the phase's that it lies in; see :class:`mm_sharp.step.timing.StepTimer`."""
         return self._two_pass.timer.exclude(name)

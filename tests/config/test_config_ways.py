@@ -119,7 +119,7 @@ def test_a_fragment_needs_no_line(tmp_path: Path, fragment: str) -> None:
     [
         ('esam', 'beta=0', 'beta=0 .*0.6'),
         ('esam', "selection='best'", "selection='best' .*exact.*history"),
-        ('ausam', 'sampling_ratio=1.5', 'sampling_ratio=1.5 .*0.6'),
+        ('ausam', 'sampling_ratio=1.5', 'sampling_ratio=1.5 .*0.5'),
         ('ausam', 's_min=2.0', 's_max=1.0 .*'),
         ('ausam', 'gamma=0.5', 'gamma'),
     ],

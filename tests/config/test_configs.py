@@ -63,7 +63,7 @@ def test_two_training_steps(path: Path, tmp_path: Path) -> None:
     assert len(steps.losses) == 2
     assert all(math.isfinite(loss) for loss in steps.losses)
     _, batch_size, passes = STEPS[method(cfg)]
-    assert steps.batches == ([2, 2] if path == LOADER else [batch_size] * 2)
+    assert steps.batches == ([3, 2] if path == LOADER else [batch_size] * 2)
     assert steps.passes == passes
     after = runner.model.state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before)
@@ -73,7 +73,7 @@ def test_two_training_steps(path: Path, tmp_path: Path) -> None:
     logged = {key.rpartition('/')[2] for key in runner.message_hub.log_scalars}
     assert ('sharpness' in logged) == sharp
     assert ('sampling_entropy' in logged) == (method(cfg) not in ('OptimWrapper', 'SAMOptimWrapper'))
-    assert ('share_seen' in logged) == (method(cfg) in ('ESAMOptimWrapper-history', 'AUSAMOptimWrapper'))
+    assert ('share_seen' in logged) == (method(cfg).startswith(('ESAMOptimWrapper-history', 'AUSAMOptimWrapper')))
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=name)
@@ -82,7 +82,7 @@ def test_the_wrapper_is_the_one_in_the_name(path: Path) -> None:
     (found,) = re.findall(r'_(sam|esam|esam-history|ausam|ausam-loader)_', path.stem) or ['']
     base, _, variant = found.partition('-')
     assert path.parent.name in ('demo', base)
-    assert method(cfg).removesuffix('OptimWrapper-history').removesuffix('OptimWrapper') == base.upper()
+    assert method(cfg).partition('OptimWrapper')[0] == base.upper()
     assert cfg.optim_wrapper.get('selection') == ('history' if variant == 'history' else None)
     assert ('batch_sampler' in cfg.train_dataloader) == (variant == 'loader')
     check_wrappers(cfg)

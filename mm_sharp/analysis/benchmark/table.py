@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 
-from mm_sharp.analysis.benchmark.compare import Row, columns, compare, costlier, quartiles, step_table
+from mm_sharp.analysis.benchmark.compare import Row, columns, compare, costlier, quartiles, run_costs, step_table
 from mm_sharp.analysis.benchmark.memory import peak_memory
 from mm_sharp.analysis.benchmark.methods import theoretical_cost
 from mm_sharp.analysis.benchmark.passes_only import SUFFIX, own_work
@@ -47,6 +47,8 @@ class Table:
         if FLOAT in self.times:
             ratio = quartiles(np.divide(self.times['base'], self.times[FLOAT]))
             parts.append(f'base, quantized over float: {ratio.text()}')
+        whole = run_costs({name: theoretical_cost(o, self.batch_size) for name, o in self.settings.items()})
+        parts += [whole] if whole else []
         own = own_work(self.times)
         if own:
             lines = [(name, found.text(0.01, '+.1f')) for name, found in own.items()]

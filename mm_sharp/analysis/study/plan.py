@@ -15,6 +15,8 @@ from mm_sharp.analysis.study.spec import BASE, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.preflight import wrapper_class
 from mm_sharp.errors import UsageError
+from mm_sharp.samples.schedule import schedule_name
+from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 # What a config must have: rho is chosen on the validation data, the results are of the test data.
@@ -61,8 +63,9 @@ class Plan:
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
         self._configs = {name: _read(setting) for name, setting in study.settings.items()}
-        # Theoretical cost of a step in steps of the base optimizer, by setting and method.
+        # Theoretical cost of a step in steps of the base optimizer, by setting and method: of most, and of all.
         self.cost: dict[tuple[str, str], float] = {}
+        self._costs: dict[tuple[str, str], Cost] = {}
         self._has_rho: dict[str, bool] = {}
         for setting in study.settings.values():
             if setting.corrupt:
@@ -87,7 +90,11 @@ class Plan:
     def epochs(self, setting: str, method: str, budget: str) -> int:
         """Epochs of a method: at equal compute the base optimizer's over the method's cost, rounded."""
         most = self.study.settings[setting].epochs
-        return most if budget == 'epochs' else max(1, round(most / self.cost[setting, method]))
+        return most if budget == 'epochs' else max(1, round(self._costs[setting, method].epochs_for(most)))
+
+    def compute(self, setting: str, method: str, epochs: int) -> float:
+        """What so many epochs of a method cost, in trainings of the base optimizer with the setting's epochs."""
+        return epochs * self._costs[setting, method].over(epochs) / self.study.settings[setting].epochs
 
     def selection_runs(self, setting: str) -> list[Run]:
         """The runs that choose rho in a setting."""
@@ -137,6 +144,7 @@ class Plan:
         anywhere = copy.copy(self)
         anywhere.folder = Path('/study')
         content = {k: v for k, v in anywhere.config(run).to_dict().items() if k not in ('work_dir', 'experiment_name')}
+        _name_schedule(content['optim_wrapper'])
         text = json.dumps(content, sort_keys=True, default=repr)
         for now, before in _FORMER_NAMES.items():
             text = text.replace(now, before)
@@ -177,8 +185,17 @@ class Plan:
         kind = wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper)
         ours, batch_size = issubclass(kind, TwoPassOptimWrapper), cfg.train_dataloader.batch_size
         self._has_rho[method] = ours and 'rho' not in self.study.methods[method]
-        cost = kind.theoretical_cost(batch_size, **cfg.optim_wrapper).cycle if ours else 1.0
-        self.cost[setting.name, method] = cost
+        cost = kind.theoretical_cost(batch_size, **cfg.optim_wrapper) if ours else Cost(1.0, 1.0)
+        self._costs[setting.name, method], self.cost[setting.name, method] = cost, cost.cycle
+
+
+def _name_schedule(wrapper: dict[str, Any]) -> None:
+    """Write AUSAM's schedule as configs had it when ``'constant'`` was the only one, and had no name."""
+    if str(wrapper.get('type')).endswith('AUSAMOptimWrapper') and wrapper.get('draw') != 'uniform':
+        name = schedule_name(wrapper)
+        wrapper.pop('schedule', None)
+        if name != 'constant':
+            wrapper['schedule'] = name
 
 
 def _read(setting: Setting) -> Config:
