@@ -272,7 +272,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             SampleIdError: The samples have no id; the message shows how to give them one. A uniform draw needs none.
             ValueError: None of the arguments is a batch.
         """
-        self.visits.flush()
+        self.pending_updates.flush()
         self.attach_model(call.model)
         size = call_size(type(self).__name__, call)
         needs_keys = self.uses_history or self.sampler is not None

@@ -138,7 +138,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             SampleIdError: The samples have no id (``selection='history'``); the message shows how to give them one.
             ValueError: None of the arguments is a batch.
         """
-        self.visits.flush()
+        self.pending_updates.flush()
         self._size = call_size(type(self).__name__, call)
         self._keys = self.keys(call, self._size) if self.uses_history else []
         return call

@@ -139,7 +139,7 @@ def test_a_dynamic_scale_under_accumulation_still_perturbs(name: str, accumulati
     assert not all(early)
     assert sum(late) >= len(late) / 2
     if getattr(wrapper, 'uses_history', False):
-        wrapper.visits.flush()
+        wrapper.pending_updates.flush()
         assert len(wrapper.history) > 0
 
 

@@ -53,7 +53,7 @@ def test_friendly_sam_on_drawn_samples() -> None:
         theirs.train_step({key: value[chosen] for key, value in batch.items()}, alone)
         for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(left, right)
-    combined.visits.flush()
+    combined.pending_updates.flush()
     assert len(combined.history) > 0
     assert combined.kept.keys() == set(ours.parameters())
 

@@ -34,7 +34,7 @@ def scores(wrapper: TwoPassOptimWrapper) -> list[float]:
     """All averages in the history, with what is on its way into it."""
     if not isinstance(wrapper, PerSampleOptimWrapper):
         return []
-    wrapper.visits.flush()
+    wrapper.pending_updates.flush()
     return [float(a) for table in wrapper.history.state_dict()['data_sets'].values() for a in table['averages']]
 
 
