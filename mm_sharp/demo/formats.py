@@ -22,16 +22,11 @@ from mm_sharp.demo.scene import Person, is_inside
 from mm_sharp.demo.settings import HEIGHT, WIDTH
 from mm_sharp.demo.skeleton import COCO_KEYPOINTS, MPII_JOINTS
 
-#: Pairs of keypoints that are joined by a line.
-_LINKS = (
-    ('left_ankle', 'left_knee'), ('left_knee', 'left_hip'), ('right_ankle', 'right_knee'),
-    ('right_knee', 'right_hip'), ('left_hip', 'right_hip'), ('left_shoulder', 'left_hip'),
-    ('right_shoulder', 'right_hip'), ('left_shoulder', 'right_shoulder'), ('left_shoulder', 'left_elbow'),
-    ('right_shoulder', 'right_elbow'), ('left_elbow', 'left_wrist'), ('right_elbow', 'right_wrist'),
-    ('left_eye', 'right_eye'), ('nose', 'left_eye'), ('nose', 'right_eye'), ('left_eye', 'left_ear'),
-    ('right_eye', 'right_ear'), ('left_ear', 'left_shoulder'), ('right_ear', 'right_shoulder'),
-)  # fmt: skip
-SKELETON = [[COCO_KEYPOINTS.index(a) + 1, COCO_KEYPOINTS.index(b) + 1] for a, b in _LINKS]
+#: Pairs of keypoints, counted from 1, that are joined by a line; those of COCO.
+SKELETON = [
+    [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9], [8, 10], [9, 11],
+    [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
+]  # fmt: skip
 
 _HEAD = ('head_top', 'upper_neck', 'left_ear', 'right_ear', 'nose')
 #: MATLAB's header begins with 116 bytes of free text; scipy writes the time of day there.

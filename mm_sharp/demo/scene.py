@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -80,7 +81,8 @@ def judge(figure: Figure, shown: Mask, camera: Camera) -> Person:
         (*points[name], 1 + _is_seen(name, figure, shown, points[name])) if is_inside(*points[name]) else (0.0, 0.0, 0)
         for name in COCO_KEYPOINTS
     ]
-    return Person(tuple(keypoints), points, _outline_box(figure.layer.mask), int(shown.sum()))
+    left, top, width, height = cv2.boundingRect(figure.layer.mask.astype(np.uint8))  # all 0 for an empty one
+    return Person(tuple(keypoints), points, (left, top, width, height), int(shown.sum()))
 
 
 def _is_seen(name: str, figure: Figure, shown: Mask, point: tuple[float, float]) -> bool:
@@ -92,15 +94,6 @@ def _is_seen(name: str, figure: Figure, shown: Mask, point: tuple[float, float])
         and int(figure.layer.part[v, u]) in parts
         and figure.seen[name][2] - figure.layer.depth[v, u] <= depth * figure.girth
     )
-
-
-def _outline_box(mask: Mask) -> tuple[int, int, int, int]:
-    """Left, top, width, height of a mask, pixels; all zero if it is empty."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    if not len(columns):
-        return (0, 0, 0, 0)
-    left, top = int(columns[0]), int(rows[0])
-    return (left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1)
 
 
 def _attempt(draws: Draws, settings: Settings) -> Scene:
