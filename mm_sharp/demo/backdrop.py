@@ -23,9 +23,9 @@ def upsample(grid: Floats, height: int, width: int) -> Floats:
     columns = np.arange(width, dtype=np.float64) * ((grid.shape[1] - 1) / (width - 1))
     top = np.minimum(rows.astype(np.int64), grid.shape[0] - 2)
     left = np.minimum(columns.astype(np.int64), grid.shape[1] - 2)
-    extra = (1,) * (grid.ndim - 2)
-    down = (rows - top).reshape(-1, 1, *extra)
-    along = (columns - left).reshape(1, -1, *extra)
+    down, along = (rows - top)[:, None], (columns - left)[None, :]
+    if grid.ndim == 3:
+        down, along = down[:, :, None], along[:, :, None]
     bands = grid[top] * (1.0 - down) + grid[top + 1] * down
     mixed: Floats = bands[:, left] * (1.0 - along) + bands[:, left + 1] * along
     return mixed
@@ -39,8 +39,7 @@ def draw_backdrop(draws: Draws, light: Light, settings: Settings = SETTINGS) -> 
     for cells, strength in ((6, 40.0), (24, 26.0)):
         grain = draws.uniform((0.0, strength))
         wall += ((upsample(draws.array(cells, cells), HEIGHT, WIDTH) - 0.5) * grain)[:, :, None]
-    layer.colour[:] = np.minimum(np.maximum(wall, 0.0), 255.0).astype(np.uint8)
-    layer.depth[:] = _WALL
+    layer.colour[:], layer.depth[:] = np.clip(wall, 0.0, 255.0).astype(np.uint8), _WALL
     for number in range(draws.integer(*settings.clutter)):
         _draw_shape(layer, draws, light, _FAR - 0.1 * number)
     for number in range(draws.integer(*settings.limb_clutter)):
@@ -56,16 +55,14 @@ def draw_occluders(draws: Draws, light: Light, settings: Settings = SETTINGS) ->
     width, height = draws.integer(WIDTH // 6, WIDTH // 2), draws.integer(HEIGHT // 8, HEIGHT // 3)
     left = draws.integer(-width // 2, WIDTH - width // 2)
     top = draws.integer(HEIGHT // 4, HEIGHT - height // 2)
-    kind = draws.choice(('box', 'post', 'ball'))
-    colour = draw_colour(draws)
+    kind, colour = draws.choice(('box', 'post', 'ball')), draw_colour(draws)
     if kind == 'box':
         draw_card(layer, (left, top, left + width, top + height), _NEAR, 0, colour)
-    elif kind == 'ball':
-        _draw_rod(layer, light, ((left, top), (left, top)), (width / 3, width / 3), _NEAR, Paint(colour))
-    else:
-        lean = draws.integer(-WIDTH // 4, WIDTH // 4)
-        ends = ((left, -10), (left + lean, HEIGHT + 10))
-        _draw_rod(layer, light, ends, (width / 6, width / 6), _NEAR, Paint(colour))
+        return layer
+    ends, radius = ((left, top), (left, top)), width / 3
+    if kind == 'post':
+        ends, radius = ((left, -10), (left + draws.integer(-WIDTH // 4, WIDTH // 4), HEIGHT + 10)), width / 6
+    _draw_rod(layer, light, ends, (radius, radius), _NEAR, Paint(colour))
     return layer
 
 

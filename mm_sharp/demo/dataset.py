@@ -7,8 +7,8 @@ Layout::
     mpii/mpii_{train,val}.json  mpii/mpii_gt_val.mat    MPII as MMPose reads it
     meta.json                                           first without, at last with ``sha256``
 
-Images are drawn in several processes; each depends on the seed, its split and its number alone, so neither the
-number of processes nor the number of images changes any of them.
+Each image depends on the seed, its split and its number alone: neither the number of processes that draw nor the number
+of images changes any of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mm_sharp.demo.settings import GENERATOR_VERSION, SETTINGS, SPLITS, Settings
 
 Task = tuple[str, int]  # the split and the number, from 0, of an image to draw
 Drawn = tuple[tuple[Person, ...], str]  # the people in an image, and the SHA-256 of its pixels
-_GENERATOR = 'mm_sharp.demo'
+_GENERATOR, _VERSION = 'mm_sharp.demo', 'generator_version'
 _GROUND_TRUTH = 'mpii/mpii_gt_val.mat'
 _COCO, _MPII = 'annotations/person_keypoints_{}.json', 'mpii/mpii_{}.json'
 _FILES = (*(name.format(split) for split in SPLITS for name in (_COCO, _MPII)), _GROUND_TRUTH)
@@ -69,10 +69,10 @@ def make_dataset(
     limits = {'train': (1, 999_999), 'val': (1, 999_999), 'seed': (0, 2**32 - 1), 'workers': (0, 256)}
     for name, value in {**arguments, 'workers': workers}.items():
         low, high = limits[name]
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if type(value) is not int or not low <= value <= high:
             raise ValueError(f'{name}={value!r} must be a whole number in [{low}, {high}]')
     out = Path(out)
-    request = {'generator_version': GENERATOR_VERSION, 'arguments': arguments, 'settings': asdict(settings)}
+    request = {_VERSION: GENERATOR_VERSION, 'arguments': arguments, 'settings': asdict(settings)}
     meta: dict[str, Any] = json.loads(json.dumps({'generator': _GENERATOR, **request}))  # as it is read back
     if _is_there(out, meta, force):
         return False
@@ -108,14 +108,11 @@ def _is_there(out: Path, meta: dict[str, Any], force: bool) -> bool:
         return False
     if any(found.get(key) != value for key, value in meta.items()) and not force:
         was, asked = (
-            ' '.join(f'--{name} {value}' for name, value in one['arguments'].items())
-            + f' (generator version {one["generator_version"]})'
+            f'{" ".join(f"--{k} {v}" for k, v in one["arguments"].items())} (generator version {one[_VERSION]})'
             for one in (found, meta)
         )
-        raise FileExistsError(
-            f'{out} holds a demo data set made with {was}, not {asked}: pass --force to replace it, or choose another '
-            'folder with --out'
-        )
+        hint = 'pass --force to replace it, or choose another folder with --out'
+        raise FileExistsError(f'{out} holds a demo data set made with {was}, not {asked}: {hint}')
     images = (f'{split}/{i + 1:06d}.png' for split in SPLITS for i in range(meta['arguments'][split]))
     return found == {**meta, 'sha256': found['sha256']} and all((out / name).is_file() for name in (*_FILES, *images))
 
@@ -130,12 +127,10 @@ def _mapped(draw: Callable[[Task], Drawn], tasks: list[Task], workers: int) -> I
     if workers <= 1:
         yield map(draw, tasks)
         return
-    # On Linux a fork spares each worker the import of torch. Python 3.12 warns that threads don't
-    # survive it; the workers need none: they do elementwise numpy and write PNG files.
+    # On Linux a fork spares each worker the import of torch. Python 3.12 warns that threads don't survive it; the
+    # workers need none. Ctrl-C is the parent's to handle; it ends the workers.
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    # Ctrl-C is the parent's to handle; it ends the workers.
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, signal.signal, ignore_interrupt)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', '.*multi-threaded, use of fork', DeprecationWarning)

@@ -1,12 +1,9 @@
 """People as COCO keypoint annotations, and as MMPose's ``MpiiDataset`` reads MPII.
 
-In COCO, coordinates count from 0 at the centre of the top left pixel. MPII's conventions, as MMPose's reader undoes
-them:
-
-- coordinates count from 1, so a point (u, v) of ours is written as (u + 1, v + 1);
-- ``scale`` is the person's size over 200 pixels: here the longer side of the box;
-- ``center`` is 15 * scale pixels above the middle of the box: the reader moves it down by that much;
-- a joint outside of the image is (-1, -1) with ``joints_vis`` 0; hidden joints inside count as annotated, 1.
+In COCO, coordinates count from 0 at the centre of the top left pixel. In MPII they count from 1; ``scale`` is the
+person's size (here the longer side of the box) over 200 pixels; ``center`` is 15 * scale pixels above the middle of the
+box, since MMPose's reader moves it down by that much; a joint outside of the image is (-1, -1) with ``joints_vis`` 0,
+and a hidden one inside counts as annotated, 1.
 """
 
 from __future__ import annotations

@@ -13,11 +13,10 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from mm_sharp.analysis.benchmark import chart, memory, table
+from mm_sharp.analysis.benchmark import memory, table
+from mm_sharp.analysis.benchmark.candidates import SUFFIX, Candidate, Pass, PassesOnly, own_work
 from mm_sharp.analysis.benchmark.compare import Quartiles
 from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
-from mm_sharp.analysis.benchmark.passes_only import SUFFIX, Pass, PassesOnly, own_work
-from mm_sharp.analysis.benchmark.steps import Candidate
 from mm_sharp.analysis.benchmark.workload import Ready, Workload
 from mm_sharp.analysis.prepare import prepared
 from tests.tool_runs import tool as load
@@ -104,7 +103,7 @@ def test_passes_alone_are_rows_of_the_table_and_have_no_phases(tmp_path: Path) -
     figures = found.figures()
     assert list(figures['own_work']) == ['sam', 'esam-history']
     assert set(figures['own_work']['sam']) == {'low', 'median', 'high'}
-    chart.draw_chart([found], tmp_path / 'chart.png', 'toy')
+    table.draw_chart([found], tmp_path / 'chart.png', 'toy')
     assert (tmp_path / 'chart.png').stat().st_size > 1000
 
 

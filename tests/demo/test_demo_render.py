@@ -106,11 +106,6 @@ def test_card_covers_only_what_is_behind_it() -> None:
     assert (layer.part == 5).all()
 
 
-def test_capsule_at_the_lens_is_refused() -> None:
-    with pytest.raises(ValueError, match=r'must be at least 0.3 m in front of the camera'):
-        draw(ball(0.0, 0.1, 0.05, 0))
-
-
 @given(st.integers(2, 9), st.integers(2, 9))
 def test_upsampling_keeps_corners_and_planes(rows: int, columns: int) -> None:
     assume(rows != columns)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from mm_sharp.analysis.benchmark.steps import Candidate
+from mm_sharp.analysis.benchmark.candidates import Candidate
 from mm_sharp.per_sample_loss.layout import tensors_of
 
 

@@ -8,9 +8,9 @@ A method's name is its wrapper's without ``OptimWrapper``, in small letters: ``s
 from __future__ import annotations
 
 import copy
+import math
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
@@ -19,7 +19,7 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
 from mm_sharp.config.preflight import check_wrappers, wrapper_class, wrapper_configs
-from mm_sharp.errors import UsageError, arguments_of
+from mm_sharp.errors import UsageError, arguments_of, closest
 from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
 
@@ -57,8 +57,7 @@ def _parse_method(name: str) -> dict[str, Any]:
         for argument, parameter in signature(OPTIM_WRAPPERS.get(kinds[stem])).parameters.items():
             if argument not in arguments_of(TwoPassOptimWrapper) and type(parameter.default) in types:
                 return {'type': kinds[stem], argument: value}
-    close = get_close_matches(name, kinds, n=1)
-    hint = f'; did you mean {close[0]!r}?' if close else ''
+    hint = f'; did you mean {close!r}?' if (close := closest(name, kinds)) else ''
     raise UsageError(f'--methods {name}: there are {", ".join(kinds)}, and NAME-VALUE, as ausam-0.5{hint}')
 
 
@@ -71,8 +70,7 @@ def wrapper_settings(cfg: Config, method: Mapping[str, Any], amp: str | None = N
 
     Args:
         cfg: The whole training config.
-        method: Of :func:`parse_methods`; its arguments go before the config's.
-        amp: Autocast dtype that goes before the config's precision.
+        method: Of :func:`parse_methods`; its arguments go before the config's, as ``amp`` before its precision.
 
     Raises:
         UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
@@ -97,3 +95,9 @@ def theoretical_cost(settings: Mapping[str, Any], batch_size: int) -> Cost:
     """What a step costs in theory, given its wrapper's config, in steps of the base optimizer."""
     kind = OPTIM_WRAPPERS.get(settings['type'])
     return kind.theoretical_cost(batch_size, **settings) if issubclass(kind, TwoPassOptimWrapper) else Cost(1.0, 1.0)
+
+
+def whole_cycles(rounds: int, costs: Mapping[str, Cost]) -> int:
+    """At least so many rounds, in which every method's cycles are whole."""
+    cycles = math.lcm(*(cost.length for cost in costs.values()))
+    return -(-rounds // cycles) * cycles

@@ -9,63 +9,20 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
+from mm_sharp.analysis.benchmark.candidates import Candidate
 from mm_sharp.errors import UsageError
 from mm_sharp.per_sample_loss import PerSampleLossError
 from mm_sharp.samples.keys import SampleIdError
 from mm_sharp.step.timing import StepTimer
-from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 T = TypeVar('T')
 Phases = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A method with a model and an optimizer wrapper of its own."""
-
-    name: str
-    model: Any
-    optim_wrapper: Any
-
-    def step(self, batch: Any) -> dict[str, Any]:
-        """One whole training step; returns what there is to log."""
-        log: dict[str, Any] = self.model.train_step(batch, self.optim_wrapper)
-        return log
-
-    def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
-        """One whole training step, with marks at the ends of its phases."""
-        wrapper = self.optim_wrapper
-        if isinstance(wrapper, TwoPassOptimWrapper):
-            wrapper.record_timing = True
-            self.step(batch)
-            wrapper.record_timing = False
-            timed = wrapper.last_step.timer if wrapper.last_step else None
-            assert timed is not None
-            return timed
-        timer = StepTimer(device)
-        timer.mark('start')
-        with wrapper.optim_context(self.model):
-            loss, _ = loss_of(self.model, batch)
-        wrapper.backward(wrapper.scale_loss(loss))
-        timer.mark('pass1')
-        wrapper.step()
-        wrapper.zero_grad()
-        timer.mark('step')
-        return timer
-
-
-def loss_of(model: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
-    """The loss of a batch and what there is to log, as MMEngine's ``train_step`` computes them."""
-    loss, log = model.parse_losses(model._run_forward(model.data_preprocessor(batch, True), mode='loss'))
-    return loss, dict(log)
 
 
 def step_seconds(candidate: Candidate, batch: Any, device: torch.device) -> float:
@@ -98,9 +55,7 @@ def measure_rounds(
     Args:
         groups: The methods; those in a group make their steps directly one after the other.
         batches: Taken in turn; the same one for all methods in a round.
-        rounds: Measured steps of each method.
-        warmup: Steps of each method before; at least 1.
-        device: Where they run.
+        rounds: Measured steps of each method, after ``warmup`` others, at least 1.
         measure: What is measured of a step: :func:`step_seconds` or :func:`phase_seconds`.
 
     Raises:
@@ -110,24 +65,19 @@ def measure_rounds(
         for candidate in chain(*groups):
             _check_step(candidate, batches[number % len(batches)])
     found: dict[str, list[T]] = {candidate.name: [] for candidate in chain(*groups)}
-    for number in _without_collection(rounds):
-        first = number % len(groups)
-        for candidate in chain(*groups[first:], *groups[:first]):
-            found[candidate.name].append(measure(candidate, batches[(warmup + number) % len(batches)], device))
-    return found
-
-
-def _without_collection(rounds: int) -> Iterator[int]:
-    """Count the rounds; Python's garbage collector, which else runs when it likes, runs between them."""
+    # Python's garbage collector, which else runs when it likes, runs between the rounds.
     gc.disable()
     gc.freeze()  # what is there already need not be looked at
     try:
         for number in range(rounds):
             gc.collect()
-            yield number
+            first = number % len(groups)
+            for candidate in chain(*groups[first:], *groups[:first]):
+                found[candidate.name].append(measure(candidate, batches[(warmup + number) % len(batches)], device))
     finally:
         gc.unfreeze()
         gc.enable()
+    return found
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""The model, the optimizer wrappers and the batches of a training config.
+"""The model, the optimizer wrappers and the batches of a training config; and a small model instead of them.
 
 The model starts from random weights (nothing is downloaded), the same for every method. Learning rates are set to 0:
 the arithmetic of a step stays what it is, while no method trains away from the others, or out of the numbers' range on
@@ -16,22 +16,30 @@ from typing import Any, TypeVar
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import set_random_seed
-from torch import nn
+from torch import Tensor, nn
 
-from mm_sharp.analysis.benchmark.baselines import BASELINES, make_baseline
-from mm_sharp.analysis.benchmark.methods import SHARED
-from mm_sharp.analysis.benchmark.passes_only import SUFFIX, PassesOnly, PassRecorder
-from mm_sharp.analysis.benchmark.steps import Candidate, measure_rounds
-from mm_sharp.analysis.prepare import build_loader
+from mm_sharp.analysis.benchmark.candidates import (
+    BASELINES,
+    SUFFIX,
+    Candidate,
+    PassesOnly,
+    PassRecorder,
+    make_baseline,
+)  # fmt: skip
+from mm_sharp.analysis.benchmark.compare import Row, compare
+from mm_sharp.analysis.benchmark.methods import SHARED, theoretical_cost, whole_cycles
+from mm_sharp.analysis.benchmark.steps import measure_rounds, step_seconds
+from mm_sharp.analysis.prepare import build_loader, prepared
 from mm_sharp.errors import UsageError
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 # Name of the base optimizer on the float model that a quantized model was made from.
 FLOAT = 'float'
+BATCH_SIZE = 16  # of the small model
 T = TypeVar('T')
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -66,12 +74,12 @@ class Workload:
 
         With ``passes_only``, the passes of each method alone are measured, too, under its name and :data:`SUFFIX`.
         """
-        groups = [[self.candidate(name, own)] for name, own in settings.items()]
-        for group in groups if passes_only else []:
-            (method,) = group
-            if isinstance(method.optim_wrapper, TwoPassOptimWrapper):
-                recorder, base = PassRecorder(method.model), _base(settings[method.name])
-                group.append(PassesOnly(method.name + SUFFIX, *self._build(method.name, base), recorder=recorder))
+        groups = []
+        for name, own in settings.items():
+            groups.append([method := self.candidate(name, own)])
+            if passes_only and isinstance(method.optim_wrapper, TwoPassOptimWrapper):
+                built, recorder = self._build(name, _base(own)), PassRecorder(method.model)
+                groups[-1].append(PassesOnly(name + SUFFIX, *built, recorder=recorder))
         return measure_rounds(groups, self.batches, rounds, warmup, torch.device(get_device()), measure)
 
     def candidate(self, name: str, settings: Mapping[str, Any]) -> Candidate:
@@ -153,3 +161,42 @@ def _without_downloads(value: Any) -> Any:
         return value
     kept = {key: item for key, item in value.items() if key != 'init_cfg' or "'Pretrained'" not in repr(item)}
     return {key: _without_downloads(item) for key, item in kept.items()}
+
+
+class SmallModel(BaseModel):  # type: ignore[misc]
+    """A classifier of pictures (N, 3, 8, 8), with 3,164 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolution = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        features = (convolution, nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+        self.layers = nn.Sequential(*features, nn.Linear(256, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 10))
+        self.loss_module = nn.CrossEntropyLoss()
+
+    def forward(self, inputs: Tensor, labels: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        """The loss; ``sample_idx`` is for AUSAM."""
+        return {'loss': self.loss_module(self.layers(inputs), labels)}
+
+
+def measure_host(methods: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int) -> list[Row]:
+    """The host's own time of a step, which users of small models pay: on :class:`SmallModel` a step is little else.
+
+    At least so many whole steps of all methods in turn, the base optimizer first.
+    """
+    optimizer = {'type': 'SGD', 'lr': 0.0, 'momentum': 0.9}
+    settings = {name: {**method, 'optimizer': optimizer} for name, method in methods.items()}
+    costs = {name: theoretical_cost(own, BATCH_SIZE) for name, own in settings.items()}
+    device = torch.device(get_device())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        workload = Workload(SmallModel().to(device).train(), [_batch(number, device) for number in range(8)])
+    with prepared(Config()):
+        times = workload.measure(settings, whole_cycles(rounds, costs), warmup, step_seconds)
+    return compare(times, costs, BATCH_SIZE, warmup)
+
+
+def _batch(number: int, device: torch.device) -> dict[str, Tensor]:
+    # The ids stay on the host, where data samples hold them, too.
+    ids = torch.arange(number * BATCH_SIZE, (number + 1) * BATCH_SIZE)
+    inputs, labels = torch.randn(BATCH_SIZE, 3, 8, 8), torch.randint(10, (BATCH_SIZE,))
+    return {'inputs': inputs.to(device), 'labels': labels.to(device), 'sample_idx': ids}
