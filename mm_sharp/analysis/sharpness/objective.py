@@ -201,7 +201,7 @@ class Objective:
 
 @contextmanager
 def preserved_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within, a model is in evaluation mode, and has second derivatives where they exist; then it is bit for bit as before.
+    """Within, a model is in evaluation mode, and has second derivatives where they exist; nothing of it stays.
 
     Activation checkpointing (``with_cp``), which would stand in their way and changes no value, is off meanwhile.
     """

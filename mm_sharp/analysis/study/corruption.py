@@ -1,8 +1,7 @@
 """Keypoint annotations of which a share is wrong, as hasty annotators make them.
 
 Half of the corrupted people have every labelled keypoint moved by a normal error, the others have left and right
-exchanged. Pictures, boxes and all other people stay as they are. The file and the seed alone decide what is corrupted,
-so it is the same for every method, in every epoch.
+exchanged. The file and the seed alone decide, so it is the same for every method, in every epoch.
 """
 
 from __future__ import annotations

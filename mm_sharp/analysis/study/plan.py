@@ -6,18 +6,19 @@ import copy
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from mm_sharp.analysis.study.spec import BASE, Setting, Study
+from mm_sharp.analysis.study.spec import BASE, Selection, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.preflight import wrapper_class
 from mm_sharp.errors import UsageError
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
-# What a config must have: rho is chosen on the validation data, the results are of the test data.
+# Rho is chosen on the validation data, the results are of the test data.
 _NEEDED = ('train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator', 'test_dataloader', 'test_evaluator')
 
 # Names that have changed, as configs had them before: rows that were written then are known again.
@@ -40,15 +41,10 @@ class Run:
     seed: int  # of initial weights, order of the samples and draws
 
     @property
-    def name(self) -> str:
-        """Its name in the setting and phase."""
-        rho = '' if self.rho is None else f'_rho{self.rho:g}'
-        return f'{self.method}{rho}_{self.epochs}e_seed{self.seed}'
-
-    @property
     def id(self) -> str:
         """Its name in the study, which is also a relative path."""
-        return f'{self.phase}/{self.setting}/{self.name}'
+        rho = '' if self.rho is None else f'_rho{self.rho:g}'
+        return f'{self.phase}/{self.setting}/{self.method}{rho}_{self.epochs}e_seed{self.seed}'
 
 
 class Plan:
@@ -63,7 +59,7 @@ class Plan:
         self._configs = {name: _read(setting) for name, setting in study.settings.items()}
         # Theoretical cost of a step in steps of the base optimizer, by setting and method.
         self.cost: dict[tuple[str, str], float] = {}
-        self._has_rho: dict[str, bool] = {}
+        self.tuned: set[str] = set()  # methods whose rho is to be chosen
         for setting in study.settings.values():
             if setting.corrupt:
                 self.annotations(setting)
@@ -80,10 +76,6 @@ class Plan:
             waves[bool(setting.load_from)].setdefault(setting.pool or name, []).append(name)
         return [list(pools.values()) for pools in waves if pools]
 
-    def has_rho(self, method: str) -> bool:
-        """Whether rho is to be chosen for a method."""
-        return self.study.selection is not None and self._has_rho[method]
-
     def epochs(self, setting: str, method: str, budget: str) -> int:
         """Epochs of a method: at equal compute the base optimizer's over the method's cost, rounded."""
         most = self.study.settings[setting].epochs
@@ -91,25 +83,20 @@ class Plan:
 
     def selection_runs(self, setting: str) -> list[Run]:
         """The runs that choose rho in a setting."""
-        selection = self.study.selection
-        if selection is None:
-            return []
-        epochs = self.study.settings[setting].epochs
+        selection, own = self.study.selection or Selection([], []), self.study.settings[setting]
         return [
-            Run('select', setting, method, rho, epochs, seed)
+            Run('select', setting, method, rho, own.epochs, seed)
             for seed in selection.seeds
             for method in self.study.methods
-            if method == BASE or (self.has_rho(method) and self.study.settings[setting].selects)
-            for rho in (selection.rho if self.has_rho(method) else [None])
+            if method == BASE or (method in self.tuned and own.selects)
+            for rho in (selection.rho if method in self.tuned else [None])
         ]
 
     def report_runs(self, setting: str, chosen: dict[str, float | None]) -> list[Run]:
         """The runs that are reported in a setting, given the rho of each method; two budgets may share runs."""
+        order = product(self.study.seeds, self.study.methods, self.study.budgets)
         runs = [
-            Run('report', setting, method, chosen[method], self.epochs(setting, method, budget), seed)
-            for seed in self.study.seeds
-            for method in self.study.methods
-            for budget in self.study.budgets
+            Run('report', setting, m, chosen[m], self.epochs(setting, m, budget), seed) for seed, m, budget in order
         ]
         return list(dict.fromkeys(runs))
 
@@ -147,7 +134,7 @@ class Plan:
         return self.folder / 'weights' / f'{run.id}.pth'
 
     def keeps_weights(self, run: Run) -> bool:
-        """Whether a run's weights are kept: other runs start from them, or the study asks for them."""
+        """Whether other runs start from a run's weights, or the study asks for them."""
         needed = run.method == BASE and any(s.load_from == run.setting for s in self.study.settings.values())
         return needed or (run.phase == 'report' and run.method in self.study.keep and run.seed == self.study.seeds[0])
 
@@ -167,7 +154,7 @@ class Plan:
         return {**cfg.optim_wrapper, **self.study.methods[method], **own}
 
     def _check_method(self, setting: Setting, method: str) -> None:
-        """Check a method in a setting, and note its cost and whether it has a rho."""
+        """Check a method in a setting, and note its cost and whether its rho is to be chosen."""
         cfg = copy.deepcopy(self._configs[setting.name])
         cfg.optim_wrapper = self._wrapper(cfg, method, None)
         try:
@@ -175,10 +162,12 @@ class Plan:
         except UsageError as error:
             raise UsageError(f'methods.{method} in settings.{setting.name}: {error}') from error
         kind = wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper)
-        ours, batch_size = issubclass(kind, TwoPassOptimWrapper), cfg.train_dataloader.batch_size
-        self._has_rho[method] = ours and 'rho' not in self.study.methods[method]
-        cost = kind.theoretical_cost(batch_size, **cfg.optim_wrapper).cycle if ours else 1.0
-        self.cost[setting.name, method] = cost
+        self.cost[setting.name, method] = 1.0
+        if issubclass(kind, TwoPassOptimWrapper):
+            cost = kind.theoretical_cost(cfg.train_dataloader.batch_size, **cfg.optim_wrapper)
+            self.cost[setting.name, method] = cost.cycle
+            if self.study.selection is not None and 'rho' not in self.study.methods[method]:
+                self.tuned.add(method)
 
 
 def _read(setting: Setting) -> Config:
@@ -196,8 +185,8 @@ def _read(setting: Setting) -> Config:
         if not cfg.get(key):
             raise UsageError(f'{where}.config: {setting.config} has no {key}')
     if not cfg.train_cfg.get('max_epochs'):
-        form = f'train_cfg = dict(by_epoch=True, max_epochs={setting.epochs})'
-        raise UsageError(f'{where}.config: {setting.config} does not train by epochs, as studies do: write {form}')
+        form = f'as studies do: write train_cfg = dict(by_epoch=True, max_epochs={setting.epochs})'
+        raise UsageError(f'{where}.config: {setting.config} does not train by epochs, {form}')
     preflight.check_data(cfg, 'train', 'val', 'test')
     return cfg
 

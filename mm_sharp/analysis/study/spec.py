@@ -125,9 +125,8 @@ def _entries(kind: Any, where: str, content: Any) -> dict[str, Any]:
 def _check(study: Study) -> None:
     metric, budgets = study.metric, study.budgets
     _require(metric.better in ('higher', 'lower'), 'metric.better', metric.better, "'higher' or 'lower'")
-    _require(
-        is_number(metric.scale) and 0 < metric.scale < inf, 'metric.scale', metric.scale, 'a number above 0, as 100'
-    )
+    good = is_number(metric.scale) and 0 < metric.scale < inf
+    _require(good, 'metric.scale', metric.scale, 'a number above 0, as 100')
     _require(study.methods.get(BASE) == {}, 'methods.base', study.methods.get(BASE), "{}: the config's own optimizer")
     _check_seeds('seeds', study.seeds)
     _require(bool(budgets) and set(budgets) <= set(BUDGETS), 'budgets', budgets, '[epochs, compute] or one')
@@ -148,7 +147,6 @@ def _check_setting(study: Study, where: str, setting: Setting) -> None:
     good = type(setting.epochs) is int and setting.epochs >= 1
     _require(good, f'{where}.epochs', setting.epochs, 'an integer of at least 1')
     _require(isinstance(setting.options, dict), f'{where}.options', setting.options, 'a mapping of dotted keys')
-    _require(isinstance(setting.selects, bool), f'{where}.selects', setting.selects, 'true or false')
     pool = setting.pool or setting.name
     good = any(other.selects for other in study.settings.values() if (other.pool or other.name) == pool)
     _require(good, f'{where}.selects', setting.selects, 'true for at least one setting of a pool')
