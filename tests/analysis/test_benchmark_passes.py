@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,8 +72,8 @@ def test_the_last_pass_is_stepped_with() -> None:
     part: dict[str, Any] = {key: value[:4] for key, value in batch.items()}
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, by_hand)]
     trained = [True] * len(list(model.parameters()))
-    recorder: Any = SimpleNamespace(passes=[Pass((), batch, False, trained), *[Pass((), part, True, trained)] * 2])
-    PassesOnly('x', model, OptimWrapper(optimizers[0]), recorder=recorder).step(None)
+    passes = [Pass((), batch, False, trained), *[Pass((), part, True, trained)] * 2]
+    PassesOnly('x', model, OptimWrapper(optimizers[0]), passes).step(None)
     # The first ones move BatchNorm's statistics alone.
     by_hand(**batch)
     by_hand(**part)
@@ -82,7 +81,7 @@ def test_the_last_pass_is_stepped_with() -> None:
     optimizers[1].step()
     optimizers[1].zero_grad()
     assert same_state(model, by_hand)
-    assert recorder.passes == []
+    assert passes == []
 
 
 def test_own_work_is_what_is_more_than_the_passes() -> None:

@@ -127,10 +127,8 @@ def check_baselines(settings: Mapping[str, Any]) -> tuple[list[str], str]:
     """
     for key, known in (('dtype', (None, 'bfloat16')), ('clip_grad', (None,)), ('adaptive', (None, False))):
         if settings.get(key) not in known:
-            raise UsageError(
-                f'--peers: they know no optim_wrapper.{key}={settings[key]!r}: leave --peers out, or set '
-                f'--cfg-options optim_wrapper.{key}={known[-1]}'
-            )
+            hint = f'leave --peers out, or set --cfg-options optim_wrapper.{key}={known[-1]}'
+            raise UsageError(f'--peers: they know no optim_wrapper.{key}={settings[key]!r}: {hint}')
     if find_spec('pytorch_optimizer') is not None:
         return [*BASELINES], ''
     return [BY_HAND], f'{LIBRARY} is left out: pytorch_optimizer is not installed (pip install pytorch_optimizer)'
@@ -141,8 +139,8 @@ def make_baseline(name: str, model: Any, optimizer: Optimizer, rho: float) -> Ba
     if name == BY_HAND:
         return Baseline(name, model, HandWrittenSAM(optimizer, rho))
     # It builds a base optimizer of its own, out of the groups with all their values.
-    library = importlib.import_module('pytorch_optimizer')
-    return Baseline(name, model, library.SAM(optimizer.param_groups, type(optimizer), rho=rho))
+    sam = importlib.import_module('pytorch_optimizer').SAM
+    return Baseline(name, model, sam(optimizer.param_groups, type(optimizer), rho=rho))
 
 
 class Pass(NamedTuple):
@@ -154,39 +152,36 @@ class Pass(NamedTuple):
     trained: list[bool]
 
 
-class PassRecorder:
-    """Notes every forward pass of a model in :attr:`passes`."""
+def record_passes(model: nn.Module) -> list[Pass]:
+    """A list to which every forward pass of a model will be added."""
+    passes: list[Pass] = []
 
-    def __init__(self, model: nn.Module) -> None:
-        self.passes: list[Pass] = []
-        self._parameters = list(model.parameters())
-        model.register_forward_hook(self._note, with_kwargs=True)
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        trained = [parameter.requires_grad for parameter in model.parameters()]
+        passes.append(Pass(args, kwargs, torch.is_grad_enabled(), trained))
 
-    def _note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        trained = [parameter.requires_grad for parameter in self._parameters]
-        self.passes.append(Pass(args, kwargs, torch.is_grad_enabled(), trained))
+    model.register_forward_hook(note, with_kwargs=True)
+    return passes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PassesOnly(Candidate):
     """A step of nothing but the passes that a method's step has just made, and the base optimizer's own step."""
 
-    recorder: PassRecorder  # of the method's model
+    passes: list[Pass]  # of the method's model
 
     def step(self, batch: Any) -> dict[str, Any]:
         """On the batches of the method's passes."""
         log: dict[str, Any] = {}
-        for args, kwargs, differentiated, trained in self.recorder.passes:
+        for args, kwargs, differentiated, trained in self.passes:
             for parameter, is_trained in zip(self.model.parameters(), trained, strict=True):
                 parameter.requires_grad_(is_trained)
-            # An earlier pass's gradients are of no use to this one.
-            self.optim_wrapper.zero_grad()
+            self.optim_wrapper.zero_grad()  # an earlier pass's gradients are of no use to this one
             with torch.set_grad_enabled(differentiated):
-                losses = self.model(*args, **kwargs)
-            loss, log = self.model.parse_losses(losses)
+                loss, log = self.model.parse_losses(self.model(*args, **kwargs))
             if loss.requires_grad:
                 loss.backward()
-        self.recorder.passes.clear()
+        self.passes.clear()
         self.optim_wrapper.optimizer.step()
         self.optim_wrapper.zero_grad()
         return dict(log)

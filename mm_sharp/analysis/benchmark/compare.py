@@ -99,25 +99,18 @@ def costlier(cost: Cost | None, steps: int, before: int) -> NDArray[np.bool_]:
 def step_table(rows: Sequence[Row]) -> str:
     """The rows as text."""
     head = ('method', 'step, ms (quartiles)', 'ratio (quartiles)', 'theory', 'distance', 'images/s', 'peak, MB')
-    lines = [
-        (
-            row.label,
-            row.seconds.text(1e-3),
-            row.ratio.text(form='.3f'),
-            '' if row.theoretical is None else f'{row.theoretical:.3f}',
-            '' if row.distance is None else f'{row.distance:+.1f} %',
-            f'{row.images_per_second:.1f}',
-            'n/a' if row.peak_bytes is None else f'{row.peak_bytes / 1e6:.1f}',
-        )
-        for row in rows
-    ]
-    return columns([head, *lines])
+    lines = [head]
+    for row in rows:
+        theory = ('', '') if row.theoretical is None else (f'{row.theoretical:.3f}', f'{row.distance:+.1f} %')
+        peak = 'n/a' if row.peak_bytes is None else f'{row.peak_bytes / 1e6:.1f}'
+        times = row.seconds.text(1e-3), row.ratio.text(form='.3f')
+        lines.append((row.label, *times, *theory, f'{row.images_per_second:.1f}', peak))
+    return columns(lines)
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
     """Cells under each other: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return '\n'.join(
-        '  '.join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    forms = ['<', *'>' * len(widths[1:])]
+    cells = ([f'{c:{f}{w}}' for c, f, w in zip(line, forms, widths, strict=True)] for line in lines)
+    return '\n'.join(map('  '.join, cells))

@@ -37,15 +37,11 @@ def keep_freed_memory() -> bool:
 
 
 class TensorsAlive(TorchDispatchMode):
-    """Counts the bytes of the tensors alive that operators in this context took or gave: now, and most at once.
-
-    Args:
-        without: Tensors that do not count.
-    """
+    """Counts the bytes of the tensors alive, but those ``without``, that operators in this context took or gave."""
 
     def __init__(self, without: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now = self.peak = 0  # and most at once
         self._seen: dict[int, Any] = {}
         self._without = {tensor.untyped_storage()._cdata for tensor in without}
 
@@ -77,9 +73,9 @@ def peak_memory(make: Callable[[], Candidate], batch: Any, steps: int) -> int | 
     None on devices of which torch keeps no count.
     """
     gc.collect()
-    before = torch.cuda.memory_allocated() if get_device() == 'cuda' else 0
-    candidate = make()
     if get_device() == 'cuda':
+        before = torch.cuda.memory_allocated()
+        candidate = make()
         candidate.step(batch)
         torch.cuda.reset_peak_memory_stats()
         for _ in range(steps):
@@ -87,6 +83,7 @@ def peak_memory(make: Callable[[], Candidate], batch: Any, steps: int) -> int | 
         return int(torch.cuda.max_memory_allocated() - before)
     if get_device() != 'cpu':
         return None
+    candidate = make()
     with TensorsAlive(tensors_of(batch)[1]) as alive:
         candidate.step(batch)
         alive.peak = alive.now

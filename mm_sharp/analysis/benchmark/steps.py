@@ -10,7 +10,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, product
 from typing import Any, TypeVar
 
 import torch
@@ -61,9 +61,8 @@ def measure_rounds(
     Raises:
         UsageError: A method does not work with this model, or a loss is not finite, so that steps end early.
     """
-    for number in range(warmup):
-        for candidate in chain(*groups):
-            _check_step(candidate, batches[number % len(batches)])
+    for number, candidate in product(range(warmup), chain(*groups)):
+        _check_step(candidate, batches[number % len(batches)])
     found: dict[str, list[T]] = {candidate.name: [] for candidate in chain(*groups)}
     # Python's garbage collector, which else runs when it likes, runs between the rounds.
     gc.disable()
@@ -99,7 +98,6 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _check_step(candidate: Candidate, batch: Any) -> None:
-    """Make one step and see whether it can be measured."""
     try:
         log = candidate.step(batch)
     except (PerSampleLossError, SampleIdError) as error:

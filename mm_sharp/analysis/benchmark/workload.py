@@ -22,14 +22,8 @@ from mmengine.registry import MODELS
 from mmengine.runner import set_random_seed
 from torch import Tensor, nn
 
-from mm_sharp.analysis.benchmark.candidates import (
-    BASELINES,
-    SUFFIX,
-    Candidate,
-    PassesOnly,
-    PassRecorder,
-    make_baseline,
-)  # fmt: skip
+from mm_sharp.analysis.benchmark import candidates
+from mm_sharp.analysis.benchmark.candidates import Candidate
 from mm_sharp.analysis.benchmark.compare import Row, compare
 from mm_sharp.analysis.benchmark.methods import SHARED, theoretical_cost, whole_cycles
 from mm_sharp.analysis.benchmark.steps import measure_rounds, step_seconds
@@ -72,21 +66,22 @@ class Workload:
     ) -> dict[str, list[T]]:
         """:func:`measure_rounds` of methods, given their wrappers' configs by name; :data:`FLOAT` has the float model.
 
-        With ``passes_only``, the passes of each method alone are measured, too, under its name and :data:`SUFFIX`.
+        With ``passes_only``, the passes of each method alone are measured, too.
         """
         groups = []
         for name, own in settings.items():
             groups.append([method := self.candidate(name, own)])
             if passes_only and isinstance(method.optim_wrapper, TwoPassOptimWrapper):
-                built, recorder = self._build(name, _base(own)), PassRecorder(method.model)
-                groups[-1].append(PassesOnly(name + SUFFIX, *built, recorder=recorder))
+                passes = candidates.record_passes(method.model)
+                alone = candidates.PassesOnly(name + candidates.SUFFIX, *self._build(name, _base(own)), passes)
+                groups[-1].append(alone)
         return measure_rounds(groups, self.batches, rounds, warmup, torch.device(get_device()), measure)
 
     def candidate(self, name: str, settings: Mapping[str, Any]) -> Candidate:
-        """A method, or one of :data:`BASELINES`, with a copy of the model."""
-        if name in BASELINES:
+        """A method, or one of :data:`candidates.BASELINES`, with a copy of the model."""
+        if name in candidates.BASELINES:
             model, wrapper = self._build(name, _base(settings))
-            return make_baseline(name, model, wrapper.optimizer, settings.get('rho', 0.05))
+            return candidates.make_baseline(name, model, wrapper.optimizer, settings.get('rho', 0.05))
         return Candidate(name, *self._build(name, settings))
 
     def _build(self, name: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -117,14 +112,12 @@ def load_workload(cfg: Config, batch_size: int) -> Workload:
     loader = build_loader(cfg, batch_size=batch_size, drop_last=True)
     loaded = list(islice(loader, 4))
     if not loaded:
-        samples = len(loader.dataset)
-        raise UsageError(f'--batch-size {batch_size}: the training data has {samples} samples only')
+        raise UsageError(f'--batch-size {batch_size}: the training data has {len(loader.dataset)} samples only')
     model, float_model = _build_models(cfg, loaded)
-    batches = [model.data_preprocessor(batch, True) for batch in loaded]
-    for member in (model, float_model):
-        if member is not None:
-            member.data_preprocessor = Ready()
-    return Workload(model, batches, float_model)
+    workload = Workload(model, [model.data_preprocessor(batch, True) for batch in loaded], float_model)
+    for member in filter(None, (model, float_model)):
+        member.data_preprocessor = Ready()
+    return workload
 
 
 def _build_models(cfg: Config, loaded: list[Any]) -> tuple[Any, Any]:
@@ -143,24 +136,15 @@ def _build_models(cfg: Config, loaded: list[Any]) -> tuple[Any, Any]:
 
 
 def _build_model(cfg: Config, config: dict[str, Any]) -> Any:
-    config = _without_downloads(config)
-    if cfg.get('data_preprocessor'):
-        config.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = MODELS.build(config)
+    model = MODELS.build(
+        config if (own := cfg.get('data_preprocessor')) is None else {'data_preprocessor': own, **config}
+    )
+    for module in model.modules():
+        if "'Pretrained'" in repr(getattr(module, 'init_cfg', None)):
+            module.init_cfg = None  # nothing is downloaded: the numbers do not matter here
     if hasattr(model, 'init_weights'):
         model.init_weights()
-    # One process: a Runner does the same.
-    return revert_sync_batchnorm(model).to(get_device()).train()
-
-
-def _without_downloads(value: Any) -> Any:
-    """A copy of a model's config without weights to load: the numbers do not matter here."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(_without_downloads(item) for item in value)
-    if not isinstance(value, dict):
-        return value
-    kept = {key: item for key, item in value.items() if key != 'init_cfg' or "'Pretrained'" not in repr(item)}
-    return {key: _without_downloads(item) for key, item in kept.items()}
+    return revert_sync_batchnorm(model).to(get_device()).train()  # in one process, a Runner does the same
 
 
 class SmallModel(BaseModel):  # type: ignore[misc]
@@ -186,17 +170,13 @@ def measure_host(methods: Mapping[str, Mapping[str, Any]], rounds: int, warmup: 
     optimizer = {'type': 'SGD', 'lr': 0.0, 'momentum': 0.9}
     settings = {name: {**method, 'optimizer': optimizer} for name, method in methods.items()}
     costs = {name: theoretical_cost(own, BATCH_SIZE) for name, own in settings.items()}
-    device = torch.device(get_device())
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        workload = Workload(SmallModel().to(device).train(), [_batch(number, device) for number in range(8)])
+        model, batches = SmallModel().to(get_device()).train(), []
+        for ids in torch.arange(8 * BATCH_SIZE).split(BATCH_SIZE):  # they stay on the host, as in data samples
+            inputs, labels = torch.randn(BATCH_SIZE, 3, 8, 8), torch.randint(10, (BATCH_SIZE,))
+            batches.append({'inputs': inputs.to(get_device()), 'labels': labels.to(get_device()), 'sample_idx': ids})
+        workload = Workload(model, batches)
     with prepared(Config()):
         times = workload.measure(settings, whole_cycles(rounds, costs), warmup, step_seconds)
     return compare(times, costs, BATCH_SIZE, warmup)
-
-
-def _batch(number: int, device: torch.device) -> dict[str, Tensor]:
-    # The ids stay on the host, where data samples hold them, too.
-    ids = torch.arange(number * BATCH_SIZE, (number + 1) * BATCH_SIZE)
-    inputs, labels = torch.randn(BATCH_SIZE, 3, 8, 8), torch.randint(10, (BATCH_SIZE,))
-    return {'inputs': inputs.to(device), 'labels': labels.to(device), 'sample_idx': ids}

@@ -13,18 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from mm_sharp.analysis.sharpness import measures
 from mm_sharp.analysis.sharpness.loading import Samples
-from mm_sharp.analysis.sharpness.measures import (
-    BallSharpness,
-    Eigenvalues,
-    Trace,
-    ball_sharpness,
-    filter_direction,
-    hutchinson,
-    line,
-    plane,
-    top_eigenvalues,
-)  # fmt: skip
+from mm_sharp.analysis.sharpness.measures import BallSharpness, Eigenvalues, Trace
 from mm_sharp.analysis.sharpness.objective import Objective, preserved_eval_mode
 from mm_sharp.errors import UsageError
 from mm_sharp.ops.parameters import ParameterSelector
@@ -126,28 +117,33 @@ def _measure(objective: Objective, settings: Settings, timed: Callable[..., Any]
     if not math.isfinite(loss) or not bool(torch.isfinite(gradient).all()):
         what = 'its gradient is not finite' if math.isfinite(loss) else f'the loss is {loss}'
         raise UsageError(f'{what} at the weights of the checkpoint: there is no sharpness to measure')
-    rhos, places, draws, landscape = settings.rhos, settings.places, settings.trace_draws, settings.landscape
-    count, seed, steps = settings.eigenvalues, settings.seed, settings.ascent_steps
-    directions = [filter_direction(objective.model, objective.parameters, seed, number) for number in (0, 1)]
+    places, draws, count, seed = settings.places, settings.trace_draws, settings.eigenvalues, settings.seed
+    directions = [measures.filter_direction(objective.model, objective.parameters, seed, number) for number in (0, 1)]
     if count >= objective.size:
         raise UsageError(f'--eigenvalues {count}: there are only {objective.size} parameters')
-    found: Any = timed('eigenvalues', top_eigenvalues, objective, count, settings.tolerance, seed) if count else None
+
+    def ball(rho: float) -> BallSharpness:
+        return measures.ball_sharpness(objective, loss, gradient, rho, settings.ascent_steps)
 
     def difference(rho: float) -> float:
-        vector = rho * found.vectors[0].to(objective.device)
-        return float(objective.loss_at(vector) - 2 * loss + objective.loss_at(-vector)) / rho**2
+        vector = rho * found['eigenvalues'].vectors[0].to(objective.device)
+        return (objective.loss_at(vector) - 2 * loss + objective.loss_at(-vector)) / rho**2
 
-    known = rhos if found and found.values else ()
-    return {
-        'loss': loss,
-        'gradient_norm': float(gradient.norm()),
-        'eigenvalues': found,
-        'trace': timed('trace', hutchinson, objective, draws, seed) if draws else None,
-        'balls': timed('sharpness', lambda: [ball_sharpness(objective, loss, gradient, rho, steps) for rho in rhos]),
-        'differences': timed('differences', lambda: {rho: difference(rho) for rho in known}) if count else {},
-        'line': timed('1-D landscape', line, objective, directions[0], places) if '1d' in landscape else [],
-        'plane': timed('2-D landscape', plane, objective, directions, places) if '2d' in landscape else [],
-    }
+    found: dict[str, Any] = {'loss': loss, 'gradient_norm': float(gradient.norm()), 'eigenvalues': None, 'trace': None}
+    found |= {'differences': {}, 'line': [], 'plane': []}
+    if count:
+        search = measures.top_eigenvalues
+        found['eigenvalues'] = timed('eigenvalues', search, objective, count, settings.tolerance, seed)
+    if draws:
+        found['trace'] = timed('trace', measures.hutchinson, objective, draws, seed)
+    found['balls'] = timed('sharpness', lambda: [ball(rho) for rho in settings.rhos])
+    if count and found['eigenvalues'].values:
+        found['differences'] = timed('differences', lambda: {rho: difference(rho) for rho in settings.rhos})
+    if '1d' in settings.landscape:
+        found['line'] = timed('1-D landscape', measures.line, objective, directions[0], places)
+    if '2d' in settings.landscape:
+        found['plane'] = timed('2-D landscape', measures.plane, objective, directions, places)
+    return found
 
 
 def _remarks(objective: Objective, settings: Settings, surrogate: bool, found: Eigenvalues | None) -> list[str]:

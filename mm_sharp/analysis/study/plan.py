@@ -95,9 +95,7 @@ class Plan:
     def report_runs(self, setting: str, chosen: dict[str, float | None]) -> list[Run]:
         """The runs that are reported in a setting, given the rho of each method; two budgets may share runs."""
         order = product(self.study.seeds, self.study.methods, self.study.budgets)
-        runs = [
-            Run('report', setting, m, chosen[m], self.epochs(setting, m, budget), seed) for seed, m, budget in order
-        ]
+        runs = (Run('report', setting, m, chosen[m], self.epochs(setting, m, how), seed) for seed, m, how in order)
         return list(dict.fromkeys(runs))
 
     def config(self, run: Run) -> Config:
