@@ -39,7 +39,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mm_sharp.analysis.benchmark import candidates, compare, memory, methods, perturbing, table, workload
+from mm_sharp.analysis.benchmark import candidates, compare, methods, perturbing, steps, table, workload
 from mm_sharp.cli import options as cli
 from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
@@ -151,7 +151,7 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     batch_sizes = args.batch_size or [cfg.train_dataloader.get('batch_size')]
     if not all(batch_sizes):
         raise UsageError('the config has no train_dataloader.batch_size: give --batch-size')
-    keeps = memory.keep_freed_memory()
+    keeps = steps.keep_freed_memory()
     tables = []
     for batch_size in dict.fromkeys(batch_sizes):
         found = table.measure_table(cfg, settings, batch_size, args.rounds, args.warmup, passes_only=args.floors)

@@ -67,7 +67,6 @@ def draw_occluders(draws: Draws, light: Light, settings: Settings = SETTINGS) ->
 
 
 def _draw_shape(layer: Layer, draws: Draws, light: Light, depth: float) -> None:
-    """A rectangle, a ball or a rod anywhere in the background."""
     kind = draws.choice(('box', 'box', 'ball', 'rod'))
     u, v = draws.integer(-20, WIDTH), draws.integer(-20, HEIGHT)
     colour = draw_colour(draws)
@@ -81,7 +80,6 @@ def _draw_shape(layer: Layer, draws: Draws, light: Light, depth: float) -> None:
 
 
 def _draw_decoy(layer: Layer, draws: Draws, light: Light, depth: float) -> None:
-    """Something with the form and the colours of a sleeve and a bare limb."""
     u, v = draws.integer(0, WIDTH), draws.integer(0, HEIGHT)
     end = (u + draws.integer(-45, 45), v + draws.integer(-45, 45))
     thick = draws.uniform((3.0, 8.0))

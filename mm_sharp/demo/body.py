@@ -49,7 +49,6 @@ def draw_colour(draws: Draws, low: int = 20, high: int = 235) -> Colour:
 
 
 def _garment(draws: Draws, settings: Settings) -> tuple[Paint, Paint]:
-    """Paint for the left and the right half of a garment."""
     paint = Paint(draw_colour(draws), draw_colour(draws))
     if draws.chance(settings.pattern_chance):
         rings, strips = draws.choice(((5, 0), (0, 4), (6, 4), (3, 0)))
@@ -95,13 +94,11 @@ def body_capsules(points: Points, body: Proportions, outfit: Outfit) -> list[Cap
 
 
 def _between(a: Vector, b: Vector, share: float) -> Vector:
-    """The point a given share of the way from a to b."""
     x, y, z = (start + share * (end - start) for start, end in zip(a, b, strict=True))
     return (x, y, z)
 
 
 def _paints(outfit: Outfit) -> dict[str, Paint]:
-    """The paint of each part."""
     (shirt, _), (trousers, _), skin = outfit.shirt, outfit.trousers, Paint(outfit.skin)
     shadow, hair = Paint(_darker(outfit.skin, 3, 4)), Paint(outfit.hair)
     paints = {'chest': shirt, 'belly': _cut(shirt, 0.6, trousers.base), 'pelvis': trousers, 'shoulders': shirt}

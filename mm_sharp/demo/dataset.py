@@ -1,20 +1,16 @@
-"""Draws the whole data set into a folder.
-
-Layout::
-
-    train/NNNNNN.png  val/NNNNNN.png                    numbered from 1
-    annotations/person_keypoints_{train,val}.json       COCO keypoint format
-    mpii/mpii_{train,val}.json  mpii/mpii_gt_val.mat    MPII as MMPose reads it
-    meta.json                                           first without, at last with ``sha256``
+"""Draws the whole data set into a folder, with annotations in COCO's keypoint format and as MMPose reads MPII.
 
 Each image depends on the seed, its split and its number alone: neither the number of processes that draw nor the number
-of images changes any of them.
+of images changes any of them. In COCO, coordinates count from 0 at the centre of the top left pixel. In MPII they count
+from 1; ``center`` is 15 * scale pixels above the middle of the box, since MMPose's reader moves it down by that much; a
+joint outside of the image is (-1, -1) with ``joints_vis`` 0, and a hidden one inside counts as annotated, 1.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -29,12 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
+import numpy.typing as npt
+from scipy.io import savemat
 from tqdm import tqdm
 
 from mm_sharp.compat.atomic_writes import write_atomically
-from mm_sharp.demo.formats import coco_annotation, coco_file, coco_image, head_box, mat_file, mpii_record
-from mm_sharp.demo.scene import Person, draw_scene
-from mm_sharp.demo.settings import GENERATOR_VERSION, SETTINGS, SPLITS, Settings
+from mm_sharp.demo.scene import Person, draw_scene, is_inside
+from mm_sharp.demo.settings import GENERATOR_VERSION, HEIGHT, SETTINGS, SPLITS, WIDTH, Settings
+from mm_sharp.demo.skeleton import COCO_KEYPOINTS, MPII_JOINTS
 
 Task = tuple[str, int]  # the split and the number, from 0, of an image to draw
 Drawn = tuple[tuple[Person, ...], str]  # the people in an image, and the SHA-256 of its pixels
@@ -42,6 +41,17 @@ _GENERATOR, _VERSION = 'mm_sharp.demo', 'generator_version'
 _GROUND_TRUTH = 'mpii/mpii_gt_val.mat'
 _COCO, _MPII = 'annotations/person_keypoints_{}.json', 'mpii/mpii_{}.json'
 _FILES = (*(name.format(split) for split in SPLITS for name in (_COCO, _MPII)), _GROUND_TRUTH)
+#: Pairs of keypoints, counted from 1, that are joined by a line; those of COCO.
+SKELETON = [
+    [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9], [8, 10], [9, 11],
+    [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
+]  # fmt: skip
+
+_HEAD = ('head_top', 'upper_neck', 'left_ear', 'right_ear', 'nose')
+#: MATLAB's header begins with 116 bytes of free text; scipy writes the time of day there.
+_MAT_TEXT = b'MATLAB 5.0 MAT-file, mm_sharp demo people'.ljust(116)
+
+HeadBox = tuple[float, float, float, float]
 
 
 def make_dataset(
@@ -123,7 +133,6 @@ def _write_json(path: Path, content: object) -> None:
 
 @contextmanager
 def _mapped(draw: Callable[[Task], Drawn], tasks: list[Task], workers: int) -> Iterator[Iterator[Drawn]]:
-    """The results of all tasks, in order, drawn here or in a pool of processes."""
     if workers <= 1:
         yield map(draw, tasks)
         return
@@ -141,7 +150,6 @@ def _mapped(draw: Callable[[Task], Drawn], tasks: list[Task], workers: int) -> I
 
 
 def _draw_image(out: Path, seed: int, settings: Settings, task: Task) -> Drawn:
-    """Draw one image, write it, and return the rest."""
     split, index = task
     scene = draw_scene(seed, split, index, settings)
     path = out / split / coco_image(index + 1)['file_name']
@@ -151,7 +159,6 @@ def _draw_image(out: Path, seed: int, settings: Settings, task: Task) -> Drawn:
 
 
 def _write_split(out: Path, split: str, drawn: list[Drawn], digest: hashlib._Hash) -> None:
-    """Write the annotations of a split, and add them and its pixels to the data set's digest."""
     images = [coco_image(number) for number in range(1, len(drawn) + 1)]
     people = [(image, *item) for image, (found, _) in zip(images, drawn, strict=True) for item in enumerate(found)]
     coco = coco_file(images, [coco_annotation(person, image['id'], number) for image, number, person in people])
@@ -165,3 +172,73 @@ def _write_split(out: Path, split: str, drawn: list[Drawn], digest: hashlib._Has
         contents.append(heads)
     for content in contents:
         digest.update(json.dumps(content, separators=(',', ':')).encode())
+
+
+def coco_image(image_id: int) -> dict[str, Any]:
+    """The entry of an image; its file is named after its id."""
+    return {'id': image_id, 'file_name': f'{image_id:06d}.png', 'width': WIDTH, 'height': HEIGHT}
+
+
+def coco_annotation(person: Person, image_id: int, number: int) -> dict[str, Any]:
+    """The annotation of person ``number`` (from 0) in an image."""
+    return {
+        'id': image_id * 10 + number,  # never 0, which COCO's evaluation takes for "no match"
+        'image_id': image_id,
+        'category_id': 1,
+        'iscrowd': 0,
+        'bbox': list(person.box),
+        'area': person.area,
+        'num_keypoints': sum(flag > 0 for _, _, flag in person.keypoints),
+        'keypoints': [value for keypoint in person.keypoints for value in keypoint],
+    }
+
+
+def coco_file(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of ``person_keypoints_*.json``."""
+    names = {'id': 1, 'name': 'person', 'supercategory': 'person'}
+    return {
+        'info': {'description': 'mm_sharp demo people', 'version': '1.0'},
+        'licenses': [],
+        'images': images,
+        'annotations': annotations,
+        'categories': [{**names, 'keypoints': list(COCO_KEYPOINTS), 'skeleton': SKELETON}],
+    }
+
+
+def mpii_record(person: Person, file_name: str) -> dict[str, Any]:
+    """The MPII record of one person; ``scale`` is the longer side of the box over 200 pixels."""
+    left, top, width, height = person.box
+    scale = max(width, height) / 200.0
+    # MMPose takes left + width as the right edge of a box; so does this middle.
+    centre = [left + width / 2 + 1, top + height / 2 + 1 - 15.0 * scale]
+    points = [person.points[name] for name in MPII_JOINTS]
+    return {
+        'image': file_name,
+        'center': [round(value, 4) for value in centre],
+        'scale': scale,
+        'joints': [[round(u + 1, 2), round(v + 1, 2)] if is_inside(u, v) else [-1.0, -1.0] for u, v in points],
+        'joints_vis': [int(is_inside(u, v)) for u, v in points],
+    }
+
+
+def head_box(person: Person) -> HeadBox:
+    """Left, top, right, bottom of the head, pixels counted from 1, also outside of the image."""
+    across, down = zip(*(person.points[name] for name in _HEAD), strict=True)
+    left, top, right, bottom = (round(end(axis) + 1, 2) for end in (min, max) for axis in (across, down))
+    return (left, top, right, bottom)
+
+
+def mat_file(records: list[dict[str, Any]], heads: list[HeadBox]) -> bytes:
+    """The ground truth of n people, in the order of ``records``, as MATLAB data, the same bytes at any time."""
+    corners: npt.NDArray[np.float64] = np.array(heads, np.float64).reshape(-1, 2, 2)
+    joints = np.array([record['joints'] for record in records], np.float64)
+    missing = 1.0 - np.array([record['joints_vis'] for record in records], np.float64)
+    content = {
+        'headboxes_src': np.transpose(corners, (1, 2, 0)),  # (2, 2, n): corner, then x and y
+        'pos_gt_src': np.transpose(joints, (1, 2, 0)),  # (16, 2, n)
+        'jnt_missing': missing.T,  # (16, n)
+        'dataset_joints': np.array(MPII_JOINTS, dtype=object),
+    }
+    buffer = io.BytesIO()
+    savemat(buffer, content)
+    return _MAT_TEXT + buffer.getvalue()[len(_MAT_TEXT) :]

@@ -112,7 +112,6 @@ def _attempt(draws: Draws, settings: Settings) -> Scene:
 
 
 def _draw_light(draws: Draws, settings: Settings) -> Light:
-    """Light from above, from the viewer's side of the scene."""
     across, up = draws.uniform((-1.0, 1.0)), draws.uniform((0.2, 1.0))
     length = math.sqrt(across * across + up * up + 0.5 * 0.5)
     direction = (across / length, -up / length, -0.5 / length)
@@ -120,7 +119,6 @@ def _draw_light(draws: Draws, settings: Settings) -> Light:
 
 
 def _draw_figures(draws: Draws, light: Light, settings: Settings) -> tuple[Camera, list[Figure]]:
-    """One or two people, and the camera that frames the first of them."""
     front = settings.frontal_degrees if draws.chance(settings.frontal_share) else 180
     body = draw_proportions(draws)
     points = body_points(body, draw_pose(draws, settings))
@@ -164,7 +162,6 @@ def draw_figure(
 
 
 def _develop(colour: npt.NDArray[np.uint8], draws: Draws, settings: Settings) -> npt.NDArray[np.uint8]:
-    """Soften edges, then exposure, contrast and noise."""
     image = _blur(_blur(colour)) if draws.chance(settings.blur_chance) else _blur(colour)
     contrast, brightness = draws.uniform(settings.contrast), draws.integer(*settings.brightness)
     noise = draws.integer(*settings.noise)

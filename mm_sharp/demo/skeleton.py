@@ -17,6 +17,7 @@ from mm_sharp.demo.exact import Draws, Matrix, Vector, add, chain, rotate, rotat
 from mm_sharp.demo.settings import SETTINGS, Settings
 
 SIDES = ('left', 'right')
+_ARM, _LEG = ('shoulder', 'elbow', 'wrist'), ('hip', 'knee', 'ankle')
 _COCO_PARTS = ('eye', 'ear', 'shoulder', 'elbow', 'wrist', 'hip', 'knee', 'ankle')
 #: The 17 keypoints of COCO and the 16 joints of MPII, in their orders.
 COCO_KEYPOINTS = ('nose', *(f'{side}_{part}' for part in _COCO_PARTS for side in SIDES))
@@ -104,8 +105,8 @@ def draw_proportions(draws: Draws) -> Proportions:
 def body_points(body: Proportions, pose: Pose) -> Points:
     """Positions in the body frame, metres, of all keypoints and of the points that drawing needs."""
     root = chain(rotation('x', pose['root_lean']), rotation('z', -pose['root_tilt']))
-    bend, side, twist = (pose[f'waist_{dof}'] for dof in ('bend', 'side', 'twist'))
-    chest = chain(root, rotation('x', bend), rotation('z', -side), rotation('y', twist))
+    bend, tilt, twist = (pose[f'waist_{dof}'] for dof in ('bend', 'side', 'twist'))
+    chest = chain(root, rotation('x', bend), rotation('z', -tilt), rotation('y', twist))
     waist = rotate(root, (0.0, 0.4 * body.torso, 0.0))
     thorax = add(waist, rotate(chest, (0.0, 0.6 * body.torso, 0.0)))
     points: Points = {
@@ -119,9 +120,16 @@ def body_points(body: Proportions, pose: Pose) -> Points:
         'buckle': rotate(root, (0.0, 0.05, 0.115 * body.girth)),
     }
     _add_head(points, body, pose, chest)
-    for name, sign in (('left', 1), ('right', -1)):
-        _add_arm(points, body, pose, chest, name, sign)
-        _add_leg(points, body, pose, root, name, sign)
+    for side, sign in zip(SIDES, (1, -1), strict=True):
+        arm, leg = ([f'{side}_{joint}' for joint in joints] for joints in (_ARM, _LEG))
+        shoulder = add(thorax, rotate(chest, (sign * body.shoulder, -0.03, 0.0)))
+        forearm = _add_limb(points, pose, chest, arm, shoulder, (body.upper_arm, body.forearm))
+        points[f'{side}_hand'] = add(points[arm[2]], rotate(forearm, (0.0, -body.hand, 0.0)))
+        hip = rotate(root, (sign * body.hip, 0.0, 0.0))
+        shin = _add_limb(points, pose, root, leg, hip, (body.thigh, body.shin))
+        foot = chain(shin, rotation('x', -pose[f'{side}_ankle_flexion']))
+        for end, forward in (('heel', -0.2), ('toe', 0.8)):
+            points[f'{side}_{end}'] = add(points[leg[2]], rotate(foot, (0.0, -0.05, forward * body.foot)))
     return points
 
 
@@ -132,31 +140,16 @@ def _add_head(points: Points, body: Proportions, pose: Pose, chest: Matrix) -> N
         points[name] = add(points['upper_neck'], rotate(frame, (x * body.head, y * body.head, z * body.head)))
 
 
-def _limb_frame(base: Matrix, pose: Pose, joint: str, sign: int) -> Matrix:
-    """The frame of an upper arm or a thigh; ``sign`` is +1 for the left, -1 for the right."""
-    flexion, abduction, twist = (pose[f'{joint}_{dof}'] for dof in ('flexion', 'abduction', 'twist'))
-    return chain(base, rotation('x', -flexion), rotation('z', sign * abduction), rotation('y', sign * twist))
-
-
-def _add_arm(points: Points, body: Proportions, pose: Pose, chest: Matrix, name: str, sign: int) -> None:
-    """Shoulder to hand of one side."""
-    upper = _limb_frame(chest, pose, f'{name}_shoulder', sign)
-    lower = chain(upper, rotation('x', -pose[f'{name}_elbow_flexion']))
-    shoulder = add(points['thorax'], rotate(chest, (sign * body.shoulder, -0.03, 0.0)))
-    elbow = add(shoulder, rotate(upper, (0.0, -body.upper_arm, 0.0)))
-    wrist = add(elbow, rotate(lower, (0.0, -body.forearm, 0.0)))
-    hand = add(wrist, rotate(lower, (0.0, -body.hand, 0.0)))
-    points |= {f'{name}_shoulder': shoulder, f'{name}_elbow': elbow, f'{name}_wrist': wrist, f'{name}_hand': hand}
-
-
-def _add_leg(points: Points, body: Proportions, pose: Pose, root: Matrix, name: str, sign: int) -> None:
-    """Hip to toe of one side."""
-    upper = _limb_frame(root, pose, f'{name}_hip', sign)
-    lower = chain(upper, rotation('x', pose[f'{name}_knee_flexion']))
-    foot = chain(lower, rotation('x', -pose[f'{name}_ankle_flexion']))
-    hip = rotate(root, (sign * body.hip, 0.0, 0.0))
-    knee = add(hip, rotate(upper, (0.0, -body.thigh, 0.0)))
-    ankle = add(knee, rotate(lower, (0.0, -body.shin, 0.0)))
-    points |= {f'{name}_hip': hip, f'{name}_knee': knee, f'{name}_ankle': ankle}
-    for end, forward in (('heel', -0.2), ('toe', 0.8)):
-        points[f'{name}_{end}'] = add(ankle, rotate(foot, (0.0, -0.05, forward * body.foot)))
+def _add_limb(
+    points: Points, pose: Pose, base: Matrix, joints: list[str], start: Vector, lengths: tuple[float, float]
+) -> Matrix:
+    """Three joints of an arm or a leg, whose first lies at ``start``; returns the frame of its lower segment."""
+    first, second, third = joints
+    sign = 1 if first.startswith('left') else -1
+    flexion, abduction, twist = (pose[f'{first}_{dof}'] for dof in ('flexion', 'abduction', 'twist'))
+    upper = chain(base, rotation('x', -flexion), rotation('z', sign * abduction), rotation('y', sign * twist))
+    bend = pose[f'{second}_flexion']
+    lower = chain(upper, rotation('x', bend if second.endswith('knee') else -bend))
+    points[first], points[second] = start, add(start, rotate(upper, (0.0, -lengths[0], 0.0)))
+    points[third] = add(points[second], rotate(lower, (0.0, -lengths[1], 0.0)))
+    return lower

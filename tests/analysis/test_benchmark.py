@@ -14,7 +14,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mm_sharp.analysis.benchmark import memory, steps
+from mm_sharp.analysis.benchmark import steps
 from mm_sharp.analysis.benchmark.candidates import Candidate
 from mm_sharp.analysis.benchmark.compare import Quartiles, compare, step_table
 from mm_sharp.analysis.benchmark.methods import all_methods, parse_methods, theoretical_cost, wrapper_settings
@@ -64,7 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _freed_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is the tests'."""
-    monkeypatch.setattr(memory, 'keep_freed_memory', lambda: False)
+    monkeypatch.setattr(steps, 'keep_freed_memory', lambda: False)
 
 
 @pytest.fixture

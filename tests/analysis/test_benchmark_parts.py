@@ -28,9 +28,8 @@ from mm_sharp.analysis.benchmark.candidates import (
     make_baseline,
 )  # fmt: skip
 from mm_sharp.analysis.benchmark.compare import Quartiles, compare
-from mm_sharp.analysis.benchmark.memory import TensorsAlive, peak_memory
 from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
-from mm_sharp.analysis.benchmark.steps import phase_seconds
+from mm_sharp.analysis.benchmark.steps import TensorsAlive, peak_memory, phase_seconds
 from mm_sharp.analysis.benchmark.table import NAMES, Table, phase_table, typical
 from mm_sharp.analysis.benchmark.workload import Ready, Workload
 from mm_sharp.analysis.prepare import prepared
@@ -285,7 +284,7 @@ def test_freed_memory_is_kept() -> None:
     """In a process of its own: pages that are touched again are there."""
     code = """
 import resource, sys, torch
-from mm_sharp.analysis.benchmark.memory import keep_freed_memory
+from mm_sharp.analysis.benchmark.steps import keep_freed_memory
 if not keep_freed_memory():
     sys.exit('no glibc')
 faults = []
@@ -332,7 +331,7 @@ def test_peak_memory_of_a_step(kind: type[OptimWrapper], matrices: int, monkeypa
     peak = peak_memory(candidate, torch.ones(500), steps=2)
     assert peak is not None
     assert matrices <= peak / (4 * 500 * 500) < matrices + 0.1
-    monkeypatch.setattr('mm_sharp.analysis.benchmark.memory.get_device', lambda: 'mps')
+    monkeypatch.setattr('mm_sharp.analysis.benchmark.steps.get_device', lambda: 'mps')
     assert peak_memory(candidate, torch.ones(500), steps=1) is None
 
 

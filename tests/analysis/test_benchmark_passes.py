@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from mm_sharp.analysis.benchmark import memory, table
+from mm_sharp.analysis.benchmark import steps, table
 from mm_sharp.analysis.benchmark.candidates import SUFFIX, Candidate, Pass, PassesOnly, own_work
 from mm_sharp.analysis.benchmark.compare import Quartiles
 from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
@@ -115,7 +115,7 @@ def test_the_tool_asks_for_them(monkeypatch: pytest.MonkeyPatch, options: list[s
         return table.Table(4, 1, [], {}, {}, {})
 
     monkeypatch.setattr(tool, 'configure', lambda args: (Config({'train_dataloader': {'batch_size': 4}}), {}))
-    monkeypatch.setattr(memory, 'keep_freed_memory', lambda: False)
+    monkeypatch.setattr(steps, 'keep_freed_memory', lambda: False)
     monkeypatch.setattr(table, 'measure_table', measured)
     tool.measure_steps(tool.parse_arguments(['config.py', *options]))
     assert asked == [bool(options)]

@@ -321,7 +321,6 @@ def pairs(count: int = 7) -> Samples:
     [
         (lambda: Regression(nn.Linear(4, 2), nn.MSELoss()), 'mean over the batch', 1, ''),
         (lambda: Regression(nn.Linear(4, 2), SumOfSquares()), 'sum over the batch', 2, 'adds the losses of a batch up'),
-        (Mixed, 'batches of one', 3, 'batch of one'),
     ],
 )
 def test_nothing_depends_on_the_batches(
@@ -340,6 +339,15 @@ def test_nothing_depends_on_the_batches(
     for other in findings[1:]:
         for name, value in findings[0].items():
             assert other[name] == pytest.approx(value, rel=1e-6), name  # the eigenvalue stops at a tolerance
+
+
+def test_sums_and_means_together_are_exact_in_batches_of_one_and_say_so() -> None:
+    model, data = Mixed(), pairs()
+    batch = default_collate(data.rows)
+    mean = (model.body(batch['inputs']) - batch['targets']).pow(2).mean().item()
+    objective = objective_of(model, data, 1)
+    assert close(objective.loss_at(torch.zeros(objective.size)), 3 * mean)
+    assert (objective.averaging, 'unless it is 1' in objective.remark) == ('by share', True)
 
 
 def test_a_loss_that_no_hook_sees_counts_by_share_and_says_so() -> None:

@@ -122,8 +122,7 @@ class Baseline(Candidate):
 def check_baselines(settings: Mapping[str, Any]) -> tuple[list[str], str]:
     """Which baselines can be measured, given the config of SAM's wrapper, and a line on what is missing, if any is.
 
-    Raises:
-        UsageError: They do not know what the config asks for.
+    Raises UsageError: They do not know what the config asks for.
     """
     for key, known in (('dtype', (None, 'bfloat16')), ('clip_grad', (None,)), ('adaptive', (None, False))):
         if settings.get(key) not in known:

@@ -37,8 +37,7 @@ def all_methods() -> dict[str, str]:
 def parse_methods(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Type of each method's wrapper and arguments of it, by name; the base optimizer first, as what all compare with.
 
-    Raises:
-        UsageError: There is no such method.
+    Raises UsageError: There is no such method.
     """
     return {name: _parse_method(name) for name in ('base', *names)}
 
@@ -72,8 +71,7 @@ def wrapper_settings(cfg: Config, method: Mapping[str, Any], amp: str | None = N
         cfg: The whole training config.
         method: Of :func:`parse_methods`; its arguments go before the config's, as ``amp`` before its precision.
 
-    Raises:
-        UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
+    Raises UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
     """
     if list(wrapper_configs(cfg)) != ['optim_wrapper']:
         raise UsageError(f'a step of several optimizer wrappers cannot be measured: {", ".join(wrapper_configs(cfg))}')

@@ -1,23 +1,33 @@
-"""Training steps of several methods side by side, timed in interleaved rounds.
+"""Time and memory of training steps.
 
 A machine's speed drifts, and other programs take their share of it: in every round each method makes one step, on the
-same batch, so that what slows one slows all. The order is rotated from round to round.
+same batch, so that what slows one slows all; the order is rotated from round to round. Peak memory is on a GPU what
+torch's allocator says. On the CPU it is the sum over all tensors alive that the operators of a step have taken or
+given, without what an operator needs only while it runs: figures of the two are not to be compared.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
+import platform
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain, product
 from typing import Any, TypeVar
 
 import torch
+from mmengine.device import get_device
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from mm_sharp.analysis.benchmark.candidates import Candidate
 from mm_sharp.errors import UsageError
 from mm_sharp.per_sample_loss import PerSampleLossError
+from mm_sharp.per_sample_loss.layout import tensors_of
 from mm_sharp.samples.keys import SampleIdError
 from mm_sharp.step.timing import StepTimer
 
@@ -58,8 +68,7 @@ def measure_rounds(
         rounds: Measured steps of each method, after ``warmup`` others, at least 1.
         measure: What is measured of a step: :func:`step_seconds` or :func:`phase_seconds`.
 
-    Raises:
-        UsageError: A method does not work with this model, or a loss is not finite, so that steps end early.
+    Raises UsageError: A method does not work with this model, or a loss is not finite, so that steps end early.
     """
     for number, candidate in product(range(warmup), chain(*groups)):
         _check_step(candidate, batches[number % len(batches)])
@@ -105,3 +114,71 @@ def _check_step(candidate: Candidate, batch: Any) -> None:
     loss = float(torch.as_tensor(log['loss']).detach())
     if not math.isfinite(loss):
         raise UsageError(f'{candidate.name}: the loss at the initial weights is {loss}: no whole step can be measured')
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep the memory that tensors of up to 32 MB leave; whether it does now: only with glibc.
+
+    By default glibc gives much of it back to the system in every pass, and gets it again page by page. How much of it
+    is chance: of two methods in one process one may lose a tenth of its step to it in every round, the other nothing.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return False
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 32 * 2**20))
+
+
+class TensorsAlive(TorchDispatchMode):
+    """Counts the bytes of the tensors alive, but those ``without``, that operators in this context took or gave."""
+
+    def __init__(self, without: Sequence[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0  # and most at once
+        self._seen: dict[int, Any] = {}
+        self._without = {tensor.untyped_storage()._cdata for tensor in without}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for value in tree_flatten((args, kwargs, output))[0]:
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                self._add(value.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return output
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or key in self._without:
+            return
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self._seen[key]
+
+        # A storage's Python object lives as long as the storage.
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
+
+
+def peak_memory(make: Callable[[], Candidate], batch: Any, steps: int) -> int | None:
+    """Most bytes, but the batch's, held at once in so many steps of the method that ``make`` makes, after one step.
+
+    None on devices of which torch keeps no count.
+    """
+    gc.collect()
+    if get_device() == 'cuda':
+        before = torch.cuda.memory_allocated()
+        candidate = make()
+        candidate.step(batch)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(steps):
+            candidate.step(batch)
+        return int(torch.cuda.max_memory_allocated() - before)
+    if get_device() != 'cpu':
+        return None
+    candidate = make()
+    with TensorsAlive(tensors_of(batch)[1]) as alive:
+        candidate.step(batch)
+        alive.peak = alive.now
+        for _ in range(steps):
+            candidate.step(batch)
+    return int(alive.peak)

@@ -19,9 +19,8 @@ from mmengine.config import Config
 
 from mm_sharp.analysis.benchmark.candidates import SUFFIX, own_work
 from mm_sharp.analysis.benchmark.compare import Row, columns, compare, costlier, quartiles, step_table
-from mm_sharp.analysis.benchmark.memory import peak_memory
 from mm_sharp.analysis.benchmark.methods import theoretical_cost, whole_cycles
-from mm_sharp.analysis.benchmark.steps import Phases, phase_seconds, step_seconds
+from mm_sharp.analysis.benchmark.steps import Phases, peak_memory, phase_seconds, step_seconds
 from mm_sharp.analysis.benchmark.workload import FLOAT, Settings, load_workload
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.step.method import Cost
@@ -79,8 +78,7 @@ def measure_table(
         rounds: Timed steps of each method; becomes whole cycles. ``warmup`` steps, at least 1, are made before.
         passes_only: Time the passes of each method alone, too.
 
-    Raises:
-        UsageError: The data are less than a batch, a method does not work with this model, or a loss is not finite.
+    Raises UsageError: The data are less than a batch, a method does not work with this model, or a loss is not finite.
     """
     settings = {name: dict(own) for name, own in settings.items()}
     costs: dict[str, Any] = {name: theoretical_cost(own, batch_size) for name, own in settings.items()}

@@ -85,7 +85,6 @@ class Workload:
         return Candidate(name, *self._build(name, settings))
 
     def _build(self, name: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-        """A copy of the model with an optimizer wrapper of its own."""
         model, config = copy.deepcopy(self.float_model if name == FLOAT else self.model), copy.deepcopy(dict(settings))
         if config['type'] == 'OptimWrapper' and config.get('dtype'):
             dtype = getattr(torch, config.pop('dtype'))
@@ -97,15 +96,13 @@ class Workload:
 
 
 def _base(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The base optimizer of a method, in MMEngine's plain wrapper."""
     return {'type': 'OptimWrapper', **{key: settings[key] for key in (*SHARED, 'dtype') if key in settings}}
 
 
 def load_workload(cfg: Config, batch_size: int) -> Workload:
     """Build the model and load up to four batches of a training config, within :func:`prepared`.
 
-    Raises:
-        UsageError: The data set has fewer samples than a batch.
+    Raises UsageError: The data set has fewer samples than a batch.
     """
     torch.backends.cudnn.benchmark = bool((cfg.get('env_cfg') or {}).get('cudnn_benchmark', False))
     set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)

@@ -81,8 +81,7 @@ def measure(
 
     With ``surrogate`` it is quantized, so that its derivatives are not those of its loss; the name is for the progress.
 
-    Raises:
-        UsageError: The loss is not finite, or has no derivatives; or there are too few parameters.
+    Raises UsageError: The loss is not finite, or has no derivatives; or there are too few parameters.
     """
     if settings.dtype == 'float64':
         model = copy.deepcopy(model).double()
@@ -127,7 +126,7 @@ def _measure(objective: Objective, settings: Settings, timed: Callable[..., Any]
 
     def difference(rho: float) -> float:
         vector = rho * found['eigenvalues'].vectors[0].to(objective.device)
-        return (objective.loss_at(vector) - 2 * loss + objective.loss_at(-vector)) / rho**2
+        return float(objective.loss_at(vector) - 2 * loss + objective.loss_at(-vector)) / rho**2
 
     found: dict[str, Any] = {'loss': loss, 'gradient_norm': float(gradient.norm()), 'eigenvalues': None, 'trace': None}
     found |= {'differences': {}, 'line': [], 'plane': []}

@@ -114,7 +114,6 @@ def ball_sharpness(objective: Objective, loss: float, gradient: Tensor, rho: flo
 
 
 def _of_length(vector: Tensor, length: float) -> Tensor:
-    """In the direction of ``vector``; zero for a vector of zeros."""
     norm = float(vector.norm())
     return vector * (length / norm) if norm > 0 else torch.zeros_like(vector)
 
@@ -131,23 +130,21 @@ def filter_direction(model: nn.Module, parameters: Iterable[nn.Parameter], seed:
     groups = {id(module.weight): module.groups for module in model.modules() if isinstance(module, _ConvTransposeNd)}
     pieces = []
     for parameter in parameters:
-        weights = parameter.detach().double().cpu()
-        if weights.ndim < 2:
-            pieces.append(torch.zeros(weights.numel(), dtype=torch.float64))
-            continue
-        key = zlib.crc32(f'{seed} {number} {names[id(parameter)]}'.encode())
-        direction = torch.randn(weights.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
-        norms = [filter_norms(tensor, groups.get(id(parameter))) for tensor in (weights, direction)]
-        pieces.append((direction * (norms[0] / norms[1].clamp_min(1e-300))).flatten())
+        weights, generator = parameter.detach().double().cpu(), torch.Generator()
+        generator.manual_seed(zlib.crc32(f'{seed} {number} {names[id(parameter)]}'.encode()))
+        direction = torch.zeros_like(weights)
+        if weights.ndim > 1:
+            direction.normal_(generator=generator)
+            norms = [filter_norms(tensor, groups.get(id(parameter))) for tensor in (weights, direction)]
+            direction *= norms[0] / norms[1].clamp_min(1e-300)
+        pieces.append(direction.flatten())
     return torch.cat(pieces).to(next(model.parameters()).device)
 
 
 def filter_norms(weights: Tensor, transposed_groups: int | None = None) -> Tensor:
     """The norm of the filter, which makes one output channel, that each weight belongs to; shaped like ``weights``.
 
-    Args:
-        weights: (out, in / groups, ...), or (in, out / groups, ...) of a transposed convolution.
-        transposed_groups: A transposed convolution's groups; None for other layers.
+    These are (out, in / groups, ...), or (in, out / groups, ...) of a transposed convolution, whose groups are given.
     """
     if transposed_groups is None:
         norms: Tensor = torch.linalg.vector_norm(weights.flatten(1), dim=1)

@@ -37,15 +37,9 @@ _FORMS: dict[Reduction | None, tuple[str, str]] = {
         'training adds the losses of a batch up: its loss, gradient, curvature and rises are these times its size',
     ),
 }
-# A model that mixes sums and means: alone, a sample's sum and mean are the same.
-_SINGLY = (
-    'batches of one',
-    'the model adds losses that are sums over the batch to means: each sample is measured as a batch of one',
-)
-_SHARE = (
-    "the model's loss is not made of losses of single samples ({}): batches count by their size, and what is measured "
-    'depends on --batch-size'
-)
+_SHARE = 'batches count by their size, and what is measured depends on --batch-size, unless it is 1'
+_MIXED = f'the model adds losses that are sums over the batch to means: {_SHARE}'
+_WHOLE = f"the model's loss is not made of losses of single samples ({{}}): {_SHARE}"
 
 
 class Objective:
@@ -62,8 +56,7 @@ class Objective:
         averaging: How a batch's loss counts, of the loss modules :attr:`loss_name`; with a :attr:`remark`, or ''.
         custom: Names of the functions with a backward pass of their own, once a second derivative was taken.
 
-    Raises:
-        UsageError: The model has no loss in evaluation mode; later, if something in it cannot be differentiated.
+    Raises UsageError: The model has no loss in evaluation mode; later, if something in it cannot be differentiated.
     """
 
     def __init__(
@@ -76,7 +69,7 @@ class Objective:
     ) -> None:
         self.model, self.samples, self.parameters = model, samples, list(parameters)
         self.averaging, self.loss_name, self.remark = self._loss_form(batch_size)
-        self.batch_size = 1 if self.averaging == _SINGLY[0] else batch_size
+        self.batch_size = batch_size
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.device = self.parameters[0].device
         self.custom: list[str] | None = None
@@ -85,7 +78,7 @@ class Objective:
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """L at the model's weights and its gradient, (size,)."""
-        loss, gradient = 0.0, self._zeros()
+        loss, gradient = 0.0, torch.zeros(self.size, dtype=torch.float64, device=self.device)
         for weight, total in self._terms():
             loss += total.item() * weight
             gradient.add_(_flat(self._differentiate(total)), alpha=weight)
@@ -93,7 +86,7 @@ class Objective:
 
     def hessian_times(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The products of the Hessian with each of some vectors, (size,), which share the first derivative."""
-        products = [self._zeros() for _ in vectors]
+        products = [torch.zeros_like(vector) for vector in vectors]
         pieces = [[part.to(p.dtype) for part, p in self._split(vector)] for vector in vectors]
         for weight, total in self._terms():
             if self.custom is None:
@@ -125,40 +118,35 @@ class Objective:
             return sum(total.item() * weight for weight, total in self._terms())
 
     def _terms(self) -> Iterator[tuple[float, Tensor]]:
-        """Weight and loss of each batch."""
         for size, batch in self.samples.batches(self.batch_size):
             share = 1 if self.averaging == _FORMS[Reduction.SUM][0] else size
             yield share / len(self.samples), self._total(batch)
         self._tick()
 
     def _loss_form(self, batch_size: int) -> tuple[str, str, str]:
-        """What the first batch shows of the loss: averaging, loss modules, remark."""
         _, batch = next(self.samples.batches(batch_size))
         try:
             with torch.no_grad(), PerSampleLoss(self.model).record() as record:
                 total = self._total(batch)
             record.losses(total)
         except PerSampleLossError as error:
-            return 'by share', type(self.model).__name__, _SHARE.format(error.what)
+            return 'by share', type(self.model).__name__, _WHOLE.format(error.what)
         except UserError:
             raise
         except Exception as error:  # of anyone's model: RTMO's head, for one, has no loss in evaluation mode
-            raise UsageError(
-                f'{type(self.model).__name__}: its loss cannot be computed in evaluation mode, in which sharpness is '
-                f'measured ({type(error).__name__}: {" ".join(str(error).split())}); --debug shows where'
-            ) from error
-        averaging, remark = _FORMS.get(record.reduction, _SINGLY)
+            what = f'its loss cannot be computed in evaluation mode ({type(error).__name__}: {error})'
+            raise UsageError(f'{type(self.model).__name__}: {what}; --debug shows where') from error
+        averaging, remark = _FORMS.get(record.reduction, ('by share', _MIXED))
         return averaging, ', '.join(dict.fromkeys(term.name for term in record.terms)), remark
 
     def _total(self, batch: Any) -> Tensor:
-        """The loss of a batch, ()."""
         model: Any = self.model
         preprocessor = getattr(model, 'data_preprocessor', None)
         data = batch if preprocessor is None else preprocessor(batch, False)
         if next(model.parameters()).dtype == torch.float64:
             data = as_double(data)
         output = model(**data, mode='loss') if isinstance(data, dict) else model(*data, mode='loss')
-        total: Tensor = output.mean() if isinstance(output, Tensor) else model.parse_losses(output)[0]
+        total: Tensor = model.parse_losses(output)[0]
         return total
 
     def _differentiate(self, value: Tensor, again: bool = False, what: str = 'derivatives') -> tuple[Tensor, ...]:
@@ -190,11 +178,7 @@ class Objective:
         hint = ': leave them out with --eigenvalues 0 --trace-draws 0' if what == 'second derivatives' else ''
         return UsageError(f'{type(self.model).__name__}: its loss has no {what} ({line}){hint}')
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.size, dtype=torch.float64, device=self.device)
-
     def _split(self, vector: Tensor) -> list[tuple[Tensor, nn.Parameter]]:
-        """The pieces of a flat vector in the parameters' shapes, with the parameters."""
         pieces = vector.split([parameter.numel() for parameter in self.parameters])
         return [(piece.view_as(p), p) for piece, p in zip(pieces, self.parameters, strict=True)]
 

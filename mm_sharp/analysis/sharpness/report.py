@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +57,12 @@ def figures_of(found: Findings) -> Iterator[tuple[str, str, Any]]:
 def row(entry: Entry) -> dict[str, Any]:
     """One checkpoint's figures by column; None for what is not known."""
     found, samples = entry.findings, entry.samples
-    return {
-        'name': entry.name,
-        'epoch': entry.epoch,
-        **{column: value for column, _, value in figures_of(found)},
-        'derivatives': 'straight-through surrogate' if found.surrogate else 'exact',
-        'parameters': found.parameters,
-        'loss_modules': found.loss_name,
-        'training_loss': found.averaging,
-        'dataset': samples.dataset,
-        'split': samples.split,
-        'samples': len(samples),
-        'seed': samples.seed,
-        'digest': samples.digest,
-        'config': entry.config,
-        'checkpoint': entry.checkpoint,
-    }
+    derivatives = 'straight-through surrogate' if found.surrogate else 'exact'
+    head = {'name': entry.name, 'epoch': entry.epoch, **{column: value for column, _, value in figures_of(found)}}
+    loss = {'parameters': found.parameters, 'loss_modules': found.loss_name, 'training_loss': found.averaging}
+    data = {'dataset': samples.dataset, 'split': samples.split, 'samples': len(samples), 'seed': samples.seed}
+    origin = {'digest': samples.digest, 'config': entry.config, 'checkpoint': entry.checkpoint}
+    return {**head, 'derivatives': derivatives, **loss, **data, **origin}
 
 
 def table(entries: Sequence[Entry]) -> str:
@@ -83,7 +74,12 @@ def table(entries: Sequence[Entry]) -> str:
         if any(value is not None for _, value in cells):
             texts = ['-' if value is None else f'{value:.4g}{"*" if "*" in own else ""}' for own, value in cells]
             lines.append([label.rstrip('*'), *texts])
-    facts = [_measured_on(entry) for entry in entries]
+    facts = [
+        f'mean of {found.loss_name} over {len(samples)} of {samples.available} samples, {samples.dataset} '
+        f'({samples.split}, seed {samples.seed}, digest {samples.digest}), evaluation mode; {found.parameters:,} of '
+        f'{found.all_parameters:,} parameters'
+        for samples, found in ((entry.samples, entry.findings) for entry in entries)
+    ]
     notes = facts[:1] if len({*facts}) == 1 else [f'{e.name}: {f}' for e, f in zip(entries, facts, strict=True)]
     if len({entry.samples.digest for entry in entries}) > 1:
         notes.append('These are NOT the same samples for all: the columns cannot be compared.')
@@ -93,33 +89,20 @@ def table(entries: Sequence[Entry]) -> str:
     return '\n'.join([columns(lines), '', *notes])
 
 
-def _measured_on(entry: Entry) -> str:
-    samples, found = entry.samples, entry.findings
-    return (
-        f'mean of {found.loss_name} over {len(samples)} of {samples.available} samples, {samples.dataset} '
-        f'({samples.split}, seed {samples.seed}, digest {samples.digest}), evaluation mode; {found.parameters:,} of '
-        f'{found.all_parameters:,} parameters'
-    )
-
-
 def write_csv(file: Path, entries: Sequence[Entry]) -> None:
     """A line for each checkpoint; an empty cell for what was not measured."""
     rows = [row(entry) for entry in entries]
-    names = list(dict.fromkeys(name for cells in rows for name in cells))
     with file.open('w', newline='', encoding='utf-8') as stream:
-        writer = csv.DictWriter(stream, names, restval='')
+        writer = csv.DictWriter(stream, list(dict.fromkeys(chain(*rows))), restval='')
         writer.writeheader()
         writer.writerows(rows)
 
 
 def write_json(file: Path, entries: Sequence[Entry], settings: Settings, machine: Mapping[str, Any]) -> None:
     """Everything, landscapes too; null in place of numbers that are not finite."""
-    content = {
-        'settings': asdict(settings),
-        'machine': dict(machine),
-        'landscape_places': settings.places if settings.landscape else [],
-        'checkpoints': [_complete(entry) for entry in entries],
-    }
+    places = settings.places if settings.landscape else []
+    content = {'settings': asdict(settings), 'machine': dict(machine), 'landscape_places': places}
+    content['checkpoints'] = [_complete(entry) for entry in entries]
     plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
     file.write_text(json.dumps(plain, indent=2) + '\n', encoding='utf-8')
 
@@ -141,8 +124,7 @@ def draw(file: Path, entries: Sequence[Entry], settings: Settings) -> None:
     """Write a PNG: curves of all checkpoints together, below them a plane for each, all with one scale of colours."""
     from matplotlib.figure import Figure
 
-    lines = [entry for entry in entries if entry.findings.line]
-    planes = [entry for entry in entries if entry.findings.plane]
+    lines, planes = ([e for e in entries if getattr(e.findings, kind)] for kind in ('line', 'plane'))
     rows, columns = 1 + bool(planes), max(2, len(planes))
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.4), layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False)
@@ -154,16 +136,12 @@ def draw(file: Path, entries: Sequence[Entry], settings: Settings) -> None:
     if planes:
         _draw_planes(figure, list(panels[1, : len(planes)]), planes, settings)
     samples = entries[0].samples
-    figure.suptitle(
-        f'{samples.dataset} ({samples.split}): {len(samples)} samples, seed {samples.seed}\n'
-        f'{entries[0].findings.loss_name}, evaluation mode',
-        fontsize=9,
-    )
+    title = f'{samples.dataset} ({samples.split}): {len(samples)} samples, seed {samples.seed}\n'
+    figure.suptitle(f'{title}{entries[0].findings.loss_name}, evaluation mode', fontsize=9)
     figure.savefig(file, dpi=110)
 
 
 def _draw_lines(axes: Any, entries: Sequence[Entry], settings: Settings) -> None:
-    """L(w + t d) of all checkpoints."""
     for entry in entries:
         axes.plot(settings.places, entry.findings.line, marker='.', label=entry.name)
     scale = 'log' if _wide_range([entry.findings.line for entry in entries]) else 'linear'
@@ -172,7 +150,6 @@ def _draw_lines(axes: Any, entries: Sequence[Entry], settings: Settings) -> None
 
 
 def _draw_balls(axes: Any, entries: Sequence[Entry]) -> None:
-    """Rises over rho: one step, and what an ascent found."""
     for entry in entries:
         balls = sorted(entry.findings.balls)
         rhos = [ball.rho for ball in balls]
@@ -184,16 +161,14 @@ def _draw_balls(axes: Any, entries: Sequence[Entry]) -> None:
 
 
 def _draw_planes(figure: Any, panels: Sequence[Any], entries: Sequence[Entry], settings: Settings) -> None:
-    """L(w + s d_0 + t d_1) of each checkpoint, with one scale of colours."""
     from matplotlib.colors import LogNorm, Normalize
 
     values = np.array([entry.findings.plane for entry in entries])
     finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
     low, high = float(finite.min()), float(finite.max())
     high = max(high, low + max(abs(low), 1.0) * 1e-6)  # a constant has no levels
-    logarithmic = _wide_range(values)
-    levels = np.geomspace(low, high, 15) if logarithmic else np.linspace(low, high, 15)
-    norm = LogNorm(low, high) if logarithmic else Normalize(low, high)
+    spaced, scale = (np.geomspace, LogNorm) if _wide_range(values) else (np.linspace, Normalize)
+    levels, norm = spaced(low, high, 15), scale(low, high)
     for panel, entry, grid in zip(panels, entries, values, strict=True):
         shades = panel.contourf(settings.places, settings.places, grid, levels=levels, norm=norm)
         panel.plot(0, 0, marker='+', color='red')
@@ -203,7 +178,6 @@ def _draw_planes(figure: Any, panels: Sequence[Any], entries: Sequence[Entry], s
 
 
 def _wide_range(values: Any) -> bool:
-    """Whether positive losses are of very different sizes."""
     numbers = np.asarray(values, np.float64)
     numbers = numbers[np.isfinite(numbers)]
     return bool(numbers.size and numbers.min() > 0 and numbers.max() > _LOGARITHMIC * numbers.min())

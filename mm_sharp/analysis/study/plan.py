@@ -50,8 +50,7 @@ class Run:
 class Plan:
     """The runs of a study, and their configs, whose results go to a folder.
 
-    Raises:
-        UsageError: A config cannot be read, or a method's arguments do not fit.
+    Raises UsageError: A config cannot be read, or a method's arguments do not fit.
     """
 
     def __init__(self, study: Study, folder: Path) -> None:
@@ -152,7 +151,6 @@ class Plan:
         return {**cfg.optim_wrapper, **self.study.methods[method], **own}
 
     def _check_method(self, setting: Setting, method: str) -> None:
-        """Check a method in a setting, and note its cost and whether its rho is to be chosen."""
         cfg = copy.deepcopy(self._configs[setting.name])
         cfg.optim_wrapper = self._wrapper(cfg, method, None)
         try:
@@ -190,7 +188,6 @@ def _read(setting: Setting) -> Config:
 
 
 def _set_epochs(cfg: Config, epochs: int) -> None:
-    """Set the number of epochs, and stretch the schedules that ended with the training."""
     before = cfg.train_cfg.max_epochs
     cfg.train_cfg.max_epochs = epochs
     schedulers = cfg.get('param_scheduler') or []

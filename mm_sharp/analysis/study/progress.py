@@ -7,15 +7,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmengine.hooks import Hook
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from tqdm import tqdm
 
 _Result = TypeVar('_Result')
 
@@ -50,30 +47,21 @@ class ProgressHook(Hook):  # type: ignore[misc]
 
 
 def watch(title: str, futures: Mapping[Future[_Result], tuple[str, Path]], total: int) -> Iterator[Future[_Result]]:
-    """Futures as they end; meanwhile stderr shows how far they are: live on a terminal, elsewhere by a line a minute.
+    """Futures as they end; meanwhile stderr shows how far they are, on a terminal each second, elsewhere each minute.
 
     Each has a name and the file of its :class:`ProgressHook`; ``total`` is with those that have been made before.
     """
-    waiting, begun, next_line = set(futures), time.monotonic(), 0.0
-    console = Console(stderr=True)
-    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
-        while futures:
+    waiting, form = set(futures), '{desc}: {n:.1f} of {total}, {elapsed} elapsed, {remaining} left{postfix}'
+    shown: Any = {'mininterval': _LOOK if sys.stderr.isatty() else _LINE, 'disable': not futures}
+    with tqdm(
+        desc=title, total=total, initial=total - len(futures), bar_format=form, dynamic_ncols=True, **shown
+    ) as bar:
+        while waiting:
+            ended, waiting = wait(waiting, _LOOK, FIRST_COMPLETED)
             files = {name: file for future, (name, file) in futures.items() if future in waiting and file.exists()}
             in_flight = {name: json.loads(file.read_text()) for name, file in files.items()}
-            left = len(waiting) - sum(share for share, _ in in_flight.values())
-            elapsed = time.monotonic() - begun
-            lines = [f'{title}: {total - len(waiting)} of {total}, {_clock(elapsed)} elapsed']
-            if 0 < left < len(futures):
-                lines[0] += f', {_clock(elapsed * left / (len(futures) - left))} left'
-            lines += [f'{name}: {text}' for name, (_, text) in in_flight.items()]
-            if live is not None:
-                live.update(Text('\n'.join(lines)), refresh=True)
-            elif not waiting or time.monotonic() >= next_line:
-                next_line = time.monotonic() + _LINE
-                print('; '.join(lines), file=sys.stderr, flush=True)  # noqa: T201
-            if not waiting:
-                return
-            ended, waiting = wait(waiting, _LOOK, FIRST_COMPLETED)
+            bar.set_postfix_str('; '.join(f'{name}: {text}' for name, (_, text) in in_flight.items()), refresh=False)
+            bar.update(total - len(waiting) + sum(share for share, _ in in_flight.values()) - bar.n)
             yield from (future for future in futures if future in ended)
 
 

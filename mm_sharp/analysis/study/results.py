@@ -30,8 +30,7 @@ KEYS = ('id', 'phase', 'setting', 'method', 'rho', 'epochs', 'seed', 'config')
 class Rows:
     """The runs that have been made, in ``results.csv``: it is read if it exists, and written with each new row.
 
-    Raises:
-        UsageError: The file is something else.
+    Raises UsageError: The file is something else.
     """
 
     def __init__(self, file: Path) -> None:
@@ -51,8 +50,7 @@ class Rows:
         self.by_id[run.id] = {name: '' if value is None else str(value) for name, value in row.items()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
-        columns = dict.fromkeys(name for row in self.by_id.values() for name in row)
-        writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
+        writer = csv.DictWriter(text, dict.fromkeys(chain(*self.by_id.values())), restval='', lineterminator='\n')
         writer.writeheader()
         writer.writerows(self.by_id.values())
         write_atomically(text.getvalue().encode(), self.file)
@@ -156,7 +154,6 @@ def trials(plan: Plan, settings: Sequence[str]) -> dict[tuple[str, float | None]
 
 
 def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float | None]) -> list[Comparison]:
-    """All methods that have a finite result in a setting, under each budget."""
     study, found = plan.study, []
     for budget in study.budgets:
         epochs = {method: plan.epochs(setting, method, budget) for method in study.methods}
@@ -165,14 +162,13 @@ def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float |
             runs = [Run('report', setting, method, chosen[method], epochs[method], seed) for seed in study.seeds]
             of_seed = {run.seed: rows.value(run, study.metric.name) for run in runs if run.id in rows.by_id}
             values[method] = {seed: study.metric.scale * v for seed, v in of_seed.items() if math.isfinite(v)}
-        for method, own in values.items():
-            if own:
-                compute = epochs[method] * plan.cost[setting, method] / study.settings[setting].epochs
-                base = None if method == BASE else _difference(own, values[BASE])
-                controlled = study.control and method not in (BASE, study.control)
-                control = _difference(own, values[study.control]) if controlled else None
-                setup = setting, budget, method, chosen[method], epochs[method], compute
-                found.append(Comparison(*setup, interval(list(own.values())), base, control))
+        for method, own in ((method, own) for method, own in values.items() if own):
+            compute = epochs[method] * plan.cost[setting, method] / study.settings[setting].epochs
+            base = None if method == BASE else _difference(own, values[BASE])
+            controlled = study.control and method not in (BASE, study.control)
+            control = _difference(own, values[study.control]) if controlled else None
+            setup = setting, budget, method, chosen[method], epochs[method], compute
+            found.append(Comparison(*setup, interval(list(own.values())), base, control))
     return found
 
 

@@ -51,8 +51,7 @@ def run_missing(
 ) -> None:
     """Make all runs that are missing, in some processes: those that choose rho first, then those that are reported.
 
-    Raises:
-        UsageError: A run failed, or was made with another config before, or the evaluators do not give the metric.
+    Raises UsageError: A run failed, or was made with another config before, or the evaluators do not give the metric.
     """
     for setting in plan.study.settings.values():
         if setting.corrupt and not plan.corrupted(setting).is_file():
@@ -90,7 +89,6 @@ def _make(title: str, runs: Sequence[Run], plan: Plan, rows: Rows, pool: Executo
 
 
 def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Run, str]:
-    """Those of some runs that are to be made, with the fingerprints of their configs."""
     configs = {run: plan.fingerprint(run) for run in runs}
     old = [run.id for run, config in configs.items() if rows.config(run) not in (None, config)]
     if old and not redo:
@@ -108,7 +106,6 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _pool(jobs: int = 1, threads: int = 1, niceness: int = 0) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes, which do not outlive the context."""
     context = multiprocessing.get_context('spawn')  # a fork would copy the locks of torch's threads without the threads
     pool = ProcessPoolExecutor(jobs, context, prepare_process, (threads, niceness))
     try:

@@ -109,7 +109,6 @@ def only(study: Study, names: Collection[str]) -> Study:
 
 
 def _entries(kind: Any, where: str, content: Any) -> dict[str, Any]:
-    """A mapping that has the fields of a dataclass and no others."""
     known = {entry.name: entry for entry in fields(kind)}
     if not isinstance(content, dict):
         raise UsageError(f'{where} is {content!r}: it must be a mapping with {", ".join(known)}')
