@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from mm_sharp.demo.exact import Draws, Vector
 from mm_sharp.demo.render import Capsule, Colour, Paint
@@ -27,8 +27,7 @@ def own_parts(keypoint: str) -> tuple[frozenset[int], float]:
     return frozenset(PARTS[name.replace('*', side)] for name in names), depth
 
 
-@dataclass(frozen=True)
-class Outfit:
+class Outfit(NamedTuple):
     """Colours and cuts of one person."""
 
     skin: Colour
@@ -52,10 +51,10 @@ def _garment(draws: Draws, settings: Settings) -> tuple[Paint, Paint]:
     paint = Paint(draw_colour(draws), draw_colour(draws))
     if draws.chance(settings.pattern_chance):
         rings, strips = draws.choice(((5, 0), (0, 4), (6, 4), (3, 0)))
-        paint = replace(paint, rings=rings, strips=strips)
+        paint = paint._replace(rings=rings, strips=strips)
     if not draws.chance(settings.two_tone_chance):
         return paint, paint
-    return paint, replace(paint, base=_darker(paint.base, 5, 9), other=_darker(paint.other, 5, 9))
+    return paint, paint._replace(base=_darker(paint.base, 5, 9), other=_darker(paint.other, 5, 9))
 
 
 def _darker(colour: Colour, numerator: int, denominator: int) -> Colour:
@@ -124,4 +123,4 @@ def _cut(paint: Paint, covered: float, end: Colour) -> Paint:
     """A garment that covers the given share of a segment; beyond it, ``end`` shows."""
     if covered <= 0:
         return Paint(end)
-    return replace(paint, cut=covered, end=end) if covered < 1 else paint
+    return paint._replace(cut=covered, end=end) if covered < 1 else paint

@@ -67,15 +67,11 @@ def make_dataset(
 ) -> bool:
     """Draw the data set into the folder ``out``; returns False if it was there already.
 
-    Args:
-        train, val: numbers of images, 1 to 999,999.
-        seed: 0 <= seed < 2^32.
-        workers: processes that draw; None for one per CPU core, 0 and 1 for none but this one.
-        force: replace a data set of ours that was made with other arguments.
+    ``train`` and ``val`` are numbers of images, 1 to 999,999; ``workers`` are processes that draw, None for one per CPU
+    core, 0 and 1 for none but this one; with ``force``, a data set of ours with other arguments is replaced.
     """
     workers = min(os.cpu_count() or 1, 16) if workers is None else workers
     arguments = {'train': train, 'val': val, 'seed': seed}
-    # The files' names have six digits; the seed is one word of a seed sequence.
     limits = {'train': (1, 999_999), 'val': (1, 999_999), 'seed': (0, 2**32 - 1), 'workers': (0, 256)}
     for name, value in {**arguments, 'workers': workers}.items():
         low, high = limits[name]

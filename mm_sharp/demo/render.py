@@ -8,7 +8,7 @@ projected discs; depth and normal inside are those of the ball that touches the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,7 @@ Mask = npt.NDArray[np.bool_]
 EMPTY = -1  # part number of pixels where nothing was drawn
 
 
-@dataclass(frozen=True)
-class Camera:
+class Camera(NamedTuple):
     """A view of the origin: a point p is turned, ``R_z(roll) R_x(elevation) R_y(-azimuth) p``, and moved away.
 
     Angles are in units of 1/4096 turn, ``distance`` in metres, the rest in pixels.
@@ -53,11 +52,10 @@ class Camera:
         left, right, top, bottom = min(across), max(across), min(down), max(down)
         focal = min(size[0] / (right - left), size[1] / (bottom - top))
         centre = (middle[0] - focal * (left + right) / 2, middle[1] - focal * (top + bottom) / 2)
-        return replace(self, focal=focal, centre=centre)
+        return self._replace(focal=focal, centre=centre)
 
 
-@dataclass(frozen=True)
-class Paint:
+class Paint(NamedTuple):
     """Colours of a capsule (RGB, 0 to 255)."""
 
     base: Colour
@@ -68,8 +66,7 @@ class Paint:
     end: Colour = (0, 0, 0)
 
 
-@dataclass(frozen=True)
-class Capsule:
+class Capsule(NamedTuple):
     """The hull of two balls: centres in camera coordinates and radii, metres; its part and paint."""
 
     first: Vector
@@ -79,8 +76,7 @@ class Capsule:
     paint: Paint
 
 
-@dataclass(frozen=True)
-class Light:
+class Light(NamedTuple):
     """Light from everywhere (``ambient``) and from a unit direction in camera coordinates."""
 
     direction: Vector
@@ -88,8 +84,7 @@ class Light:
     diffuse: float
 
 
-@dataclass
-class Layer:
+class Layer(NamedTuple):
     """What was drawn: colour (H, W, 3) uint8, depth (H, W) metres, part (H, W) int16."""
 
     colour: npt.NDArray[np.uint8]

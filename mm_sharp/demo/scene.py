@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,8 +21,7 @@ MIN_SEEN_KEYPOINTS, MIN_AREA = 5, 400
 _ATTEMPTS = 200
 
 
-@dataclass(frozen=True)
-class Person:
+class Person(NamedTuple):
     """What a picture shows of one person, in pixels."""
 
     #: (u, v) of each COCO keypoint, and 2 where it is seen, 1 where something hides it; all 0 outside of the image.
@@ -32,8 +31,7 @@ class Person:
     area: int  # number of pixels that show this person
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A person as drawn."""
 
     seen: Points  # in camera coordinates
@@ -41,8 +39,7 @@ class Figure:
     girth: float
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """What :func:`draw_scene` draws."""
 
     image: npt.NDArray[np.uint8]  # (H, W, 3), RGB

@@ -7,9 +7,8 @@ pixels in small pictures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -64,8 +63,7 @@ def mirror(pose: Pose) -> Pose:
     return swapped
 
 
-@dataclass(frozen=True)
-class Proportions:
+class Proportions(NamedTuple):
     """Lengths in metres; ``girth`` multiplies the thickness of every part."""
 
     torso: float = 0.50

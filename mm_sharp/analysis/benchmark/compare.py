@@ -67,10 +67,9 @@ def compare(
     whole cycles would take in every disturbance.)
 
     Args:
-        times: Seconds of each round's step by method, in whole cycles; all are compared with ``'base'``.
+        times: Seconds of each round's step by method, after ``steps_before`` others, in whole cycles.
         costs: In theory, by method; None where theory says nothing.
         batch_size: Samples a step.
-        steps_before: Steps that each method had made before.
         peaks: Most bytes at once, by method.
     """
     rows, base = [], np.asarray(times['base'])

@@ -63,13 +63,9 @@ def _parse_method(name: str) -> dict[str, Any]:
 def wrapper_settings(cfg: Config, method: Mapping[str, Any], amp: str | None = None) -> dict[str, Any]:
     """The config of a method's optimizer wrapper.
 
-    The config's own arguments are kept as far as the method has them, so the ``rho`` of a config for SAM reaches every
-    sharpness-aware method. The config's precision holds for the base optimizer too: in float16 by ``AmpOptimWrapper``,
-    in bfloat16, which needs no loss scaling, by ``dtype`` of a plain ``OptimWrapper``, which is the benchmark's alone.
-
-    Args:
-        cfg: The whole training config.
-        method: Of :func:`parse_methods`; its arguments go before the config's, as ``amp`` before its precision.
+    The whole config's own arguments are kept as far as the method has them and does not set them, so the ``rho`` of a
+    config for SAM reaches every sharpness-aware method. Its precision, or ``amp``, holds for the base optimizer too: in
+    float16 by ``AmpOptimWrapper``, in bfloat16, which needs no loss scaling, by ``dtype`` of a plain ``OptimWrapper``.
 
     Raises UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
     """

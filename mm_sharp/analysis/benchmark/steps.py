@@ -60,12 +60,11 @@ def measure_rounds(
     device: torch.device,
     measure: Callable[[Candidate, Any, torch.device], T],
 ) -> dict[str, list[T]]:
-    """Measure steps of all methods, in rounds of one step each.
+    """Measure steps of all methods, in rounds of one step each, after at least one for ``warmup``.
 
     Args:
         groups: The methods; those in a group make their steps directly one after the other.
         batches: Taken in turn; the same one for all methods in a round.
-        rounds: Measured steps of each method, after ``warmup`` others, at least 1.
         measure: What is measured of a step: :func:`step_seconds` or :func:`phase_seconds`.
 
     Raises UsageError: A method does not work with this model, or a loss is not finite, so that steps end early.
@@ -119,8 +118,8 @@ def _check_step(candidate: Candidate, batch: Any) -> None:
 def keep_freed_memory() -> bool:
     """Have this process keep the memory that tensors of up to 32 MB leave; whether it does now: only with glibc.
 
-    By default glibc gives much of it back to the system in every pass, and gets it again page by page. How much of it
-    is chance: of two methods in one process one may lose a tenth of its step to it in every round, the other nothing.
+    By default glibc gives much of it back in every pass, and gets it again page by page. How much is chance: of two
+    methods in one process one may lose a tenth of its step to it in every round, the other nothing.
     """
     if platform.libc_ver()[0] != 'glibc':
         return False

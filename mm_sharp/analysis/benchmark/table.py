@@ -74,7 +74,6 @@ def measure_table(
     Args:
         cfg: The whole training config, whose data files are there.
         settings: Config of each method's optimizer wrapper, by name; all are compared with ``'base'``.
-        batch_size: Samples a step.
         rounds: Timed steps of each method; becomes whole cycles. ``warmup`` steps, at least 1, are made before.
         passes_only: Time the passes of each method alone, too.
 

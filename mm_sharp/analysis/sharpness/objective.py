@@ -2,10 +2,7 @@
 
 ``L(w) = 1/n sum_i l_i(w)``, in evaluation mode, is a sum over batches, whatever their size: a batch of b samples adds
 its loss over n where that is the sum of its samples' losses (``KLDiscretLoss``: SimCC, RTMPose), and b times as much
-where it is their mean. Which one it is, :mod:`mm_sharp.per_sample_loss` finds by comparison. So L is the training loss
-of a mean, and the training loss over the batch size of a sum.
-
-The product of the Hessian with a vector is the gradient of a gradient's dot product, ``H v = d/dw (g(w) . v)``. Vectors
+where it is their mean, which :mod:`mm_sharp.per_sample_loss` finds by comparison. ``H v = d/dw (g(w) . v)``. Vectors
 over all perturbed parameters are flat, float64, on the model's device; so are sums over batches.
 """
 
@@ -49,7 +46,7 @@ class Objective:
         model: Within ``preserved_eval_mode``. Its loss is what ``parse_losses`` makes of ``model(..., mode='loss')``.
         samples: At least one.
         parameters: The parameters that w stands for.
-        batch_size: At most so many samples at once; memory and time, and no result unless :attr:`remark` says so.
+        batch_size: At most so many samples at once; of influence on results only if :attr:`remark` says so.
         tick: Called after each computation of L or of its derivatives.
 
     Attributes:
@@ -73,8 +70,7 @@ class Objective:
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.device = self.parameters[0].device
         self.custom: list[str] | None = None
-        self._tick = tick
-        self._start = [parameter.detach().clone() for parameter in self.parameters]
+        self._tick, self._start = tick, TensorBackup()
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """L at the model's weights and its gradient, (size,)."""
@@ -100,20 +96,19 @@ class Objective:
 
     @contextmanager
     def moved(self, offset: Tensor) -> Iterator[None]:
-        """Within, the weights are the start's plus ``offset``, (size,); then they are the start's, bit for bit."""
+        """Within, the weights are moved by ``offset``, (size,); then they are bit for bit as before."""
+        self._start.save(self.parameters)
         try:
             with torch.no_grad():
-                for (piece, parameter), start in zip(self._split(offset), self._start, strict=True):
-                    parameter.copy_(start.double() + piece)
+                for piece, parameter in self._split(offset):
+                    parameter.copy_(parameter.double() + piece)
             yield
         finally:
-            with torch.no_grad():
-                for parameter, start in zip(self.parameters, self._start, strict=True):
-                    parameter.copy_(start)
+            self._start.restore()
 
     @torch.no_grad()
     def loss_at(self, offset: Tensor) -> float:
-        """L at the start's weights plus ``offset``, (size,); nan or infinite where it is."""
+        """L at the model's weights plus ``offset``, (size,); nan or infinite where it is."""
         with self.moved(offset):
             return sum(total.item() * weight for weight, total in self._terms())
 

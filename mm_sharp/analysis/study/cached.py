@@ -16,10 +16,9 @@ _CACHE: dict[str, dict[int, dict[str, Any]]] = {}
 class CachedCocoDataset(CocoDataset):  # type: ignore[misc]
     """``CocoDataset`` that runs its pipeline once for each sample.
 
-    A study trains a small model hundreds of times on the same few thousand pictures: to decode and crop them each time
-    would take as long as the steps. Samples are kept as long as the process, for all data sets with the same arguments.
-    Only for pipelines without random augmentation, and with ``num_workers=0``: each worker would keep its own.
-    ``configs/study/_base_/keypoints.py`` shows how it is used.
+    To decode and crop the pictures of a small model each time would take as long as the steps. Samples are kept as long
+    as the process, for all data sets with the same arguments. Only for pipelines without random augmentation, and with
+    ``num_workers=0``: each worker would keep its own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
