@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +29,7 @@ def quartiles(values: Sequence[float] | NDArray[np.float64]) -> Quartiles:
     return Quartiles(*np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75)).tolist())
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What was found about one method: times of a step, and ratios to the base optimizer's in the same round."""
 
     label: str
@@ -49,7 +47,7 @@ class Row:
 
     def figures(self) -> dict[str, Any]:
         """The row under the names that it has in files."""
-        figures = {'limit' if key == 'theoretical' else key: value for key, value in vars(self).items()}
+        figures = {'limit' if key == 'theoretical' else key: value for key, value in self._asdict().items()}
         times = {'seconds': self.seconds._asdict(), 'ratio': self.ratio._asdict()}
         return {**figures, **times, 'distance_percent': self.distance}
 

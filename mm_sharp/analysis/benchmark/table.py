@@ -9,10 +9,9 @@ history) and ``host`` (everything else).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mmengine.config import Config
@@ -31,8 +30,7 @@ NAMES = (*PHASES, *EXCLUDED)
 _COLOURS = dict(zip(NAMES, ('#332288', '#DDCC77', '#117733', '#CC6677', '#88CCEE', '#AA4499', '#BBBBBB'), strict=True))
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """What was measured at one batch size; by method: wrapper's config, times, phases of a typical step."""
 
     batch_size: int

@@ -44,8 +44,7 @@ class Objective:
 
     Args:
         model: Within ``preserved_eval_mode``. Its loss is what ``parse_losses`` makes of ``model(..., mode='loss')``.
-        samples: At least one.
-        parameters: The parameters that w stands for.
+        parameters: Those that w stands for.
         batch_size: At most so many samples at once; of influence on results only if :attr:`remark` says so.
         tick: Called after each computation of L or of its derivatives.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,7 @@ from mm_sharp.analysis.sharpness.measure import Findings, Settings
 _LOGARITHMIC = 30.0
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One checkpoint, its config file, the epochs that it was trained for, and what was found on which samples."""
 
     name: str
@@ -109,7 +108,7 @@ def write_json(file: Path, entries: Sequence[Entry], settings: Settings, machine
 
 def _complete(entry: Entry) -> dict[str, Any]:
     found, samples = entry.findings, entry.samples
-    content = {**vars(entry), **vars(found)}
+    content = {**entry._asdict(), **vars(found)}
     if found.eigenvalues is not None:  # but for the vectors, which are as large as the model
         content['eigenvalues'] = {key: value for key, value in found.eigenvalues._asdict().items() if key != 'vectors'}
     content['trace'] = found.trace and found.trace._asdict()

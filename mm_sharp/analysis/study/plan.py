@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
@@ -29,8 +28,7 @@ _FORMER_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One training."""
 
     phase: str  # 'select' to choose rho, on the validation data; 'report' on the test data

@@ -52,10 +52,8 @@ def watch(title: str, futures: Mapping[Future[_Result], tuple[str, Path]], total
     Each has a name and the file of its :class:`ProgressHook`; ``total`` is with those that have been made before.
     """
     waiting, form = set(futures), '{desc}: {n:.1f} of {total}, {elapsed} elapsed, {remaining} left{postfix}'
-    shown: Any = {'mininterval': _LOOK if sys.stderr.isatty() else _LINE, 'disable': not futures}
-    with tqdm(
-        desc=title, total=total, initial=total - len(futures), bar_format=form, dynamic_ncols=True, **shown
-    ) as bar:
+    how: Any = {'mininterval': _LOOK if sys.stderr.isatty() else _LINE, 'disable': not futures, 'dynamic_ncols': True}
+    with tqdm(desc=title, total=total, initial=total - len(futures), bar_format=form, **how) as bar:
         while waiting:
             ended, waiting = wait(waiting, _LOOK, FIRST_COMPLETED)
             files = {name: file for future, (name, file) in futures.items() if future in waiting and file.exists()}

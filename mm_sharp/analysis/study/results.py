@@ -11,7 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +46,7 @@ class Rows:
 
     def add(self, run: Run, config: str, metrics: Mapping[str, float]) -> None:
         """Write a run's row, with the fingerprint of its config, in place of an older one."""
-        row = {'id': run.id, **asdict(run), 'config': config, **metrics}
+        row = {'id': run.id, **run._asdict(), 'config': config, **metrics}
         self.by_id[run.id] = {name: '' if value is None else str(value) for name, value in row.items()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
@@ -190,7 +190,6 @@ def _notes(plan: Plan, rows: Rows, setting: str, runs: Sequence[Run]) -> list[st
 
 
 def _outdated(plan: Plan, rows: Rows, title: str, runs: Sequence[Run]) -> list[str]:
-    old = [run for run in runs if rows.config(run) not in (None, plan.fingerprint(run))]
-    if not old:
-        return []
-    return [f"{title}: {len(old)} runs were made with other configs than the study's now, {old[0].id} among them"]
+    old = [run.id for run in runs if rows.config(run) not in (None, plan.fingerprint(run))]
+    note = f"{title}: {len(old)} runs were made with other configs than the study's now, {{}} among them"
+    return [note.format(first) for first in old[:1]]
