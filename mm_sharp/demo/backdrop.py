@@ -18,14 +18,12 @@ _FLAT = Camera(azimuth=0, elevation=0, roll=0, distance=_FAR, focal=300.0)
 
 
 def upsample(grid: Floats, height: int, width: int) -> Floats:
-    """Bilinear interpolation of a coarse grid (h, w) or (h, w, c) to the given size."""
+    """Bilinear interpolation of a coarse grid (h, w, c) to the given size."""
     rows = np.arange(height, dtype=np.float64) * ((grid.shape[0] - 1) / (height - 1))
     columns = np.arange(width, dtype=np.float64) * ((grid.shape[1] - 1) / (width - 1))
     top = np.minimum(rows.astype(np.int64), grid.shape[0] - 2)
     left = np.minimum(columns.astype(np.int64), grid.shape[1] - 2)
-    down, along = (rows - top)[:, None], (columns - left)[None, :]
-    if grid.ndim == 3:
-        down, along = down[:, :, None], along[:, :, None]
+    down, along = (rows - top)[:, None, None], (columns - left)[None, :, None]
     bands = grid[top] * (1.0 - down) + grid[top + 1] * down
     mixed: Floats = bands[:, left] * (1.0 - along) + bands[:, left + 1] * along
     return mixed
@@ -38,7 +36,7 @@ def draw_backdrop(draws: Draws, light: Light, settings: Settings = SETTINGS) -> 
     wall = upsample(corners, HEIGHT, WIDTH)
     for cells, strength in ((6, 40.0), (24, 26.0)):
         grain = draws.uniform((0.0, strength))
-        wall += ((upsample(draws.array(cells, cells), HEIGHT, WIDTH) - 0.5) * grain)[:, :, None]
+        wall += (upsample(draws.array(cells, cells, 1), HEIGHT, WIDTH) - 0.5) * grain
     layer.colour[:], layer.depth[:] = np.clip(wall, 0.0, 255.0).astype(np.uint8), _WALL
     for number in range(draws.integer(*settings.clutter)):
         _draw_shape(layer, draws, light, _FAR - 0.1 * number)

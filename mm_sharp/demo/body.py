@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mm_sharp.demo.exact import Draws, Vector
+from mm_sharp.demo.exact import Draws
 from mm_sharp.demo.render import Capsule, Colour, Paint
 from mm_sharp.demo.settings import SETTINGS, Settings
 from mm_sharp.demo.skeleton import SIDES, TABLES, Points, Proportions
@@ -30,16 +30,8 @@ def own_parts(keypoint: str) -> tuple[frozenset[int], float]:
 class Outfit(NamedTuple):
     """Colours and cuts of one person."""
 
-    skin: Colour
-    hair: Colour
-    shoes: Colour
-    shirt_front: Colour  # a zip or a row of buttons
-    shirt: tuple[Paint, Paint]  # of the left and of the right side
-    trousers: tuple[Paint, Paint]
-    sleeve: float  # the share of the arm that is covered, 0 to 2 segments
-    leg: float
-    long_hair: bool
-    bald: bool
+    paints: dict[str, Paint]  # of each part
+    missing: frozenset[str]  # ends of the capsules that are not drawn
 
 
 def draw_colour(draws: Draws, low: int = 20, high: int = 235) -> Colour:
@@ -66,57 +58,33 @@ def draw_outfit(draws: Draws, settings: Settings = SETTINGS) -> Outfit:
     """Random colours, patterns and lengths."""
     jitter = draws.integer(-12, 12)
     red, green, blue = (min(value + jitter, 255) for value in draws.choice(SKIN_TONES))
-    return Outfit(
-        skin=(red, green, blue),
-        hair=draws.choice(HAIR_COLOURS),
-        shoes=draw_colour(draws, 10, 200),
-        shirt_front=draw_colour(draws),
-        shirt=_garment(draws, settings),
-        trousers=_garment(draws, settings),
-        sleeve=draws.choice((0.1, 0.6, 1.3, 1.9)),
-        leg=draws.choice((0.7, 1.1, 1.9, 1.9)),
-        long_hair=draws.chance(0.35),
-        bald=draws.chance(0.1),
-    )
+    bare, skin, shadow = (red, green, blue), Paint((red, green, blue)), Paint(_darker((red, green, blue), 3, 4))
+    hair, shoes, front = draws.choice(HAIR_COLOURS), draw_colour(draws, 10, 200), draw_colour(draws)
+    shirts, trousers = _garment(draws, settings), _garment(draws, settings)
+    sleeve, leg = draws.choice((0.1, 0.6, 1.3, 1.9)), draws.choice((0.7, 1.1, 1.9, 1.9))  # segments that are covered
+    missing = {'hair_end': not draws.chance(0.35), 'hair_high': draws.chance(0.1)}
+    paints = {'chest': shirts[0], 'belly': _cut(shirts[0], 0.6, trousers[0].base), 'pelvis': trousers[0], 'neck': skin}
+    paints |= {'shoulders': shirts[0], 'front': Paint(front), 'face': skin, 'nose': shadow, 'hair': Paint(hair)}
+    paints['mouth'] = Paint((150, 50, 55))
+    for side, shirt, cloth in zip(SIDES, shirts, trousers, strict=True):
+        sided = {'flank': _cut(shirt, 0.88, cloth.base), 'eye': Paint((15, 15, 25)), 'ear': shadow, 'hand': skin}
+        sided |= {'upper_arm': _cut(shirt, sleeve, bare), 'forearm': _cut(shirt, sleeve - 1, bare)}
+        sided |= {'thigh': _cut(cloth, leg, bare), 'shin': _cut(cloth, leg - 1, bare), 'foot': Paint(shoes)}
+        paints |= {f'{side}_{part}': paint for part, paint in sided.items()}
+    return Outfit(paints, frozenset(end for end, is_missing in missing.items() if is_missing))
 
 
 def body_capsules(points: Points, body: Proportions, outfit: Outfit) -> list[Capsule]:
     """The capsules of a person whose points are given in camera coordinates."""
-    units, paints = {'girth': body.girth, 'head': body.head, 'metres': 1.0}, _paints(outfit)
-    armpits = {f'{side}_armpit': _between(points[f'{side}_shoulder'], points['thorax'], 0.3) for side in SIDES}
-    points, missing = {**points, **armpits}, {'hair_high': outfit.bald, 'hair_end': not outfit.long_hair}
+    units, points = {'girth': body.girth, 'head': body.head, 'metres': 1.0}, dict(points)
+    for side in SIDES:  # the armpit lies three tenths of the way from the shoulder to the thorax
+        x, y, z = (a + 0.3 * (b - a) for a, b in zip(points[f'{side}_shoulder'], points['thorax'], strict=True))
+        points[f'{side}_armpit'] = (x, y, z)
     return [
-        Capsule(points[start], points[end], (first * units[unit], second * units[unit]), PARTS[part], paints[part])
-        for part, start, end, first, second, unit in _ROWS
-        if not missing.get(end)
+        Capsule(points[start], points[end], (a * units[unit], b * units[unit]), PARTS[part], outfit.paints[part])
+        for part, start, end, a, b, unit in _ROWS
+        if end not in outfit.missing
     ]
-
-
-def _between(a: Vector, b: Vector, share: float) -> Vector:
-    x, y, z = (start + share * (end - start) for start, end in zip(a, b, strict=True))
-    return (x, y, z)
-
-
-def _paints(outfit: Outfit) -> dict[str, Paint]:
-    (shirt, _), (trousers, _), skin = outfit.shirt, outfit.trousers, Paint(outfit.skin)
-    shadow, hair = Paint(_darker(outfit.skin, 3, 4)), Paint(outfit.hair)
-    paints = {'chest': shirt, 'belly': _cut(shirt, 0.6, trousers.base), 'pelvis': trousers, 'shoulders': shirt}
-    paints |= {'front': Paint(outfit.shirt_front), 'neck': skin, 'face': skin, 'nose': shadow, 'hair': hair}
-    paints['mouth'] = Paint((150, 50, 55))
-    for side, shirt, trousers in zip(SIDES, outfit.shirt, outfit.trousers, strict=True):
-        sided = {
-            'flank': _cut(shirt, 0.88, trousers.base),
-            'eye': Paint((15, 15, 25)),
-            'ear': shadow,
-            'upper_arm': _cut(shirt, outfit.sleeve, outfit.skin),
-            'forearm': _cut(shirt, outfit.sleeve - 1, outfit.skin),
-            'hand': skin,
-            'thigh': _cut(trousers, outfit.leg, outfit.skin),
-            'shin': _cut(trousers, outfit.leg - 1, outfit.skin),
-            'foot': Paint(outfit.shoes),
-        }
-        paints |= {f'{side}_{part}': paint for part, paint in sided.items()}
-    return paints
 
 
 def _cut(paint: Paint, covered: float, end: Colour) -> Paint:

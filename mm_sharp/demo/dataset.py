@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,6 @@ SKELETON = [
 _HEAD = ('head_top', 'upper_neck', 'left_ear', 'right_ear', 'nose')
 #: MATLAB's header begins with 116 bytes of free text; scipy writes the time of day there.
 _MAT_TEXT = b'MATLAB 5.0 MAT-file, mm_sharp demo people'.ljust(116)
-
 HeadBox = tuple[float, float, float, float]
 
 
@@ -90,9 +90,8 @@ def make_dataset(
     tasks = [(split, index) for split in SPLITS for index in range(arguments[split])]
     with _mapped(functools.partial(_draw_image, out, seed, settings), tasks, workers) as results:
         drawn = list(tqdm(results, 'drawing people', len(tasks), unit='image', disable=not progress, mininterval=0.5))
-    digest = hashlib.sha256()
-    _write_split(out, 'train', drawn[:train], digest)
-    _write_split(out, 'val', drawn[train:], digest)
+    contents = [*_write_split(out, 'train', drawn[:train]), *_write_split(out, 'val', drawn[train:])]
+    digest = hashlib.sha256(''.join(json.dumps(content, separators=(',', ':')) for content in contents).encode())
     _write_json(out / 'meta.json', {**meta, 'sha256': digest.hexdigest()})
     return True
 
@@ -105,10 +104,9 @@ def _is_there(out: Path, meta: dict[str, Any], force: bool) -> bool:
         return False
     try:
         found = json.loads((out / 'meta.json').read_text(encoding='utf-8'))
-        is_ours = found['generator'] == _GENERATOR
-    except (OSError, ValueError, TypeError, KeyError):
-        is_ours = False
-    if not is_ours:
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get('generator') != _GENERATOR:
         raise FileExistsError(f'{out} holds other files than a demo data set: choose another folder with --out')
     if 'sha256' not in found:  # interrupted: worth nothing
         return False
@@ -154,7 +152,8 @@ def _draw_image(out: Path, seed: int, settings: Settings, task: Task) -> Drawn:
     return scene.people, hashlib.sha256(scene.image.tobytes()).hexdigest()
 
 
-def _write_split(out: Path, split: str, drawn: list[Drawn], digest: hashlib._Hash) -> None:
+def _write_split(out: Path, split: str, drawn: list[Drawn]) -> list[object]:
+    """Write the annotations; returns what the digest is taken of."""
     images = [coco_image(number) for number in range(1, len(drawn) + 1)]
     people = [(image, *item) for image, (found, _) in zip(images, drawn, strict=True) for item in enumerate(found)]
     coco = coco_file(images, [coco_annotation(person, image['id'], number) for image, number, person in people])
@@ -162,12 +161,11 @@ def _write_split(out: Path, split: str, drawn: list[Drawn], digest: hashlib._Has
     heads = [head_box(person) for _, _, person in people]
     _write_json(out / _COCO.format(split), coco)
     _write_json(out / _MPII.format(split), mpii)
-    contents: list[object] = [[[pixels for _, pixels in drawn], coco, mpii]]
-    if split == 'val':
-        (out / _GROUND_TRUTH).write_bytes(mat_file(mpii, heads))
-        contents.append(heads)
-    for content in contents:
-        digest.update(json.dumps(content, separators=(',', ':')).encode())
+    content = [[pixels for _, pixels in drawn], coco, mpii]
+    if split == 'train':
+        return [content]
+    (out / _GROUND_TRUTH).write_bytes(mat_file(mpii, heads))
+    return [content, heads]
 
 
 def coco_image(image_id: int) -> dict[str, Any]:
@@ -177,28 +175,19 @@ def coco_image(image_id: int) -> dict[str, Any]:
 
 def coco_annotation(person: Person, image_id: int, number: int) -> dict[str, Any]:
     """The annotation of person ``number`` (from 0) in an image."""
-    return {
-        'id': image_id * 10 + number,  # never 0, which COCO's evaluation takes for "no match"
-        'image_id': image_id,
-        'category_id': 1,
-        'iscrowd': 0,
-        'bbox': list(person.box),
-        'area': person.area,
-        'num_keypoints': sum(flag > 0 for _, _, flag in person.keypoints),
-        'keypoints': [value for keypoint in person.keypoints for value in keypoint],
-    }
+    # The id is never 0, which COCO's evaluation takes for "no match".
+    head = {'id': image_id * 10 + number, 'image_id': image_id, 'category_id': 1, 'iscrowd': 0}
+    body = {'bbox': list(person.box), 'area': person.area}
+    count = sum(flag > 0 for _, _, flag in person.keypoints)
+    return {**head, **body, 'num_keypoints': count, 'keypoints': list(chain(*person.keypoints))}
 
 
 def coco_file(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of ``person_keypoints_*.json``."""
     names = {'id': 1, 'name': 'person', 'supercategory': 'person'}
-    return {
-        'info': {'description': 'mm_sharp demo people', 'version': '1.0'},
-        'licenses': [],
-        'images': images,
-        'annotations': annotations,
-        'categories': [{**names, 'keypoints': list(COCO_KEYPOINTS), 'skeleton': SKELETON}],
-    }
+    head = {'info': {'description': 'mm_sharp demo people', 'version': '1.0'}, 'licenses': []}
+    categories = [{**names, 'keypoints': list(COCO_KEYPOINTS), 'skeleton': SKELETON}]
+    return {**head, 'images': images, 'annotations': annotations, 'categories': categories}
 
 
 def mpii_record(person: Person, file_name: str) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Every number that decides what the demo pictures look like and how hard they are.
-
-Raise ``GENERATOR_VERSION`` when anything here, or how anything is drawn, changes.
-"""
+"""Every number that decides what the demo pictures look like: ``GENERATOR_VERSION`` rises when one changes."""
 
 from __future__ import annotations
 

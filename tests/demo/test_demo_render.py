@@ -111,6 +111,6 @@ def test_upsampling_keeps_corners_and_planes(rows: int, columns: int) -> None:
     assume(rows != columns)
     y, x = np.mgrid[:rows, :columns]
     plane = 3.0 * y / (rows - 1) + 5.0 * x / (columns - 1)
-    big = upsample(plane, 31, 21)
+    big = upsample(plane[:, :, None], 31, 21)[:, :, 0]
     v, u = np.mgrid[:31, :21]
     np.testing.assert_allclose(big, 3.0 * v / 30 + 5.0 * u / 20, atol=1e-9)

@@ -120,10 +120,7 @@ class Baseline(Candidate):
 
 
 def check_baselines(settings: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Which baselines can be measured, given the config of SAM's wrapper, and a line on what is missing, if any is.
-
-    Raises UsageError: They do not know what the config asks for.
-    """
+    """Which baselines can be measured, and what is missing; a UsageError if they do not know what SAM's config asks."""
     for key, known in (('dtype', (None, 'bfloat16')), ('clip_grad', (None,)), ('adaptive', (None, False))):
         if settings.get(key) not in known:
             hint = f'leave --peers out, or set --cfg-options optim_wrapper.{key}={known[-1]}'

@@ -35,10 +35,7 @@ def all_methods() -> dict[str, str]:
 
 
 def parse_methods(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Type of each method's wrapper and arguments of it, by name; the base optimizer first, as what all compare with.
-
-    Raises UsageError: There is no such method.
-    """
+    """Type and arguments of each method's wrapper, by name, the base optimizer's first; a UsageError for others."""
     return {name: _parse_method(name) for name in ('base', *names)}
 
 

@@ -23,9 +23,8 @@ _RATES = ('copy_rate', 'climb_rate', 'restore_rate')
 def measure_perturbing(parameters: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """Copy, perturb and restore so many weights, in interleaved rounds, after one that is not timed.
 
-    Returns:
-        Bytes a second of one copy of all weights in one piece, of the perturbation with its copy of the weights (under
-        the name ``climb_rate``) and of the restoration; ``share_of_copy``, those of the last two over the copy's.
+    Returns bytes a second of one copy of all weights in one piece, of the perturbation with its copy (``climb_rate``)
+    and of the restoration; ``share_of_copy``: those of the last two over the copy's.
     """
     shapes = resnet_shapes(parameters)
     (flat_weights, weights), (flat_gradients, gradients) = (_allocate(shapes, device) for _ in range(2))

@@ -110,8 +110,7 @@ def _check_step(candidate: Candidate, batch: Any) -> None:
         log = candidate.step(batch)
     except (PerSampleLossError, SampleIdError) as error:
         raise UsageError(f'{error} (Or leave {candidate.name} out of --methods.)') from error
-    loss = float(torch.as_tensor(log['loss']).detach())
-    if not math.isfinite(loss):
+    if not math.isfinite(loss := float(torch.as_tensor(log['loss']).detach())):
         raise UsageError(f'{candidate.name}: the loss at the initial weights is {loss}: no whole step can be measured')
 
 

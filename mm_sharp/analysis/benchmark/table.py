@@ -1,9 +1,8 @@
 """All that is measured of the methods at one batch size, as text, for files and as a bar chart.
 
-Phases of a step: ``pass1`` and ``pass2`` (forward and backward; ESAM's forward for the selection is in the second),
-``perturb`` (copy of the weights, gradient norm, perturbation), ``restore`` (weights, buffers, random state), ``step``
-(clipping, the base optimizer's step, the gradients' end), ``recording`` (losses of single samples, draw, selection,
-history) and ``host`` (everything else).
+Phases: ``pass1`` and ``pass2`` (forward and backward; ESAM's forward for the selection is in the second), ``perturb``
+(copy of the weights, gradient norm, perturbation), ``restore`` (weights, buffers, random state), ``step`` (clipping,
+the base optimizer's step), ``recording`` (losses of single samples, draw, selection, history) and ``host`` (the rest).
 """
 
 from __future__ import annotations

@@ -31,8 +31,7 @@ from mm_sharp.analysis.prepare import build_loader, prepared
 from mm_sharp.errors import UsageError
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
-# Name of the base optimizer on the float model that a quantized model was made from.
-FLOAT = 'float'
+FLOAT = 'float'  # the base optimizer on the float model that a quantized model was made from
 BATCH_SIZE = 16  # of the small model
 T = TypeVar('T')
 Settings = Mapping[str, Mapping[str, Any]]
@@ -100,10 +99,7 @@ def _base(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_workload(cfg: Config, batch_size: int) -> Workload:
-    """Build the model and load up to four batches of a training config, within :func:`prepared`.
-
-    Raises UsageError: The data set has fewer samples than a batch.
-    """
+    """Build the model and load up to four batches, within :func:`prepared`; a UsageError if there is not even one."""
     torch.backends.cudnn.benchmark = bool((cfg.get('env_cfg') or {}).get('cudnn_benchmark', False))
     set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
     loader = build_loader(cfg, batch_size=batch_size, drop_last=True)

@@ -33,9 +33,8 @@ SPLITS = ('train', 'val')
 def load_model(cfg: Config, checkpoint: str, trust: bool = False) -> tuple[nn.Module, int, bool]:
     """A config's model with a checkpoint's weights, the epochs of its training (0: unknown), whether it is quantized.
 
-    The checkpoint is loaded by the rules of ``tools/test.py``; ``trust`` is for one that may run code.
-
-    Raises UserError: The checkpoint is not plain, damaged, of another model, or of an uncalibrated quantized one.
+    The checkpoint is loaded by the rules of ``tools/test.py``; ``trust`` is for one that may run code, a UserError says
+    that it is not plain, damaged, of another model, or of an uncalibrated quantized one.
     """
     config = dict(cfg.model)
     if cfg.get('data_preprocessor'):
@@ -54,9 +53,7 @@ def load_model(cfg: Config, checkpoint: str, trust: bool = False) -> tuple[nn.Mo
             if checkpoint in str(error):
                 raise
             raise UserError(f"cannot use the checkpoint '{checkpoint}': {error}") from error
-    meta = content.get('meta')
-    epoch = meta.get('epoch') if isinstance(meta, dict) else None
-    return model.to(get_device()), epoch if isinstance(epoch, int) else 0, quantized
+    return model.to(get_device()), (content.get('meta') or {}).get('epoch') or 0, quantized
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,7 @@ class Samples:
 
 
 def load_samples(cfg: Config, split: str, count: int, seed: int) -> Samples:
-    """Load ``count`` samples of a config's data set; the seed is of the shuffle and of the random augmentation.
-
-    Raises UsageError: There is no such data set in the config, or it is too small.
-    """
+    """Load samples, by a seed of shuffle and augmentation; a UsageError if there are fewer than ``count``."""
     options, before = dataset_config(cfg, split), RandomState.capture()
     set_random_seed(seed)
     try:
@@ -102,10 +96,7 @@ def load_samples(cfg: Config, split: str, count: int, seed: int) -> Samples:
 
 
 def dataset_config(cfg: Config, split: str) -> dict[str, Any]:
-    """The config of a split's data set, with the training pipeline.
-
-    Raises UsageError: The config has no such loader.
-    """
+    """The config of a split's data set, with the training pipeline; a UsageError if there is no such loader."""
     for name in dict.fromkeys(('train', split)):
         if not cfg.get(f'{name}_dataloader'):
             raise UsageError(f'the config has no {name}_dataloader: there is no loss to measure on --split {split}')

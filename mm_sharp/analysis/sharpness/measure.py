@@ -131,8 +131,8 @@ def _measure(objective: Objective, settings: Settings, timed: Callable[..., Any]
     found: dict[str, Any] = {'loss': loss, 'gradient_norm': float(gradient.norm()), 'eigenvalues': None, 'trace': None}
     found |= {'differences': {}, 'line': [], 'plane': []}
     if count:
-        search = measures.top_eigenvalues
-        found['eigenvalues'] = timed('eigenvalues', search, objective, count, settings.tolerance, seed)
+        asked = (objective, count, settings.tolerance, seed)
+        found['eigenvalues'] = timed('eigenvalues', measures.top_eigenvalues, *asked)
     if draws:
         found['trace'] = timed('trace', measures.hutchinson, objective, draws, seed)
     found['balls'] = timed('sharpness', lambda: [ball(rho) for rho in settings.rhos])

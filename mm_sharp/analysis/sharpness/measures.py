@@ -155,12 +155,11 @@ def filter_norms(weights: Tensor, transposed_groups: int | None = None) -> Tenso
     return parts.pow(2).sum(others, keepdim=True).sqrt().expand_as(parts).reshape(weights.shape)
 
 
-def line(objective: Objective, direction: Tensor, places: Sequence[float]) -> list[float]:
-    """L(w + t d) at each t of ``places``; nan or infinite where it is."""
-    return [objective.loss_at(place * direction) for place in places]
+def line(objective: Objective, direction: Tensor, places: Sequence[float], start: Tensor | float = 0.0) -> list[float]:
+    """L(w + start + t d) at each t of ``places``; nan or infinite where it is."""
+    return [objective.loss_at(start + place * direction) for place in places]
 
 
 def plane(objective: Objective, directions: Sequence[Tensor], places: Sequence[float]) -> list[list[float]]:
     """L(w + s d_0 + t d_1): a row for each t of ``places``, in it a value for each s."""
-    first, second = directions
-    return [[objective.loss_at(s * first + t * second) for s in places] for t in places]
+    return [line(objective, directions[0], places, t * directions[1]) for t in places]

@@ -16,8 +16,7 @@ from mm_sharp.analysis.benchmark.compare import columns
 from mm_sharp.analysis.sharpness.loading import Samples
 from mm_sharp.analysis.sharpness.measure import Findings, Settings
 
-# Losses that differ by more than this factor are drawn on a logarithmic scale.
-_LOGARITHMIC = 30.0
+_LOGARITHMIC = 30.0  # losses that differ by more than this factor are drawn on a logarithmic scale
 
 
 class Entry(NamedTuple):
@@ -129,8 +128,13 @@ def draw(file: Path, entries: Sequence[Entry], settings: Settings) -> None:
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat:
         panel.set_visible(False)
+    for entry in lines:
+        panels[0, 0].plot(settings.places, entry.findings.line, marker='.', label=entry.name)
     if lines:
-        _draw_lines(panels[0, 0], lines, settings)
+        scale = 'log' if _wide_range([entry.findings.line for entry in lines]) else 'linear'
+        place = 'distance t along a filter-normalised direction'
+        panels[0, 0].set(xlabel=place, ylabel='loss', yscale=scale, visible=True)
+        panels[0, 0].legend(fontsize=8)
     _draw_balls(panels[0, 1], entries)
     if planes:
         _draw_planes(figure, list(panels[1, : len(planes)]), planes, settings)
@@ -138,14 +142,6 @@ def draw(file: Path, entries: Sequence[Entry], settings: Settings) -> None:
     title = f'{samples.dataset} ({samples.split}): {len(samples)} samples, seed {samples.seed}\n'
     figure.suptitle(f'{title}{entries[0].findings.loss_name}, evaluation mode', fontsize=9)
     figure.savefig(file, dpi=110)
-
-
-def _draw_lines(axes: Any, entries: Sequence[Entry], settings: Settings) -> None:
-    for entry in entries:
-        axes.plot(settings.places, entry.findings.line, marker='.', label=entry.name)
-    scale = 'log' if _wide_range([entry.findings.line for entry in entries]) else 'linear'
-    axes.set(xlabel='distance t along a filter-normalised direction', ylabel='loss', yscale=scale, visible=True)
-    axes.legend(fontsize=8)
 
 
 def _draw_balls(axes: Any, entries: Sequence[Entry]) -> None:

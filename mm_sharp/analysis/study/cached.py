@@ -8,8 +8,7 @@ from mmengine.structures import BaseDataElement
 from mmpose.datasets import CocoDataset
 from mmpose.registry import DATASETS
 
-# The samples by index, of each data set by its arguments.
-_CACHE: dict[str, dict[int, dict[str, Any]]] = {}
+_CACHE: dict[str, dict[int, dict[str, Any]]] = {}  # the samples by index, of each data set by its arguments
 
 
 @DATASETS.register_module()

@@ -46,10 +46,7 @@ class Run(NamedTuple):
 
 
 class Plan:
-    """The runs of a study, and their configs, whose results go to a folder.
-
-    Raises UsageError: A config cannot be read, or a method's arguments do not fit.
-    """
+    """The runs of a study, and their configs; a UsageError if one cannot be read, or a method does not fit."""
 
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder

@@ -28,10 +28,7 @@ KEYS = ('id', 'phase', 'setting', 'method', 'rho', 'epochs', 'seed', 'config')
 
 
 class Rows:
-    """The runs that have been made, in ``results.csv``: it is read if it exists, and written with each new row.
-
-    Raises UsageError: The file is something else.
-    """
+    """The runs that have been made, in ``results.csv``: read if it exists (a UsageError if it is something else)."""
 
     def __init__(self, file: Path) -> None:
         # Rows were appended once: a process that was killed then has left half a line.
@@ -115,8 +112,7 @@ def compare(plan: Plan, rows: Rows) -> Results:
     for names in chain(*plan.waves()):
         title, runs = ', '.join(names), [run for name in names for run in plan.selection_runs(name)]
         results.notes.extend(_outdated(plan, rows, title, runs))
-        made = sum(run.id in rows.by_id for run in runs)
-        if made < len(runs):
+        if (made := sum(run.id in rows.by_id for run in runs)) < len(runs):
             results.notes.append(f'{title}: rho is not chosen yet: {made} of {len(runs)} runs made for it')
             results.unfinished.append(names)
             continue
@@ -183,8 +179,7 @@ def _notes(plan: Plan, rows: Rows, setting: str, runs: Sequence[Run]) -> list[st
     if len(made) < len(runs):
         missing = some(Path(run.id).name for run in runs if run not in made)
         notes.append(f'{setting}: {len(made)} of {len(runs)} runs made; missing: {missing}')
-    diverged = [Path(run.id).name for run in made if not math.isfinite(rows.value(run, plan.study.metric.name))]
-    if diverged:
+    if diverged := [Path(run.id).name for run in made if not math.isfinite(rows.value(run, plan.study.metric.name))]:
         notes.append(f'{setting}: diverged and left out: {some(diverged)}; try a smaller rho')
     return notes
 

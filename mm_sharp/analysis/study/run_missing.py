@@ -51,7 +51,7 @@ def run_missing(
 ) -> None:
     """Make all runs that are missing, in some processes: those that choose rho first, then those that are reported.
 
-    Raises UsageError: A run failed, or was made with another config before, or the evaluators do not give the metric.
+    A UsageError: one failed, or was made with another config before, or the evaluators do not give the metric.
     """
     for setting in plan.study.settings.values():
         if setting.corrupt and not plan.corrupted(setting).is_file():
@@ -92,10 +92,8 @@ def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Ru
     configs = {run: plan.fingerprint(run) for run in runs}
     old = [run.id for run, config in configs.items() if rows.config(run) not in (None, config)]
     if old and not redo:
-        raise UsageError(
-            f'{len(old)} runs in {rows.file} were made with other configs, {old[0]} among them: make them again with '
-            '--redo, or give another --out-dir'
-        )
+        hint = f'{old[0]} among them: make them again with --redo, or give another --out-dir'
+        raise UsageError(f'{len(old)} runs in {rows.file} were made with other configs, {hint}')
     lost = {run for run in runs if plan.keeps_weights(run) and not plan.weights(run).is_file()}
     return {run: config for run, config in configs.items() if run in lost or rows.config(run) != config}
 

@@ -67,11 +67,7 @@ class Study:
 
 
 def read_study(file: Path) -> Study:
-    """Read and check a study.
-
-    Raises:
-        UsageError: The file is missing or no YAML, or an entry is wrong; the message names it and shows a right one.
-    """
+    """Read and check a study; a UsageError names what is no YAML, or the entry that is wrong, and a right one."""
     if not file.is_file():
         raise UsageError(f"no study file '{file}' in {Path.cwd()}")
     try:
