@@ -1,7 +1,5 @@
 """One picture: people before a camera, what hides them, light; and what can be said about each person."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """From times to quartiles, paired ratios and a table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

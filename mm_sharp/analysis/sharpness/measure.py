@@ -1,7 +1,5 @@
 """All that is measured of one model."""
 
-from __future__ import annotations
-
 import copy
 import math
 import time
