@@ -88,6 +88,12 @@ def whole_weights(model: nn.Module) -> list[np.ndarray]:
     return [parameter.full_tensor().detach().clone().numpy().reshape(-1).copy() for parameter in model.parameters()]
 
 
+def sizes_of(wrapper: TwoPassOptimWrapper) -> list[list[float]] | None:
+    """How far the last step has moved each tensor, and the tensors' norms."""
+    sizes = wrapper.last_step.sizes
+    return None if sizes is None else [sizes.perturbation.tolist(), sizes.weights.tolist()]
+
+
 def pieces(model: nn.Module) -> list[tuple[int, bytes]]:
     """Where this process's pieces are, and their bits."""
     held = [local_shard(parameter).detach() for parameter in model.parameters()]
@@ -105,6 +111,7 @@ def train(
     lr: float = 0.05,
     faults: int = 0,
     corrupted: int = -1,
+    sizes: bool = False,
     **options: Any,
 ) -> Result:
     """Train a toy on this process's shards of the batches.
@@ -119,12 +126,14 @@ def train(
         lr: The optimizer's; 0 leaves the weights in place.
         faults: Steps that are to fail; each is tried again with the same batch.
         corrupted: The step in which the last process has a sample that is nan.
+        sizes: Record how far each tensor is moved.
         options: The wrapper's.
     """
     net = sharded(kind, make(norm=False) if model is None else model)
     optimizer = SGD(net.parameters(), lr=lr) if lr == 0 else momentum_sgd(net, lr)
     wrapper = build(name, net, optimizer, **options)
     wrapper.initialize_count_status(net, 0, STEPS)
+    wrapper.record_sizes = sizes
     if getattr(model, 'fault', '') == 'step':
         once = optimizer.register_step_pre_hook(lambda *_: (once.remove(), model.fail()))
     norms, kept, failed, drawn, losses = [], [], 0, [], []
@@ -154,6 +163,7 @@ def train(
     return {
         'weights': whole_weights(net),
         'norms': norms,
+        'sizes': sizes_of(wrapper),
         'kept': kept,
         'climbed': losses,
         'drawn': drawn,

@@ -36,22 +36,47 @@ def asam_perturbation(
     return [tensor * stretch * (rho / (norm + eps)) for tensor, stretch in zip(stretched, stretches, strict=True)]
 
 
+def relative_perturbation(
+    weights: list[Tensor], gradients: list[Tensor], rho: float, to: str, eps: float = 1e-12
+) -> list[Tensor]:
+    """rho as a share of the weights' norm: of ASAM with one T a tensor, of each tensor, or of all together."""
+    sizes = [weight.norm() for weight in weights]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    if to == 'tensor':
+        norm = torch.stack([size * gradient.norm() for size, gradient in zip(sizes, gradients, strict=True)]).norm()
+        factors = [rho * size**2 / (norm + eps) for size in sizes]
+    elif to == 'layer':
+        factors = [rho * size / (gradient.norm() + eps) for size, gradient in zip(sizes, gradients, strict=True)]
+    else:
+        factors = [rho * torch.stack(sizes).norm() / (norm + eps)] * len(sizes)
+    return [gradient * factor for gradient, factor in zip(gradients, factors, strict=True)]
+
+
+def perturbation_of(
+    weights: list[Tensor], gradients: list[Tensor], rho: float, adaptive: bool | str = False
+) -> list[Tensor]:
+    """SAM's, or what ``adaptive`` says."""
+    if isinstance(adaptive, str):
+        return relative_perturbation(weights, gradients, rho, adaptive)
+    return asam_perturbation(weights, gradients, rho) if adaptive else sam_perturbation(gradients, rho)
+
+
 def sam_step(
     model: nn.Module,
     optimizer: Optimizer,
     loss_function: LossFunction,
     rho: float,
-    adaptive: bool = False,
+    adaptive: bool | str = False,
     factor: float = 1.0,
 ) -> list[Tensor]:
-    """One whole SAM (or ASAM) step: both passes and the optimizer's step.
+    """One whole SAM step, in any of its scales: both passes and the optimizer's step.
 
     Args:
         model: Its buffers end as the first pass left them.
         optimizer: The base optimizer over all parameters of ``model``.
         loss_function: The batch loss at the current weights.
         rho: Radius.
-        adaptive: ASAM.
+        adaptive: The wrapper's argument.
         factor: On the final gradient.
 
     Returns:
@@ -70,7 +95,7 @@ def sam_training(
     optimizer: Optimizer,
     loss_function: Callable[[Any], Tensor],
     steps: list[list[Any]],
-    adaptive: bool = False,
+    adaptive: bool | str = False,
     part: str = '',
     clip: Callable[[list[nn.Parameter]], Any] | None = None,
 ) -> list[float]:
@@ -81,7 +106,7 @@ def sam_training(
         optimizer: The base optimizer over all its parameters.
         loss_function: The loss of a micro-batch at the current weights.
         steps: The micro-batches of every step.
-        adaptive: ASAM, at radius 0.5; otherwise SAM at 0.05.
+        adaptive: The wrapper's argument: True is ASAM, at radius 0.5; all others are at 0.05.
         part: Beginning of the names of what is perturbed.
         clip: What is done to the parameters' gradients before the optimizer steps.
 
@@ -96,8 +121,9 @@ def sam_training(
             gradients = gradients_of(loss_function(batch), chosen)
             weights = [parameter.detach().clone() for parameter in parameters]
             ours = [parameter.detach() for parameter in chosen]
-            moves = asam_perturbation(ours, gradients, 0.5) if adaptive else sam_perturbation(gradients, 0.05)
-            stretched = [g * (w.abs() + 0.01) if adaptive else g for g, w in zip(gradients, ours, strict=True)]
+            moves = perturbation_of(ours, gradients, 0.5 if adaptive is True else 0.05, adaptive)
+            stretch = {True: lambda w: w.abs() + 0.01, 'tensor': torch.norm}.get(adaptive, lambda w: 1.0)
+            stretched = [g * stretch(w) for g, w in zip(gradients, ours, strict=True)]
             norms.append(torch.stack([tensor.norm() for tensor in stretched]).norm().item())
             with torch.no_grad():
                 for parameter, move in zip(chosen, moves, strict=True):
@@ -115,13 +141,15 @@ def sam_training(
     return norms
 
 
-def sam_gradients(model: nn.Module, loss_function: LossFunction, rho: float, adaptive: bool = False) -> list[Tensor]:
+def sam_gradients(
+    model: nn.Module, loss_function: LossFunction, rho: float, adaptive: bool | str = False
+) -> list[Tensor]:
     """The gradient at the perturbed weights; weights and buffers end as after the first pass."""
     parameters = list(model.parameters())
     gradients = gradients_of(loss_function(), parameters)
     weights = [parameter.detach().clone() for parameter in parameters]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    perturbation = asam_perturbation(weights, gradients, rho) if adaptive else sam_perturbation(gradients, rho)
+    perturbation = perturbation_of(weights, gradients, rho, adaptive)
     with torch.no_grad():
         for parameter, step in zip(parameters, perturbation, strict=True):
             parameter.add_(step)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
 
-from tests.references import asam_perturbation, gradients_of, sam_perturbation
+from tests.references import gradients_of, perturbation_of
 
 Batch = dict[str, Tensor]
 
@@ -57,7 +57,7 @@ class ReferenceESAM:
         beta: Probability of each tensor to be perturbed; here only the factor 1 / beta.
         gamma: Share of the samples in the second pass.
         refresh: None for the exact selection; otherwise selection by history, measured on one step in so many.
-        adaptive: ASAM's perturbation.
+        adaptive: The wrapper's argument.
         loss: The model's loss.
 
     Attributes:
@@ -72,7 +72,7 @@ class ReferenceESAM:
     beta: float = 0.6
     gamma: float = 0.5
     refresh: int | None = None
-    adaptive: bool = False
+    adaptive: bool | str = False
     loss: ToyLoss = ToyLoss()
     history: dict[int, tuple[float, int]] = field(default_factory=dict)
     rows: list[list[int]] = field(default_factory=list)
@@ -113,11 +113,8 @@ class ReferenceESAM:
 
     @torch.no_grad()
     def _climb(self, chosen: list[nn.Parameter], gradients: list[Tensor]) -> None:
-        radius = self.rho / self.beta
-        if self.adaptive:
-            perturbation = asam_perturbation([parameter.detach() for parameter in chosen], gradients, radius)
-        else:
-            perturbation = sam_perturbation(gradients, radius)
+        weights = [parameter.detach() for parameter in chosen]
+        perturbation = perturbation_of(weights, gradients, self.rho / self.beta, self.adaptive)
         for parameter, step in zip(chosen, perturbation, strict=True):
             parameter.add_(step)
 

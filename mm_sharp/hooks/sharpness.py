@@ -8,6 +8,8 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS
 
 from mm_sharp.errors import HOOK, UserError, check_positive_int
+from mm_sharp.hooks.scale_report import ScaleReport
+from mm_sharp.ops.model_call import unwrap
 from mm_sharp.step.optim_wrappers import optim_wrappers
 from mm_sharp.step.timing import StepRecord
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -25,6 +27,11 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     ``sharpness``         L(w + e) - L(w)
     ``g_norm``            norm of the first gradient (ASAM: of T g), without loss scaling
     ``pass2_share``       fraction of the step's time spent in the second forward and backward pass
+    ``rho_relative``      ||e|| / ||w||, over what is perturbed: how far the perturbation goes, whatever ``rho`` means
+    ``linearity``         ``sharpness`` over the inner product of e and g, which it would be if the loss were linear:
+                          near 0 or far above 1, e goes beyond what the gradient knows; not with ``adaptive='layer'``
+    ``share_backbone`` …  share of the perturbation's squared norm in each top-level part of the model, where it has
+                          several; of more than 5, those with most in the first logged step, and ``share_rest``
 
     ESAM and AUSAM
     ``mean_difference``   mean of l_i(w + e) - l_i(w) over the samples that they were measured of
@@ -33,6 +40,8 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     ``share_seen``        share of the training set in the history of loss differences
     ====================  ===========================================================================
 
+    Where the only pass is at perturbed weights (momentum SAM), ``L_w`` is L(w + e).
+
     AUSAM's losses are those of the samples drawn, estimates of the whole batch's. ESAM's ``L_w_e`` is that of the whole
     batch where the step measured it (``selection='exact'``, or a step that refreshes the history), else that of the
     samples selected, which makes ``sharpness`` larger. In the steps between, its metrics are those of the averages that
@@ -40,6 +49,10 @@ class SharpnessHook(Hook):  # type: ignore[misc]
 
     All are of the one iteration that is logged, and of rank 0: their names avoid those that MMEngine's log processor
     smooths. With several optimizer wrappers the names are prefixed by the wrapper's.
+
+    After the first step one line says what is perturbed. Three warnings, each at most once and only in logged steps,
+    say what to write: nearly all of the perturbation is in one small part of the model; the loss does not rise
+    noticeably; it rises to several times what it was. See ``docs/scale.md`` and :mod:`mm_sharp.hooks.scale_report`.
 
     Args:
         interval: Iterations between two entries; by default the ``LoggerHook``'s.
@@ -53,6 +66,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
         self.interval = interval
         self._interval = interval or 1
         self._wrappers: dict[str, TwoPassOptimWrapper] = {}
+        self._reports: dict[str, ScaleReport] = {}
 
     def before_train(self, runner: Any) -> None:
         """Find the wrappers and the logger's interval."""
@@ -64,22 +78,31 @@ class SharpnessHook(Hook):  # type: ignore[misc]
                 f"{type(runner.optim_wrapper).__name__}: write optim_wrapper = dict(type='SAMOptimWrapper', ...), or "
                 'take SharpnessHook out of custom_hooks'
             )
+        model = unwrap(runner.model)
+        self._reports = {prefix: ScaleReport(wrapper, model) for prefix, wrapper in self._wrappers.items()}
         if self.interval is None:
             loggers = [hook for hook in runner.hooks if isinstance(hook, LoggerHook)]
             self._interval = loggers[0].interval if loggers else 10
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Have the step timed if it is going to be logged."""
-        for wrapper in self._wrappers.values():
-            wrapper.record_timing = self._is_due(runner, batch_idx)
+        """Have the step timed and measured if it is going to be logged."""
+        due = self._is_due(runner, batch_idx)
+        for prefix, wrapper in self._wrappers.items():
+            wrapper.record_timing = due
+            wrapper.record_sizes = due or not self._reports[prefix].introduced
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Write the step's values to the message hub, if it is going to be logged."""
-        if not self._is_due(runner, batch_idx):
-            return
+        due = self._is_due(runner, batch_idx)
         for prefix, wrapper in self._wrappers.items():
-            if wrapper.last_step is not None:
-                for name, value in {**_scalars(wrapper.last_step), **wrapper.log_scalars()}.items():
+            step, report = wrapper.last_step, self._reports[prefix]
+            if step is None:
+                continue
+            if not report.introduced:
+                report.introduce(step)
+            if due:
+                scalars = {**_scalars(step), **report.log_scalars(step), **wrapper.log_scalars()}
+                for name, value in scalars.items():
                     runner.message_hub.update_scalar(f'train/{prefix}{name}', value)
 
     def _is_due(self, runner: Any, batch_idx: int) -> bool:

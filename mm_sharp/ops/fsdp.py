@@ -13,18 +13,16 @@ So whatever asks for names, or writes to parameters, does it between the passes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor, nn
 
-from mm_sharp.ops.perturbation import global_norm
+from mm_sharp.ops.shard_norms import ShardNorms
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
-
-NormOf = Callable[[Sequence[Tensor]], Tensor]
 
 
 def is_flat_wrapper(module: nn.Module) -> bool:
@@ -80,28 +78,18 @@ class Shards:
         self.parameters = list(model.parameters())
         self._parts = self._distinct_parts()
 
-    def norm_of(self, parameters: Sequence[Tensor], device: torch.device) -> NormOf:
-        """A function that takes the 2-norm of whole tensors, given this process's pieces.
-
-        All processes must call it, with pieces or without: one all-reduce gives them all the same, bit for bit.
+    def norms(self, parameters: Sequence[Tensor], device: torch.device, among: Sequence[Tensor] = ()) -> ShardNorms:
+        """What takes the norms of whole tensors, given this process's pieces of ``parameters``.
 
         Args:
-            parameters: What the tensors are gradients of, in order.
-            device: Where a process without a single tensor has the norm.
+            parameters: What this process has pieces of, in order.
+            device: Where a process without a single tensor has the norms.
+            among: Those that any process may have pieces of, the same in all of them; for norms of single tensors.
         """
-        weights = self._weights(parameters)
-
-        def norm(tensors: Sequence[Tensor]) -> Tensor:
-            total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else device)
-            for weight in dict.fromkeys(weights):
-                members = [t for t, w in zip(tensors, weights, strict=True) if w == weight]
-                # A piece that several processes hold counts once. In double precision squares do not overflow.
-                total += weight * global_norm(members).to(total).square()
-            all_reduce(total)
-            wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-            return total.sqrt().to(torch.float64 if wide else torch.float32)
-
-        return norm
+        places = {id(parameter): place for place, parameter in enumerate(among)}
+        own = [places[id(parameter)] for parameter in parameters] if among else []
+        pieces = list(map(local_shard, among))
+        return ShardNorms(self._weights(parameters), pieces, self._weights(among), own, device)
 
     @torch.no_grad()
     def total(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -140,7 +128,7 @@ class Shards:
             for gradient in gradients:
                 gradient.clamp_(-clip_value, clip_value)
             return None
-        norm = self.norm_of([parameter for parameter, _ in pairs], device)(gradients)
+        norm = self.norms([parameter for parameter, _ in pairs], device).of_all(gradients)
         if error_if_nonfinite and not bool(torch.isfinite(norm)):
             raise RuntimeError(f'clip_grad: the norm of the gradient is {norm.item()}, and error_if_nonfinite=True')
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

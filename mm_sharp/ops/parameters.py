@@ -85,7 +85,7 @@ class ParameterSelector:
         return self._selected
 
     def _apply(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        names = {id(parameter): _plain_name(name) for name, parameter in model.named_parameters()}
+        names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
         kinds = _kinds(model)
         spared = self._perturb == 'auto' and 'quantizer_scale' in kinds.values()
         for key, patterns in (('include', self._include), ('exclude', self._exclude)):
@@ -123,7 +123,7 @@ def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
     return any(pattern.search(name) for pattern in patterns)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """``name`` without what FSDP's and activation checkpointing's wrappers put in."""
     return re.sub(r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.', '', name)
 

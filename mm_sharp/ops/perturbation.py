@@ -1,16 +1,37 @@
 """The perturbation of sharpness-aware minimization, as pure functions over lists of tensors.
 
-SAM (Foret et al. 2021, arXiv 2010.01412, eq. 2), with ``g`` the gradient of the batch loss::
+``g`` is the gradient of the batch loss, ``w_t`` and ``g_t`` are one tensor of the weights and its gradient, and norms
+without an index are over all perturbed tensors together. The argument ``adaptive`` chooses among:
 
-    e = rho * g / (||g||_2 + eps)
+- ``False``: SAM (Foret et al. 2021, arXiv 2010.01412, eq. 2). ``rho`` is the perturbation's length::
 
-ASAM (Kwon et al. 2021, arXiv 2102.11600, eq. 9), with ``T = |w| + eta`` element by element::
+      e = rho * g / (||g|| + eps)
 
-    e = rho * T^2 g / (||T g||_2 + eps)
+- ``True``: ASAM (Kwon et al. 2021, arXiv 2102.11600, eq. 9), with ``T = |w| + eta`` element by element::
 
-The norm is taken over all perturbed tensors together. Deviations, all ours: ``eps`` is added to the norm, so that
-a zero gradient gives no perturbation; ASAM uses ``T`` for every tensor, biases included;
-a gradient that is not finite gives ``e = 0``.
+      e = rho * T^2 g / (||T g|| + eps)
+
+- ``'tensor'`` (ours): ASAM's formula with one ``T`` a tensor, the tensor's norm::
+
+      e_t = rho * T_t^2 g_t / (||T g|| + eps),    T_t = ||w_t||,    ||T g||^2 = sum over t of T_t^2 ||g_t||^2
+
+  The relative changes ``||e_t|| / ||w_t||`` of all tensors, squared and added up, give ``rho^2``: no tensor moves by
+  more than ``rho`` of its own norm.
+
+- ``'layer'``: each tensor by ``rho`` of its own norm, along its own gradient, after the layer-wise scaling of
+  Look-LayerSAM (Liu et al. 2022, arXiv 2203.02714)::
+
+      e_t = rho * ||w_t|| * g_t / (||g_t|| + eps)
+
+- ``'global'`` (ours): SAM's direction, with a length of ``rho`` of the norm of all perturbed weights::
+
+      e = rho * ||w|| * g / (||g|| + eps)
+
+With the last three ``rho`` has no unit: it is a share of the weights' norm. With ``'tensor'`` and ``'layer'`` a tensor
+that is zero has no scale to measure by, and stays where it is; ``eta`` is ASAM's alone.
+
+Deviations, all ours: ``eps`` is added to the norm, so that a zero gradient gives no perturbation; ASAM uses ``T`` for
+every tensor, biases included; a gradient that is not finite gives ``e = 0``.
 
 ESAM's stochastic weight perturbation (Du et al. 2022, arXiv 2110.03141, section 3.1) takes each tensor with probability
 ``beta`` (:func:`weight_mask`) and scales ``e`` by ``1 / beta``. As in the authors' code the norm is that of the tensors
@@ -20,13 +41,15 @@ taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
+# What the argument `adaptive` may be, besides SAM's False and ASAM's True.
+RELATIVE = ('tensor', 'layer', 'global')
 
 
 def group_by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -40,24 +63,57 @@ def group_by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
+def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of each of one or more dense tensors, of any devices and dtypes.
+
+    Returns:
+        (n,) in at least float32, on the device of the first tensor. No host synchronisation.
+    """
+    norms: list[Tensor] = [tensors[0]] * len(tensors)
+    groups = group_by_device_and_dtype(tensors)
+    for group in groups:
+        members = [tensors[i] for i in group]
+        if members[0].dtype in _LOW_PRECISION:
+            # The squares of half-precision gradients overflow or vanish long before the gradients do.
+            found = [torch.linalg.vector_norm(member, dtype=torch.float32) for member in members]
+        else:
+            found = list(torch._foreach_norm(members, 2))
+        for index, norm in zip(group, found, strict=True):
+            norms[index] = norm
+    if len(groups) > 1:
+        device = norms[0].device
+        dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
+        norms = [n.to(device=device, dtype=dtype) for n in norms]
+    return torch.stack(norms)
+
+
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm of one or more dense tensors, of any devices and dtypes, taken as one vector.
 
     Returns:
         A scalar in at least float32, on the device of the first tensor. No host synchronisation.
     """
-    norms: list[Tensor] = []
-    for group in group_by_device_and_dtype(tensors):
-        members = [tensors[i] for i in group]
-        if members[0].dtype in _LOW_PRECISION:
-            # The squares of half-precision gradients overflow or vanish long before the gradients do.
-            norms += [torch.linalg.vector_norm(member, dtype=torch.float32) for member in members]
-        else:
-            norms += torch._foreach_norm(members, 2)
-    device = norms[0].device
-    dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
-    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device=device, dtype=dtype) for n in norms]))
+    total: Tensor = torch.linalg.vector_norm(tensor_norms(tensors))
     return total
+
+
+class Norms:
+    """Takes the norms of the perturbed tensors, which lie whole in this process."""
+
+    def of_all(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of all of them together; scalar."""
+        return global_norm(tensors)
+
+    def of_each(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The 2-norms of each of the parameters, and of their gradients; (n,) both."""
+        return tensor_norms(parameters), tensor_norms(gradients)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of ``values``, one for each norm of :meth:`of_each`, those of the tensors that it was given."""
+        return values
+
+
+_WHOLE = Norms()
 
 
 @dataclass(frozen=True)
@@ -65,12 +121,15 @@ class Direction:
     """How a perturbation is made of the gradients.
 
     Args:
-        rho: Radius, in the units of the weights' norm; with ``stretches`` in those of the stretched weights.
+        rho: Radius, in the units of the weights' norm; with ``stretches`` in those of the stretched weights, with
+            ``relative`` as a share of the weights' norm.
         stretches: T of each tensor, of its shape; None for 1. They are scratch memory afterwards.
+        relative: One of ``RELATIVE``, in place of ``stretches``; None for SAM and ASAM.
     """
 
     rho: float
     stretches: list[Tensor] | None = None
+    relative: str | None = None
 
 
 @torch.no_grad()
@@ -87,44 +146,68 @@ def perturb_(
     *,
     eps: float = 1e-12,
     inverse_grad_scale: Tensor | None = None,
-    norm_of: Callable[[Sequence[Tensor]], Tensor] = global_norm,
+    norms: Norms = _WHOLE,
 ) -> Tensor:
-    """Add the perturbation ``e = rho * T^2 g / (||T g|| + eps)`` to the parameters, in place.
+    """Add the perturbation to the parameters, in place; the module's docstring has its equations.
 
     Args:
         parameters: Tensors ``w``; they keep their storage.
         gradients: Their gradients ``g``; scratch memory afterwards.
-        direction: ``rho`` and ``T``.
+        direction: ``rho``, and ``T`` or what the perturbation is relative to.
         eps: Added to the norm.
         inverse_grad_scale: Scalar that undoes the gradients' loss scaling, or None.
-        norm_of: What takes the norm, where the tensors are pieces of larger ones.
+        norms: What takes the norms, where the tensors are pieces of larger ones.
 
     Returns:
-        ``||T g||_2`` without loss scaling, on the first gradient's device. Where it is not finite, the parameters stay
-        as they were.
+        ``||g||_2``, or ``||T g||_2`` where there is a ``T``, without loss scaling, on the first gradient's device.
+        Where it is not finite, the parameters stay as they were.
     """
     if direction.stretches:
         torch._foreach_mul_(list(gradients), direction.stretches)
-    norm = norm_of(gradients)
-    radius: float | Tensor = direction.rho
+    norm, divisor, radius = _lengths(parameters, gradients, direction, norms)
     if inverse_grad_scale is not None:
         inverse = inverse_grad_scale.to(device=norm.device, dtype=norm.dtype)
-        norm, radius = norm * inverse, radius * inverse
+        norm, divisor, radius = norm * inverse, divisor * inverse, radius * inverse
     on_host = norm.device.type == 'cpu'
     if on_host and not math.isfinite(norm.item()):
         return norm
-    step: Tensor = radius / (norm + eps)
+    step: Tensor = radius / (divisor + eps)
+    if step.ndim:
+        step = norms.own(step)
     if direction.stretches:
         torch._foreach_mul_(list(gradients), direction.stretches)
     for group in group_by_device_and_dtype(gradients):
         steps = [gradients[i] for i in group]
-        _add([parameters[i] for i in group], steps, step, None if on_host else norm.isfinite())
+        factors = step.to(steps[0].device, steps[0].dtype)
+        each = factors.unbind() if step.ndim else ()
+        factor = [each[i] for i in group] if step.ndim else factors
+        _add([parameters[i] for i in group], steps, factor, None if on_host else norm.isfinite())
     return norm
 
 
-def _add(parameters: list[Tensor], gradients: list[Tensor], step: Tensor, finite: Tensor | None) -> None:
-    """``parameters += step * gradients``, all of one device and dtype; ``finite`` decides where the host cannot."""
-    torch._foreach_mul_(gradients, step.to(gradients[0].device, gradients[0].dtype))
+def _lengths(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], direction: Direction, norms: Norms
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """The norm to report; and what the gradients are to be divided and multiplied by, scalars or one for each norm."""
+    if direction.relative == 'tensor':
+        stretches, of_gradients = norms.of_each(parameters, gradients)
+        norm = torch.linalg.vector_norm(stretches * of_gradients)
+        return norm, norm, direction.rho * stretches.square()
+    if direction.relative == 'layer':
+        of_weights, of_gradients = norms.of_each(parameters, gradients)
+        return torch.linalg.vector_norm(of_gradients), of_gradients, direction.rho * of_weights
+    norm = norms.of_all(gradients)
+    if direction.relative == 'global':
+        return norm, norm, direction.rho * norms.of_all(parameters)
+    return norm, norm, direction.rho
+
+
+def _add(parameters: list[Tensor], gradients: list[Tensor], step: Tensor | list[Tensor], finite: Tensor | None) -> None:
+    """``parameters += step * gradients``, all of one device and dtype; ``finite`` decides where the host cannot.
+
+    ``step`` is one scalar for all, or one for each.
+    """
+    torch._foreach_mul_(gradients, step)
     if finite is not None:
         for gradient in gradients:
             # 0 * inf is nan, so that a zero step cannot stand for "no step". The host does not wait.

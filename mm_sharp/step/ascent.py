@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from mm_sharp.ops.all_reduce import average_gradients
 from mm_sharp.ops.frozen_params import FrozenParams
 from mm_sharp.ops.fsdp import local_shard
-from mm_sharp.ops.perturbation import Direction, global_norm, perturb_
+from mm_sharp.ops.perturbation import Direction, Norms, perturb_
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.quantized_perturbation import QuantizedPerturbation
 from mm_sharp.ops.tensor_backup import TensorBackup
 from mm_sharp.step.checks import check_perturbed
 from mm_sharp.step.parallel import ParallelModel
 from mm_sharp.step.settings import StepSettings
+from mm_sharp.step.timing import PerturbationSizes
 
 Direct = Callable[[Sequence[Tensor], Sequence[Tensor]], Direction]
+Adjust = Callable[[Sequence[nn.Parameter], Sequence[Tensor], Tensor | None], None]
 
 
 class Ascent:
@@ -92,12 +94,13 @@ class Ascent:
         if self._average_by_hand and self._parallel.averages:
             average_gradients(self._perturbed)
 
-    def perturb(self, model: nn.Module, direct: Direct, device: torch.device) -> Tensor:
+    def perturb(self, model: nn.Module, adjust: Adjust, direct: Direct, device: torch.device) -> Tensor:
         """Perturb the chosen parameters by their gradients, after an exact copy was taken.
 
         Args:
             model: Module that holds the parameters.
-            direct: The method's :meth:`mm_sharp.step.method.Method.direction`.
+            adjust: The method's :meth:`mm_sharp.step.method.Method.perturbation_gradient`.
+            direct: Its :meth:`mm_sharp.step.method.Method.direction`.
             device: Where the norm is if nothing has a gradient.
 
         Returns:
@@ -113,22 +116,55 @@ class Ascent:
         shards = self._parallel.shards
         if not perturbed and shards is None:
             return torch.zeros((), device=device)
-        weights: list[Tensor] = list(perturbed)
-        gradients = [parameter.grad for parameter in perturbed if parameter.grad is not None]
-        if shards is not None:
-            weights, gradients = list(map(local_shard, weights)), list(map(local_shard, gradients))
+        weights, gradients = self._pieces(perturbed)
+        inverse = self._inverse_grad_scale()
+        with torch.no_grad():
+            adjust(perturbed, gradients, inverse)
         self._weights.save(weights)
         norm = perturb_(
             weights,
             gradients,
             direct(weights, gradients),
             eps=self._settings.eps,
-            inverse_grad_scale=self._inverse_grad_scale(),
-            norm_of=global_norm if shards is None else shards.norm_of(perturbed, device),
+            inverse_grad_scale=inverse,
+            norms=self._norms(perturbed, device),
         )
         if self._settings.perturb_quantized:
             self._quantized.apply(model, perturbed, dict(self._weights.pairs))
         return norm
+
+    def sizes(self, device: torch.device) -> PerturbationSizes | None:
+        """How far :meth:`perturb`, which must have come just before, has moved each tensor; the host does not wait.
+
+        Under FSDP all processes must ask.
+
+        Args:
+            device: Where the norms are if this process has no gradient.
+
+        Returns:
+            None where nothing has a gradient. Of no meaning where the norm of the first gradient is not finite.
+        """
+        perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
+        sharded = self._parallel.shards is not None
+        if not perturbed and not sharded:
+            return None
+        # The gradients' memory holds e.
+        _, moves = self._pieces(perturbed)
+        copies = [copy for _, copy in self._weights.pairs]
+        of_weights, of_moves = self._norms(perturbed, device).of_each(copies, moves)
+        return PerturbationSizes(self._perturbed if sharded else perturbed, of_moves, of_weights)
+
+    def _pieces(self, parameters: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+        """What this process holds of the parameters, which all have a gradient, and of their gradients."""
+        weights: list[Tensor] = list(parameters)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self._parallel.shards is not None:
+            weights, gradients = list(map(local_shard, weights)), list(map(local_shard, gradients))
+        return weights, gradients
+
+    def _norms(self, perturbed: Sequence[nn.Parameter], device: torch.device) -> Norms:
+        shards = self._parallel.shards
+        return Norms() if shards is None else shards.norms(perturbed, device, self._perturbed)
 
     def _inverse_grad_scale(self) -> Tensor | None:
         """What undoes, in the first gradient, the loss scale and the division by the micro-batches."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mm_sharp.errors import check_bool, check_number
+from mm_sharp.errors import check_bool, check_choice, check_number
+from mm_sharp.ops.perturbation import RELATIVE
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class StepSettings:
     Args:
         owner: The wrapper's class, for messages.
         rho: Radius of the perturbation.
-        adaptive: ASAM's perturbation instead of SAM's.
+        adaptive: What ``rho`` is measured by; see :mod:`mm_sharp.ops.perturbation`.
         eta: ASAM's additive constant.
         eps: Added to the gradient norm.
         perturb_quantized: Whether the quantized weights are perturbed in quantized layers.
@@ -24,7 +25,7 @@ class StepSettings:
 
     owner: str
     rho: float = 0.05
-    adaptive: bool = False
+    adaptive: bool | str = False
     eta: float = 0.01
     eps: float = 1e-12
     perturb_quantized: bool = False
@@ -40,5 +41,6 @@ class StepSettings:
         check_number(self.owner, 'rho', self.rho, example='0.05')
         check_number(self.owner, 'eta', self.eta, example='0.01')
         check_number(self.owner, 'eps', self.eps, low_open=True, example='1e-12')
-        for name in ('adaptive', 'perturb_quantized', 'sync_perturbation', 'replay_rng'):
+        check_choice(self.owner, 'adaptive', self.adaptive, (True, False, *RELATIVE))
+        for name in ('perturb_quantized', 'sync_perturbation', 'replay_rng'):
             check_bool(self.owner, name, getattr(self, name))

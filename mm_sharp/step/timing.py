@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PHASES = ('pass1', 'perturb', 'pass2', 'restore', 'step')
 # What the phases above are interrupted by: the losses and draws of single samples, and the wrapper's bookkeeping.
@@ -116,15 +116,31 @@ NO_TIMER = NoTimer()
 
 
 @dataclass(frozen=True)
+class PerturbationSizes:
+    """How far a step has moved each tensor, kept on the device until somebody asks.
+
+    Args:
+        parameters: What was perturbed, n of them.
+        perturbation: ||e_t|| of each, (n,).
+        weights: ||w_t|| of each, (n,).
+    """
+
+    parameters: Sequence[nn.Parameter]
+    perturbation: Tensor
+    weights: Tensor
+
+
+@dataclass(slots=True)
 class StepRecord:
     """What one step found, kept on the device until somebody asks.
 
     Args:
-        loss: L(w), scalar.
+        loss: L(w), scalar; of a step whose only pass is at perturbed weights, L(w + e).
         perturbed_loss: L(w + e) on the batch of the second pass, scalar; None where there was no second pass.
         grad_norm: ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling; None likewise.
         timer: Times of the phases, where timing was asked for.
         metrics: Computes further scalars for the log, by name; may wait for the device.
+        sizes: How far each tensor was moved, where that was asked for.
     """
 
     loss: Tensor
@@ -132,3 +148,4 @@ class StepRecord:
     grad_norm: Tensor | None = None
     timer: StepTimer | None = None
     metrics: Callable[[], dict[str, float]] | None = None
+    sizes: PerturbationSizes | None = None

@@ -25,17 +25,31 @@ from tests.tiny_data import draw_coco
 
 FOLDER = ROOT / 'configs'
 # By folder, the method's name.
-METHODS = {'sam': 'SAM', 'esam': 'ESAM', 'ausam': 'AUSAM', 'looksam': 'LookSAM'}
+METHODS = {
+    'sam': 'SAM',
+    'esam': 'ESAM',
+    'ausam': 'AUSAM',
+    'looksam': 'LookSAM',
+    'friendlysam': 'FriendlySAM',
+    'gsam': 'GSAM',
+    'msam': 'MSAM',
+    'wsam': 'WSAM',
+}
 RECIPE = 'mmpose::body_2d_keypoint/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py'
 VITPOSE = 'mmpose::body_2d_keypoint/topdown_heatmap/coco/td-hm_ViTPose-small_8xb64-210e_coco-256x192.py'
 # Class, and what differs from its defaults, by fragment.
 FRAGMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     'sam': ('SAMOptimWrapper', {}),
     'asam': ('SAMOptimWrapper', {'rho': 0.5, 'adaptive': True}),
+    'sam_interval': ('SAMOptimWrapper', {'interval': 5}),
     'esam': ('ESAMOptimWrapper', {}),
     'esam_history': ('ESAMOptimWrapper', {'selection': 'history'}),
     'ausam': ('AUSAMOptimWrapper', {}),
     'looksam': ('LookSAMOptimWrapper', {}),
+    'friendlysam': ('FriendlySAMOptimWrapper', {}),
+    'gsam': ('GSAMOptimWrapper', {}),
+    'msam': ('MSAMOptimWrapper', {}),
+    'wsam': ('WSAMOptimWrapper', {}),
 }
 
 
@@ -105,7 +119,7 @@ def test_a_fragment_needs_no_line(tmp_path: Path, fragment: str) -> None:
     [
         ('esam', 'beta=0', 'beta=0 .*0.6'),
         ('esam', "selection='best'", "selection='best' .*exact.*history"),
-        ('ausam', 'sampling_ratio=1.5', 'sampling_ratio=1.5 .*0.6'),
+        ('ausam', 'sampling_ratio=1.5', 'sampling_ratio=1.5 .*0.5'),
         ('ausam', 's_min=2.0', 's_max=1.0 .*'),
         ('ausam', 'gamma=0.5', 'gamma'),
     ],

@@ -431,7 +431,9 @@ def test_a_misspelt_key_is_refused_without_a_fragment_and_by_every_reader(tmp_pa
             read(file)
 
 
-@pytest.mark.parametrize('name', ['base', 'sam', 'looksam', 'esam-history', 'ausam'])
+@pytest.mark.parametrize(
+    'name', ['base', 'sam', 'looksam', 'friendlysam', 'gsam', 'wsam', 'msam', 'esam-history', 'ausam']
+)
 def test_the_benchmark_compares_the_same_methods_as_by_the_lines(tmp_path: Path, name: str) -> None:
     bases = [RECIPES['rtmpose'], fragment('asam')]
     method = parse_methods([name])[name]

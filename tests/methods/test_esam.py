@@ -41,6 +41,12 @@ def test_with_asam_too(refresh: int | None) -> None:
     train_both(*pair(refresh=refresh, adaptive=True, rho=0.5), pool_batches(50))
 
 
+@pytest.mark.parametrize('adaptive', ['tensor', 'layer', 'global'])
+def test_relative_to_the_weights_too(adaptive: str) -> None:
+    """Of the tensors drawn, and times 1 / beta."""
+    train_both(*pair(adaptive=adaptive, rho=0.02), pool_batches(10))
+
+
 @pytest.mark.parametrize('refresh', [None, 10], ids=['exact', 'history'])
 @pytest.mark.parametrize(
     'loss', [ToyLoss(True, True), ToyLoss(True, False), ToyLoss(False, True)], ids=['sum', 'sum + mean', 'mean + sum']
@@ -52,7 +58,7 @@ def test_a_summed_loss_is_scaled_by_n_over_k(refresh: int | None, loss: ToyLoss)
 def test_the_history_equals_the_references() -> None:
     ours, wrapper, reference = pair(refresh=10)
     train_both(ours, wrapper, reference, pool_batches(50))
-    wrapper.visits.flush()
+    wrapper.pending_updates.flush()
     ids = sorted(reference.history)
     assert sum(visits for _, visits in reference.history.values()) == 5 * 8
     assert max(visits for _, visits in reference.history.values()) > 1

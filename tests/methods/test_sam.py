@@ -37,6 +37,19 @@ def test_fifty_steps_equal_the_reference_bit_for_bit(rho: float, adaptive: bool)
     assert all(same_bits(left, right) for left, right in zip(own, momenta, strict=True))
 
 
+@pytest.mark.parametrize('adaptive', ['tensor', 'layer', 'global'])
+def test_fifty_steps_relative_to_the_weights_equal_the_reference(adaptive: str) -> None:
+    ours, theirs, start = make(), make(), make()
+    wrapper = SAMOptimWrapper(momentum_sgd(ours), rho=0.02, adaptive=adaptive)
+    optimizer = momentum_sgd(theirs)
+    for batch in batches(50):
+        ours.train_step(batch, wrapper)
+        sam_step(theirs, optimizer, loss_function(theirs, batch), 0.02, adaptive)
+        for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+    assert not same_state(ours, start)
+
+
 def test_the_reference_differs_from_the_base_optimizer() -> None:
     """The comparison above could not fail if the perturbation had no effect."""
     sam, base = make(), make()

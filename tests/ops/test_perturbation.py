@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mm_sharp.ops.perturbation import (
+    RELATIVE,
     Direction,
     _add,
     asam_stretches,
@@ -21,7 +22,7 @@ from mm_sharp.ops.perturbation import (
     perturb_,
 )
 from mm_sharp.ops.tensor_backup import TensorBackup
-from tests.references import asam_perturbation, sam_perturbation
+from tests.references import asam_perturbation, relative_perturbation, sam_perturbation
 from tests.toys import same_bits
 
 floats = st.floats(allow_nan=True, allow_infinity=True, width=32)
@@ -38,11 +39,13 @@ def perturb(
     gradients: list[Tensor],
     rho: float,
     *,
-    adaptive: bool = False,
+    adaptive: bool | str = False,
     eta: float = 0.01,
     **kwargs: Any,
 ) -> Tensor:
-    """:func:`perturb_` in SAM's direction, or ASAM's."""
+    """:func:`perturb_` in SAM's direction, ASAM's, or relative to the weights."""
+    if isinstance(adaptive, str):
+        return perturb_(weights, gradients, Direction(rho, relative=adaptive), **kwargs)
     return perturb_(weights, gradients, Direction(rho, asam_stretches(weights, eta) if adaptive else None), **kwargs)
 
 
@@ -66,6 +69,59 @@ def test_asam_perturbation_equals_the_formula(eta: float) -> None:
     assert all(torch.equal(w, x) for w, x in zip(weights, expected, strict=True))
 
 
+@pytest.mark.parametrize('relative', RELATIVE)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_relative_perturbations_equal_the_formula(relative: str, dtype: torch.dtype) -> None:
+    weights, gradients = tensors(0, *SHAPES, dtype=dtype), tensors(1, *SHAPES, dtype=dtype)
+    moves = relative_perturbation(weights, gradients, 0.02, relative)
+    expected = [w + e for w, e in zip(weights, moves, strict=True)]
+    norm = perturb(weights, [g.clone() for g in gradients], 0.02, adaptive=relative)
+    for ours, theirs in zip(weights, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    sizes = [w.norm() if relative == 'tensor' else 1.0 for w in tensors(0, *SHAPES, dtype=dtype)]
+    by_hand = sum((size * g).square().sum() for size, g in zip(sizes, gradients, strict=True)).sqrt()
+    assert norm.item() == pytest.approx(by_hand.item(), rel=1e-6)
+
+
+@given(seed=st.integers(0, 99), sizes=st.lists(st.floats(1e-3, 1e3), min_size=4, max_size=4))
+def test_rho_is_the_relative_size_whatever_the_tensors_sizes(seed: int, sizes: list[float]) -> None:
+    """Of 'layer' in each tensor, of 'global' over all; of 'tensor' the relative changes have rho as their norm."""
+    start = [w * size for w, size in zip(tensors(seed, *SHAPES, dtype=torch.float64), sizes, strict=True)]
+    for relative in RELATIVE:
+        weights = [w.clone() for w in start]
+        gradients = tensors(seed + 1, *SHAPES, dtype=torch.float64)
+        perturb(weights, gradients, 0.02, adaptive=relative)
+        moves = [w - s for w, s in zip(weights, start, strict=True)]
+        shares = torch.stack([e.norm() / s.norm() for e, s in zip(moves, start, strict=True)])
+        if relative == 'layer':
+            torch.testing.assert_close(shares, torch.full_like(shares, 0.02), rtol=1e-6, atol=0)
+        else:
+            found = shares.norm() if relative == 'tensor' else global_norm(moves) / global_norm(start)
+            assert found.item() == pytest.approx(0.02, rel=1e-6)
+
+
+def test_by_tensor_the_direction_does_not_depend_on_how_a_tensor_is_scaled() -> None:
+    """A layer before a normalisation may be of any size: the gradient is as much smaller as its weights are larger."""
+    weights, gradients = tensors(0, *SHAPES, dtype=torch.float64), tensors(1, *SHAPES, dtype=torch.float64)
+    sizes = (1.0, 10.0, 0.01, 1e3)
+    scaled = [w * size for w, size in zip(weights, sizes, strict=True)]
+    perturb(scaled, [g / size for g, size in zip(gradients, sizes, strict=True)], 0.02, adaptive='tensor')
+    perturb(weights, gradients, 0.02, adaptive='tensor')
+    for ours, theirs, size in zip(scaled, weights, sizes, strict=True):
+        torch.testing.assert_close(ours, theirs * size, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize('relative', ['tensor', 'layer'])
+def test_a_tensor_that_is_zero_stays(relative: str) -> None:
+    weights, gradients = tensors(0, *SHAPES), tensors(1, *SHAPES)
+    weights[1].zero_()
+    before = [w.clone() for w in weights]
+    perturb(weights, gradients, 0.02, adaptive=relative)
+    assert [torch.equal(w, b) for w, b in zip(weights, before, strict=True)] == [False, True, False, False]
+    perturb([weights[1]], [torch.ones(5)], 0.02, adaptive=relative)
+    assert torch.equal(weights[1], torch.zeros(5))
+
+
 @given(st.lists(finite, min_size=1, max_size=20), st.floats(1e-3, 10))
 def test_the_perturbation_has_length_rho(values: list[float], rho: float) -> None:
     gradient = torch.tensor(values, dtype=torch.float64)
@@ -86,13 +142,15 @@ def test_asam_perturbation_has_length_rho_in_its_own_norm() -> None:
 def test_a_zero_gradient_gives_no_perturbation() -> None:
     weights = tensors(0, *SHAPES)
     before = [w.clone() for w in weights]
-    assert perturb(weights, [torch.zeros_like(w) for w in weights], 0.05).item() == 0.0
+    for adaptive in (False, True, *RELATIVE):
+        gradients = [torch.zeros_like(w) for w in weights]
+        assert perturb(weights, gradients, 0.05, adaptive=adaptive).item() == 0.0
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize('adaptive', [False, True])
-def test_a_gradient_that_is_not_finite_leaves_every_weight(bad: float, adaptive: bool) -> None:
+@pytest.mark.parametrize('adaptive', [False, True, *RELATIVE])
+def test_a_gradient_that_is_not_finite_leaves_every_weight(bad: float, adaptive: bool | str) -> None:
     weights, gradients = tensors(0, *SHAPES), tensors(1, *SHAPES)
     weights[0][0, 0] = -0.0
     gradients[1][2] = bad
@@ -106,8 +164,9 @@ def test_a_gradient_that_is_not_finite_leaves_every_weight(bad: float, adaptive:
 def test_a_device_that_is_not_asked_agrees_with_the_host(bad: float | None) -> None:
     weights, gradients = tensors(0, *SHAPES), tensors(1, *SHAPES)
     results = [[w.clone() for w in weights] for _ in range(2)]
+    each = [torch.tensor(step) for step in (0.3, 0.3, 0.3, 0.3)]
     if bad is None:
-        _add(results[0], [g.clone() for g in gradients], torch.tensor(0.3), None)
+        _add(results[0], [g.clone() for g in gradients], each, None)
     else:
         gradients[0][0, 0] = bad
     _add(results[1], gradients, torch.tensor(0.3), torch.isfinite(global_norm(gradients)))
@@ -116,12 +175,13 @@ def test_a_device_that_is_not_asked_agrees_with_the_host(bad: float | None) -> N
 
 
 @pytest.mark.parametrize('loss_scale', [2.0**16, 0.25, 1000.0])
-def test_loss_scaling_cancels(loss_scale: float) -> None:
+@pytest.mark.parametrize('adaptive', [False, *RELATIVE])
+def test_loss_scaling_cancels(loss_scale: float, adaptive: bool | str) -> None:
     plain, scaled = tensors(0, *SHAPES), tensors(0, *SHAPES)
     gradients = tensors(1, *SHAPES)
-    norm = perturb(plain, [g.clone() for g in gradients], 0.05)
-    inverse = torch.tensor(1 / loss_scale)
-    unscaled = perturb(scaled, [g * loss_scale for g in gradients], 0.05, inverse_grad_scale=inverse)
+    norm = perturb(plain, [g.clone() for g in gradients], 0.05, adaptive=adaptive)
+    inverse, gradients = torch.tensor(1 / loss_scale), [g * loss_scale for g in gradients]
+    unscaled = perturb(scaled, gradients, 0.05, adaptive=adaptive, inverse_grad_scale=inverse)
     assert unscaled.item() == pytest.approx(norm.item(), rel=1e-6)
     for left, right in zip(plain, scaled, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
@@ -151,9 +211,29 @@ def test_mixed_dtypes_share_one_norm() -> None:
     assert weights[2][0].item() == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize('relative', RELATIVE)
+def test_relative_perturbations_of_mixed_dtypes(relative: str) -> None:
+    """Half-precision squares would overflow: the norms are in float32 at least."""
+    kinds = (torch.float32, torch.float64, torch.bfloat16, torch.float32)
+    values = [torch.full((100,), 1e3), torch.full((5,), 2.0), torch.full((7,), 300.0), torch.ones(3)]
+    weights = [value.to(kind, copy=True) for value, kind in zip(values, kinds, strict=True)]
+    gradients = [torch.linspace(-2, 1, len(value)) for value in values]
+    moves = relative_perturbation(values, gradients, 0.5, relative)
+    perturb(weights, [g.to(kind, copy=True) for g, kind in zip(gradients, kinds, strict=True)], 0.5, adaptive=relative)
+    for weight, value, move, kind in zip(weights, values, moves, kinds, strict=True):
+        assert weight.dtype == kind
+        # Where w + e is about 0, a number of bfloat16 is as far off as w is rounded.
+        tolerance = 1e-2 if kind == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(weight.float(), value + move, rtol=0, atol=tolerance * value.max().item())
+
+
 @settings(max_examples=50)
-@given(st.lists(floats, min_size=1, max_size=30), st.lists(floats, min_size=1, max_size=30), st.booleans())
-def test_restoration_is_exact_whatever_the_values(left: list[float], right: list[float], adaptive: bool) -> None:
+@given(
+    st.lists(floats, min_size=1, max_size=30),
+    st.lists(floats, min_size=1, max_size=30),
+    st.sampled_from([False, True, *RELATIVE]),
+)
+def test_restoration_is_exact_whatever_the_values(left: list[float], right: list[float], adaptive: bool | str) -> None:
     weights = [torch.tensor(left), torch.tensor(right).reshape(1, -1)]
     before, pointers = [w.clone() for w in weights], [w.data_ptr() for w in weights]
     backup = TensorBackup()

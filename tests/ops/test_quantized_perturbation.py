@@ -68,6 +68,16 @@ def test_the_second_pass_multiplies_by_the_perturbed_quantized_weight(bits: str)
     assert 'sum_norm.weight' in unequal(before, during)
 
 
+def test_relative_to_the_float_weights() -> None:
+    model = quantized('W4A4')
+    sizes = {name: model.get_submodule(name).weight.norm() for name in LAYERS}
+    used = {name: Multiplied(model.get_submodule(name)) for name in LAYERS}
+    model.train_step(batches(1)[0], SAMOptimWrapper(slow_sgd(model), rho=RHO, adaptive='layer', perturb_quantized=True))
+    for name in LAYERS:
+        first, second = used[name].seen
+        assert (second - first).norm().item() == pytest.approx(RHO * sizes[name].item(), rel=1e-4)
+
+
 def test_the_usual_perturbation_moves_whole_steps_instead() -> None:
     """What the option is for: under the quantizer, the same e leaves most integers where they are."""
     model = quantized('W4A4')

@@ -24,11 +24,8 @@ BAD: list[tuple[str, Any]] = [
     *(('rho', value) for value in (-0.1, math.nan, math.inf, '0.05', None, True, [0.1], 10**400)),
     *(('eta', value) for value in (-1e-9, math.inf, 'small')),
     *(('eps', value) for value in (0.0, -1e-12, math.nan, None)),
-    *(
-        (name, value)
-        for name in ('adaptive', 'perturb_quantized', 'sync_perturbation', 'replay_rng')
-        for value in (1, 'yes', None)
-    ),
+    *((name, value) for name in ('perturb_quantized', 'sync_perturbation', 'replay_rng') for value in (1, 'yes', None)),
+    *(('adaptive', value) for value in (1, 0, 'yes', 'Tensor', None)),
     *(('dtype', value) for value in ('fp16', 'float32', torch.float32, 16, 'amp')),
     *(('loss_scale', value) for value in ('static', 0, -1.0, True, None, 1e-40, math.inf, 10**400)),
     *(('loss_scale', {key: value}) for key, value in (('scale', 2.0), ('growth_factor', 1), ('backoff_factor', 1))),

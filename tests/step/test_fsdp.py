@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from mm_sharp.ops.perturbation import weight_mask
+from mm_sharp.ops.perturbation import RELATIVE, weight_mask
 from mm_sharp.samples.seeds import RngStream, make_generator
 from tests.distributed import run
-from tests.fsdp_cases import STEPS, Faulty, error_of, norm_beside_ignored, overflow_of_one, train
+from tests.fsdp_cases import STEPS, Faulty, error_of, norm_beside_ignored, overflow_of_one, sizes_of, train
 from tests.fsdp_runs import WHOLE, run_and_resume
 from tests.rank_steps import esam_gradients, loss_of, shard
 from tests.references import sam_training
 from tests.references_esam import ReferenceESAM
+from tests.references_family import FAMILY
 from tests.reliability import Holds
 from tests.toys import Batch, ToyNet, batches, make
 from tests.wrappers import build, momentum_sgd
@@ -40,13 +41,23 @@ COMPARED = 'steps compared with one process'
 CONV = dict(include=['^conv'])
 CLIP = dict(clip_grad=dict(max_norm=0.3))
 
+
+def named(kind: str, relative: str) -> bool:
+    """Whether a sharded model's tensors can be told apart, or need not be."""
+    return kind != 'no names' or relative == 'global'
+
+
 # By name: (how it is sharded, wrapper, options). All run in one pair of processes, since starting them takes seconds.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f'{kind} sam': (kind, 'sam', {}) for kind in STEPPED},
     **{f'{kind} asam': (kind, 'asam', {}) for kind in BOTH},
+    **{f'{kind} {to}': (kind, 'sam', dict(adaptive=to)) for kind in STEPPED for to in RELATIVE if named(kind, to)},
+    **{f'{kind} sizes': (kind, 'sam', dict(sizes=True)) for kind in STEPPED if kind != 'no names'},
+    **{f'{kind} part sizes': (kind, 'sam-tensor', dict(sizes=True, perturb=CONV)) for kind in BOTH},
+    **{f'{kind} part by tensor': (kind, 'sam', dict(adaptive='tensor', perturb=CONV)) for kind in BOTH},
     **{f'{kind} esam': (kind, 'esam', {}) for kind in (*BOTH, 'zero2')},
     **{f'{kind} ausam': (kind, 'ausam', {}) for kind in BOTH},
-    **{f'{kind} looksam': (kind, 'looksam', {}) for kind in BOTH},
+    **{f'{kind} {name}': (kind, name, {}) for kind in BOTH for name in FAMILY},
     **{f'{kind} accumulated': (kind, 'sam', dict(accumulative_counts=2)) for kind in (*BOTH, 'no names')},
     **{f'{kind} part': (kind, 'sam', dict(perturb=CONV)) for kind in BOTH},
     **{f'{kind} clipped': (kind, 'sam', CLIP) for kind in BOTH},
@@ -75,6 +86,11 @@ def run_all(rank: int, processes: int, folder: str) -> dict[str, Any]:
             rank, processes, kind, 'sam', model=make(Faulty, fault=fault, at=at), faults=1, accumulative_counts=2
         )
     for kind in BOTH:
+        for fault in ('forward', 'backward'):
+            # In the second micro-batch of the second step, which has a momentum to perturb along.
+            results[f'{kind} msam {fault}'] = train(
+                rank, processes, kind, 'msam', model=make(Faulty, fault=fault, at=3), faults=1, accumulative_counts=2
+            )
         for dtype in (None, 'float16'):
             results[f'{kind} overflow {dtype}'] = overflow_of_one(rank, processes, kind, dtype)
     results['ignored'] = norm_beside_ignored(rank, processes)
@@ -94,12 +110,21 @@ RUNS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     'kept parts': ('local', dict(type='LookSAMOptimWrapper', k=2), "a checkpoint of each rank's part"),
     'kept whole': (WHOLE, dict(type='LookSAMOptimWrapper', k=2), 'one whole checkpoint'),
+    'average parts': ('local', dict(type='FriendlySAMOptimWrapper'), "a checkpoint of each rank's part"),
+    'average whole': (WHOLE, dict(type='FriendlySAMOptimWrapper'), 'one whole checkpoint'),
+}
+SUBJECTS = {
+    'AUSAMOptimWrapper': 'ausam',
+    'ESAMOptimWrapper': 'esam-history',
+    'LookSAMOptimWrapper': 'looksam',
+    'FriendlySAMOptimWrapper': 'friendlysam',
 }
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     'perturb': ('no names', 'sam', dict(perturb='weights')),
     'masks': ('no names', 'esam', {}),
     'norm type': ('fsdp2', 'sam', dict(clip_grad=dict(max_norm=1.0, norm_type='inf'))),
     'quantized': ('flat', 'sam', dict(perturb_quantized=True)),
+    'by tensor': ('no names', 'sam', dict(adaptive='tensor')),
 }
 
 
@@ -139,6 +164,42 @@ def test_sharded_equals_one_process_with_the_joint_batch(ranks: Any, case: str, 
     holds(
         'Ranks', f'sharded by {KINDS[kind]}', subject, 'equal to one process', STEPS, 'steps compared with one process'
     )
+
+
+@pytest.mark.parametrize('case', [f'{kind} {to}' for kind in STEPPED for to in RELATIVE if named(kind, to)])
+def test_relative_to_whole_tensors(ranks: Any, case: str) -> None:
+    relative = case.rsplit(' ', 1)[1]
+    model, norms = reference(SINGLY, adaptive=relative)
+    plain, _ = reference(SINGLY)
+    assert not torch.allclose(model.head.weight, plain.head.weight, atol=1e-4), 'the scale makes no difference'
+    for rank in ranks:
+        assert_weights(rank[case], model)
+        assert rank[case]['norms'] == pytest.approx(norms, rel=1e-5)
+    assert ranks[0][case]['norms'] == ranks[1][case]['norms']
+
+
+SIZES = [f'{kind} sizes' for kind in STEPPED if kind != 'no names'] + [f'{kind} part sizes' for kind in BOTH]
+
+
+@pytest.mark.parametrize('case', SIZES)
+def test_how_far_whole_tensors_are_moved(ranks: Any, case: str) -> None:
+    model = make(norm=False)
+    part = 'part' in case
+    wrapper = build('sam-tensor' if part else 'sam', model, **(dict(perturb=CONV) if part else {}))
+    wrapper.record_sizes = True
+    for (batch,) in SINGLY:
+        model.train_step(batch, wrapper)
+    for rank in ranks:
+        assert rank[case]['sizes'] == [pytest.approx(values, rel=1e-4) for values in sizes_of(wrapper)]
+    assert ranks[0][case]['sizes'] == ranks[1][case]['sizes']
+
+
+@pytest.mark.parametrize('kind', BOTH)
+def test_a_process_without_a_piece_of_a_chosen_tensor(ranks: Any, kind: str) -> None:
+    model, norms = reference(SINGLY, part='conv', adaptive='tensor')
+    for rank in ranks:
+        assert_weights(rank[f'{kind} part by tensor'], model)
+        assert rank[f'{kind} part by tensor']['norms'] == pytest.approx(norms, rel=1e-5)
 
 
 def test_what_fsdp_leaves_alone_counts_once(ranks: Any) -> None:
@@ -295,13 +356,25 @@ def test_a_step_that_fails_leaves_no_trace(ranks: Any, kind: str, fault: str, at
 
 
 @pytest.mark.parametrize('kind', BOTH)
-def test_looksam_keeps_the_direction_in_pieces(ranks: Any, kind: str) -> None:
+@pytest.mark.parametrize('name', FAMILY)
+def test_the_family_in_pieces_is_one_process(ranks: Any, name: str, kind: str) -> None:
     model = make(norm=False)
-    wrapper = build('looksam', model)
+    wrapper = build(name, model)
     for (batch,) in SINGLY:
         model.train_step(batch, wrapper)
     for rank in ranks:
-        assert_weights(rank[f'{kind} looksam'], model)
+        assert_weights(rank[f'{kind} {name}'], model)
+
+
+@pytest.mark.parametrize('fault', ['forward', 'backward'])
+@pytest.mark.parametrize('kind', BOTH)
+def test_a_pass_at_perturbed_weights_that_fails_leaves_no_trace(ranks: Any, kind: str, fault: str) -> None:
+    model = make(norm=False)
+    wrapper = build('msam', model, accumulative_counts=2)
+    for (batch,) in SINGLY:
+        model.train_step(batch, wrapper)
+    for rank in ranks:
+        assert_weights(rank[f'{kind} msam {fault}'], model)
 
 
 @pytest.mark.parametrize('key', RUNS)
@@ -317,8 +390,8 @@ def test_a_resumed_run_is_one_that_never_stopped(ranks: Any, key: str, holds: Ho
         expected = {'mm_sharp', 'param_groups', 'state'} | ({'loss_scaler'} if key == 'whole' else set())
         assert set(result['saved']) == expected
         assert math.isfinite(result['logged'])
-    assert ("'visits'" in ranks[0][key]['states'][0]) == (not key.startswith('kept'))
-    subject = {'parts': 'ausam', 'whole': 'esam-history'}.get(key, 'looksam')
+    subject = SUBJECTS[RUNS[key][1]['type']]
+    assert ("'visits'" in ranks[0][key]['states'][0]) == (subject in ('ausam', 'esam-history'))
     holds(
         'Ranks',
         f'resumed under FSDP, from {RUNS[key][2]}',
@@ -333,6 +406,7 @@ MESSAGES = {
     'perturb': 'UserError: SAMOptimWrapper perturbs chosen parameters.*use_orig_params=True',
     'masks': 'UserError: ESAMOptimWrapper perturbs chosen parameters.*use_orig_params=True',
     'norm type': "UserError: SAMOptimWrapper: clip_grad with norm_type='inf' .* write clip_grad=",
+    'by tensor': 'UserError: SAMOptimWrapper perturbs chosen parameters.*use_orig_params=True',
     'quantized': 'UnsupportedError: SAMOptimWrapper: perturb_quantized=True is not supported under FSDP',
 }
 

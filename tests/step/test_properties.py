@@ -68,7 +68,7 @@ class Setup:
 share = st.sampled_from([0.05, 0.4, 0.5, 0.99, 1.0])
 COMMON = {
     'rho': st.floats(0, 0.5),
-    'adaptive': st.booleans(),
+    'adaptive': st.sampled_from([False, True, 'tensor', 'layer', 'global']),
     'eta': st.floats(0, 0.1),
     'eps': st.sampled_from([1e-12, 1e-6, 1.0]),
     'perturb': st.sampled_from(

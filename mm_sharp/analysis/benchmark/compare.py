@@ -103,6 +103,17 @@ def step_table(rows: Sequence[Row]) -> str:
     return columns(lines)
 
 
+def run_costs(costs: Mapping[str, Cost | None]) -> str:
+    """What whole trainings cost, as text, where the first epoch costs more than the others: else empty."""
+    lines = [
+        f'{name}: {cost.cycle:.2f} + {cost.first_epoch - cost.cycle:.2f} / epochs over a training: the first epoch '
+        f'costs {cost.first_epoch:.2f}'
+        for name, cost in costs.items()
+        if cost is not None and cost.first_epoch is not None
+    ]
+    return '\n'.join(lines)
+
+
 def columns(lines: Sequence[Sequence[str]]) -> str:
     """Cells under each other: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -47,12 +47,19 @@ def _parse_method(name: str) -> dict[str, Any]:
             value = literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        types = (str,) if isinstance(value, str) else (float, int)
-        for argument, parameter in signature(OPTIM_WRAPPERS.get(kinds[stem])).parameters.items():
-            if argument not in arguments_of(TwoPassOptimWrapper) and type(parameter.default) in types:
+        kind = OPTIM_WRAPPERS.get(kinds[stem])
+        choices = getattr(kind, 'choices', {})
+        for argument, parameter in signature(kind).parameters.items():
+            own, default = argument not in arguments_of(TwoPassOptimWrapper), parameter.default
+            fits = type(default) is str if isinstance(value, str) else _is_number(default)
+            if own and fits and value in choices.get(argument, (value,)):
                 return {'type': kinds[stem], argument: value}
     hint = f'; did you mean {close!r}?' if (close := closest(name, kinds)) else ''
     raise UsageError(f'--methods {name}: there are {", ".join(kinds)}, and NAME-VALUE, as ausam-0.5{hint}')
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (float, int)) and not isinstance(value, bool)
 
 
 def wrapper_settings(cfg: Config, method: Mapping[str, Any], amp: str | None = None) -> dict[str, Any]:

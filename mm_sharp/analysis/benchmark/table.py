@@ -14,7 +14,7 @@ import numpy as np
 from mmengine.config import Config
 
 from mm_sharp.analysis.benchmark.candidates import SUFFIX, own_work
-from mm_sharp.analysis.benchmark.compare import Row, columns, compare, costlier, quartiles, step_table
+from mm_sharp.analysis.benchmark.compare import Row, columns, compare, costlier, quartiles, run_costs, step_table
 from mm_sharp.analysis.benchmark.methods import theoretical_cost, whole_cycles
 from mm_sharp.analysis.benchmark.steps import Phases, peak_memory, phase_seconds, step_seconds
 from mm_sharp.analysis.benchmark.workload import FLOAT, Settings, load_workload
@@ -43,6 +43,8 @@ class Table(NamedTuple):
         if FLOAT in self.times:
             ratio = quartiles(np.divide(self.times['base'], self.times[FLOAT]))
             parts.append(f'base, quantized over float: {ratio.text()}')
+        whole = run_costs({name: theoretical_cost(o, self.batch_size) for name, o in self.settings.items()})
+        parts += [whole] if whole else []
         own = own_work(self.times)
         if own:
             lines = [(name, found.text(0.01, '+.1f')) for name, found in own.items()]

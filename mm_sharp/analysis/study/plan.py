@@ -13,6 +13,8 @@ from mm_sharp.analysis.study.spec import BASE, Selection, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.preflight import wrapper_class
 from mm_sharp.errors import UsageError
+from mm_sharp.samples.schedule import schedule_name
+from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 # Rho is chosen on the validation data, the results are of the test data.
@@ -49,8 +51,9 @@ class Plan:
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
         self._configs = {name: _read(setting) for name, setting in study.settings.items()}
-        # Theoretical cost of a step in steps of the base optimizer, by setting and method.
+        # Theoretical cost of a step in steps of the base optimizer, by setting and method: of most, and of all.
         self.cost: dict[tuple[str, str], float] = {}
+        self._costs: dict[tuple[str, str], Cost] = {}
         self.tuned: set[str] = set()  # methods whose rho is to be chosen
         for setting in study.settings.values():
             if setting.corrupt:
@@ -71,7 +74,11 @@ class Plan:
     def epochs(self, setting: str, method: str, budget: str) -> int:
         """Epochs of a method: at equal compute the base optimizer's over the method's cost, rounded."""
         most = self.study.settings[setting].epochs
-        return most if budget == 'epochs' else max(1, round(most / self.cost[setting, method]))
+        return most if budget == 'epochs' else max(1, round(self._costs[setting, method].epochs_for(most)))
+
+    def compute(self, setting: str, method: str, epochs: int) -> float:
+        """What so many epochs of a method cost, in trainings of the base optimizer with the setting's epochs."""
+        return epochs * self._costs[setting, method].over(epochs) / self.study.settings[setting].epochs
 
     def selection_runs(self, setting: str) -> list[Run]:
         """The runs that choose rho in a setting."""
@@ -114,6 +121,7 @@ class Plan:
         anywhere = copy.copy(self)
         anywhere.folder = Path('/study')
         content = {k: v for k, v in anywhere.config(run).to_dict().items() if k not in ('work_dir', 'experiment_name')}
+        _name_schedule(content['optim_wrapper'])
         text = json.dumps(content, sort_keys=True, default=repr)
         for now, before in _FORMER_NAMES.items():
             text = text.replace(now, before)
@@ -151,12 +159,21 @@ class Plan:
         except UsageError as error:
             raise UsageError(f'methods.{method} in settings.{setting.name}: {error}') from error
         kind = wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper)
-        self.cost[setting.name, method] = 1.0
+        cost = Cost(1.0, 1.0)
         if issubclass(kind, TwoPassOptimWrapper):
             cost = kind.theoretical_cost(cfg.train_dataloader.batch_size, **cfg.optim_wrapper)
-            self.cost[setting.name, method] = cost.cycle
             if self.study.selection is not None and 'rho' not in self.study.methods[method]:
                 self.tuned.add(method)
+        self._costs[setting.name, method], self.cost[setting.name, method] = cost, cost.cycle
+
+
+def _name_schedule(wrapper: dict[str, Any]) -> None:
+    """Write AUSAM's schedule as configs had it when ``'constant'`` was the only one, and had no name."""
+    if str(wrapper.get('type')).endswith('AUSAMOptimWrapper') and wrapper.get('draw') != 'uniform':
+        name = schedule_name(wrapper)
+        wrapper.pop('schedule', None)
+        if name != 'constant':
+            wrapper['schedule'] = name
 
 
 def _read(setting: Setting) -> Config:

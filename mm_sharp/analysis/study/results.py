@@ -157,7 +157,7 @@ def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float |
             of_seed = {run.seed: rows.value(run, study.metric.name) for run in runs if run.id in rows.by_id}
             values[method] = {seed: study.metric.scale * v for seed, v in of_seed.items() if math.isfinite(v)}
         for method, own in ((method, own) for method, own in values.items() if own):
-            compute = epochs[method] * plan.cost[setting, method] / study.settings[setting].epochs
+            compute = plan.compute(setting, method, epochs[method])
             base = None if method == BASE else _difference(own, values[BASE])
             controlled = study.control and method not in (BASE, study.control)
             control = _difference(own, values[study.control]) if controlled else None

@@ -1,0 +1,88 @@
+"""How far a step has moved the weights, and where: by layer and by part of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from mm_sharp.ops.parameters import plain_name
+from mm_sharp.step.timing import PerturbationSizes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model.
+
+    Args:
+        name: Its name in the model.
+        perturbation: ||e|| over its tensors.
+        weights: ||w|| over the same.
+    """
+
+    name: str
+    perturbation: float
+    weights: float
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of one step's perturbation, on the host.
+
+    Args:
+        whole: All that is perturbed.
+        layers: By the module that a tensor belongs to itself, such as ``head.final_layer``.
+        parts: By the model's top-level parts, such as ``head``, those of which nothing is perturbed too.
+        tensors: How many are perturbed.
+        by_tensor: The norm of the relative changes ||e_t|| / ||w_t|| of all tensors.
+    """
+
+    whole: Part
+    layers: list[Part]
+    parts: list[Part]
+    tensors: int
+    by_tensor: float
+
+    @property
+    def relative(self) -> float:
+        """||e|| / ||w||; 0 where the weights are."""
+        return self.whole.perturbation / self.whole.weights if self.whole.weights else 0.0
+
+    def share(self, part: Part) -> float:
+        """The share of the perturbation's squared norm that lies in ``part``."""
+        whole = self.whole.perturbation
+        return (part.perturbation / whole) ** 2 if whole else 0.0
+
+
+def scale_of(sizes: PerturbationSizes, model: nn.Module) -> Scale:
+    """The sizes by part of the model; waits for the device."""
+    known = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
+    names = [known.get(id(parameter), 'others') for parameter in sizes.parameters]
+    # Of all of the model: which tensors are perturbed may differ from step to step.
+    part_of = dict(zip(known.values(), top_level(list(known.values())), strict=True))
+    moves, weights = sizes.perturbation.tolist(), sizes.weights.tolist()
+    layers = _grouped([name.rpartition('.')[0] or name for name in names], moves, weights)
+    parts = _grouped([part_of.get(name, name) for name in names], moves, weights, part_of.values())
+    whole = Part('', math.hypot(*moves), math.hypot(*weights))
+    by_tensor = math.hypot(*(move / weight for move, weight in zip(moves, weights, strict=True) if weight))
+    return Scale(whole, layers, parts, len(names), by_tensor)
+
+
+def _grouped(
+    keys: Sequence[str], moves: Sequence[float], weights: Sequence[float], all_keys: Iterable[str] = ()
+) -> list[Part]:
+    """The norms over all tensors of one key; those of ``all_keys`` without a tensor are 0."""
+    found: dict[str, list[tuple[float, float]]] = {key: [] for key in (*all_keys, *keys)}
+    for key, move, weight in zip(keys, moves, weights, strict=True):
+        found[key].append((move, weight))
+    return [Part(key, math.hypot(*(m for m, _ in own)), math.hypot(*(w for _, w in own))) for key, own in found.items()]
+
+
+def top_level(names: Sequence[str]) -> list[str]:
+    """The part of the model that each tensor belongs to: the first of its name that they do not all share."""
+    paths = [name.split('.')[:-1] or [name] for name in names]
+    while all(len(path) > 1 for path in paths) and len({path[0] for path in paths}) == 1:
+        paths = [path[1:] for path in paths]
+    return [path[0] for path in paths]
