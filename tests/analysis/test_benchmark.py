@@ -14,12 +14,12 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mm_sharp.analysis.benchmark import memory, steps
+from mm_sharp.analysis.benchmark import steps
+from mm_sharp.analysis.benchmark.candidates import Candidate
 from mm_sharp.analysis.benchmark.compare import Quartiles, compare, run_costs, step_table
-from mm_sharp.analysis.benchmark.host import SmallModel, measure_host
 from mm_sharp.analysis.benchmark.methods import all_methods, parse_methods, theoretical_cost, wrapper_settings
-from mm_sharp.analysis.benchmark.steps import Candidate, measure_rounds, step_seconds
-from mm_sharp.analysis.benchmark.workload import Workload, load_workload
+from mm_sharp.analysis.benchmark.steps import measure_rounds, step_seconds
+from mm_sharp.analysis.benchmark.workload import SmallModel, Workload, load_workload, measure_host
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.errors import UsageError
 from mm_sharp.step.method import Cost
@@ -64,7 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _freed_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is the tests'."""
-    monkeypatch.setattr(memory, 'keep_freed_memory', lambda: False)
+    monkeypatch.setattr(steps, 'keep_freed_memory', lambda: False)
 
 
 @pytest.fixture

@@ -1,25 +1,21 @@
 """A data set of MMPose that keeps its pre-processed samples in memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mmengine.structures import BaseDataElement
 from mmpose.datasets import CocoDataset
 from mmpose.registry import DATASETS
 
-# The samples by index, of each data set by its arguments.
-_CACHE: dict[str, dict[int, dict[str, Any]]] = {}
+_CACHE: dict[str, dict[int, dict[str, Any]]] = {}  # the samples by index, of each data set by its arguments
 
 
 @DATASETS.register_module()
 class CachedCocoDataset(CocoDataset):  # type: ignore[misc]
     """``CocoDataset`` that runs its pipeline once for each sample.
 
-    A study trains a small model hundreds of times on the same few thousand pictures: to decode and crop them each time
-    would take as long as the steps. Samples are kept as long as the process, for all data sets with the same arguments.
-    Only for pipelines without random augmentation, and with ``num_workers=0``: each worker would keep its own.
-    ``configs/study/_base_/keypoints.py`` shows how it is used.
+    To decode and crop the pictures of a small model each time would take as long as the steps. Samples are kept as long
+    as the process, for all data sets with the same arguments. Only for pipelines without random augmentation, and with
+    ``num_workers=0``: each worker would keep its own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
