@@ -1,5 +1,7 @@
 """What MMEngine's Runner sets up before it builds or runs a model, and a training data loader in this process."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """What stands behind and before the people: gradients, mottle, clutter, limb-like decoys, occluders."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from mm_sharp.demo.body import HAIR_COLOURS, SKIN_TONES, draw_colour

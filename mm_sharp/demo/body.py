@@ -1,5 +1,7 @@
 """A clothed body: which capsules a person is made of, and what they are painted with."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 from mm_sharp.demo.exact import Draws

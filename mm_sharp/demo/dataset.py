@@ -6,6 +6,8 @@ from 1; ``center`` is 15 * scale pixels above the middle of the box, since MMPos
 joint outside of the image is (-1, -1) with ``joints_vis`` 0, and a hidden one inside counts as annotated, 1.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import io

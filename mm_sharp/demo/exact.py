@@ -6,6 +6,8 @@ within 1e-12 of a rounding boundary. Nor the order in which ``@`` and sums add: 
 distributions (NEP 19): only ``Generator.random()`` over PCG64 is used, and scaled in Python.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar

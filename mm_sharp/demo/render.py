@@ -5,6 +5,8 @@ centres. The only solid is the capsule, the hull of two balls in camera space. I
 projected discs; depth and normal inside are those of the ball that touches the pixel's ray in the picture plane.
 """
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 
@@ -44,7 +46,7 @@ class Camera(NamedTuple):
         scale = self.focal / seen[2]
         return (self.centre[0] + scale * seen[0], self.centre[1] + scale * seen[1])
 
-    def framing(self, seen: dict[str, Vector], size: tuple[float, float], middle: tuple[float, float]) -> 'Camera':
+    def framing(self, seen: dict[str, Vector], size: tuple[float, float], middle: tuple[float, float]) -> Camera:
         """The same view, zoomed so that points in camera coordinates fill ``size`` pixels round ``middle``."""
         across, down = zip(*((x / z, y / z) for x, y, z in seen.values()), strict=True)
         left, right, top, bottom = min(across), max(across), min(down), max(down)
@@ -90,7 +92,7 @@ class Layer(NamedTuple):
     part: npt.NDArray[np.int16]
 
     @classmethod
-    def empty(cls, width: int, height: int) -> 'Layer':
+    def empty(cls, width: int, height: int) -> Layer:
         """A layer with nothing on it, infinitely far away."""
         colour, depth = np.zeros((height, width, 3), np.uint8), np.full((height, width), np.inf)
         return cls(colour, depth, np.full((height, width), EMPTY, np.int16))

@@ -1,5 +1,7 @@
 """One picture: people before a camera, what hides them, light; and what can be said about each person."""
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """Every number that decides what the demo pictures look like: ``GENERATOR_VERSION`` rises when one changes."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 GENERATOR_VERSION = 1  # part of ``meta.json``: two data sets are the same only if it agrees

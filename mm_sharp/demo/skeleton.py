@@ -5,6 +5,8 @@ own left, y up, z forward (right-handed), the pelvis at the origin. Heads are so
 pixels in small pictures.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -6,6 +6,8 @@ gradients left out, and the base optimizer's step: where a machine's passes take
 can bring a step below them, and what a method's step takes more is the method's own work.
 """
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """From times to quartiles, paired ratios and a table."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

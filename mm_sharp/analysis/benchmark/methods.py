@@ -5,6 +5,8 @@ A method's name is its wrapper's without ``OptimWrapper``, in small letters: ``s
 ``sampling_ratio=0.5``, ``esam-history`` ESAM with ``selection='history'``.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 from ast import literal_eval

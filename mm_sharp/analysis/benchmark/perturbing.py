@@ -1,5 +1,7 @@
 """How fast the weights are perturbed and restored, without a model, against the device's copy bandwidth."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -6,6 +6,8 @@ torch's allocator says. On the CPU it is the sum over all tensors alive that the
 given, without what an operator needs only while it runs: figures of the two are not to be compared.
 """
 
+from __future__ import annotations
+
 import ctypes
 import gc
 import math

@@ -5,6 +5,8 @@ Phases: ``pass1`` and ``pass2`` (forward and backward; ESAM's forward for the se
 the base optimizer's step), ``recording`` (losses of single samples, draw, selection, history) and ``host`` (the rest).
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path

@@ -5,6 +5,8 @@ the arithmetic of a step stays what it is, while no method trains away from the 
 the few batches that it sees again and again.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ The samples are the first ones of a seeded shuffle. They go through the training
 loss needs; where it augments, one random augmentation of each sample is kept, which the seed determines.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

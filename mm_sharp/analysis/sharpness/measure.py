@@ -1,5 +1,7 @@
 """All that is measured of one model."""
 
+from __future__ import annotations
+
 import copy
 import math
 import time

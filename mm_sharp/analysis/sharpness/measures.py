@@ -1,5 +1,7 @@
 """What is measured of an objective: eigenvalues and trace of the Hessian, rises within balls, and landscapes."""
 
+from __future__ import annotations
+
 import math
 import zlib
 from collections.abc import Iterable, Sequence

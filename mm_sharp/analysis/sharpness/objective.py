@@ -6,6 +6,8 @@ where it is their mean, which :mod:`mm_sharp.per_sample_loss` finds by compariso
 over all perturbed parameters are flat, float64, on the model's device; so are sums over batches.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

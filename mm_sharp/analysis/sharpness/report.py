@@ -1,5 +1,7 @@
 """The figures of several checkpoints as text, CSV, JSON and one picture, with what they were measured on."""
 
+from __future__ import annotations
+
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence

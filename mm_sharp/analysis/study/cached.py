@@ -1,5 +1,7 @@
 """A data set of MMPose that keeps its pre-processed samples in memory."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from mmengine.structures import BaseDataElement

@@ -4,6 +4,8 @@ Half of the corrupted people have every labelled keypoint moved by a normal erro
 exchanged. The file and the seed alone decide, so it is the same for every method, in every epoch.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from pathlib import Path

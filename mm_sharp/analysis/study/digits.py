@@ -5,6 +5,8 @@ The pictures are scikit-learn's digits: 1,797 handwritten ones, 8x8 pixels, of 1
 pictures to train on, 297 to choose settings such as ``rho`` by, and 700 to report on.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The runs of a study, and their configs."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import json

@@ -1,5 +1,7 @@
 """Shows how far a study is, and each run in flight, which writes to a file of its own how far it is."""
 
+from __future__ import annotations
+
 import json
 import sys
 import time

@@ -1,5 +1,7 @@
 """The results of a study as tables and pictures."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

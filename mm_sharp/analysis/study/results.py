@@ -5,6 +5,8 @@ seed, since they share initial weights and order of the samples there. If the in
 it is significant at 5 %, for one comparison: of twenty, one is by chance.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import math

@@ -1,5 +1,7 @@
 """Makes the runs of a study that are missing, several at a time."""
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import socket

@@ -1,5 +1,7 @@
 """What a study compares, read from its YAML file; ``configs/study/README.md`` shows one."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from math import inf

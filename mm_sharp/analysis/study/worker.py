@@ -1,5 +1,7 @@
 """One run of a study, in a process that makes many: importing MMPose takes longer than training a small model."""
 
+from __future__ import annotations
+
 import gc
 import io
 import os
