@@ -160,7 +160,7 @@ def check_arguments(cls: type, given: Mapping[str, object], others: Iterable[typ
     written, close = ', '.join(f'{name}={value!r}' for name, value in wrong.items()), closest(first, known)
     owners = [other for other in others if wrong.keys() <= arguments_of(other).keys()]
     if owners:
-        owner = min(owners, key=lambda other: len(arguments_of(other))).__name__  # the plainest
+        owner = min((other.__name__ for other in owners), key=len)  # what others are named after is the plainest
         hint = f'{owner} has. Take it out, or write {form.format(owner, written)}'
     else:
         right = f'write {form.format(cls.__name__, f"{close}={value!r}")}' if close else 'take it out'

@@ -8,7 +8,7 @@
 # (mm_sharp/config/fragments.py).
 custom_imports = dict(imports=['mm_sharp'], allow_failed_imports=False)
 
-# rho is measured by the norm of each tensor of the weights, without norm layers and biases (docs/scale.md, with what was
-# measured). The paper's SAM, whose rho is a length: optim_wrapper = dict(rho=0.05, adaptive=False, perturb='auto').
+# rho is measured by the norm of each tensor of the weights, without norm layers and biases; docs/scale.md has why, and
+# what was measured. The paper's SAM, whose rho is a length, is rho=0.05, adaptive=False, perturb='auto'.
 sharp_optim_wrapper = dict(type='SAMOptimWrapper', rho=0.02, adaptive='tensor', perturb='weights')
 sharp_hook = dict(type='SharpnessHook')
