@@ -221,12 +221,12 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ),
         (
             [*WITHOUT_FRAGMENT, 'optim_wrapper.type=OptimWrapper'],
-            'OptimWrapper: rho=0.05 is not allowed: it has no such argument, SAMOptimWrapper has',
+            "OptimWrapper: rho=0.05, adaptive=False, perturb='auto' is not allowed: it has no such argument, SAMOptimWrap",
         ),
         (['sam.py', '--cfg-options', 'optim_wrapper.rhoo=1'], 'rhoo'),
         (
             [*WITHOUT_FRAGMENT, 'optim_wrapper.type=OptimWrapper', 'optim_wrapper.sampling_ratio=0.5'],
-            "write optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, ...)",
+            "dict(type='AUSAMOptimWrapper', rho=0.05, adaptive=False, perturb='auto', sampling_ratio=0.5, ...)",
         ),
         (['sam.py', '--cfg-options', 'optim_wrapper.type=ESAMOptimWrapper', 'optim_wrapper.beta=0'], 'beta=0 is not'),
         (

@@ -335,7 +335,7 @@ def test_new_style_configs(tmp_path: Path, quantization: None) -> None:
     cfg = Config.fromfile(tmp_path / 'new.py')
     found = cfg.to_dict()
     assert found['optim_wrapper'] == {
-        'type': 'SAMOptimWrapper', 'rho': 0.05, 'dtype': 'bfloat16',
+        'type': 'SAMOptimWrapper', 'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights', 'dtype': 'bfloat16',
         'optimizer': {'type': 'torch.optim.SGD', 'lr': 0.1, 'weight_decay': 0.1},
     }  # fmt: skip
     assert found['model'] == {
