@@ -221,7 +221,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ),
         (
             [*WITHOUT_FRAGMENT, 'optim_wrapper.type=OptimWrapper'],
-            "OptimWrapper: rho=0.05, adaptive=False, perturb='auto' is not allowed: it has no such argument, SAMOptimWrap",
+            "OptimWrapper: rho=0.05, adaptive=False, perturb='auto' is not allowed: it has no such argument, SAMOptim",
         ),
         (['sam.py', '--cfg-options', 'optim_wrapper.rhoo=1'], 'rhoo'),
         (
