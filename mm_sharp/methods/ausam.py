@@ -35,6 +35,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
@@ -43,6 +44,7 @@ from torch.optim import Optimizer
 
 from mm_sharp.errors import UserError, check_bool, check_choice, check_number
 from mm_sharp.methods.per_sample import PerSampleOptimWrapper
+from mm_sharp.ops.fsdp import any_rank
 from mm_sharp.ops.host_copy import to_device
 from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.samples.draw import DRAWS, BatchDraw, BatchDrawer
@@ -301,11 +303,14 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         return self.drawer.draw(keys, generator, place)
 
     def _tell_sums(self, call: ModelCall) -> None:
-        """Find out which of the model's losses are sums, if that is not known yet and matters."""
-        kept, of = self._sizes['kept'], self._sizes['of']
-        if kept < of and self._scale.next_step():
+        """Find out which of the model's losses are sums, if that is not known yet and ever matters."""
+        if self.drawer.sampling_ratio < 1.0 and self._scale.next_step(self._any_rank):
+            kept = self._sizes['kept']
             rows = np.arange(kept)
             self._scale.expect(self.try_forward(subset(call, np.concatenate([rows, rows]), kept)))
+
+    def _any_rank(self, flag: bool) -> bool:
+        return flag if get_world_size() == 1 else bool(any_rank(torch.tensor(flag, device=self.device)))
 
     def perturbed_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward on the same samples; their loss differences go to the history."""

@@ -9,7 +9,7 @@ to be done once in a training. (BatchNorm's statistics of a batch and of the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,13 +31,16 @@ class LossScale:
         self._unknown: set[str] = set()
         self._steps = 0
 
-    def next_step(self) -> bool:
-        """Whether the model is to be tried before this step's forward."""
+    def next_step(self, shared: Callable[[bool], bool] = bool) -> bool:
+        """Whether the model is to be tried before this step's forward.
+
+        Args:
+            shared: Whether any process says so. A forward may talk to the other processes, so all of them try or none:
+                they ask each other in the same steps, fewer and fewer.
+        """
         self._twice = None
-        if self.reductions and not self._unknown:
-            return False
         self._steps += 1
-        return self._steps.bit_count() == 1
+        return self._steps.bit_count() == 1 and shared(not self.reductions or bool(self._unknown))
 
     def expect(self, output: Any) -> None:
         """Take up what the model returned for the samples of the next forward, each of them twice."""
