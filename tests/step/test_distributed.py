@@ -367,7 +367,8 @@ def train_corrupted(rank: int, name: str) -> dict[str, Any]:
                 batch['inputs'].fill_(torch.nan)
             model.train_step(batch, wrapper)
             weights.append([parameter.detach().numpy().copy() for parameter in model.parameters()])
-    messages = [(record.levelno, record.getMessage()) for record in records]
+    # Others say once where the training stands.
+    messages = [(record.levelno, record.getMessage()) for record in records if 'Samples: ' in record.getMessage()]
     return {'weights': weights, 'messages': messages, 'finite': finite(model, wrapper)}
 
 
