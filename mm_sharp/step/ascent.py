@@ -65,6 +65,8 @@ class Ascent:
             kept = set(map(id, perturbed))
             self._skipped = [parameter for parameter in skip if id(parameter) not in kept]
             self._frozen.freeze(self._skipped)
+        if self._settings.perturb_quantized:
+            self._quantized.keep_integers(self._parallel.module)
 
     def unfreeze(self) -> None:
         """Have all parameters get gradients again."""
