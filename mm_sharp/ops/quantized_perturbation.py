@@ -13,7 +13,7 @@ Quantized layers are those with a ``weight_quant``, as Brevitas has them; nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,12 +39,14 @@ class QuantizedPerturbation:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._layers: list[Any] = []
         self._kept: list[KeptIntegers] = []
 
-    def keep_integers(self, model: nn.Module) -> None:
-        """Have quantizers keep, in the first forward, the integers of the weights, if they can."""
+    def keep_integers(self, modules: Iterable[nn.Module]) -> None:
+        """Before the first forward: find the quantized layers, and have them keep their integers if they can."""
         self._forget_integers()
-        for layer in filter(quantizes_weights, model.modules()):
+        self._layers = list(filter(quantizes_weights, modules))
+        for layer in self._layers:
             quantizer = _int_quant(layer)
             if hasattr(quantizer, 'kept'):
                 quantizer.kept = quantizer.kept or KeptIntegers()
@@ -57,20 +59,18 @@ class QuantizedPerturbation:
         self._kept = []
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, perturbed: Sequence[nn.Parameter], before: Mapping[Tensor, Tensor]) -> None:
+    def apply(self, perturbed: Sequence[nn.Parameter], before: Mapping[Tensor, Tensor]) -> None:
         """Put quantized layers' weights back, and have their quantizers add what they were moved by.
 
         Args:
-            model: Where the layers are.
             perturbed: Parameters that hold ``w + e``; those of other layers are left as they are.
             before: Their ``w``.
         """
         chosen = {id(parameter) for parameter in perturbed}
         for kept in self._kept:
             kept.recording = False
-        for layer in filter(quantizes_weights, model.modules()):
-            weight: Any = layer.weight
-            quantizer: Any = layer.weight_quant
+        for layer in self._layers:
+            weight, quantizer = layer.weight, layer.weight_quant
             if any(id(other) in chosen for other in quantizer.parameters() if other is not weight):
                 getattr(_int_quant(layer), 'kept', KeptIntegers()).values = None  # the scales have moved
             if id(weight) not in chosen:
@@ -90,7 +90,7 @@ class QuantizedPerturbation:
 
 def quantizes_weights(layer: Any) -> bool:
     """Whether a layer multiplies by quantized weights."""
-    return bool(getattr(getattr(layer, 'weight_quant', None), 'is_quant_enabled', False))
+    return bool(getattr(layer._modules.get('weight_quant'), 'is_quant_enabled', False))
 
 
 def _int_quant(layer: Any) -> Any:

@@ -66,7 +66,7 @@ class Ascent:
             self._skipped = [parameter for parameter in skip if id(parameter) not in kept]
             self._frozen.freeze(self._skipped)
         if self._settings.perturb_quantized:
-            self._quantized.keep_integers(self._parallel.module)
+            self._quantized.keep_integers(self._parallel.tree.modules)
 
     def unfreeze(self) -> None:
         """Have all parameters get gradients again."""
@@ -129,7 +129,7 @@ class Ascent:
             norm_of=global_norm if shards is None else shards.norm_of(perturbed, device),
         )
         if self._settings.perturb_quantized:
-            self._quantized.apply(model, perturbed, dict(self._weights.pairs))
+            self._quantized.apply(perturbed, dict(self._weights.pairs))
         return norm
 
     def _inverse_grad_scale(self) -> Tensor | None:
