@@ -67,6 +67,8 @@ class Ascent:
             kept = set(map(id, perturbed))
             self._skipped = [parameter for parameter in skip if id(parameter) not in kept]
             self._frozen.freeze(self._skipped)
+        if self._settings.perturb_quantized:
+            self._quantized.keep_integers(self._parallel.tree.modules)
 
     def unfreeze(self) -> None:
         """Have all parameters get gradients again."""
@@ -130,7 +132,7 @@ class Ascent:
             norms=self._norms(perturbed, device),
         )
         if self._settings.perturb_quantized:
-            self._quantized.apply(model, perturbed, dict(self._weights.pairs))
+            self._quantized.apply(perturbed, dict(self._weights.pairs))
         return norm
 
     def sizes(self, device: torch.device) -> PerturbationSizes | None:
