@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class Plan:
             for seed in selection.seeds
             for method in self.study.methods
             if method == BASE or (self.has_rho(method) and self.study.settings[setting].selects)
-            for rho in (selection.rho if self.has_rho(method) else [None])
+            for rho in (selection.candidates(method) if self.has_rho(method) else [None])
         ]
 
     def report_runs(self, setting: str, chosen: dict[str, float | None]) -> list[Run]:
@@ -117,6 +118,7 @@ class Plan:
         """The whole config of a run."""
         setting = self.study.settings[run.setting]
         cfg = copy.deepcopy(self._configs[run.setting])
+        cfg.merge_from_dict(dict(self.study.methods[run.method].get('options', {})))
         _set_epochs(cfg, run.epochs)
         cfg.optim_wrapper = self._wrapper(cfg, run.method, run.rho)
         cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': run.seed}
@@ -163,12 +165,14 @@ class Plan:
         return Path(dataset.get('data_root') or '', dataset.ann_file)
 
     def _wrapper(self, cfg: Config, method: str, rho: float | None) -> dict[str, Any]:
+        changes = {key: value for key, value in self.study.methods[method].items() if key != 'options'}
         own = {} if rho is None else {'rho': rho}
-        return {**cfg.optim_wrapper, **self.study.methods[method], **own}
+        return {**cfg.optim_wrapper, **changes, **own}
 
     def _check_method(self, setting: Setting, method: str) -> None:
         """Check a method in a setting, and note its cost and whether it has a rho."""
         cfg = copy.deepcopy(self._configs[setting.name])
+        _change(cfg, f'methods.{method}.options', self.study.methods[method].get('options', {}))
         cfg.optim_wrapper = self._wrapper(cfg, method, None)
         try:
             preflight.check_wrappers(cfg)
@@ -188,10 +192,7 @@ def _read(setting: Setting) -> Config:
         fragments.apply_fragments(cfg)
     except Exception as error:  # a config is the user's code, which may raise anything
         raise UsageError(f'{where}.config: {type(error).__name__}: {" ".join(str(error).split())}') from error
-    try:
-        cfg.merge_from_dict(dict(setting.options))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UsageError(f'{where}.options do not fit the config: {type(error).__name__}: {error}') from error
+    _change(cfg, f'{where}.options', setting.options)
     for key in _NEEDED:
         if not cfg.get(key):
             raise UsageError(f'{where}.config: {setting.config} has no {key}')
@@ -200,6 +201,13 @@ def _read(setting: Setting) -> Config:
         raise UsageError(f'{where}.config: {setting.config} does not train by epochs, as studies do: write {form}')
     preflight.check_data(cfg, 'train', 'val', 'test')
     return cfg
+
+
+def _change(cfg: Config, where: str, options: Mapping[str, Any]) -> None:
+    try:
+        cfg.merge_from_dict(dict(options))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UsageError(f'{where} do not fit the config: {type(error).__name__}: {error}') from error
 
 
 def _set_epochs(cfg: Config, epochs: int) -> None:

@@ -156,7 +156,7 @@ def choose_rho(plan: Plan, rows: Rows, settings: Sequence[str]) -> dict[str, flo
     chosen: dict[str, float | None] = dict.fromkeys(study.methods)
     for method in study.methods:
         if study.selection is not None and plan.has_rho(method):
-            tried = {rho: quality(method, rho) for rho in sorted(study.selection.rho)}
+            tried = {rho: quality(method, rho) for rho in sorted(study.selection.candidates(method))}
             chosen[method] = max(tried, key=tried.__getitem__)
     return chosen
 
