@@ -19,9 +19,9 @@ _FIXED = ('LoadImage', 'GetBBoxCenterScale', 'TopdownAffine', 'GenerateTarget', 
 class CachedCocoDataset(CocoDataset):  # type: ignore[misc]
     """``CocoDataset`` that runs the beginning of its pipeline once for each sample, up to the first random transform.
 
-    A study trains a small model hundreds of times on the same few thousand pictures: to decode them each time would take
-    as long as the steps. Without random augmentation whole samples are kept; with it decoded pictures, and augmentation
-    draws anew in every epoch. What is kept stays as long as the process, for all data sets with the same arguments.
+    A study trains a small model hundreds of times on the same few thousand pictures: to decode them each time would
+    take as long as the steps. Without random augmentation whole samples are kept; with it decoded pictures, on which
+    augmentation is drawn anew each time. All data sets of a process that have the same arguments share what is kept.
     Use it with ``num_workers=0``: each worker would keep its own. ``configs/study/_base_/keypoints.py`` shows how.
     """
 

@@ -62,7 +62,7 @@ class Study:
 
     name: str  # of the folder of the results, work_dirs/study/<name>
     metric: Metric
-    # Changes of the config's optim_wrapper; 'base' is among them, without any. 'options' are changes of the whole config.
+    # Changes of the config's optim_wrapper, and as 'options' of the whole config; 'base' is among them, without any.
     methods: dict[str, dict[str, Any]]
     settings: dict[str, Setting]
     seeds: list[int]  # of the runs that are reported
