@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mm_sharp.analysis.study import Plan, Run, only, read_study
+from mm_sharp.analysis.study import Plan, Rows, Run, choose_rho, only, read_study
 from mm_sharp.analysis.study.corruption import JITTER, corrupt_file
 from mm_sharp.errors import UsageError
 from tests.conftest import ROOT
@@ -34,6 +34,22 @@ WRONG: dict[str, tuple[Any, str]] = {
         'selection.seeds: [2] is not allowed: it must be other than seeds, which has [2], too',
     ),
     'rho': (small(selection={'seeds': [9], 'rho': [0.1, -1]}), 'selection.rho: [0.1, -1] is not allowed'),
+    'own_rho': (
+        small(selection={'seeds': [9], 'rho': [0.1], 'own_rho': {'sam': []}}),
+        'selection.own_rho.sam: [] is not allowed: it must be a list of numbers above 0',
+    ),
+    'own_rho of no method': (
+        small(selection={'seeds': [9], 'rho': [0.1], 'own_rho': {'esam': [0.1]}}),
+        "selection.own_rho: 'esam' is not allowed: it must be one of base, sam, half",
+    ),
+    'own_rho of the base': (
+        small(selection={'seeds': [9], 'rho': [0.1], 'own_rho': {'base': [0.1]}}),
+        'selection.own_rho.base: [0.1] is not allowed: it must be of a method whose rho is to be chosen',
+    ),
+    'options of a method': (
+        small(methods={'base': {}, 'half': {'options': 16}}),
+        'methods.half.options: 16 is not allowed: it must be a mapping of dotted keys',
+    ),
     'budget': (small(budgets=['time']), "budgets: ['time'] is not allowed"),
     'control': (small(control='uniform'), "control: 'uniform' is not allowed: it must be one of base, sam, half"),
     'keep': (small(keep=['esam']), "keep: 'esam' is not allowed"),
@@ -77,6 +93,7 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
         ({'methods': {'base': {}, 'half': {'type': 'AUSAMOptimWrapper', 's_min': -1}}}, 'methods.half in settings'),
         ({'methods': {'base': {}, 'half': {'type': 'NoWrapper'}}}, "'NoWrapper' is not registered"),
         ({'settings': {'clean': {**SETTING, 'options': {'model.width.x': 3}}}}, 'settings.clean.options do not fit'),
+        ({'methods': {'base': {}, 'b': {'options': {'model.width.x': 3}}}}, r'methods\.b\.options do not fit'),
         ({'settings': {'clean': {**SETTING, 'options': {'val_dataloader': None}}}}, 'has no val_dataloader'),
         ({'settings': {'clean': {**SETTING, 'corrupt': 0.2}}}, 'has no ann_file to be corrupted'),
         ({'settings': {'clean': {**SETTING, 'options': {'train_cfg.max_epochs': None}}}}, 'does not train by epochs'),
@@ -223,3 +240,39 @@ def test_annotations_that_cannot_be_corrupted_are_refused(tmp_path: Path) -> Non
     (tmp_path / 'empty.json').write_text('{"annotations": []}')
     with pytest.raises(UsageError, match='no annotated keypoints'):
         corrupt_file(tmp_path / 'empty.json', tmp_path / 'out.json', 0.5)
+
+
+# ---------------------------------------------------------------- methods with settings of their own
+METHODS: dict[str, Any] = {
+    'base': {},
+    'base-16': {'options': {'train_dataloader.batch_size': 16}},
+    'sam': {'type': 'SAMOptimWrapper'},
+    'half-16': {'type': 'AUSAMOptimWrapper', 'sampling_ratio': 0.5, 'options': {'train_dataloader.batch_size': 16}},
+}
+
+
+def test_a_method_may_change_the_whole_config(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, methods=METHODS, control='')
+    sizes = {}
+    for method in METHODS:
+        cfg = plan.config(Run('report', 'clean', method, None, 6, 0))
+        sizes[method] = cfg.train_dataloader.batch_size
+        assert 'options' not in cfg.optim_wrapper
+        assert cfg.optim_wrapper.type == METHODS[method].get('type', 'OptimWrapper')
+    assert sizes == {'base': 40, 'base-16': 16, 'sam': 40, 'half-16': 16}
+    # A competitor without a rho is not tuned, and costs what the base optimizer costs.
+    assert plan.cost['clean', 'base-16'] == 1
+    assert {run.method for run in plan.selection_runs('clean')} == {'base', 'sam', 'half-16'}
+
+
+def test_a_method_may_have_candidates_of_its_own(tmp_path: Path) -> None:
+    selection = {'seeds': [100], 'rho': [0.05, 0.1], 'own_rho': {'half': [0.5, 1.0, 2.0]}}
+    plan = plan_of(tmp_path, selection=selection)
+    runs = plan.selection_runs('clean')
+    assert [run.rho for run in runs if run.method == 'sam'] == [0.05, 0.1]
+    assert [run.rho for run in runs if run.method == 'half'] == [0.5, 1.0, 2.0]
+    rows = Rows(tmp_path / 'rows.csv')
+    best = {'sam': 0.1, 'half': 2.0}
+    for run in runs:
+        rows.add(run, plan.fingerprint(run), {'digits/accuracy': float(run.rho == best.get(run.method))})
+    assert choose_rho(plan, rows, ['clean']) == {'base': None, **best}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ class Plan:
             for seed in selection.seeds
             for method in self.study.methods
             if method == BASE or (method in self.tuned and own.selects)
-            for rho in (selection.rho if method in self.tuned else [None])
+            for rho in (selection.candidates(method) if method in self.tuned else [None])
         ]
 
     def report_runs(self, setting: str, chosen: dict[str, float | None]) -> list[Run]:
@@ -103,6 +104,7 @@ class Plan:
         """The whole config of a run."""
         setting = self.study.settings[run.setting]
         cfg = copy.deepcopy(self._configs[run.setting])
+        cfg.merge_from_dict(dict(self.study.methods[run.method].get('options', {})))
         _set_epochs(cfg, run.epochs)
         cfg.optim_wrapper = self._wrapper(cfg, run.method, run.rho)
         cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': run.seed}
@@ -150,11 +152,13 @@ class Plan:
         return Path(dataset.get('data_root') or '', dataset.ann_file)
 
     def _wrapper(self, cfg: Config, method: str, rho: float | None) -> dict[str, Any]:
+        changes = {key: value for key, value in self.study.methods[method].items() if key != 'options'}
         own = {} if rho is None else {'rho': rho}
-        return {**cfg.optim_wrapper, **self.study.methods[method], **own}
+        return {**cfg.optim_wrapper, **changes, **own}
 
     def _check_method(self, setting: Setting, method: str) -> None:
         cfg = copy.deepcopy(self._configs[setting.name])
+        _change(cfg, f'methods.{method}.options', self.study.methods[method].get('options', {}))
         cfg.optim_wrapper = self._wrapper(cfg, method, None)
         try:
             preflight.check_wrappers(cfg)
@@ -185,10 +189,7 @@ def _read(setting: Setting) -> Config:
         fragments.apply_fragments(cfg)
     except Exception as error:  # a config is the user's code, which may raise anything
         raise UsageError(f'{where}.config: {type(error).__name__}: {" ".join(str(error).split())}') from error
-    try:
-        cfg.merge_from_dict(dict(setting.options))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UsageError(f'{where}.options do not fit the config: {type(error).__name__}: {error}') from error
+    _change(cfg, f'{where}.options', setting.options)
     for key in _NEEDED:
         if not cfg.get(key):
             raise UsageError(f'{where}.config: {setting.config} has no {key}')
@@ -197,6 +198,13 @@ def _read(setting: Setting) -> Config:
         raise UsageError(f'{where}.config: {setting.config} does not train by epochs, {form}')
     preflight.check_data(cfg, 'train', 'val', 'test')
     return cfg
+
+
+def _change(cfg: Config, where: str, options: Mapping[str, Any]) -> None:
+    try:
+        cfg.merge_from_dict(dict(options))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UsageError(f'{where} do not fit the config: {type(error).__name__}: {error}') from error
 
 
 def _set_epochs(cfg: Config, epochs: int) -> None:

@@ -35,6 +35,11 @@ class Selection:
 
     seeds: list[int]  # of these runs
     rho: list[float]  # what is tried, for each method that has a rho
+    own_rho: Mapping[str, list[float]] = field(default_factory=dict)  # by method, in place of these
+
+    def candidates(self, method: str) -> list[float]:
+        """What is tried for a method."""
+        return self.own_rho.get(method, self.rho)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Study:
 
     name: str  # of the folder of the results, work_dirs/study/<name>
     metric: Metric
-    methods: dict[str, dict[str, Any]]  # changes of the config's optim_wrapper; 'base' is among them, without any
+    # Changes of the config's optim_wrapper, and as 'options' of the whole config; 'base' is among them, without any.
+    methods: dict[str, dict[str, Any]]
     settings: dict[str, Setting]
     seeds: list[int]  # of the runs that are reported
     selection: Selection | None = None  # None: the methods have their rho
@@ -132,8 +138,17 @@ def _check(study: Study) -> None:
         _check_seeds('selection.seeds', seeds)
         both = sorted(set(seeds) & set(study.seeds))
         _require(not both, 'selection.seeds', seeds, f'other than seeds, which has {both}, too')
-        good = isinstance(rho, list) and bool(rho) and all(is_number(r) and 0 < r < inf for r in rho)
-        _require(good, 'selection.rho', rho, 'a list of numbers above 0, as [0.02, 0.05]')
+        _check_rho('selection.rho', rho)
+        own = study.selection.own_rho
+        _require(isinstance(own, dict), 'selection.own_rho', own, 'lists by method, as {sam: [0.02, 0.05]}')
+        _check_names('selection.own_rho', own, study.methods)
+        for name, tried in own.items():
+            _check_rho(f'selection.own_rho.{name}', tried)
+            fixed = 'type' not in study.methods[name] or 'rho' in study.methods[name]
+            _require(not fixed, f'selection.own_rho.{name}', tried, 'of a method whose rho is to be chosen')
+    for name, method in study.methods.items():
+        options = method.get('options', {})
+        _require(isinstance(options, dict), f'methods.{name}.options', options, 'a mapping of dotted keys')
 
 
 def _check_setting(study: Study, where: str, setting: Setting) -> None:
@@ -151,6 +166,11 @@ def _check_setting(study: Study, where: str, setting: Setting) -> None:
         _check_names(f'{where}.load_from', [setting.load_from], study.settings)
         good = not study.settings[setting.load_from].load_from
         _require(good, f'{where}.load_from', setting.load_from, 'a setting that starts from random weights itself')
+
+
+def _check_rho(where: str, rho: Any) -> None:
+    good = isinstance(rho, list) and bool(rho) and all(is_number(value) and 0 < value < inf for value in rho)
+    _require(good, where, rho, 'a list of numbers above 0, as [0.02, 0.05]')
 
 
 def _check_seeds(where: str, seeds: Any) -> None:

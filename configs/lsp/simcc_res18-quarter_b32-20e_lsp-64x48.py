@@ -1,0 +1,77 @@
+# SimCC on a ResNet-18 of a quarter of the usual width, from random weights: for studies on the CPU.
+_base_ = ['./_base_/lsp.py']
+
+base_lr = 4e-3
+max_epochs = 20
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+optim_wrapper = dict(
+    optimizer=dict(type='AdamW', lr=base_lr, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min_ratio=0.01,
+        begin=0,
+        end=max_epochs,
+        T_max=max_epochs,
+        convert_to_iter_based=True,
+    ),
+]
+
+input_size = (48, 64)
+# Two bins a pixel; sigma = sqrt(bins / 16) for each axis, RTMPose's rule.
+codec = dict(type='SimCCLabel', input_size=input_size, sigma=(2.45, 2.83), simcc_split_ratio=2.0)
+model = dict(
+    type='TopdownPoseEstimator',
+    data_preprocessor=dict(
+        type='PoseDataPreprocessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+    ),
+    # The last stage keeps its resolution, since 64x48 / 32 would leave 2x1.5.
+    backbone=dict(type='ResNet', depth=18, stem_channels=16, base_channels=16, strides=(1, 2, 2, 1)),
+    head=dict(
+        type='SimCCHead',
+        in_channels=128,  # 8 * base_channels
+        out_channels=14,
+        input_size=input_size,
+        in_featuremap_size=(3, 4),
+        simcc_split_ratio=codec['simcc_split_ratio'],
+        deconv_out_channels=None,
+        loss=dict(type='KLDiscretLoss', use_target_weight=True),
+        decoder=codec,
+    ),
+    test_cfg=dict(flip_test=False),
+)
+
+plain_pipeline = [
+    dict(type='LoadImage'),
+    dict(type='GetBBoxCenterScale'),
+    dict(type='TopdownAffine', input_size=input_size),
+]
+train_dataloader = dict(
+    **_base_.places,
+    batch_size=_base_.batch_size,
+    drop_last=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        **_base_.dataset,
+        ann_file='train.json',
+        pipeline=[*plain_pipeline, dict(type='GenerateTarget', encoder=codec), _base_.pack],
+    ),
+)
+val_dataloader = dict(
+    **_base_.places,
+    batch_size=64,
+    sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
+    dataset=dict(**_base_.dataset, ann_file='select.json', test_mode=True, pipeline=[*plain_pipeline, _base_.pack]),
+)
+test_dataloader = dict(
+    **_base_.places,
+    batch_size=64,
+    sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
+    dataset=dict(**_base_.dataset, ann_file='val.json', test_mode=True, pipeline=[*plain_pipeline, _base_.pack]),
+)
