@@ -90,7 +90,8 @@ class QuantizedPerturbation:
 
 def quantizes_weights(layer: Any) -> bool:
     """Whether a layer multiplies by quantized weights."""
-    return bool(getattr(layer._modules.get('weight_quant'), 'is_quant_enabled', False))
+    # Not getattr, which takes long to find nothing; not `get`, which TorchScript's modules do not have.
+    return 'weight_quant' in layer._modules and bool(getattr(layer.weight_quant, 'is_quant_enabled', False))
 
 
 def _int_quant(layer: Any) -> Any:
