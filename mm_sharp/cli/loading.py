@@ -91,7 +91,7 @@ def _explained_start(start: Callable[..., None]) -> Callable[..., None]:
 
 def one_line(error: BaseException) -> str:
     """An error's kind and the first line that it says."""
-    lines = str(error).strip().strip('"\'').splitlines()
+    lines = str(error).strip().splitlines()
     return f'{type(error).__name__}{f": {lines[0]}" if lines else ""}'
 
 

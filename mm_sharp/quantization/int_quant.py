@@ -6,6 +6,7 @@ same arithmetic in the same order is one autograd function, so that outputs and 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,21 +43,32 @@ class FusedIntQuant(IntQuant):  # type: ignore[misc]
         if kept.recording:
             kept.values = values
         through_clamp = isinstance(self.tensor_clamp_impl, TensorClampSte)
-        return _FakeQuantize.apply(x, scale, *values, through_clamp)  # type: ignore[no-any-return, no-untyped-call]
+        again = partial(super().forward, zero_point=zero_point, bit_width=bit_width)
+        return _FakeQuantize.apply(x, scale, *values, through_clamp, again)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Gradients go straight through the rounding; through the clamp if told to, or else where it changed nothing."""
+    """Gradients go straight through the rounding; through the clamp if told to, or else where it changed nothing.
+
+    Second derivatives (of sharpness, by the Hessian) are those of Brevitas's own operations, ``again``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, integers: Tensor, clamped: Tensor, through_clamp: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, integers: Tensor, clamped: Tensor, through_clamp: bool, again: Any
+    ) -> Tensor:
+        ctx.again = again
         ctx.save_for_backward(x, scale, integers, None if through_clamp else clamped)
         return integers * scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, integers, clamped = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = [tensor for tensor, needed in zip((x, scale), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(ctx.again(x=x, scale=scale), inputs, gradient, create_graph=True))
+            both = [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
+            return *both, None, None, None, None
         of_input, of_scale = gradient * scale, None
         if clamped is not None:
             of_input.masked_fill_(clamped, 0)
@@ -64,4 +76,4 @@ class _FakeQuantize(torch.autograd.Function):
             through_integers = (gradient * integers).sum_to_size(scale.shape)
             through_ratio = torch.div(x, scale).div_(scale).mul_(of_input).neg_().sum_to_size(scale.shape)
             of_scale = through_integers + through_ratio
-        return of_input.div_(scale) if ctx.needs_input_grad[0] else None, of_scale, None, None, None
+        return of_input.div_(scale) if ctx.needs_input_grad[0] else None, of_scale, None, None, None, None
