@@ -85,10 +85,17 @@ class Plan:
         """Whether rho is to be chosen for a method."""
         return self.study.selection is not None and self._has_rho[method]
 
-    def epochs(self, setting: str, method: str, budget: str) -> int:
-        """Epochs of a method: at equal compute the base optimizer's over the method's cost, rounded."""
+    def epochs(self, setting: str, method: str, budget: str, cost: float | None = None) -> int:
+        """Epochs of a method: the base optimizer's, at equal compute or time over the method's cost, rounded.
+
+        Args:
+            setting: The setting's name.
+            method: The method's name.
+            budget: One of the study's.
+            cost: Of an epoch of the method, in those of the base optimizer; by default by counting passes.
+        """
         most = self.study.settings[setting].epochs
-        return most if budget == 'epochs' else max(1, round(most / self.cost[setting, method]))
+        return most if budget == 'epochs' else max(1, round(most / (cost or self.cost[setting, method])))
 
     def selection_runs(self, setting: str) -> list[Run]:
         """The runs that choose rho in a setting."""
@@ -105,12 +112,16 @@ class Plan:
         ]
 
     def report_runs(self, setting: str, chosen: dict[str, float | None]) -> list[Run]:
-        """The runs that are reported in a setting, given the rho of each method; two budgets may share runs."""
+        """The runs that are reported in a setting, given the rho of each method; two budgets may share runs.
+
+        Those at equal time are not among them: ``results.timed_runs``.
+        """
         runs = [
             Run('report', setting, method, chosen[method], self.epochs(setting, method, budget), seed)
             for seed in self.study.seeds
             for method in self.study.methods
             for budget in self.study.budgets
+            if budget != 'time'
         ]
         return list(dict.fromkeys(runs))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -106,7 +107,7 @@ class Comparison:
     method: str
     rho: float | None  # that was chosen; None for the base optimizer
     epochs: int
-    compute: float  # theoretical cost of a run, over the base optimizer's at equal epochs
+    compute: float  # cost of a run over the base optimizer's at equal epochs: by counting passes, or as measured
     mean: Interval  # of the metric, scaled
     over_base: Interval | None  # paired difference; None for the base optimizer, and without a seed in common
     over_control: Interval | None  # the same from the control
@@ -134,7 +135,8 @@ def compare(plan: Plan, rows: Rows) -> Results:
             continue
         chosen = choose_rho(plan, rows, names)
         for name in names:
-            results.notes.extend(_notes(plan, rows, name, plan.report_runs(name, chosen)))
+            runs = [*plan.report_runs(name, chosen), *timed_runs(plan, rows, name, chosen)]
+            results.notes.extend(_notes(plan, rows, name, list(dict.fromkeys(runs))))
             results.comparisons.extend(_comparisons(plan, rows, name, chosen))
     return results
 
@@ -161,25 +163,61 @@ def choose_rho(plan: Plan, rows: Rows, settings: Sequence[str]) -> dict[str, flo
     return chosen
 
 
+def timed_runs(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float | None]) -> list[Run]:
+    """The runs that are reported at equal time, of the methods whose time has been measured at equal epochs."""
+    study = plan.study
+    if 'time' not in study.budgets:
+        return []
+    costs = {method: measured_cost(plan, rows, setting, method, chosen[method]) for method in study.methods}
+    return [
+        Run('report', setting, method, chosen[method], plan.epochs(setting, method, 'time', cost), seed)
+        for seed in study.seeds
+        for method, cost in costs.items()
+        if cost is not None
+    ]
+
+
+def measured_cost(plan: Plan, rows: Rows, setting: str, method: str, rho: float | None) -> float | None:
+    """Measured cost of an epoch, in those of the base optimizer: median over seeds of the ratio at equal epochs.
+
+    None while a seed is missing, so that the epochs at equal time do not change afterwards.
+    """
+    epochs, ratios = plan.study.settings[setting].epochs, []
+    for seed in plan.study.seeds:
+        pair = Run('report', setting, method, rho, epochs, seed), Run('report', setting, BASE, None, epochs, seed)
+        if not all(run.id in rows.by_id for run in pair):
+            return None
+        own, base = (rows.value(run, 'cost_seconds') for run in pair)
+        ratios.append(own / base)
+    return statistics.median(ratios)
+
+
 def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float | None]) -> list[Comparison]:
     """All methods that have a finite result in a setting, under each budget."""
     study, found = plan.study, []
     for budget in study.budgets:
-        epochs = {method: plan.epochs(setting, method, budget) for method in study.methods}
-        values: dict[str, dict[int, float]] = {}
-        for method in study.methods:
+        costs = {method: _cost(plan, rows, setting, method, chosen[method], budget) for method in study.methods}
+        known = {method: cost for method, cost in costs.items() if cost is not None}
+        epochs = {method: plan.epochs(setting, method, budget, cost) for method, cost in known.items()}
+        values: dict[str, dict[int, float]] = {BASE: {}}
+        for method in known:
             runs = [Run('report', setting, method, chosen[method], epochs[method], seed) for seed in study.seeds]
             of_seed = {run.seed: rows.value(run, study.metric.name) for run in runs if run.id in rows.by_id}
             values[method] = {seed: study.metric.scale * v for seed, v in of_seed.items() if math.isfinite(v)}
         for method, own in values.items():
             if own:
-                compute = epochs[method] * plan.cost[setting, method] / study.settings[setting].epochs
+                compute = epochs[method] * known[method] / study.settings[setting].epochs
                 base = None if method == BASE else _difference(own, values[BASE])
                 controlled = study.control and method not in (BASE, study.control)
-                control = _difference(own, values[study.control]) if controlled else None
+                control = _difference(own, values.get(study.control, {})) if controlled else None
                 setup = setting, budget, method, chosen[method], epochs[method], compute
                 found.append(Comparison(*setup, interval(list(own.values())), base, control))
     return found
+
+
+def _cost(plan: Plan, rows: Rows, setting: str, method: str, rho: float | None, budget: str) -> float | None:
+    counted = plan.cost[setting, method]
+    return measured_cost(plan, rows, setting, method, rho) if budget == 'time' else counted
 
 
 def _difference(own: dict[int, float], other: dict[int, float]) -> Interval | None:

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from mm_sharp.analysis.study.corruption import corrupt_file
 from mm_sharp.analysis.study.plan import Plan, Run
 from mm_sharp.analysis.study.progress import watch
-from mm_sharp.analysis.study.results import Rows, choose_rho
+from mm_sharp.analysis.study.results import Rows, choose_rho, timed_runs
 from mm_sharp.analysis.study.worker import make_run, prepare_process
 from mm_sharp.errors import UsageError
 
@@ -62,11 +62,11 @@ def run_missing(
         for wave in plan.waves():
             runs = [run for names in wave for name in names for run in plan.selection_runs(name)]
             _make('choosing rho', runs, plan, rows, pool, redo)
-            runs = []
-            for names in wave:
-                chosen = choose_rho(plan, rows, names)
-                runs += [run for name in names for run in plan.report_runs(name, chosen)]
+            chosen = {name: choose_rho(plan, rows, names) for names in wave for name in names}
+            runs = [run for name in chosen for run in plan.report_runs(name, chosen[name])]
             _make('runs to report', runs, plan, rows, pool, redo)
+            runs = [run for name in chosen for run in timed_runs(plan, rows, name, chosen[name])]
+            _make('runs at equal time', runs, plan, rows, pool, redo)
 
 
 def _make(title: str, runs: Sequence[Run], plan: Plan, rows: Rows, pool: Executor, redo: bool) -> None:
