@@ -1,15 +1,6 @@
-"""Sharpness-aware training for OpenMMLab: SAM, ASAM, ESAM and AUSAM as MMEngine optimizer wrappers.
+"""Sharpness-aware training for OpenMMLab: SAM, its family and AUSAM as MMEngine optimizer wrappers.
 
-Importing the package registers, in MMEngine's root registries:
-
-- ``OPTIM_WRAPPERS``: :class:`SAMOptimWrapper`, :class:`ESAMOptimWrapper`, :class:`AUSAMOptimWrapper`,
-  :class:`LookSAMOptimWrapper`
-- ``HOOKS``: :class:`SharpnessHook`, :class:`mm_sharp.hooks.history.SampleHistoryHook`,
-  :class:`mm_sharp.hooks.resumed_draws.ResumedDrawsHook`, :class:`mm_sharp.hooks.compile.CompileHook`,
-  :class:`mm_sharp.compat.PlainCheckpointHook`
-- ``DATA_SAMPLERS``: :class:`AUSAMSampler`
-- ``DATASETS``: :class:`IndexedDataset`
-
+Importing the package registers the optimizer wrappers, hooks, batch sampler and data set in MMEngine's root registries,
 lets :mod:`mm_sharp.compat` patch what is broken on the installed stack, and :mod:`mm_sharp.config.fragments` put the
 fragments that a config file inherits into effect when it is read. Nothing else happens at import.
 """
@@ -21,10 +12,14 @@ __all__ = [
     'AUSAMOptimWrapper',
     'AUSAMSampler',
     'ESAMOptimWrapper',
+    'FriendlySAMOptimWrapper',
+    'GSAMOptimWrapper',
     'IndexedDataset',
     'LookSAMOptimWrapper',
+    'MSAMOptimWrapper',
     'SAMOptimWrapper',
     'SharpnessHook',
+    'WSAMOptimWrapper',
     '__version__',
 ]
 
@@ -40,16 +35,22 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
 
     from mm_sharp.hooks.checkpoint import CheckpointCheckHook as _CheckpointCheckHook
     from mm_sharp.hooks.compile import CompileHook as _CompileHook
+    from mm_sharp.hooks.draw_schedule import DrawScheduleHook as _DrawScheduleHook
     from mm_sharp.hooks.history import SampleHistoryHook as _SampleHistoryHook
     from mm_sharp.hooks.resumed_draws import ResumedDrawsHook as _ResumedDrawsHook
     from mm_sharp.hooks.sharpness import SharpnessHook
     from mm_sharp.methods.ausam import AUSAMOptimWrapper
     from mm_sharp.methods.esam import ESAMOptimWrapper
+    from mm_sharp.methods.friendlysam import FriendlySAMOptimWrapper
+    from mm_sharp.methods.gsam import GSAMOptimWrapper
     from mm_sharp.methods.looksam import LookSAMOptimWrapper
+    from mm_sharp.methods.msam import MSAMOptimWrapper
     from mm_sharp.methods.sam import SAMOptimWrapper
+    from mm_sharp.methods.wsam import WSAMOptimWrapper
     from mm_sharp.samples.ausam_sampler import AUSAMSampler
     from mm_sharp.samples.indexed_dataset import IndexedDataset
 
+    _compat.register_default_hook(_DrawScheduleHook)
     _compat.register_default_hook(_SampleHistoryHook)
     _compat.register_default_hook(_ResumedDrawsHook)
     _compat.register_default_hook(_CompileHook)

@@ -1,8 +1,7 @@
-"""``python -m mm_sharp.doctor``: what is installed, what mm_sharp repairs, and what to change.
+"""``python -m mm_sharp.doctor``: versions, the state of every fix, and for each problem a command that ends it.
 
-Prints versions, the state of every fix in ``mm_sharp.compat``, and for each problem a command that ends it. The exit
-status is 1 if something essential is broken, else 0. It must run where packages are missing or broken: what is not in
-the standard library is imported piece by piece, and what fails becomes a line of the report.
+The exit status is 1 if something essential is broken, else 0. It must run where packages are missing or broken: what is
+not in the standard library is imported piece by piece, and what fails becomes a line of the report.
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from typing import Any, NamedTuple
 
-OPENCV = tuple(
-    f'opencv-{build}' for build in ('python', 'python-headless', 'contrib-python', 'contrib-python-headless')
-)
+OPENCV = ('opencv-python', 'opencv-python-headless', 'opencv-contrib-python', 'opencv-contrib-python-headless')
 # What is reported, in this order.
 DISTRIBUTIONS = (
     *('mm_sharp', 'torch', 'torchvision', 'mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmpose', 'numpy', *OPENCV),
@@ -119,12 +117,10 @@ def parse(version: str | None) -> tuple[int, ...]:
 
 def read_versions() -> dict[str, str | None]:
     """The installed version of each distribution and of ``python``; None for what is missing."""
-    versions: dict[str, str | None] = {'python': platform.python_version()}
+    versions: dict[str, str | None] = {'python': platform.python_version(), **dict.fromkeys(DISTRIBUTIONS)}
     for name in DISTRIBUTIONS:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return versions
 
 
@@ -164,19 +160,14 @@ def list_fixes() -> list[str]:
         from mm_sharp import compat
 
         compat.apply()
-        ends = {fix.name: f' (until: {fix.ends_with})' if fix.active else '' for fix in compat.fixes()}
-        states = {True: 'active', False: '  -   '}
-        return [f'[{states[fix.active]}] {fix.name}: {fix.reason}{ends[fix.name]}' for fix in compat.fixes()]
+        lines = {True: '[active] {0.name}: {0.reason} (until: {0.ends_with})', False: '[  -   ] {0.name}: {0.reason}'}
+        return [lines[fix.active].format(fix) for fix in compat.fixes()]
     except Exception as error:
         return [f'cannot be listed: {type(error).__name__}: {error}']
 
 
 def main() -> int:
-    """Print the report.
-
-    Returns:
-        The exit status: 1 if something essential is broken.
-    """
+    """Print the report; gives the exit status."""
     versions = read_versions()
     print('Versions')
     for name, version in versions.items():

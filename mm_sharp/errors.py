@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import Any
@@ -15,10 +15,7 @@ from torch.optim import Optimizer
 WRAPPER = "optim_wrapper = dict(type='{owner}', {name}={example}, ...)"
 HOOK = "custom_hooks = [dict(type='{owner}', {name}={example})]"
 
-_CLIPPING: dict[str, tuple[Callable[..., Any], str]] = {
-    'norm': (clip_grad_norm_, 'max_norm'),
-    'value': (clip_grad_value_, 'clip_value'),
-}
+_CLIPPING: dict[str, Any] = {'norm': (clip_grad_norm_, 'max_norm'), 'value': (clip_grad_value_, 'clip_value')}
 _CLIP_GRAD = "dict(max_norm=1.0) or dict(type='value', clip_value=0.1)"
 
 
@@ -52,16 +49,8 @@ def check_number(
 ) -> float:
     """Return ``value`` as a float; raise unless it is a finite number (no ``bool``) from ``low`` to ``high``.
 
-    Args:
-        owner: Class that takes the argument, for the message.
-        name: The argument's name.
-        value: What the user gave.
-        low: Smallest allowed value.
-        high: Largest allowed value.
-        low_open: Whether ``low`` itself is refused.
-        high_open: Whether ``high`` itself is refused.
-        example: A right value, as it is written in a config.
-        form: How the argument is written in a config, with places for ``owner``, ``name`` and ``example``.
+    ``low_open`` and ``high_open`` refuse the limit itself. The message names ``owner``, the class that takes the
+    argument ``name``, and a right value, ``example``, in the ``form`` in which a config has it.
     """
     number = float(value) if is_number(value) else math.nan  # type: ignore[arg-type]
     inside = (low < number if low_open else low <= number) and (number < high if high_open else number <= high)
@@ -97,23 +86,21 @@ def check_clip_grad(owner: str, value: object) -> None:
     """Raise unless ``value`` is None or a dict that MMEngine's ``clip_grad`` and its clipping function take."""
     if value is None:
         return
-    if not isinstance(value, Mapping) or not set(value) - {'type'} or value.get('type', 'norm') not in tuple(_CLIPPING):
-        allowed = f"None or a dict of a clipping function's arguments, with type one of {tuple(_CLIPPING)}"
-        raise UserError(_message(owner, 'clip_grad', value, allowed, _CLIP_GRAD, WRAPPER))
-    clip, limit = _CLIPPING[value.get('type', 'norm')]
-    try:
-        signature(clip).bind([], **{str(key): item for key, item in value.items() if key != 'type'})
-    except TypeError as error:
-        kind = f'the arguments of torch.nn.utils.{clip.__name__} ({error})'
-        raise UserError(_message(owner, 'clip_grad', value, kind, _CLIP_GRAD, WRAPPER)) from error
-    most, order = value[limit], value.get('norm_type', 2.0)
-    # torch compares the limit with numbers of 32 bits.
-    ok = is_number(most) and (0 < most <= 3e38 or most == math.inf)
-    ok = ok and (order == 'inf' or (is_number(order) and order > 0))
-    switches = [value.get('foreach') or False, value.get('error_if_nonfinite', False)]
-    if not ok or not all(isinstance(switch, bool) for switch in switches):
-        kind = f"a dict with a {limit} above 0 (at most 3e38, or inf), a norm_type above 0 or 'inf', and switches"
-        raise UserError(_message(owner, 'clip_grad', value, kind, _CLIP_GRAD, WRAPPER))
+    allowed = f"None or a dict of a clipping function's arguments, with type one of {tuple(_CLIPPING)}"
+    if isinstance(value, Mapping) and set(value) - {'type'} and value.get('type', 'norm') in tuple(_CLIPPING):
+        clip, limit = _CLIPPING[value.get('type', 'norm')]
+        try:
+            signature(clip).bind([], **{str(key): item for key, item in value.items() if key != 'type'})
+            most, order = value[limit], value.get('norm_type', 2.0)
+            switches = [value.get('foreach') or False, value.get('error_if_nonfinite', False)]
+            # torch compares the limit with numbers of 32 bits.
+            ok = is_number(most) and (0 < most <= 3e38 or most == math.inf)
+            if ok and (order == 'inf' or (is_number(order) and order > 0)) and {*map(type, switches)} == {bool}:
+                return
+            allowed = f"a dict with {limit} above 0 (at most 3e38, or inf), norm_type above 0 or 'inf', and switches"
+        except TypeError as error:
+            allowed = f'the arguments of torch.nn.utils.{clip.__name__} ({error})'
+    raise UserError(_message(owner, 'clip_grad', value, allowed, _CLIP_GRAD, WRAPPER))
 
 
 def check_steps_alone(owner: str, optimizer: Optimizer) -> None:
@@ -164,13 +151,7 @@ def arguments_of(cls: type) -> dict[str, Parameter]:
 
 
 def check_arguments(cls: type, given: Mapping[str, object], others: Iterable[type] = ()) -> None:
-    """Refuse arguments that an optimizer wrapper does not take, and say what was meant.
-
-    Args:
-        cls: The wrapper's class.
-        given: Arguments by name.
-        others: Classes that the arguments may be meant for.
-    """
+    """Refuse arguments that a wrapper's class does not take, and say what was meant, for which of the ``others``."""
     known = arguments_of(cls)
     wrong = {name: value for name, value in given.items() if name not in known}
     if not wrong:
@@ -179,7 +160,7 @@ def check_arguments(cls: type, given: Mapping[str, object], others: Iterable[typ
     written, close = ', '.join(f'{name}={value!r}' for name, value in wrong.items()), closest(first, known)
     owners = [other for other in others if wrong.keys() <= arguments_of(other).keys()]
     if owners:
-        owner = min(owners, key=lambda other: len(arguments_of(other))).__name__  # the plainest
+        owner = min((other.__name__ for other in owners), key=len)  # what others are named after is the plainest
         hint = f'{owner} has. Take it out, or write {form.format(owner, written)}'
     else:
         right = f'write {form.format(cls.__name__, f"{close}={value!r}")}' if close else 'take it out'

@@ -5,101 +5,47 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
+# By folder, the names of before, with the new one where that is another.
+_MOVED = {
+    '': 'diagnosis:doctor validation:errors',
+    'analysis': 'benchmark sharpness study',
+    'cli': 'careful_loading:loading endings:process launcher_watch:process runners',
+    'config': (
+        'build_errors config_types:fragments fragments preflight quantized_config:fragments '
+        'training_checks:preflight wrapper_checks:preflight'
+    ),
+    'hooks': 'checkpoint_check:checkpoint compilation:compile history_hook:history resumed_draws',
+    'methods': 'ausam esam per_sample_pass:per_sample sam',
+    'ops': (
+        'call_inputs finite forward_state grad_switch:frozen_params gradients module_state parameters '
+        'perturbation precision quantized_perturbation random_state:rng ranks:all_reduce rare_changes '
+        'replay:model_call shards:fsdp transfer:host_copy'
+    ),
+    'samples': (
+        'ausam_sampler batch_draw:draw dataset_keys draws:seeds indexed_dataset loader_draws:draw '
+        'sample_history:history sample_keys:keys sample_table:table sampling:selection subset visits:history'
+    ),
+    'step': (
+        'ascent members:optim_wrappers method parallel_model:parallel second_pass step_guard:nonfinite_guard '
+        'step_record:timing step_watch:nonfinite_log support:checks two_pass:wrapper wrapper_state:checkpoint'
+    ),
+}
 NEW_NAMES = {
-    'ascent': 'step.ascent',
-    'ausam': 'methods.ausam',
-    'ausam_sampler': 'samples.ausam_sampler',
-    'batch_draw': 'samples.draw',
-    'benchmark': 'analysis.benchmark',
-    'build_errors': 'config.build_errors',
-    'call_inputs': 'ops.call_inputs',
-    'careful_loading': 'cli.loading',
-    'checkpoint_check': 'hooks.checkpoint',
-    'compilation': 'hooks.compile',
-    'config_types': 'config.fragments',
-    'dataset_keys': 'samples.dataset_keys',
-    'diagnosis': 'doctor',
-    'draws': 'samples.seeds',
-    'endings': 'cli.process',
-    'esam': 'methods.esam',
-    'finite': 'ops.finite',
-    'forward_state': 'ops.forward_state',
-    'fragments': 'config.fragments',
-    'grad_switch': 'ops.frozen_params',
-    'gradients': 'ops.gradients',
-    'history_hook': 'hooks.history',
-    'indexed_dataset': 'samples.indexed_dataset',
-    'launcher_watch': 'cli.process',
-    'loader_draws': 'samples.draw',
-    'members': 'step.optim_wrappers',
-    'method': 'step.method',
-    'module_state': 'ops.module_state',
-    'parallel_model': 'step.parallel',
-    'parameters': 'ops.parameters',
-    'per_sample_pass': 'methods.per_sample',
-    'perturbation': 'ops.perturbation',
-    'precision': 'ops.precision',
-    'preflight': 'config.preflight',
-    'quantized_config': 'config.fragments',
-    'quantized_perturbation': 'ops.quantized_perturbation',
-    'random_state': 'ops.rng',
-    'ranks': 'ops.all_reduce',
-    'rare_changes': 'ops.rare_changes',
-    'replay': 'ops.model_call',
-    'resumed_draws': 'hooks.resumed_draws',
-    'runners': 'cli.runners',
-    'sam': 'methods.sam',
-    'sample_history': 'samples.history',
-    'sample_keys': 'samples.keys',
-    'sample_table': 'samples.table',
-    'sampling': 'samples.selection',
-    'second_pass': 'step.second_pass',
-    'shards': 'ops.fsdp',
-    'sharpness': 'analysis.sharpness',
-    'step_guard': 'step.nonfinite_guard',
-    'step_record': 'step.timing',
-    'step_watch': 'step.nonfinite_log',
-    'study': 'analysis.study',
-    'subset': 'samples.subset',
-    'support': 'step.checks',
-    'training_checks': 'config.preflight',
-    'transfer': 'ops.host_copy',
-    'two_pass': 'step.wrapper',
-    'validation': 'errors',
-    'visits': 'samples.pending',
-    'wrapper_checks': 'config.preflight',
-    'wrapper_state': 'step.checkpoint',
+    item.partition(':')[0]: f'{folder}.{item.rpartition(":")[2]}'.lstrip('.')
+    for folder, items in _MOVED.items()
+    for item in items.split()
 }
 
 
-class _Alias(Loader):
-    """Hands out the module of the new name."""
+class MovedModules(MetaPathFinder, Loader):
+    """Finds ``mm_sharp.<old>`` and everything below it under the new name, and hands out the module of that name."""
 
-    def __init__(self, new: str) -> None:
-        self._module = importlib.import_module(new)
-        self._spec = self._module.__spec__
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The module itself, and not a copy: classes that are registered must not be made twice."""
-        return self._module
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Nothing but to take back what importing writes to a module that has run already."""
-        module.__spec__ = self._spec
-
-
-class MovedModules(MetaPathFinder):
-    """Finds ``mm_sharp.<old>`` and everything below it under the new name."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """See :meth:`importlib.abc.MetaPathFinder.find_spec`."""
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         package, _, rest = fullname.partition('.')
         old, dot, below = rest.partition('.')
         if package != 'mm_sharp' or old not in NEW_NAMES:
@@ -107,7 +53,17 @@ class MovedModules(MetaPathFinder):
         new = f'mm_sharp.{NEW_NAMES[old]}{dot}{below}'
         message = f'{fullname} has moved to {new}; the old name will be gone in the next release'
         warnings.warn(message, FutureWarning, stacklevel=2)
-        return ModuleSpec(fullname, _Alias(new), is_package=True)
+        return ModuleSpec(fullname, self, loader_state=new, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        # The module itself, and not a copy: classes that are registered must not be made twice.
+        module = importlib.import_module(spec.loader_state)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # It has run already: this takes back what importing has written to it.
+        module.__spec__ = module.__spec__ and module.__spec__.loader_state
 
 
 def install() -> None:

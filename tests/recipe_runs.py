@@ -36,7 +36,14 @@ STEPS = {
     'SAMOptimWrapper': (4, 2, [2, 2, 2, 2]),
     'ESAMOptimWrapper': (4, 2, [2, 2, 1, 2, 2, 1]),  # all, all to select, selected
     'ESAMOptimWrapper-history': (4, 4, [4, 4, 2, 4, 2]),  # the second step selects by what the first one measured
-    'AUSAMOptimWrapper': (3, 3, [2, 2, 2, 2]),  # ceil(0.6 * 3)
+    'AUSAMOptimWrapper': (3, 3, [3, 3, 2, 2]),  # the first of two epochs whole, then ceil(0.5 * 3)
+    'AUSAMOptimWrapper-constant': (3, 3, [2, 2, 2, 2]),  # ceil(0.6 * 3)
+    'SAMOptimWrapper-interval': (4, 2, [2, 2, 2]),
+    'LookSAMOptimWrapper': (4, 2, [2, 2, 2]),
+    'FriendlySAMOptimWrapper': (4, 2, [2, 2, 2, 2]),
+    'GSAMOptimWrapper': (4, 2, [2, 2, 2, 2]),
+    'WSAMOptimWrapper': (4, 2, [2, 2, 2, 2]),
+    'MSAMOptimWrapper': (4, 2, [2, 2]),
 }
 
 
@@ -58,7 +65,8 @@ def name(path: Path) -> str:
 def method(cfg: Config) -> str:
     """A key of ``STEPS``."""
     wrapper = cfg.optim_wrapper
-    return '-'.join([wrapper.get('type', 'OptimWrapper'), *filter(None, [wrapper.get('selection')])])
+    variant = [wrapper.get('selection'), wrapper.get('interval') and 'interval', wrapper.get('schedule')]
+    return '-'.join([wrapper.get('type', 'OptimWrapper'), *filter(None, variant)])
 
 
 def inherited(path: Path) -> str:

@@ -14,6 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
+from mm_sharp.samples.history import SampleHistory
+
 Batch = dict[str, Tensor]
 
 
@@ -200,3 +202,9 @@ class ToyPair(BaseModel):
 
 # What a SharpnessHook logs of a step.
 KEYS = {'L_w', 'L_w_e', 'sharpness', 'g_norm', 'pass2_share'}
+
+
+def history_bytes(history: SampleHistory) -> int:
+    """Memory of a history's arrays."""
+    tables = [*history._shared.values(), *history._own.values()]
+    return sum(column.nbytes for table in tables for column in (*table._main, *table._recent))

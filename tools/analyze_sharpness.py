@@ -26,10 +26,9 @@ from mmengine.device import get_device
 
 # Importing the package mends the stack; MMPose is first imported after it, when a model is built.
 from mm_sharp.analysis.prepare import prepared
-from mm_sharp.analysis.sharpness.figure import draw
 from mm_sharp.analysis.sharpness.loading import SPLITS, Samples, dataset_config, load_model, load_samples
 from mm_sharp.analysis.sharpness.measure import Settings, measure
-from mm_sharp.analysis.sharpness.table import Entry, table, write_csv, write_json
+from mm_sharp.analysis.sharpness.report import Entry, draw, table, write_csv, write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight

@@ -39,7 +39,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mm_sharp.analysis.benchmark import baselines, chart, compare, host, memory, methods, perturbing, table
+from mm_sharp.analysis.benchmark import candidates, compare, methods, perturbing, steps, table, workload
 from mm_sharp.cli import options as cli
 from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
@@ -138,7 +138,7 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
     settings = {name: methods.wrapper_settings(cfg, method, args.amp) for name, method in chosen.items()}
     if args.peers:
         sam = methods.wrapper_settings(cfg, {'type': 'SAMOptimWrapper'}, args.amp)
-        names, missing = baselines.check_baselines(sam)
+        names, missing = candidates.check_baselines(sam)
         settings.update(dict.fromkeys(names, sam))
         if missing:
             print(missing)
@@ -151,7 +151,7 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     batch_sizes = args.batch_size or [cfg.train_dataloader.get('batch_size')]
     if not all(batch_sizes):
         raise UsageError('the config has no train_dataloader.batch_size: give --batch-size')
-    keeps = memory.keep_freed_memory()
+    keeps = steps.keep_freed_memory()
     tables = []
     for batch_size in dict.fromkeys(batch_sizes):
         found = table.measure_table(cfg, settings, batch_size, args.rounds, args.warmup, passes_only=args.floors)
@@ -160,7 +160,7 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             print(f'--rounds {args.rounds} becomes {found.rounds}: whole cycles')
     if args.plot is not None:
         of = ', '.join(filter(None, (machine()['device'], f'{torch.get_num_threads()} threads', args.amp)))
-        chart.draw_chart(tables, Path(args.plot), f'{Path(args.config).stem}\n{of}')
+        table.draw_chart(tables, Path(args.plot), f'{Path(args.config).stem}\n{of}')
     figures = {'config': args.config, 'amp': args.amp, 'warmup': args.warmup, 'keeps_freed_memory': keeps, **machine()}
     text = '\n\n'.join(found.text() for found in tables)
     return text, {**figures, 'tables': [found.figures() for found in tables]}
@@ -176,8 +176,8 @@ def measure_perturbing(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def measure_host(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Measure the host's own time of a step; returns the table and the figures."""
-    rows = host.measure_host(methods.parse_methods(args.methods), args.rounds, args.warmup)
-    head = f"the host's time of a step, and its ratio to the base optimizer's; a batch of {host.BATCH_SIZE}"
+    rows = workload.measure_host(methods.parse_methods(args.methods), args.rounds, args.warmup)
+    head = f"the host's time of a step, and its ratio to the base optimizer's; a batch of {workload.BATCH_SIZE}"
     return f'{head}\n{compare.step_table(rows)}', {**machine(), 'host': [row.figures() for row in rows]}
 
 

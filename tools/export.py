@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from mm_sharp.cli import options as cli
-from mm_sharp.cli.loading import check_checkpoint
+from mm_sharp.cli.loading import careful_loading, check_checkpoint
 from mm_sharp.config import preflight
 
 # Importing the package mends the stack; MMPose is first imported after it, when the model is built.
@@ -113,9 +113,10 @@ def load_model(cfg: Config, checkpoint: str, trust: bool) -> nn.Module:
     from mm_sharp.quantization.record import quantized_record
 
     init_default_scope(cfg.get('default_scope') or 'mmpose')
-    model: nn.Module = cli.run_with_checkpoint(lambda: MODELS.build(cfg.model), trust)
-    quantized_record(model)  # refuses float models
-    content = cli.run_with_checkpoint(lambda: CheckpointLoader.load_checkpoint(checkpoint, 'cpu'), trust)
+    with careful_loading(trust):
+        model: nn.Module = MODELS.build(cfg.model)
+        quantized_record(model)  # refuses float models
+        content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
     try:
         model.load_state_dict(content.get('state_dict', content), strict=False)
         check_calibrated(model)

@@ -20,7 +20,7 @@ from mmengine.config import Config
 
 from mm_sharp.cli import options as cli
 from mm_sharp.cli import runners
-from mm_sharp.cli.loading import check_checkpoint
+from mm_sharp.cli.loading import careful_loading, check_checkpoint
 from mm_sharp.compat import enable_for_all_runs
 from mm_sharp.config import preflight
 
@@ -81,7 +81,8 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     enable_for_all_runs()
     cfg = configure(args)
-    runner, metrics = cli.run_with_checkpoint(lambda: _test(cfg), args.trust_checkpoint)
+    with careful_loading(args.trust_checkpoint):
+        runner, metrics = _test(cfg)
     if runner.rank != 0:
         return
     if args.out is not None:

@@ -19,7 +19,7 @@ from mmengine.dist import get_rank
 
 from mm_sharp.cli import options as cli
 from mm_sharp.cli import runners
-from mm_sharp.cli.loading import check_checkpoint, last_checkpoint
+from mm_sharp.cli.loading import careful_loading, check_checkpoint, last_checkpoint
 from mm_sharp.cli.process import say_how_to_go_on
 from mm_sharp.compat import enable_for_all_runs
 
@@ -108,8 +108,12 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     enable_for_all_runs()
     cfg = configure(args)
-    with say_how_to_go_on(lambda: last_checkpoint(cfg.work_dir)), build_errors.friendly_build_errors(cfg):
-        cli.run_with_checkpoint(lambda: runners.build_runner(cfg).train(), args.trust_checkpoint)
+    with (
+        say_how_to_go_on(lambda: last_checkpoint(cfg.work_dir)),
+        build_errors.friendly_build_errors(cfg),
+        careful_loading(args.trust_checkpoint),
+    ):
+        runners.build_runner(cfg).train()
     if get_rank() == 0:
         print(f'Done. Checkpoints and logs: {cfg.work_dir}')
 

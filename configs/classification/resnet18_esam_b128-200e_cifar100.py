@@ -1,4 +1,4 @@
-# ESAM with its paper's values for ResNet-18 on CIFAR: rho=0.05, beta=0.6, gamma=0.5.
+# ESAM with its authors' values for ResNet-18 on CIFAR: rho=0.05, beta=0.6, gamma=0.5.
 _base_ = ['./resnet18_sgd_b128-200e_cifar100.py', '../_base_/esam.py']
 
 optim_wrapper = _base_.sharp_optim_wrapper

@@ -8,5 +8,6 @@ param_scheduler = [
     dict(_base_.param_scheduler[1], end=max_epochs, T_max=max_epochs),
 ]
 
-optim_wrapper = _base_.sharp_optim_wrapper
+# The paper's scale of rho, with which the figures in the docs were made.
+optim_wrapper = dict(_base_.sharp_optim_wrapper, rho=0.05, adaptive=False, perturb='auto')
 custom_hooks = [*_base_.custom_hooks, _base_.sharp_hook]

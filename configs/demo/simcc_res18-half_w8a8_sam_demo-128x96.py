@@ -7,3 +7,5 @@ param_scheduler = [
     _base_.param_scheduler[0],
     dict(_base_.param_scheduler[1], end=max_epochs, T_max=max_epochs),
 ]
+# The paper's scale of rho, with which the figures in the docs were made.
+optim_wrapper = dict(rho=0.05, adaptive=False, perturb='auto')

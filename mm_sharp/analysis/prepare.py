@@ -14,11 +14,8 @@ from mmengine.runner import Runner
 
 from mm_sharp.config.build_errors import friendly_build_errors
 
-# Options of a training loader that say how to load, and not what.
-_DROPPED = (
-    *('batch_sampler', 'drop_last', 'in_order', 'multiprocessing_context', 'num_batch_per_epoch', 'persistent_workers'),
-    *('pin_memory', 'prefetch_factor', 'timeout', 'worker_init_fn'),
-)
+# Options of a training loader that say what to load; the others say how.
+_KEPT = ('batch_size', 'collate_fn', 'dataset')
 
 
 @contextmanager
@@ -27,25 +24,18 @@ def prepared(cfg: Config, epoch: int = 0) -> Iterator[None]:
 
     MMEngine's messages below a warning are left out: without a log file, it prints how each weight is initialised.
     """
-    before = logging.root.manager.disable
+    before, scope = logging.root.manager.disable, cfg.get('default_scope') or 'mmengine'
     logging.disable(logging.INFO)
     try:
-        with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'), friendly_build_errors(cfg):
-            hub = MessageHub.get_current_instance()
-            hub.update_info('epoch', epoch)
-            hub.update_info('iter', 0)
+        with DefaultScope.overwrite_default_scope(scope), friendly_build_errors(cfg):
+            MessageHub.get_current_instance().update_info_dict({'epoch': epoch, 'iter': 0})
             yield
     finally:
         logging.disable(before)
 
 
 def build_loader(cfg: Config, **changes: Any) -> Any:
-    """The training data loader of a config, without workers and in the data set's order.
-
-    Args:
-        cfg: The whole config.
-        changes: Options that go before the config's.
-    """
-    options = {key: value for key, value in cfg.train_dataloader.items() if key not in _DROPPED}
+    """The training data loader of a config, in the data set's order; ``changes`` are options that go before its own."""
+    options = {key: value for key, value in cfg.train_dataloader.items() if key in _KEPT}
     sampler = {'type': 'DefaultSampler', 'shuffle': False}
     return Runner.build_dataloader({**options, 'num_workers': 0, 'sampler': sampler, **changes})

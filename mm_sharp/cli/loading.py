@@ -34,10 +34,7 @@ def careful_loading(trust: bool) -> Iterator[None]:
 
 
 def check_checkpoint(path: str, source: str, hint: str = '') -> None:
-    """Refuse a checkpoint that is missing or cut off; ``source`` is the option or key that names it.
-
-    URLs are left to MMEngine. ``hint`` says how to come by the file, where that is known.
-    """
+    """Refuse a file that is missing (``hint``: how to come by it) or cut off, by the option or key that names it."""
     if '://' in path:
         return
     if not Path(path).exists():
@@ -67,12 +64,11 @@ def _explained_load(load: Callable[..., Any]) -> Callable[..., Any]:
         try:
             checkpoint = load(cls, filename, *args, **kwargs)
         except Exception as error:  # torch raises a dozen kinds for damaged files
-            advice = explain_load_error(error) or _said(error)
+            advice = explain_load_error(error) or one_line(error)
             raise UserError(f"cannot read the checkpoint '{filename}': {advice}") from error
         if not isinstance(checkpoint, dict):
-            raise UserError(
-                f"cannot use the checkpoint '{filename}': it holds a {type(checkpoint).__name__}, not weights"
-            )
+            kind = type(checkpoint).__name__
+            raise UserError(f"cannot use the checkpoint '{filename}': it holds a {kind}, not weights")
         return checkpoint
 
     return wrapper
@@ -87,13 +83,13 @@ def _explained_start(start: Callable[..., None]) -> Callable[..., None]:
             if isinstance(error, UserError) and "the checkpoint '" in str(error):
                 raise
             purpose = 'resume' if self._resume else 'load'
-            said = str(error) if isinstance(error, UserError) else f'it does not fit or is damaged: {_said(error)}'
+            said = str(error) if isinstance(error, UserError) else f'it does not fit or is damaged: {one_line(error)}'
             raise UserError(f"cannot {purpose} '{self._load_from}': {said}") from error
 
     return wrapper
 
 
-def _said(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error's kind and the first line that it says."""
     lines = str(error).strip().splitlines()
     return f'{type(error).__name__}{f": {lines[0]}" if lines else ""}'
@@ -106,11 +102,8 @@ def _age(file: Path) -> tuple[int, int]:
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether a file is a checkpoint to its end: a zip archive, whose directory comes last, or torch's old pickle.
-
-    Under FSDP with ``state_dict_cfg='local'`` it is a folder with a file of every process.
-    """
-    if file.is_dir():
+    """Whether a file is a checkpoint to its end: a zip archive, whose directory comes last, or torch's old pickle."""
+    if file.is_dir():  # under FSDP with state_dict_cfg='local', with a file of every process
         ranks = [file / f'rank{rank}.pth' for rank in range(int(os.environ.get('WORLD_SIZE', 1)))]
         return all(part.is_file() and _is_complete(part) for part in ranks)
     with file.open('rb') as stream:

@@ -1,8 +1,7 @@
 """What the command lines in ``tools/`` share: their options, and errors of one line that say what to do.
 
-A mistake of the user's (no such file, no such option) is raised as :class:`UsageError`, printed as one line and ends
-the program with exit code 2; so, with codes of their own, are a full disk and Ctrl-C (:mod:`mm_sharp.cli.process`).
-``--debug`` shows the traceback instead. Everything else is a bug and keeps its traceback.
+These are for a mistake of the user's, a full disk and Ctrl-C; ``--debug`` shows the traceback instead. Everything else
+is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from mm_sharp.cli.loading import careful_loading
+from mm_sharp.cli.loading import one_line
 from mm_sharp.cli.process import end_process_group, end_with_parent, ending
 from mm_sharp.config import fragments
 from mm_sharp.errors import UsageError, UserError, closest, is_number
@@ -46,9 +45,7 @@ class OneLineParser(argparse.ArgumentParser):
 class CfgOptions(DictAction):  # type: ignore[misc]
     """MMEngine's ``KEY=VALUE`` action; a wrong form is an error of one line."""
 
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         for item in values:
             key, equals, _ = item.partition('=')
             if not equals or not all(part and not set(part) & set(' \t\n') for part in key.split('.')):
@@ -152,22 +149,15 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
         cfg.visualizer = {'type': 'mmpose.PoseLocalVisualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}
 
 
-def run_with_checkpoint(run: Callable[[], Any], trust: bool) -> Any:
-    """Call ``run``, which loads checkpoints, by the rules of :func:`mm_sharp.cli.loading.careful_loading`."""
-    with careful_loading(trust):
-        return run()
-
-
 def _reason(error: BaseException) -> str:
     """The first line of what went wrong at the bottom of a chain of exceptions, with a hint where one is known."""
     root = error
     while root.__cause__ is not None:
         root = root.__cause__
-    text = str(root).strip().strip('"\'')
-    line = text.splitlines()[0] if text else ''
+    line = one_line(root)
     if 'Duplicate key is not allowed among bases' in line:
         line += "; keep one of these entries of _base_, and write the other's value in the config itself"
-    return f'{type(root).__name__}: {line}'
+    return line
 
 
 def _check_keys(cfg: Config, options: dict[str, Any]) -> None:
@@ -193,10 +183,9 @@ def _check_fragment_options(cfg: Config, options: dict[str, Any]) -> None:
     for option in options:
         key, _, rest = option.partition('.')
         if key in places and key not in pending and cfg.get(key):
-            raise UsageError(
-                f"--cfg-options {option}=…: without effect, since the config's {places[key]} is not made from {key} "
-                f'when it is read; set it there, as {places[key]}.{rest or "…"}'
-            )
+            cause = f"the config's {places[key]} is not made from {key} when it is read"
+            instead = f'set it there, as {places[key]}.{rest or "…"}'
+            raise UsageError(f'--cfg-options {option}=…: without effect, since {cause}; {instead}')
 
 
 def _launch(cfg: Config, launcher: str) -> None:
@@ -213,15 +202,9 @@ def _launch(cfg: Config, launcher: str) -> None:
     if not torch.distributed.is_initialized():
         seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
         if seconds is not None and not (is_number(seconds) and seconds > 0):
-            raise UsageError(
-                f'env_cfg.dist_cfg.timeout={seconds!r} is not allowed: it must be a number of seconds above 0, as '
-                'env_cfg = dict(dist_cfg=dict(timeout=1800))'
-            )
+            what = f'env_cfg.dist_cfg.timeout={seconds!r} is not allowed: it must be a number of seconds above 0'
+            raise UsageError(f'{what}, as env_cfg = dict(dist_cfg=dict(timeout=1800))')
         torch.distributed.init_process_group('gloo', timeout=None if seconds is None else timedelta(seconds=seconds))
-    defaults = {
-        'type': 'MMDistributedDataParallel',
-        'broadcast_buffers': False,
-        'find_unused_parameters': cfg.get('find_unused_parameters', False),
-        'device_ids': None,
-    }
+    defaults = {'type': 'MMDistributedDataParallel', 'broadcast_buffers': False, 'device_ids': None}
+    defaults['find_unused_parameters'] = cfg.get('find_unused_parameters', False)
     cfg.model_wrapper_cfg = {**defaults, **(cfg.get('model_wrapper_cfg') or {})}

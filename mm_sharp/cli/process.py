@@ -1,7 +1,7 @@
 """How the process of a command line ends: after Ctrl-C or on a full disk, with the one that started it, with its group.
 
-SIGTERM ends a training run at once, as the operating system has it: batch systems send it shortly before SIGKILL, a
-checkpoint is whole at any time (:mod:`mm_sharp.compat.atomic_writes`), and the run goes on with ``--resume``.
+SIGTERM ends a training run at once: a checkpoint is whole at any time (:mod:`mm_sharp.compat.atomic_writes`), and the
+run goes on with ``--resume``.
 """
 
 from __future__ import annotations
@@ -60,19 +60,14 @@ def say_how_to_go_on(last_checkpoint: Callable[[], str | None]) -> Iterator[None
 
 
 def end_with_parent() -> None:
-    """Have this process end by SIGTERM soon after the one that started it.
-
-    Where torchrun or a study is itself killed, its processes would go on, and write into the folder of the run that is
-    resumed in their place.
-    """
+    """Have this process end by SIGTERM soon after the one that started it, not write on into a resumed run's folder."""
     threading.Thread(target=_watch, args=(os.getppid(),), name='launcher watch', daemon=True).start()
 
 
 def end_process_group() -> None:
-    """End gloo's process group after a tool that has succeeded.
+    """End gloo's process group after a tool that has succeeded; one that failed may have collectives in flight.
 
-    A thread of gloo's that frees tensors while the interpreter shuts down aborts the process; the group's end waits for
-    its threads. A tool that has failed may have collectives in flight, so its group is left to the end of the process.
+    A thread of gloo's that frees tensors while the interpreter shuts down aborts the process.
     """
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_backend() == 'gloo':

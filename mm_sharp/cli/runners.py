@@ -20,10 +20,7 @@ _ON_CPU: dict[str, dict[str, Any]] = {
 
 
 def build_runner(cfg: Config) -> Any:
-    """MMEngine's ``Runner``, or what ``runner_type`` names: ``'FlexibleRunner'`` trains under FSDP.
-
-    On the CPU, the config's ``strategy`` is given what it needs there.
-    """
+    """MMEngine's ``Runner``, or what ``runner_type`` names, with what the config's ``strategy`` needs on the CPU."""
     kind = cfg.get('runner_type', 'Runner')
     found = RUNNERS.get(kind) if isinstance(kind, str) else kind
     if found is None:

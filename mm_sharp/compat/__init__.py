@@ -1,43 +1,34 @@
 """What is broken on today's stack, and how it is patched.
 
 ``apply`` runs when ``mm_sharp`` is imported. A fix patches only what is missing or broken, never a working install;
-none changes how a config behaves that doesn't use this package. A file's docstring names the cause and what is done; a
-:class:`Fix` at its end, when that runs and which version makes it unnecessary.
+none changes how a config behaves that doesn't use this package. A file's docstring names the cause and what is done,
+its :class:`Fix`, when that runs and which version makes it unnecessary.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
+from contextlib import suppress
 
 from . import yapf_grammar  # installs itself: what comes next imports MMEngine, and that imports yapf
 
 # isort: split
 from . import atomic_writes, checkpoint_hook, config_names, flexible_runner, mmpose_arrays, operators, xtcocotools_names
-from .atomic_writes import CheckpointWriteError
-from .checkpoint_hook import PlainCheckpointHook, enable_for_all_runs, register_default_hook
-from .fix import Fix
-from .operators import MissingOperatorError
-from .trust import explain_load_error, only_weights, trust_checkpoints
-
-__all__ = [
-    'CheckpointWriteError',
-    'Fix',
-    'MissingOperatorError',
-    'PlainCheckpointHook',
-    'apply',
-    'enable_for_all_runs',
-    'explain_load_error',
-    'fixes',
-    'only_weights',
-    'register_default_hook',
-    'trust_checkpoints',
-]
+from .atomic_writes import CheckpointWriteError as CheckpointWriteError
+from .checkpoint_hook import PlainCheckpointHook as PlainCheckpointHook
+from .checkpoint_hook import enable_for_all_runs as enable_for_all_runs
+from .checkpoint_hook import register_default_hook as register_default_hook
+from .fix import Fix as Fix
+from .operators import MissingOperatorError as MissingOperatorError
+from .trust import explain_load_error as explain_load_error
+from .trust import only_weights as only_weights
+from .trust import trust_checkpoints as trust_checkpoints
 
 _FIXES = (
-    *(yapf_grammar.FIX, operators.TORCHVISION, operators.MMCV, xtcocotools_names.FIX),
-    *(mmpose_arrays.BFLOAT16, mmpose_arrays.CANVAS, config_names.LOOKUP, config_names.SCOPE),
-    *(checkpoint_hook.FIX, atomic_writes.FIX, flexible_runner.FIX),
+    *(yapf_grammar.fix_grammars, operators.fix_torchvision, operators.fix_mmcv, xtcocotools_names.fix_xtcocotools),
+    *(mmpose_arrays.fix_bfloat16, mmpose_arrays.fix_canvas, config_names.fix_lookup, config_names.fix_scope),
+    *(checkpoint_hook.fix_checkpoints, atomic_writes.fix_writes, flexible_runner.fix_resume),
 )
 
 
@@ -48,16 +39,10 @@ def apply() -> None:
 
 
 def fixes() -> list[Fix]:
-    """The state of every fix, for ``python -m mm_sharp.doctor``.
-
-    Imports what they wait for: only then it shows whether they are needed. What doesn't import even so is left to the
-    doctor to report.
-    """
+    """The state of every fix, once what it waits for was imported: only then it shows whether it is needed."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in (name for fix in _FIXES for name in fix.before):
-            try:
+            with suppress(Exception):  # whatever is wrong with it, the doctor's own check says it
                 importlib.import_module(name)
-            except Exception:  # whatever is wrong with it, the doctor's own check says it
-                continue
     return list(_FIXES)

@@ -1,23 +1,19 @@
 """Checkpoints that are on the disk as a whole or not at all.
 
-Cause: MMEngine writes a checkpoint straight into the file that it is to be, and with ``max_keep_ckpts`` or
-``save_best`` removes an old one before it writes the new one. A run that is killed in between, or whose disk is full,
-is left with a torn file and, with ``max_keep_ckpts=1``, with no other.
-
-Fix, in runs that use this package: what their runner and their ``CheckpointHook`` write, ``last_checkpoint`` included,
-goes into a file beside it first (``.epoch_3.pth.1234.partial``, with the number of the process), is flushed to the disk
-and renamed, which happens as a whole or not at all. What they remove is removed after that. The disk needs room for one
-checkpoint more than ``max_keep_ckpts``. Files of this machine only: other storage backends have their own ways.
+MMEngine removes an old checkpoint before it writes the new one straight to its name: a killed run, or a full disk,
+leaves a torn file, and perhaps no other. In runs that use this package, what their runner and ``CheckpointHook`` write
+on this machine goes into a file beside it (``.epoch_3.pth.<process>.partial``), is flushed to the disk and renamed;
+what they remove is removed after that. The disk needs room for one checkpoint more than ``max_keep_ckpts``.
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +49,7 @@ class AtomicWritesHook(Hook):  # type: ignore[misc]  # MMEngine ships no types
 
 
 def write_atomically(content: bytes, path: str | Path) -> None:
-    """Write a file so that at any time it is there as before or with all of ``content``.
-
-    Raises:
-        CheckpointWriteError: It could not be written. It is as before, and nothing else is left.
-    """
+    """Write a file so that it is there as before, as after a CheckpointWriteError, or with all of ``content``."""
     target = Path(os.path.realpath(path))  # a link stays one
     partial = target.with_name(f'.{target.name}.{os.getpid()}.partial')
     try:
@@ -82,10 +74,7 @@ def write_atomically(content: bytes, path: str | Path) -> None:
 
 @contextmanager
 def atomic_writes() -> Iterator[None]:
-    """Within, MMEngine's local files are written as a whole; at the end, what was to be removed is.
-
-    If an exception passes through, nothing is removed.
-    """
+    """Within, MMEngine's local files are written as a whole; what was to be removed is at the end, if all went well."""
     global _active
     if _active:  # a hook's method that calls another one, or the runner's
         yield
@@ -125,7 +114,7 @@ def _open_atomically(path: str, mode: str) -> Iterator[io.StringIO]:
 
 
 def _atomic(method: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(method)
+    @wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         runner = args[0] if isinstance(self, CheckpointHook) else self
         if not any(isinstance(hook, AtomicWritesHook) for hook in runner.hooks):
@@ -138,20 +127,13 @@ def _atomic(method: Callable[..., None]) -> Callable[..., None]:
                 barrier()
         return None
 
-    wrapper._is_atomic = True  # type: ignore[attr-defined]
     return wrapper
 
 
-def _patch(module: str) -> str:
+@partial(Fix, 'atomic writes', 'an mmengine that writes a checkpoint before it removes another (none as of 0.10.7)')
+def fix_writes(module: str) -> str:
     for kind, name in _METHODS:
         if hasattr(kind, name):
             setattr(kind, name, _atomic(getattr(kind, name)))
     checkpoint_hook.open = open  # the same, but replaceable
     return 'runs that use mm_sharp write a checkpoint as a whole before they remove an old one'
-
-
-FIX = Fix(
-    name='atomic writes',
-    patch=_patch,
-    ends_with='an mmengine that writes a checkpoint before it removes another (none as of 0.10.7)',
-)

@@ -1,17 +1,15 @@
 """Checkpoints in plain types, in runs that use this package (why and how: ``plain_checkpoint``).
 
-Cause: MMEngine's checkpoints do not load with ``torch.load(weights_only=True)``, the default from torch 2.6 on.
-
-Fix: a hook rewrites checkpoints when a Runner saves and loads them. It is added to every Runner that uses this package,
-and to no other: that shows when a Runner is built, so ``Runner.register_hooks`` is wrapped. It works in MMPose's own
-``tools/train.py``, too, where nothing but ``custom_imports`` loads us.
+A hook rewrites checkpoints when a Runner saves and loads them. It is added to every Runner that uses this package, and
+to no other, in MMPose's own ``tools/train.py``, too: that shows when a Runner is built, so its ``register_hooks`` is
+wrapped.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial, wraps
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -38,8 +36,7 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
 
     Added by itself to runs that use mm_sharp; in any other config, add
     ``custom_hooks=[dict(type='PlainCheckpointHook')]``. Checkpoints that were saved without it load unchanged. One
-    that was saved with it can be tested and its weights loaded without it, too; resuming without it starts an empty
-    log.
+    saved with it can be tested without it, too; resuming without it starts an empty log.
     """
 
     # Saving: after all hooks that add to the checkpoint. Loading: RestoreCheckpointHook goes first.
@@ -58,10 +55,8 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
         for key in list(checkpoint):
             checkpoint[key] = to_plain(checkpoint[key], f'checkpoint[{key!r}]', left)
         for line in sorted({*left} - self._told):
-            text = (
-                f'{line} has no plain form and is saved as it is: this checkpoint will not load with '
-                'torch.load(weights_only=True), but only with --trust-checkpoint'
-            )
+            way = 'not load with torch.load(weights_only=True), but only with --trust-checkpoint'
+            text = f'{line} has no plain form and is saved as it is: this checkpoint will {way}'
             print_log(text, logger='current', level=logging.WARNING)
         self._told.update(left)
 
@@ -75,10 +70,7 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
 
 
 class RestoreCheckpointHook(PlainCheckpointHook):
-    """Rebuilds a checkpoint before other hooks read it, after which ``PlainCheckpointHook`` finds nothing left to do.
-
-    A hook has one priority, but what is done last when saving must be undone first when loading.
-    """
+    """Rebuilds a checkpoint before other hooks read it: what is done last when saving must be undone first."""
 
     priority = 'HIGHEST'
 
@@ -87,21 +79,14 @@ class RestoreCheckpointHook(PlainCheckpointHook):
 
 
 def enable_for_all_runs() -> None:
-    """From now on, checkpoints of every Runner of this process are saved and checked as those of our runs are.
-
-    So our tools can resume and test whatever they trained, comparisons with the base optimizer included.
-    """
+    """From now on, checkpoints of every Runner of this process are saved and checked as those of our runs are."""
     global _in_every_run
     _in_every_run = True
 
 
-def register_default_hook(hook: type[Hook], of_tools: bool = False) -> type[Hook]:
-    """Have a hook, made without arguments, added to every Runner whose config uses mm_sharp and that has none yet.
-
-    With ``of_tools``, also to those that :func:`enable_for_all_runs` is for.
-    """
+def register_default_hook(hook: type[Hook], of_tools: bool = False) -> None:
+    """Have a hook added to every Runner that uses mm_sharp (``of_tools``: or is a tool's) and has none of it yet."""
     _default_hooks.setdefault(hook, of_tools)
-    return hook
 
 
 def uses_mm_sharp(runner: Any) -> bool:
@@ -129,7 +114,7 @@ def _classes_named(name: str, registry: Registry) -> Iterator[type]:
 
 
 def _with_default_hooks(register_hooks: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(register_hooks)
+    @wraps(register_hooks)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         register_hooks(self, *args, **kwargs)
         ours = uses_mm_sharp(self)
@@ -146,7 +131,7 @@ def _with_default_hooks(register_hooks: Callable[..., None]) -> Callable[..., No
 def _with_dataset_meta(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Checkpoints from before lists were written in the first description need it in programs without a Runner."""
 
-    @functools.wraps(load_checkpoint)
+    @wraps(load_checkpoint)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         checkpoint = load_checkpoint(*args, **kwargs)
         meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
@@ -157,15 +142,9 @@ def _with_dataset_meta(load_checkpoint: Callable[..., Any]) -> Callable[..., Any
     return wrapper
 
 
-def _patch(module: str) -> str:
+@partial(Fix, 'plain checkpoints', 'an mmengine that saves plain checkpoints (none as of 0.10.7)')
+def fix_checkpoints(module: str) -> str:
     for runner_class in (Runner, FlexibleRunner):
         runner_class.register_hooks = _with_default_hooks(runner_class.register_hooks)
     CheckpointLoader.load_checkpoint = classmethod(_with_dataset_meta(CheckpointLoader.load_checkpoint.__func__))
     return 'runs that use mm_sharp save checkpoints in plain types, which torch.load(weights_only=True) accepts'
-
-
-FIX = Fix(
-    name='plain checkpoints',
-    patch=_patch,
-    ends_with='an mmengine that saves plain checkpoints (none as of 0.10.7)',
-)

@@ -1,45 +1,35 @@
-"""``xtcocotools.coco`` and ``xtcocotools.cocoeval`` for keypoints, on top of faster-coco-eval; when:
-``xtcocotools_names``.
+"""``xtcocotools.coco`` and ``xtcocotools.cocoeval`` for keypoints, by faster-coco-eval; when: ``xtcocotools_names``.
 
-faster-coco-eval does the matching and the curves. What it does otherwise than xtcocotools is settled before it starts,
-by handing it annotations in which the difference no longer shows:
-
-- which people count: xtcocotools ignores those without a visible keypoint, counted from the keypoints (CrowdPose: from
-  ``num_keypoints``); faster-coco-eval always trusts ``num_keypoints``;
-- detections whose keypoint scores are all zero are dropped;
-- an annotation may have the id 0, which faster-coco-eval takes for "unmatched": ids are counted from 1;
-- ``use_area=False`` replaces areas by 0.53 times the box also where sizes are told apart;
-- parts of COCO-WholeBody (``keypoints_face`` and so on) have keypoints and scores of their own.
+What it does otherwise than xtcocotools is settled by the annotations that it gets: people without a visible keypoint
+(CrowdPose: by ``num_keypoints``) and detections whose keypoint scores are all zero don't count; ids begin at 1, since 0
+means "unmatched"; ``use_area=False`` replaces areas by 0.53 times the box also where sizes are told apart; parts of
+COCO-WholeBody have keypoints and scores of their own.
 """
 
+# ruff: noqa: N802, N803, N811, N815  (the names of the COCO tools)
 from __future__ import annotations
 
 import copy
 import json
-import os
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from faster_coco_eval.core.coco import COCO as FasterCOCO  # noqa: N811
+from faster_coco_eval.core.coco import COCO as FasterCOCO
 from faster_coco_eval.core.cocoeval import Params as FasterParams
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from mmengine.logging import print_log
 
 Annotation = dict[str, Any]
 
+_WHOLEBODY = ('keypoints', 'foot_kpts', 'face_kpts', 'lefthand_kpts', 'righthand_kpts')
 # Which entries of an annotation make up the keypoints, and which entry of a detection is its score.
 _PARTS = {
     **{f'keypoints{part}': (('keypoints',), 'score') for part in ('', '_body', '_crowd')},
     **{f'keypoints_{part}': ((f'{part}_kpts',), f'{part}_score') for part in ('foot', 'face', 'lefthand', 'righthand')},
-    'keypoints_wholebody': (
-        ('keypoints', 'foot_kpts', 'face_kpts', 'lefthand_kpts', 'righthand_kpts'),
-        'wholebody_score',
-    ),
+    'keypoints_wholebody': (_WHOLEBODY, 'wholebody_score'),
 }
-# The area of a person is about this part of the area of its box, where annotations have no area.
-_AREA_OF_BOX = 0.53
+_AREA_OF_BOX = 0.53  # of its person, about, where annotations have none
 # (precision or recall, IoU threshold or all, sizes), in the order of ``stats``.
 _SUMMARY = [
     (kind, iou, size)
@@ -49,18 +39,9 @@ _SUMMARY = [
 
 
 class COCO(FasterCOCO):  # type: ignore[misc]
-    """A COCO annotation file: images, categories and annotations by id.
+    """A COCO annotation file, or its content ``ann_data``; with ``test_index``, of these keypoints alone."""
 
-    ``ann_data`` is the content of the file, where it has been read already. With ``test_index`` only these keypoints
-    are kept of every annotation.
-    """
-
-    def __init__(
-        self,
-        annotation_file: str | os.PathLike[str] | None = None,
-        test_index: Sequence[int] | None = None,
-        ann_data: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, annotation_file: Any = None, test_index: Any = None, ann_data: Any = None) -> None:
         super().__init__(annotation_file if ann_data is None else ann_data)
         self.anno_file: list[Any] = [annotation_file]
         self.test_index = test_index
@@ -70,7 +51,7 @@ class COCO(FasterCOCO):  # type: ignore[misc]
                 annotation['keypoints'] = points.reshape(-1).tolist()
             annotation.setdefault('iscrowd', False)
 
-    def createIndex(self) -> None:  # noqa: N802
+    def createIndex(self) -> None:
         """Fill ``anns``, ``imgs``, ``cats`` (by id), ``imgToAnns`` and ``catToImgs``."""
         with warnings.catch_warnings():
             # Such an annotation would count as unmatched: ``COCOeval`` counts from 1.
@@ -81,9 +62,9 @@ class COCO(FasterCOCO):  # type: ignore[misc]
 class Params(FasterParams):  # type: ignore[misc]
     """What is evaluated, with the attribute names of COCO's own tools; only keypoints, by category, are supported."""
 
-    useSegm = None  # noqa: N815  # MMPose sets it
+    useSegm = None  # MMPose sets it
 
-    def __init__(self, iouType: str = 'keypoints') -> None:  # noqa: N803
+    def __init__(self, iouType: str = 'keypoints') -> None:
         if iouType not in _PARTS:
             raise ValueError(
                 f'iouType={iouType!r} must be one of {sorted(_PARTS)}. Boxes and masks are not evaluated '
@@ -96,20 +77,13 @@ class COCOeval:
     """Average precision and recall of keypoints.
 
     ``cocoDt`` is from ``cocoGt.loadRes``; ``sigmas`` (K,) are the keypoints' standard deviations as a fraction of the
-    person's size; ``use_area=False`` is for annotations without an area (CrowdPose, AI Challenger).
-
-    After ``summarize``, ``stats`` holds the ten numbers AP, AP50, AP75, APm, APl, AR, AR50, AR75, ARm, ARl, or for
-    ``keypoints_crowd`` the nine AP, AP50, AP75, AR, AR50, AR75, AP easy, AP medium, AP hard: fractions in [0, 1], -1
-    where there is nothing to count.
+    person's size; ``use_area=False`` is for annotations without an area. After ``summarize``, ``stats`` holds AP, AP50,
+    AP75, APm, APl, AR, AR50, AR75, ARm, ARl, or for ``keypoints_crowd`` AP, AP50, AP75, AR, AR50, AR75, AP easy, AP
+    medium, AP hard: fractions in [0, 1], -1 where there is nothing to count.
     """
 
     def __init__(
-        self,
-        cocoGt: COCO,  # noqa: N803
-        cocoDt: COCO,  # noqa: N803
-        iouType: str = 'keypoints',  # noqa: N803
-        sigmas: Any = None,
-        use_area: bool = True,
+        self, cocoGt: COCO, cocoDt: COCO, iouType: str = 'keypoints', sigmas: Any = None, use_area: bool = True
     ) -> None:
         self.params = Params(iouType)
         self.params.imgIds, self.params.catIds = cocoGt.getImgIds(), sorted(cocoGt.getCatIds())
@@ -161,10 +135,9 @@ class COCOeval:
     def _precision_by_crowd(self) -> list[float]:
         """AP of easy, medium and hard images (CrowdPose), rounded and with -1 for nobody, as the benchmark has it."""
         with open(self.cocoGt.anno_file[0], encoding='utf-8') as file:
-            images = json.load(file)['images']
-        groups: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-        for image in images:
-            groups[(image['crowdIndex'] >= 0.2) + (image['crowdIndex'] >= 0.8)].append(image['id'])
+            crowded = {image['id']: image['crowdIndex'] for image in json.load(file)['images']}
+        limits = (-np.inf, 0.2), (0.2, 0.8), (0.8, np.inf)
+        groups = ([image for image, index in crowded.items() if low <= index < high] for low, high in limits)
         return [round(self._precision_on(group), 4) for group in groups]
 
     def _precision_on(self, images: list[Any]) -> float:
@@ -202,10 +175,6 @@ class COCOeval:
 
 def _dataset(annotations: list[Annotation], images: dict[Any, int], categories: list[Any]) -> FasterCOCO:
     """A faster-coco-eval data set with ids counted from 1."""
-    return FasterCOCO(
-        {
-            'images': [{'id': number} for number in images.values()],
-            'annotations': [{**a, 'id': number} for number, a in enumerate(annotations, start=1)],
-            'categories': [{'id': category} for category in categories],
-        }
-    )
+    people = [{**annotation, 'id': number} for number, annotation in enumerate(annotations, start=1)]
+    listed = {'images': images.values(), 'categories': categories}
+    return FasterCOCO({'annotations': people, **{key: [{'id': i} for i in ids] for key, ids in listed.items()}})

@@ -1,25 +1,19 @@
 """Configs by the name of a package.
 
-**Of others**: ``_base_ = ['mmpose::…']`` and ``mmengine.hub.get_config`` need ``is_installed`` and
-``get_installed_path`` of ``mmengine.utils``, which import ``pkg_resources``; setuptools no longer has it from version
-81 on. Fix: where it is missing, both are replaced by functions that ask the standard library. ``pkg_resources`` itself
-is not faked: other packages test for it, and would call what a stand-in does not have.
-
-**Of ours**: MMEngine resolves such names for the packages of a fixed table. It looks for ``<package>/.mim/configs``,
-and marks what it reads with the package's name as the registry scope. Fix: enter ``mm_sharp`` in the table, and leave
-the mark away for our configs. All our names are in MMEngine's root registries, so a mark would only hide the scope of
-the inheriting config, usually ``mmpose``. MMEngine reads ``_base_`` before it obeys ``custom_imports``: with MMPose's
-own tools, name the base by its path instead.
+Of others: MMEngine's ``is_installed`` and ``get_installed_path`` need ``pkg_resources``, which setuptools has no longer
+from version 81 on; both are made to ask the standard library. (A fake ``pkg_resources`` would deceive those who test
+for it.) Of ours: ``mm_sharp`` joins MMEngine's fixed table of packages, without its name as the registry scope of what
+is read, which would hide the inheriting config's.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +38,7 @@ def is_installed(package: str) -> bool:
 
 
 def get_installed_path(package: str) -> str:
-    """The folder of an installed package, by the name of its distribution or of its module.
-
-    Raises:
-        ModuleNotFoundError: there is neither, or it is a namespace package, which has no folder of its own.
-    """
+    """The folder of an installed package, by the name of its distribution or module, or a ModuleNotFoundError."""
     names = [package]
     with suppress(importlib.metadata.PackageNotFoundError):  # a distribution named otherwise than its module
         names += (importlib.metadata.distribution(package).read_text('top_level.txt') or '').split()
@@ -72,7 +62,8 @@ def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
             setattr(module, old.__name__, new)
 
 
-def _patch_lookup(module: str) -> str | None:
+@partial(Fix, 'pkg_resources', 'an mmengine without pkg_resources (none as of 0.10.7), or setuptools below 81')
+def fix_lookup(module: str) -> str | None:
     if is_present('pkg_resources'):
         return None
     for new in (is_installed, get_installed_path):
@@ -80,27 +71,16 @@ def _patch_lookup(module: str) -> str | None:
     return 'setuptools is missing or too new to have it; the standard library is asked instead'
 
 
-def _patch_scope(module: str) -> str | None:
+@partial(Fix, 'mm_sharp:: configs', 'an mmengine whose table of packages is open (none as of 0.10.7)')
+def fix_scope(module: str) -> str | None:
     if MODULE2PACKAGE.setdefault(_SCOPE, _LOCATOR) != _LOCATOR:
         return None  # this mmengine knows us by itself
     get_cfg_path = Config._get_cfg_path
 
-    @functools.wraps(get_cfg_path)
+    @wraps(get_cfg_path)
     def without_our_scope(cfg_path: str, filename: str) -> tuple[str, str | None]:
         path, scope = get_cfg_path(cfg_path, filename)
         return path, None if scope == _SCOPE else scope
 
     Config._get_cfg_path = staticmethod(without_our_scope)
     return f'resolved to {Path(__file__).parents[1] / ".mim" / "configs"}'
-
-
-LOOKUP = Fix(
-    name='pkg_resources',
-    patch=_patch_lookup,
-    ends_with='an mmengine without pkg_resources (none as of 0.10.7), or setuptools below 81',
-)
-SCOPE = Fix(
-    name='mm_sharp:: configs',
-    patch=_patch_scope,
-    ends_with='an mmengine whose table of packages is open (none as of 0.10.7)',
-)

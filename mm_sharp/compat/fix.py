@@ -1,4 +1,4 @@
-"""How a fix of the stack is declared, and when it runs.
+"""How a fix of the stack is declared, by ``@partial(Fix, name, ends_with)`` on its ``patch``, and when it runs.
 
 ``import mm_sharp`` must stay cheap, and must work where MMPose, MMCV or torchvision are absent. So a fix runs when what
 it repairs is imported; for MMEngine, which we need anyway, at once.
@@ -12,33 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import Any
 
 _looked_for: set[str] = set()  # modules that no fix is to run for at the moment
 
 
 @dataclass(eq=False)
 class Fix(MetaPathFinder):
-    """One repair of the stack, and its state in this process.
+    """One repair of the stack, and its state in this process."""
 
-    Attributes:
-        name: what it repairs, in two or three words.
-        patch: patches what is broken, and returns what that was; None if nothing is. Its argument is the module that is
-            about to be imported. It may be called again until it has patched something.
-        ends_with: the version that makes it unnecessary.
-        before: modules before whose import ``patch`` is called; if none, it is called when mm_sharp is imported.
-        stand_in: loads modules in place of those in ``before`` once ``patch`` has found them broken.
-        active: whether anything was patched.
-        found: what ``patch`` found to be broken.
-    """
-
-    name: str
+    name: str  # what it repairs, in two or three words
+    ends_with: str  # the version that makes it unnecessary
+    # Patches what the module that is about to be imported finds broken, and returns what that was; None if nothing is,
+    # and then it may be called again.
     patch: Callable[[str], str | None]
-    ends_with: str
-    before: Sequence[str] = ()
-    stand_in: Loader | None = None
-    active: bool = False
-    found: str | None = None
+    before: Sequence[str] = ()  # modules before whose import it patches; if none, when mm_sharp is imported
+    stand_in: Loader | None = None  # loads these once they were found to be broken
+    active: bool = False  # whether anything was patched
+    found: str | None = None  # what was broken
 
     @property
     def reason(self) -> str:
@@ -69,9 +60,7 @@ class Fix(MetaPathFinder):
             raise
         self.active = self.found is not None
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Patch what ``fullname`` needs; then its import goes on as ever, or with the stand-in."""
         if fullname not in self.before or fullname in _looked_for:
             return None

@@ -1,19 +1,15 @@
 """Runs of MMEngine's FlexibleRunner can be resumed.
 
-Cause: when validation finds a best score, ``CheckpointHook`` saves the epoch's checkpoint again and hands over its
-epoch and iteration, since the loop counts one more by then. FlexibleRunner writes its own count over it (over the
-hook's own dict, too), so that resuming skips an epoch. FSDPStrategy passes the arguments of
-``FSDP.optim_state_dict_to_load`` in the order of torch 2.0, so that it cannot resume at all, and saves of an optimizer
-wrapper's state only the optimizer's: loss scale and history are lost.
-
-Fix, in runs that use this package: the epoch that is given stays, and the wrapper's state is kept whole. The arguments
-go by name in every run.
+It writes its own count over the epoch that ``CheckpointHook`` hands over when validation finds a best score, so that
+resuming skips one. FSDPStrategy passes the arguments of ``FSDP.optim_state_dict_to_load`` in the order of torch 2.0,
+and saves only the optimizer's part of a wrapper's state. Here, in runs that use this package, the given epoch stays and
+the state is kept whole; the arguments go by name in every run.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 from mmengine.runner import FlexibleRunner
@@ -34,7 +30,7 @@ class _GivenMeta(dict[str, Any]):
 
 
 def _keep_epoch(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(save_checkpoint)
+    @wraps(save_checkpoint)
     def wrapper(self: Any, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if meta is not None and uses_mm_sharp(self):
             meta = _GivenMeta(meta)
@@ -51,7 +47,7 @@ def _patch_fsdp() -> None:
         return
     save = FSDPStrategy.optim_state_dict
 
-    @functools.wraps(save)
+    @wraps(save)
     def optim_state_dict(self: Any) -> Any:
         whole = self.optim_wrapper.state_dict()
         if _OWN not in whole:
@@ -60,24 +56,15 @@ def _patch_fsdp() -> None:
         return {**whole, **packed} if packed else packed  # empty where another process saves for all
 
     def load_optim_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-        loadable = FSDP.optim_state_dict_to_load(
-            model=self.model,
-            optim=self.optim_wrapper.optimizer,
-            optim_state_dict={key: state_dict[key] for key in _OPTIMIZER if key in state_dict},
-        )
-        self.optim_wrapper.load_state_dict({**state_dict, **loadable})
+        saved = {key: state_dict[key] for key in _OPTIMIZER if key in state_dict}
+        arguments = {'model': self.model, 'optim': self.optim_wrapper.optimizer, 'optim_state_dict': saved}
+        self.optim_wrapper.load_state_dict({**state_dict, **FSDP.optim_state_dict_to_load(**arguments)})
 
     FSDPStrategy.optim_state_dict, FSDPStrategy.load_optim_state_dict = optim_state_dict, load_optim_state_dict
 
 
-def _patch(module: str) -> str:
+@partial(Fix, 'resuming FlexibleRunner', 'an mmengine whose FlexibleRunner resumes exactly (none as of 0.10.7)')
+def fix_resume(module: str) -> str:
     FlexibleRunner.save_checkpoint = _keep_epoch(FlexibleRunner.save_checkpoint)
     _patch_fsdp()
     return 'it would be resumed an epoch late, and under FSDPStrategy not at all'
-
-
-FIX = Fix(
-    name='resuming FlexibleRunner',
-    patch=_patch,
-    ends_with='an mmengine whose FlexibleRunner and FSDPStrategy resume exactly (none as of 0.10.7)',
-)

@@ -1,17 +1,13 @@
 """Arrays in MMPose.
 
-**bfloat16**: NumPy has none, and MMPose 1.3.2's ``to_numpy`` hands tensors over as they are. Every head that logs an
-accuracy calls it, and so fails under bfloat16 autocast, with any optimizer wrapper. Fix: before the heads import it by
-name, it gets float32 copies of bfloat16 tensors.
-
-**Pixels**: matplotlib 3.10 removed ``FigureCanvasAgg.tostring_rgb``, by which MMPose 1.3.2's ``Pose3dLocalVisualizer``
-turns its figure into pixels. Fix: a method of the same meaning is added before that visualizer is imported.
+NumPy has no bfloat16, so every head that logs an accuracy fails under bfloat16 autocast: ``to_numpy`` gets float32
+copies. matplotlib 3.10 removed ``tostring_rgb``, by which ``Pose3dLocalVisualizer`` makes pixels: it is added again.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -19,8 +15,11 @@ import torch
 
 from .fix import Fix
 
+_VISUALIZER = 'mmpose.visualization.local_visualizer_3d'
 
-def _patch_to_numpy(module: str) -> str | None:
+
+@partial(Fix, 'bfloat16 arrays', 'an mmpose whose to_numpy takes it (none as of 1.3.2)', before=('mmpose.models',))
+def fix_bfloat16(module: str) -> str | None:
     utils: Any = importlib.import_module('mmpose.utils.tensor_utils')
     to_numpy = utils.to_numpy
     try:
@@ -28,7 +27,7 @@ def _patch_to_numpy(module: str) -> str | None:
         return None
     except TypeError:
 
-        @functools.wraps(to_numpy)
+        @wraps(to_numpy)
         def wrapper(x: Any, return_device: bool = False, unzip: bool = False) -> Any:
             return to_numpy(_widen(x), return_device, unzip)
 
@@ -43,23 +42,10 @@ def _widen(x: Any) -> Any:
     return [_widen(item) for item in x] if isinstance(x, (list, tuple)) else x
 
 
-def _patch_canvas(module: str) -> str | None:
+@partial(Fix, 'matplotlib canvas', 'an mmpose that uses buffer_rgba (none as of 1.3.2)', before=(_VISUALIZER,))
+def fix_canvas(module: str) -> str | None:
     canvas: Any = importlib.import_module('matplotlib.backends.backend_agg').FigureCanvasAgg
     if hasattr(canvas, 'tostring_rgb'):
         return None
     canvas.tostring_rgb = lambda self: np.asarray(self.buffer_rgba())[..., :3].tobytes()
     return 'matplotlib no longer has tostring_rgb, by which MMPose draws 3-D poses'
-
-
-BFLOAT16 = Fix(
-    name='bfloat16 arrays',
-    patch=_patch_to_numpy,
-    ends_with='an mmpose whose to_numpy takes bfloat16 (none as of 1.3.2)',
-    before=('mmpose.models',),
-)
-CANVAS = Fix(
-    name='matplotlib canvas',
-    patch=_patch_canvas,
-    ends_with='an mmpose whose 3-D visualizer uses buffer_rgba (none as of 1.3.2)',
-    before=('mmpose.visualization.local_visualizer_3d',),
-)

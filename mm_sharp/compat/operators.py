@@ -1,16 +1,9 @@
-"""Compiled operators of torchvision and mmcv that do not load.
+"""Compiled operators of torchvision and mmcv that do not load; each raises when it is called, and not before.
 
-**torchvision** that was built against a CUDA torch does not load its compiled library beside a CPU torch, and ``import
-torchvision`` fails, since it registers shape functions for two operators of that library. MMPose imports torchvision
-for its transforms, which need no compiled operator. Fix: the two, with an implementation that raises, are defined just
-before the shape functions; by then torchvision has tried to load its library. With a CUDA torch nothing is done: there
-the mismatch is real. What is imported before mm_sharp cannot be patched: ``import timm``, which imports torchvision,
-ends with torch's ``operator torchvision::nms does not exist``. It can be imported again once mm_sharp has been.
-
-**mmcv**: MMPose's and MMDetection's models import ``mmcv.ops``, which asks for ``mmcv._ext`` at import. mmcv-lite has
-none, and building the full mmcv takes most of an hour. Yet hardly any model runs such an operator. Fix: where
-``mmcv._ext`` does not import, ``mmcv.utils.ext_loader.load_ext`` hands out functions that raise when they are called.
-``mmcv._ext`` itself is not faked: MMEngine looks for it in ``mmcv_full_available``.
+A torchvision for CUDA does not import beside a CPU torch, since it registers shape functions for two operators of its
+library: these are defined just before. What is imported before mm_sharp cannot be patched, but can be imported again.
+``mmcv.ops`` asks for ``mmcv._ext``, which mmcv-lite lacks: its loader hands out stand-ins. ``mmcv._ext`` itself is not
+faked: MMEngine looks for it in ``mmcv_full_available``.
 """
 
 from __future__ import annotations
@@ -18,6 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -27,6 +21,8 @@ from .fix import Fix
 
 # A torch.library.Library takes its operators with it when it is collected, hence a reference for good.
 _library: torch.library.Library | None = None
+# Which of the two is imported first, after the library was tried, depends on torchvision's version.
+_REGISTRATIONS = 'torchvision._autograd_registrations', 'torchvision._meta_registrations'
 # mmcv.utils.collect_env calls these two as soon as mmcv.ops imports: they report, they don't compute.
 _REPORTS = ('get_compiler_version', 'get_compiling_cuda_version')
 
@@ -35,7 +31,8 @@ class MissingOperatorError(RuntimeError):
     """A compiled mmcv operator was called where none are installed."""
 
 
-def _patch_torchvision(module: str) -> str | None:
+@partial(Fix, 'torchvision operators', 'a torchvision built for the installed torch', before=_REGISTRATIONS)
+def fix_torchvision(module: str) -> str | None:
     global _library
     extension = sys.modules.get('torchvision.extension')
     if extension is None or extension._has_ops() or torch.version.cuda is not None or torch.version.hip is not None:
@@ -54,15 +51,15 @@ def _patch_torchvision(module: str) -> str | None:
 
 def _missing_in_torchvision(operator: str):  # type: ignore[no-untyped-def]  # torch inspects the signature
     def missing(dets: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> NoReturn:
-        raise RuntimeError(
-            f"torchvision::{operator} is compiled code, and the installed torchvision's does not load "
-            f'beside torch {torch.__version__}. Install the torchvision wheel that was built for this torch.'
-        )
+        cause = f"the installed torchvision's does not load beside torch {torch.__version__}"
+        advice = 'Install the torchvision wheel that was built for this torch.'
+        raise RuntimeError(f'torchvision::{operator} is compiled code, and {cause}. {advice}')
 
     return missing
 
 
-def _patch_mmcv(module: str) -> str | None:
+@partial(Fix, 'mmcv operators', 'a full mmcv built for the installed torch', before=('mmcv.ops',))
+def fix_mmcv(module: str) -> str | None:
     try:
         importlib.import_module('mmcv._ext')
         return None
@@ -89,18 +86,3 @@ def _missing_in_mmcv(operator: str, cause: str) -> Callable[..., NoReturn]:
         )
 
     return missing
-
-
-TORCHVISION = Fix(
-    name='torchvision operators',
-    patch=_patch_torchvision,
-    ends_with='a torchvision built for the installed torch (a +cpu wheel beside a CPU torch)',
-    # Which of the two is imported first, after the library was tried, depends on torchvision's version.
-    before=('torchvision._autograd_registrations', 'torchvision._meta_registrations'),
-)
-MMCV = Fix(
-    name='mmcv operators',
-    patch=_patch_mmcv,
-    ends_with='a full mmcv built for the installed torch',
-    before=('mmcv.ops',),
-)

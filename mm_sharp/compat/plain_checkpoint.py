@@ -1,22 +1,9 @@
-"""Checkpoints that load with ``torch.load(weights_only=True)``.
+"""Checkpoints that load with ``torch.load(weights_only=True)``, which builds only plain types and tensors.
 
-From torch 2.6 on, ``torch.load`` builds only plain types and tensors unless told otherwise, since anything else can run
-code. An MMEngine checkpoint holds more: the log's ``HistoryBuffer`` objects (and through them, functions), numpy arrays
-and numbers, dict subclasses, and under FSDP ``ShardedTensor`` objects. A list of allowed types is no way out, because
-it would have to contain ``getattr``. So ``to_plain`` rewrites a checkpoint before it is saved, and ``from_plain``
-rebuilds what MMEngine expects after it was loaded:
-
-=====================  ==============================================================  =====================
-in the runner          in the file                                                     after loading
-=====================  ==============================================================  =====================
-``HistoryBuffer``      dict: values, counts, max_length                                ``HistoryBuffer``
-numpy array            dict: dtype, shape, bytes                                       numpy array
-``ShardedTensor``      dict: pieces, where they begin, size, number of processes       ``ShardedTensor``
-others, e.g. paths     the plain type that they are most like                          the plain type
-=====================  ==============================================================  =====================
-
-Bytes are a uint8 tensor because every device can hold one: MPS has no float64, and a checkpoint is mapped to a device
-as a whole. Whatever is plain already, all weights among it, is passed on as it is.
+MMEngine's hold more: the log's ``HistoryBuffer`` objects, numpy arrays and numbers, dict subclasses, paths, and under
+FSDP ``ShardedTensor`` objects. (To allow these types would be to allow ``getattr``.) ``to_plain`` makes marked dicts of
+the arrays, buffers and shards, and plain values of the rest; ``from_plain`` rebuilds what was marked. Bytes are a uint8
+tensor, which every device can hold: MPS has no float64, and a checkpoint is mapped to a device as a whole.
 """
 
 from __future__ import annotations
@@ -45,11 +32,9 @@ _BYTE_KINDS = 'biufcSUmM'
 
 
 def to_plain(value: Any, path: str, left: list[str]) -> Any:
-    """``value`` with everything that ``weights_only=True`` refuses rewritten; ``value`` itself if it holds nothing
-    such.
+    """``value`` with everything that ``weights_only=True`` refuses rewritten; itself if it holds nothing such.
 
-    ``path`` says where it was found, e.g. ``"checkpoint['meta']"``. Objects that have no plain form are kept: ``left``
-    receives a line for each.
+    ``path`` says where it was found, as ``"checkpoint['meta']"``; ``left`` gets a line for each object that is kept.
     """
     if _is_sharded_tensor(value):
         return _plain_shards(value)
@@ -68,11 +53,7 @@ def to_plain(value: Any, path: str, left: list[str]) -> Any:
 
 
 def from_plain(value: Any, path: str) -> Any:
-    """The inverse of ``to_plain``; ``value`` itself if it is of plain MMEngine.
-
-    Raises:
-        ValueError: a marked dict that ``to_plain`` doesn't write.
-    """
+    """The inverse of ``to_plain``; a ValueError for a marked dict that it doesn't write."""
     if type(value) is dict and TAG in value:
         return _rebuild(value, path)
     return _each(value, path, from_plain) if type(value) in _CONTAINERS else value
@@ -111,25 +92,20 @@ def _plain_array(value: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def _plain_scalar(value: Any, path: str, left: list[str]) -> Any:
-    if isinstance(value, np.generic):
-        if type(value.item()) in _ATOMS:
-            return value.item()
-    elif isinstance(value, PurePath):
-        return str(value)
-    elif isinstance(value, str):  # a subclass, such as a member of an Enum of strings
-        return str.__str__(value)  # not str(value), which asks the subclass how it wants to look
-    else:
-        kinds: tuple[Any, ...] = (int, float, complex, bytes)
-        for kind in kinds:
-            if isinstance(value, kind):
-                return kind(value)
+    if isinstance(value, np.generic) and type(value.item()) in _ATOMS:
+        return value.item()
+    if isinstance(value, (PurePath, str)):  # the latter a subclass, such as a member of an Enum of strings
+        return str(value) if isinstance(value, PurePath) else str.__str__(value)  # not as the subclass wants to look
+    kinds: tuple[Any, ...] = (int, float, complex, bytes)
+    for kind in kinds:
+        if isinstance(value, kind):
+            return kind(value)
     left.append(f'{path} of type {type(value).__module__}.{type(value).__qualname__}')
     return value
 
 
 def _rebuild(value: dict[str, Any], path: str) -> Any:
-    kinds: dict[str, Callable[[dict[str, Any]], Any]]
-    kinds = {_ARRAY: _rebuild_array, _HISTORY: _rebuild_history, _SHARDED: _rebuild_shards}
+    kinds: dict[str, Any] = {_ARRAY: _rebuild_array, _HISTORY: _rebuild_history, _SHARDED: _rebuild_shards}
     if value[TAG] not in kinds:
         raise ValueError(
             f'{path} stands for {value[TAG]!r}, which this version of mm_sharp does not know '

@@ -1,9 +1,7 @@
 """Load checkpoints that are not plain on the user's word, and on no other.
 
-Unpickling can run any code that a file's author chose. So ``torch.load`` refuses everything but plain types and tensors
-(``weights_only=True``, the default from torch 2.6 on), checkpoints of plain MMEngine included. The default alone does
-not do it: torch 2.1 to 2.5 have the other one, and ``torch.hub``, through which MMEngine loads what a config names by
-URL, asks for ``weights_only=False`` even in torch 2.13. :func:`only_weights` overrules both.
+Unpickling can run any code that a file's author chose. ``torch.load`` refuses that by default from torch 2.6 on, but
+not before, nor in ``torch.hub``, by which MMEngine loads URLs: :func:`only_weights` overrules both.
 """
 
 from __future__ import annotations
@@ -24,10 +22,7 @@ ALWAYS, NEVER = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LO
 
 @contextmanager
 def only_weights() -> Iterator[None]:
-    """Within, ``torch.load`` builds plain types and tensors only, whatever its caller asks for.
-
-    Does nothing where the user has set ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``, which is a word of the user's as well.
-    """
+    """Within, ``torch.load`` builds plain types and tensors only, unless the user's environment says otherwise."""
     if is_set(NEVER):
         yield
         return
@@ -47,10 +42,7 @@ def is_set(switch: str) -> bool:
 
 
 def trust_checkpoints() -> ExitStack:
-    """From now on, MMEngine loads checkpoint files of this machine whole (``weights_only=False``).
-
-    What it returns ends the trust: ``with trust_checkpoints(): runner.test()``.
-    """
+    """From now on, or within ``with``, MMEngine loads checkpoint files of this machine with ``weights_only=False``."""
     original = CheckpointLoader._get_checkpoint_loader('')
 
     @functools.wraps(original)  # MMEngine logs the loader's name

@@ -1,14 +1,12 @@
-"""xtcocotools missing, or compiled against another numpy.
+"""xtcocotools, which MMPose imports, missing or compiled against another numpy: faster-coco-eval stands in.
 
-Cause: xtcocotools 1.14.3, which MMPose imports for data sets and metrics, has wheels for Python up to 3.11 only, and
-these are compiled against numpy 1: beside numpy 2 they fail at import.
-
-Fix: where its compiled part cannot be imported, ``coco_stand_in`` serves what MMPose imports, by faster-coco-eval.
+xtcocotools 1.14.3 has wheels for Python up to 3.11 only, which fail beside numpy 2.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -17,14 +15,12 @@ from .fix import Fix, is_present
 
 _PACKAGE = 'xtcocotools'
 # Whose names each module has; the package itself has none.
-_SOURCES = {
-    'coco': 'mm_sharp.compat.coco_stand_in',
-    'cocoeval': 'mm_sharp.compat.coco_stand_in',
-    'mask': 'faster_coco_eval.core.mask',
-}
+_COCO = 'mm_sharp.compat.coco_stand_in'
+_SOURCES = {'coco': _COCO, 'cocoeval': _COCO, 'mask': 'faster_coco_eval.core.mask'}
+_NAMES = _PACKAGE, *(f'{_PACKAGE}.{part}' for part in _SOURCES)
 
 
-class _StandInLoader(Loader):
+class _StandIn(Loader):
     """Fills a module named ``xtcocotools.*``."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -37,7 +33,8 @@ class _StandInLoader(Loader):
             vars(module).update({name: value for name, value in names.items() if not name.startswith('_')})
 
 
-def _patch(module: str) -> str | None:
+@partial(Fix, _PACKAGE, 'an xtcocotools with wheels for this Python and numpy', before=_NAMES, stand_in=_StandIn())
+def fix_xtcocotools(module: str) -> str | None:
     if not is_present(_PACKAGE):
         cause = 'xtcocotools is not installed'
     elif module == _PACKAGE:
@@ -54,12 +51,3 @@ def _patch(module: str) -> str | None:
             name=_PACKAGE,
         )
     return f'{cause}; faster-coco-eval stands in'
-
-
-FIX = Fix(
-    name=_PACKAGE,
-    patch=_patch,
-    ends_with='an xtcocotools with wheels for the installed Python and numpy',
-    before=(_PACKAGE, *(f'{_PACKAGE}.{part}' for part in _SOURCES)),
-    stand_in=_StandInLoader(),
-)

@@ -1,8 +1,7 @@
 """What is wrong with a part of a config that cannot be built, by its key.
 
-Two mistakes account for most: a ``type`` that is not registered, and arguments that its class does not take. MMEngine
-raises a KeyError or a TypeError for them. Then the config is searched for such a mistake. Where it has none that the
-error speaks of, the error is a bug, and keeps its traceback.
+MMEngine raises a KeyError for a ``type`` that is not registered and a TypeError for arguments that its class does not
+take. Then the config is searched for such a mistake. Where it has none, the error is a bug, and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -1,20 +1,10 @@
-"""Fragments take effect when a config file is read.
+"""Fragments take effect when a config file is read (``_base_ = ['recipe.py', 'mm_sharp::_base_/sam.py']``).
 
-A config inherits a recipe and fragments, and needs no line more::
-
-    _base_ = ['mmpose::…/recipe.py', 'mm_sharp::_base_/quantization/w4a4.py', 'mm_sharp::_base_/ausam.py']
-
-MMEngine refuses two entries of ``_base_`` that set the same key, and every recipe sets ``model``, ``optim_wrapper`` and
-``custom_hooks``. So fragments set keys of their own, which are moved to where they belong once the file has been read:
-
-- ``sharp_optim_wrapper``: its type and arguments go into ``optim_wrapper``, below what the recipe and the user set
-- ``sharp_hook``: goes to ``custom_hooks`` with it
-- ``sharp_quantization``: ``model`` becomes a ``QuantizedModel`` with its ``policy``; its ``calibration`` are the
-  arguments of a ``CalibrationHook`` in ``custom_hooks``
-
-A config without these keys is left as it is. A config that uses a fragment by a line of its own
-(``optim_wrapper = _base_.sharp_optim_wrapper``) has the last word, and so has one that builds its ``QuantizedModel``
-itself. None switches a key off. There is no Brevitas in this file: configs must be readable without it.
+MMEngine refuses two entries of ``_base_`` that set the same key. So fragments set keys of their own, which are moved
+once the file has been read: ``sharp_optim_wrapper`` goes into ``optim_wrapper``, below what the recipe and the user
+set, and ``sharp_hook`` to ``custom_hooks`` with it; by ``sharp_quantization`` ``model`` becomes a ``QuantizedModel``
+with its ``policy``, with a ``CalibrationHook`` of its ``calibration``. A config that builds these itself has the last
+word; None switches a key off. There is no Brevitas in this file: configs must be readable without it.
 """
 
 from __future__ import annotations
@@ -45,8 +35,7 @@ _as_written: ContextVar[bool] = ContextVar('as_written', default=False)
 def install() -> None:
     """From now on fragments take effect in every config that is read from a file; a second call changes nothing.
 
-    ``Config.fromfile`` ends with the constructor, and obeys ``custom_imports`` before it. So the constructor is what is
-    wrapped: a config whose own ``custom_imports`` are the first to import mm_sharp finds it wrapped already.
+    ``Config.fromfile`` ends with the constructor, after ``custom_imports``, which may be the first to import mm_sharp.
     """
     construct = Config.__init__
     if hasattr(construct, '_applies_fragments'):
@@ -75,9 +64,12 @@ def as_written() -> Iterator[None]:
 def pending_fragments(cfg: Config) -> set[str]:
     """Those of :data:`KEYS` that :func:`apply_fragments` would put into effect."""
     keys = set()
-    if _replaces(_written(cfg, 'sharp_optim_wrapper'), _written(cfg, 'optim_wrapper')):
-        keys |= {'sharp_optim_wrapper', 'sharp_hook'}
-    model = _written(cfg, 'model')
+    sharp, existing, model = (_written(cfg, key) for key in ('sharp_optim_wrapper', 'optim_wrapper', 'model'))
+    if sharp and isinstance(sharp, dict) and isinstance(existing, dict) and 'optimizer' in existing:
+        # It takes the place of MMEngine's two wrappers, whose arguments are ours too.
+        replaceable = {'type': 'OptimWrapper', **_unbuilt(existing)}
+        if _is_type(replaceable, 'OptimWrapper') or _is_type(existing, 'AmpOptimWrapper'):
+            keys |= {'sharp_optim_wrapper', 'sharp_hook'}
     if isinstance(model, dict) and not _is_type(model, 'QuantizedModel') and _written(cfg, KEYS[2]) is not None:
         keys.add('sharp_quantization')
     return keys
@@ -85,8 +77,6 @@ def pending_fragments(cfg: Config) -> set[str]:
 
 def apply_fragments(cfg: Config) -> None:
     """Put the fragments that a config inherits into effect, in place; a second call changes nothing.
-
-    A fragment that is read on its own stays as it is.
 
     Raises:
         ValueError: A key of ours is misspelt, or has a value that it cannot have.
@@ -107,14 +97,6 @@ def apply_fragments(cfg: Config) -> None:
         _import_quantization(cfg)
 
 
-# -------------------------------------------------------------------- what the keys become
-def _replaces(sharp: Any, existing: Any) -> bool:
-    """Whether a fragment takes the place of an ``optim_wrapper``: of MMEngine's two, whose arguments are ours too."""
-    if not sharp or not isinstance(sharp, dict) or not isinstance(existing, dict) or 'optimizer' not in existing:
-        return False
-    return 'type' not in existing or _is_type(existing, 'OptimWrapper') or _is_type(existing, 'AmpOptimWrapper')
-
-
 def _merged(sharp: dict[str, Any], existing: dict[str, Any]) -> dict[str, Any]:
     """The fragment's wrapper with everything that the recipe and the user have set."""
     if 'type' not in sharp:
@@ -128,10 +110,9 @@ def _merged(sharp: dict[str, Any], existing: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quantized(model: dict[str, Any], policy: dict[str, Any]) -> dict[str, Any]:
-    """The config of a quantized model.
+    """The config of a quantized model, in which only the float model's class becomes ``model``.
 
-    Only the float model's class becomes ``model``. Its arguments, the scope among them, stay where they were: programs
-    read and set ``cfg.model.backbone``, ``cfg.model.head`` or ``cfg.model.train_cfg``, as MMPose's ``init_model`` does.
+    Its arguments stay where they were: programs read and set ``cfg.model.head``, as MMPose's ``init_model`` does.
     """
     arguments = _unbuilt(model)
     inner: Any = model
@@ -160,7 +141,6 @@ def _import_quantization(cfg: Config) -> None:
     importlib.import_module(_PACKAGE)  # where Brevitas is missing, its error says how to install it
 
 
-# -------------------------------------------------------------------- checks
 def _check_keys(cfg: Config) -> None:
     """Refuse a misspelt key of ours, and the name that ``sharp_quantization`` had once."""
     for key in dict.keys(cfg._cfg_dict):
@@ -180,13 +160,10 @@ def _check_quantization(settings: Any) -> None:
     forms: dict[str, Any] = {'policy': dict, 'calibration': (dict, type(None))}
     is_right = isinstance(settings, dict) and set(settings) <= set(forms)
     if not is_right or not all(isinstance(settings.get(part), kinds) for part, kinds in forms.items()):
-        raise ValueError(
-            f'sharp_quantization={settings!r} is not allowed: it must be a dict with a dict called policy and, if '
-            f'wanted, one called calibration. Write {_EXAMPLE}'
-        )
+        allowed = 'a dict with a dict called policy and, if wanted, one called calibration'
+        raise ValueError(f'sharp_quantization={settings!r} is not allowed: it must be {allowed}. Write {_EXAMPLE}')
 
 
-# -------------------------------------------------------------------- values of a config, read without building them
 def _written(cfg: Config, key: str) -> Any:
     """A top-level value, or None. New-style configs import lazily, and a value once built cannot be written out."""
     return dict.get(cfg._cfg_dict, key)

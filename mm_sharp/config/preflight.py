@@ -1,7 +1,7 @@
 """Checks of a config before anything is built: what only the whole config shows, and the files that it names.
 
-What an optimizer wrapper's arguments may be, its constructor says. Here it is built once around a single number, so
-that the user need not wait for the model. What MMEngine passes over in silence is refused for our wrappers alone.
+An optimizer wrapper's constructor checks its arguments: here it is built once around a single number, so that the user
+need not wait for the model. What MMEngine passes over in silence is refused for our wrappers alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ _NONE = type(None)
 _SLOWER = '15 to 23 times slower in'
 
 
-# -------------------------------------------------------------------- optimizer wrappers
 def check_wrappers(cfg: Config) -> None:
     """Build every optimizer wrapper of ours or MMEngine's once, around a single number; what fails is a UsageError."""
     members = wrapper_configs(cfg)
@@ -72,10 +71,8 @@ def wrapper_configs(cfg: Config) -> dict[str, Any]:
         parts = {'optim_wrapper': top, **{f'optim_wrapper.{key}': value for key, value in top.items()}}
         members = {k: v for k, v in parts.items() if isinstance(v, dict) and ('optimizer' in v or 'type' in v)}
     if not members:
-        raise UsageError(
-            f'optim_wrapper={top!r} is not allowed: it must be a dict with a type and an optimizer. Write for example: '
-            f'{_WRAPPER}'
-        )
+        what = f'optim_wrapper={top!r} is not allowed: it must be a dict with a type and an optimizer'
+        raise UsageError(f'{what}. Write for example: {_WRAPPER}')
     if 'optim_wrapper' in members:
         return {'optim_wrapper': top}
     if type_name(top.get('constructor', _CONSTRUCTOR)) == _CONSTRUCTOR:
@@ -108,10 +105,8 @@ def enable_amp(cfg: Config) -> None:
         elif cls not in (OptimWrapper, AmpOptimWrapper):
             raise UsageError(f'--amp cannot change {key}.type={cls.__name__}: set its precision in the config')
         elif on_cpu:
-            raise UsageError(
-                "--amp: MMEngine's AmpOptimWrapper needs a GPU: leave out --amp, or take a wrapper that does it on "
-                f"the CPU, {key}=dict(type='SAMOptimWrapper', …)"
-            )
+            instead = f"take a wrapper that does it on the CPU, {key}=dict(type='SAMOptimWrapper', …)"
+            raise UsageError(f"--amp: MMEngine's AmpOptimWrapper needs a GPU: leave out --amp, or {instead}")
         else:
             wrapper['type'] = 'AmpOptimWrapper'
             wrapper.setdefault('loss_scale', 'dynamic')
@@ -129,9 +124,7 @@ def _check_wrapper(cfg: Config, key: str, cls: type[OptimWrapper], wrapper: Mapp
 
 
 def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
-    """The config's optimizer around a single number; an SGD in place of another package's, of which the type and the
-    names of the arguments are checked.
-    """
+    """The config's optimizer around a single number; an SGD for another package's, of which the names are checked."""
     config, written = wrapper.get('optimizer'), f'{key} = dict({_OPTIMIZER}, …)'
     # A matrix, since some optimizers (Muon) take nothing else; on the training's device, since AMP depends on it.
     device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if get_device() == 'cuda' else 'cpu'
@@ -166,7 +159,6 @@ def _check_paramwise(key: str, cls: type[OptimWrapper], wrapper: Mapping[str, An
                     raise ValueError(f'{place}{place and "."}{name}={value!r} must be a number')
 
 
-# -------------------------------------------------------------------- the rest of a training
 # Key, what it must be (a kind, or an integer of at least a number), and an example.
 _FORMS: tuple[tuple[str, str, Any, str], ...] = (
     ('model', 'a dict', Mapping, "model = dict(type='TopdownPoseEstimator', …)"),
@@ -228,7 +220,7 @@ def _check_hook(cfg: Config, key: str, hook: Any) -> None:
     example = f'dict(type={type_name(hook["type"])!r}, interval=50)'
     if type(hook.get('interval', 1)) is not int:
         raise UsageError(f'{key}.interval={hook["interval"]!r} must be an integer. Write for example: {example}')
-    cls, _ = _look_up(cfg, HOOKS, hook['type'], hook.get('_scope_'))
+    cls = _registered(cfg, HOOKS, key, hook['type'], hook.get('_scope_'), required=False)
     # What is not registered yet, MMEngine may import before it builds it.
     if cls is not None and cls.__module__.startswith(('mmengine.', 'mm_sharp.')):
         arguments = {n: deepcopy(v) for n, v in hook.items() if n not in ('type', '_scope_', 'priority')}
@@ -236,7 +228,6 @@ def _check_hook(cfg: Config, key: str, hook: Any) -> None:
             cls(**arguments)
 
 
-# -------------------------------------------------------------------- data
 def check_data(cfg: Config, *splits: str) -> None:
     """Check that the files of the data sets are there; ``splits`` are of ``'train'``, ``'val'`` and ``'test'``."""
     for split in splits:
@@ -256,11 +247,10 @@ def _data_paths(where: str, dataset: Any) -> Iterator[tuple[str, str, str]]:
     """Dotted key of a data set, argument and path of everything that it reads, or that one which it wraps reads."""
     if not isinstance(dataset, dict):
         return
-    root = dataset.get('data_root') or ''
     if dataset.get('ann_file'):
-        yield where, 'ann_file', _join(root, dataset['ann_file'])
-        for name, prefix in (dataset.get('data_prefix') or {}).items():
-            yield where, f'data_prefix.{name}', _join(root, prefix)
+        prefixes = {f'data_prefix.{name}': prefix for name, prefix in (dataset.get('data_prefix') or {}).items()}
+        for name, path in {'ann_file': dataset['ann_file'], **prefixes}.items():
+            yield where, name, path if '://' in path else os.path.join(dataset.get('data_root') or '', path)
     for name in ('bbox_file', 'headbox_file'):
         yield where, name, dataset.get(name) or ''
     yield from _data_paths(f'{where}.dataset', dataset.get('dataset'))
@@ -268,23 +258,15 @@ def _data_paths(where: str, dataset: Any) -> Iterator[tuple[str, str, str]]:
         yield from _data_paths(f'{where}.datasets.{i}', member)
 
 
-def _join(root: str, path: str) -> str:
-    return path if '://' in path else os.path.join(root, path)
-
-
-# -------------------------------------------------------------------- helpers
-def _look_up(cfg: Config, registry: Registry, kind: Any, scope: str | None) -> tuple[Any, set[str]]:
-    """The class that MMEngine finds for a ``type``, None if there is none, and the names that it would find."""
+def _registered(
+    cfg: Config, registry: Registry, key: str, kind: Any, scope: str | None = None, required: bool = True
+) -> Any:
+    """The class that MMEngine finds for a ``type``; where there is none, a UsageError, or None if not ``required``."""
     with registry.switch_scope_and_registry(scope or cfg.get('default_scope', 'mmengine')) as found:
         cls = found.get(kind) if isinstance(kind, str) else kind
-        return cls, {*found.module_dict, *registry.module_dict}
-
-
-def _registered(cfg: Config, registry: Registry, key: str, kind: Any, scope: str | None = None) -> Any:
-    cls, names = _look_up(cfg, registry, kind, scope)
-    if cls is None:
-        raise UsageError(not_registered(key, kind, names))
-    return cls
+        if cls is None and required:
+            raise UsageError(not_registered(key, kind, {*found.module_dict, *registry.module_dict}))
+        return cls
 
 
 @contextmanager

@@ -18,14 +18,12 @@ _FLAT = Camera(azimuth=0, elevation=0, roll=0, distance=_FAR, focal=300.0)
 
 
 def upsample(grid: Floats, height: int, width: int) -> Floats:
-    """Bilinear interpolation of a coarse grid (h, w) or (h, w, c) to the given size."""
+    """Bilinear interpolation of a coarse grid (h, w, c) to the given size."""
     rows = np.arange(height, dtype=np.float64) * ((grid.shape[0] - 1) / (height - 1))
     columns = np.arange(width, dtype=np.float64) * ((grid.shape[1] - 1) / (width - 1))
     top = np.minimum(rows.astype(np.int64), grid.shape[0] - 2)
     left = np.minimum(columns.astype(np.int64), grid.shape[1] - 2)
-    extra = (1,) * (grid.ndim - 2)
-    down = (rows - top).reshape(-1, 1, *extra)
-    along = (columns - left).reshape(1, -1, *extra)
+    down, along = (rows - top)[:, None, None], (columns - left)[None, :, None]
     bands = grid[top] * (1.0 - down) + grid[top + 1] * down
     mixed: Floats = bands[:, left] * (1.0 - along) + bands[:, left + 1] * along
     return mixed
@@ -38,9 +36,8 @@ def draw_backdrop(draws: Draws, light: Light, settings: Settings = SETTINGS) -> 
     wall = upsample(corners, HEIGHT, WIDTH)
     for cells, strength in ((6, 40.0), (24, 26.0)):
         grain = draws.uniform((0.0, strength))
-        wall += ((upsample(draws.array(cells, cells), HEIGHT, WIDTH) - 0.5) * grain)[:, :, None]
-    layer.colour[:] = np.minimum(np.maximum(wall, 0.0), 255.0).astype(np.uint8)
-    layer.depth[:] = _WALL
+        wall += (upsample(draws.array(cells, cells, 1), HEIGHT, WIDTH) - 0.5) * grain
+    layer.colour[:], layer.depth[:] = np.clip(wall, 0.0, 255.0).astype(np.uint8), _WALL
     for number in range(draws.integer(*settings.clutter)):
         _draw_shape(layer, draws, light, _FAR - 0.1 * number)
     for number in range(draws.integer(*settings.limb_clutter)):
@@ -56,21 +53,18 @@ def draw_occluders(draws: Draws, light: Light, settings: Settings = SETTINGS) ->
     width, height = draws.integer(WIDTH // 6, WIDTH // 2), draws.integer(HEIGHT // 8, HEIGHT // 3)
     left = draws.integer(-width // 2, WIDTH - width // 2)
     top = draws.integer(HEIGHT // 4, HEIGHT - height // 2)
-    kind = draws.choice(('box', 'post', 'ball'))
-    colour = draw_colour(draws)
+    kind, colour = draws.choice(('box', 'post', 'ball')), draw_colour(draws)
     if kind == 'box':
         draw_card(layer, (left, top, left + width, top + height), _NEAR, 0, colour)
-    elif kind == 'ball':
-        _draw_rod(layer, light, ((left, top), (left, top)), (width / 3, width / 3), _NEAR, Paint(colour))
-    else:
-        lean = draws.integer(-WIDTH // 4, WIDTH // 4)
-        ends = ((left, -10), (left + lean, HEIGHT + 10))
-        _draw_rod(layer, light, ends, (width / 6, width / 6), _NEAR, Paint(colour))
+        return layer
+    ends, radius = ((left, top), (left, top)), width / 3
+    if kind == 'post':
+        ends, radius = ((left, -10), (left + draws.integer(-WIDTH // 4, WIDTH // 4), HEIGHT + 10)), width / 6
+    _draw_rod(layer, light, ends, (radius, radius), _NEAR, Paint(colour))
     return layer
 
 
 def _draw_shape(layer: Layer, draws: Draws, light: Light, depth: float) -> None:
-    """A rectangle, a ball or a rod anywhere in the background."""
     kind = draws.choice(('box', 'box', 'ball', 'rod'))
     u, v = draws.integer(-20, WIDTH), draws.integer(-20, HEIGHT)
     colour = draw_colour(draws)
@@ -84,7 +78,6 @@ def _draw_shape(layer: Layer, draws: Draws, light: Light, depth: float) -> None:
 
 
 def _draw_decoy(layer: Layer, draws: Draws, light: Light, depth: float) -> None:
-    """Something with the form and the colours of a sleeve and a bare limb."""
     u, v = draws.integer(0, WIDTH), draws.integer(0, HEIGHT)
     end = (u + draws.integer(-45, 45), v + draws.integer(-45, 45))
     thick = draws.uniform((3.0, 8.0))

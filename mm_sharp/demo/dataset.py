@@ -1,20 +1,16 @@
-"""Draws the whole data set into a folder.
+"""Draws the whole data set into a folder, with annotations in COCO's keypoint format and as MMPose reads MPII.
 
-Layout::
-
-    train/NNNNNN.png  val/NNNNNN.png                    numbered from 1
-    annotations/person_keypoints_{train,val}.json       COCO keypoint format
-    mpii/mpii_{train,val}.json  mpii/mpii_gt_val.mat    MPII as MMPose reads it
-    meta.json                                           first without, at last with ``sha256``
-
-Images are drawn in several processes; each depends on the seed, its split and its number alone, so neither the
-number of processes nor the number of images changes any of them.
+Each image depends on the seed, its split and its number alone: neither the number of processes that draw nor the number
+of images changes any of them. In COCO, coordinates count from 0 at the centre of the top left pixel. In MPII they count
+from 1; ``center`` is 15 * scale pixels above the middle of the box, since MMPose's reader moves it down by that much; a
+joint outside of the image is (-1, -1) with ``joints_vis`` 0, and a hidden one inside counts as annotated, 1.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -25,23 +21,37 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
+import numpy.typing as npt
+from scipy.io import savemat
 from tqdm import tqdm
 
 from mm_sharp.compat.atomic_writes import write_atomically
-from mm_sharp.demo.formats import coco_annotation, coco_file, coco_image, head_box, mat_file, mpii_record
-from mm_sharp.demo.scene import Person, draw_scene
-from mm_sharp.demo.settings import GENERATOR_VERSION, SETTINGS, SPLITS, Settings
+from mm_sharp.demo.scene import Person, draw_scene, is_inside
+from mm_sharp.demo.settings import GENERATOR_VERSION, HEIGHT, SETTINGS, SPLITS, WIDTH, Settings
+from mm_sharp.demo.skeleton import COCO_KEYPOINTS, MPII_JOINTS
 
 Task = tuple[str, int]  # the split and the number, from 0, of an image to draw
 Drawn = tuple[tuple[Person, ...], str]  # the people in an image, and the SHA-256 of its pixels
-_GENERATOR = 'mm_sharp.demo'
+_GENERATOR, _VERSION = 'mm_sharp.demo', 'generator_version'
 _GROUND_TRUTH = 'mpii/mpii_gt_val.mat'
 _COCO, _MPII = 'annotations/person_keypoints_{}.json', 'mpii/mpii_{}.json'
 _FILES = (*(name.format(split) for split in SPLITS for name in (_COCO, _MPII)), _GROUND_TRUTH)
+#: Pairs of keypoints, counted from 1, that are joined by a line; those of COCO.
+SKELETON = [
+    [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9], [8, 10], [9, 11],
+    [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
+]  # fmt: skip
+
+_HEAD = ('head_top', 'upper_neck', 'left_ear', 'right_ear', 'nose')
+#: MATLAB's header begins with 116 bytes of free text; scipy writes the time of day there.
+_MAT_TEXT = b'MATLAB 5.0 MAT-file, mm_sharp demo people'.ljust(116)
+HeadBox = tuple[float, float, float, float]
 
 
 def make_dataset(
@@ -57,22 +67,18 @@ def make_dataset(
 ) -> bool:
     """Draw the data set into the folder ``out``; returns False if it was there already.
 
-    Args:
-        train, val: numbers of images, 1 to 999,999.
-        seed: 0 <= seed < 2^32.
-        workers: processes that draw; None for one per CPU core, 0 and 1 for none but this one.
-        force: replace a data set of ours that was made with other arguments.
+    ``train`` and ``val`` are numbers of images, 1 to 999,999; ``workers`` are processes that draw, None for one per CPU
+    core, 0 and 1 for none but this one; with ``force``, a data set of ours with other arguments is replaced.
     """
     workers = min(os.cpu_count() or 1, 16) if workers is None else workers
     arguments = {'train': train, 'val': val, 'seed': seed}
-    # The files' names have six digits; the seed is one word of a seed sequence.
     limits = {'train': (1, 999_999), 'val': (1, 999_999), 'seed': (0, 2**32 - 1), 'workers': (0, 256)}
     for name, value in {**arguments, 'workers': workers}.items():
         low, high = limits[name]
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if type(value) is not int or not low <= value <= high:
             raise ValueError(f'{name}={value!r} must be a whole number in [{low}, {high}]')
     out = Path(out)
-    request = {'generator_version': GENERATOR_VERSION, 'arguments': arguments, 'settings': asdict(settings)}
+    request = {_VERSION: GENERATOR_VERSION, 'arguments': arguments, 'settings': asdict(settings)}
     meta: dict[str, Any] = json.loads(json.dumps({'generator': _GENERATOR, **request}))  # as it is read back
     if _is_there(out, meta, force):
         return False
@@ -84,9 +90,8 @@ def make_dataset(
     tasks = [(split, index) for split in SPLITS for index in range(arguments[split])]
     with _mapped(functools.partial(_draw_image, out, seed, settings), tasks, workers) as results:
         drawn = list(tqdm(results, 'drawing people', len(tasks), unit='image', disable=not progress, mininterval=0.5))
-    digest = hashlib.sha256()
-    _write_split(out, 'train', drawn[:train], digest)
-    _write_split(out, 'val', drawn[train:], digest)
+    contents = [*_write_split(out, 'train', drawn[:train]), *_write_split(out, 'val', drawn[train:])]
+    digest = hashlib.sha256(''.join(json.dumps(content, separators=(',', ':')) for content in contents).encode())
     _write_json(out / 'meta.json', {**meta, 'sha256': digest.hexdigest()})
     return True
 
@@ -99,23 +104,19 @@ def _is_there(out: Path, meta: dict[str, Any], force: bool) -> bool:
         return False
     try:
         found = json.loads((out / 'meta.json').read_text(encoding='utf-8'))
-        is_ours = found['generator'] == _GENERATOR
-    except (OSError, ValueError, TypeError, KeyError):
-        is_ours = False
-    if not is_ours:
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get('generator') != _GENERATOR:
         raise FileExistsError(f'{out} holds other files than a demo data set: choose another folder with --out')
     if 'sha256' not in found:  # interrupted: worth nothing
         return False
     if any(found.get(key) != value for key, value in meta.items()) and not force:
         was, asked = (
-            ' '.join(f'--{name} {value}' for name, value in one['arguments'].items())
-            + f' (generator version {one["generator_version"]})'
+            f'{" ".join(f"--{k} {v}" for k, v in one["arguments"].items())} (generator version {one[_VERSION]})'
             for one in (found, meta)
         )
-        raise FileExistsError(
-            f'{out} holds a demo data set made with {was}, not {asked}: pass --force to replace it, or choose another '
-            'folder with --out'
-        )
+        hint = 'pass --force to replace it, or choose another folder with --out'
+        raise FileExistsError(f'{out} holds a demo data set made with {was}, not {asked}: {hint}')
     images = (f'{split}/{i + 1:06d}.png' for split in SPLITS for i in range(meta['arguments'][split]))
     return found == {**meta, 'sha256': found['sha256']} and all((out / name).is_file() for name in (*_FILES, *images))
 
@@ -126,16 +127,13 @@ def _write_json(path: Path, content: object) -> None:
 
 @contextmanager
 def _mapped(draw: Callable[[Task], Drawn], tasks: list[Task], workers: int) -> Iterator[Iterator[Drawn]]:
-    """The results of all tasks, in order, drawn here or in a pool of processes."""
     if workers <= 1:
         yield map(draw, tasks)
         return
-    # On Linux a fork spares each worker the import of torch. Python 3.12 warns that threads don't
-    # survive it; the workers need none: they do elementwise numpy and write PNG files.
+    # On Linux a fork spares each worker the import of torch. Python 3.12 warns that threads don't survive it; the
+    # workers need none. Ctrl-C is the parent's to handle; it ends the workers.
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    # Ctrl-C is the parent's to handle; it ends the workers.
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, signal.signal, ignore_interrupt)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', '.*multi-threaded, use of fork', DeprecationWarning)
@@ -146,7 +144,6 @@ def _mapped(draw: Callable[[Task], Drawn], tasks: list[Task], workers: int) -> I
 
 
 def _draw_image(out: Path, seed: int, settings: Settings, task: Task) -> Drawn:
-    """Draw one image, write it, and return the rest."""
     split, index = task
     scene = draw_scene(seed, split, index, settings)
     path = out / split / coco_image(index + 1)['file_name']
@@ -155,8 +152,8 @@ def _draw_image(out: Path, seed: int, settings: Settings, task: Task) -> Drawn:
     return scene.people, hashlib.sha256(scene.image.tobytes()).hexdigest()
 
 
-def _write_split(out: Path, split: str, drawn: list[Drawn], digest: hashlib._Hash) -> None:
-    """Write the annotations of a split, and add them and its pixels to the data set's digest."""
+def _write_split(out: Path, split: str, drawn: list[Drawn]) -> list[object]:
+    """Write the annotations; returns what the digest is taken of."""
     images = [coco_image(number) for number in range(1, len(drawn) + 1)]
     people = [(image, *item) for image, (found, _) in zip(images, drawn, strict=True) for item in enumerate(found)]
     coco = coco_file(images, [coco_annotation(person, image['id'], number) for image, number, person in people])
@@ -164,9 +161,69 @@ def _write_split(out: Path, split: str, drawn: list[Drawn], digest: hashlib._Has
     heads = [head_box(person) for _, _, person in people]
     _write_json(out / _COCO.format(split), coco)
     _write_json(out / _MPII.format(split), mpii)
-    contents: list[object] = [[[pixels for _, pixels in drawn], coco, mpii]]
-    if split == 'val':
-        (out / _GROUND_TRUTH).write_bytes(mat_file(mpii, heads))
-        contents.append(heads)
-    for content in contents:
-        digest.update(json.dumps(content, separators=(',', ':')).encode())
+    content = [[pixels for _, pixels in drawn], coco, mpii]
+    if split == 'train':
+        return [content]
+    (out / _GROUND_TRUTH).write_bytes(mat_file(mpii, heads))
+    return [content, heads]
+
+
+def coco_image(image_id: int) -> dict[str, Any]:
+    """The entry of an image; its file is named after its id."""
+    return {'id': image_id, 'file_name': f'{image_id:06d}.png', 'width': WIDTH, 'height': HEIGHT}
+
+
+def coco_annotation(person: Person, image_id: int, number: int) -> dict[str, Any]:
+    """The annotation of person ``number`` (from 0) in an image."""
+    # The id is never 0, which COCO's evaluation takes for "no match".
+    head = {'id': image_id * 10 + number, 'image_id': image_id, 'category_id': 1, 'iscrowd': 0}
+    body = {'bbox': list(person.box), 'area': person.area}
+    count = sum(flag > 0 for _, _, flag in person.keypoints)
+    return {**head, **body, 'num_keypoints': count, 'keypoints': list(chain(*person.keypoints))}
+
+
+def coco_file(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of ``person_keypoints_*.json``."""
+    names = {'id': 1, 'name': 'person', 'supercategory': 'person'}
+    head = {'info': {'description': 'mm_sharp demo people', 'version': '1.0'}, 'licenses': []}
+    categories = [{**names, 'keypoints': list(COCO_KEYPOINTS), 'skeleton': SKELETON}]
+    return {**head, 'images': images, 'annotations': annotations, 'categories': categories}
+
+
+def mpii_record(person: Person, file_name: str) -> dict[str, Any]:
+    """The MPII record of one person; ``scale`` is the longer side of the box over 200 pixels."""
+    left, top, width, height = person.box
+    scale = max(width, height) / 200.0
+    # MMPose takes left + width as the right edge of a box; so does this middle.
+    centre = [left + width / 2 + 1, top + height / 2 + 1 - 15.0 * scale]
+    points = [person.points[name] for name in MPII_JOINTS]
+    return {
+        'image': file_name,
+        'center': [round(value, 4) for value in centre],
+        'scale': scale,
+        'joints': [[round(u + 1, 2), round(v + 1, 2)] if is_inside(u, v) else [-1.0, -1.0] for u, v in points],
+        'joints_vis': [int(is_inside(u, v)) for u, v in points],
+    }
+
+
+def head_box(person: Person) -> HeadBox:
+    """Left, top, right, bottom of the head, pixels counted from 1, also outside of the image."""
+    across, down = zip(*(person.points[name] for name in _HEAD), strict=True)
+    left, top, right, bottom = (round(end(axis) + 1, 2) for end in (min, max) for axis in (across, down))
+    return (left, top, right, bottom)
+
+
+def mat_file(records: list[dict[str, Any]], heads: list[HeadBox]) -> bytes:
+    """The ground truth of n people, in the order of ``records``, as MATLAB data, the same bytes at any time."""
+    corners: npt.NDArray[np.float64] = np.array(heads, np.float64).reshape(-1, 2, 2)
+    joints = np.array([record['joints'] for record in records], np.float64)
+    missing = 1.0 - np.array([record['joints_vis'] for record in records], np.float64)
+    content = {
+        'headboxes_src': np.transpose(corners, (1, 2, 0)),  # (2, 2, n): corner, then x and y
+        'pos_gt_src': np.transpose(joints, (1, 2, 0)),  # (16, 2, n)
+        'jnt_missing': missing.T,  # (16, n)
+        'dataset_joints': np.array(MPII_JOINTS, dtype=object),
+    }
+    buffer = io.BytesIO()
+    savemat(buffer, content)
+    return _MAT_TEXT + buffer.getvalue()[len(_MAT_TEXT) :]

@@ -1,11 +1,9 @@
 """Arithmetic and random draws that give the same bits on every machine.
 
-IEEE 754 fixes the results of ``+ - * /`` and ``sqrt``, in Python and in numpy's elementwise loops. Not so:
-
-- ``sin``, ``cos``: angles are whole numbers of 1/4096 turn, looked up in a sine table that is rounded to 2^-24. No
-  entry lies within 1e-12 of a rounding boundary.
-- ``dot``, ``@`` and sums over floats, whose order BLAS and SIMD choose: sums are written out.
-- numpy's distributions (NEP 19): only ``Generator.random()`` over PCG64 is used, and scaled in Python.
+IEEE 754 fixes the results of ``+ - * /`` and ``sqrt``, in Python and in numpy's elementwise loops. It does not fix
+``sin``: angles are whole numbers of 1/4096 turn, looked up in a sine table that is rounded to 2^-24, with no entry
+within 1e-12 of a rounding boundary. Nor the order in which ``@`` and sums add: sums are written out. Nor numpy's
+distributions (NEP 19): only ``Generator.random()`` over PCG64 is used, and scaled in Python.
 """
 
 from __future__ import annotations
@@ -71,8 +69,7 @@ class Draws:
             # Each has one 32-bit word of the seed sequence, else two images could share their words.
             if not 0 <= value < 2**32:
                 raise ValueError(f'{name}={value} must be a whole number in [0, 4294967295]')
-        words = np.random.SeedSequence((seed, split, index))
-        self._generator = np.random.Generator(np.random.PCG64(words))
+        self._generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, split, index))))
 
     def unit(self) -> float:
         """A number in [0, 1)."""
@@ -80,8 +77,7 @@ class Draws:
 
     def uniform(self, bounds: tuple[float, float]) -> float:
         """A number between the two bounds."""
-        low, high = bounds
-        return low + (high - low) * self.unit()
+        return bounds[0] + (bounds[1] - bounds[0]) * self.unit()
 
     def integer(self, low: int, high: int) -> int:
         """A whole number from ``low`` to ``high``, both included."""

@@ -1,27 +1,14 @@
 """Rounded limbs before a pinhole camera, drawn into a layer with colour, depth and part number.
 
-**Camera**: a point p of the world (y up, z toward a viewer at azimuth 0) is turned and moved ``distance`` away:
-
-    (x', y', z') = R_z(roll) R_x(elevation) R_y(-azimuth) p
-    X = x',  Y = -y',  Z = distance - z'
-    u = centre_x + focal * X / Z,   v = centre_y + focal * Y / Z
-
-with u to the right and v down, whole numbers at pixel centres.
-
-**Capsules**: the only solid is the hull of two balls in camera space. Its outline is exact for the two projected discs;
-depth and normal inside are those of the ball that touches the pixel's ray in the picture plane. With L the distance of
-the discs in pixels, r0 and r1 their radii, along and across the coordinates of a pixel in the capsule's frame:
-
-    sin(alpha) = (r0 - r1) / L
-    t = clamp((along - |across| tan(alpha)) / L, 0, 1)
-    c = t L,  r = r0 + t (r1 - r0),  d^2 = (along - c)^2 + across^2
-    inside: d^2 <= r^2,   depth = z0 + t (z1 - z0) - sqrt(r^2 - d^2) Z / focal
+The world has y up and z toward a viewer at azimuth 0; a picture has u to the right and v down, whole numbers at pixel
+centres. The only solid is the capsule, the hull of two balls in camera space. Its outline is exact for the two
+projected discs; depth and normal inside are those of the ball that touches the pixel's ray in the picture plane.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +20,13 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 EMPTY = -1  # part number of pixels where nothing was drawn
-NEAREST = 0.3  # metres: nothing is drawn nearer to the camera
 
 
-@dataclass(frozen=True)
-class Camera:
-    """A view of the origin; angles in units of 1/4096 turn, ``distance`` in metres, the rest in pixels."""
+class Camera(NamedTuple):
+    """A view of the origin: a point p is turned, ``R_z(roll) R_x(elevation) R_y(-azimuth) p``, and moved away.
+
+    Angles are in units of 1/4096 turn, ``distance`` in metres, the rest in pixels.
+    """
 
     azimuth: int
     elevation: int
@@ -50,11 +38,8 @@ class Camera:
     def view(self, points: dict[str, Vector]) -> dict[str, Vector]:
         """Camera coordinates (X right, Y down, Z away; metres) of points in the world."""
         matrix = chain(rotation('z', self.roll), rotation('x', self.elevation), rotation('y', -self.azimuth))
-        seen = {}
-        for name, point in points.items():
-            right, up, near = rotate(matrix, point)
-            seen[name] = (right, -up, self.distance - near)
-        return seen
+        turned = {name: rotate(matrix, point) for name, point in points.items()}
+        return {name: (right, -up, self.distance - near) for name, (right, up, near) in turned.items()}
 
     def project(self, seen: Vector) -> tuple[float, float]:
         """Pixel coordinates (u, v) of a point in camera coordinates."""
@@ -63,16 +48,14 @@ class Camera:
 
     def framing(self, seen: dict[str, Vector], size: tuple[float, float], middle: tuple[float, float]) -> Camera:
         """The same view, zoomed so that points in camera coordinates fill ``size`` pixels round ``middle``."""
-        flat = [(x / z, y / z) for x, y, z in seen.values()]
-        left, right = min(u for u, _ in flat), max(u for u, _ in flat)
-        top, bottom = min(v for _, v in flat), max(v for _, v in flat)
+        across, down = zip(*((x / z, y / z) for x, y, z in seen.values()), strict=True)
+        left, right, top, bottom = min(across), max(across), min(down), max(down)
         focal = min(size[0] / (right - left), size[1] / (bottom - top))
         centre = (middle[0] - focal * (left + right) / 2, middle[1] - focal * (top + bottom) / 2)
-        return replace(self, focal=focal, centre=centre)
+        return self._replace(focal=focal, centre=centre)
 
 
-@dataclass(frozen=True)
-class Paint:
+class Paint(NamedTuple):
     """Colours of a capsule (RGB, 0 to 255)."""
 
     base: Colour
@@ -83,8 +66,7 @@ class Paint:
     end: Colour = (0, 0, 0)
 
 
-@dataclass(frozen=True)
-class Capsule:
+class Capsule(NamedTuple):
     """The hull of two balls: centres in camera coordinates and radii, metres; its part and paint."""
 
     first: Vector
@@ -94,8 +76,7 @@ class Capsule:
     paint: Paint
 
 
-@dataclass(frozen=True)
-class Light:
+class Light(NamedTuple):
     """Light from everywhere (``ambient``) and from a unit direction in camera coordinates."""
 
     direction: Vector
@@ -103,8 +84,7 @@ class Light:
     diffuse: float
 
 
-@dataclass
-class Layer:
+class Layer(NamedTuple):
     """What was drawn: colour (H, W, 3) uint8, depth (H, W) metres, part (H, W) int16."""
 
     colour: npt.NDArray[np.uint8]
@@ -126,23 +106,18 @@ class Layer:
 
 def draw_capsule(layer: Layer, capsule: Capsule, camera: Camera, light: Light) -> None:
     """Draw a capsule into a layer, where it is nearer than what is there."""
-    if min(capsule.first[2], capsule.second[2]) < NEAREST:
-        raise ValueError(f'capsule={capsule} must be at least {NEAREST} m in front of the camera')
-    height, width = layer.depth.shape
-    balls = list(zip((capsule.first, capsule.second), capsule.radii, strict=True))
-    ends = [camera.project(centre) for centre, _ in balls]
-    radii = [camera.focal * radius / centre[2] for centre, radius in balls]
-    discs = [(u, v, radius) for (u, v), radius in zip(ends, radii, strict=True)]
-    left = max(math.floor(min(u - r for u, _, r in discs)), 0)
-    top = max(math.floor(min(v - r for _, v, r in discs)), 0)
-    right = min(math.ceil(max(u + r for u, _, r in discs)) + 1, width)
-    bottom = min(math.ceil(max(v + r for _, v, r in discs)) + 1, height)
-    if left >= right or top >= bottom:
-        return
-    u = np.arange(left, right, dtype=np.float64)[None, :]
-    v = np.arange(top, bottom, dtype=np.float64)[:, None]
-    inside, depth, *surface = _cast(u, v, ends, radii, (capsule.first[2], capsule.second[2]), camera.focal)
-    window = (slice(top, bottom), slice(left, right))
+    centres = (capsule.first, capsule.second)
+    ends = [camera.project(centre) for centre in centres]
+    radii = [camera.focal * radius / centre[2] for centre, radius in zip(centres, capsule.radii, strict=True)]
+    spans = []  # of the columns and of the rows that the two discs cover
+    for axis, size in ((0, layer.depth.shape[1]), (1, layer.depth.shape[0])):
+        low = max(math.floor(min(end[axis] - radius for end, radius in zip(ends, radii, strict=True))), 0)
+        high = min(math.ceil(max(end[axis] + radius for end, radius in zip(ends, radii, strict=True))) + 1, size)
+        spans.append(slice(low, max(low, high)))
+    u, v = (np.arange(span.start, span.stop, dtype=np.float64) for span in spans)
+    depths = (capsule.first[2], capsule.second[2])
+    inside, depth, *surface = _cast(u[None, :], v[:, None], ends, radii, depths, camera.focal)
+    window = (spans[1], spans[0])
     seen = inside & (depth < layer.depth[window])
     layer.depth[window][seen] = depth[seen]
     layer.part[window][seen] = capsule.part
@@ -162,14 +137,19 @@ def draw_card(layer: Layer, box: tuple[int, int, int, int], depth: float, part: 
 def _cast(
     u: Floats, v: Floats, ends: list[tuple[float, float]], radii: list[float], depths: tuple[float, float], focal: float
 ) -> tuple[Mask, Floats, Floats, Floats, Floats, Floats, Floats]:
-    """The equations in the module's docstring, over a window of pixels: inside, depth, t, side, and the normal."""
+    """Over a window of pixels: inside, depth, t, side, and the normal.
+
+    With L the distance of the discs in pixels, r0 and r1 their radii, along and across a pixel's coordinates in the
+    capsule's frame: ``sin(alpha) = (r0 - r1) / L``, ``t = clamp((along - |across| tan(alpha)) / L, 0, 1)``,
+    ``r = r0 + t (r1 - r0)``, ``d^2 = (along - t L)^2 + across^2``; inside where ``d^2 <= r^2``; the depth is
+    ``z0 + t (z1 - z0) - sqrt(r^2 - d^2) Z / focal``.
+    """
     (u0, v0), (u1, v1) = ends
     length = math.sqrt((u1 - u0) * (u1 - u0) + (v1 - v0) * (v1 - v0))
     taper = radii[0] - radii[1]
     du, dv = u - u0, v - v0
     if length <= abs(taper) + 1e-6:  # one disc hides the other: a ball
-        bigger = 0 if taper >= 0 else 1
-        t = np.full(np.broadcast_shapes(u.shape, v.shape), float(bigger))
+        t = np.full(np.broadcast_shapes(u.shape, v.shape), 0.0 if taper >= 0 else 1.0)
         axis = (1.0, 0.0)
     else:
         axis = ((u1 - u0) / length, (v1 - v0) / length)

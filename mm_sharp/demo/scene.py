@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -20,8 +21,7 @@ MIN_SEEN_KEYPOINTS, MIN_AREA = 5, 400
 _ATTEMPTS = 200
 
 
-@dataclass(frozen=True)
-class Person:
+class Person(NamedTuple):
     """What a picture shows of one person, in pixels."""
 
     #: (u, v) of each COCO keypoint, and 2 where it is seen, 1 where something hides it; all 0 outside of the image.
@@ -31,22 +31,20 @@ class Person:
     area: int  # number of pixels that show this person
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A person as drawn: points in camera coordinates, its own layer, its girth."""
+class Figure(NamedTuple):
+    """A person as drawn."""
 
-    seen: Points
-    layer: Layer
+    seen: Points  # in camera coordinates
+    layer: Layer  # its own
     girth: float
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A picture (H, W, 3), RGB, uint8; its people; (H, W) number of the person seen, else -1."""
+class Scene(NamedTuple):
+    """What :func:`draw_scene` draws."""
 
-    image: npt.NDArray[np.uint8]
+    image: npt.NDArray[np.uint8]  # (H, W, 3), RGB
     people: tuple[Person, ...]
-    owner: npt.NDArray[np.int16]
+    owner: npt.NDArray[np.int16]  # (H, W): the number of the person seen, else -1
 
 
 def draw_scene(seed: int, split: str, index: int, settings: Settings = SETTINGS) -> Scene:
@@ -72,15 +70,14 @@ def is_inside(u: float, v: float) -> bool:
 
 def judge(figure: Figure, shown: Mask, camera: Camera) -> Person:
     """What the picture shows of a figure drawn with ``camera``: ``shown`` (H, W) are the pixels that show it."""
-    points = {}
-    for name, point in figure.seen.items():
-        u, v = camera.project(point)
-        points[name] = (round(u, 2), round(v, 2))
+    projected = {name: camera.project(point) for name, point in figure.seen.items()}
+    points = {name: (round(u, 2), round(v, 2)) for name, (u, v) in projected.items()}
     keypoints = [
         (*points[name], 1 + _is_seen(name, figure, shown, points[name])) if is_inside(*points[name]) else (0.0, 0.0, 0)
         for name in COCO_KEYPOINTS
     ]
-    return Person(tuple(keypoints), points, _outline_box(figure.layer.mask), int(shown.sum()))
+    left, top, width, height = cv2.boundingRect(figure.layer.mask.astype(np.uint8))  # all 0 for an empty one
+    return Person(tuple(keypoints), points, (left, top, width, height), int(shown.sum()))
 
 
 def _is_seen(name: str, figure: Figure, shown: Mask, point: tuple[float, float]) -> bool:
@@ -94,22 +91,12 @@ def _is_seen(name: str, figure: Figure, shown: Mask, point: tuple[float, float])
     )
 
 
-def _outline_box(mask: Mask) -> tuple[int, int, int, int]:
-    """Left, top, width, height of a mask, pixels; all zero if it is empty."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    if not len(columns):
-        return (0, 0, 0, 0)
-    left, top = int(columns[0]), int(rows[0])
-    return (left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1)
-
-
 def _attempt(draws: Draws, settings: Settings) -> Scene:
     light = _draw_light(draws, settings)
-    backdrop = draw_backdrop(draws, light, settings)
+    colour = draw_backdrop(draws, light, settings).colour
     camera, figures = _draw_figures(draws, light, settings)
     occluders = draw_occluders(draws, light, settings)
-    colour, owner = backdrop.colour, np.full((HEIGHT, WIDTH), -1, np.int16)
-    nearest = np.full((HEIGHT, WIDTH), np.inf)
+    owner, nearest = np.full((HEIGHT, WIDTH), -1, np.int16), np.full((HEIGHT, WIDTH), np.inf)
     for number, figure in enumerate(figures):
         shown = figure.layer.depth < nearest
         nearest[shown] = figure.layer.depth[shown]
@@ -122,7 +109,6 @@ def _attempt(draws: Draws, settings: Settings) -> Scene:
 
 
 def _draw_light(draws: Draws, settings: Settings) -> Light:
-    """Light from above, from the viewer's side of the scene."""
     across, up = draws.uniform((-1.0, 1.0)), draws.uniform((0.2, 1.0))
     length = math.sqrt(across * across + up * up + 0.5 * 0.5)
     direction = (across / length, -up / length, -0.5 / length)
@@ -130,16 +116,11 @@ def _draw_light(draws: Draws, settings: Settings) -> Light:
 
 
 def _draw_figures(draws: Draws, light: Light, settings: Settings) -> tuple[Camera, list[Figure]]:
-    """One or two people, and the camera that frames the first of them."""
     front = settings.frontal_degrees if draws.chance(settings.frontal_share) else 180
     body = draw_proportions(draws)
     points = body_points(body, draw_pose(draws, settings))
-    camera = Camera(
-        azimuth=draws.angle((-front, front)),
-        elevation=draws.angle(settings.elevation),
-        roll=draws.angle(settings.roll),
-        distance=draws.uniform(settings.distance),
-    )
+    azimuth, elevation, roll = (draws.angle(d) for d in ((-front, front), settings.elevation, settings.roll))
+    camera = Camera(azimuth, elevation, roll, draws.uniform(settings.distance))
     seen = camera.view(points)
     camera = _frame(draws, camera, seen, settings)
     figures = [draw_figure(draws, light, settings, camera, seen, body)]
@@ -161,8 +142,7 @@ def _frame(draws: Draws, camera: Camera, seen: Points, settings: Settings) -> Ca
     slack = (WIDTH * (1 - fill) / 2, HEIGHT * (1 - fill) / 2)
     shift = [slack[i] * draws.uniform((-1.0, 1.0)) for i in (0, 1)]
     if draws.chance(settings.truncation_chance):
-        axis = draws.choice((0, 1, 1))
-        sign = draws.choice((-1, 1))
+        axis, sign = draws.choice((0, 1, 1)), draws.choice((-1, 1))
         shift[axis] = sign * (slack[axis] + (WIDTH, HEIGHT)[axis] * draws.uniform(settings.truncation))
     middle = ((WIDTH - 1) / 2 + shift[0], (HEIGHT - 1) / 2 + shift[1])
     return camera.framing(seen, (WIDTH * fill, HEIGHT * fill), middle)
@@ -179,23 +159,17 @@ def draw_figure(
 
 
 def _develop(colour: npt.NDArray[np.uint8], draws: Draws, settings: Settings) -> npt.NDArray[np.uint8]:
-    """Soften edges, then exposure, contrast and noise."""
-    image = _blur(colour)
-    if draws.chance(settings.blur_chance):
-        image = _blur(image)
-    contrast = draws.uniform(settings.contrast)
-    brightness = draws.integer(*settings.brightness)
+    image = _blur(_blur(colour)) if draws.chance(settings.blur_chance) else _blur(colour)
+    contrast, brightness = draws.uniform(settings.contrast), draws.integer(*settings.brightness)
     noise = draws.integer(*settings.noise)
     grain = draws.array(HEIGHT, WIDTH, 3) * (2.0 * noise) - noise
     exposed = (image - 128.0) * contrast + (128.0 + brightness) + grain
-    clipped: npt.NDArray[np.float64] = np.minimum(np.maximum(exposed, 0.0), 255.0)
-    return clipped.astype(np.uint8)
+    return np.clip(exposed, 0.0, 255.0).astype(np.uint8)
 
 
 def _blur(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The kernel (1 2 1)/4 along rows and columns, in whole numbers."""
     wide = np.pad(image.astype(np.uint16), ((1, 1), (1, 1), (0, 0)), mode='edge')
     rows = wide[:-2] + 2 * wide[1:-1] + wide[2:]
-    both = rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]
-    blurred: npt.NDArray[np.uint8] = ((both + 8) // 16).astype(np.uint8)
-    return blurred
+    both: npt.NDArray[np.uint16] = rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]
+    return ((both + 8) // 16).astype(np.uint8)

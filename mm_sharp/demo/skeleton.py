@@ -1,25 +1,25 @@
 """The skeleton: joint angles of a random pose, proportions of a body, and the positions of its points.
 
-A pose maps every degree of freedom to an angle in units of 1/4096 turn. A pose *family* changes some ranges; what it
-does not name stays near the neutral pose. Body frame, metres: x to the person's own left, y up, z forward
-(right-handed), the pelvis at the origin. Heads are somewhat large, so that faces keep a few pixels in small pictures.
+The tables are in ``body.yaml``. A pose maps every degree of freedom to an angle. Body frame, metres: x to the person's
+own left, y up, z forward (right-handed), the pelvis at the origin. Heads are somewhat large, so that faces keep a few
+pixels in small pictures.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
 
 from mm_sharp.demo.exact import Draws, Matrix, Vector, add, chain, rotate, rotation
 from mm_sharp.demo.settings import SETTINGS, Settings
 
-#: The 17 keypoints of COCO, in its order.
-COCO_KEYPOINTS = (
-    'nose', 'left_eye', 'right_eye', 'left_ear', 'right_ear', 'left_shoulder', 'right_shoulder',
-    'left_elbow', 'right_elbow', 'left_wrist', 'right_wrist', 'left_hip', 'right_hip', 'left_knee',
-    'right_knee', 'left_ankle', 'right_ankle',
-)  # fmt: skip
-
-#: The 16 joints of MPII, in its order.
+SIDES = ('left', 'right')
+_ARM, _LEG = ('shoulder', 'elbow', 'wrist'), ('hip', 'knee', 'ankle')
+_COCO_PARTS = ('eye', 'ear', 'shoulder', 'elbow', 'wrist', 'hip', 'knee', 'ankle')
+#: The 17 keypoints of COCO and the 16 joints of MPII, in their orders.
+COCO_KEYPOINTS = ('nose', *(f'{side}_{part}' for part in _COCO_PARTS for side in SIDES))
 MPII_JOINTS = (
     'right_ankle', 'right_knee', 'right_hip', 'left_hip', 'left_knee', 'left_ankle', 'pelvis', 'thorax',
     'upper_neck', 'head_top', 'right_wrist', 'right_elbow', 'right_shoulder', 'left_shoulder',
@@ -30,62 +30,20 @@ Pose = dict[str, int]  # angle in units of 1/4096 turn for each degree of freedo
 Ranges = dict[str, tuple[int, int]]
 Points = dict[str, Vector]
 
-#: The neutral ranges, degrees. Positive: forward for the trunk, to the left for turns and side bends.
-_CENTRAL: Ranges = {
-    'root_lean': (-4, 6), 'root_tilt': (-5, 5), 'waist_bend': (-6, 14), 'waist_side': (-8, 8), 'waist_twist': (-15, 15),
-    'head_pitch': (-15, 20), 'head_yaw': (-35, 35), 'head_roll': (-8, 8),
-}  # fmt: skip
-
-#: Those of both sides. Flexion is forward, except of the knee; abduction and twist are away from the body.
-_SIDED: Ranges = {
-    'shoulder_flexion': (-20, 25), 'shoulder_abduction': (4, 30), 'shoulder_twist': (-30, 20),
-    'elbow_flexion': (0, 70), 'hip_flexion': (-8, 12), 'hip_abduction': (0, 12), 'hip_twist': (-5, 15),
-    'knee_flexion': (0, 12), 'ankle_flexion': (-8, 8),
-}  # fmt: skip
-
+TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name('body.yaml').read_text(encoding='utf-8'))
+FAMILIES: dict[str, Ranges] = TABLES['families']
+_NEUTRAL: Ranges = {**TABLES['central'], **TABLES['sided']}
 #: All degrees of freedom, in the order in which they are drawn, and their names without the side.
 DEGREES_OF_FREEDOM = {
-    **{dof: dof for dof in _CENTRAL},
-    **{f'{side}_{dof}': dof for side in ('left', 'right') for dof in _SIDED},
+    **{dof: dof for dof in TABLES['central']},
+    **{f'{side}_{dof}': dof for side in SIDES for dof in TABLES['sided']},
 }
-
-#: Keys without a side hold for both sides. Asymmetric families are mirrored half of the time.
-FAMILIES: dict[str, Ranges] = {
-    'standing': {},
-    'walking': {
-        'left_hip_flexion': (15, 45), 'left_knee_flexion': (0, 40), 'right_hip_flexion': (-22, 0),
-        'right_knee_flexion': (5, 60), 'left_shoulder_flexion': (-40, 5), 'right_shoulder_flexion': (0, 45),
-        'elbow_flexion': (5, 95),
-    },
-    'sitting': {
-        'hip_flexion': (60, 100), 'knee_flexion': (55, 105), 'hip_abduction': (2, 25), 'shoulder_flexion': (0, 60),
-        'elbow_flexion': (20, 100), 'waist_bend': (-5, 25),
-    },
-    'arms_up': {
-        'shoulder_flexion': (0, 60), 'shoulder_abduction': (85, 140), 'elbow_flexion': (0, 90),
-        'hip_abduction': (0, 30),
-    },
-    'bending': {
-        'root_lean': (0, 20), 'waist_bend': (25, 70), 'hip_flexion': (5, 40), 'knee_flexion': (5, 50),
-        'shoulder_flexion': (20, 90), 'head_pitch': (-30, 10),
-    },
-    'reaching': {
-        'left_shoulder_flexion': (50, 165), 'left_shoulder_abduction': (2, 60), 'left_elbow_flexion': (0, 60),
-        'right_hip_flexion': (-20, 30), 'waist_side': (-18, 18), 'waist_twist': (-30, 30),
-    },
-    'free': {
-        'root_lean': (-10, 18), 'waist_bend': (-12, 35), 'waist_side': (-18, 18), 'waist_twist': (-28, 28),
-        'head_yaw': (-45, 45), 'shoulder_flexion': (-40, 150), 'shoulder_abduction': (4, 120),
-        'shoulder_twist': (-55, 45), 'elbow_flexion': (0, 130), 'hip_flexion': (-20, 80), 'hip_abduction': (0, 40),
-        'knee_flexion': (0, 100), 'ankle_flexion': (-20, 20),
-    },
-}  # fmt: skip
 
 
 def family_ranges(family: str) -> Ranges:
     """The range of every degree of freedom in a pose family, degrees."""
-    own, neutral = FAMILIES[family], {**_CENTRAL, **_SIDED}
-    return {dof: own.get(dof) or own.get(plain) or neutral[plain] for dof, plain in DEGREES_OF_FREEDOM.items()}
+    own = FAMILIES[family]
+    return {dof: own.get(dof) or own.get(plain) or _NEUTRAL[plain] for dof, plain in DEGREES_OF_FREEDOM.items()}
 
 
 def draw_pose(draws: Draws, settings: Settings = SETTINGS) -> Pose:
@@ -98,15 +56,14 @@ def draw_pose(draws: Draws, settings: Settings = SETTINGS) -> Pose:
 def mirror(pose: Pose) -> Pose:
     """The pose seen in a mirror: sides swapped, turns and tilts reversed."""
     swapped = dict(pose)
-    for dof in _SIDED:
+    for dof in TABLES['sided']:
         swapped[f'left_{dof}'], swapped[f'right_{dof}'] = pose[f'right_{dof}'], pose[f'left_{dof}']
     for dof in ('root_tilt', 'waist_side', 'waist_twist', 'head_yaw', 'head_roll'):
         swapped[dof] = -pose[dof]
     return swapped
 
 
-@dataclass(frozen=True)
-class Proportions:
+class Proportions(NamedTuple):
     """Lengths in metres; ``girth`` multiplies the thickness of every part."""
 
     torso: float = 0.50
@@ -126,9 +83,7 @@ class Proportions:
 def draw_proportions(draws: Draws) -> Proportions:
     """A random body: limbs, trunk, breadth and girth vary on their own."""
     mean = Proportions()
-    arms = draws.uniform((0.9, 1.1))
-    legs = draws.uniform((0.88, 1.12))
-    breadth = draws.uniform((0.88, 1.15))
+    arms, legs, breadth = draws.uniform((0.9, 1.1)), draws.uniform((0.88, 1.12)), draws.uniform((0.88, 1.15))
     return Proportions(
         torso=mean.torso * draws.uniform((0.9, 1.1)),
         neck=mean.neck * draws.uniform((0.85, 1.15)),
@@ -148,8 +103,8 @@ def draw_proportions(draws: Draws) -> Proportions:
 def body_points(body: Proportions, pose: Pose) -> Points:
     """Positions in the body frame, metres, of all keypoints and of the points that drawing needs."""
     root = chain(rotation('x', pose['root_lean']), rotation('z', -pose['root_tilt']))
-    bend, side, twist = (pose[f'waist_{dof}'] for dof in ('bend', 'side', 'twist'))
-    chest = chain(root, rotation('x', bend), rotation('z', -side), rotation('y', twist))
+    bend, tilt, twist = (pose[f'waist_{dof}'] for dof in ('bend', 'side', 'twist'))
+    chest = chain(root, rotation('x', bend), rotation('z', -tilt), rotation('y', twist))
     waist = rotate(root, (0.0, 0.4 * body.torso, 0.0))
     thorax = add(waist, rotate(chest, (0.0, 0.6 * body.torso, 0.0)))
     points: Points = {
@@ -163,54 +118,36 @@ def body_points(body: Proportions, pose: Pose) -> Points:
         'buckle': rotate(root, (0.0, 0.05, 0.115 * body.girth)),
     }
     _add_head(points, body, pose, chest)
-    for name, sign in (('left', 1), ('right', -1)):
-        _add_arm(points, body, pose, chest, name, sign)
-        _add_leg(points, body, pose, root, name, sign)
+    for side, sign in zip(SIDES, (1, -1), strict=True):
+        arm, leg = ([f'{side}_{joint}' for joint in joints] for joints in (_ARM, _LEG))
+        shoulder = add(thorax, rotate(chest, (sign * body.shoulder, -0.03, 0.0)))
+        forearm = _add_limb(points, pose, chest, arm, shoulder, (body.upper_arm, body.forearm))
+        points[f'{side}_hand'] = add(points[arm[2]], rotate(forearm, (0.0, -body.hand, 0.0)))
+        hip = rotate(root, (sign * body.hip, 0.0, 0.0))
+        shin = _add_limb(points, pose, root, leg, hip, (body.thigh, body.shin))
+        foot = chain(shin, rotation('x', -pose[f'{side}_ankle_flexion']))
+        for end, forward in (('heel', -0.2), ('toe', 0.8)):
+            points[f'{side}_{end}'] = add(points[leg[2]], rotate(foot, (0.0, -0.05, forward * body.foot)))
     return points
 
 
 def _add_head(points: Points, body: Proportions, pose: Pose, chest: Matrix) -> None:
-    """Head top, face and hair; offsets are fractions of the head's height."""
     pitch, roll, yaw = pose['head_pitch'], pose['head_roll'], pose['head_yaw']
     frame = chain(chest, rotation('y', yaw), rotation('x', pitch), rotation('z', -roll))
-    offsets = {
-        'head_top': (0.0, 1.0, 0.0), 'skull_low': (0.0, 0.32, 0.0), 'skull_high': (0.0, 0.66, -0.02),
-        'hair_low': (0.0, 0.46, -0.10), 'hair_high': (0.0, 0.72, -0.06), 'hair_end': (0.0, -0.05, -0.24),
-        'nose_bridge': (0.0, 0.50, 0.30), 'nose': (0.0, 0.38, 0.41),
-        'left_eye': (0.14, 0.53, 0.285), 'right_eye': (-0.14, 0.53, 0.285),
-        'left_ear': (0.33, 0.45, 0.0), 'right_ear': (-0.33, 0.45, 0.0),
-        'left_mouth': (0.09, 0.18, 0.27), 'right_mouth': (-0.09, 0.18, 0.27),
-    }  # fmt: skip
-    for name, (x, y, z) in offsets.items():
-        offset = rotate(frame, (x * body.head, y * body.head, z * body.head))
-        points[name] = add(points['upper_neck'], offset)
+    for name, (x, y, z) in TABLES['head'].items():
+        points[name] = add(points['upper_neck'], rotate(frame, (x * body.head, y * body.head, z * body.head)))
 
 
-def _limb_frame(base: Matrix, pose: Pose, joint: str, sign: int) -> Matrix:
-    """The frame of an upper arm or a thigh; ``sign`` is +1 for the left, -1 for the right."""
-    flexion, abduction, twist = (pose[f'{joint}_{dof}'] for dof in ('flexion', 'abduction', 'twist'))
-    return chain(base, rotation('x', -flexion), rotation('z', sign * abduction), rotation('y', sign * twist))
-
-
-def _add_arm(points: Points, body: Proportions, pose: Pose, chest: Matrix, name: str, sign: int) -> None:
-    """Shoulder to hand of one side."""
-    upper = _limb_frame(chest, pose, f'{name}_shoulder', sign)
-    lower = chain(upper, rotation('x', -pose[f'{name}_elbow_flexion']))
-    shoulder = add(points['thorax'], rotate(chest, (sign * body.shoulder, -0.03, 0.0)))
-    elbow = add(shoulder, rotate(upper, (0.0, -body.upper_arm, 0.0)))
-    wrist = add(elbow, rotate(lower, (0.0, -body.forearm, 0.0)))
-    hand = add(wrist, rotate(lower, (0.0, -body.hand, 0.0)))
-    points |= {f'{name}_shoulder': shoulder, f'{name}_elbow': elbow, f'{name}_wrist': wrist, f'{name}_hand': hand}
-
-
-def _add_leg(points: Points, body: Proportions, pose: Pose, root: Matrix, name: str, sign: int) -> None:
-    """Hip to toe of one side."""
-    upper = _limb_frame(root, pose, f'{name}_hip', sign)
-    lower = chain(upper, rotation('x', pose[f'{name}_knee_flexion']))
-    foot = chain(lower, rotation('x', -pose[f'{name}_ankle_flexion']))
-    hip = rotate(root, (sign * body.hip, 0.0, 0.0))
-    knee = add(hip, rotate(upper, (0.0, -body.thigh, 0.0)))
-    ankle = add(knee, rotate(lower, (0.0, -body.shin, 0.0)))
-    points |= {f'{name}_hip': hip, f'{name}_knee': knee, f'{name}_ankle': ankle}
-    for end, forward in (('heel', -0.2), ('toe', 0.8)):
-        points[f'{name}_{end}'] = add(ankle, rotate(foot, (0.0, -0.05, forward * body.foot)))
+def _add_limb(
+    points: Points, pose: Pose, base: Matrix, joints: list[str], start: Vector, lengths: tuple[float, float]
+) -> Matrix:
+    """Three joints of an arm or a leg, whose first lies at ``start``; returns the frame of its lower segment."""
+    first, second, third = joints
+    sign = 1 if first.startswith('left') else -1
+    flexion, abduction, twist = (pose[f'{first}_{dof}'] for dof in ('flexion', 'abduction', 'twist'))
+    upper = chain(base, rotation('x', -flexion), rotation('z', sign * abduction), rotation('y', sign * twist))
+    bend = pose[f'{second}_flexion']
+    lower = chain(upper, rotation('x', bend if second.endswith('knee') else -bend))
+    points[first], points[second] = start, add(start, rotate(upper, (0.0, -lengths[0], 0.0)))
+    points[third] = add(points[second], rotate(lower, (0.0, -lengths[1], 0.0)))
+    return lower

@@ -82,18 +82,20 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
         sampler = getattr(loader, 'batch_sampler', None)
         if isinstance(sampler, AUSAMSampler):
             _check_sampler(loader, runner.optim_wrapper)
-        if not self._wrappers or not hasattr(loader.dataset, '__len__'):
+        drawing = [w for w in wrappers if isinstance(w, DrawsInLoader)] if isinstance(sampler, AUSAMSampler) else []
+        if not (self._wrappers or drawing) or not hasattr(loader.dataset, '__len__'):
             return  # a data set that only iterates: its samples are known when they arrive
         keys = DatasetKeys(loader.dataset)
-        keys.check_collisions()
         for wrapper in self._wrappers:
+            keys.check_collisions()
             wrapper.dataset_size = keys.count()
             if len(wrapper.history):
                 _reconcile(wrapper, keys)
-            if isinstance(sampler, AUSAMSampler) and isinstance(wrapper, DrawsInLoader):
-                wrapper.attach_model(runner.model)
-                wrapper.attach_sampler(sampler, keys, get_rank())
-                sampler.follow(runner.train_loop)
+        for drawer in drawing:
+            assert sampler is not None
+            drawer.attach_model(runner.model)
+            drawer.attach_sampler(sampler, keys, get_rank())
+            sampler.follow(runner.train_loop)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """In iteration-based training: exchange as often as an epoch is long, and before checkpoints."""

@@ -40,6 +40,8 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     ``share_seen``        share of the training set in the history of loss differences
     ====================  ===========================================================================
 
+    Where the only pass is at perturbed weights (momentum SAM), ``L_w`` is L(w + e).
+
     AUSAM's losses are those of the samples drawn, estimates of the whole batch's. ESAM's ``L_w_e`` is that of the whole
     batch where the step measured it (``selection='exact'``, or a step that refreshes the history), else that of the
     samples selected, which makes ``sharpness`` larger. In the steps between, its metrics are those of the averages that

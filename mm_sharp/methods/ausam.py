@@ -1,21 +1,25 @@
 """AUSAM: sharpness-aware minimization on samples drawn by their gradient norm, at the base optimizer's cost.
 
-AUSAM (Deng et al., AAAI 2025, arXiv 2406.08001) draws K = ceil(sampling_ratio * N) samples of each mini-batch and runs
-*both* of SAM's passes on these alone: 2 * sampling_ratio of the base optimizer's cost. A sample is drawn by its
-gradient norm, which the difference of its loss before and after the perturbation estimates at no further cost::
+AUSAM (Deng et al., AAAI 2025, arXiv 2406.08001) draws K of the N samples of each mini-batch and runs *both* of SAM's
+passes on these alone: 2 * K / N of the base optimizer's cost. A sample is drawn by its gradient norm, which the
+difference of its loss before and after the perturbation estimates at no further cost::
 
     score_i = average over its visits of |l_i(w + e) - l_i(w)|
     z_i     = (score_i - min) / (max - min)                       within the mini-batch
-    s_i     = s_min + (s_max - s_min) * z_i
-    pi_i    = K * s_i / sum(s), capped at 1                       probability to be among the K
+    s_i     = s_min + (s_max - s_min) * z_i                       the likelier to be among the K
 
-Only the paper's abstract and public summaries of it were at hand. Ours, as they leave it open: samples never seen take
-``s_max``; ``s_min``'s default; the cap; systematic sampling, which gives exactly these probabilities and exactly K
-samples; ``history_momentum``; drawing in the data loader; and ``reweight``, which weights sample i by 1 / (N * pi_i)
-(Horvitz-Thompson), so that at fixed weights the drawn samples' gradient is an unbiased estimate of the whole batch's.
-The first pass's is; the second's is taken at a point that depends on the draw.
+The paper's abstract and the code of its first author for CIFAR (github.com/ajiaaa/AUSAM, commit 13ee7bf) were at hand.
+The defaults are that code's: K is half of N, the first epoch uses whole batches, s_min is 0.1, and s_max rises from
+there to 0.5 over the first 15 % of the training (:mod:`mm_sharp.samples.schedule`). Its settings for pose estimation
+are not known.
 
-Large scores are those of hard samples and of wrongly labelled ones, which the paper's draw therefore prefers.
+Ours: K rounds up (theirs down); systematic sampling, which gives exact inclusion probabilities, with theirs as
+``draw='sequential'`` (:mod:`mm_sharp.samples.selection`); samples never seen take ``s_max``; ``draw='uniform'``, which
+keeps no scores; ``history_momentum``; drawing in the data loader; and ``reweight``, which weights sample i by
+1 / (N * pi_i) (Horvitz-Thompson), so that at fixed weights the drawn samples' gradient is an unbiased estimate of the
+whole batch's. The first pass's is; the second's is taken at a point that depends on the draw.
+
+Large scores are those of hard samples and of wrongly labelled ones, which the authors' draw therefore prefers.
 ``prefer='small'`` (ours) turns the preference round, ``1 - z_i`` in place of ``z_i``: for training sets with wrong
 labels. ``clip_quantile`` (ours) sets all scores above a quantile of the mini-batch's equal to it before the
 normalisation, so that one outlier does not make all others the same. docs/sampling_study.md has what they gave.
@@ -28,9 +32,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
@@ -39,10 +44,21 @@ from torch.optim import Optimizer
 
 from mm_sharp.errors import UserError, check_bool, check_choice, check_number
 from mm_sharp.methods.per_sample import PerSampleOptimWrapper
+from mm_sharp.ops.fsdp import any_rank
 from mm_sharp.ops.host_copy import to_device
 from mm_sharp.ops.model_call import ModelCall
-from mm_sharp.samples.draw import BatchDraw, BatchDrawer
+from mm_sharp.samples.draw import DRAWS, BatchDraw, BatchDrawer
 from mm_sharp.samples.history import Keys
+from mm_sharp.samples.loss_scale import LossScale
+from mm_sharp.samples.schedule import (
+    AFTER_RAMP,
+    SCHEDULES,
+    TrainingLength,
+    TrainingPlace,
+    Unset,
+    check_combination,
+    schedule_of,
+)
 from mm_sharp.samples.seeds import RngStream
 from mm_sharp.samples.selection import Preference, sample_count
 from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
@@ -59,23 +75,41 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
     Args:
         optimizer: The base optimizer.
         rho: Radius of the perturbation; 0.05 is the SAM paper's default.
-        sampling_ratio: Share of each mini-batch that is drawn, in (0, 1]; K = ceil(sampling_ratio * N). 0.5 costs what
-            the base optimizer costs, 0.6 a fifth more; a batch of one sample, or another that is used whole, what SAM
-            costs. K is at least 2 (of several) where the model has a ``BatchNorm1d``, which cannot normalise a single
-            row (ours).
+        sampling_ratio: Share of each mini-batch that is drawn, in (0, 1]; K = ceil(sampling_ratio * N). 0.5, the
+            authors', costs what the base optimizer costs; a batch that is used whole, what SAM costs. K is at least 2
+            (of several) where the model has a ``BatchNorm1d``, which cannot normalise a single row (ours).
         s_min: Normalised score of the smallest, > 0. ``s_max / s_min`` bounds how much likelier one sample is drawn
             than another; with ``s_min == s_max`` the draw is uniform.
         s_max: Normalised score of the largest, >= ``s_min``.
         reweight: Weight the samples by 1 / (N * pi_i), which makes their gradient at given weights an unbiased estimate
-            of the whole batch's (ours).
-        prefer: Which average loss differences make a sample likelier to be drawn: ``'large'``, the paper's, or
+            of the whole batch's (ours). A uniform draw's is one as it is.
+        history_momentum: Weight of the past in an exponential average of the loss differences, in [0, 1); by default
+            the average over all visits (ours).
+        prefer: Which average loss differences make a sample likelier to be drawn: ``'large'``, the authors', or
             ``'small'`` (ours), with which ``s_min`` is the largest's and ``s_max`` the smallest's. ``reweight`` takes
             back what the preference does to the gradient.
         clip_quantile: Scores above this quantile of the mini-batch's, in (0, 1], count as equal to it (ours); 1 clips
             nothing.
-        history_momentum: Weight of the past in an exponential average of the loss differences, in [0, 1); by default
-            the average over all visits (ours).
+        draw: ``'systematic'``, exact inclusion probabilities (ours); ``'sequential'``, one sample after the other as in
+            the authors' code; or ``'uniform'``, whatever the samples are (ours): without scores, and so for every model
+            whose batch can be cut.
+        schedule: What the arguments that are not given are: ``'authors'``, or ``'constant'``, which was this package's
+            before it had the authors': ``sampling_ratio=0.6, s_min=0.3, s_max=1.0, ramp=0, whole_first_epoch=False``.
+            By default the authors', but for configs of that time: one that gives ``s_min`` or ``s_max``, other than
+            the authors' both, and neither ``schedule`` nor ``ramp`` nor ``whole_first_epoch``, keeps ``'constant'``.
+        ramp: Share of the training, by epochs, over which ``s_max`` rises from ``s_min``, in [0, 1]; 0.15 is the
+            authors'. With 0 it does not change.
+        whole_first_epoch: Use the batches of the first epoch whole, so that every sample is measured once; by default
+            as the schedule has it: the authors' do.
         kwargs: The other arguments of :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`.
+
+    Attributes:
+        drawer: Draws the samples.
+        length: How long the training is; a Runner's hook sets it, and None means that nobody knows.
+        place: Where in the training the next step is; a Runner's hook sets it. In a training loop of your own, set
+            ``wrapper.place = TrainingLength(epochs, len(loader)).place(epoch)`` when an epoch begins, or have the ramp
+            alone go by iterations, ``wrapper.initialize_count_status(model, 0, max_iters)``. With neither, draws are
+            what they are after the ramp, from the first step on.
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
@@ -84,51 +118,114 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         In a config, with everything else as it was::
 
             custom_imports = dict(imports=['mm_sharp'])
-            optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.6,
-                                 optimizer=dict(type='Adam', lr=5e-4))
+            optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, optimizer=dict(type='Adam', lr=5e-4))
     """
+
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        'prefer': ('large', 'small'),
+        'draw': DRAWS,
+        'schedule': tuple(SCHEDULES),
+    }
 
     def __init__(
         self,
         optimizer: Optimizer,
         rho: float = 0.05,
-        sampling_ratio: float = 0.6,
-        s_min: float = 0.3,
-        s_max: float = 1.0,
+        sampling_ratio: float = Unset(0.5),
+        s_min: float = Unset(0.1),
+        s_max: float = Unset(0.5),
         reweight: bool = False,
         history_momentum: float | None = None,
         prefer: str = 'large',
         clip_quantile: float = 1.0,
+        draw: str = 'systematic',
+        schedule: str | None = None,
+        ramp: float = Unset(0.15),
+        whole_first_epoch: bool | None = None,
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
-        check_number(name, 'sampling_ratio', sampling_ratio, high=1.0, low_open=True, example='0.6')
-        check_number(name, 's_min', s_min, low_open=True, example='0.3')
-        check_number(name, 's_max', s_max, low_open=True, example='1.0')
-        if s_max < s_min:
-            raise UserError(
-                f'{name}: s_max={s_max!r} is not allowed: it must be a finite number in [{s_min:g}, inf), with '
-                f"s_min={s_min!r}. Write for example: optim_wrapper = dict(type='{name}', s_max={max(1.0, s_min)!r}, "
-                '...)'
-            )
-        check_choice(name, 'prefer', prefer, ('large', 'small'))
+        check_number(name, 'sampling_ratio', sampling_ratio, high=1.0, low_open=True, example='0.5')
+        check_number(name, 's_min', s_min, low_open=True, example='0.1')
+        check_number(name, 's_max', s_max, low_open=True, example='0.5')
+        check_choice(name, 'prefer', prefer, self.choices['prefer'])
         check_number(name, 'clip_quantile', clip_quantile, high=1.0, low_open=True, example='0.9')
-        self.reweight = check_bool(name, 'reweight', reweight)
+        check_choice(name, 'draw', draw, self.choices['draw'])
+        check_choice(name, 'schedule', schedule, (*self.choices['schedule'], None))
+        check_number(name, 'ramp', ramp, high=1.0, example='0.15')
+        if whole_first_epoch is not None:
+            check_bool(name, 'whole_first_epoch', whole_first_epoch)
+        settings: dict[str, Any] = dict(
+            sampling_ratio=sampling_ratio,
+            s_min=s_min,
+            s_max=s_max,
+            reweight=reweight,
+            history_momentum=history_momentum,
+            prefer=prefer,
+            clip_quantile=clip_quantile,
+            draw=draw,
+            schedule=schedule,
+            ramp=ramp,
+            whole_first_epoch=whole_first_epoch,
+        )
+        self.reweight = check_bool(name, 'reweight', reweight) and draw != 'uniform'
+        check_combination(name, settings)
+        plan = schedule_of(settings)
+        if plan.s_max < plan.s_min:
+            raise UserError(
+                f'{name}: s_max={plan.s_max!r} is not allowed: it must be a finite number in [{plan.s_min:g}, inf), '
+                f"with s_min={plan.s_min!r}. Write for example: optim_wrapper = dict(type='{name}', "
+                f's_max={max(1.0, plan.s_min)!r}, ...)'
+            )
         super().__init__(optimizer, history_momentum=history_momentum, rho=rho, **kwargs)
-        preference = Preference(prefer == 'small', float(clip_quantile))
-        self.drawer = BatchDrawer(self.history, float(sampling_ratio), float(s_min), float(s_max), preference)
+        self.drawer = BatchDrawer(
+            self.history,
+            *(float(plan.sampling_ratio), float(plan.s_min), float(plan.s_max)),
+            Preference(prefer == 'small', float(clip_quantile)),
+            kind=draw,
+            ramp=float(plan.ramp),
+            whole_first_epoch=plan.whole_first_epoch,
+        )
+        self.length: TrainingLength | None = None
+        self.place: TrainingPlace | None = None
         self.sampler: AUSAMSampler | None = None
         self._sampler_states: list[Any] = []
         self._draw: BatchDraw | None = None
         self._keys: Keys = []
         self._attached: nn.Module | None = None
-        self._has_said_what_it_costs = False
+        self._scale = LossScale()
+        self._sizes = {'kept': 1, 'of': 1}
+        self._has_said: set[str] = set()
 
     @classmethod
-    def theoretical_cost(cls, batch_size: int, sampling_ratio: float = 0.6, **settings: Any) -> Cost:
-        """Twice the share that is drawn."""
-        share = sample_count(sampling_ratio, batch_size) / batch_size
-        return Cost(2 * share, 2 * share)
+    def theoretical_cost(cls, batch_size: int, **settings: Any) -> Cost:
+        """Twice the share that is drawn, and SAM's in a whole first epoch."""
+        plan = schedule_of(settings)
+        cost = 2 * sample_count(plan.sampling_ratio, batch_size) / batch_size
+        return Cost(cost, cost, first_epoch=2.0 if plan.whole_first_epoch and cost < 2.0 else None)
+
+    def run_in_words(self, batch_size: int, length: TrainingLength) -> str:
+        """What a training of this length draws and costs, in one line for the log."""
+        drawer, plan = self.drawer, self.drawer.schedule
+        k = sample_count(plan.sampling_ratio, batch_size, drawer.fewest)
+        by_epochs = length.epoch_length is not None
+        whole = plan.whole_first_epoch and by_epochs and k < batch_size
+        cost = Cost(2 * k / batch_size, 2 * k / batch_size, first_epoch=2.0 if whole else None)
+        epochs = f'{length.epochs:g} epochs' if by_epochs else f'{length.epochs:g} iterations'
+        parts = ["whole batches in the first epoch (2.00 of the base optimizer's cost)"] if whole else []
+        parts.append(f'{k} of {batch_size} samples a step ({cost.step:.2f})')
+        parts.append(f"{cost.over(length.epochs):.2f} of the base optimizer's cost over {epochs}")
+        if drawer.kind == 'uniform':
+            parts.append('drawn uniformly')
+        elif plan.ramp > 0:
+            end = plan.ramp * length.epochs
+            unit = 'epochs' if by_epochs else 'iterations'
+            parts.append(f's_max from {plan.s_min:g} to {plan.s_max:g} over the first {end:g} {unit}')
+        else:
+            parts.append(f's_max {plan.s_max:g} and s_min {plan.s_min:g} throughout')
+        if plan.whole_first_epoch and not by_epochs:
+            parts.append('no whole first epoch, since the data set has no length')
+        return f'{type(self).__name__}: ' + '; '.join(parts)
 
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: Any, rank: int) -> None:
         """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already.
@@ -138,7 +235,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             dataset_keys: Gives it the keys of its samples: :class:`mm_sharp.samples.dataset_keys.DatasetKeys`.
             rank: This process's rank.
         """
-        sampler.attach(self.drawer, dataset_keys, self.seed, rank)
+        sampler.attach(self.drawer, dataset_keys, self.seed, rank, self.length)
         # With another number of ranks the batches are others.
         if len(self._sampler_states) == get_world_size() and self._sampler_states[rank] is not None:
             sampler.load_state_dict(self._sampler_states[rank])
@@ -150,17 +247,23 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             self.drawer.fewest = fewest_samples(model)
             self._attached = model
 
+    @property
+    def uses_history(self) -> bool:
+        """A uniform draw has none."""
+        return self.drawer.kind != 'uniform'
+
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
-        """See :meth:`PerSampleOptimWrapper.recording`."""
+        """See :meth:`PerSampleOptimWrapper.recording`; of a uniform draw the losses of samples are not recorded."""
         self._draw = None
 
         def counts() -> tuple[int, int]:
             return (0, 0) if self._draw is None else (len(self._draw.chosen), self._draw.size)
 
+        uniform = not self.uses_history
         with (
             one_is_enough(type(self).__name__, 'sampling_ratio', counts, self._leave_out),
-            super().recording(model),
+            self._scale.applied(model, self._sizes) if uniform else super().recording(model),
         ):
             yield
 
@@ -168,27 +271,52 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         """The call on the samples that are drawn.
 
         Raises:
-            SampleIdError: The samples have no id; the message shows how to give them one.
+            SampleIdError: The samples have no id; the message shows how to give them one. A uniform draw needs none.
             ValueError: None of the arguments is a batch.
         """
-        self.visits.flush()
+        self.pending_updates.flush()
         self.attach_model(call.model)
         size = call_size(type(self).__name__, call)
-        keys = self.keys(call, size)
+        needs_keys = self.uses_history or self.sampler is not None
+        keys = self.keys(call, size) if needs_keys else []
         if self.sampler is not None:
             draw = self.sampler.take(keys)
         else:
-            draw = self.drawer.draw(keys, self.generator(RngStream.SAMPLES))
+            draw = self._draw_from(keys, size)
             if len(draw.chosen) < size:
-                keys = [keys[row] for row in draw.chosen]
+                keys = [keys[row] for row in draw.chosen] if needs_keys else []
                 call = subset(call, draw.chosen, size)
         self._draw, self._keys = draw, keys
         self._say_what_it_costs(draw)
-        self._weigh()
+        if self.uses_history:
+            self._weigh()
+        else:
+            self._sizes.update(kept=len(draw.chosen), of=draw.size)
+            self._tell_sums(call)
         return call
+
+    def _draw_from(self, keys: Keys, size: int) -> BatchDraw:
+        """Draw from a batch that is loaded."""
+        generator, place = self.generator(RngStream.SAMPLES), self._place_now()
+        if self.drawer.kind == 'uniform':
+            return self.drawer.draw_uniformly(size, generator, place)
+        return self.drawer.draw(keys, generator, place)
+
+    def _tell_sums(self, call: ModelCall) -> None:
+        """Find out which of the model's losses are sums, if that is not known yet and ever matters."""
+        if self.drawer.sampling_ratio < 1.0 and self._scale.next_step(self._any_rank):
+            kept = self._sizes['kept']
+            rows = np.arange(kept)
+            self._scale.expect(self.try_forward(subset(call, np.concatenate([rows, rows]), kept)))
+
+    def _any_rank(self, flag: bool) -> bool:
+        return flag if get_world_size() == 1 else bool(any_rank(torch.tensor(flag, device=self.device)))
 
     def perturbed_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward on the same samples; their loss differences go to the history."""
+        if not self.uses_history:
+            with self._scale.applied(call.model, self._sizes):
+                return super().perturbed_loss(call, loss, norm)
         first, draw = self.record(), self._draw
         assert draw is not None
         with self.losses_of(call.model).record(first.weights, first.full_size) as record:
@@ -204,6 +332,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         state = super().own_state()
         if self.sampler is not None:
             state['samplers'] = self.rank_states or [self.rank_state()]
+        if not self.uses_history:
+            state['reductions'] = self._scale.state_dict()
         return state
 
     def rank_state(self) -> Any:
@@ -214,6 +344,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         """See :meth:`PerSampleOptimWrapper.load_own_state`."""
         super().load_own_state(state)
         self._sampler_states = state.get('samplers', [])
+        self._scale.load_state_dict(state.get('reductions', {}))
 
     @property
     def _leave_out(self) -> str:
@@ -221,10 +352,29 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         drop = 'drop_last=True'
         return drop if self.sampler is None else f"batch_sampler=dict(type='AUSAMSampler', {drop})"
 
+    def _place_now(self) -> TrainingPlace:
+        """Where in the training this step is."""
+        if self.place is not None:
+            return self.place
+        if self._max_counts > 0:  # initialize_count_status was called: how long the training is, but not its epochs
+            return TrainingLength(self._max_counts, None).place(0, self._inner_count)
+        plan = self.drawer.schedule
+        if (plan.ramp > 0 or plan.whole_first_epoch) and 'length' not in self._has_said:
+            self._has_said.add('length')
+            print_log(
+                f'{type(self).__name__}: nobody has said how long this training is, so s_max is {plan.s_max:g} from '
+                'the first step on, and no epoch is used whole. A Runner says it by itself; in a loop of your own '
+                'write, when an epoch begins, optim_wrapper.place = TrainingLength(epochs, len(loader)).place(epoch), '
+                'with mm_sharp.samples.schedule.TrainingLength',
+                logger='current',
+            )
+        return AFTER_RAMP
+
     def _say_what_it_costs(self, draw: BatchDraw) -> None:
-        if self._has_said_what_it_costs or len(draw.chosen) < draw.size or self.drawer.sampling_ratio == 1.0:
+        meant = self.drawer.schedule.ratio_at(self._place_now()) == 1.0
+        if 'cost' in self._has_said or len(draw.chosen) < draw.size or meant:
             return
-        self._has_said_what_it_costs = True
+        self._has_said.add('cost')
         print_log(
             f'{type(self).__name__}: a batch of {draw.size} is used whole, so its step costs what a step of SAM '
             "costs, twice the base optimizer's. Take larger batches, train_dataloader = dict(batch_size=..., ...), or, "

@@ -8,14 +8,15 @@ gradients:
 - *Sharpness-sensitive data selection* (SDS): the second pass differentiates the ``ceil(gamma * N)`` samples whose loss
   the perturbation raises most, ``l_i(w + e) - l_i(w)``, for which a forward without gradients runs on the whole batch.
 
-A step costs (3 + beta + 3 * gamma) / 3 of the base optimizer's: 1.70 at (0.6, 0.5). (The paper's 1.40 leaves out the
-forward of the selection.)
+A step costs (3 + beta + 3 * gamma) / 3 of the base optimizer's: 1.70 at (0.6, 0.5). (The paper reports
+1.40, which this arithmetic does not give: without the selection's forward it is 1.37.)
 
 Ours: ``selection='history'`` takes the samples with the largest *average* loss difference instead, which needs no extra
 forward: (2 + beta + 3 * gamma) / 3, 1.37. Since BatchNorm makes losses on different sets of samples incomparable, the
 averages are measured by an exact selection every ``refresh`` steps, and only then. Samples not measured yet rank at the
 mean of the batch's measured ones; equal ones are taken at random. Also ours: exactly ``ceil(gamma * N)`` samples are
-kept (the authors' code compares with a strict ``>`` and so loses one), and at least one tensor is always perturbed.
+kept (the authors' code compares with a strict ``>``, and keeps floor(gamma * N) - 1), and at least one tensor is always
+perturbed.
 
 A loss that is the sum of its samples' is scaled by N / K, so that a step is as long as on the whole batch.
 """
@@ -53,9 +54,11 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     Args:
         optimizer: The base optimizer.
-        rho: Radius of the perturbation; 0.05 is the paper's.
-        beta: Probability of each parameter tensor to be perturbed, in (0, 1]; 0.6 is the paper's for CIFAR.
-        gamma: Share of the samples in the second pass, in (0, 1]; K = ceil(gamma * N). 0.5 is the paper's for CIFAR.
+        rho: Radius of the perturbation; 0.05 is the authors' for ResNet-18 on CIFAR (WideResNet-28-10: 0.1, PyramidNet:
+            0.2).
+        beta: Probability of each parameter tensor to be perturbed, in (0, 1]; 0.6 is the authors' for ResNet-18 on
+            CIFAR (the two others: 0.5).
+        gamma: Share of the samples in the second pass, in (0, 1]; K = ceil(gamma * N). 0.5 is the authors'.
             With 1 nothing is selected, and no losses of samples are needed. K is at least 2 (of several) where the
             model has a ``BatchNorm1d``, which cannot normalise a single row (ours).
         selection: ``'exact'``, by the loss increase measured in this step (the paper's; on a GPU the host waits for it
@@ -135,7 +138,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             SampleIdError: The samples have no id (``selection='history'``); the message shows how to give them one.
             ValueError: None of the arguments is a batch.
         """
-        self.visits.flush()
+        self.pending_updates.flush()
         self._size = call_size(type(self).__name__, call)
         self._keys = self.keys(call, self._size) if self.uses_history else []
         return call

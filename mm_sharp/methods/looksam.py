@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from mmengine.registry import OPTIM_WRAPPERS
 from torch.optim import Optimizer
 
@@ -41,6 +40,7 @@ class LookSAMOptimWrapper(TwoPassOptimWrapper):
     """
 
     changes_gradient: ClassVar[bool] = True
+    keeps: ClassVar[bool] = True
 
     def __init__(self, optimizer: Optimizer, rho: float = 0.05, k: int = 5, alpha: float = 0.7, **kwargs: Any) -> None:
         self.k = check_positive_int(type(self).__name__, 'k', k, example='5')
@@ -58,7 +58,7 @@ class LookSAMOptimWrapper(TwoPassOptimWrapper):
             plain = gradient.first_gradients()
             along = gradient.dot(ours, plain) / gradient.dot(plain, plain).clamp(min=self.settings.eps**2)
             across = [a - along.to(a) * b for a, b in zip(ours, plain, strict=True)]
-            self.keep(gradient.parameters, across, torch.isfinite(gradient.dot(across, across)))
+            self.keep(gradient.parameters, across, gradient.all_finite(across))
             return
         kept = self.kept_of(gradient.parameters)
         factor = self.alpha * gradient.dot(ours, ours).sqrt() / (gradient.dot(kept, kept).sqrt() + self.settings.eps)

@@ -18,9 +18,8 @@ from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.ops.model_call import ModelCall, unwrap
 from mm_sharp.ops.parameters import parameters_of
 from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
-from mm_sharp.samples.history import Keys, SampleHistory
+from mm_sharp.samples.history import Keys, PendingUpdates, SampleHistory
 from mm_sharp.samples.keys import keys_of
-from mm_sharp.samples.pending import PendingUpdates
 from mm_sharp.samples.seeds import Member, RngStream, make_generator, shared_seed
 from mm_sharp.step.checks import check_compiled
 from mm_sharp.step.nonfinite_log import offending_samples
@@ -38,7 +37,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     Attributes:
         history: Average loss difference of every sample seen.
-        visits: The last step's loss differences, on their way into the history.
+        pending_updates: The last step's loss differences, on their way into the history.
         steps: Steps (micro-batches) taken so far.
         member: Which of several wrappers it is, each of which draws independently.
         rank_states: Each rank's :meth:`rank_state` when the history was exchanged last; empty in a single process.
@@ -51,7 +50,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
             check_number(name, 'history_momentum', history_momentum, high=1.0, high_open=True, example='0.9')
         super().__init__(optimizer, **kwargs)
         self.history = SampleHistory(history_momentum, distributed=get_world_size() > 1)
-        self.visits = PendingUpdates(self.history)
+        self.pending_updates = PendingUpdates(self.history)
         self.steps = 0
         self.rank_states: list[Any] = []
         self.dataset_size: int | None = None
@@ -143,7 +142,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         super().update_params(loss, *args, **kwargs)
         self.steps += 1
         if self._measured is not None:
-            self.visits.add(*self._measured)
+            self.pending_updates.add(*self._measured)
 
     def own_state(self) -> dict[str, Any]:
         """Seed and number of the draws, the history, and the last step's differences on their way into it."""
@@ -152,13 +151,13 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
             'member': self.member.state(self._seed),
             'steps': self.steps,
             'history': self.history.state_dict(),
-            'visits': self.visits.state_dict(),
+            'visits': self.pending_updates.state_dict(),
         }
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Go on with the draws and the history of a checkpoint; of a method without them, begin anew."""
         # Rank 0's, as far as they were not exchanged: on every rank they would count as often.
-        self.visits.load_state_dict(state.get('visits', {}) if get_rank() == 0 else {})
+        self.pending_updates.load_state_dict(state.get('visits', {}) if get_rank() == 0 else {})
         self._seed, self.steps = state.get('seed'), state.get('steps', 0)
         self.member.load(state.get('member', {}), self._seed)
         empty = SampleHistory(self.history.momentum).state_dict()
@@ -173,7 +172,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
     # ---------------------------------------------------------------- ranks
     def exchange_history(self) -> None:
         """Bring the history up to date and, with several ranks, to the same state on all: all of them must call it."""
-        self.visits.flush()
+        self.pending_updates.flush()
         if self.uses_history and self.history.distributed:
             gathered = all_gather_object((self.history.pending(), self.rank_state()))
             self.history.merge([pending for pending, _ in gathered])

@@ -12,12 +12,21 @@ ASAM (Kwon et al. 2021, arXiv 2102.11600) measures the ball in units of each wei
     e  = rho * T^2 g / (||T g|| + eps)
 
 ASAM's radius is larger than SAM's by a factor of about 10 (its paper, section 5: 0.5 to 2 against 0.05 to 0.1).
+
+With ``interval=n``, one optimizer step in n is a step of SAM (or ASAM), and the others are the base optimizer's. That
+costs 1 + 1/n of the base optimizer. It is a practice of libraries (Composer's SAM has an argument of this name), and in
+neither paper. With accumulated gradients, all micro-batches of an optimizer step are of one kind.
 """
 
 from __future__ import annotations
 
-from mmengine.registry import OPTIM_WRAPPERS
+from typing import Any
 
+from mmengine.registry import OPTIM_WRAPPERS
+from torch.optim import Optimizer
+
+from mm_sharp.errors import check_positive_int
+from mm_sharp.step.method import Cost, Passes
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 
@@ -28,8 +37,15 @@ class SAMOptimWrapper(TwoPassOptimWrapper):
     Two forward-backward passes on the same batch, so a step costs twice the base optimizer's. It works with every
     model whose loss is its ``parse_losses`` of its forward.
 
-    Args: those of :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`; ``rho=0.05`` is the SAM paper's default,
-        ``eta=0.01`` the ASAM paper's.
+    Args:
+        optimizer: The base optimizer.
+        rho: Radius of the perturbation; 0.05 is the SAM paper's default.
+        interval: One optimizer step in so many is SAM's, the others are the base optimizer's; with 1 all are SAM's.
+        kwargs: The other arguments of :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`; ``eta=0.01`` is the ASAM
+            paper's default.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it, its value and what is allowed.
 
     Example:
         >>> import torch
@@ -47,3 +63,16 @@ class SAMOptimWrapper(TwoPassOptimWrapper):
             custom_imports = dict(imports=['mm_sharp'])
             optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=dict(type='Adam', lr=5e-4))
     """
+
+    def __init__(self, optimizer: Optimizer, rho: float = 0.05, interval: int = 1, **kwargs: Any) -> None:
+        self.interval = check_positive_int(type(self).__name__, 'interval', interval, example='5')
+        super().__init__(optimizer, rho=rho, **kwargs)
+
+    def passes(self) -> Passes:
+        """Both in the first of ``interval`` steps."""
+        return Passes.BOTH if self.optimizer_steps % self.interval == 0 else Passes.FIRST
+
+    @classmethod
+    def theoretical_cost(cls, batch_size: int, interval: int = 1, **settings: Any) -> Cost:
+        """1 + 1/interval."""
+        return Cost(1.0 if interval > 1 else 2.0, 1.0 + 1.0 / interval, interval)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm_sharp.ops.perturbation import group_by_device_and_dtype
 
-_TRUE = torch.tensor(True)
+TRUE = torch.tensor(True)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
@@ -20,11 +20,11 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         Scalar, bool, on the device of the first one that is not empty. No host synchronisation.
     """
     if quickly_finite(tensors):
-        return _TRUE
+        return TRUE
     dense = [tensor if tensor.layout == torch.strided else tensor._values() for tensor in tensors]
     dense = [tensor for tensor in dense if tensor.numel()]
     if not dense:
-        return _TRUE
+        return TRUE
     return finite_each(dense).all()
 
 
@@ -52,7 +52,7 @@ def quickly_finite(tensors: Sequence[Tensor]) -> bool:
     kind = tensors[0].dtype
     if not all(t.dtype is kind and t.layout is torch.strided and t.is_cpu and t.numel() for t in tensors):
         return False
-    return math.isfinite(torch.stack(torch._foreach_norm(list(tensors), 2)).sum().item())
+    return math.isfinite(sum(map(float, torch._foreach_norm(list(tensors), 2))))
 
 
 @torch.no_grad()

@@ -70,7 +70,8 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
         (n,) in at least float32, on the device of the first tensor. No host synchronisation.
     """
     norms: list[Tensor] = [tensors[0]] * len(tensors)
-    for group in group_by_device_and_dtype(tensors):
+    groups = group_by_device_and_dtype(tensors)
+    for group in groups:
         members = [tensors[i] for i in group]
         if members[0].dtype in _LOW_PRECISION:
             # The squares of half-precision gradients overflow or vanish long before the gradients do.
@@ -79,9 +80,11 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
             found = list(torch._foreach_norm(members, 2))
         for index, norm in zip(group, found, strict=True):
             norms[index] = norm
-    device = norms[0].device
-    dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
-    return torch.stack([n.to(device=device, dtype=dtype) for n in norms])
+    if len(groups) > 1:
+        device = norms[0].device
+        dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
+        norms = [n.to(device=device, dtype=dtype) for n in norms]
+    return torch.stack(norms)
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

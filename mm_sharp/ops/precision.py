@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from mm_sharp.errors import UserError, check_choice, is_number
 
+_NOTHING = nullcontext()
 _DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 # The scaler counts and multiplies in 32 bits.
 _RANGES = {'init_scale': (1.2e-38, 3.4e38), 'growth_factor': (1.0, 3.4e38), 'backoff_factor': (0.0, 1.0)}
@@ -56,7 +57,7 @@ class Precision:
     def autocast(self) -> AbstractContextManager[Any]:
         """The context for a forward pass."""
         if self.dtype is None:
-            return nullcontext()
+            return _NOTHING
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def scale(self, loss: Tensor) -> Tensor:

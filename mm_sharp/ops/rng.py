@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class RandomState:
+class RandomState(NamedTuple):
     """State of the global generators; capturing it costs no device synchronisation.
 
     Args:

@@ -7,7 +7,8 @@ addition.
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping, Sequence
-from operator import is_
+from operator import attrgetter, is_
+from typing import Any
 from weakref import ref
 
 import torch
@@ -29,7 +30,8 @@ class TensorBackup:
         self._memory: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         self._last: list[ref[Tensor]] = []  # what was saved last, which is mostly saved again
         self._last_copies: list[Tensor] = []
-        self._kinds: list[tuple[object, ...]] = []
+        self._kinds: list[Any] = []
+        self._groups: list[list[int]] = []
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
 
@@ -49,30 +51,34 @@ class TensorBackup:
             raise RuntimeError('The tensors of an earlier backup have not been restored')
         if not tensors:
             return
-        kinds = list(map(_kind, tensors))
+        kinds = [*map(_kind, tensors)]
         same = len(tensors) == len(self._last) and all(map(is_, [last() for last in self._last], tensors))
         if not same or kinds != self._kinds:
             self._last_copies = [self._copy_of(tensor) for tensor in tensors]
             self._last, self._kinds = [ref(tensor) for tensor in tensors], kinds
-        _foreach_copy(self._last_copies, tensors)
+            self._groups = group_by_device_and_dtype(tensors)
+        _foreach_copy(self._last_copies, tensors, self._groups)
         self._tensors, self._copies = list(tensors), self._last_copies
 
-    def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
+    def write_back(self, apart_from: Iterable[Tensor] = (), *, unseen: bool = False) -> None:
         """Write the copies back, bit for bit, into the storage they were taken from.
 
         Args:
             apart_from: Tensors whose memory is not written to, whatever else lies in it.
+            unseen: Autograd is not told. Between a forward and its backward pass it would refuse tensors that were
+                written to, though they have what the forward saw again by then.
         """
         if not self._tensors:
             return
-        tensors, copies = self._tensors, self._copies
+        tensors, copies, groups = self._tensors, self._copies, self._groups
         if taken := set(map(_storage_of, apart_from)):
             pairs = [pair for pair in self.pairs if _storage_of(pair[0]) not in taken]
             tensors, copies = [tensor for tensor, _ in pairs], [copy for _, copy in pairs]
+            groups = group_by_device_and_dtype(tensors)
         for tensor, copy in zip(tensors, copies, strict=True):
             if tensor.shape != copy.shape:  # resized since
                 tensor.data = torch.empty_like(copy)
-        _foreach_copy(tensors, copies)
+        _foreach_copy([tensor.data for tensor in tensors] if unseen else tensors, copies, groups)
 
     def restore(self) -> None:
         """Write the copies back, and forget them."""
@@ -92,8 +98,7 @@ class TensorBackup:
         return memory
 
 
-def _kind(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
+_kind = attrgetter('shape', 'dtype', 'device')
 
 
 def _storage_of(tensor: Tensor) -> int:
@@ -102,12 +107,11 @@ def _storage_of(tensor: Tensor) -> int:
     return storage
 
 
-@torch.no_grad()
-def _foreach_copy(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy every source into its destination, in as few kernels as devices and dtypes allow."""
-    groups = group_by_device_and_dtype(destinations)
-    if len(groups) == 1:
-        torch._foreach_copy_(destinations, sources)  # type: ignore[arg-type]  # any sequence does
-        return
-    for group in groups:
-        torch._foreach_copy_([destinations[i] for i in group], [sources[i] for i in group])
+def _foreach_copy(destinations: Sequence[Tensor], sources: Sequence[Tensor], groups: list[list[int]]) -> None:
+    """Copy every source into its destination; ``groups`` are the indices of those of one device and dtype."""
+    with torch.no_grad():
+        if len(groups) == 1:
+            torch._foreach_copy_(destinations, sources)  # type: ignore[arg-type]  # any sequence does
+            return
+        for group in groups:
+            torch._foreach_copy_([destinations[i] for i in group], [sources[i] for i in group])

@@ -38,7 +38,7 @@ def shadow(module: nn.Module) -> nn.Module:
 class Evaluator:
     """Evaluates one loss module on batches of one, in the fastest way that works, and remembers what calls have shown.
 
-    Nothing here waits for an accelerator once it is known what each output of the loss is of its samples' losses.
+    Once it is known what each output is of its samples' losses, nothing here waits for an accelerator.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -57,17 +57,12 @@ class Evaluator:
     ) -> list[tuple[Tensor, Reduction]]:
         """The losses of the N samples, (N,), for each of the ``outputs`` of a call, and what the output is of them.
 
-        ``module`` is a :func:`shadow` made before the call, or the loss itself where it has a form.
-
-        Raises:
-            ValueError: There are no such losses.
-            Exception: Whatever the module raises on a batch of one.
+        ``module`` is a :func:`shadow` made before the call, or the loss itself where it has a form. Raises a ValueError
+        where there are no such losses, and whatever the module raises on a batch of one.
         """
         if self._is_neither:
-            raise ValueError(
-                'it divides by a count over the whole batch, or compares samples with each other, so that it is '
-                'neither the sum nor the mean of its samples'
-            )
+            cause = 'it divides by a count over the whole batch, or compares samples with each other'
+            raise ValueError(f'{cause}, so that it is neither the sum nor the mean of its samples')
         samples = self._losses(module, size, args, kwargs)
         if len(samples) != len(outputs) or any(values.shape != (size,) for values in samples):
             raise ValueError(f'for one sample it gives {len(samples)} losses, for the batch {len(outputs)}')

@@ -29,7 +29,8 @@ class PerSampleLossError(UnsupportedError):
         self.what = what  # the reason alone, without advice
         super().__init__(
             f'{what} ESAM and AUSAM need the loss of every sample. What works with every model and head is SAM: '
-            "optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=...). docs/per_sample_losses.md lists "
+            "optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=...), and AUSAM "
+            "with draw='uniform'. docs/per_sample_losses.md lists "
             'the heads and losses that work with all three.'
         )
 
@@ -48,10 +49,10 @@ class LossModule:
         return f"{type(self.owner).__name__}'s {self.path} ({type(self.module).__name__})"
 
     def outside_factor(self, model: nn.Module, index: int) -> float:
-        """What the model multiplies the ``index``-th output of this loss by before it returns it.
+        """What the model multiplies the ``index``-th output by: 1 but for two models of MMPose.
 
-        1 but for two models of MMPose: ``DSNTHead`` drops its second loss from an epoch on, and ``DWPoseDistiller``
-        fades its distillation losses out over the epochs, or leaves the student's own out.
+        ``DSNTHead`` drops its second loss from an epoch on, and ``DWPoseDistiller`` fades its distillation losses out
+        over the epochs, or leaves the student's own out.
         """
         if type(self.owner).__name__ == 'DSNTHead' and index > 0:
             switch: Any = self.owner.lambda_t
@@ -65,20 +66,13 @@ class LossModule:
 
 
 def find_losses(model: nn.Module) -> list[LossModule]:
-    """The outermost loss modules of ``model``, each once.
+    """The outermost loss modules of ``model``, each once; a PerSampleLossError for heads whose rows are not samples.
 
-    A loss is what ``NAMING_RULE`` says, in lists and dicts of modules too. What a loss is made of is not looked at, but
-    in a "criterion" of another class, which may be no more than a holder of losses.
-
-    Raises:
-        PerSampleLossError: ``model`` has a head whose losses have rows that are not samples.
+    What a loss is made of is not looked at, but in a "criterion" of another class, which may only hold losses.
     """
     for member in model.modules():
         if any(cls.__name__ in _ROWS_ARE_NOT_SAMPLES for cls in type(member).__mro__):
-            raise PerSampleLossError(
-                f'{type(member).__name__}: the rows of its losses are anchors or people, not samples, and cannot be '
-                'told apart by picture.'
-            )
+            raise PerSampleLossError(f'{type(member).__name__}: the rows of its losses are anchors or people.')
     found: dict[int, LossModule] = {}
     for loss in _walk(model, ''):
         found.setdefault(id(loss.module), loss)
@@ -91,10 +85,7 @@ def has_losses(name: str, module: nn.Module) -> bool:
 
 
 def is_neither(loss: nn.Module) -> bool:
-    """Whether a loss is known to divide by a count over the batch, or to compare samples with each other.
-
-    On a batch where the counts are equal it looks like a mean, so that no comparison can tell.
-    """
+    """Whether a loss is known to divide by a count over the batch (equal counts would hide it) or compare samples."""
     for module in loss.modules():
         # MMPose's classes, and those derived from them.
         names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith('mmpose.')}
@@ -123,9 +114,8 @@ def _has_a_losses_name(name: str) -> bool:
 
 
 def _is_of_a_losses_class(module: Any) -> bool:
-    return isinstance(module, nn.Module) and (
-        isinstance(module, _Loss) or type(module).__name__.endswith(('Loss', 'Criterion'))
-    )
+    has_name = type(module).__name__.endswith(('Loss', 'Criterion'))
+    return isinstance(module, _Loss) or (isinstance(module, nn.Module) and has_name)
 
 
 def _walk(owner: nn.Module, prefix: str) -> Iterator[LossModule]:

@@ -1,7 +1,5 @@
-"""The losses of all samples at once, for the losses that most models use.
-
-A form takes a loss module and its arguments and gives the samples' losses, (N,), or None where it does not cover the
-call. It costs about what the loss costs, and does the operations of ``torch.func.vmap`` without the work around them.
+"""Forms: functions of a loss module and its arguments that give the losses of all samples at once, (N,), at the cost
+of the loss, for those that most models use; None where the form does not cover the call.
 """
 
 from __future__ import annotations

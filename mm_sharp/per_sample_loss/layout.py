@@ -23,11 +23,9 @@ class Layout:
     """The arguments of one call of a loss, taken apart into rows and the rest."""
 
     size: int  # samples in the batch, N
-    # Paths of tensors that are known to have no row for every sample; grows by what this call shows. A vector over 17
-    # keypoints is thus no batch when a batch has 17 samples.
+    # Paths of tensors known to have no row for every sample, as a vector over 17 keypoints in a batch of 17.
     shared: set[str] = field(default_factory=set)
-    # Whether every list of N items holds one item for each sample. Otherwise a list of tensors that each have N rows,
-    # such as SimCC's x and y, holds whole batches.
+    # Whether every list of N items holds one for each sample, also of tensors with N rows, such as SimCC's x and y.
     lists_of_samples: bool = False
     plain_values: bool = False  # whether a list of N numbers or strings, or an array of N rows, holds one for each
     template: Any = None
@@ -99,16 +97,14 @@ def tensors_of(value: Any) -> tuple[Any, list[Tensor]]:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor with rows in nested containers."""
     return next((tensor for tensor in tensors_of(value)[1] if tensor.ndim > 0), None)
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The number of samples that a model is called with.
+    """The number of samples that a model is called with, None if it has no batch.
 
-    Returns:
-        The length of ``data_samples`` where there is such a list, else the rows of the first argument that is a tensor,
-        else the length of the first list, else the rows of the first tensor anywhere; None if there is none of them.
+    The length of the list ``data_samples``; else the rows of the first argument that is a tensor; else the length of
+    the first list, or the rows of the first tensor anywhere.
     """
     samples = kwargs.get('data_samples')
     if isinstance(samples, (list, tuple)):

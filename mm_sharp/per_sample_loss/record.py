@@ -31,8 +31,8 @@ class Reduction(Enum):
         """The loss of K samples with losses l_i, (K,), that were drawn from ``full_size`` (K).
 
         With weights w_i, (K,), it is sum_i w_i l_i for means and ``full_size`` * sum_i w_i l_i for sums; without,
-        w_i = 1/K. With ``1 / (N * pi_i)`` (Horvitz-Thompson) for samples drawn from N with inclusion probabilities
-        pi_i, it is an unbiased estimate of the module's loss on all N.
+        w_i = 1/K. With inclusion probabilities pi_i and w_i = 1 / (N * pi_i) (Horvitz-Thompson), it is an unbiased
+        estimate of the module's loss on all N.
         """
         count = values.numel()
         full_size = count if full_size is None else full_size
@@ -68,10 +68,7 @@ class LossRecord:
     def losses(self, total: Tensor) -> Tensor:
         """The loss of every sample, as the model would return it for this sample alone: (N,), float32, detached.
 
-        With one :attr:`reduction` for all terms, their sum or mean is ``total``, unless weights were given.
-
-        Args:
-            total: The loss that the model is trained on: ``parse_losses`` of its output, ().
+        ``total`` is the loss that the model is trained on, (): ``parse_losses`` of its output.
 
         Raises:
             PerSampleLossError: Nothing was recorded, or what was recorded is not what the model computed. On an
@@ -105,9 +102,7 @@ class LossRecord:
         return self.reduction.subset_factor(kept, of)
 
     def pairs(self, total: Tensor) -> list[Tensor]:
-        """What :meth:`judge` compares: the sum of all terms and ``total``; then, for every loss that was replaced, what
-        its samples give without their weights and what its module returned.
-        """
+        """What :meth:`judge` compares: all terms and ``total``; each replaced loss, unweighted, and its module's."""
         pairs = [_added([term.combined for term in self.terms]), total]
         for term in self.terms:
             if term.replaced is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,7 @@ STRICT, LOOSE, HALF = 1e-5, 1e-3, 2e-2
 
 
 class PerSampleLoss:
-    """Records the loss of every sample of a model's batches.
-
-    One instance serves a model's whole training: it remembers what it found out about each loss module. Losses may be
-    replaced or added at any time between two forwards.
+    """Records the loss of every sample of a model's batches; losses may be replaced or added between two forwards.
 
     Args:
         model: Any model; a DDP wrapper is looked through.
@@ -61,10 +58,10 @@ class PerSampleLoss:
         Both arguments may also be set on the record until the forward begins.
 
         Args:
-            weights: Weights w_i of the K samples of this forward, (K,). Every loss then becomes sum_i w_i l_i where it
-                is a mean over the batch, and ``full_size`` * sum_i w_i l_i where it is a sum, with gradient.
-            full_size: The number of samples N from which the K in this forward were drawn, N >= K; K if None. Losses
-                that are sums are scaled by N/K, also without weights. The record's values are never scaled.
+            weights: Of the K samples of this forward, (K,): every loss becomes :meth:`Reduction.combine` of its
+                samples', with gradient.
+            full_size: The number of samples N from which the K were drawn, N >= K; K if None. Losses that are sums are
+                scaled by N/K, also without weights. The record's values are never scaled.
 
         Raises:
             ValueError: ``weights`` or ``full_size`` do not fit the batch (in the forward).
@@ -73,20 +70,16 @@ class PerSampleLoss:
         self.look_again()
         record = LossRecord(type(self.model).__name__, self._check, weights, full_size)
         hooks = _Hooks(self, record)
-        handles = [
-            self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True),
+        with ExitStack() as stack:
+            add = stack.enter_context
+            add(self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
             # First of the model's hooks: others are to see the losses that it returns.
-            self.model.register_forward_hook(hooks.after_model, prepend=True, always_call=True),
-        ]
-        for loss in self.losses:
-            if self.evaluators[id(loss.module)].form is None:
-                handles.append(loss.module.register_forward_pre_hook(hooks.before_loss))
-            handles.append(loss.module.register_forward_hook(partial(hooks.after_loss, loss), with_kwargs=True))
-        try:
+            add(self.model.register_forward_hook(hooks.after_model, prepend=True, always_call=True))
+            for loss in self.losses:
+                if self.evaluators[id(loss.module)].form is None:
+                    add(loss.module.register_forward_pre_hook(hooks.before_loss))
+                add(loss.module.register_forward_hook(partial(hooks.after_loss, loss), with_kwargs=True))
             yield record
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def flush(self) -> None:
         """Raise what an accelerator has found of the forwards before; waits for it, not for what runs now."""

@@ -1,11 +1,8 @@
 """Scales from statistics: post-training quantization, and the start of training, by Brevitas's calibration.
 
 Weights are at full precision while the inputs' statistics are collected; one forward pass after that initialises their
-scales. From then on nothing but BatchNorm's statistics changes in a forward pass.
-
-Afterwards nothing may be left of the model's accuracy. Fine-tuning at few bits can win back such a collapse; a fault in
-the weights, the data or the quantization it cannot. The float model's accuracy takes another pass over the validation
-set, so it is measured only where half of the outputs of a batch are gone, or a metric is 0.
+scales. If little is left of the accuracy, a warning says where it went; the float model's takes another validation, so
+it is measured only where half of a batch's outputs are gone, or a metric is 0.
 """
 
 from __future__ import annotations

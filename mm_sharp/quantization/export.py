@@ -1,13 +1,7 @@
-"""A quantized pose estimator as an ONNX file, in one of two forms. Brevitas writes both through torch's exporter:
+"""A quantized pose estimator as an ONNX file, from the normalised picture, whose size is fixed, to the head's outputs.
 
-- ``'qcdq'``: weights as integers, and QuantizeLinear, Clip and DequantizeLinear: standard ONNX, which ONNX Runtime and
-  compilers read.
-- ``'qonnx'``: weights in float behind the operator ``Quant`` of the QONNX dialect (Pappalardo et al. 2022,
-  arXiv 2206.07527), which keeps any number of bits. FINN, hls4ml and the package ``qonnx`` read it.
-
-The graph goes from the normalised picture to the head's outputs; the batch's size is free. The picture's is fixed, so
-what is derived from it (the size that LiteHRNet pools to) is a constant. What else torch cannot write is said before
-training, by a trial export in float.
+``'qcdq'`` is standard ONNX: integer weights, QuantizeLinear, Clip and DequantizeLinear. ``'qonnx'`` has float weights
+behind ``Quant`` (Pappalardo et al. 2022, arXiv 2206.07527), for any number of bits: FINN, hls4ml and ``qonnx`` read it.
 """
 
 from __future__ import annotations
@@ -172,10 +166,9 @@ def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int
 def _set_biases_apart(model: nn.Module) -> None:
     """Have layers of fewer than 8 bits add their bias in a step of its own, in place.
 
-    ONNX Runtime computes a convolution between DequantizeLinear and QuantizeLinear in integers, with its bias rounded
-    to a multiple of input scale times weight scale. At 4 bits that is coarse: in the demo's model (W4A4, not
-    fine-tuned) it moved 14 % of the keypoints by more than a pixel, against 0.1 % without it; at 8 bits 2.6 % against
-    0.6 %, for 1.7 (ResNet-50) to 3 times (MobileNetV2) the speed.
+    ONNX Runtime rounds the bias of a convolution in integers to a multiple of input scale times weight scale: coarse at
+    4 bits, where it moved 14 % of the demo's keypoints by more than a pixel (0.1 % without); at 8 bits 2.6 % (0.6 %),
+    for 1.7 to 3 times the speed.
     """
     for record in quantized_record(model).quantized:
         layer: Any = model.get_submodule(record.name)

@@ -1,23 +1,18 @@
 """Run a model and its exported file on the same pictures, and compare integers, outputs, keypoints and metrics.
 
-Float sums differ in their last bits between two programs, and what lies about halfway between two integers is rounded
-up by one and down by the other. Such a flip makes more of them in the next layers. So how many integers differ in the
-whole network, as it runs, says as much about its depth as about the export. There is a second comparison, one layer at
-a time: every layer is given PyTorch's quantized input, so that what differs behind it is its own doing. It is about the
-file, and so without ONNX Runtime's optimizations, which round the biases of convolutions in integers.
-
-Both programs' outputs go through the same code of MMPose: flip test, decoding, metrics. So what differs is what the
-networks compute. :mod:`mm_sharp.quantization.export_report` judges.
+Float sums differ in their last bits, and what lies halfway between two integers is rounded up by one program and down
+by the other; in the whole network such flips add up. So a second comparison gives every layer PyTorch's quantized input
+(without ONNX Runtime's optimizations, which round biases). Outputs go through the same code of MMPose, and
+:mod:`mm_sharp.quantization.export_report` judges.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +154,7 @@ class IntegerCheck:
         return found
 
 
-@contextlib.contextmanager
+@contextmanager
 def recording(model: nn.Module) -> Iterator[list[Quantized]]:
     """Collect what the activation quantizers of a model make of the batch that runs inside, in order."""
     records: list[Quantized] = []
@@ -210,7 +205,9 @@ def evaluate(metrics: Any, dataset_meta: Mapping[str, Any], samples: Sequence[An
     """
     images = {sample.metainfo.get('img_id') for sample in samples}
     configs = [deepcopy(config) for config in (metrics if isinstance(metrics, (list, tuple)) else [metrics])]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    # Without the tables that metrics print and log.
+    silent = patch.object(MMLogger.get_current_instance(), 'disabled', True)
+    with tempfile.TemporaryDirectory() as folder, silent, redirect_stdout(io.StringIO()):
         for i, config in enumerate(configs):
             if str(config.get('ann_file')).endswith('.json') and Path(config['ann_file']).is_file():
                 config['ann_file'] = _annotations_of(config['ann_file'], images, Path(folder, f'{i}.json'))
@@ -230,16 +227,3 @@ def _annotations_of(file: str, images: set[Any], part: Path) -> str:
     content['annotations'] = [person for person in content['annotations'] if person['image_id'] in images]
     part.write_text(json.dumps(content), encoding='utf-8')
     return str(part)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tables that metrics print and log."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

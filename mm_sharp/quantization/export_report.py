@@ -1,11 +1,9 @@
 """What a comparison of an exported file with its model found, and whether it is within the tolerances.
 
-- One layer at a time, no integer may differ by more than one step, and 99.9 % must be equal. Right exports have 99.99 %
-  and more; a wrong scale, bias or operator is far below. The whole network's are not judged.
-- 90 % of the keypoints must be within a pixel of the network's input. The demo's had 97 % and more.
-- Each metric may differ by 0.1 points (0.001), or by one person where there are fewer than 1,000 of them. Parts of a
-  metric ('coco/AP .5', 'coco/AR (L)', 'Head PCK': names with a blank) are not judged: they are about few people, or
-  about one threshold. A metric that is 0 in both says nothing of the file: it is a warning.
+One layer at a time, no integer may differ by more than one step, and 99.9 % must be equal (right exports: 99.99 %).
+90 % of the keypoints must be within a pixel of the network's input. Each metric may differ by 0.001, or by one person
+of fewer than 1,000; parts of a metric (names with a blank: 'coco/AP .5') are not judged. One that is 0 in both is a
+warning.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from brevitas.quant import scaled_int, shifted_scaled_int
 from torch import nn
 
+from .int_quant import FusedIntQuant
 from .policy import LayerPolicy
 
 SCALES = 'tensor_quant'  # in the names of all that belongs to a quantizer
@@ -50,7 +51,7 @@ def input_quantizer(policy: LayerPolicy, *, nonnegative: bool) -> Any:
 def _injector(name: str, policy: LayerPolicy) -> type[ExtendedInjector]:
     module = shifted_scaled_int if name.startswith('Shifted') else scaled_int
     found: type[ExtendedInjector] = getattr(module, name + ('MSE' if policy.scale_init == 'mse' else ''))
-    return found
+    return found if name.startswith('Shifted') else found.let(int_quant=FusedIntQuant)
 
 
 def repair(layer: Any) -> None:

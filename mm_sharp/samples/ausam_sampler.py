@@ -22,6 +22,7 @@ from mm_sharp.errors import check_bool
 from mm_sharp.samples.dataset_keys import DatasetKeys
 from mm_sharp.samples.draw import BatchDraw, BatchDrawer, DrawQueue, LoaderDraw
 from mm_sharp.samples.history import Keys
+from mm_sharp.samples.schedule import AFTER_RAMP, TrainingLength
 from mm_sharp.samples.seeds import RngStream, make_generator
 
 _VERSION = 1
@@ -33,9 +34,10 @@ class AUSAMSampler(BatchSampler):
     """Batch sampler that yields, of every N indices, the K = ceil(sampling_ratio * N) that AUSAM draws.
 
     Mini-batches, their number and their order are those of :class:`torch.utils.data.BatchSampler`; only the samples
-    that are not drawn are missing. ``sampling_ratio`` and the scores are the wrapper's::
+    that are not drawn are missing. ``sampling_ratio``, the schedule and the scores are the wrapper's: the
+    batches of the first epoch are whole where that says so::
 
-        optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.6, optimizer=dict(type='Adam'))
+        optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, optimizer=dict(type='Adam'))
         train_dataloader = dict(batch_sampler=dict(type='AUSAMSampler'))
 
     Args:
@@ -51,14 +53,25 @@ class AUSAMSampler(BatchSampler):
         knows_epoch = isinstance(getattr(sampler, 'epoch', None), int)
         super().__init__(sampler if knows_epoch else EpochCounter(sampler), batch_size, drop_last)
         self._source: tuple[BatchDrawer, DatasetKeys, int, int] | None = None
+        self._length: TrainingLength | None = None
         self._queue = DrawQueue()
         self._resumed: dict[tuple[int, int], LoaderDraw] = {}
         self._asked_too_early = False
         self._to_skip = 0
 
-    def attach(self, drawer: BatchDrawer, keys: DatasetKeys, seed: int, rank: int) -> None:
-        """Give it what it draws with, before training: the wrapper's drawer, the data set's keys, the run's seed."""
-        self._source = drawer, keys, seed, rank
+    def attach(
+        self, drawer: BatchDrawer, keys: DatasetKeys, seed: int, rank: int, length: TrainingLength | None = None
+    ) -> None:
+        """Give it what it draws with, before training.
+
+        Args:
+            drawer: The wrapper's.
+            keys: The data set's.
+            seed: The run's.
+            rank: This process's.
+            length: How long the training is: workers load ahead, so a draw is not made in the step that it is for.
+        """
+        self._source, self._length = (drawer, keys, seed, rank), length
 
     def follow(self, loop: Any) -> None:
         """Fit MMEngine's iteration-based ``runner.train_loop``; other loops need nothing.
@@ -102,7 +115,8 @@ class AUSAMSampler(BatchSampler):
         # Another batch size or data set since the checkpoint: its draws are of no use.
         if resumed is not None and resumed.fits(keys):
             return resumed
-        draw = drawer.draw(keys, make_generator(seed, RngStream.SAMPLES_IN_LOADER, rank, epoch, position))
+        place = AFTER_RAMP if self._length is None else self._length.place(epoch, position)
+        draw = drawer.draw(keys, make_generator(seed, RngStream.SAMPLES_IN_LOADER, rank, epoch, position), place)
         return LoaderDraw(epoch, position, draw, [keys[row] for row in draw.chosen])
 
     def take(self, keys: Keys) -> BatchDraw:
@@ -157,7 +171,7 @@ class _Unreadable(list[int]):
             'AUSAMSampler draws by the history of AUSAMOptimWrapper, which was not attached to it before the first '
             'batch was loaded. No other optimizer wrapper works with this sampler:\n'
             "    custom_imports = dict(imports=['mm_sharp'])\n"
-            "    optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.6, optimizer=...)\n"
+            "    optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, optimizer=...)\n"
             "    train_dataloader = dict(batch_sampler=dict(type='AUSAMSampler'), ...)"
         )
 

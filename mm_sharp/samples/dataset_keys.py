@@ -1,8 +1,8 @@
 """The keys of a data set's samples by their index, before any picture is loaded.
 
 What a batch will show of a sample is known beforehand: its annotation, ``get_data_info(index)``, as far as the pipeline
-packs it (the ``meta_keys`` of ``PackPoseInputs`` and the like; without such a transform, ``sample_idx``). The rule that
-reads the keys of batches, :func:`mm_sharp.samples.keys.key_of`, reads that as well, so both give the same key.
+packs it (the ``meta_keys`` of ``PackPoseInputs`` and the like; else ``sample_idx``). One function reads the keys of
+both, :func:`mm_sharp.samples.keys.key_of`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,15 @@ from mm_sharp.samples.selection import IntArray
 
 MetaKeys = tuple[str, ...]
 
-# What keys are read from in a batch without data samples.
-_DICT_FIELDS = ('sample_key', 'sample_idx', 'dataset_name')
+_DICT_FIELDS = ('sample_key', 'sample_idx', 'dataset_name')  # what keys are read from in a batch without data samples
 
 
 class DatasetKeys:
-    """Keys of the samples of a data set, each read once, on first demand, and remembered.
+    """Keys of the samples of a data set, as the data loader has it, each read once, on first demand, and remembered.
 
-    It knows :class:`mm_sharp.samples.indexed_dataset.IndexedDataset`, MMEngine's ``ConcatDataset``, ``RepeatDataset``
-    and ``ClassBalancedDataset``, the part of a data set that its ``num_batch_per_epoch`` leaves, MMPose's
-    ``CombinedDataset``, torch's ``Subset`` and ``ConcatDataset``, one in another at any depth, and every data set with
-    a ``get_data_info(index)`` that wraps no other. Methods that read keys raise a ``SampleIdError`` for the rest.
-
-    Args:
-        dataset: The data set, as the data loader has it.
+    It knows ``IndexedDataset``, MMEngine's, torch's and MMPose's data sets that are made of others, one in another at
+    any depth, what ``num_batch_per_epoch`` leaves, and every data set with a ``get_data_info(index)`` that wraps no
+    other. Methods that read keys raise a ``SampleIdError`` for the rest.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -58,11 +53,7 @@ class DatasetKeys:
         return found
 
     def count(self) -> int:
-        """How many different samples can be loaded, without reading annotations.
-
-        Two data sets are taken to have the same samples if they are one object, or of the same class, name, annotation
-        file and selection from it; what overlaps otherwise is counted for each.
-        """
+        """How many different samples can be loaded, by objects, annotation files and what is selected from them."""
         return sum(len(places) for _, places in self._members())
 
     def ids_by_name(self) -> dict[str, IntArray]:
@@ -76,8 +67,7 @@ class DatasetKeys:
     def check_collisions(self) -> None:
         """Refuse combined data sets of which different samples have the same key, with a ``SampleIdError``.
 
-        Ids are compared only where data sets share a name, which is taken to be that of their first sample; the same
-        data set, or annotation file, may be there more than once. Data sets without readable keys are left out.
+        Ids are compared where data sets share the name of their first sample, and are not of one annotation file.
         """
         groups: dict[str, list[tuple[_Leaf, IntArray]]] = {}
         members = self._members()
@@ -108,16 +98,13 @@ class DatasetKeys:
     ) -> Iterator[tuple[_Leaf, IntArray, IntArray]]:
         """Follow indices of ``dataset`` to data sets that have samples of their own: yields these, rows, indices there.
 
-        ``rows`` tell the indices apart; ``packed`` are the fields of annotations that a pipeline around ``dataset``
-        packs. With ``every`` the indices stand for all samples.
+        ``packed`` is what a pipeline around ``dataset`` packs. With ``every`` the indices stand for all samples.
         """
         if isinstance(dataset, IndexedDataset) and (packed is None or 'sample_key' in packed):
             for repeating in dataset.repeating():
                 indices = _inner_indices(repeating, indices)
             yield self._leaf(dataset, None), rows, indices
-        elif isinstance(dataset, IndexedDataset):
-            yield from self._locate(dataset.dataset, rows, indices, packed, every)
-        elif isinstance(dataset, (RepeatDataset, ClassBalancedDataset, Subset)):
+        elif isinstance(dataset, (IndexedDataset, RepeatDataset, ClassBalancedDataset, Subset)):
             yield from self._locate(dataset.dataset, rows, _inner_indices(dataset, indices), packed, every)
         elif isinstance(dataset, ConcatDataset) or _is_a(dataset, 'CombinedDataset'):
             packed = packed or _meta_keys(getattr(dataset, 'pipeline', None))
@@ -136,9 +123,7 @@ class DatasetKeys:
 
     def _leaf(self, dataset: Any, packed: MetaKeys | None) -> _Leaf:
         place = id(dataset), packed
-        if place not in self._leaves:
-            self._leaves[place] = _Leaf(dataset, packed)
-        return self._leaves[place]
+        return self._leaves.get(place) or self._leaves.setdefault(place, _Leaf(dataset, packed))
 
 
 class _Leaf:
@@ -221,7 +206,9 @@ def _meta_keys(pipeline: Any) -> MetaKeys | None:
 
 
 def _inner_indices(dataset: Any, indices: IntArray) -> IntArray:
-    """The indices in the inner data set of a ``RepeatDataset``, ``ClassBalancedDataset`` or ``Subset``."""
+    """The indices in the data set within."""
+    if isinstance(dataset, IndexedDataset):
+        return indices
     if isinstance(dataset, RepeatDataset):
         return indices % len(dataset.dataset)
     chosen = dataset.indices if isinstance(dataset, Subset) else dataset.repeat_indices
@@ -229,7 +216,7 @@ def _inner_indices(dataset: Any, indices: IntArray) -> IntArray:
 
 
 def _is_a(dataset: Any, name: str) -> bool:
-    """Whether it is of a class that is not imported for that: not every installation, or version, has it."""
+    """Whether it is of a class that not every installation, or version, has."""
     return any(cls.__name__ == name for cls in type(dataset).__mro__)
 
 

@@ -17,16 +17,22 @@ import numpy as np
 import torch
 
 from mm_sharp.samples.history import Keys, SampleHistory
+from mm_sharp.samples.schedule import AFTER_RAMP, Schedule, TrainingPlace
 from mm_sharp.samples.selection import (
     FloatArray,
     IntArray,
     Preference,
+    draw_sizes,
     horvitz_thompson_weights,
     inclusion_probabilities,
     normalised_scores,
     sample_count,
+    sequential_sample,
     systematic_sample,
+    uniform_sample,
 )
+
+DRAWS = ('systematic', 'sequential', 'uniform')
 
 # Far more than workers load ahead: it bounds what piles up where batches are loaded that nobody takes.
 _MOST_IN_FLIGHT = 1024
@@ -40,8 +46,10 @@ class BatchDraw:
 
     Args:
         chosen: Their rows in the batch, increasing, (K,).
-        pi: Inclusion probability of every sample, (N,), float64.
-        scores: Average loss difference of every sample when it was drawn, (N,), float64; NaN where never seen.
+        pi: Inclusion probability of every sample, (N,), float64. Of a sequential draw, which has no formula for it, K
+            times the probability to be drawn first, for the log alone.
+        scores: Average loss difference of every sample when it was drawn, (N,), float64; NaN where never seen, and in
+            a uniform draw.
     """
 
     chosen: IntArray
@@ -75,6 +83,16 @@ class BatchDrawer:
     """Draws K = ceil(sampling_ratio * N) samples of each batch by their scores in ``history``.
 
     K is at least ``fewest``: what :func:`mm_sharp.samples.subset.fewest_samples` says of the model.
+
+    Args:
+        history: The scores.
+        sampling_ratio: As in :class:`mm_sharp.samples.schedule.Schedule`, like the next two.
+        s_min: Normalised score of the smallest.
+        s_max: Normalised score of the largest, after the ramp.
+        preference: How scores are normalised.
+        kind: ``'systematic'``, ``'sequential'`` or ``'uniform'``; see :mod:`mm_sharp.samples.selection`.
+        ramp: As in ``Schedule``, like the next one.
+        whole_first_epoch: Whether the batches of the first epoch are used whole.
     """
 
     history: SampleHistory
@@ -82,14 +100,35 @@ class BatchDrawer:
     s_min: float
     s_max: float
     preference: Preference = field(default_factory=Preference)
+    kind: str = 'systematic'
+    ramp: float = 0.0
+    whole_first_epoch: bool = False
     fewest: int = field(default=1, init=False)
 
-    def draw(self, keys: Keys, generator: torch.Generator) -> BatchDraw:
-        """Draw from the batch of ``keys``, N pairs of a data set's name and a sample's id."""
-        scores = self.history.scores(keys)
-        k = sample_count(self.sampling_ratio, len(keys), self.fewest)
-        pi = inclusion_probabilities(scores, k, self.s_min, self.s_max, self.preference)
-        return BatchDraw(systematic_sample(pi, generator), pi, scores)
+    @property
+    def schedule(self) -> Schedule:
+        """Ratio and range of scores over the training."""
+        return Schedule(self.sampling_ratio, self.s_min, self.s_max, self.ramp, self.whole_first_epoch)
+
+    def draw(self, keys: Keys, generator: torch.Generator, place: TrainingPlace = AFTER_RAMP) -> BatchDraw:
+        """Draw from the batch of ``keys``, N pairs of a data set's name and a sample's id, in a step at ``place``."""
+        if self.kind == 'uniform':
+            return self.draw_uniformly(len(keys), generator, place)
+        scores, k = self.history.scores(keys), self._count(len(keys), place)
+        s_max = self.schedule.s_max_at(place)
+        if self.kind == 'systematic' or k == len(keys):
+            pi = inclusion_probabilities(scores, k, self.s_min, s_max, self.preference)
+            return BatchDraw(systematic_sample(pi, generator), pi, scores)
+        sizes = draw_sizes(scores, self.s_min, s_max, self.preference)
+        return BatchDraw(sequential_sample(sizes, k, generator), k * sizes / sizes.sum(), scores)
+
+    def draw_uniformly(self, size: int, generator: torch.Generator, place: TrainingPlace = AFTER_RAMP) -> BatchDraw:
+        """Draw from a batch of ``size`` samples, whatever they are."""
+        k = self._count(size, place)
+        return BatchDraw(uniform_sample(size, k, generator), np.full(size, k / size), np.full(size, math.nan))
+
+    def _count(self, size: int, place: TrainingPlace) -> int:
+        return sample_count(self.schedule.ratio_at(place), size, self.fewest)
 
 
 @dataclass(frozen=True)

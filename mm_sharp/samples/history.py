@@ -1,18 +1,9 @@
 """Average loss difference of every sample of the data set: the scores that AUSAM samples by.
 
-The score of a sample is the average, over all its visits, of the absolute difference in loss before and after the
-perturbation (ADLP; Deng et al., AAAI 2025, arXiv 2406.08001). The exponential average and the exchange are ours.
-
-One formula serves both averages and the exchange. ``C`` visits with mean ``E`` join ``n`` visits with average ``v``::
-
-    (m**C * mass(n) * v + mass(C) * E) / mass(n + C),    mass(n) = n, m = 1     running average
-                                                         mass(n) = 1 - m**n     exponential average with momentum m
-
-So the exponential average has no bias at its start: after one visit it is that visit's value. Visits that have no order
-among them, since they came in one call of :meth:`SampleHistory.update` or from several ranks between two exchanges,
-count as ``C`` visits of their mean.
-
-Memory: 14 bytes a sample, and in a distributed history 14 more for each that this process saw since the last exchange.
+A score is the average over a sample's visits of ``|l_i(w + e) - l_i(w)|`` (ADLP; Deng et al., AAAI 2025, arXiv
+2406.08001). The exponential average, without bias at its start, and the exchange between ranks are ours. Visits without
+an order among them, of one :meth:`SampleHistory.update` or of several ranks, count as so many visits of their mean; by
+:func:`mm_sharp.samples.table.blend`. Memory: 14 bytes a sample, 14 more for each seen since the last exchange.
 """
 
 from __future__ import annotations
@@ -26,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.samples.table import FloatArray, IntArray, Table, blend
 
 Keys = Sequence[tuple[str, int]]
@@ -36,11 +28,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class SampleHistory:
-    """Average absolute loss difference per sample, keyed by (data set's name, id).
+    """Average absolute loss difference per sample, keyed by (data set's name, id), any 64-bit integer.
 
-    Ids are any 64-bit integers, dense or sparse. Samples of different data sets never meet; a data set that is repeated
-    under one name shares its samples. An average is kept over at most 65,535 visits: from there on a visit weighs as
-    much as the 65,535th did. Not for several threads at once.
+    An average is kept over at most 65,535 visits: from there on a visit weighs as much as the 65,535th did. Not for
+    several threads at once.
 
     Args:
         momentum: Weight of the past in an exponential average, in [0, 1); None for the average over all visits.
@@ -67,11 +58,7 @@ class SampleHistory:
         return averages
 
     def update(self, keys: Keys, differences: npt.ArrayLike) -> None:
-        """Add one visit for each of N keys, also of repeated ones.
-
-        The sign of ``differences``, ``l_i(w + e) - l_i(w)``, (N,), does not matter; those that are not finite in
-        float32 are ignored.
-        """
+        """Add a visit with the size of ``l_i(w + e) - l_i(w)``, (N,), for each key; not finite ones are ignored."""
         values = np.asarray(differences)
         for name, rows, ids in _by_data_set(keys):
             self.update_of(name, ids, values[rows])
@@ -83,27 +70,18 @@ class SampleHistory:
         numbers, values = np.asarray(ids, np.int64)[finite], values[finite]
         if not len(numbers):
             return
-        # What np.unique does, in a third of the time.
-        order = numbers.argsort(kind='stable')
-        numbers = numbers[order]
-        first = np.ones(len(numbers), np.bool_)
-        np.not_equal(numbers[1:], numbers[:-1], out=first[1:])
-        group = np.add.accumulate(first, dtype=np.int64) - 1
-        visits = np.bincount(group)
-        means = np.bincount(group, values[order]) / visits
+        numbers, group, visits = np.unique(numbers, return_inverse=True, return_counts=True)
+        means = np.bincount(group, values) / visits
         tables = self._own if self.distributed else self._shared
         # Exactly str: torch.load(weights_only=True) refuses numpy's subclass of it.
-        tables.setdefault(str(name), Table()).add(numbers[first], means, visits, self.momentum)
+        tables.setdefault(str(name), Table()).add(numbers, means, visits, self.momentum)
 
     def pending(self) -> dict[str, dict[str, torch.Tensor]]:
         """What this process of a distributed history gathered since the last exchange, for the others; by name."""
         return {name: table.export() for name, table in self._own.items()}
 
     def merge(self, gathered: Sequence[Mapping[str, Mapping[str, torch.Tensor]]]) -> None:
-        """Add every rank's :meth:`pending`, this rank's own included, in the same order on all ranks.
-
-        If they held the same history at the last exchange, they hold the same again, bit for bit.
-        """
+        """Add every rank's :meth:`pending`, in one order: all hold the same again, bit for bit, if they did before."""
         for name in sorted({name for part in gathered for name in part}):
             columns = [Table.read(part[name]).columns() for part in gathered if name in part]
             shared = self._shared.setdefault(name, Table())
@@ -120,10 +98,7 @@ class SampleHistory:
         self._own = {}
 
     def reconcile(self, known: Mapping[str, npt.ArrayLike]) -> tuple[int, int, int]:
-        """Drop what is not in the data set (any more), given the ids of all samples by the data set's name.
-
-        Returns how many samples were kept, were dropped, and are in the data set but were never seen.
-        """
+        """Drop what is not in the data set, given all its ids by name; how many are kept, dropped, and not yet seen."""
         data_sets = {name: np.unique(np.asarray(ids, np.int64)) for name, ids in known.items()}
         before = len(self)
         for tables in (self._shared, self._own):
@@ -137,28 +112,15 @@ class SampleHistory:
     def __len__(self) -> int:
         """Samples seen."""
         shared = sum(map(len, self._shared.values()))
-        return shared + sum(int((self._shared_part(n, t.all_ids())[1] == 0).sum()) for n, t in self._own.items())
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all arrays, in bytes."""
-        return sum(table.nbytes for tables in (self._shared, self._own) for table in tables.values())
+        return shared + sum(int((self._shared_part(n, t.columns().ids)[1] == 0).sum()) for n, t in self._own.items())
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole history in plain types and tensors (a copy: 14 bytes a sample).
-
-        Of a distributed history it is this process's view; exchange before saving, or visits of other ranks since the
-        last exchange are missing after a resume.
-        """
+        """The whole history in plain types and tensors (a copy); exchange a distributed one before."""
         data_sets = {name: self._export(name) for name in sorted({*self._shared, *self._own})}
         return {'version': _VERSION, 'momentum': self.momentum, 'data_sets': data_sets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the history by what :meth:`state_dict` gave; it goes on under its own ``momentum``.
-
-        Raises:
-            ValueError: ``state`` is damaged, or of a newer version.
-        """
+        """Replace the history by what :meth:`state_dict` gave, if need be with a ValueError; ``momentum`` stays."""
         if state.get('version') != _VERSION:
             raise ValueError(f"The history's version is {state.get('version')!r}: this mm_sharp reads {_VERSION}")
         data_sets = state.get('data_sets')
@@ -188,6 +150,39 @@ class SampleHistory:
         table = Table.read(self._shared[name].export()) if name in self._shared else Table()
         table.add(*self._own[name].columns(), self.momentum)
         return table.export()
+
+
+class PendingUpdates:
+    """Brings each step's loss differences to the host without waiting, and writes them when the next step begins."""
+
+    def __init__(self, history: SampleHistory) -> None:
+        self.history = history
+        self._in_flight: tuple[Keys, HostCopy] | None = None
+
+    def add(self, keys: Keys, differences: torch.Tensor | HostCopy) -> None:
+        """Record a step's visits of K samples, with ``l_i(w + e) - l_i(w)``, (K,); not finite ones are ignored."""
+        self.flush()
+        self._in_flight = (keys, differences if isinstance(differences, HostCopy) else HostCopy(differences))
+
+    def flush(self) -> None:
+        """Write what is in flight into the history; waits for the device only if the copy is not there yet."""
+        if self._in_flight is not None:
+            keys, copy = self._in_flight
+            self.history.update(keys, copy.numpy())
+            self._in_flight = None  # only now: a step that fails before loses nothing
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is in flight, in plain types and tensors: to write it early would change the draws that come before."""
+        if self._in_flight is None:
+            return {}
+        keys, copy = self._in_flight
+        return {'keys': [tuple(key) for key in keys], 'differences': torch.tensor(copy.numpy())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace what is in flight by what :meth:`state_dict` gave."""
+        self._in_flight = None
+        if state:
+            self.add([(str(name), int(number)) for name, number in state['keys']], state['differences'].cpu())
 
 
 def _by_data_set(keys: Keys) -> Iterator[tuple[str, slice | IntArray, IntArray]]:

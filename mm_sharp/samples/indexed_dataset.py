@@ -31,9 +31,8 @@ class IndexedDataset(Dataset[Any]):
     entry ``sample_key`` of a sample that is a dict, or the last element of one that is a tuple or list. The optimizer
     wrappers of this package take it out of the batch before the model sees it.
 
-    Samples that MMEngine's ``RepeatDataset`` or ``ClassBalancedDataset`` inside repeats keep one id. The data set must
-    stay the same, in the same order. Where MMEngine's ``BaseDataset`` loads another sample in place of one that its
-    pipeline refuses, that one counts under the index asked for.
+    Samples that a ``RepeatDataset`` or ``ClassBalancedDataset`` inside repeats keep one id. The data set must stay the
+    same, in the same order. A sample that ``BaseDataset`` loads in place of a refused one has that one's id.
 
     Args:
         dataset: The data set, or its config. Attributes that this class has not are read and set there.
@@ -41,22 +40,19 @@ class IndexedDataset(Dataset[Any]):
 
     Raises:
         TypeError: ``dataset`` cannot be indexed, or has no length.
-        ValueError: ``name`` is no string, or the index stands for a different sample every time, as in MMPose's
-            ``CombinedDataset`` with ``sample_ratio_factor``.
+        ValueError: ``name`` is no string, or the index stands for a different sample every time.
     """
 
     def __init__(self, dataset: Any, name: str = 'dataset') -> None:
         if not isinstance(name, str):
-            raise UserError(
-                f'IndexedDataset: name={name!r} is not allowed: it must be a string. Write for example: '
-                "dict(type='IndexedDataset', name='coco', dataset=...)"
-            )
+            example = "dict(type='IndexedDataset', name='coco', dataset=...)"
+            what = f'IndexedDataset: name={name!r} is not allowed: it must be a string'
+            raise UserError(f'{what}. Write for example: {example}')
         built = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
         if isinstance(built, IterableDataset) or not (hasattr(built, '__getitem__') and hasattr(built, '__len__')):
-            raise KindError(
-                f'IndexedDataset: dataset is a {type(built).__name__}, whose samples have no index. It must have '
-                '__getitem__(index) and __len__(); a data set that only iterates cannot be given ids'
-            )
+            needed = '__getitem__(index) and __len__(); a data set that only iterates cannot be given ids'
+            what = f'dataset is a {type(built).__name__}, whose samples have no index'
+            raise KindError(f'IndexedDataset: {what}. It must have {needed}')
         _check_fixed_order(built)
         self.dataset = built
         self.name = name
@@ -64,8 +60,7 @@ class IndexedDataset(Dataset[Any]):
     @property
     def metainfo(self) -> dict[str, Any]:
         """The data set's meta information; empty where it has none."""
-        info: dict[str, Any] = getattr(self.dataset, 'metainfo', {})
-        return info
+        return getattr(self.dataset, 'metainfo', {})
 
     def full_init(self) -> None:
         """Load the annotations, for data sets that put that off."""

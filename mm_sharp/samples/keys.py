@@ -1,11 +1,9 @@
 """Which sample of the data set is which row of a mini-batch.
 
-A sample's key is the pair (name of its data set, id): what an average loss difference is kept under. It is the same in
-every epoch and every process, and after a resume. :func:`key_of` reads it, from the first of three sources:
-
-- ``sample_key``: a :class:`SampleKey`, which :class:`mm_sharp.samples.indexed_dataset.IndexedDataset` adds to samples;
-- MMPose's and MMDetection's ids: ``id`` of the person or, where a sample is a picture with several, ``img_id``;
-- MMEngine's ``sample_idx``, the index in the data set.
+A sample's key, the pair (name of its data set, id), is the same in every epoch and process, and after a resume.
+:func:`key_of` reads it from ``sample_key``, which :class:`mm_sharp.samples.indexed_dataset.IndexedDataset` adds, else
+from MMPose's and MMDetection's ``id`` of the person or, for pictures with several, ``img_id``, else from MMEngine's
+``sample_idx``, the index in the data set.
 """
 
 from __future__ import annotations
@@ -37,11 +35,7 @@ class SampleIdError(UserError):
 
 
 class SampleKey(str):
-    """A sample's key as a string ``'name:index'``.
-
-    A string, because collating, pinning memory and moving to a device leave strings alone, where a number would become
-    a tensor on the device, which costs a synchronisation to read.
-    """
+    """A sample's key as a string ``'name:index'``: a number would become a tensor on the device, and cost a wait."""
 
     __slots__ = ()
 
@@ -64,12 +58,8 @@ class SampleKey(str):
 def key_of(fields: Mapping[str, Any]) -> Key:
     """The key of one sample: the name of its data set, ``''`` where it has none, and the id.
 
-    ``fields`` may have ``sample_key`` (:class:`SampleKey`), or ``id``, ``img_id``, ``sample_idx`` (integers) and
-    ``dataset_name``. ``img_id`` counts where there is no ``id``, or one for each instance of the picture;
-    ``sample_idx`` where ``img_id`` is missing, too, or is no number.
-
-    Raises:
-        SampleIdError: Nothing there identifies the sample. The message is only the reason.
+    ``fields`` may have ``sample_key`` (:class:`SampleKey`), or ``dataset_name`` and what :func:`id_field` names, an
+    integer. Where nothing identifies the sample, a SampleIdError says only the reason.
     """
     stored = fields.get('sample_key')
     if stored is not None:
@@ -91,7 +81,9 @@ def key_of(fields: Mapping[str, Any]) -> Key:
 
 
 def id_field(fields: Mapping[str, Any]) -> str:
-    """Where :func:`key_of` finds the id if there is no ``sample_key``: ``'id'``, ``'img_id'`` or ``'sample_idx'``."""
+    """Where the id is without a ``sample_key``: ``'id'``; ``'img_id'`` where there is none, or one for each instance of
+    the picture; ``'sample_idx'`` where that is missing, too, or no number.
+    """
     number = fields.get('id')
     if number is None or isinstance(number, (list, tuple)) or (isinstance(number, np.ndarray) and number.ndim):
         number = fields.get('img_id')
@@ -107,53 +99,39 @@ def unidentified(owner: str, found: str, reason: object) -> SampleIdError:
 def keys_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, owner: str) -> list[Key]:
     """The keys of the ``size`` samples of a model call ``model(*args, **kwargs)`` that ``owner`` needs.
 
-    Looked for in this order: a list of :class:`SampleKey` among the arguments; ``data_samples``, whose meta information
-    :func:`key_of` reads; ``sample_idx`` of a batch that is a dict, a list of integers or a tensor (N,), with
-    ``dataset_name``, one or a list of N, where there is one. Reading ``sample_idx`` from a tensor on an accelerator
-    waits for the device; none of the other ways does.
+    Looked for in this order: a list of :class:`SampleKey` among the arguments; ``data_samples``; ``sample_idx`` of a
+    batch that is a dict, a list of integers or a tensor (N,), with ``dataset_name``, one or a list of N, where there is
+    one. Only reading ``sample_idx`` from a tensor on an accelerator waits for the device.
 
     Raises:
         SampleIdError: The samples cannot be told apart, or their number is not ``size``.
     """
+    found = 'neither data samples nor sample_idx among the arguments of the model'
     try:
-        keys = _read_keys(args, kwargs)
+        if (stored := _stored_keys(args, kwargs)) is not None:
+            found = 'a list of sample keys'
+            keys = [key_of({'sample_key': entry}) for entry in stored]
+        elif (samples := _data_samples(args, kwargs)) is not None:
+            found = f'data samples with the meta keys {sorted(samples[0].metainfo_keys())}'
+            keys = [_data_sample_key(sample) for sample in samples]
+        else:
+            columns = _columns(args, kwargs)
+            found = f'a batch with the fields {sorted(map(str, columns))}' if columns else found
+            keys = _keys_of_columns(columns)
         if len(keys) != size:
             raise SampleIdError(f'there are {len(keys)} of them for a batch of {size} samples')
     except SampleIdError as error:
-        raise unidentified(owner, _what_is_there(args, kwargs), error) from error
+        raise unidentified(owner, found, error) from error
     return keys
 
 
-def _read_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Key]:
-    if (stored := _stored_keys(args, kwargs)) is not None:
-        return [key_of({'sample_key': entry}) for entry in stored]
-    if (samples := _data_samples(args, kwargs)) is not None:
-        return [_data_sample_key(sample) for sample in samples]
-    return _keys_of_columns(_columns(args, kwargs))
+def without_keys(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of a model call's arguments without the keys of ``IndexedDataset``, but for a ``forward(sample_key)``.
 
-
-def _what_is_there(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    if _stored_keys(args, kwargs) is not None:
-        return 'a list of sample keys'
-    if (samples := _data_samples(args, kwargs)) is not None:
-        return f'data samples with the meta keys {sorted(samples[0].metainfo_keys())}'
-    if columns := _columns(args, kwargs):
-        return f'a batch with the fields {sorted(map(str, columns))}'
-    return 'neither data samples nor sample_idx among the arguments of the model'
-
-
-def without_keys(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of a model call's arguments without the sample keys that ``IndexedDataset`` added.
-
-    A model whose ``forward`` has a parameter ``sample_key`` gets the keys; one that takes any keyword gets those passed
-    by keyword.
+    One that takes any keyword gets those passed by keyword, too.
     """
-    if _stored_keys(args, kwargs) is None:
-        return args, dict(kwargs)
-    parameters = inspect.signature(unwrap(model).forward).parameters
-    if 'sample_key' in parameters:
+    parameters = {} if _stored_keys(args, kwargs) is None else inspect.signature(unwrap(model).forward).parameters
+    if not parameters or 'sample_key' in parameters:
         return args, dict(kwargs)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     kept = {name: _stripped(value) for name, value in kwargs.items() if takes_any or not _is_list_of(SampleKey, value)}

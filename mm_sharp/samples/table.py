@@ -26,11 +26,12 @@ class Columns(NamedTuple):
     visits: npt.NDArray[Any]
 
     def find(self, ids: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-        """Row of each id, and whether it is there at all (if not, the row is any)."""
+        """The rows of those of the ids that are there, and which are."""
         if not len(self.ids):
-            return np.zeros(len(ids), np.int64), np.zeros(len(ids), np.bool_)
+            return np.zeros(0, np.int64), np.zeros(len(ids), np.bool_)
         rows = self.ids.searchsorted(ids)
-        return rows, self.ids.take(rows, mode='clip') == ids
+        found = self.ids.take(rows, mode='clip') == ids
+        return rows[found], found
 
     def merged(self, new: Columns) -> Columns:
         """These samples and ``new`` ones, none of which is here."""
@@ -48,19 +49,12 @@ class Table:
     def __len__(self) -> int:
         return len(self._main.ids) + len(self._recent.ids)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of all arrays, in bytes."""
-        return sum(column.nbytes for column in (*self._main, *self._recent))
-
     def look_up(self, ids: IntArray) -> tuple[FloatArray, IntArray]:
         """Averages and visits; both 0 where there are none."""
         averages, visits = np.zeros(len(ids)), np.zeros(len(ids), np.int64)
         for part in (self._main, self._recent):
-            if len(part.ids):
-                rows, found = part.find(ids)
-                rows = rows[found]
-                averages[found], visits[found] = part.averages[rows], part.visits[rows]
+            rows, found = part.find(ids)
+            averages[found], visits[found] = part.averages[rows], part.visits[rows]
         return averages, visits
 
     def add(self, ids: IntArray, means: npt.NDArray[Any], visits: npt.NDArray[Any], momentum: float | None) -> None:
@@ -68,7 +62,7 @@ class Table:
         for part in (self._main, self._recent):
             if len(part.ids):
                 rows, found = part.find(ids)
-                rows, new = rows[found], visits[found]
+                new = visits[found]
                 old = part.visits[rows].astype(np.int64)
                 part.averages[rows] = blend(part.averages[rows], old, means[found], new, momentum)
                 part.visits[rows] = np.minimum(old + new, _MOST_VISITS)
@@ -90,10 +84,6 @@ class Table:
         """All samples: the table's own arrays."""
         self._compact()
         return self._main
-
-    def all_ids(self) -> IntArray:
-        """The ids, in any order."""
-        return np.concatenate([self._main.ids, self._recent.ids])
 
     def export(self) -> dict[str, torch.Tensor]:
         """Copies of the columns as tensors; visits as int16, for torch's older versions have no unsigned ones."""
@@ -120,7 +110,11 @@ def _empty() -> Columns:
 def blend(
     averages: npt.NDArray[Any], visits: IntArray, means: npt.NDArray[Any], new: IntArray, momentum: float | None
 ) -> FloatArray:
-    """The averages after ``new`` >= 1 more visits of mean ``means``."""
+    """The averages v of n visits after C = ``new`` >= 1 more of mean E = ``means``.
+
+    ``(m**C * mass(n) * v + mass(C) * E) / mass(n + C)`` with ``mass(n) = 1 - m**n``; without momentum, m = 1 and
+    ``mass(n) = n``.
+    """
     # Both weights are computed by themselves, and no difference of averages is taken: averages of very different size
     # would cancel.
     kept, added = (visits, new) if momentum is None else (momentum**new * (1.0 - momentum**visits), 1.0 - momentum**new)

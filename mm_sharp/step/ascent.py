@@ -24,6 +24,7 @@ from mm_sharp.step.settings import StepSettings
 from mm_sharp.step.timing import PerturbationSizes
 
 Direct = Callable[[Sequence[Tensor], Sequence[Tensor]], Direction]
+Adjust = Callable[[Sequence[nn.Parameter], Sequence[Tensor], Tensor | None], None]
 
 
 class Ascent:
@@ -66,6 +67,8 @@ class Ascent:
             kept = set(map(id, perturbed))
             self._skipped = [parameter for parameter in skip if id(parameter) not in kept]
             self._frozen.freeze(self._skipped)
+        if self._settings.perturb_quantized:
+            self._quantized.keep_integers(self._parallel.tree.modules)
 
     def unfreeze(self) -> None:
         """Have all parameters get gradients again."""
@@ -93,12 +96,13 @@ class Ascent:
         if self._average_by_hand and self._parallel.averages:
             average_gradients(self._perturbed)
 
-    def perturb(self, model: nn.Module, direct: Direct, device: torch.device) -> Tensor:
+    def perturb(self, model: nn.Module, adjust: Adjust, direct: Direct, device: torch.device) -> Tensor:
         """Perturb the chosen parameters by their gradients, after an exact copy was taken.
 
         Args:
             model: Module that holds the parameters.
-            direct: The method's :meth:`mm_sharp.step.method.Method.direction`.
+            adjust: The method's :meth:`mm_sharp.step.method.Method.perturbation_gradient`.
+            direct: Its :meth:`mm_sharp.step.method.Method.direction`.
             device: Where the norm is if nothing has a gradient.
 
         Returns:
@@ -115,17 +119,20 @@ class Ascent:
         if not perturbed and shards is None:
             return torch.zeros((), device=device)
         weights, gradients = self._pieces(perturbed)
+        inverse = self._inverse_grad_scale()
+        with torch.no_grad():
+            adjust(perturbed, gradients, inverse)
         self._weights.save(weights)
         norm = perturb_(
             weights,
             gradients,
             direct(weights, gradients),
             eps=self._settings.eps,
-            inverse_grad_scale=self._inverse_grad_scale(),
+            inverse_grad_scale=inverse,
             norms=self._norms(perturbed, device),
         )
         if self._settings.perturb_quantized:
-            self._quantized.apply(model, perturbed, dict(self._weights.pairs))
+            self._quantized.apply(perturbed, dict(self._weights.pairs))
         return norm
 
     def sizes(self, device: torch.device) -> PerturbationSizes | None:

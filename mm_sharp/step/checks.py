@@ -188,8 +188,8 @@ def check_perturbed(
             f'{owner}: perturb_quantized=True is for quantized models, and {type(model).__name__} has no layer with '
             "quantized weights: take it out, or build the model with type='QuantizedModel'"
         )
-    sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout is not torch.strided}
-    if sparse:
+    if any(p.grad is not None and p.grad.layout is not torch.strided for p in parameters):
+        sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout is not torch.strided}
         names = [name for name, parameter in model.named_parameters() if id(parameter) in sparse]
         raise UnsupportedError(
             f'{owner}: the gradients of {names} are sparse, which the perturbation does not support. Build the layer '

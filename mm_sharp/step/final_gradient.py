@@ -20,11 +20,14 @@ class FinalGradient:
         first: The first passes' gradients, averaged over the processes as the others are; empty unless the method
             keeps them.
         total: Sums a product of every tensor over the processes that hold pieces of it (FSDP).
+        finite: Scalar of bool, where the host does not know it: if it is False the gradients are zero, since what they
+            were was not finite. None where the optimizer would not step then.
     """
 
     parameters: Sequence[nn.Parameter]
     first: Mapping[nn.Parameter, Tensor]
     total: Callable[[Sequence[nn.Parameter], Sequence[Tensor]], Tensor]
+    finite: Tensor | None = None
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -37,6 +40,22 @@ class FinalGradient:
             local_shard(self.first[p]) if p in self.first else torch.zeros_like(g)
             for p, g in zip(self.parameters, self.gradients, strict=True)
         ]
+
+    def first_and_difference(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each parameter g, and g' - g, where g' is what the optimizer gets so far.
+
+        Where the first gradient is not finite, there was no perturbation: g' stands in for it, and the difference is 0.
+        """
+        ours, plain = self.gradients, self.first_gradients()
+        apart = [mine - g for mine, g in zip(ours, plain, strict=True)]
+        sound = self.all_finite(apart)
+        plain = [torch.where(sound.to(g.device), g, mine) for g, mine in zip(plain, ours, strict=True)]
+        return plain, [torch.where(sound.to(d.device), d, torch.zeros_like(d)) for d in apart]
+
+    def all_finite(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Whether ``tensors``, one of each parameter, are finite, and the final gradient was; scalar of bool."""
+        sound = torch.isfinite(self.dot(tensors, tensors))
+        return sound if self.finite is None else sound & self.finite.to(sound.device)
 
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """The inner product of two lists of tensors, one of each parameter, taken as vectors.

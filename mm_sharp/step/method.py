@@ -3,9 +3,11 @@
 ===  ==================================================  ============================================================
 1    Which samples go through each pass?                 :meth:`Method.first_batch`, :meth:`Method.perturbed_loss`
 2    Which parameters are perturbed?                     :meth:`Method.select_parameters`
-3    In which direction, and how far?                    :meth:`Method.direction`
+3    In which direction, and how far?                    :meth:`Method.direction`,
+                                                         :meth:`Method.perturbation_gradient`,
+                                                         :meth:`Method.perturb_along`
 4    Which passes run in this step?                      :meth:`Method.passes`
-5    Which gradient does the optimizer get?              :meth:`Method.final_gradient`
+5    Which gradient does the optimizer get?              :meth:`Method.final_gradient`, :meth:`Method.beside_step`
 ===  ==================================================  ============================================================
 
 The defaults are SAM's. :mod:`mm_sharp.step.two_pass` has the order in which a step asks.
@@ -35,6 +37,7 @@ class Passes(Enum):
 
     BOTH = 'both: the second one at the perturbed weights'
     FIRST = 'the first alone: the base optimizer, on the gradient that final_gradient makes of it'
+    PERTURBED = 'one alone, at weights that are perturbed before it, along what perturb_along gives'
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,28 @@ class Cost:
         step: Of most steps.
         cycle: The mean over a cycle of ``length`` steps, whose first one costs more.
         length: Of a cycle; 1 where all steps cost the same.
+        first_epoch: Of the steps in the first epoch, where they cost more than the others; otherwise None.
     """
 
     step: float
     cycle: float
     length: int = 1
+    first_epoch: float | None = None
+
+    def over(self, epochs: float) -> float:
+        """The mean over a training of so many epochs, the first one included."""
+        if self.first_epoch is None:
+            return self.cycle
+        first = min(1.0, 1.0 / epochs)
+        return first * self.first_epoch + (1.0 - first) * self.cycle
+
+    def epochs_for(self, compute: float) -> float:
+        """How many epochs cost as much as ``compute`` epochs of the base optimizer."""
+        if self.first_epoch is None:
+            return compute / self.cycle
+        if compute <= self.first_epoch:
+            return compute / self.first_epoch
+        return 1.0 + (compute - self.first_epoch) / self.cycle
 
 
 class Method:
@@ -61,6 +81,9 @@ class Method:
         skips_gradients: Whether the first pass computes the gradients of the perturbed parameters only.
         changes_gradient: Whether :meth:`final_gradient` does anything; it is then given the first passes' gradients.
         kept: What the method keeps of each parameter.
+        keeps: Whether it keeps anything.
+        hands_on: Of the names of its own answers, those that go on to ask ``super()``, so that the next method of a
+            class of two is heard, too.
     """
 
     settings: StepSettings
@@ -68,6 +91,8 @@ class Method:
     kept: dict[nn.Parameter, Tensor]
     skips_gradients: ClassVar[bool] = False
     changes_gradient: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
+    hands_on: ClassVar[frozenset[str]] = frozenset()
 
     # ---------------------------------------------------------------- 1: which samples
     def first_batch(self, call: ModelCall) -> ModelCall:
@@ -110,6 +135,29 @@ class Method:
             return Direction(settings.rho, relative=settings.adaptive)
         return Direction(settings.rho, asam_stretches(weights, settings.eta) if settings.adaptive else None)
 
+    def perturbation_gradient(
+        self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], inverse_scale: Tensor | None
+    ) -> None:
+        """Change, in place, the gradients that the perturbation follows; asked before :meth:`direction`.
+
+        Args:
+            parameters: Those that are perturbed, and have a gradient.
+            gradients: Of each, as memory of this process, with the loss scale.
+            inverse_scale: What the gradients are multiplied by to be without it; None for 1.
+        """
+
+    def perturb_along(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """What stands for the gradient where the passes are ``Passes.PERTURBED``, before there is one.
+
+        Args:
+            parameters: Those that are perturbed.
+
+        Returns:
+            Of each, a new tensor as memory of this process, or None if it stays where it is. They go to
+            :meth:`direction` as gradients.
+        """
+        return [None for _ in parameters]
+
     # ---------------------------------------------------------------- 4: which passes
     def passes(self) -> Passes:
         """Asked when a step begins; all micro-batches of an optimizer step must give the same answer."""
@@ -118,6 +166,16 @@ class Method:
     # ---------------------------------------------------------------- 5: what the optimizer gets
     def final_gradient(self, gradient: FinalGradient) -> None:
         """Change the gradients that the optimizer is about to step along: pass 2's, or pass 1's where it ran alone."""
+
+    def beside_step(self) -> Mapping[nn.Parameter, Tensor]:
+        """What the weights are moved by beside the optimizer's step, which has the gradients as :meth:`final_gradient`
+        and clipping have left them; asked just before it.
+
+        Returns:
+            By parameter, a tensor as memory of this process. After the optimizer's step, the parameter's learning rate
+            times this is subtracted from it. Where the step is left out, it must be zero.
+        """
+        return {}
 
     def keep(self, parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor], valid: Tensor) -> None:
         """Keep a tensor of each parameter's shape from step to step, and in checkpoints.

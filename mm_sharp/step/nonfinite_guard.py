@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mm_sharp.ops.finite import all_finite, quickly_finite, zero_unless
+from mm_sharp.ops.finite import TRUE, all_finite, quickly_finite, zero_unless
 from mm_sharp.ops.forward_state import ForwardState
 from mm_sharp.ops.fsdp import any_rank, local_shard
 from mm_sharp.ops.host_copy import HostCopy
@@ -79,7 +79,7 @@ class NonFiniteGuard:
             gradients = list(map(local_shard, gradients))
         if self.host_knows and quickly_finite([*gradients, *self._state.statistics]):
             self._has_begun = False
-            finite = torch.tensor(True)
+            finite = TRUE
         else:
             finite = all_finite(gradients)
         if sharded:

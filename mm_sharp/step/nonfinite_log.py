@@ -31,7 +31,7 @@ _ALL_UP_TO, _THEN_EVERY = 10, 100
 @dataclass
 class _Noted:
     step: int
-    values: HostCopy | list[float]
+    values: HostCopy | None  # on their way; None where they are known
     due: bool
     scaled: bool
     names: Callable[[], str]
@@ -74,20 +74,15 @@ class NonFiniteLog:
         seen = [loss, record.perturbed_loss, record.grad_norm, finite]
         tensors = [loss if value is None else value for value in seen]
         if at_once:
-            values: HostCopy | list[float] = [float(value) for value in tensors]
-        else:
-            values = HostCopy(torch.stack([value.detach().to(loss.device, torch.float32) for value in tensors]))
+            self._report_if_not_finite(_Noted(step, None, finite is not None, scaled, names), *map(float, tensors))
+            return
+        values = HostCopy(torch.stack([value.detach().to(loss.device, torch.float32) for value in tensors]))
         self._noted.append(_Noted(step, values, finite is not None, scaled, names))
 
     def flush(self) -> None:
         """Log what was noted, as far as it has arrived: waiting for it would be waiting for the whole step."""
-        while self._noted:
-            values = self._noted[0].values
-            if isinstance(values, HostCopy):
-                if not values.ready:
-                    return
-                values = values.numpy().tolist()
-            self._report_if_not_finite(self._noted.popleft(), *values)
+        while self._noted and (values := self._noted[0].values) is not None and values.ready:
+            self._report_if_not_finite(self._noted.popleft(), *values.numpy().tolist())
 
     def _report_if_not_finite(self, noted: _Noted, first: float, second: float, norm: float, final: float) -> None:
         losses_finite = math.isfinite(first) and math.isfinite(second)

@@ -130,12 +130,12 @@ class PerturbationSizes:
     weights: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepRecord:
     """What one step found, kept on the device until somebody asks.
 
     Args:
-        loss: L(w), scalar.
+        loss: L(w), scalar; of a step whose only pass is at perturbed weights, L(w + e).
         perturbed_loss: L(w + e) on the batch of the second pass, scalar; None where there was no second pass.
         grad_norm: ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling; None likewise.
         timer: Times of the phases, where timing was asked for.

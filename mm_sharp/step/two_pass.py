@@ -11,7 +11,8 @@
     restore            w; buffers, counters and random state as after the first pass
     step               clipping and the base optimizer, if this micro-batch ends a cycle
 
-A method (:class:`mm_sharp.step.method.Method`) decides *what* runs in each place and never *when*.
+A method (:class:`mm_sharp.step.method.Method`) decides *what* runs in each place and never *when*. A step of one pass
+is :meth:`TwoPassStep.run_first_alone`, at w, or :meth:`TwoPassStep.run_perturbed`, at w + e.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mm_sharp.ops.gradients import FirstGradients, GradientStash
 from mm_sharp.ops.model_call import CallRecorder, ModelCall
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rng import RandomState
+from mm_sharp.step.ahead import PerturbationAhead
 from mm_sharp.step.ascent import Ascent
 from mm_sharp.step.final_gradient import FinalGradient
 from mm_sharp.step.method import Method
@@ -60,6 +62,7 @@ class TwoPassStep:
 
     Args:
         ascent: The way to w + e and back.
+        ahead: The same, before the only pass.
         precision: Loss scale.
         parallel: The model.
         state: What its forward passes change in it.
@@ -75,6 +78,7 @@ class TwoPassStep:
     def __init__(
         self,
         ascent: Ascent,
+        ahead: PerturbationAhead,
         precision: Precision,
         parallel: ParallelModel,
         state: ForwardState,
@@ -82,6 +86,7 @@ class TwoPassStep:
         replay_rng: bool,
     ) -> None:
         self.ascent = ascent
+        self.ahead = ahead
         self.precision = precision
         self.parallel = parallel
         self.state = state
@@ -109,7 +114,9 @@ class TwoPassStep:
         try:
             with self.timer.exclude('host'):
                 self.state.rewind()
-            norm = self.ascent.perturb(self.parallel.module, method.direction, batch.loss.device)  # w + e
+            norm = self.ascent.perturb(
+                self.parallel.module, method.perturbation_gradient, method.direction, batch.loss.device
+            )  # w + e
             with self.timer.exclude('host'):
                 sizes = self.ascent.sizes(batch.loss.device) if self.measures else None
             batch.gradients.unstash()
@@ -130,12 +137,27 @@ class TwoPassStep:
         self.timer.mark('pass1')
         return StepRecord(batch.loss.detach(), timer=self.timer.if_running())
 
-    def final_gradient(self, trained: list[nn.Parameter], average: bool) -> FinalGradient:
+    def run_perturbed(self, batch: MicroBatch) -> StepRecord:
+        """The only pass of its step, at the perturbed weights that its forward has seen; then back to w."""
+        batch.gradients.unstash()
+        interrupted = True
+        try:
+            self.ahead.take_up()
+            self._backward(batch.loss, batch.micro_batches)
+            self.timer.mark('pass1')
+            interrupted = False
+        finally:
+            in_order(lambda: self.parallel.reshard(interrupted), self.ahead.restore)
+            self.timer.mark('restore')
+        return StepRecord(batch.loss.detach(), timer=self.timer.if_running())
+
+    def final_gradient(self, trained: list[nn.Parameter], average: bool, finite: Tensor | None = None) -> FinalGradient:
         """The gradients of an optimizer step, for the method to change; without the loss scale.
 
         Args:
             trained: The parameters.
             average: Whether the first passes' gradients are each process's own so far.
+            finite: Whether the gradients were finite; see :class:`FinalGradient`.
         """
         first = self.first_gradients.take()
         inverse = self.precision.inverse_scale()
@@ -144,12 +166,13 @@ class TwoPassStep:
         if average:
             self.parallel.average(list(first.values()))
         with_gradient = [parameter for parameter in trained if parameter.grad is not None]
-        return FinalGradient(with_gradient, first, self.parallel.total)
+        return FinalGradient(with_gradient, first, self.parallel.total, finite)
 
     def undo(self, batch: MicroBatch) -> None:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""
         in_order(
             lambda: self.parallel.reshard(interrupted=True),
+            self.ahead.restore,
             self.ascent.restore,
             self.ascent.unfreeze,
             self.first_gradients.forget_pending,

@@ -21,6 +21,7 @@ from mm_sharp.errors import (
     check_positive_int,
     check_steps_alone,
 )
+from mm_sharp.ops.call_inputs import fresh
 from mm_sharp.ops.forward_state import ForwardState
 from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.gradients import GradientStash
@@ -29,9 +30,11 @@ from mm_sharp.ops.parameters import ParameterSelector, devices_of, parameters_of
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.samples.keys import without_keys
+from mm_sharp.step.ahead import PerturbationAhead
 from mm_sharp.step.ascent import Ascent
 from mm_sharp.step.checkpoint import pack_state, unpack_state, with_kept, without_kept
 from mm_sharp.step.checks import check_loss, check_model, check_shards, check_within, require_call
+from mm_sharp.step.combination import check_combination
 from mm_sharp.step.method import Method, Passes
 from mm_sharp.step.nonfinite_guard import NonFiniteGuard
 from mm_sharp.step.nonfinite_log import offending_samples
@@ -100,6 +103,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
+        check_combination(type(self), TwoPassOptimWrapper)
         check_arguments(type(self), kwargs, registered_methods().values())
         check_positive_int(name, 'accumulative_counts', accumulative_counts, example='4')
         check_clip_grad(name, clip_grad)
@@ -119,10 +123,17 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._parallel = ParallelModel()
         self._state = ForwardState(self._weights)
         self._ascent = Ascent(settings, self.precision, self._parallel)
+        self._ahead = PerturbationAhead(settings, self._parallel)
         self.second_pass = SecondPass(self._parallel, self.precision, self._state, settings.replay_rng)
         self._guard = NonFiniteGuard(name, self.device, self._parallel, self._state)
         self._two_pass = TwoPassStep(
-            self._ascent, self.precision, self._parallel, self._state, self._recorder, settings.replay_rng
+            self._ascent,
+            self._ahead,
+            self.precision,
+            self._parallel,
+            self._state,
+            self._recorder,
+            settings.replay_rng,
         )
         self.optimizer_steps = 0
         self.kept: dict[nn.Parameter, Tensor] = {}
@@ -134,6 +145,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._passes = Passes.BOTH
         self._loss_checks = RareChanges()
         self._within_update = False
+        self._finite: Tensor | None = None
 
     # ---------------------------------------------------------------- settings
     @property
@@ -165,6 +177,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._parameters = parameters_of(self.optimizer)
         self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         self._attach(model)
+        self._ahead.restore()  # an earlier forward may have been left without the rest of its step
         try:
             with (
                 self._parallel.no_sync(not synced),
@@ -174,8 +187,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                 self.recording(model) if self._passes is Passes.BOTH else _NOTHING,
             ):
                 yield
+            self._ahead.set_aside()
         except BaseException:
             self._parallel.reshard(interrupted=True)
+            self._ahead.restore()
             self._state.undo()
             raise
         finally:
@@ -215,9 +230,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                 self._check_loss(call, loss)
                 self._guard.begin()
             self.second_pass.synchronise = self.should_sync()
-            both = self._passes is Passes.BOTH
-            record = self._two_pass.run(self, batch) if both else self._two_pass.run_first_alone(batch)
-            self.last_step = record if self._metrics is None else replace(record, metrics=self._metrics)
+            record = self._run(batch)
+            record.metrics = self._metrics
+            self.last_step = record
             self._inner_count += 1
             due = self.should_update()
             finite = self._step_if_finite(step_kwargs or {}) if due else None
@@ -258,11 +273,19 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         if self.changes_gradient or self.clip_grad_kwargs:
             self.precision.unscale(self.optimizer)
         if self.changes_gradient:
+            apart = not self.settings.sync_perturbation
             with torch.no_grad():
-                self.final_gradient(self._two_pass.final_gradient(self._trained, not self.settings.sync_perturbation))
+                self.final_gradient(self._two_pass.final_gradient(self._trained, apart, self._finite))
         if self.clip_grad_kwargs:
             self._clip_grad()
+        with torch.no_grad():
+            beside = self.beside_step()
         self.precision.step(self.optimizer, **kwargs)
+        with torch.no_grad():
+            for group in self.optimizer.param_groups if beside else ():
+                for parameter in group['params']:
+                    if parameter in beside:
+                        local_shard(parameter).sub_(beside[parameter] * group['lr'])
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state under MMEngine's keys, the loss scaler's, and ``'mm_sharp'`` for our own.
@@ -290,6 +313,20 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         super().load_state_dict(rest)
 
     # ---------------------------------------------------------------- what methods use
+    def try_forward(self, call: ModelCall) -> Any:
+        """What the model returns for ``call``, without a trace; for ``first_batch``, before the first forward."""
+        args, kwargs = fresh(without_keys(call.model, call.args, call.kwargs), copies=True)
+        # DDP would count the forward, and send buffers around.
+        run = call.model if self._parallel.shards is not None else self._parallel.module.forward
+        self._snapshot()
+        try:
+            with torch.no_grad():
+                return run(*args, **kwargs)
+        finally:
+            self._parallel.reshard()
+            self._state.undo()
+            call.random_state.restore()
+
     def exclude_from_timing(self, name: str) -> AbstractContextManager[None]:
         """A context whose time is not the phase's that it lies in; see :class:`mm_sharp.step.timing.StepTimer`."""
         return self._two_pass.timer.exclude(name)
@@ -299,9 +336,17 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         return offending_samples(type(self).__name__, call)
 
     # ---------------------------------------------------------------- parts of a step
+    def _run(self, batch: MicroBatch) -> StepRecord:
+        """The passes of this step."""
+        if self._passes is Passes.BOTH:
+            return self._two_pass.run(self, batch)
+        if self._passes is Passes.PERTURBED:
+            return self._two_pass.run_perturbed(batch)
+        return self._two_pass.run_first_alone(batch)
+
     def _first_pass_is_synced(self) -> bool:
         """Whether DDP averages the first pass's gradients."""
-        if self._passes is Passes.FIRST:
+        if self._passes is not Passes.BOTH:
             return bool(self.should_sync())
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
         return self.settings.sync_perturbation and not self.skips_gradients
@@ -344,14 +389,16 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         timer.mark('start')
         self._two_pass.measures = self.record_sizes
         self._metrics = None
+        self._ahead.restore()  # a model may catch the error of a call, and call itself again
         if self._passes is Passes.BOTH:
             with timer.exclude('recording'):
                 call = self.first_batch(call)
         with timer.exclude('host'):
             call.args, call.kwargs = without_keys(call.model, call.args, call.kwargs)
+            if self._passes is not Passes.FIRST:
+                perturbed = self.select_parameters(self.selector.select(self._parallel.module, self._trained))
+                self._ahead.choose(perturbed)
             if self._passes is Passes.BOTH:
-                allowed = self.selector.select(self._parallel.module, self._trained)
-                perturbed = self.select_parameters(allowed)
                 # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
                 skip = self._trained if self.skips_gradients and self._parallel.shards is None else ()
                 by_hand = self.settings.sync_perturbation and self.skips_gradients
@@ -365,6 +412,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         with self.exclude_from_timing('host'):
             sharded = self._parallel.shards is not None
             self._state.snapshot(self._parallel.tree, sharded=sharded, broadcast=self._parallel.broadcasts)
+        if self._passes is Passes.PERTURBED:
+            self._ahead.perturb(self, self.device)
 
     def _micro_batch(self, call: ModelCall, loss: Tensor) -> MicroBatch:
         with self.exclude_from_timing('host'):
@@ -384,11 +433,14 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
 
     def _step_if_finite(self, step_kwargs: Mapping[str, Any]) -> Tensor | None:
         """Step, unless the final gradient is not finite; None where that is for the loss scaler to find out."""
+        self._finite = None
         if self.precision.scaler is not None:
             self.step(**step_kwargs)
             return None
         with self.exclude_from_timing('host'):
             finite = self._guard.verdict(self._parameters)
+        if not self._guard.host_knows:
+            self._finite = finite
         if not self._guard.host_knows or finite:
             self.step(**step_kwargs)
         return finite

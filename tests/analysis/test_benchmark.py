@@ -14,12 +14,12 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mm_sharp.analysis.benchmark import memory, steps
-from mm_sharp.analysis.benchmark.compare import Quartiles, compare, step_table
-from mm_sharp.analysis.benchmark.host import SmallModel, measure_host
+from mm_sharp.analysis.benchmark import steps
+from mm_sharp.analysis.benchmark.candidates import Candidate
+from mm_sharp.analysis.benchmark.compare import Quartiles, compare, run_costs, step_table
 from mm_sharp.analysis.benchmark.methods import all_methods, parse_methods, theoretical_cost, wrapper_settings
-from mm_sharp.analysis.benchmark.steps import Candidate, measure_rounds, step_seconds
-from mm_sharp.analysis.benchmark.workload import Workload, load_workload
+from mm_sharp.analysis.benchmark.steps import measure_rounds, step_seconds
+from mm_sharp.analysis.benchmark.workload import SmallModel, Workload, load_workload, measure_host
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.errors import UsageError
 from mm_sharp.step.method import Cost
@@ -64,7 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _freed_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is the tests'."""
-    monkeypatch.setattr(memory, 'keep_freed_memory', lambda: False)
+    monkeypatch.setattr(steps, 'keep_freed_memory', lambda: False)
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_several_batch_sizes_under_autocast_beside_peers(
         (['--parameters', '1k', '--plot', 'a.png'], '--plot draws the table of a CONFIG'),
         (['--parameters', '1k', '1.5'], '--parameters 1.5: it must be a whole number'),
         (['nowhere.py'], "no config file 'nowhere.py'"),
-        (['sam.py', '--methods', 'sgd'], '--methods sgd: there are base, sam'),
+        (['sam.py', '--methods', 'sgd'], '--methods sgd: there are base, '),
         (['sam.py', '--methods', 'esma'], "did you mean 'esam'"),
         (['sam.py', '--methods', 'esam-histroy'], "selection='histroy' is not allowed"),
         (['sam.py', '--methods', 'ausam-1.5'], 'sampling_ratio=1.5 is not allowed'),
@@ -393,7 +393,7 @@ def test_the_hosts_own_time() -> None:
     ]
     assert sum(parameter.numel() for parameter in SmallModel().parameters()) == 3164
     costs = {row.label: row.theoretical for row in rows}
-    assert (costs['sam'], costs['ausam'], costs['ausam-0.5']) == (2.0, 2 * 10 / 16, 1.0)
+    assert (costs['sam'], costs['ausam'], costs['ausam-0.5']) == (2.0, 1.0, 1.0)
     assert costs['esam-history, cycle of 10'] == pytest.approx((2 + 0.6 + 1.5 + 0.1) / 3)
     assert next(row.steps for row in rows if row.label == 'base') == 10, 'a whole cycle'
     assert all(row.seconds.median > 0 for row in rows)
@@ -407,3 +407,8 @@ def test_the_hosts_time_by_the_tool(tool: ModuleType, tmp_path: Path, capsys: py
     assert [row['label'] for row in found['host']] == ['base', 'sam']
     assert (found['host'][1]['limit'], found['threads']) == (2.0, 1)
     assert found['host'][1]['ratio']['median'] > 1
+
+
+def test_what_a_whole_training_costs_is_below_the_table() -> None:
+    costs = {name: theoretical_cost(own, 32) for name, own in parse_methods(['sam', 'ausam', 'ausam-uniform']).items()}
+    assert run_costs(costs) == 'ausam: 1.00 + 1.00 / epochs over a training: the first epoch costs 2.00'

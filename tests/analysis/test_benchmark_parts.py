@@ -18,12 +18,18 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from mm_sharp import SAMOptimWrapper
-from mm_sharp.analysis.benchmark import chart, perturbing
-from mm_sharp.analysis.benchmark.baselines import BY_HAND, LIBRARY, HandWrittenSAM, check_baselines, make_baseline
+from mm_sharp.analysis.benchmark import perturbing, table
+from mm_sharp.analysis.benchmark.candidates import (
+    BY_HAND,
+    LIBRARY,
+    Candidate,
+    HandWrittenSAM,
+    check_baselines,
+    make_baseline,
+)  # fmt: skip
 from mm_sharp.analysis.benchmark.compare import Quartiles, compare
-from mm_sharp.analysis.benchmark.memory import TensorsAlive, peak_memory
 from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
-from mm_sharp.analysis.benchmark.steps import Candidate, phase_seconds
+from mm_sharp.analysis.benchmark.steps import TensorsAlive, peak_memory, phase_seconds
 from mm_sharp.analysis.benchmark.table import NAMES, Table, phase_table, typical
 from mm_sharp.analysis.benchmark.workload import Ready, Workload
 from mm_sharp.analysis.prepare import prepared
@@ -109,13 +115,12 @@ def test_sam_by_hand_goes_back_to_its_copies() -> None:
     sam = HandWrittenSAM(sgd(model, lr=0.0), rho=0.5)
     before = [parameter.clone() for parameter in model.parameters()]
     model(**batches(1)[0])['loss_square'].backward()
-    sam.first_step(zero_grad=True)
+    sam.first_step()
     steps = [now - then for now, then in zip(model.parameters(), before, strict=True)]
     model(**batches(1)[0])['loss_square'].backward()
-    sam.second_step(zero_grad=True)
+    sam.second_step()
     assert torch.cat([step.flatten() for step in steps]).norm().item() == pytest.approx(0.5, rel=1e-4)
     assert all(map(torch.equal, model.parameters(), before))
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 class Fake(HandWrittenSAM):
@@ -279,7 +284,7 @@ def test_freed_memory_is_kept() -> None:
     """In a process of its own: pages that are touched again are there."""
     code = """
 import resource, sys, torch
-from mm_sharp.analysis.benchmark.memory import keep_freed_memory
+from mm_sharp.analysis.benchmark.steps import keep_freed_memory
 if not keep_freed_memory():
     sys.exit('no glibc')
 faults = []
@@ -326,7 +331,7 @@ def test_peak_memory_of_a_step(kind: type[OptimWrapper], matrices: int, monkeypa
     peak = peak_memory(candidate, torch.ones(500), steps=2)
     assert peak is not None
     assert matrices <= peak / (4 * 500 * 500) < matrices + 0.1
-    monkeypatch.setattr('mm_sharp.analysis.benchmark.memory.get_device', lambda: 'mps')
+    monkeypatch.setattr('mm_sharp.analysis.benchmark.steps.get_device', lambda: 'mps')
     assert peak_memory(candidate, torch.ones(500), steps=1) is None
 
 
@@ -364,7 +369,7 @@ def test_the_chart_shows_each_bar(tmp_path: Path) -> None:
     times = {'base': [0.1, 0.1], 'sam': [0.2, 0.3]}
     rows = compare(times, {'base': None, 'sam': Cost(2, 2)}, 8)
     tables = [Table(size, 2, rows, phases, {'base': {}, 'sam': {}}, times) for size in (8, 16)]
-    chart.draw_chart(tables, tmp_path / 'new' / 'chart.png', 'a title')
+    table.draw_chart(tables, tmp_path / 'new' / 'chart.png', 'a title')
     picture = cv2.imread(str(tmp_path / 'new' / 'chart.png'))
     # Width of the bars in the first panel, by their colour: SAM's is 2.5 times as long as the base optimizer's.
     left = (picture[: picture.shape[0] // 2, : picture.shape[1] // 2] == (0xEE, 0xCC, 0x88)).all(2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +12,10 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from mm_sharp.analysis.benchmark import chart, memory, table
+from mm_sharp.analysis.benchmark import steps, table
+from mm_sharp.analysis.benchmark.candidates import SUFFIX, Candidate, Pass, PassesOnly, own_work
 from mm_sharp.analysis.benchmark.compare import Quartiles
 from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
-from mm_sharp.analysis.benchmark.passes_only import SUFFIX, Pass, PassesOnly, own_work
-from mm_sharp.analysis.benchmark.steps import Candidate
 from mm_sharp.analysis.benchmark.workload import Ready, Workload
 from mm_sharp.analysis.prepare import prepared
 from tests.tool_runs import tool as load
@@ -74,8 +72,8 @@ def test_the_last_pass_is_stepped_with() -> None:
     part: dict[str, Any] = {key: value[:4] for key, value in batch.items()}
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, by_hand)]
     trained = [True] * len(list(model.parameters()))
-    recorder: Any = SimpleNamespace(passes=[Pass((), batch, False, trained), *[Pass((), part, True, trained)] * 2])
-    PassesOnly('x', model, OptimWrapper(optimizers[0]), recorder=recorder).step(None)
+    passes = [Pass((), batch, False, trained), *[Pass((), part, True, trained)] * 2]
+    PassesOnly('x', model, OptimWrapper(optimizers[0]), passes).step(None)
     # The first ones move BatchNorm's statistics alone.
     by_hand(**batch)
     by_hand(**part)
@@ -83,7 +81,7 @@ def test_the_last_pass_is_stepped_with() -> None:
     optimizers[1].step()
     optimizers[1].zero_grad()
     assert same_state(model, by_hand)
-    assert recorder.passes == []
+    assert passes == []
 
 
 def test_own_work_is_what_is_more_than_the_passes() -> None:
@@ -104,7 +102,7 @@ def test_passes_alone_are_rows_of_the_table_and_have_no_phases(tmp_path: Path) -
     figures = found.figures()
     assert list(figures['own_work']) == ['sam', 'esam-history']
     assert set(figures['own_work']['sam']) == {'low', 'median', 'high'}
-    chart.draw_chart([found], tmp_path / 'chart.png', 'toy')
+    table.draw_chart([found], tmp_path / 'chart.png', 'toy')
     assert (tmp_path / 'chart.png').stat().st_size > 1000
 
 
@@ -117,7 +115,7 @@ def test_the_tool_asks_for_them(monkeypatch: pytest.MonkeyPatch, options: list[s
         return table.Table(4, 1, [], {}, {}, {})
 
     monkeypatch.setattr(tool, 'configure', lambda args: (Config({'train_dataloader': {'batch_size': 4}}), {}))
-    monkeypatch.setattr(memory, 'keep_freed_memory', lambda: False)
+    monkeypatch.setattr(steps, 'keep_freed_memory', lambda: False)
     monkeypatch.setattr(table, 'measure_table', measured)
     tool.measure_steps(tool.parse_arguments(['config.py', *options]))
     assert asked == [bool(options)]

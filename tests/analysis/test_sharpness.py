@@ -18,13 +18,19 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
-from mm_sharp.analysis.sharpness import hessian as hessian_module
-from mm_sharp.analysis.sharpness.eval_mode import preserved_eval_mode
-from mm_sharp.analysis.sharpness.hessian import hutchinson, top_eigenvalues
+from mm_sharp.analysis.sharpness import measures
 from mm_sharp.analysis.sharpness.loading import Samples
 from mm_sharp.analysis.sharpness.measure import measure
-from mm_sharp.analysis.sharpness.objective import Averaging, Objective
-from mm_sharp.analysis.sharpness.surroundings import ball_sharpness, filter_direction, filter_norms, line, plane
+from mm_sharp.analysis.sharpness.measures import (
+    ball_sharpness,
+    filter_direction,
+    filter_norms,
+    hutchinson,
+    line,
+    plane,
+    top_eigenvalues,
+)  # fmt: skip
+from mm_sharp.analysis.sharpness.objective import Objective, preserved_eval_mode
 from mm_sharp.errors import UsageError
 from tests.sharpness import QUICK, figures, rows_of
 from tests.toys import CountingNet, Functional, ToyNet, batches, make, same_bits, same_state
@@ -114,7 +120,7 @@ def test_all_eigenvalues_may_be_negative_or_zero() -> None:
 
 
 def test_what_does_not_converge_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessian_module, '_RESTARTS', 1)
+    monkeypatch.setattr(measures, '_RESTARTS', 1)
     model, data, *_ = quadratic([1 + 1e-4 * i for i in range(60)])
     found = measure(model, data, replace(QUICK, tolerance=1e-12))
     assert found.eigenvalues is not None
@@ -313,13 +319,12 @@ def pairs(count: int = 7) -> Samples:
 @pytest.mark.parametrize(
     ('build', 'averaging', 'factor', 'remark'),
     [
-        (lambda: Regression(nn.Linear(4, 2), nn.MSELoss()), Averaging.MEAN, 1, ''),
-        (lambda: Regression(nn.Linear(4, 2), SumOfSquares()), Averaging.SUM, 2, 'adds the losses of a batch up'),
-        (Mixed, Averaging.SINGLY, 3, 'batch of one'),
+        (lambda: Regression(nn.Linear(4, 2), nn.MSELoss()), 'mean over the batch', 1, ''),
+        (lambda: Regression(nn.Linear(4, 2), SumOfSquares()), 'sum over the batch', 2, 'adds the losses of a batch up'),
     ],
 )
 def test_nothing_depends_on_the_batches(
-    build: Callable[[], Regression], averaging: Averaging, factor: float, remark: str
+    build: Callable[[], Regression], averaging: str, factor: float, remark: str
 ) -> None:
     model, data = build(), pairs()
     batch = default_collate(data.rows)
@@ -327,7 +332,7 @@ def test_nothing_depends_on_the_batches(
     findings = []
     for size in (1, 3, 7, 100):
         objective = objective_of(model, data, size)
-        assert objective.averaging is averaging
+        assert objective.averaging == averaging
         assert remark in objective.remark
         findings.append(figures(measure(model, data, replace(QUICK, batch_size=size))))
         assert close(findings[-1]['loss'], factor * mean)
@@ -336,10 +341,19 @@ def test_nothing_depends_on_the_batches(
             assert other[name] == pytest.approx(value, rel=1e-6), name  # the eigenvalue stops at a tolerance
 
 
+def test_sums_and_means_together_are_exact_in_batches_of_one_and_say_so() -> None:
+    model, data = Mixed(), pairs()
+    batch = default_collate(data.rows)
+    mean = (model.body(batch['inputs']) - batch['targets']).pow(2).mean().item()
+    objective = objective_of(model, data, 1)
+    assert close(objective.loss_at(torch.zeros(objective.size)), 3 * mean)
+    assert (objective.averaging, 'unless it is 1' in objective.remark) == ('by share', True)
+
+
 def test_a_loss_that_no_hook_sees_counts_by_share_and_says_so() -> None:
     model = make(Functional)
     objective = objective_of(model, toy_samples(), 3)
-    assert objective.averaging is Averaging.SHARE
+    assert objective.averaging == 'by share'
     assert 'depends on --batch-size' in objective.remark
     assert 'ESAM' not in objective.remark
     zero = torch.zeros(objective.size)

@@ -13,10 +13,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch.utils.data import default_collate
 
-from mm_sharp.analysis.sharpness.eval_mode import preserved_eval_mode
 from mm_sharp.analysis.sharpness.loading import Samples, load_samples
 from mm_sharp.analysis.sharpness.measure import measure
-from mm_sharp.analysis.sharpness.objective import Objective
+from mm_sharp.analysis.sharpness.objective import Objective, preserved_eval_mode
 from mm_sharp.quantization import calibrate
 from tests.mmpose_cases import QUIET
 from tests.quantized_toys import ResidualToy, batches, is_spared, plain_state, quantized

@@ -14,12 +14,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from mm_sharp.analysis.prepare import prepared
-from mm_sharp.analysis.sharpness.figure import draw
-from mm_sharp.analysis.sharpness.hessian import Eigenvalues, Trace
 from mm_sharp.analysis.sharpness.loading import Samples, load_samples
 from mm_sharp.analysis.sharpness.measure import Findings, Settings
-from mm_sharp.analysis.sharpness.surroundings import BallSharpness
-from mm_sharp.analysis.sharpness.table import Entry, row, table, write_csv, write_json
+from mm_sharp.analysis.sharpness.measures import BallSharpness, Eigenvalues, Trace
+from mm_sharp.analysis.sharpness.report import Entry, draw, row, table, write_csv, write_json
 from mm_sharp.errors import UsageError
 from tests.mmpose_cases import QUIET
 from tests.sharpness import OPTIONS

@@ -19,7 +19,7 @@ CONFIGS = sorted((ROOT / 'configs' / 'study').glob('digits_cnn*.py'))
 WRAPPERS: dict[str, dict[str, Any]] = {
     'sam': dict(type='SAMOptimWrapper', rho=0.05),
     'esam-history': dict(type='ESAMOptimWrapper', rho=0.05, selection='history'),
-    'ausam-reweight': dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, reweight=True),
+    'ausam-reweight': dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, reweight=True, schedule='constant'),
 }
 
 

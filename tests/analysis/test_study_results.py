@@ -21,7 +21,7 @@ from mm_sharp.analysis.study import (
     plot,
     read_study,
 )
-from mm_sharp.analysis.study.results import interval, measured_cost, timed_runs
+from mm_sharp.analysis.study.results import interval, time_ratio, timed_runs
 from mm_sharp.errors import UsageError
 from tests.conftest import ROOT
 from tests.studies import SETTING, filled, plan_of
@@ -215,12 +215,12 @@ def timed(folder: Path, seconds: dict[str, list[float]]) -> tuple[Plan, Rows]:
     return plan, rows
 
 
-def test_at_equal_time_epochs_are_divided_by_the_median_of_the_measured_costs(tmp_path: Path) -> None:
+def test_at_equal_time_epochs_are_divided_by_the_median_of_the_time_ratios(tmp_path: Path) -> None:
     # SAM's costs are 3, 2.4 and 2; by counting passes it is 2. Of the second seed everything was slow.
     seconds = {'base': [10.0, 20.0, 10.0], 'sam': [30.0, 48.0, 20.0], 'half': [15.0, 30.0, 15.0]}
     plan, rows = timed(tmp_path, seconds)
     chosen: dict[str, float | None] = dict.fromkeys(plan.study.methods)
-    assert measured_cost(plan, rows, 'clean', 'sam', None) == pytest.approx(2.4)
+    assert time_ratio(plan, rows, 'clean', 'sam', None) == pytest.approx(2.4)
     runs = timed_runs(plan, rows, 'clean', chosen)
     assert {run.method: run.epochs for run in runs} == {'base': 6, 'sam': round(6 / 2.4), 'half': 4}
     assert len(runs) == 3 * 3

@@ -18,7 +18,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import load_checkpoint
 
 from mm_sharp.cli import options as cli
-from mm_sharp.cli.loading import last_checkpoint
+from mm_sharp.cli.loading import careful_loading, last_checkpoint
 from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError, UserError
 from tests.conftest import ROOT
@@ -221,12 +221,12 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ),
         (
             [*WITHOUT_FRAGMENT, 'optim_wrapper.type=OptimWrapper'],
-            'OptimWrapper: rho=0.05 is not allowed: it has no such argument, SAMOptimWrapper has',
+            "OptimWrapper: rho=0.05, adaptive=False, perturb='auto' is not allowed: it has no such argument, SAMOptim",
         ),
         (['sam.py', '--cfg-options', 'optim_wrapper.rhoo=1'], 'rhoo'),
         (
             [*WITHOUT_FRAGMENT, 'optim_wrapper.type=OptimWrapper', 'optim_wrapper.sampling_ratio=0.5'],
-            "write optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, ...)",
+            "dict(type='AUSAMOptimWrapper', rho=0.05, adaptive=False, perturb='auto', sampling_ratio=0.5, ...)",
         ),
         (['sam.py', '--cfg-options', 'optim_wrapper.type=ESAMOptimWrapper', 'optim_wrapper.beta=0'], 'beta=0 is not'),
         (
@@ -406,8 +406,8 @@ def test_a_checkpoint_that_is_more_than_data_needs_trust(tmp_path: Path) -> None
         return load_checkpoint(model, str(file))
 
     with pytest.raises(UserError, match=r'foreign\.pth.*--trust-checkpoint'):
-        cli.run_with_checkpoint(load, trust=False)
-    assert 'message_hub' in cli.run_with_checkpoint(load, trust=True)
+        careful_loading(False)(load)()
+    assert 'message_hub' in careful_loading(True)(load)()
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_other_errors_keep_their_traceback() -> None:
         raise RuntimeError('a bug')
 
     with pytest.raises(RuntimeError, match='a bug'):
-        cli.run_with_checkpoint(broken, trust=False)
+        careful_loading(False)(broken)()
 
 
 @pytest.mark.parametrize('script', sorted(path.name for path in (ROOT / 'tools').glob('*.sh')))

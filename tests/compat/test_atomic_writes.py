@@ -285,4 +285,4 @@ def test_a_full_disk_before_the_first_checkpoint(tmp_path: Path, tools: Tools) -
 
 def test_mmengine_has_what_is_wrapped() -> None:
     """A version of MMEngine that renames one would write unsafely without a word."""
-    assert all(hasattr(getattr(kind, name), '_is_atomic') for kind, name in atomic_writes._METHODS)
+    assert all(hasattr(getattr(kind, name), '__wrapped__') for kind, name in atomic_writes._METHODS)

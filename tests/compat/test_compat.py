@@ -36,7 +36,7 @@ def test_apply_twice_changes_nothing() -> None:
 
 
 def test_every_fix_says_why_and_until_when() -> None:
-    declared = [path.read_text().count(' = Fix(\n') for path in Path(compat.__file__).parent.glob('*.py')]
+    declared = [path.read_text().count('\n@partial(') for path in Path(compat.__file__).parent.glob('*.py')]
     assert len(FIXES) == len(compat.fixes()) == sum(declared) > 0
     assert all(fix.reason and fix.ends_with for fix in FIXES.values())
 
@@ -50,7 +50,7 @@ def install() -> Any:
     fixes: list[Fix] = []
 
     def install(name: str, patch: Any, **options: Any) -> Fix:
-        fixes.append(Fix('a fix', patch, 'never', before=[name], **options))
+        fixes.append(Fix('a fix', 'never', patch, before=[name], **options))
         fixes[-1].install()
         return fixes[-1]
 
@@ -174,7 +174,7 @@ def test_operators_are_defined_only_where_needed(
     monkeypatch.setattr(operators, '_library', None)
     extension = SimpleNamespace(_has_ops=lambda: has_operators)
     monkeypatch.setitem(sys.modules, 'torchvision.extension', extension)  # type: ignore[arg-type]
-    found = operators._patch_torchvision('torchvision._meta_registrations')
+    found = operators.fix_torchvision.patch('torchvision._meta_registrations')
     assert len(made) == int(defined)
     assert (found is not None) is (operators._library is not None) is defined
 
@@ -194,7 +194,7 @@ try:
 except RuntimeError as error:
     print(error)
 import mm_sharp, timm
-print(mm_sharp.compat.operators.TORCHVISION.reason)
+print(mm_sharp.compat.operators.fix_torchvision.reason)
 """
 
 
@@ -270,7 +270,7 @@ def test_load_ext_is_replaced_only_where_needed(
         return loader
 
     monkeypatch.setattr(operators, 'importlib', SimpleNamespace(import_module=load))
-    found = operators._patch_mmcv('mmcv.ops')
+    found = operators.fix_mmcv.patch('mmcv.ops')
     if cause is None:
         assert found is None
         assert loader.load_ext is original

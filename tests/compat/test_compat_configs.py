@@ -43,10 +43,10 @@ def test_lookup_is_replaced_only_without_pkg_resources(monkeypatch: pytest.Monke
     replaced = []
     monkeypatch.setattr(config_names, '_replace', lambda old, new: replaced.append((old, new)))
     monkeypatch.setattr(config_names, 'is_present', lambda name: True)
-    assert config_names._patch_lookup('mmengine') is None
+    assert config_names.fix_lookup.patch('mmengine') is None
     assert replaced == []
     monkeypatch.setattr(config_names, 'is_present', lambda name: False)
-    assert config_names._patch_lookup('mmengine') is not None
+    assert config_names.fix_lookup.patch('mmengine') is not None
     assert replaced == [
         (original, config_names.is_installed),
         (package_utils.get_installed_path, config_names.get_installed_path),
@@ -102,5 +102,5 @@ def test_a_mmengine_that_knows_us_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     marker = staticmethod(lambda *arguments: ('path', 'mm_sharp'))
     monkeypatch.setattr(Config, '_get_cfg_path', marker)
     monkeypatch.setitem(MODULE2PACKAGE, 'mm_sharp', 'mm_sharp')
-    assert config_names._patch_scope('mmengine') is None
+    assert config_names.fix_scope.patch('mmengine') is None
     assert Config._get_cfg_path() == ('path', 'mm_sharp')

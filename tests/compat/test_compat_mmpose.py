@@ -102,7 +102,7 @@ def test_canvas_is_changed_only_where_needed(monkeypatch: pytest.MonkeyPatch, mi
         Canvas.tostring_rgb = 'original'  # type: ignore[attr-defined]
     backend = SimpleNamespace(FigureCanvasAgg=Canvas)
     monkeypatch.setattr(mmpose_arrays, 'importlib', SimpleNamespace(import_module=lambda name: backend))
-    found = mmpose_arrays._patch_canvas('mmpose.visualization.local_visualizer_3d')
+    found = mmpose_arrays.fix_canvas.patch('mmpose.visualization.local_visualizer_3d')
     assert (Canvas.tostring_rgb != 'original') is missing  # type: ignore[attr-defined]
     assert (found is not None) is missing
 
@@ -129,7 +129,7 @@ def test_to_numpy_is_replaced_only_where_it_fails(monkeypatch: pytest.MonkeyPatc
 
     module = SimpleNamespace(to_numpy=to_numpy)
     monkeypatch.setattr(mmpose_arrays, 'importlib', SimpleNamespace(import_module=lambda name: module))
-    found = mmpose_arrays._patch_to_numpy('mmpose.models')
+    found = mmpose_arrays.fix_bfloat16.patch('mmpose.models')
     assert (module.to_numpy is to_numpy) is works
     assert (found is None) is works
     assert module.to_numpy(torch.ones(1, dtype=torch.bfloat16)).tolist() == [1.0]

@@ -335,7 +335,7 @@ def test_new_style_configs(tmp_path: Path, quantization: None) -> None:
     cfg = Config.fromfile(tmp_path / 'new.py')
     found = cfg.to_dict()
     assert found['optim_wrapper'] == {
-        'type': 'SAMOptimWrapper', 'rho': 0.05, 'dtype': 'bfloat16',
+        'type': 'SAMOptimWrapper', 'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights', 'dtype': 'bfloat16',
         'optimizer': {'type': 'torch.optim.SGD', 'lr': 0.1, 'weight_decay': 0.1},
     }  # fmt: skip
     assert found['model'] == {
@@ -431,7 +431,9 @@ def test_a_misspelt_key_is_refused_without_a_fragment_and_by_every_reader(tmp_pa
             read(file)
 
 
-@pytest.mark.parametrize('name', ['base', 'sam', 'looksam', 'esam-history', 'ausam'])
+@pytest.mark.parametrize(
+    'name', ['base', 'sam', 'looksam', 'friendlysam', 'gsam', 'wsam', 'msam', 'esam-history', 'ausam']
+)
 def test_the_benchmark_compares_the_same_methods_as_by_the_lines(tmp_path: Path, name: str) -> None:
     bases = [RECIPES['rtmpose'], fragment('asam')]
     method = parse_methods([name])[name]

@@ -149,7 +149,8 @@ def test_body_parts_are_on_their_own_side() -> None:
 def test_two_tone_clothes_are_darker_on_the_right_and_off_by_default() -> None:
     for chance, expected in ((0.0, False), (1.0, True)):
         outfit = draw_outfit(Draws(3, 0, 0), replace(SETTINGS, two_tone_chance=chance))
-        for left, right in (outfit.shirt, outfit.trousers):
+        for part in ('upper_arm', 'thigh'):
+            left, right = (outfit.paints[f'{side}_{part}'] for side in ('left', 'right'))
             assert (sum(right.base) < sum(left.base)) == expected
     assert SETTINGS.two_tone_chance == 0.0
 

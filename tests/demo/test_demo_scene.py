@@ -172,7 +172,7 @@ def test_keypoint_under_its_own_part_but_far_behind_is_hidden() -> None:
     figure, camera = stand(0)
     name, (_, depth) = 'left_knee', own_parts('left_knee')
     x, y, z = figure.seen[name]
-    deeper = replace(figure, seen={**figure.seen, name: (x, y, z + 2 * depth)})
+    deeper = figure._replace(seen={**figure.seen, name: (x, y, z + 2 * depth)})
     flags = dict(zip(COCO_KEYPOINTS, judge(deeper, figure.layer.mask, camera).keypoints, strict=True))
     assert flags[name][2] == 1
     assert flags['right_knee'][2] == 2

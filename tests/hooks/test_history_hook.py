@@ -22,7 +22,8 @@ from tests.reliability import Holds
 from tests.toys import KEYS, Batch, ToySamples, same_bits, toy_config
 
 SGD = dict(type='SGD', lr=0.01, momentum=0.9)
-AUSAM = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, optimizer=SGD)
+# Of one range of scores from the first step on: what is counted here is what draws of half of each batch leave.
+AUSAM = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, schedule='constant', optimizer=SGD)
 HISTORY = dict(type='ESAMOptimWrapper', rho=0.05, selection='history', refresh=1, optimizer=SGD)
 SAM = dict(type='SAMOptimWrapper', rho=0.05, optimizer=SGD)
 IN_LOADER = dict(type='AUSAMSampler')

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mm_sharp import AUSAMOptimWrapper, SAMOptimWrapper
 from tests.references_ausam import ReferenceAUSAM, inclusion_probabilities, mean_sizes, mean_squares, terms
 from tests.toys import Notes, batches, make, same_state
-from tests.wrappers import momentum_sgd
+from tests.wrappers import constant_ausam, momentum_sgd
 
 NAN = math.nan
 
@@ -113,7 +113,7 @@ MODELS = {'stacked': PoseModel, 'list': PoseModel, 'nested': TwoCameras, 'rows':
 def test_both_passes_run_on_the_samples_drawn_and_nothing_else(kind: str, count: int) -> None:
     """The steps are SAM's on the samples drawn; the history has their ids."""
     ours, theirs = make(MODELS[kind]), make(MODELS[kind])
-    wrapper, sam = AUSAMOptimWrapper(momentum_sgd(ours)), SAMOptimWrapper(momentum_sgd(theirs))
+    wrapper, sam = constant_ausam(momentum_sgd(ours)), SAMOptimWrapper(momentum_sgd(theirs))
     data, expected = data_of(kind, count), set()
     for _ in range(6):
         ours.seen.clear()
@@ -143,7 +143,7 @@ def test_both_passes_run_on_the_samples_drawn_and_nothing_else(kind: str, count:
 )
 def test_one_sample_of_a_batch(kind: str, reweight: bool) -> None:
     model = make(MODELS[kind])
-    wrapper = AUSAMOptimWrapper(momentum_sgd(model), sampling_ratio=0.1, reweight=reweight)
+    wrapper = constant_ausam(momentum_sgd(model), sampling_ratio=0.1, reweight=reweight)
     for _ in range(4):
         model.train_step(data_of(kind, 8), wrapper)
         assert len(model.seen[-1]) == 1
@@ -202,7 +202,7 @@ def test_s_max_below_s_min() -> None:
 )
 def test_arguments_at_the_ends_of_their_ranges(options: dict[str, Any]) -> None:
     model = make()
-    wrapper = AUSAMOptimWrapper(momentum_sgd(model), **options)
+    wrapper = constant_ausam(momentum_sgd(model), **options)
     for batch in batches(1) * 4:
         model.train_step(batch, wrapper)
         assert wrapper._draw.pi.sum() == pytest.approx(len(wrapper._draw.chosen), rel=1e-12)
@@ -213,7 +213,7 @@ def test_arguments_at_the_ends_of_their_ranges(options: dict[str, Any]) -> None:
 # -------------------------------------------------------------------- figures for the log
 def test_figures_of_a_step_worked_by_hand() -> None:
     model, twin = make(), make()
-    wrapper = AUSAMOptimWrapper(momentum_sgd(model))
+    wrapper = constant_ausam(momentum_sgd(model))
     scores = [0.1, 0.1, 0.3, 0.6, 0.7, 0.35, None, None]
     wrapper.history.update([('', i) for i in range(6)], [s for s in scores if s is not None])
     (batch,) = batches(1)
@@ -232,7 +232,7 @@ def test_figures_of_a_step_worked_by_hand() -> None:
 
 def test_figures_where_nothing_is_known() -> None:
     model = make()
-    wrapper = AUSAMOptimWrapper(momentum_sgd(model))
+    wrapper = constant_ausam(momentum_sgd(model))
     model.train_step(batches(1)[0], wrapper)
     figures = wrapper.last_step.metrics()
     assert figures['sampling_entropy'] == pytest.approx(1.0, abs=1e-12)
@@ -242,7 +242,7 @@ def test_figures_where_nothing_is_known() -> None:
 
 def test_figures_stay_those_of_their_step() -> None:
     model = make()
-    wrapper = AUSAMOptimWrapper(momentum_sgd(model))
+    wrapper = constant_ausam(momentum_sgd(model))
     records = []
     for batch in batches(1) * 3:
         model.train_step(batch, wrapper)
@@ -254,7 +254,7 @@ def test_figures_stay_those_of_their_step() -> None:
 
 def test_the_share_of_samples_seen() -> None:
     model = make()
-    wrapper = AUSAMOptimWrapper(momentum_sgd(model))
+    wrapper = constant_ausam(momentum_sgd(model))
     first, second = batches(2)
     assert wrapper.log_scalars() == {}  # the size of the data set is not known
     wrapper.dataset_size = 40

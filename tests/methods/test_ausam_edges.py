@@ -68,8 +68,10 @@ def test_a_sample_that_is_several_times_in_a_batch(name: str, monkeypatch: pytes
     (batch,) = batches(1)
     batch['sample_idx'] = torch.tensor([3, 3, 3, 1, 1, 0, 2, 4])
     measured: list[Any] = []
-    add = wrapper.visits.add
-    monkeypatch.setattr(wrapper.visits, 'add', lambda keys, values: (measured.append(values), add(keys, values)))
+    add = wrapper.pending_updates.add
+    monkeypatch.setattr(
+        wrapper.pending_updates, 'add', lambda keys, values: (measured.append(values), add(keys, values))
+    )
     model.train_step(batch, wrapper)
     wrapper.exchange_history()
     (values,) = (torch.from_numpy(copy.numpy()) for copy in measured)

@@ -14,11 +14,11 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mm_sharp import AUSAMOptimWrapper
 from mm_sharp.per_sample_loss import PerSampleLoss
 from mm_sharp.samples.draw import BatchDraw
 from mm_sharp.samples.selection import horvitz_thompson_weights, inclusion_probabilities, systematic_choice
 from tests.toys import Batch, Notes
+from tests.wrappers import constant_ausam
 
 NAN = math.nan
 # Ties, zeros, one dominant score, and samples never seen.
@@ -159,7 +159,7 @@ def many_steps(losses: tuple[str, ...], steps: int, **options: Any) -> Run:
     torch.manual_seed(1)
     model, batch = line(*losses)
     optimizer, draws, first = Watched(model), [], []
-    wrapper = AUSAMOptimWrapper(optimizer, **options)
+    wrapper = constant_ausam(optimizer, **options)
     wrapper.history.update([('', i) for i, score in enumerate(SCORES)], SCORES)
     generator = torch.Generator().manual_seed(8)
     e = [0.5 * torch.randn(p.shape, generator=generator) for p in model.parameters()]

@@ -21,7 +21,7 @@ from tests.references_ausam import (
     terms,
 )
 from tests.toys import ToyNet, batches, make, same_bits, same_state
-from tests.wrappers import build, momentum_sgd
+from tests.wrappers import build, constant_ausam, momentum_sgd
 
 SAMPLES, SIZE = 40, 8
 
@@ -66,7 +66,7 @@ def train_both(
     """The wrapper's model and the reference's after as many steps; pi is compared in every step."""
     kind, formula, lr = NETS[net]
     ours, theirs = make(kind), make(kind)
-    wrapper = AUSAMOptimWrapper(momentum_sgd(ours, lr), sampling_ratio=sampling_ratio, **options)
+    wrapper = constant_ausam(momentum_sgd(ours, lr), sampling_ratio=sampling_ratio, **options)
     reference = ReferenceAUSAM(theirs, momentum_sgd(theirs, lr), formula, **options)
     for batch in epochs(steps, size):
         ours.train_step(batch, wrapper)
@@ -129,7 +129,7 @@ def test_one_sample_of_each_batch(net: str, reweight: bool) -> None:
 def test_sums_of_batches_of_changing_size() -> None:
     """N / K is that of each batch: ceil(0.6 * 3) of 3, and 1 of the last, which has one sample."""
     ours, theirs = make(SumNet), make(SumNet)
-    wrapper = AUSAMOptimWrapper(momentum_sgd(ours, 0.002))
+    wrapper = constant_ausam(momentum_sgd(ours, 0.002))
     reference = ReferenceAUSAM(theirs, momentum_sgd(theirs, 0.002), NETS['sum and mean'][1])
     (whole,) = batches(1, 20)
     for size, expected in ((8, 5), (3, 2), (5, 3), (1, 1), (8, 5), (3, 2)):
@@ -145,7 +145,7 @@ def test_sums_of_batches_of_changing_size() -> None:
 @pytest.mark.parametrize('reweight', [False, True])
 def test_accumulated_micro_batches_have_draws_and_perturbations_of_their_own(reweight: bool) -> None:
     ours, theirs = make(SumNet), make(SumNet)
-    wrapper = AUSAMOptimWrapper(momentum_sgd(ours, 0.002), accumulative_counts=3, reweight=reweight)
+    wrapper = constant_ausam(momentum_sgd(ours, 0.002), accumulative_counts=3, reweight=reweight)
     reference = ReferenceAUSAM(theirs, momentum_sgd(theirs, 0.002), NETS['sum and mean'][1], reweight=reweight)
     finals = []
     for batch in batches(3):
@@ -171,7 +171,7 @@ def test_every_option_changes_the_steps() -> None:
 
 def test_draws_differ_from_step_to_step_and_follow_the_history() -> None:
     model = make()
-    wrapper = AUSAMOptimWrapper(momentum_sgd(model))
+    wrapper = constant_ausam(momentum_sgd(model))
     draws = []
     for batch in [*batches(1) * 12]:
         model.train_step(batch, wrapper)

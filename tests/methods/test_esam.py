@@ -58,7 +58,7 @@ def test_a_summed_loss_is_scaled_by_n_over_k(refresh: int | None, loss: ToyLoss)
 def test_the_history_equals_the_references() -> None:
     ours, wrapper, reference = pair(refresh=10)
     train_both(ours, wrapper, reference, pool_batches(50))
-    wrapper.visits.flush()
+    wrapper.pending_updates.flush()
     ids = sorted(reference.history)
     assert sum(visits for _, visits in reference.history.values()) == 5 * 8
     assert max(visits for _, visits in reference.history.values()) > 1

@@ -103,7 +103,7 @@ def test_without_a_perturbation_there_is_no_difference_to_remember() -> None:
     model = make(Unused)
     wrapper = ESAMOptimWrapper(momentum_sgd(model), selection='history')
     model.train_step(batches(1)[0], wrapper)
-    wrapper.visits.flush()
+    wrapper.pending_updates.flush()
     assert len(wrapper.history) == 0
 
 
@@ -117,7 +117,7 @@ def test_a_loss_that_is_nan_after_the_climb_is_not_selected(refresh: int | None)
     model.train_step(batch, wrapper)
     assert rows.ids[1] == [0, 1, 3, 4, 5, 6, 7]
     assert model.weight.isfinite()
-    wrapper.visits.flush()
+    wrapper.pending_updates.flush()
     assert len(wrapper.history) == (7 if refresh else 0)
     assert math.isfinite(wrapper.last_step.metrics()['mean_difference'])
 
@@ -134,7 +134,7 @@ def test_a_loss_that_is_nan_before_the_climb(refresh: int | None) -> None:
     assert rows.ids[1] == [0, 1, 2, 3]
     assert all(p.isfinite().all() for p in model.parameters())
     assert not same_bits(model.head.weight, start.head.weight)
-    wrapper.visits.flush()
+    wrapper.pending_updates.flush()
     assert len(wrapper.history) == 0
     assert wrapper.last_step.metrics() == {}
 

@@ -131,7 +131,9 @@ def test_probabilities_stay_exact() -> None:
 
 def test_the_data_loader_draws_as_many(tmp_path: Path) -> None:
     """10 samples in batches of 4: of the last two, both are loaded in the first epoch already."""
-    wrapper = dict(type='AUSAMOptimWrapper', sampling_ratio=0.25, optimizer=dict(type='SGD', lr=0.01))
+    wrapper = dict(
+        type='AUSAMOptimWrapper', sampling_ratio=0.25, schedule='constant', optimizer=dict(type='SGD', lr=0.01)
+    )
     config = toy_config(tmp_path / 'run', model=dict(type='RowNet'), optim_wrapper=wrapper)
     config['train_dataloader'].update(
         dataset=dict(type='ToySamples', count=10), batch_sampler=dict(type='AUSAMSampler')

@@ -25,7 +25,7 @@ from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.rare_changes import RareChanges
 from tests.memory_toys import MEMORIES, Codebook, HandTeacher, Memory, Teacher
 from tests.toys import Batch, Notes, ToyNet, batches, make, same_bits
-from tests.wrappers import DISTINCT, build, forwards_in, momentum_sgd, same_weights
+from tests.wrappers import DISTINCT, build, forwards_in, momentum_sgd, resting_sgd, same_weights
 
 everywhere = pytest.mark.parametrize('name', [name for name in DISTINCT if 'loader' not in name])
 remembering = pytest.mark.parametrize('kind', MEMORIES)
@@ -89,7 +89,7 @@ def _first_forward(model: Memory, wrapper: Any, batch: Batch) -> list[Tensor]:
 def test_memory_shared_with_weights_keeps_no_perturbation(name: str, kind: str) -> None:
     model = fresh(MEMORIES[kind])
     weights = [parameter.detach().clone() for parameter in model.parameters()]
-    wrapper = build(name, model, SGD(model.parameters(), lr=0.0), rho=0.5)
+    wrapper = build(name, model, resting_sgd(model), rho=0.5)
     for batch in batches(3):
         model.train_step(batch, wrapper)
         assert equal(list(model.parameters()), weights)

@@ -13,12 +13,17 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mm_sharp.compat import MissingOperatorError
-from mm_sharp.per_sample_loss import PerSampleLossError
+from mm_sharp.per_sample_loss import PerSampleLossError, Reduction
 from tests import mmpose_cases
 from tests.mmpose_cases import CASES, NEED_OPERATORS, QUIET, Case, build, set_epoch
 from tests.toys import same_bits, same_state
 
 pytestmark = QUIET
+# Losses that are sums over the batch, as far as one batch shows.
+SUMS = {
+    **{name: {'loss_kpt'} for name in ('SimCCHead', 'RTMCCHead', 'RTMWHead', 'DWPoseDistiller')},
+    'AssociativeEmbeddingHead': {'loss_pull'},
+}
 REFUSED = ('CIDHead', 'YOLOXPoseHead', 'RTMOHead')
 
 
@@ -117,6 +122,19 @@ def test_the_samples_are_chosen_in_the_recipe(case: Case, start: nn.Module, monk
             old.requires_grad == new.requires_grad
             for old, new in zip(start.parameters(), model.parameters(), strict=True)
         )
+
+
+def test_a_uniform_draw_works_with_every_head(case: Case, start: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with those that have no losses of samples. What it finds to be sums are those that are known to be."""
+    monkeypatch.setattr(mmpose_cases, 'BATCH', 4)
+    cfg = case.config()
+    model = copy.deepcopy(start)
+    wrapper = train_step(model, cfg, case.batch(cfg), type='AUSAMOptimWrapper', draw='uniform')
+    assert len(wrapper._draw.chosen) == 2
+    assert not same_state(model, start)
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+    found = {name for name, kind in wrapper._scale.reductions.items() if kind is Reduction.SUM}
+    assert found == SUMS.get(case.name, set())
 
 
 # The heads of the recipes in configs/sam/.

@@ -40,9 +40,9 @@ from tests.references import gradients_of, sam_perturbation
 from tests.references_ausam import ReferenceAUSAM, mean_sizes, mean_squares, terms
 from tests.references_esam import ReferenceESAM
 from tests.toys import Batch, Notes, same_bits, same_state
-from tests.wrappers import build
+from tests.wrappers import build, momentum_sgd
 
-NAMES = ('sam', 'asam', 'esam', 'esam-history', 'ausam', 'ausam-reweight')
+NAMES = ('sam', 'asam', 'friendlysam', 'gsam', 'wsam', 'esam', 'esam-history', 'ausam', 'ausam-reweight')
 THREE = ('sam', 'esam', 'ausam')
 
 
@@ -242,6 +242,20 @@ def test_everything_is_trained(case: Case) -> None:
     by_policy = {name for name in found.start if 'input_quant' in name} if case.policy == 'statistics' else set()
     assert fixed == by_policy
     assert all(parameter.isfinite().all() for parameter in found.model.parameters())
+
+
+@pytest.mark.parametrize('policy', ['W8A8', 'W4A4 folded', 'W2A4'])
+def test_momentum_sam_perturbs_float_weights_and_restores_them(policy: str) -> None:
+    model = quantized(policy)
+    wrapper, watch = build('msam', model, momentum_sgd(model, lr=0.0)), Watch(model)
+    before, pointers = parameters_of(model), [p.data_ptr() for p in model.parameters()]
+    for batch in batches(3):
+        model.train_step(batch, wrapper)
+        assert not unequal(before, parameters_of(model))
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    first, *others = watch.seen
+    assert not unequal(before, first)
+    assert all(unequal(before, seen) == {name for name in before if not is_spared(name)} for seen in others)
 
 
 @pytest.mark.parametrize('policy', ['W8A8', 'W4A4 folded', 'W2A4', 'zero points'])

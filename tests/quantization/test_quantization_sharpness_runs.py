@@ -43,6 +43,12 @@ pytestmark = QUIET
 RESUMED = {
     'sam': 'W4A4',
     'asam': 'zero points',
+    'sam-interval': 'W8A8',
+    'looksam': 'W4A4',
+    'friendlysam': 'W4A4',
+    'gsam': 'W8A8',
+    'wsam': 'W4A4',
+    'msam': 'W2A4 folded',
     'esam': 'W2A4 folded',
     'esam-history': 'W4A4',
     'ausam': 'W8A8',

@@ -10,8 +10,7 @@ import torch
 
 from mm_sharp.ops.host_copy import HostCopy, to_device
 from mm_sharp.samples.draw import BatchDraw, BatchDrawer
-from mm_sharp.samples.history import Keys, SampleHistory
-from mm_sharp.samples.pending import PendingUpdates
+from mm_sharp.samples.history import Keys, PendingUpdates, SampleHistory
 from mm_sharp.samples.seeds import RngStream, make_generator, shared_seed
 from tests.checkpoints import through_disk
 

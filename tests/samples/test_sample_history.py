@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mm_sharp.samples import history as history_module
 from mm_sharp.samples.history import SampleHistory
 from tests.checkpoints import through_disk
+from tests.toys import history_bytes
 
 Key = tuple[str, int]
 LOW, HIGH = -(2**63), 2**63 - 1
@@ -340,7 +341,7 @@ def test_samples_take_at_most_16_bytes_each(kind: str, distributed: bool) -> Non
     for start in range(0, total, 10_000):
         history.update_of('a', numbers[start : start + 10_000], np.ones(10_000))
         if start > total // 10:
-            most = max(most, history.nbytes / (start + 10_000))
+            most = max(most, history_bytes(history) / (start + 10_000))
     assert len(history) == total
     assert most <= 16
 
@@ -353,7 +354,7 @@ def test_ten_million_samples_fit_and_a_look_up_is_as_large_as_its_batch() -> Non
         numbers = np.arange(start, start + part) * 7919 % total  # 7919 is prime to 10**7: each id once
         history.update_of('a', numbers, numbers)
     assert len(history) == total
-    assert history.nbytes / total <= 16
+    assert history_bytes(history) / total <= 16
     wanted = [('a', int(number)) for number in np.random.default_rng(0).integers(0, total, 256)]
     tracemalloc.start()
     scores = history.scores(wanted)

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import SGD
 
 from tests.references import sam_perturbation
 from tests.toys import Batch, NaNSecond, ToyNet, batches, make, same_bits, same_state
-from tests.wrappers import DISTINCT, WRAPPERS, build, momentum_sgd, same_weights
+from tests.wrappers import DISTINCT, DISTINCT_TWO_PASS, TWO_PASS, WRAPPERS, build, momentum_sgd, same_weights
 
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 everywhere = pytest.mark.parametrize('name', WRAPPERS)
 distinct = pytest.mark.parametrize('name', DISTINCT)
+two_passes = pytest.mark.parametrize('name', TWO_PASS)
+distinct_two_passes = pytest.mark.parametrize('name', DISTINCT_TWO_PASS)
 
 
 def amp_step(model: ToyNet, batch: Batch, dtype: torch.dtype, scale: float, rho: float) -> list[Tensor]:
@@ -55,7 +56,7 @@ def test_equal_to_the_reference(dtype: str, clip_grad: Any) -> None:
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
-@everywhere
+@two_passes
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_both_passes_run_under_autocast(name: str, dtype: str) -> None:
     model = make()
@@ -72,7 +73,7 @@ def test_bfloat16_has_no_scaler() -> None:
     assert 'loss_scaler' not in wrapper.state_dict()
 
 
-@distinct
+@distinct_two_passes
 @pytest.mark.parametrize('accumulative_counts', [1, 2])
 def test_overflow_of_the_first_pass_alone(name: str, accumulative_counts: int) -> None:
     """No perturbation, no NaN, and the optimizer steps, since the final gradient is finite."""
@@ -89,7 +90,7 @@ def test_overflow_of_the_first_pass_alone(name: str, accumulative_counts: int) -
     assert wrapper.precision.scaler.get_scale() == scale
 
 
-@everywhere
+@two_passes
 def test_overflow_of_the_second_pass_is_the_scalers(name: str) -> None:
     """The step is skipped and the scale halved, as for any overflow."""
     model = make(NaNSecond, factors={1: float('inf')})
@@ -120,7 +121,7 @@ def test_a_scale_that_overflows_every_gradient(name: str) -> None:
     assert 1 < steps < 10
 
 
-@distinct
+@distinct_two_passes
 @pytest.mark.parametrize('accumulative_counts', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_dynamic_scale_under_accumulation_still_perturbs(name: str, accumulative_counts: int) -> None:
     """The scale grows to what the second pass bears, whose loss is divided: the first pass must bear it, too."""
@@ -138,11 +139,11 @@ def test_a_dynamic_scale_under_accumulation_still_perturbs(name: str, accumulati
     assert not all(early)
     assert sum(late) >= len(late) / 2
     if getattr(wrapper, 'uses_history', False):
-        wrapper.visits.flush()
+        wrapper.pending_updates.flush()
         assert len(wrapper.history) > 0
 
 
-@distinct
+@distinct_two_passes
 @pytest.mark.parametrize('accumulative_counts', [1, 3])
 def test_the_recorded_norm_is_that_of_the_whole_loss_under_accumulation(name: str, accumulative_counts: int) -> None:
     norms = []
@@ -155,7 +156,7 @@ def test_the_recorded_norm_is_that_of_the_whole_loss_under_accumulation(name: st
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)
 
 
-@distinct
+@distinct_two_passes
 def test_the_recorded_norm_is_without_loss_scale(name: str) -> None:
     norms = []
     for dtype, loss_scale in (('float16', 2.0**12), (None, 1.0)):
@@ -193,8 +194,8 @@ def test_an_enclosing_autocast_region_keeps_no_stale_casts(name: str, dtype: str
 @everywhere
 def test_rho_zero_under_amp_is_the_base_optimizer_under_amp(name: str) -> None:
     ours, theirs = make(), make()
-    wrapper = build(name, ours, SGD(ours.parameters(), lr=0.1), whole=True, rho=0.0, dtype='float16')
-    scaler, optimizer = torch.amp.GradScaler('cpu'), SGD(theirs.parameters(), lr=0.1)
+    wrapper = build(name, ours, momentum_sgd(ours, 0.1), whole=True, rho=0.0, dtype='float16')
+    scaler, optimizer = torch.amp.GradScaler('cpu'), momentum_sgd(theirs, 0.1)
     for batch in batches(3):
         ours.train_step(batch, wrapper)
         with torch.autocast('cpu', dtype=torch.float16):

@@ -121,7 +121,7 @@ def snapshot(model: nn.Module, wrapper: TwoPassOptimWrapper) -> dict[str, Any]:
     state = wrapper.state_dict()
     if isinstance(wrapper, PerSampleOptimWrapper):
         # The step begins by writing what the one before has measured into the history: the same in either place.
-        visits = copy.deepcopy(wrapper.visits)
+        visits = copy.deepcopy(wrapper.pending_updates)
         visits.flush()
         state['mm_sharp'].update(history=visits.history.state_dict(), visits={})
     found = copy.deepcopy({

@@ -18,6 +18,7 @@ from tests.fsdp_runs import WHOLE, run_and_resume
 from tests.rank_steps import esam_gradients, loss_of, shard
 from tests.references import sam_training
 from tests.references_esam import ReferenceESAM
+from tests.references_family import FAMILY
 from tests.reliability import Holds
 from tests.toys import Batch, ToyNet, batches, make
 from tests.wrappers import build, momentum_sgd
@@ -56,7 +57,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f'{kind} part by tensor': (kind, 'sam', dict(adaptive='tensor', perturb=CONV)) for kind in BOTH},
     **{f'{kind} esam': (kind, 'esam', {}) for kind in (*BOTH, 'zero2')},
     **{f'{kind} ausam': (kind, 'ausam', {}) for kind in BOTH},
-    **{f'{kind} looksam': (kind, 'looksam', {}) for kind in BOTH},
+    **{f'{kind} {name}': (kind, name, {}) for kind in BOTH for name in FAMILY},
     **{f'{kind} accumulated': (kind, 'sam', dict(accumulative_counts=2)) for kind in (*BOTH, 'no names')},
     **{f'{kind} part': (kind, 'sam', dict(perturb=CONV)) for kind in BOTH},
     **{f'{kind} clipped': (kind, 'sam', CLIP) for kind in BOTH},
@@ -85,6 +86,11 @@ def run_all(rank: int, processes: int, folder: str) -> dict[str, Any]:
             rank, processes, kind, 'sam', model=make(Faulty, fault=fault, at=at), faults=1, accumulative_counts=2
         )
     for kind in BOTH:
+        for fault in ('forward', 'backward'):
+            # In the second micro-batch of the second step, which has a momentum to perturb along.
+            results[f'{kind} msam {fault}'] = train(
+                rank, processes, kind, 'msam', model=make(Faulty, fault=fault, at=3), faults=1, accumulative_counts=2
+            )
         for dtype in (None, 'float16'):
             results[f'{kind} overflow {dtype}'] = overflow_of_one(rank, processes, kind, dtype)
     results['ignored'] = norm_beside_ignored(rank, processes)
@@ -104,6 +110,14 @@ RUNS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     'kept parts': ('local', dict(type='LookSAMOptimWrapper', k=2), "a checkpoint of each rank's part"),
     'kept whole': (WHOLE, dict(type='LookSAMOptimWrapper', k=2), 'one whole checkpoint'),
+    'average parts': ('local', dict(type='FriendlySAMOptimWrapper'), "a checkpoint of each rank's part"),
+    'average whole': (WHOLE, dict(type='FriendlySAMOptimWrapper'), 'one whole checkpoint'),
+}
+SUBJECTS = {
+    'AUSAMOptimWrapper': 'ausam',
+    'ESAMOptimWrapper': 'esam-history',
+    'LookSAMOptimWrapper': 'looksam',
+    'FriendlySAMOptimWrapper': 'friendlysam',
 }
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     'perturb': ('no names', 'sam', dict(perturb='weights')),
@@ -342,13 +356,25 @@ def test_a_step_that_fails_leaves_no_trace(ranks: Any, kind: str, fault: str, at
 
 
 @pytest.mark.parametrize('kind', BOTH)
-def test_looksam_keeps_the_direction_in_pieces(ranks: Any, kind: str) -> None:
+@pytest.mark.parametrize('name', FAMILY)
+def test_the_family_in_pieces_is_one_process(ranks: Any, name: str, kind: str) -> None:
     model = make(norm=False)
-    wrapper = build('looksam', model)
+    wrapper = build(name, model)
     for (batch,) in SINGLY:
         model.train_step(batch, wrapper)
     for rank in ranks:
-        assert_weights(rank[f'{kind} looksam'], model)
+        assert_weights(rank[f'{kind} {name}'], model)
+
+
+@pytest.mark.parametrize('fault', ['forward', 'backward'])
+@pytest.mark.parametrize('kind', BOTH)
+def test_a_pass_at_perturbed_weights_that_fails_leaves_no_trace(ranks: Any, kind: str, fault: str) -> None:
+    model = make(norm=False)
+    wrapper = build('msam', model, accumulative_counts=2)
+    for (batch,) in SINGLY:
+        model.train_step(batch, wrapper)
+    for rank in ranks:
+        assert_weights(rank[f'{kind} msam {fault}'], model)
 
 
 @pytest.mark.parametrize('key', RUNS)
@@ -364,8 +390,8 @@ def test_a_resumed_run_is_one_that_never_stopped(ranks: Any, key: str, holds: Ho
         expected = {'mm_sharp', 'param_groups', 'state'} | ({'loss_scaler'} if key == 'whole' else set())
         assert set(result['saved']) == expected
         assert math.isfinite(result['logged'])
-    assert ("'visits'" in ranks[0][key]['states'][0]) == (not key.startswith('kept'))
-    subject = {'parts': 'ausam', 'whole': 'esam-history'}.get(key, 'looksam')
+    subject = SUBJECTS[RUNS[key][1]['type']]
+    assert ("'visits'" in ranks[0][key]['states'][0]) == (subject in ('ausam', 'esam-history'))
     holds(
         'Ranks',
         f'resumed under FSDP, from {RUNS[key][2]}',

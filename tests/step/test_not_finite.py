@@ -25,7 +25,7 @@ from tests.reliability import Holds
 from tests.toys import NaNSecond, Notes, ToyNet, batches, make, same_bits, same_state
 from tests.wrappers import WRAPPERS, build, momentum_sgd
 
-METHODS = ('sam', 'asam', 'esam', 'esam-history', 'ausam', 'ausam-reweight')
+METHODS = ('sam', 'asam', 'friendlysam', 'gsam', 'wsam', 'esam', 'esam-history', 'ausam', 'ausam-reweight')
 BAD = {'nan': torch.nan, 'inf': torch.inf}
 everywhere = pytest.mark.parametrize('name', METHODS)
 
@@ -34,7 +34,7 @@ def scores(wrapper: TwoPassOptimWrapper) -> list[float]:
     """All averages in the history, with what is on its way into it."""
     if not isinstance(wrapper, PerSampleOptimWrapper):
         return []
-    wrapper.visits.flush()
+    wrapper.pending_updates.flush()
     return [float(a) for table in wrapper.history.state_dict()['data_sets'].values() for a in table['averages']]
 
 

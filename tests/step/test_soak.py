@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 
 from mm_sharp.methods.per_sample import PerSampleOptimWrapper
 from tests.reliability import Holds
-from tests.toys import toy_config
+from tests.toys import history_bytes, toy_config
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='reads the memory in use from /proc')
 # The heap takes some hundred steps to find its size; from then on 1 % is 3 kB a step.
@@ -53,7 +53,7 @@ def measure(runner: Any) -> dict[str, Any]:
         'hooks': [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in runner.model.modules()],
         'runner hooks': len(runner.hooks),
         'message hub': (sorted(hub.log_scalars), sorted(hub.runtime_info)),
-        'history': None if history is None else (len(history), history.nbytes),
+        'history': None if history is None else (len(history), history_bytes(history)),
         'tensors': sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +29,7 @@ def quartiles(values: Sequence[float] | NDArray[np.float64]) -> Quartiles:
     return Quartiles(*np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75)).tolist())
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What was found about one method: times of a step, and ratios to the base optimizer's in the same round."""
 
     label: str
@@ -49,7 +47,7 @@ class Row:
 
     def figures(self) -> dict[str, Any]:
         """The row under the names that it has in files."""
-        figures = {'limit' if key == 'theoretical' else key: value for key, value in vars(self).items()}
+        figures = {'limit' if key == 'theoretical' else key: value for key, value in self._asdict().items()}
         times = {'seconds': self.seconds._asdict(), 'ratio': self.ratio._asdict()}
         return {**figures, **times, 'distance_percent': self.distance}
 
@@ -67,10 +65,9 @@ def compare(
     whole cycles would take in every disturbance.)
 
     Args:
-        times: Seconds of each round's step by method, in whole cycles; all are compared with ``'base'``.
+        times: Seconds of each round's step by method, after ``steps_before`` others, in whole cycles.
         costs: In theory, by method; None where theory says nothing.
         batch_size: Samples a step.
-        steps_before: Steps that each method had made before.
         peaks: Most bytes at once, by method.
     """
     rows, base = [], np.asarray(times['base'])
@@ -99,25 +96,29 @@ def costlier(cost: Cost | None, steps: int, before: int) -> NDArray[np.bool_]:
 def step_table(rows: Sequence[Row]) -> str:
     """The rows as text."""
     head = ('method', 'step, ms (quartiles)', 'ratio (quartiles)', 'theory', 'distance', 'images/s', 'peak, MB')
+    lines = [head]
+    for row in rows:
+        theory = ('', '') if row.theoretical is None else (f'{row.theoretical:.3f}', f'{row.distance:+.1f} %')
+        peak = 'n/a' if row.peak_bytes is None else f'{row.peak_bytes / 1e6:.1f}'
+        times = row.seconds.text(1e-3), row.ratio.text(form='.3f')
+        lines.append((row.label, *times, *theory, f'{row.images_per_second:.1f}', peak))
+    return columns(lines)
+
+
+def run_costs(costs: Mapping[str, Cost | None]) -> str:
+    """What whole trainings cost, as text, where the first epoch costs more than the others: else empty."""
     lines = [
-        (
-            row.label,
-            row.seconds.text(1e-3),
-            row.ratio.text(form='.3f'),
-            '' if row.theoretical is None else f'{row.theoretical:.3f}',
-            '' if row.distance is None else f'{row.distance:+.1f} %',
-            f'{row.images_per_second:.1f}',
-            'n/a' if row.peak_bytes is None else f'{row.peak_bytes / 1e6:.1f}',
-        )
-        for row in rows
+        f'{name}: {cost.cycle:.2f} + {cost.first_epoch - cost.cycle:.2f} / epochs over a training: the first epoch '
+        f'costs {cost.first_epoch:.2f}'
+        for name, cost in costs.items()
+        if cost is not None and cost.first_epoch is not None
     ]
-    return columns([head, *lines])
+    return '\n'.join(lines)
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
     """Cells under each other: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return '\n'.join(
-        '  '.join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    forms = ['<', *'>' * len(widths[1:])]
+    cells = ([f'{c:{f}{w}}' for c, f, w in zip(line, forms, widths, strict=True)] for line in lines)
+    return '\n'.join(map('  '.join, cells))

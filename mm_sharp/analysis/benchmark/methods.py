@@ -8,9 +8,9 @@ A method's name is its wrapper's without ``OptimWrapper``, in small letters: ``s
 from __future__ import annotations
 
 import copy
+import math
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
@@ -19,7 +19,7 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
 from mm_sharp.config.preflight import check_wrappers, wrapper_class, wrapper_configs
-from mm_sharp.errors import UsageError, arguments_of
+from mm_sharp.errors import UsageError, arguments_of, closest
 from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
 
@@ -35,11 +35,7 @@ def all_methods() -> dict[str, str]:
 
 
 def parse_methods(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Type of each method's wrapper and arguments of it, by name; the base optimizer first, as what all compare with.
-
-    Raises:
-        UsageError: There is no such method.
-    """
+    """Type and arguments of each method's wrapper, by name, the base optimizer's first; a UsageError for others."""
     return {name: _parse_method(name) for name in ('base', *names)}
 
 
@@ -53,29 +49,29 @@ def _parse_method(name: str) -> dict[str, Any]:
             value = literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        types = (str,) if isinstance(value, str) else (float, int)
-        for argument, parameter in signature(OPTIM_WRAPPERS.get(kinds[stem])).parameters.items():
-            if argument not in arguments_of(TwoPassOptimWrapper) and type(parameter.default) in types:
+        kind = OPTIM_WRAPPERS.get(kinds[stem])
+        choices = getattr(kind, 'choices', {})
+        for argument, parameter in signature(kind).parameters.items():
+            own, default = argument not in arguments_of(TwoPassOptimWrapper), parameter.default
+            fits = type(default) is str if isinstance(value, str) else _is_number(default)
+            if own and fits and value in choices.get(argument, (value,)):
                 return {'type': kinds[stem], argument: value}
-    close = get_close_matches(name, kinds, n=1)
-    hint = f'; did you mean {close[0]!r}?' if close else ''
+    hint = f'; did you mean {close!r}?' if (close := closest(name, kinds)) else ''
     raise UsageError(f'--methods {name}: there are {", ".join(kinds)}, and NAME-VALUE, as ausam-0.5{hint}')
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (float, int)) and not isinstance(value, bool)
 
 
 def wrapper_settings(cfg: Config, method: Mapping[str, Any], amp: str | None = None) -> dict[str, Any]:
     """The config of a method's optimizer wrapper.
 
-    The config's own arguments are kept as far as the method has them, so the ``rho`` of a config for SAM reaches every
-    sharpness-aware method. The config's precision holds for the base optimizer too: in float16 by ``AmpOptimWrapper``,
-    in bfloat16, which needs no loss scaling, by ``dtype`` of a plain ``OptimWrapper``, which is the benchmark's alone.
+    The whole config's own arguments are kept as far as the method has them and does not set them, so the ``rho`` of a
+    config for SAM reaches every sharpness-aware method. Its precision, or ``amp``, holds for the base optimizer too: in
+    float16 by ``AmpOptimWrapper``, in bfloat16, which needs no loss scaling, by ``dtype`` of a plain ``OptimWrapper``.
 
-    Args:
-        cfg: The whole training config.
-        method: Of :func:`parse_methods`; its arguments go before the config's.
-        amp: Autocast dtype that goes before the config's precision.
-
-    Raises:
-        UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
+    Raises UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
     """
     if list(wrapper_configs(cfg)) != ['optim_wrapper']:
         raise UsageError(f'a step of several optimizer wrappers cannot be measured: {", ".join(wrapper_configs(cfg))}')
@@ -97,3 +93,9 @@ def theoretical_cost(settings: Mapping[str, Any], batch_size: int) -> Cost:
     """What a step costs in theory, given its wrapper's config, in steps of the base optimizer."""
     kind = OPTIM_WRAPPERS.get(settings['type'])
     return kind.theoretical_cost(batch_size, **settings) if issubclass(kind, TwoPassOptimWrapper) else Cost(1.0, 1.0)
+
+
+def whole_cycles(rounds: int, costs: Mapping[str, Cost]) -> int:
+    """At least so many rounds, in which every method's cycles are whole."""
+    cycles = math.lcm(*(cost.length for cost in costs.values()))
+    return -(-rounds // cycles) * cycles

@@ -23,9 +23,8 @@ _RATES = ('copy_rate', 'climb_rate', 'restore_rate')
 def measure_perturbing(parameters: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """Copy, perturb and restore so many weights, in interleaved rounds, after one that is not timed.
 
-    Returns:
-        Bytes a second of one copy of all weights in one piece, of the perturbation with its copy of the weights (under
-        the name ``climb_rate``) and of the restoration; ``share_of_copy``, those of the last two over the copy's.
+    Returns bytes a second of one copy of all weights in one piece, of the perturbation with its copy (``climb_rate``)
+    and of the restoration; ``share_of_copy``: those of the last two over the copy's.
     """
     shapes = resnet_shapes(parameters)
     (flat_weights, weights), (flat_gradients, gradients) = (_allocate(shapes, device) for _ in range(2))
@@ -39,10 +38,8 @@ def measure_perturbing(parameters: int, rounds: int, device: torch.device) -> di
     calls: list[Callable[[], object]] = [partial(flat_gradients.copy_, flat_weights), perturb, backup.restore]
     moved = [_COPY * flat_weights.numel(), _PERTURB * parameters, _RESTORE * parameters]
     seconds = [[seconds_of(call, device) for call in calls] for _ in range(rounds + 1)][1:]
-    rates = [
-        quartiles([_FLOAT * numbers / taken for taken in times])
-        for numbers, times in zip(moved, zip(*seconds, strict=True), strict=True)
-    ]
+    pairs = zip(moved, zip(*seconds, strict=True), strict=True)
+    rates = [quartiles([_FLOAT * numbers / taken for taken in times]) for numbers, times in pairs]
     together = (_PERTURB + _RESTORE) / (_PERTURB / rates[1].median + _RESTORE / rates[2].median)
     named = dict(zip(_RATES, rates, strict=True))
     return {'parameters': parameters, 'tensors': len(shapes), **named, 'share_of_copy': together / rates[0].median}
@@ -57,9 +54,8 @@ def resnet_shapes(parameters: int) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     while parameters:
         shape = resnet[len(shapes) % len(resnet)]
-        size = min(torch.Size(shape).numel(), parameters)
-        shapes.append(shape if size == torch.Size(shape).numel() else (size,))
-        parameters -= size
+        shapes.append(shape if torch.Size(shape).numel() <= parameters else (parameters,))
+        parameters -= torch.Size(shapes[-1]).numel()
     return shapes
 
 
@@ -76,8 +72,7 @@ def perturbing_table(costs: Sequence[Mapping[str, Any]]) -> str:
     """The costs as text, and which bytes are counted."""
     lines = [['weights', 'tensors', 'copy, GB/s', 'perturb, GB/s', 'restore, GB/s', 'both over copy']]
     for cost in costs:
-        counts = [f'{cost[key]:,}' for key in ('parameters', 'tensors')]
-        rates = [cost[key].text(1e9) for key in _RATES]
+        counts, rates = (f'{cost[key]:,}' for key in ('parameters', 'tensors')), (cost[key].text(1e9) for key in _RATES)
         lines.append([*counts, *rates, f'{100 * cost["share_of_copy"]:.0f} %'])
     return (
         f'{columns(lines)}\nCounted, in float32: for each weight {_PERTURB} numbers read or written by the '

@@ -1,71 +1,38 @@
-"""Training steps of several methods side by side, timed in interleaved rounds.
+"""Time and memory of training steps.
 
 A machine's speed drifts, and other programs take their share of it: in every round each method makes one step, on the
-same batch, so that what slows one slows all. The order is rotated from round to round.
+same batch, so that what slows one slows all; the order is rotated from round to round. Peak memory is on a GPU what
+torch's allocator says. On the CPU it is the sum over all tensors alive that the operators of a step have taken or
+given, without what an operator needs only while it runs: figures of the two are not to be compared.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
+import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import chain, product
 from typing import Any, TypeVar
 
 import torch
+from mmengine.device import get_device
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
+from mm_sharp.analysis.benchmark.candidates import Candidate
 from mm_sharp.errors import UsageError
 from mm_sharp.per_sample_loss import PerSampleLossError
+from mm_sharp.per_sample_loss.layout import tensors_of
 from mm_sharp.samples.keys import SampleIdError
 from mm_sharp.step.timing import StepTimer
-from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 T = TypeVar('T')
 Phases = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A method with a model and an optimizer wrapper of its own."""
-
-    name: str
-    model: Any
-    optim_wrapper: Any
-
-    def step(self, batch: Any) -> dict[str, Any]:
-        """One whole training step; returns what there is to log."""
-        log: dict[str, Any] = self.model.train_step(batch, self.optim_wrapper)
-        return log
-
-    def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
-        """One whole training step, with marks at the ends of its phases."""
-        wrapper = self.optim_wrapper
-        if isinstance(wrapper, TwoPassOptimWrapper):
-            wrapper.record_timing = True
-            self.step(batch)
-            wrapper.record_timing = False
-            timed = wrapper.last_step.timer if wrapper.last_step else None
-            assert timed is not None
-            return timed
-        timer = StepTimer(device)
-        timer.mark('start')
-        with wrapper.optim_context(self.model):
-            loss, _ = loss_of(self.model, batch)
-        wrapper.backward(wrapper.scale_loss(loss))
-        timer.mark('pass1')
-        wrapper.step()
-        wrapper.zero_grad()
-        timer.mark('step')
-        return timer
-
-
-def loss_of(model: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
-    """The loss of a batch and what there is to log, as MMEngine's ``train_step`` computes them."""
-    loss, log = model.parse_losses(model._run_forward(model.data_preprocessor(batch, True), mode='loss'))
-    return loss, dict(log)
 
 
 def step_seconds(candidate: Candidate, batch: Any, device: torch.device) -> float:
@@ -93,41 +60,31 @@ def measure_rounds(
     device: torch.device,
     measure: Callable[[Candidate, Any, torch.device], T],
 ) -> dict[str, list[T]]:
-    """Measure steps of all methods, in rounds of one step each.
+    """Measure steps of all methods, in rounds of one step each, after at least one for ``warmup``.
 
     Args:
         groups: The methods; those in a group make their steps directly one after the other.
         batches: Taken in turn; the same one for all methods in a round.
-        rounds: Measured steps of each method.
-        warmup: Steps of each method before; at least 1.
-        device: Where they run.
         measure: What is measured of a step: :func:`step_seconds` or :func:`phase_seconds`.
 
-    Raises:
-        UsageError: A method does not work with this model, or a loss is not finite, so that steps end early.
+    Raises UsageError: A method does not work with this model, or a loss is not finite, so that steps end early.
     """
-    for number in range(warmup):
-        for candidate in chain(*groups):
-            _check_step(candidate, batches[number % len(batches)])
+    for number, candidate in product(range(warmup), chain(*groups)):
+        _check_step(candidate, batches[number % len(batches)])
     found: dict[str, list[T]] = {candidate.name: [] for candidate in chain(*groups)}
-    for number in _without_collection(rounds):
-        first = number % len(groups)
-        for candidate in chain(*groups[first:], *groups[:first]):
-            found[candidate.name].append(measure(candidate, batches[(warmup + number) % len(batches)], device))
-    return found
-
-
-def _without_collection(rounds: int) -> Iterator[int]:
-    """Count the rounds; Python's garbage collector, which else runs when it likes, runs between them."""
+    # Python's garbage collector, which else runs when it likes, runs between the rounds.
     gc.disable()
     gc.freeze()  # what is there already need not be looked at
     try:
         for number in range(rounds):
             gc.collect()
-            yield number
+            first = number % len(groups)
+            for candidate in chain(*groups[first:], *groups[:first]):
+                found[candidate.name].append(measure(candidate, batches[(warmup + number) % len(batches)], device))
     finally:
         gc.unfreeze()
         gc.enable()
+    return found
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
@@ -149,11 +106,77 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _check_step(candidate: Candidate, batch: Any) -> None:
-    """Make one step and see whether it can be measured."""
     try:
         log = candidate.step(batch)
     except (PerSampleLossError, SampleIdError) as error:
         raise UsageError(f'{error} (Or leave {candidate.name} out of --methods.)') from error
-    loss = float(torch.as_tensor(log['loss']).detach())
-    if not math.isfinite(loss):
+    if not math.isfinite(loss := float(torch.as_tensor(log['loss']).detach())):
         raise UsageError(f'{candidate.name}: the loss at the initial weights is {loss}: no whole step can be measured')
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep the memory that tensors of up to 32 MB leave; whether it does now: only with glibc.
+
+    By default glibc gives much of it back in every pass, and gets it again page by page. How much is chance: of two
+    methods in one process one may lose a tenth of its step to it in every round, the other nothing.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return False
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 32 * 2**20))
+
+
+class TensorsAlive(TorchDispatchMode):
+    """Counts the bytes of the tensors alive, but those ``without``, that operators in this context took or gave."""
+
+    def __init__(self, without: Sequence[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0  # and most at once
+        self._seen: dict[int, Any] = {}
+        self._without = {tensor.untyped_storage()._cdata for tensor in without}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for value in tree_flatten((args, kwargs, output))[0]:
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                self._add(value.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return output
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or key in self._without:
+            return
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self._seen[key]
+
+        # A storage's Python object lives as long as the storage.
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
+
+
+def peak_memory(make: Callable[[], Candidate], batch: Any, steps: int) -> int | None:
+    """Most bytes, but the batch's, held at once in so many steps of the method that ``make`` makes, after one step.
+
+    None on devices of which torch keeps no count.
+    """
+    gc.collect()
+    if get_device() == 'cuda':
+        before = torch.cuda.memory_allocated()
+        candidate = make()
+        candidate.step(batch)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(steps):
+            candidate.step(batch)
+        return int(torch.cuda.max_memory_allocated() - before)
+    if get_device() != 'cpu':
+        return None
+    candidate = make()
+    with TensorsAlive(tensors_of(batch)[1]) as alive:
+        candidate.step(batch)
+        alive.peak = alive.now
+        for _ in range(steps):
+            candidate.step(batch)
+    return int(alive.peak)

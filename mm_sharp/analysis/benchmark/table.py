@@ -1,37 +1,35 @@
-"""All that is measured of the methods at one batch size.
+"""All that is measured of the methods at one batch size, as text, for files and as a bar chart.
 
-Phases of a step: ``pass1`` and ``pass2`` (forward and backward; ESAM's forward for the selection is in the second),
-``perturb`` (copy of the weights, gradient norm, perturbation), ``restore`` (weights, buffers, random state), ``step``
-(clipping, the base optimizer's step, the gradients' end), ``recording`` (losses of single samples, draw, selection,
-history) and ``host`` (everything else).
+Phases: ``pass1`` and ``pass2`` (forward and backward; ESAM's forward for the selection is in the second), ``perturb``
+(copy of the weights, gradient norm, perturbation), ``restore`` (weights, buffers, random state), ``step`` (clipping,
+the base optimizer's step), ``recording`` (losses of single samples, draw, selection, history) and ``host`` (the rest).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from mmengine.config import Config
 
-from mm_sharp.analysis.benchmark.compare import Row, columns, compare, costlier, quartiles, step_table
-from mm_sharp.analysis.benchmark.memory import peak_memory
-from mm_sharp.analysis.benchmark.methods import theoretical_cost
-from mm_sharp.analysis.benchmark.passes_only import SUFFIX, own_work
-from mm_sharp.analysis.benchmark.steps import Phases, phase_seconds, step_seconds
+from mm_sharp.analysis.benchmark.candidates import SUFFIX, own_work
+from mm_sharp.analysis.benchmark.compare import Row, columns, compare, costlier, quartiles, run_costs, step_table
+from mm_sharp.analysis.benchmark.methods import theoretical_cost, whole_cycles
+from mm_sharp.analysis.benchmark.steps import Phases, peak_memory, phase_seconds, step_seconds
 from mm_sharp.analysis.benchmark.workload import FLOAT, Settings, load_workload
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.step.method import Cost
 from mm_sharp.step.timing import EXCLUDED, PHASES
 
 NAMES = (*PHASES, *EXCLUDED)
+# Paul Tol's muted colours, which colour-blind people can tell apart: the passes dark, the wrapper's own work light.
+_COLOURS = dict(zip(NAMES, ('#332288', '#DDCC77', '#117733', '#CC6677', '#88CCEE', '#AA4499', '#BBBBBB'), strict=True))
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """What was measured at one batch size; by method: wrapper's config, times, phases of a typical step."""
 
     batch_size: int
@@ -47,6 +45,8 @@ class Table:
         if FLOAT in self.times:
             ratio = quartiles(np.divide(self.times['base'], self.times[FLOAT]))
             parts.append(f'base, quantized over float: {ratio.text()}')
+        whole = run_costs({name: theoretical_cost(o, self.batch_size) for name, o in self.settings.items()})
+        parts += [whole] if whole else []
         own = own_work(self.times)
         if own:
             lines = [(name, found.text(0.01, '+.1f')) for name, found in own.items()]
@@ -55,10 +55,10 @@ class Table:
 
     def figures(self) -> dict[str, Any]:
         """For programs: plain types."""
-        keys = ('method', 'optim_wrapper', 'seconds', 'phase_seconds')
-        times, settings, phases = self.times, self.settings, self.phases
+        settings, phases = self.settings.get, self.phases.get
         methods = [
-            dict(zip(keys, (name, settings.get(name), times[name], phases.get(name)), strict=True)) for name in times
+            {'method': name, 'optim_wrapper': settings(name), 'seconds': times, 'phase_seconds': phases(name)}
+            for name, times in self.times.items()
         ]
         own = {name: found._asdict() for name, found in own_work(self.times).items()}
         rows = [row.figures() for row in self.rows]
@@ -73,13 +73,10 @@ def measure_table(
     Args:
         cfg: The whole training config, whose data files are there.
         settings: Config of each method's optimizer wrapper, by name; all are compared with ``'base'``.
-        batch_size: Samples a step.
-        rounds: Timed steps of each method, at least; it becomes whole cycles.
-        warmup: Steps of each method before, at least 1.
+        rounds: Timed steps of each method; becomes whole cycles. ``warmup`` steps, at least 1, are made before.
         passes_only: Time the passes of each method alone, too.
 
-    Raises:
-        UsageError: The data are less than a batch, a method does not work with this model, or a loss is not finite.
+    Raises UsageError: The data are less than a batch, a method does not work with this model, or a loss is not finite.
     """
     settings = {name: dict(own) for name, own in settings.items()}
     costs: dict[str, Any] = {name: theoretical_cost(own, batch_size) for name, own in settings.items()}
@@ -101,17 +98,10 @@ def measure_table(
     return Table(batch_size, rounds, rows, phases, settings, times)
 
 
-def whole_cycles(rounds: int, costs: Mapping[str, Cost]) -> int:
-    """At least so many rounds, so that every method's cycles are whole."""
-    cycles = math.lcm(*(cost.length for cost in costs.values()))
-    return -(-rounds // cycles) * cycles
-
-
 def typical(steps: Sequence[Phases], cost: Cost | None, done: int) -> Phases:
     """The median of each phase's seconds, without the steps that cost more than others; ``done`` were made before."""
-    skipped = costlier(cost, len(steps), done)
-    common = [step for step, is_skipped in zip(steps, skipped, strict=True) if not is_skipped]
-    return {phase: float(np.median([step[phase] for step in common])) for phase in NAMES}
+    common = ~costlier(cost, len(steps), done)
+    return {phase: float(np.median(np.array([step[phase] for step in steps])[common])) for phase in NAMES}
 
 
 def phase_table(phases: Mapping[str, Phases]) -> str:
@@ -121,3 +111,50 @@ def phase_table(phases: Mapping[str, Phases]) -> str:
         total = sum(seconds.values())
         lines.append([name, *(f'{100 * seconds[phase] / total:.1f}' for phase in NAMES)])
     return columns(lines)
+
+
+def draw_chart(tables: Sequence[Table], path: Path, title: str) -> None:
+    """Write a PNG: for each batch size the ratios, their quartiles and theoretical costs, and the phases of a step."""
+    from matplotlib.figure import Figure  # half a second that no other run of the tool needs
+
+    height = sum(1.9 + 0.42 * len(table.rows) for table in tables)
+    figure = Figure(figsize=(12, height + 0.8), layout='constrained')
+    figure.suptitle(title)
+    ratios = {'height_ratios': [2.0 + len(table.rows) for table in tables]}
+    panels = figure.subplots(len(tables), 2, squeeze=False, gridspec_kw=ratios)
+    for table, (left, right) in zip(tables, panels, strict=True):
+        _draw_ratios(left, table)
+        _draw_phases(right, table)
+        for axes in (left, right):
+            axes.invert_yaxis()
+            # Below the axis' label, whatever the panel's height: about 0.6 inches, in panels.
+            below = (0.5, -0.6 / (0.42 * len(table.rows) + 0.5))
+            axes.legend(fontsize='small', ncols=4, loc='upper center', handlelength=1, bbox_to_anchor=below)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_ratios(axes: Any, table: Table) -> None:
+    """Bars from 0, with the quartiles as whiskers and a line at each theoretical cost."""
+    ratios = [row.ratio for row in table.rows]
+    medians = [ratio.median for ratio in ratios]
+    spread = [[ratio.median - ratio.low for ratio in ratios], [ratio.high - ratio.median for ratio in ratios]]
+    bars = dict(height=0.6, color='#88CCEE', capsize=3, label='median, quartiles')
+    axes.barh(range(len(ratios)), medians, xerr=spread, **bars)
+    places = [place for place, row in enumerate(table.rows) if row.theoretical is not None]
+    costs = [table.rows[place].theoretical for place in places]
+    ends = ([place - 0.4 for place in places], [place + 0.4 for place in places])
+    axes.vlines(costs, *ends, color='#332288', linewidth=2, label='theoretical cost')
+    axes.set_yticks(range(len(ratios)), [row.label for row in table.rows])
+    axes.set(xlabel='step time over the base optimizer', title=f'batch size {table.batch_size}')
+
+
+def _draw_phases(axes: Any, table: Table) -> None:
+    """One bar a method, stacked; the length is the step's, in steps of the base optimizer."""
+    unit = sum(table.phases['base'].values())
+    ends = dict.fromkeys(table.phases, 0.0)
+    for phase in NAMES:
+        lengths = [seconds[phase] / unit for seconds in table.phases.values()]
+        axes.barh(list(table.phases), lengths, left=list(ends.values()), height=0.6, color=_COLOURS[phase], label=phase)
+        ends = {name: end + length for (name, end), length in zip(ends.items(), lengths, strict=True)}
+    axes.set(xlabel='time of a phase, base step = 1', title='phases of most steps')

@@ -1,4 +1,4 @@
-"""The model, the optimizer wrappers and the batches of a training config.
+"""The model, the optimizer wrappers and the batches of a training config; and a small model instead of them.
 
 The model starts from random weights (nothing is downloaded), the same for every method. Learning rates are set to 0:
 the arithmetic of a step stays what it is, while no method trains away from the others, or out of the numbers' range on
@@ -16,22 +16,23 @@ from typing import Any, TypeVar
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import set_random_seed
-from torch import nn
+from torch import Tensor, nn
 
-from mm_sharp.analysis.benchmark.baselines import BASELINES, make_baseline
-from mm_sharp.analysis.benchmark.methods import SHARED
-from mm_sharp.analysis.benchmark.passes_only import SUFFIX, PassesOnly, PassRecorder
-from mm_sharp.analysis.benchmark.steps import Candidate, measure_rounds
-from mm_sharp.analysis.prepare import build_loader
+from mm_sharp.analysis.benchmark import candidates
+from mm_sharp.analysis.benchmark.candidates import Candidate
+from mm_sharp.analysis.benchmark.compare import Row, compare
+from mm_sharp.analysis.benchmark.methods import SHARED, theoretical_cost, whole_cycles
+from mm_sharp.analysis.benchmark.steps import measure_rounds, step_seconds
+from mm_sharp.analysis.prepare import build_loader, prepared
 from mm_sharp.errors import UsageError
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
-# Name of the base optimizer on the float model that a quantized model was made from.
-FLOAT = 'float'
+FLOAT = 'float'  # the base optimizer on the float model that a quantized model was made from
+BATCH_SIZE = 16  # of the small model
 T = TypeVar('T')
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -64,25 +65,25 @@ class Workload:
     ) -> dict[str, list[T]]:
         """:func:`measure_rounds` of methods, given their wrappers' configs by name; :data:`FLOAT` has the float model.
 
-        With ``passes_only``, the passes of each method alone are measured, too, under its name and :data:`SUFFIX`.
+        With ``passes_only``, the passes of each method alone are measured, too.
         """
-        groups = [[self.candidate(name, own)] for name, own in settings.items()]
-        for group in groups if passes_only else []:
-            (method,) = group
-            if isinstance(method.optim_wrapper, TwoPassOptimWrapper):
-                recorder, base = PassRecorder(method.model), _base(settings[method.name])
-                group.append(PassesOnly(method.name + SUFFIX, *self._build(method.name, base), recorder=recorder))
+        groups = []
+        for name, own in settings.items():
+            groups.append([method := self.candidate(name, own)])
+            if passes_only and isinstance(method.optim_wrapper, TwoPassOptimWrapper):
+                passes = candidates.record_passes(method.model)
+                alone = candidates.PassesOnly(name + candidates.SUFFIX, *self._build(name, _base(own)), passes)
+                groups[-1].append(alone)
         return measure_rounds(groups, self.batches, rounds, warmup, torch.device(get_device()), measure)
 
     def candidate(self, name: str, settings: Mapping[str, Any]) -> Candidate:
-        """A method, or one of :data:`BASELINES`, with a copy of the model."""
-        if name in BASELINES:
+        """A method, or one of :data:`candidates.BASELINES`, with a copy of the model."""
+        if name in candidates.BASELINES:
             model, wrapper = self._build(name, _base(settings))
-            return make_baseline(name, model, wrapper.optimizer, settings.get('rho', 0.05))
+            return candidates.make_baseline(name, model, wrapper.optimizer, settings.get('rho', 0.05))
         return Candidate(name, *self._build(name, settings))
 
     def _build(self, name: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-        """A copy of the model with an optimizer wrapper of its own."""
         model, config = copy.deepcopy(self.float_model if name == FLOAT else self.model), copy.deepcopy(dict(settings))
         if config['type'] == 'OptimWrapper' and config.get('dtype'):
             dtype = getattr(torch, config.pop('dtype'))
@@ -94,29 +95,22 @@ class Workload:
 
 
 def _base(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The base optimizer of a method, in MMEngine's plain wrapper."""
     return {'type': 'OptimWrapper', **{key: settings[key] for key in (*SHARED, 'dtype') if key in settings}}
 
 
 def load_workload(cfg: Config, batch_size: int) -> Workload:
-    """Build the model and load up to four batches of a training config, within :func:`prepared`.
-
-    Raises:
-        UsageError: The data set has fewer samples than a batch.
-    """
+    """Build the model and load up to four batches, within :func:`prepared`; a UsageError if there is not even one."""
     torch.backends.cudnn.benchmark = bool((cfg.get('env_cfg') or {}).get('cudnn_benchmark', False))
     set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
     loader = build_loader(cfg, batch_size=batch_size, drop_last=True)
     loaded = list(islice(loader, 4))
     if not loaded:
-        samples = len(loader.dataset)
-        raise UsageError(f'--batch-size {batch_size}: the training data has {samples} samples only')
+        raise UsageError(f'--batch-size {batch_size}: the training data has {len(loader.dataset)} samples only')
     model, float_model = _build_models(cfg, loaded)
-    batches = [model.data_preprocessor(batch, True) for batch in loaded]
-    for member in (model, float_model):
-        if member is not None:
-            member.data_preprocessor = Ready()
-    return Workload(model, batches, float_model)
+    workload = Workload(model, [model.data_preprocessor(batch, True) for batch in loaded], float_model)
+    for member in filter(None, (model, float_model)):
+        member.data_preprocessor = Ready()
+    return workload
 
 
 def _build_models(cfg: Config, loaded: list[Any]) -> tuple[Any, Any]:
@@ -135,21 +129,47 @@ def _build_models(cfg: Config, loaded: list[Any]) -> tuple[Any, Any]:
 
 
 def _build_model(cfg: Config, config: dict[str, Any]) -> Any:
-    config = _without_downloads(config)
-    if cfg.get('data_preprocessor'):
-        config.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = MODELS.build(config)
+    model = MODELS.build(
+        config if (own := cfg.get('data_preprocessor')) is None else {'data_preprocessor': own, **config}
+    )
+    for module in model.modules():
+        if "'Pretrained'" in repr(getattr(module, 'init_cfg', None)):
+            module.init_cfg = None  # nothing is downloaded: the numbers do not matter here
     if hasattr(model, 'init_weights'):
         model.init_weights()
-    # One process: a Runner does the same.
-    return revert_sync_batchnorm(model).to(get_device()).train()
+    return revert_sync_batchnorm(model).to(get_device()).train()  # in one process, a Runner does the same
 
 
-def _without_downloads(value: Any) -> Any:
-    """A copy of a model's config without weights to load: the numbers do not matter here."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(_without_downloads(item) for item in value)
-    if not isinstance(value, dict):
-        return value
-    kept = {key: item for key, item in value.items() if key != 'init_cfg' or "'Pretrained'" not in repr(item)}
-    return {key: _without_downloads(item) for key, item in kept.items()}
+class SmallModel(BaseModel):  # type: ignore[misc]
+    """A classifier of pictures (N, 3, 8, 8), with 3,164 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolution = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        features = (convolution, nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+        self.layers = nn.Sequential(*features, nn.Linear(256, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 10))
+        self.loss_module = nn.CrossEntropyLoss()
+
+    def forward(self, inputs: Tensor, labels: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        """The loss; ``sample_idx`` is for AUSAM."""
+        return {'loss': self.loss_module(self.layers(inputs), labels)}
+
+
+def measure_host(methods: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int) -> list[Row]:
+    """The host's own time of a step, which users of small models pay: on :class:`SmallModel` a step is little else.
+
+    At least so many whole steps of all methods in turn, the base optimizer first.
+    """
+    optimizer = {'type': 'SGD', 'lr': 0.0, 'momentum': 0.9}
+    settings = {name: {**method, 'optimizer': optimizer} for name, method in methods.items()}
+    costs = {name: theoretical_cost(own, BATCH_SIZE) for name, own in settings.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, batches = SmallModel().to(get_device()).train(), []
+        for ids in torch.arange(8 * BATCH_SIZE).split(BATCH_SIZE):  # they stay on the host, as in data samples
+            inputs, labels = torch.randn(BATCH_SIZE, 3, 8, 8), torch.randint(10, (BATCH_SIZE,))
+            batches.append({'inputs': inputs.to(get_device()), 'labels': labels.to(get_device()), 'sample_idx': ids})
+        workload = Workload(model, batches)
+    with prepared(Config()):
+        times = workload.measure(settings, whole_cycles(rounds, costs), warmup, step_seconds)
+    return compare(times, costs, BATCH_SIZE, warmup)

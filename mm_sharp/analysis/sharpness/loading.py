@@ -1,8 +1,7 @@
 """The model of a config with a checkpoint's weights, and a fixed part of a data set.
 
-The samples are the first ones of a seeded shuffle. They go through the training pipeline, whose last steps make the
-labels that a loss needs, so that a held-out split can be measured as well; where the pipeline augments, one random
-augmentation of each sample is kept, which the seed determines.
+The samples are the first ones of a seeded shuffle. They go through the training pipeline, which makes the labels that a
+loss needs; where it augments, one random augmentation of each sample is kept, which the seed determines.
 """
 
 from __future__ import annotations
@@ -34,10 +33,8 @@ SPLITS = ('train', 'val')
 def load_model(cfg: Config, checkpoint: str, trust: bool = False) -> tuple[nn.Module, int, bool]:
     """A config's model with a checkpoint's weights, the epochs of its training (0: unknown), whether it is quantized.
 
-    The checkpoint is loaded by the rules of ``tools/test.py``; ``trust`` is for one that may run code.
-
-    Raises:
-        UserError: The checkpoint is not plain, damaged, of another model, or of an uncalibrated quantized one.
+    The checkpoint is loaded by the rules of ``tools/test.py``; ``trust`` is for one that may run code, a UserError says
+    that it is not plain, damaged, of another model, or of an uncalibrated quantized one.
     """
     config = dict(cfg.model)
     if cfg.get('data_preprocessor'):
@@ -56,9 +53,7 @@ def load_model(cfg: Config, checkpoint: str, trust: bool = False) -> tuple[nn.Mo
             if checkpoint in str(error):
                 raise
             raise UserError(f"cannot use the checkpoint '{checkpoint}': {error}") from error
-    meta = content.get('meta')
-    epoch = meta.get('epoch') if isinstance(meta, dict) else None
-    return model.to(get_device()), epoch if isinstance(epoch, int) else 0, quantized
+    return model.to(get_device()), (content.get('meta') or {}).get('epoch') or 0, quantized
 
 
 @dataclass(frozen=True)
@@ -78,17 +73,12 @@ class Samples:
 
     def batches(self, size: int) -> Iterator[tuple[int, Any]]:
         """The samples in order, ``size`` at a time (the last batch may be smaller): how many, and the batch."""
-        for start in range(0, len(self.rows), size):
-            rows = self.rows[start : start + size]
+        for rows in (self.rows[start : start + size] for start in range(0, len(self), size)):
             yield len(rows), self.collate(rows)
 
 
 def load_samples(cfg: Config, split: str, count: int, seed: int) -> Samples:
-    """Load ``count`` samples of a config's data set; the seed is of the shuffle and of the random augmentation.
-
-    Raises:
-        UsageError: There is no such data set in the config, or it is too small.
-    """
+    """Load samples, by a seed of shuffle and augmentation; a UsageError if there are fewer than ``count``."""
     options, before = dataset_config(cfg, split), RandomState.capture()
     set_random_seed(seed)
     try:
@@ -100,15 +90,13 @@ def load_samples(cfg: Config, split: str, count: int, seed: int) -> Samples:
         rows = [dataset[int(index)] for index in tqdm(chosen, 'loading samples', leave=False, disable=None)]
     finally:
         before.restore()
-    return Samples(rows, collate, _name(options), split, seed, len(dataset), _digest(rows, collate))
+    kind = options.get('type')
+    name = f'{getattr(kind, "__name__", kind)} {_owner(options, "ann_file").get("ann_file") or ""}'.strip()
+    return Samples(rows, collate, name, split, seed, len(dataset), _digest(rows, collate))
 
 
 def dataset_config(cfg: Config, split: str) -> dict[str, Any]:
-    """The config of a split's data set, with the training pipeline.
-
-    Raises:
-        UsageError: The config has no such loader.
-    """
+    """The config of a split's data set, with the training pipeline; a UsageError if there is no such loader."""
     for name in dict.fromkeys(('train', split)):
         if not cfg.get(f'{name}_dataloader'):
             raise UsageError(f'the config has no {name}_dataloader: there is no loss to measure on --split {split}')
@@ -125,11 +113,6 @@ def _owner(dataset: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     while not dataset.get(key) and isinstance(dataset.get('dataset'), Mapping):
         dataset = dataset['dataset']
     return dataset
-
-
-def _name(dataset: Mapping[str, Any]) -> str:
-    kind = dataset.get('type')
-    return f'{getattr(kind, "__name__", kind)} {_owner(dataset, "ann_file").get("ann_file") or ""}'.strip()
 
 
 def _digest(rows: list[Any], collate: Callable[[list[Any]], Any]) -> str:

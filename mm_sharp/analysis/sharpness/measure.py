@@ -7,21 +7,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from mm_sharp.analysis.sharpness.eval_mode import preserved_eval_mode
-from mm_sharp.analysis.sharpness.hessian import Eigenvalues, Trace, hutchinson, top_eigenvalues
+from mm_sharp.analysis.sharpness import measures
 from mm_sharp.analysis.sharpness.loading import Samples
-from mm_sharp.analysis.sharpness.objective import Objective
-from mm_sharp.analysis.sharpness.surroundings import BallSharpness, ball_sharpness, filter_direction, line, plane
+from mm_sharp.analysis.sharpness.measures import BallSharpness, Eigenvalues, Trace
+from mm_sharp.analysis.sharpness.objective import Objective, preserved_eval_mode
 from mm_sharp.errors import UsageError
 from mm_sharp.ops.parameters import ParameterSelector
 
-T = TypeVar('T')
 _SURROGATE = (
     '* rounding has no derivative: gradient, eigenvalues and trace are those of the straight-through surrogate '
     '(rounding with slope 1 and no curvature); loss, rises, differences and landscape are values of the quantized model'
@@ -83,8 +81,7 @@ def measure(
 
     With ``surrogate`` it is quantized, so that its derivatives are not those of its loss; the name is for the progress.
 
-    Raises:
-        UsageError: The loss is not finite, or has no derivatives; or there are too few parameters.
+    Raises UsageError: The loss is not finite, or has no derivatives; or there are too few parameters.
     """
     if settings.dtype == 'float64':
         model = copy.deepcopy(model).double()
@@ -92,69 +89,64 @@ def measure(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         parameters = ParameterSelector(type(model).__name__, settings.perturb).select(model, trained)
         objective = Objective(model, samples, parameters, settings.batch_size, bar.update)
-        run = _Parts(name, bar)
-        loss, gradient = run('gradient', objective.loss_and_gradient)
-        if not math.isfinite(loss) or not bool(torch.isfinite(gradient).all()):
-            what = 'its gradient is not finite' if math.isfinite(loss) else f'the loss is {loss}'
-            raise UsageError(f'{what} at the weights of the checkpoint: there is no sharpness to measure')
-        measured = _measure(objective, settings, loss, gradient, run)
+        seconds: dict[str, float] = {}
+
+        def timed(part: str, compute: Callable[..., Any], *args: Any) -> Any:
+            bar.set_description(f'{name}: {part}')
+            begin = time.perf_counter()
+            found = compute(*args)
+            seconds[part] = time.perf_counter() - begin
+            return found
+
+        figures = _measure(objective, settings, timed)
         return Findings(
-            loss=loss,
+            **figures,
             loss_name=objective.loss_name,
-            averaging=objective.averaging.value,
-            gradient_norm=float(gradient.norm()),
+            averaging=objective.averaging,
             parameters=objective.size,
             all_parameters=sum(parameter.numel() for parameter in model.parameters()),
             surrogate=surrogate,
-            **measured,
-            remarks=_remarks(objective, settings, surrogate, measured['eigenvalues']),
-            seconds=run.seconds,
+            remarks=_remarks(objective, settings, surrogate, figures['eigenvalues']),
+            seconds=seconds,
         )
 
 
-class _Parts:
-    """Runs and times the parts of a measurement."""
-
-    def __init__(self, name: str, bar: Any) -> None:
-        self.seconds: dict[str, float] = {}
-        self._name, self._bar = name, bar
-
-    def __call__(self, part: str, compute: Callable[..., T], *args: Any) -> T:
-        self._bar.set_description(f'{self._name}: {part}')
-        begin = time.perf_counter()
-        found = compute(*args)
-        self.seconds[part] = time.perf_counter() - begin
-        return found
-
-
-def _measure(objective: Objective, settings: Settings, loss: float, gradient: Tensor, run: _Parts) -> dict[str, Any]:
-    rhos, places, draws = settings.rhos, settings.places, settings.trace_draws
-    directions = [filter_direction(objective.model, objective.parameters, settings.seed, n) for n in (0, 1)]
-    count, seed, steps = settings.eigenvalues, settings.seed, settings.ascent_steps
+def _measure(objective: Objective, settings: Settings, timed: Callable[..., Any]) -> dict[str, Any]:
+    loss, gradient = timed('gradient', objective.loss_and_gradient)
+    if not math.isfinite(loss) or not bool(torch.isfinite(gradient).all()):
+        what = 'its gradient is not finite' if math.isfinite(loss) else f'the loss is {loss}'
+        raise UsageError(f'{what} at the weights of the checkpoint: there is no sharpness to measure')
+    places, draws, count, seed = settings.places, settings.trace_draws, settings.eigenvalues, settings.seed
+    directions = [measures.filter_direction(objective.model, objective.parameters, seed, number) for number in (0, 1)]
     if count >= objective.size:
         raise UsageError(f'--eigenvalues {count}: there are only {objective.size} parameters')
-    eigenvalues = run('eigenvalues', top_eigenvalues, objective, count, settings.tolerance, seed) if count else None
-    return {
-        'eigenvalues': eigenvalues,
-        'trace': run('trace', hutchinson, objective, draws, seed) if draws else None,
-        'balls': run('sharpness', lambda: [ball_sharpness(objective, loss, gradient, rho, steps) for rho in rhos]),
-        'differences': run('differences', _differences, objective, loss, eigenvalues, rhos) if eigenvalues else {},
-        'line': run('1-D landscape', line, objective, directions[0], places) if '1d' in settings.landscape else [],
-        'plane': run('2-D landscape', plane, objective, directions, places) if '2d' in settings.landscape else [],
-    }
 
+    def ball(rho: float) -> BallSharpness:
+        return measures.ball_sharpness(objective, loss, gradient, rho, settings.ascent_steps)
 
-def _differences(objective: Objective, loss: float, found: Eigenvalues, rhos: tuple[float, ...]) -> dict[float, float]:
-    if not found.values:
-        return {}
-    vector = found.vectors[0].to(objective.device)
-    rises = {rho: objective.loss_at(rho * vector) - 2 * loss + objective.loss_at(-rho * vector) for rho in rhos}
-    return {rho: rise / rho**2 for rho, rise in rises.items()}
+    def difference(rho: float) -> float:
+        vector = rho * found['eigenvalues'].vectors[0].to(objective.device)
+        return float(objective.loss_at(vector) - 2 * loss + objective.loss_at(-vector)) / rho**2
+
+    found: dict[str, Any] = {'loss': loss, 'gradient_norm': float(gradient.norm()), 'eigenvalues': None, 'trace': None}
+    found |= {'differences': {}, 'line': [], 'plane': []}
+    if count:
+        asked = (objective, count, settings.tolerance, seed)
+        found['eigenvalues'] = timed('eigenvalues', measures.top_eigenvalues, *asked)
+    if draws:
+        found['trace'] = timed('trace', measures.hutchinson, objective, draws, seed)
+    found['balls'] = timed('sharpness', lambda: [ball(rho) for rho in settings.rhos])
+    if count and found['eigenvalues'].values:
+        found['differences'] = timed('differences', lambda: {rho: difference(rho) for rho in settings.rhos})
+    if '1d' in settings.landscape:
+        found['line'] = timed('1-D landscape', measures.line, objective, directions[0], places)
+    if '2d' in settings.landscape:
+        found['plane'] = timed('2-D landscape', measures.plane, objective, directions, places)
+    return found
 
 
 def _remarks(objective: Objective, settings: Settings, surrogate: bool, found: Eigenvalues | None) -> list[str]:
-    remarks = [objective.remark] if objective.remark else []
-    asked = settings.eigenvalues
+    remarks, asked = [objective.remark] if objective.remark else [], settings.eigenvalues
     if found is not None and len(found.values) < asked:
         count = f'{len(found.values)} of {asked} within {found.products} products'
         remarks.append(f'the eigenvalues did not converge to the tolerance: {count}')

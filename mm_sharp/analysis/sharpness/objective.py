@@ -2,10 +2,7 @@
 
 ``L(w) = 1/n sum_i l_i(w)``, in evaluation mode, is a sum over batches, whatever their size: a batch of b samples adds
 its loss over n where that is the sum of its samples' losses (``KLDiscretLoss``: SimCC, RTMPose), and b times as much
-where it is their mean. Which one it is, :mod:`mm_sharp.per_sample_loss` finds by comparison. So L is the training loss
-of a mean, and the training loss over the batch size of a sum.
-
-The product of the Hessian with a vector is the gradient of a gradient's dot product, ``H v = d/dw (g(w) . v)``. Vectors
+where it is their mean, which :mod:`mm_sharp.per_sample_loss` finds by comparison. ``H v = d/dw (g(w) . v)``. Vectors
 over all perturbed parameters are flat, float64, on the model's device; so are sums over batches.
 """
 
@@ -13,35 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any
 
 import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812
 from torch.utils._pytree import tree_map
 
 from mm_sharp.analysis.sharpness.loading import Samples
 from mm_sharp.errors import UsageError, UserError
+from mm_sharp.ops.module_state import ModuleStateBackup, StatePlan
+from mm_sharp.ops.module_tree import ModuleTree
+from mm_sharp.ops.tensor_backup import TensorBackup
 from mm_sharp.per_sample_loss import PerSampleLoss, PerSampleLossError, Reduction
 
-
-class Averaging(Enum):
-    """How a batch's loss counts."""
-
-    SUM = 'sum over the batch'
-    MEAN = 'mean over the batch'
-    SINGLY = 'batches of one'  # a model that mixes sums and means: alone, a sample's sum and mean are the same
-    SHARE = 'by share'  # not made of its samples' losses: what is measured depends on the batches
-
-
-_SUM = 'training adds the losses of a batch up: its loss, gradient, curvature and rises are these times its size'
-_SINGLY = 'the model adds losses that are sums over the batch to means: each sample is measured as a batch of one'
-_SHARE = (
-    "the model's loss is not made of losses of single samples ({}): batches count by their size, and what is measured "
-    'depends on --batch-size'
-)
+# What a training loss is of its samples' losses, and what is to be said of it.
+_FORMS: dict[Reduction | None, tuple[str, str]] = {
+    Reduction.MEAN: ('mean over the batch', ''),
+    Reduction.SUM: (
+        'sum over the batch',
+        'training adds the losses of a batch up: its loss, gradient, curvature and rises are these times its size',
+    ),
+}
+_SHARE = 'batches count by their size, and what is measured depends on --batch-size, unless it is 1'
+_MIXED = f'the model adds losses that are sums over the batch to means: {_SHARE}'
+_WHOLE = f"the model's loss is not made of losses of single samples ({{}}): {_SHARE}"
 
 
 class Objective:
@@ -49,17 +44,15 @@ class Objective:
 
     Args:
         model: Within ``preserved_eval_mode``. Its loss is what ``parse_losses`` makes of ``model(..., mode='loss')``.
-        samples: At least one.
-        parameters: The parameters that w stands for.
-        batch_size: At most so many samples at once; memory and time, and no result unless :attr:`remark` says so.
+        parameters: Those that w stands for.
+        batch_size: At most so many samples at once; of influence on results only if :attr:`remark` says so.
         tick: Called after each computation of L or of its derivatives.
 
     Attributes:
-        averaging: How batches are put together, of the loss modules :attr:`loss_name`; with a :attr:`remark`, or ''.
+        averaging: How a batch's loss counts, of the loss modules :attr:`loss_name`; with a :attr:`remark`, or ''.
         custom: Names of the functions with a backward pass of their own, once a second derivative was taken.
 
-    Raises:
-        UsageError: The model has no loss in evaluation mode; later, if something in it cannot be differentiated.
+    Raises UsageError: The model has no loss in evaluation mode; later, if something in it cannot be differentiated.
     """
 
     def __init__(
@@ -72,16 +65,15 @@ class Objective:
     ) -> None:
         self.model, self.samples, self.parameters = model, samples, list(parameters)
         self.averaging, self.loss_name, self.remark = self._loss_form(batch_size)
-        self.batch_size = 1 if self.averaging is Averaging.SINGLY else batch_size
+        self.batch_size = batch_size
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.device = self.parameters[0].device
         self.custom: list[str] | None = None
-        self._tick = tick
-        self._start = [parameter.detach().clone() for parameter in self.parameters]
+        self._tick, self._start = tick, TensorBackup()
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """L at the model's weights and its gradient, (size,)."""
-        loss, gradient = 0.0, self._zeros()
+        loss, gradient = 0.0, torch.zeros(self.size, dtype=torch.float64, device=self.device)
         for weight, total in self._terms():
             loss += total.item() * weight
             gradient.add_(_flat(self._differentiate(total)), alpha=weight)
@@ -89,7 +81,7 @@ class Objective:
 
     def hessian_times(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The products of the Hessian with each of some vectors, (size,), which share the first derivative."""
-        products = [self._zeros() for _ in vectors]
+        products = [torch.zeros_like(vector) for vector in vectors]
         pieces = [[part.to(p.dtype) for part, p in self._split(vector)] for vector in vectors]
         for weight, total in self._terms():
             if self.custom is None:
@@ -103,62 +95,52 @@ class Objective:
 
     @contextmanager
     def moved(self, offset: Tensor) -> Iterator[None]:
-        """Within, the weights are the start's plus ``offset``, (size,); then they are the start's, bit for bit."""
+        """Within, the weights are moved by ``offset``, (size,); then they are bit for bit as before."""
+        self._start.save(self.parameters)
         try:
             with torch.no_grad():
-                for (piece, parameter), start in zip(self._split(offset), self._start, strict=True):
-                    parameter.copy_(start.double() + piece)
+                for piece, parameter in self._split(offset):
+                    parameter.copy_(parameter.double() + piece)
             yield
         finally:
-            with torch.no_grad():
-                for parameter, start in zip(self.parameters, self._start, strict=True):
-                    parameter.copy_(start)
+            self._start.restore()
 
     @torch.no_grad()
     def loss_at(self, offset: Tensor) -> float:
-        """L at the start's weights plus ``offset``, (size,); nan or infinite where it is."""
+        """L at the model's weights plus ``offset``, (size,); nan or infinite where it is."""
         with self.moved(offset):
             return sum(total.item() * weight for weight, total in self._terms())
 
     def _terms(self) -> Iterator[tuple[float, Tensor]]:
-        """Weight and loss of each batch."""
         for size, batch in self.samples.batches(self.batch_size):
-            share = 1 if self.averaging is Averaging.SUM else size
+            share = 1 if self.averaging == _FORMS[Reduction.SUM][0] else size
             yield share / len(self.samples), self._total(batch)
         self._tick()
 
-    def _loss_form(self, batch_size: int) -> tuple[Averaging, str, str]:
-        """What the first batch shows of the loss: averaging, loss modules, remark."""
+    def _loss_form(self, batch_size: int) -> tuple[str, str, str]:
         _, batch = next(self.samples.batches(batch_size))
         try:
             with torch.no_grad(), PerSampleLoss(self.model).record() as record:
                 total = self._total(batch)
             record.losses(total)
         except PerSampleLossError as error:
-            return Averaging.SHARE, type(self.model).__name__, _SHARE.format(error.what)
+            return 'by share', type(self.model).__name__, _WHOLE.format(error.what)
         except UserError:
             raise
         except Exception as error:  # of anyone's model: RTMO's head, for one, has no loss in evaluation mode
-            raise UsageError(
-                f'{type(self.model).__name__}: its loss cannot be computed in evaluation mode, in which sharpness is '
-                f'measured ({type(error).__name__}: {_first_line(error)}); --debug shows where'
-            ) from error
-        name = ', '.join(dict.fromkeys(term.name for term in record.terms))
-        if record.reduction is Reduction.MEAN:
-            return Averaging.MEAN, name, ''
-        if record.reduction is Reduction.SUM:
-            return Averaging.SUM, name, _SUM
-        return Averaging.SINGLY, name, _SINGLY
+            what = f'its loss cannot be computed in evaluation mode ({type(error).__name__}: {error})'
+            raise UsageError(f'{type(self.model).__name__}: {what}; --debug shows where') from error
+        averaging, remark = _FORMS.get(record.reduction, ('by share', _MIXED))
+        return averaging, ', '.join(dict.fromkeys(term.name for term in record.terms)), remark
 
     def _total(self, batch: Any) -> Tensor:
-        """The loss of a batch, ()."""
         model: Any = self.model
         preprocessor = getattr(model, 'data_preprocessor', None)
         data = batch if preprocessor is None else preprocessor(batch, False)
         if next(model.parameters()).dtype == torch.float64:
             data = as_double(data)
         output = model(**data, mode='loss') if isinstance(data, dict) else model(*data, mode='loss')
-        total: Tensor = output.mean() if isinstance(output, Tensor) else model.parse_losses(output)[0]
+        total: Tensor = model.parse_losses(output)[0]
         return total
 
     def _differentiate(self, value: Tensor, again: bool = False, what: str = 'derivatives') -> tuple[Tensor, ...]:
@@ -166,25 +148,20 @@ class Objective:
         if not value.requires_grad:
             raise UsageError(f'{type(self.model).__name__}: the loss does not depend on any parameter')
         try:
-            keep = again or what != 'derivatives'
-            return torch.autograd.grad(
-                value, self.parameters, retain_graph=keep, create_graph=again, materialize_grads=True
-            )
+            keep, own = again or what != 'derivatives', self.parameters
+            return torch.autograd.grad(value, own, retain_graph=keep, create_graph=again, materialize_grads=True)
         except (RuntimeError, NotImplementedError) as error:
-            raise self._no_derivatives(what, _first_line(error)) from error
+            raise self._no_derivatives(what, str(error).strip().partition('\n')[0]) from error
 
     def _custom_functions(self, total: Tensor) -> list[str]:
         """Functions in a loss's graph with derivatives of their authors'; torch takes 0 for second ones that miss."""
-        waiting: list[Any] = [total.grad_fn]
-        seen: set[Any] = {None}
-        kinds: dict[Any, None] = {}
+        nodes: dict[Any, None] = {total.grad_fn: None}
+        waiting = list(nodes)
         while waiting:
-            node = waiting.pop()
-            if node not in seen:
-                seen.add(node)
-                waiting += [before for before, _ in node.next_functions]
-                kinds[getattr(type(node), '_forward_cls', None)] = None
-        kinds.pop(None, None)
+            new = {before: None for before, _ in waiting.pop().next_functions if before and before not in nodes}
+            nodes |= new
+            waiting += new
+        kinds = dict.fromkeys(kind for node in nodes if (kind := getattr(type(node), '_forward_cls', None)))
         for kind in kinds:
             code = getattr(kind.backward, '__code__', None)
             if code is not None and code.co_filename == once_differentiable.__code__.co_filename:
@@ -195,13 +172,42 @@ class Objective:
         hint = ': leave them out with --eigenvalues 0 --trace-draws 0' if what == 'second derivatives' else ''
         return UsageError(f'{type(self.model).__name__}: its loss has no {what} ({line}){hint}')
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.size, dtype=torch.float64, device=self.device)
-
     def _split(self, vector: Tensor) -> list[tuple[Tensor, nn.Parameter]]:
-        """The pieces of a flat vector in the parameters' shapes, with the parameters."""
         pieces = vector.split([parameter.numel() for parameter in self.parameters])
         return [(piece.view_as(p), p) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+
+@contextmanager
+def preserved_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within, a model is in evaluation mode, and has second derivatives where they exist; nothing of it stays.
+
+    Activation checkpointing (``with_cp``), which would stand in their way and changes no value, is off meanwhile.
+    """
+    training = {module: module.training for module in model.modules()}
+    checkpointed: list[Any] = [module for module in model.modules() if getattr(module, 'with_cp', False)]
+    weights, state, plan = TensorBackup(), ModuleStateBackup(), StatePlan(ModuleTree(model))
+    weights.save(list(model.parameters()))
+    state.save(plan, plan.norms)
+    model.eval()
+    for module in checkpointed:
+        module.with_cp = False
+    # torch's own, which RTMPose's backbone uses, can be differentiated once only, as of torch 2.13.
+    hardsigmoid, F.hardsigmoid = F.hardsigmoid, _hardsigmoid
+    try:
+        yield
+    finally:
+        F.hardsigmoid = hardsigmoid
+        weights.restore()
+        state.restore()
+        for module in checkpointed:
+            module.with_cp = True
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    value = F.relu6(input + 3) / 6
+    return input.copy_(value) if inplace else value
 
 
 def as_double(value: Any) -> Any:
@@ -220,7 +226,3 @@ def as_double(value: Any) -> Any:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [''])[0]

@@ -1,19 +1,8 @@
 """Accuracy studies: methods side by side over settings and seeds, at equal epochs and at equal compute.
 
-=========================  ==========================================================================
-``spec.py``                what a study compares, read from its YAML file
-``plan.py``                the runs of a study, and their configs
-``run_missing.py``         makes the runs that are missing, several at a time
-``worker.py``              one run, in a process that makes many
-``progress.py``            shows how far the study and its runs are
-``results.py``             the rows of ``results.csv``, the choice of rho, means and paired differences
-``report.py``              tables and pictures
-``corruption.py``          keypoint annotations of which a share is wrong
-``digits.py``              scikit-learn's digits: data set, model and metric, which configs import
-``cached.py``              a data set that keeps decoded pictures, or whole samples, which configs import
-``efficientnet_lite0.py``  a backbone with ImageNet's weights, which configs import
-=========================  ==========================================================================
-
+``spec`` reads what a study compares, ``plan`` has its runs and their configs; ``run_missing`` makes those that are
+missing, by ``worker``; ``progress`` shows how far they are; ``results`` compares them, ``report`` has tables and
+pictures. ``corruption`` makes wrong annotations; configs import ``digits``, ``cached`` and ``efficientnet_lite0``.
 ``tools/study.py`` is the command line, ``configs/study/`` has the studies.
 """
 

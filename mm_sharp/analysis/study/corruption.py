@@ -1,8 +1,7 @@
 """Keypoint annotations of which a share is wrong, as hasty annotators make them.
 
 Half of the corrupted people have every labelled keypoint moved by a normal error, the others have left and right
-exchanged. Pictures, boxes and all other people stay as they are. The file and the seed alone decide what is corrupted,
-so it is the same for every method, in every epoch.
+exchanged. The file and the seed alone decide, so it is the same for every method, in every epoch.
 """
 
 from __future__ import annotations
@@ -20,11 +19,7 @@ JITTER = 0.1
 
 
 def corrupt_file(source: Path, target: Path, share: float, seed: int = 0) -> None:
-    """Write a COCO keypoint file with a share of the people corrupted, of those with labelled keypoints.
-
-    Raises:
-        UsageError: ``source`` has no annotated keypoints, or does not name them.
-    """
+    """Write a COCO file with a share of its labelled people corrupted; a UsageError if there are none, or no names."""
     content = json.loads(source.read_text())
     people = [entry for entry in content.get('annotations', []) if any(entry.get('keypoints', [])[2::3])]
     if not people:

@@ -58,7 +58,11 @@ class DigitsDataset(Dataset[dict[str, Any]]):
                 f'samples left out in the training split alone, which has {SPLITS["train"][1]} samples. Write for '
                 f"example: dataset = dict(type='{name}', split='train', flipped=0.2, size=400)"
             )
-        pictures, labels = _load_digits()
+        try:
+            from sklearn.datasets import load_digits  # only here: the package does not require it
+        except ImportError as error:
+            raise ImportError(f'{name} takes its pictures from scikit-learn: pip install scikit-learn') from error
+        pictures, labels = load_digits().images, load_digits().target.astype(np.int64)
         rows = _balanced_order(labels)[start:end][:size]
         self.ids = torch.from_numpy(rows)
         self.inputs = torch.from_numpy(pictures[rows, None] / 8 - 1).float()  # (N, 1, 8, 8)
@@ -126,16 +130,6 @@ def flip_labels(labels: npt.NDArray[np.int64], share: float, seed: int) -> npt.N
     flipped = labels.copy()
     flipped[rows] = (labels[rows] + generator.integers(1, CLASSES, len(rows))) % CLASSES
     return flipped
-
-
-def _load_digits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Pictures (1797, 8, 8), from 0 to 16, and labels (1797,)."""
-    try:
-        from sklearn.datasets import load_digits  # only here: the package does not require it
-    except ImportError as error:
-        raise ImportError('DigitsDataset takes its pictures from scikit-learn: pip install scikit-learn') from error
-    digits = load_digits()
-    return digits.images, digits.target.astype(np.int64)
 
 
 def _balanced_order(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -6,19 +6,21 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from mm_sharp.analysis.study.spec import BASE, Setting, Study
+from mm_sharp.analysis.study.spec import BASE, Selection, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.preflight import wrapper_class
 from mm_sharp.errors import UsageError
+from mm_sharp.samples.schedule import schedule_name
+from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
-# What a config must have: rho is chosen on the validation data, the results are of the test data.
+# Rho is chosen on the validation data, the results are of the test data.
 _NEEDED = ('train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator', 'test_dataloader', 'test_evaluator')
 
 # Names that have changed, as configs had them before: rows that were written then are known again.
@@ -29,8 +31,7 @@ _FORMER_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One training."""
 
     phase: str  # 'select' to choose rho, on the validation data; 'report' on the test data
@@ -41,30 +42,22 @@ class Run:
     seed: int  # of initial weights, order of the samples and draws
 
     @property
-    def name(self) -> str:
-        """Its name in the setting and phase."""
-        rho = '' if self.rho is None else f'_rho{self.rho:g}'
-        return f'{self.method}{rho}_{self.epochs}e_seed{self.seed}'
-
-    @property
     def id(self) -> str:
         """Its name in the study, which is also a relative path."""
-        return f'{self.phase}/{self.setting}/{self.name}'
+        rho = '' if self.rho is None else f'_rho{self.rho:g}'
+        return f'{self.phase}/{self.setting}/{self.method}{rho}_{self.epochs}e_seed{self.seed}'
 
 
 class Plan:
-    """The runs of a study, and their configs, whose results go to a folder.
-
-    Raises:
-        UsageError: A config cannot be read, or a method's arguments do not fit.
-    """
+    """The runs of a study, and their configs; a UsageError if one cannot be read, or a method does not fit."""
 
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
         self._configs = {name: _read(setting) for name, setting in study.settings.items()}
-        # Theoretical cost of a step in steps of the base optimizer, by setting and method.
+        # Theoretical cost of a step in steps of the base optimizer, by setting and method: of most, and of all.
         self.cost: dict[tuple[str, str], float] = {}
-        self._has_rho: dict[str, bool] = {}
+        self._costs: dict[tuple[str, str], Cost] = {}
+        self.tuned: set[str] = set()  # methods whose rho is to be chosen
         for setting in study.settings.values():
             if setting.corrupt:
                 self.annotations(setting)
@@ -81,48 +74,34 @@ class Plan:
             waves[bool(setting.load_from)].setdefault(setting.pool or name, []).append(name)
         return [list(pools.values()) for pools in waves if pools]
 
-    def has_rho(self, method: str) -> bool:
-        """Whether rho is to be chosen for a method."""
-        return self.study.selection is not None and self._has_rho[method]
-
-    def epochs(self, setting: str, method: str, budget: str, cost: float | None = None) -> int:
-        """Epochs of a method: the base optimizer's, at equal compute or time over the method's cost, rounded.
-
-        Args:
-            setting: The setting's name.
-            method: The method's name.
-            budget: One of the study's.
-            cost: Of an epoch of the method, in those of the base optimizer; by default by counting passes.
-        """
+    def epochs(self, setting: str, method: str, budget: str) -> int:
+        """Epochs of a method: at equal compute the base optimizer's over the method's cost, rounded."""
         most = self.study.settings[setting].epochs
-        return most if budget == 'epochs' else max(1, round(most / (cost or self.cost[setting, method])))
+        return most if budget == 'epochs' else max(1, round(self._costs[setting, method].epochs_for(most)))
+
+    def compute(self, setting: str, method: str, epochs: int) -> float:
+        """What so many epochs of a method cost, in trainings of the base optimizer with the setting's epochs."""
+        return epochs * self._costs[setting, method].over(epochs) / self.study.settings[setting].epochs
 
     def selection_runs(self, setting: str) -> list[Run]:
         """The runs that choose rho in a setting."""
-        selection = self.study.selection
-        if selection is None:
-            return []
-        epochs = self.study.settings[setting].epochs
+        selection, own = self.study.selection or Selection([], []), self.study.settings[setting]
         return [
-            Run('select', setting, method, rho, epochs, seed)
+            Run('select', setting, method, rho, own.epochs, seed)
             for seed in selection.seeds
             for method in self.study.methods
-            if method == BASE or (self.has_rho(method) and self.study.settings[setting].selects)
-            for rho in (selection.candidates(method) if self.has_rho(method) else [None])
+            if method == BASE or (method in self.tuned and own.selects)
+            for rho in (selection.candidates(method) if method in self.tuned else [None])
         ]
 
     def report_runs(self, setting: str, chosen: dict[str, float | None]) -> list[Run]:
         """The runs that are reported in a setting, given the rho of each method; two budgets may share runs.
 
-        Those at equal time are not among them: ``results.timed_runs``.
+        Those at equal time are not among them: how many epochs they have is measured in these (``results.timed_runs``).
         """
-        runs = [
-            Run('report', setting, method, chosen[method], self.epochs(setting, method, budget), seed)
-            for seed in self.study.seeds
-            for method in self.study.methods
-            for budget in self.study.budgets
-            if budget != 'time'
-        ]
+        budgets = [budget for budget in self.study.budgets if budget != 'time']
+        order = product(self.study.seeds, self.study.methods, budgets)
+        runs = (Run('report', setting, m, chosen[m], self.epochs(setting, m, how), seed) for seed, m, how in order)
         return list(dict.fromkeys(runs))
 
     def config(self, run: Run) -> Config:
@@ -150,6 +129,7 @@ class Plan:
         anywhere = copy.copy(self)
         anywhere.folder = Path('/study')
         content = {k: v for k, v in anywhere.config(run).to_dict().items() if k not in ('work_dir', 'experiment_name')}
+        _name_schedule(content['optim_wrapper'])
         text = json.dumps(content, sort_keys=True, default=repr)
         for now, before in _FORMER_NAMES.items():
             text = text.replace(now, before)
@@ -160,7 +140,7 @@ class Plan:
         return self.folder / 'weights' / f'{run.id}.pth'
 
     def keeps_weights(self, run: Run) -> bool:
-        """Whether a run's weights are kept: other runs start from them, or the study asks for them."""
+        """Whether other runs start from a run's weights, or the study asks for them."""
         needed = run.method == BASE and any(s.load_from == run.setting for s in self.study.settings.values())
         return needed or (run.phase == 'report' and run.method in self.study.keep and run.seed == self.study.seeds[0])
 
@@ -181,7 +161,6 @@ class Plan:
         return {**cfg.optim_wrapper, **changes, **own}
 
     def _check_method(self, setting: Setting, method: str) -> None:
-        """Check a method in a setting, and note its cost and whether it has a rho."""
         cfg = copy.deepcopy(self._configs[setting.name])
         _change(cfg, f'methods.{method}.options', self.study.methods[method].get('options', {}))
         cfg.optim_wrapper = self._wrapper(cfg, method, None)
@@ -190,10 +169,21 @@ class Plan:
         except UsageError as error:
             raise UsageError(f'methods.{method} in settings.{setting.name}: {error}') from error
         kind = wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper)
-        ours, batch_size = issubclass(kind, TwoPassOptimWrapper), cfg.train_dataloader.batch_size
-        self._has_rho[method] = ours and 'rho' not in self.study.methods[method]
-        cost = kind.theoretical_cost(batch_size, **cfg.optim_wrapper).cycle if ours else 1.0
-        self.cost[setting.name, method] = cost
+        cost = Cost(1.0, 1.0)
+        if issubclass(kind, TwoPassOptimWrapper):
+            cost = kind.theoretical_cost(cfg.train_dataloader.batch_size, **cfg.optim_wrapper)
+            if self.study.selection is not None and 'rho' not in self.study.methods[method]:
+                self.tuned.add(method)
+        self._costs[setting.name, method], self.cost[setting.name, method] = cost, cost.cycle
+
+
+def _name_schedule(wrapper: dict[str, Any]) -> None:
+    """Write AUSAM's schedule as configs had it when ``'constant'`` was the only one, and had no name."""
+    if str(wrapper.get('type')).endswith('AUSAMOptimWrapper') and wrapper.get('draw') != 'uniform':
+        name = schedule_name(wrapper)
+        wrapper.pop('schedule', None)
+        if name != 'constant':
+            wrapper['schedule'] = name
 
 
 def _read(setting: Setting) -> Config:
@@ -208,8 +198,8 @@ def _read(setting: Setting) -> Config:
         if not cfg.get(key):
             raise UsageError(f'{where}.config: {setting.config} has no {key}')
     if not cfg.train_cfg.get('max_epochs'):
-        form = f'train_cfg = dict(by_epoch=True, max_epochs={setting.epochs})'
-        raise UsageError(f'{where}.config: {setting.config} does not train by epochs, as studies do: write {form}')
+        form = f'as studies do: write train_cfg = dict(by_epoch=True, max_epochs={setting.epochs})'
+        raise UsageError(f'{where}.config: {setting.config} does not train by epochs, {form}')
     preflight.check_data(cfg, 'train', 'val', 'test')
     return cfg
 
@@ -222,7 +212,6 @@ def _change(cfg: Config, where: str, options: Mapping[str, Any]) -> None:
 
 
 def _set_epochs(cfg: Config, epochs: int) -> None:
-    """Set the number of epochs, and stretch the schedules that ended with the training."""
     before = cfg.train_cfg.max_epochs
     cfg.train_cfg.max_epochs = epochs
     schedulers = cfg.get('param_scheduler') or []

@@ -1,7 +1,4 @@
-"""Shows how far a study is, and each run in flight.
-
-Each run writes to a file of its own how far it is, at most once a second; the process that waits for the runs reads it.
-"""
+"""Shows how far a study is, and each run in flight, which writes to a file of its own how far it is."""
 
 from __future__ import annotations
 
@@ -10,20 +7,16 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmengine.hooks import Hook
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from tqdm import tqdm
 
 _Result = TypeVar('_Result')
 
-# Seconds between two looks; and between two lines where they are kept, as in a file.
-_LOOK, _LINE = 1.0, 60.0
+_LOOK, _LINE = 1.0, 60.0  # seconds between two looks; and between two lines where they are kept, as in a file
 
 
 class ProgressHook(Hook):  # type: ignore[misc]
@@ -32,19 +25,14 @@ class ProgressHook(Hook):  # type: ignore[misc]
     priority = 'VERY_LOW'
 
     def __init__(self, file: Path) -> None:
-        self._file, self._begun = file, time.time()
-        self._trained = self._written = 0.0
+        self._file, self._begun, self._written = file, time.time(), 0.0
         self._write(0, 'starting')
-
-    def before_train(self, runner: Any) -> None:
-        """Start to count the time that is left."""
-        self._trained = time.time()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Write the step, and the time that is left."""
         now, step, steps = time.time(), runner.iter + 1, runner.max_iters
         if now >= self._written + _LOOK:
-            left = (now - self._trained) * (steps - step) / step
+            left = (now - self._begun) * (steps - step) / step
             text = f'epoch {runner.epoch + 1} of {runner.max_epochs}, step {step} of {steps}'
             self._write(step / steps, f'{text}, {_clock(now - self._begun)} elapsed, {_clock(left)} left')
 
@@ -53,41 +41,25 @@ class ProgressHook(Hook):  # type: ignore[misc]
         self._write(1, 'evaluating')
 
     def _write(self, share: float, text: str) -> None:
-        self._written = time.time()
-        draft = self._file.with_suffix('.tmp')
+        self._written, draft = time.time(), self._file.with_suffix('.tmp')
         draft.write_text(json.dumps([share, text]))
         draft.replace(self._file)
 
 
 def watch(title: str, futures: Mapping[Future[_Result], tuple[str, Path]], total: int) -> Iterator[Future[_Result]]:
-    """Futures as they end; meanwhile stderr shows how far they are: live on a terminal, elsewhere by a line a minute.
+    """Futures as they end; meanwhile stderr shows how far they are, on a terminal each second, elsewhere each minute.
 
-    Args:
-        title: Of all.
-        futures: With the name of each, and the file of its :class:`ProgressHook`.
-        total: Their number, with those that have been made before.
+    Each has a name and the file of its :class:`ProgressHook`; ``total`` is with those that have been made before.
     """
-    waiting, begun, next_line = set(futures), time.monotonic(), 0.0
-    console = Console(stderr=True)
-    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
-        while futures:
+    waiting, form = set(futures), '{desc}: {n:.1f} of {total}, {elapsed} elapsed, {remaining} left{postfix}'
+    how: Any = {'mininterval': _LOOK if sys.stderr.isatty() else _LINE, 'disable': not futures, 'dynamic_ncols': True}
+    with tqdm(desc=title, total=total, initial=total - len(futures), bar_format=form, **how) as bar:
+        while waiting:
+            ended, waiting = wait(waiting, _LOOK, FIRST_COMPLETED)
             files = {name: file for future, (name, file) in futures.items() if future in waiting and file.exists()}
             in_flight = {name: json.loads(file.read_text()) for name, file in files.items()}
-            left = len(waiting) - sum(share for share, _ in in_flight.values())
-            elapsed = time.monotonic() - begun
-            lines = [f'{title}: {total - len(waiting)} of {total}, {_clock(elapsed)} elapsed']
-            if 0 < left < len(futures):
-                lines[0] += f', {_clock(elapsed * left / (len(futures) - left))} left'
-            lines += [f'{name}: {text}' for name, (_, text) in in_flight.items()]
-            if live is not None:
-                live.update(Text('\n'.join(lines)), refresh=True)
-            elif not waiting or time.monotonic() >= next_line:
-                next_line = time.monotonic() + _LINE
-                sys.stderr.write('; '.join(lines) + '\n')
-                sys.stderr.flush()
-            if not waiting:
-                return
-            ended, waiting = wait(waiting, _LOOK, FIRST_COMPLETED)
+            bar.set_postfix_str('; '.join(f'{name}: {text}' for name, (_, text) in in_flight.items()), refresh=False)
+            bar.update(total - len(waiting) + sum(share for share, _ in in_flight.values()) - bar.n)
             yield from (future for future in futures if future in ended)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_sharp.analysis.study.plan import Plan
-from mm_sharp.analysis.study.results import Comparison, Interval, Rows
+from mm_sharp.analysis.study.results import Comparison, Interval, Rows, trials
 from mm_sharp.analysis.study.spec import BASE, Study
 
 _TITLES = {'epochs': 'equal epochs', 'compute': 'equal compute', 'time': 'equal measured time'}
@@ -26,29 +26,25 @@ def markdown(study: Study, found: Sequence[Comparison]) -> str:
         rows = [entry for entry in found if (entry.setting, entry.budget) == (setting, budget)]
         whole = {entry.method: entry.mean.count for entry in rows} == dict.fromkeys(study.methods, len(study.seeds))
         over = [f'over {study.control}'] if study.control else []
-        head = ['method', 'rho', 'epochs', 'compute', 'mean', 'over base', *over, *([] if whole else ['seeds'])]
-        lines = []
+        lines = [['method', 'rho', 'epochs', 'compute', 'mean', 'over base', *over, *([] if whole else ['seeds'])]]
         for entry in rows:
             cells = [entry.method, _rho(entry.rho), str(entry.epochs), f'{entry.compute:.2f}', _text(entry.mean)]
-            cells.append(_difference(entry.over_base))
-            cells += [_difference(entry.over_control)] if study.control else []
+            cells += [_difference(entry.over_base), *([_difference(entry.over_control)] if study.control else [])]
             lines.append(cells if whole else [*cells, f'{entry.mean.count} of {len(study.seeds)}'])
         seeds = f'{len(study.seeds)} seeds' if whole else 'unfinished'
-        parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{_table(head, lines)}')
+        parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{_table(lines)}')
     return '\n\n'.join(parts)
 
 
 def markdown_trials(plan: Plan, rows: Rows, settings: Sequence[str]) -> str:
     """A table of what each rho has given so far, in a pool of settings whose rho is not chosen yet."""
-    metric, lines = plan.study.metric, []
-    runs = [run for name in settings for run in plan.selection_runs(name)]
-    for method, rho in dict.fromkeys((run.method, run.rho) for run in runs):
-        same = [run for run in runs if (run.method, run.rho) == (method, rho)]
+    metric, lines = plan.study.metric, [['method', 'rho', 'mean', 'runs']]
+    for (method, rho), same in trials(plan, settings).items():
         values = [rows.value(run, metric.name) for run in same if run.id in rows.by_id]
         mean = f'{metric.scale * sum(values) / len(values):.2f}' if values else ''
         lines.append([method, _rho(rho), mean, f'{len(values)} of {len(same)}'])
     title = f'**{", ".join(settings)}, choosing rho** ({metric.name} on the validation data, unfinished)'
-    return f'{title}\n\n{_table(["method", "rho", "mean", "runs"], lines)}'
+    return f'{title}\n\n{_table(lines)}'
 
 
 def as_json(study: Study, found: Sequence[Comparison], notes: Sequence[str] = ()) -> str:
@@ -69,8 +65,11 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
     for axis, (setting, budget) in zip(axes.flat, product(settings, budgets), strict=True):
         axis.axvline(0, color='0.6', linewidth=1)
         for entry in found:
-            if (entry.setting, entry.budget) == (setting, budget) and entry.over_base is not None:
-                _draw(axis, methods.index(entry.method), entry.over_base, study.metric.better)
+            if (entry.setting, entry.budget) == (setting, budget) and (over := entry.over_base) is not None:
+                good = over.sign * (1 if study.metric.better == 'higher' else -1)
+                look = {'color': {1: 'tab:green', 0: '0.35', -1: 'tab:red'}[good], 'fmt': 'o', 'markersize': 4}
+                half = over.half if over.count > 1 else 0.0
+                axis.errorbar(over.mean, methods.index(entry.method), xerr=half, capsize=3, **look)
         axis.set_yticks(range(len(methods)), methods, fontsize=8)
         axis.set_ylim(len(methods) - 0.5, -0.5)
         axis.tick_params(axis='x', labelsize=7)
@@ -81,15 +80,8 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
     figure.savefig(file)
 
 
-def _draw(axis: Any, place: int, difference: Interval, better: str) -> None:
-    good = difference.sign * (1 if better == 'higher' else -1)
-    colour = {1: 'tab:green', 0: '0.35', -1: 'tab:red'}[good]
-    half = difference.half if difference.count > 1 else 0.0
-    axis.errorbar(difference.mean, place, xerr=half, fmt='o', markersize=4, capsize=3, color=colour)
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return '\n'.join(f'| {" | ".join(line)} |' for line in (head, ['---'] * len(head), *lines))
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return '\n'.join(f'| {" | ".join(line)} |' for line in (lines[0], ['---'] * len(lines[0]), *lines[1:]))
 
 
 def _rho(rho: float | None) -> str:
@@ -101,7 +93,5 @@ def _text(value: Interval, form: str = '.2f') -> str:
 
 
 def _difference(difference: Interval | None) -> str:
-    if difference is None:
-        return ''
-    text = _text(difference, '+.2f')
-    return f'**{text}**' if difference.sign else text
+    text = '' if difference is None else _text(difference, '+.2f')
+    return f'**{text}**' if difference is not None and difference.sign else text

@@ -8,46 +8,35 @@ it is significant at 5 %, for one comparison: of twenty, one is by chance.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
 from mm_sharp.analysis.study.plan import Plan, Run
 from mm_sharp.analysis.study.spec import BASE
+from mm_sharp.compat.atomic_writes import write_atomically
 from mm_sharp.errors import UsageError, some
 
 KEYS = ('id', 'phase', 'setting', 'method', 'rho', 'epochs', 'seed', 'config')
 
 
 class Rows:
-    """The runs that have been made.
-
-    Args:
-        file: ``results.csv``. It is read if it exists, and written with each new row.
-
-    Raises:
-        UsageError: The file is something else.
-    """
+    """The runs that have been made, in ``results.csv``: read if it exists (a UsageError if it is something else)."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
-        self.by_id: dict[str, dict[str, str]] = {}
-        self._columns = list(KEYS)
-        if not file.is_file() or not file.stat().st_size:
-            return
         # Rows were appended once: a process that was killed then has left half a line.
-        whole, _, _ = file.read_text().rpartition('\n')
-        reader = csv.DictReader(whole.splitlines())
-        self._columns = list(reader.fieldnames or [])
-        if not set(KEYS) <= set(self._columns):
+        reader = csv.DictReader(file.read_text().rpartition('\n')[0].splitlines() if file.is_file() else [])
+        if not set(KEYS) <= set(reader.fieldnames or KEYS):
             raise UsageError(f"'{file}' is not a study's table of runs: move it away")
-        self.by_id = {row['id']: row for row in reader}
+        self.file, self.by_id = file, {row['id']: row for row in reader}
 
     def config(self, run: Run) -> str | None:
         """The fingerprint of a run's config; None if the run has not been made."""
@@ -55,16 +44,14 @@ class Rows:
 
     def add(self, run: Run, config: str, metrics: Mapping[str, float]) -> None:
         """Write a run's row, with the fingerprint of its config, in place of an older one."""
-        row = {'id': run.id, **asdict(run), 'config': config, **metrics}
+        row = {'id': run.id, **run._asdict(), 'config': config, **metrics}
         self.by_id[run.id] = {name: '' if value is None else str(value) for name, value in row.items()}
-        self._columns += [name for name in row if name not in self._columns]
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.file.with_suffix('.tmp')
-        with draft.open('w', newline='') as stream:
-            writer = csv.DictWriter(stream, self._columns, restval='', lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(self.by_id.values())
-        draft.replace(self.file)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, dict.fromkeys(chain(*self.by_id.values())), restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(self.by_id.values())
+        write_atomically(text.getvalue().encode(), self.file)
 
     def value(self, run: Run, metric: str) -> float:
         """A metric of a run that has been made."""
@@ -77,11 +64,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval."""
+    """A mean of ``count`` values and its 95 % interval."""
 
     mean: float
     half: float  # of the interval's length; infinite for a single value
-    count: int  # of values
+    count: int
 
     @property
     def sign(self) -> int:
@@ -91,11 +78,10 @@ class Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """The mean of finite values, of which there is at least one, and its interval."""
-    array, count = np.asarray(values, np.float64), len(values)
-    if count == 1:
-        return Interval(float(array[0]), math.inf, 1)
-    error = array.std(ddof=1) / math.sqrt(count)
-    return Interval(float(array.mean()), float(special.stdtrit(count - 1, 0.975) * error), count)
+    count, half = len(values), math.inf
+    if count > 1:
+        half = float(special.stdtrit(count - 1, 0.975) * (np.std(values, ddof=1) / math.sqrt(count)))
+    return Interval(float(np.mean(values)), half, count)
 
 
 @dataclass(frozen=True)
@@ -103,7 +89,7 @@ class Comparison:
     """One method in one setting under one budget."""
 
     setting: str
-    budget: str  # 'epochs' or 'compute'
+    budget: str  # one of the study's
     method: str
     rho: float | None  # that was chosen; None for the base optimizer
     epochs: int
@@ -113,23 +99,21 @@ class Comparison:
     over_control: Interval | None  # the same from the control
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(NamedTuple):
     """What the rows of a study say."""
 
-    comparisons: list[Comparison] = field(default_factory=list)  # in settings whose rho is chosen
-    unfinished: list[list[str]] = field(default_factory=list)  # pools of the other settings
-    notes: list[str] = field(default_factory=list)  # on what is missing, has diverged or has another config
+    comparisons: list[Comparison]  # in settings whose rho is chosen
+    unfinished: list[list[str]]  # pools of the other settings
+    notes: list[str]  # on what is missing, has diverged or has another config
 
 
 def compare(plan: Plan, rows: Rows) -> Results:
     """All that the rows of a study say, finished or not."""
-    results = Results()
+    results = Results([], [], [])
     for names in chain(*plan.waves()):
         title, runs = ', '.join(names), [run for name in names for run in plan.selection_runs(name)]
         results.notes.extend(_outdated(plan, rows, title, runs))
-        made = sum(run.id in rows.by_id for run in runs)
-        if made < len(runs):
+        if (made := sum(run.id in rows.by_id for run in runs)) < len(runs):
             results.notes.append(f'{title}: rho is not chosen yet: {made} of {len(runs)} runs made for it')
             results.unfinished.append(names)
             continue
@@ -146,39 +130,43 @@ def choose_rho(plan: Plan, rows: Rows, settings: Sequence[str]) -> dict[str, flo
 
     All of these runs must have been made. Of equally good ones the smallest is chosen, and the last if runs diverged.
     """
-    study = plan.study
-    runs = [run for name in settings for run in plan.selection_runs(name)]
-    sign = 1 if study.metric.better == 'higher' else -1
+    metric, tried = plan.study.metric, trials(plan, settings)
+    sign = 1 if metric.better == 'higher' else -1
 
-    def quality(method: str, rho: float) -> float:
-        same = [run for run in runs if (run.method, run.rho) == (method, rho)]
-        mean = sign * math.fsum(rows.value(run, study.metric.name) for run in same) / len(same)
+    def quality(trial: tuple[str, float | None]) -> float:
+        mean = sign * math.fsum(rows.value(run, metric.name) for run in tried[trial]) / len(tried[trial])
         return mean if math.isfinite(mean) else -math.inf
 
-    chosen: dict[str, float | None] = dict.fromkeys(study.methods)
-    for method in study.methods:
-        if study.selection is not None and plan.has_rho(method):
-            tried = {rho: quality(method, rho) for rho in sorted(study.selection.candidates(method))}
-            chosen[method] = max(tried, key=tried.__getitem__)
+    chosen: dict[str, float | None] = dict.fromkeys(plan.study.methods)
+    for method in plan.tuned:
+        _, chosen[method] = max(sorted(trial for trial in tried if trial[0] == method), key=quality)
     return chosen
+
+
+def trials(plan: Plan, settings: Sequence[str]) -> dict[tuple[str, float | None], list[Run]]:
+    """The runs that choose rho in a pool of settings, by method and rho."""
+    found: dict[tuple[str, float | None], list[Run]] = {}
+    for run in (run for name in settings for run in plan.selection_runs(name)):
+        found.setdefault((run.method, run.rho), []).append(run)
+    return found
 
 
 def timed_runs(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float | None]) -> list[Run]:
     """The runs that are reported at equal time, of the methods whose time has been measured at equal epochs."""
-    study = plan.study
+    study, most = plan.study, plan.study.settings[setting].epochs
     if 'time' not in study.budgets:
         return []
-    costs = {method: measured_cost(plan, rows, setting, method, chosen[method]) for method in study.methods}
+    ratios = {method: time_ratio(plan, rows, setting, method, chosen[method]) for method in study.methods}
+    epochs = {method: _at_equal_time(most, ratio) for method, ratio in ratios.items() if ratio is not None}
     return [
-        Run('report', setting, method, chosen[method], plan.epochs(setting, method, 'time', cost), seed)
+        Run('report', setting, method, chosen[method], epochs[method], seed)
         for seed in study.seeds
-        for method, cost in costs.items()
-        if cost is not None
+        for method in epochs
     ]
 
 
-def measured_cost(plan: Plan, rows: Rows, setting: str, method: str, rho: float | None) -> float | None:
-    """Measured cost of an epoch, in those of the base optimizer: median over seeds of the ratio at equal epochs.
+def time_ratio(plan: Plan, rows: Rows, setting: str, method: str, rho: float | None) -> float | None:
+    """Measured time of a method over the base optimizer's, at equal epochs: the median over the seeds.
 
     None while a seed is missing, so that the epochs at equal time do not change afterwards.
     """
@@ -192,55 +180,51 @@ def measured_cost(plan: Plan, rows: Rows, setting: str, method: str, rho: float 
     return statistics.median(ratios)
 
 
+def _at_equal_time(most: int, ratio: float) -> int:
+    return max(1, round(most / ratio))
+
+
 def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float | None]) -> list[Comparison]:
-    """All methods that have a finite result in a setting, under each budget."""
-    study, found = plan.study, []
+    study, most, found = plan.study, plan.study.settings[setting].epochs, []
     for budget in study.budgets:
-        costs = {method: _cost(plan, rows, setting, method, chosen[method], budget) for method in study.methods}
-        known = {method: cost for method, cost in costs.items() if cost is not None}
-        epochs = {method: plan.epochs(setting, method, budget, cost) for method, cost in known.items()}
-        values: dict[str, dict[int, float]] = {BASE: {}}
-        for method in known:
+        epochs = {method: plan.epochs(setting, method, budget) for method in study.methods}
+        compute = {method: plan.compute(setting, method, own) for method, own in epochs.items()}
+        if budget == 'time':
+            ratios = {method: time_ratio(plan, rows, setting, method, chosen[method]) for method in study.methods}
+            known = {method: ratio for method, ratio in ratios.items() if ratio is not None}
+            epochs = {method: _at_equal_time(most, ratio) for method, ratio in known.items()}
+            compute = {method: epochs[method] * ratio / most for method, ratio in known.items()}
+        values: dict[str, dict[int, float]] = {}
+        for method in epochs:
             runs = [Run('report', setting, method, chosen[method], epochs[method], seed) for seed in study.seeds]
             of_seed = {run.seed: rows.value(run, study.metric.name) for run in runs if run.id in rows.by_id}
             values[method] = {seed: study.metric.scale * v for seed, v in of_seed.items() if math.isfinite(v)}
-        for method, own in values.items():
-            if own:
-                compute = epochs[method] * known[method] / study.settings[setting].epochs
-                base = None if method == BASE else _difference(own, values[BASE])
-                controlled = study.control and method not in (BASE, study.control)
-                control = _difference(own, values.get(study.control, {})) if controlled else None
-                setup = setting, budget, method, chosen[method], epochs[method], compute
-                found.append(Comparison(*setup, interval(list(own.values())), base, control))
+        for method, own in ((method, own) for method, own in values.items() if own):
+            base = None if method == BASE else _difference(own, values.get(BASE, {}))
+            controlled = study.control and method not in (BASE, study.control)
+            control = _difference(own, values.get(study.control, {})) if controlled else None
+            setup = setting, budget, method, chosen[method], epochs[method], compute[method]
+            found.append(Comparison(*setup, interval(list(own.values())), base, control))
     return found
 
 
-def _cost(plan: Plan, rows: Rows, setting: str, method: str, rho: float | None, budget: str) -> float | None:
-    counted = plan.cost[setting, method]
-    return measured_cost(plan, rows, setting, method, rho) if budget == 'time' else counted
-
-
 def _difference(own: dict[int, float], other: dict[int, float]) -> Interval | None:
-    """The paired difference over the seeds that both have."""
     pairs = [own[seed] - other[seed] for seed in own if seed in other]
     return interval(pairs) if pairs else None
 
 
 def _notes(plan: Plan, rows: Rows, setting: str, runs: Sequence[Run]) -> list[str]:
-    """What is to be said of the runs that are reported in a setting."""
     notes = _outdated(plan, rows, setting, runs)
     made = [run for run in runs if run.id in rows.by_id]
     if len(made) < len(runs):
-        missing = some(run.name for run in runs if run not in made)
+        missing = some(Path(run.id).name for run in runs if run not in made)
         notes.append(f'{setting}: {len(made)} of {len(runs)} runs made; missing: {missing}')
-    diverged = [run.name for run in made if not math.isfinite(rows.value(run, plan.study.metric.name))]
-    if diverged:
+    if diverged := [Path(run.id).name for run in made if not math.isfinite(rows.value(run, plan.study.metric.name))]:
         notes.append(f'{setting}: diverged and left out: {some(diverged)}; try a smaller rho')
     return notes
 
 
 def _outdated(plan: Plan, rows: Rows, title: str, runs: Sequence[Run]) -> list[str]:
-    old = [run for run in runs if rows.config(run) not in (None, plan.fingerprint(run))]
-    if not old:
-        return []
-    return [f"{title}: {len(old)} runs were made with other configs than the study's now, {old[0].id} among them"]
+    old = [run.id for run in runs if rows.config(run) not in (None, plan.fingerprint(run))]
+    note = f"{title}: {len(old)} runs were made with other configs than the study's now, {{}} among them"
+    return [note.format(first) for first in old[:1]]

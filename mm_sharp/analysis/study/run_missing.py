@@ -24,8 +24,7 @@ from mm_sharp.errors import UsageError
 def locked(folder: Path) -> Iterator[None]:
     """Within, no other process makes runs in ``folder``: two would write over each other's rows.
 
-    The operating system releases the lock when the process ends; the file ``.lock`` says who has it. Where there are no
-    locks (Windows, some network drives), a line says so.
+    The file ``.lock`` says which. Where there are no locks (Windows, some network drives), a line says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / '.lock').open('a+') as stream:
@@ -52,8 +51,7 @@ def run_missing(
 ) -> None:
     """Make all runs that are missing, in some processes: those that choose rho first, then those that are reported.
 
-    Raises:
-        UsageError: A run failed, or was made with another config before, or the evaluators do not give the metric.
+    A UsageError: one failed, or was made with another config before, or the evaluators do not give the metric.
     """
     for setting in plan.study.settings.values():
         if setting.corrupt and not plan.corrupted(setting).is_file():
@@ -62,15 +60,14 @@ def run_missing(
         for wave in plan.waves():
             runs = [run for names in wave for name in names for run in plan.selection_runs(name)]
             _make('choosing rho', runs, plan, rows, pool, redo)
-            chosen = {name: choose_rho(plan, rows, names) for names in wave for name in names}
-            runs = [run for name in chosen for run in plan.report_runs(name, chosen[name])]
+            pools = [(names, choose_rho(plan, rows, names)) for names in wave]
+            runs = [run for names, chosen in pools for name in names for run in plan.report_runs(name, chosen)]
             _make('runs to report', runs, plan, rows, pool, redo)
-            runs = [run for name in chosen for run in timed_runs(plan, rows, name, chosen[name])]
+            runs = [run for names, chosen in pools for name in names for run in timed_runs(plan, rows, name, chosen)]
             _make('runs at equal time', runs, plan, rows, pool, redo)
 
 
 def _make(title: str, runs: Sequence[Run], plan: Plan, rows: Rows, pool: Executor, redo: bool) -> None:
-    """Make those of some runs that are missing."""
     missing = _missing(runs, plan, rows, redo)
     errors: list[tuple[Run, BaseException]] = []
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -94,14 +91,11 @@ def _make(title: str, runs: Sequence[Run], plan: Plan, rows: Rows, pool: Executo
 
 
 def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Run, str]:
-    """Those of some runs that are to be made, with the fingerprints of their configs."""
     configs = {run: plan.fingerprint(run) for run in runs}
     old = [run.id for run, config in configs.items() if rows.config(run) not in (None, config)]
     if old and not redo:
-        raise UsageError(
-            f'{len(old)} runs in {rows.file} were made with other configs, {old[0]} among them: make them again with '
-            '--redo, or give another --out-dir'
-        )
+        hint = f'{old[0]} among them: make them again with --redo, or give another --out-dir'
+        raise UsageError(f'{len(old)} runs in {rows.file} were made with other configs, {hint}')
     lost = {run for run in runs if plan.keeps_weights(run) and not plan.weights(run).is_file()}
     return {run: config for run, config in configs.items() if run in lost or rows.config(run) != config}
 
@@ -112,10 +106,8 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _pool(jobs: int = 1, threads: int = 1, niceness: int = 0) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes, which do not outlive the context."""
-    # A fork would copy the locks of torch's threads without the threads.
-    context = multiprocessing.get_context('spawn')
-    pool = ProcessPoolExecutor(jobs, context, initializer=prepare_process, initargs=(threads, niceness))
+    context = multiprocessing.get_context('spawn')  # a fork would copy the locks of torch's threads without the threads
+    pool = ProcessPoolExecutor(jobs, context, prepare_process, (threads, niceness))
     try:
         yield pool
     except BaseException:

@@ -74,11 +74,7 @@ class Study:
 
 
 def read_study(file: Path) -> Study:
-    """Read and check a study.
-
-    Raises:
-        UsageError: The file is missing or no YAML, or an entry is wrong; the message names it and shows a right one.
-    """
+    """Read and check a study; a UsageError names what is no YAML, or the entry that is wrong, and a right one."""
     if not file.is_file():
         raise UsageError(f"no study file '{file}' in {Path.cwd()}")
     try:
@@ -116,7 +112,6 @@ def only(study: Study, names: Collection[str]) -> Study:
 
 
 def _entries(kind: Any, where: str, content: Any) -> dict[str, Any]:
-    """A mapping that has the fields of a dataclass and no others."""
     known = {entry.name: entry for entry in fields(kind)}
     if not isinstance(content, dict):
         raise UsageError(f'{where} is {content!r}: it must be a mapping with {", ".join(known)}')
@@ -132,9 +127,8 @@ def _entries(kind: Any, where: str, content: Any) -> dict[str, Any]:
 def _check(study: Study) -> None:
     metric, budgets = study.metric, study.budgets
     _require(metric.better in ('higher', 'lower'), 'metric.better', metric.better, "'higher' or 'lower'")
-    _require(
-        is_number(metric.scale) and 0 < metric.scale < inf, 'metric.scale', metric.scale, 'a number above 0, as 100'
-    )
+    good = is_number(metric.scale) and 0 < metric.scale < inf
+    _require(good, 'metric.scale', metric.scale, 'a number above 0, as 100')
     _require(study.methods.get(BASE) == {}, 'methods.base', study.methods.get(BASE), "{}: the config's own optimizer")
     _check_seeds('seeds', study.seeds)
     _require(bool(budgets) and set(budgets) <= set(BUDGETS), 'budgets', budgets, 'some of [epochs, compute, time]')
@@ -166,7 +160,6 @@ def _check_setting(study: Study, where: str, setting: Setting) -> None:
     good = type(setting.epochs) is int and setting.epochs >= 1
     _require(good, f'{where}.epochs', setting.epochs, 'an integer of at least 1')
     _require(isinstance(setting.options, dict), f'{where}.options', setting.options, 'a mapping of dotted keys')
-    _require(isinstance(setting.selects, bool), f'{where}.selects', setting.selects, 'true or false')
     pool = setting.pool or setting.name
     good = any(other.selects for other in study.settings.values() if (other.pool or other.name) == pool)
     _require(good, f'{where}.selects', setting.selects, 'true for at least one setting of a pool')

@@ -1,7 +1,4 @@
-"""One run of a study, in a process that makes many of them one after the other.
-
-Starting Python and importing MMPose takes longer than training a small model.
-"""
+"""One run of a study, in a process that makes many: importing MMPose takes longer than training a small model."""
 
 from __future__ import annotations
 
@@ -35,8 +32,7 @@ def prepare_process(threads: int, niceness: int) -> None:
     torch.set_num_threads(threads)
     os.nice(niceness)
     end_with_parent()
-    # What training scripts print once would be printed hundreds of times.
-    warnings.filterwarnings('ignore')
+    warnings.filterwarnings('ignore')  # what training scripts print once would be printed hundreds of times
     sys.stdout = io.StringIO()
     enable_for_all_runs()
 
@@ -59,7 +55,6 @@ def make_run(plan: Plan, run: Run, progress: Path) -> dict[str, float]:
     metrics = runner.test()
     if plan.keeps_weights(run):
         file = plan.weights(run)
-        file.parent.mkdir(parents=True, exist_ok=True)
         runner.save_checkpoint(str(file.parent), file.name, save_optimizer=False, save_param_scheduler=False)
     loss = runner.message_hub.get_scalar('train/loss').mean(50)
     times = {'train_seconds': seconds, 'cost_seconds': cost}
@@ -87,9 +82,10 @@ def _forget_runs() -> None:
     kinds: list[type[ManagerMixin]] = [ManagerMixin]
     for kind in kinds:
         kinds += kind.__subclasses__()
-        for kept in kind._instance_dict.values():
-            for handler in kept.handlers if isinstance(kept, MMLogger) else ():
-                handler.close()
+        for handler in [
+            h for kept in kind._instance_dict.values() if isinstance(kept, MMLogger) for h in kept.handlers
+        ]:
+            handler.close()
         kind._instance_dict.clear()
     gc.collect()
     gc.freeze()  # the next collection passes over what is imported by now: that would take longer than small runs

@@ -1,0 +1,190 @@
+"""What makes the steps that are measured: a method, a SAM without this package, or a method's passes alone.
+
+The SAMs that others write leave out work: the second pass moves BatchNorm's statistics a second time, dropout draws
+other masks in it, and neither asks whether values are finite. The passes alone are the same inputs with the same
+gradients left out, and the base optimizer's step: where a machine's passes take other times than theory says, no code
+can bring a step below them, and what a method's step takes more is the method's own work.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mm_sharp.analysis.benchmark.compare import Quartiles, quartiles
+from mm_sharp.errors import UsageError
+from mm_sharp.step.timing import StepTimer
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
+
+BASELINES = BY_HAND, LIBRARY = 'sam by hand', 'pytorch_optimizer.SAM'
+SUFFIX = ', passes alone'  # after a method's name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with a model and an optimizer wrapper of its own."""
+
+    name: str
+    model: Any
+    optim_wrapper: Any
+
+    def step(self, batch: Any) -> dict[str, Any]:
+        """One whole training step; returns what there is to log."""
+        return dict(self.model.train_step(batch, self.optim_wrapper))
+
+    def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
+        """One whole training step, with marks at the ends of its phases."""
+        wrapper = self.optim_wrapper
+        if isinstance(wrapper, TwoPassOptimWrapper):
+            wrapper.record_timing = True
+            self.step(batch)
+            wrapper.record_timing = False
+            assert wrapper.last_step is not None and wrapper.last_step.timer is not None  # noqa: PT018
+            return wrapper.last_step.timer
+        timer = StepTimer(device)
+        timer.mark('start')
+        with wrapper.optim_context(self.model):
+            loss, _ = loss_of(self.model, batch)
+        wrapper.backward(wrapper.scale_loss(loss))
+        timer.mark('pass1')
+        wrapper.step()
+        wrapper.zero_grad()
+        timer.mark('step')
+        return timer
+
+
+def loss_of(model: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The loss of a batch and what there is to log, as MMEngine's ``train_step`` computes them."""
+    loss, log = model.parse_losses(model._run_forward(model.data_preprocessor(batch, True), mode='loss'))
+    return loss, dict(log)
+
+
+class HandWrittenSAM:
+    """SAM as many write it: a loop over the parameters, and a clone of each, made anew in every step."""
+
+    def __init__(self, optimizer: Optimizer, rho: float) -> None:
+        self.optimizer, self.rho = optimizer, rho
+        self._weights: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """Perturb by the gradients."""
+        parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
+        for parameter in parameters:
+            self._weights.append((parameter, parameter.clone()))
+            parameter.add_(parameter.grad * (self.rho / (norm + 1e-12)))
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """Go back, and step by the gradients."""
+        for parameter, weight in self._weights:
+            parameter.copy_(weight)
+        self._weights = []
+        self.optimizer.step()
+
+
+@dataclass(frozen=True)
+class Baseline(Candidate):
+    """A step with an optimizer, in place of the wrapper, that is stepped twice, after a backward pass each."""
+
+    def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
+        """The restoration and the base optimizer's step are one phase."""
+        timer = StepTimer(device)
+        timer.mark('start')
+        self.step(batch, timer.mark)
+        return timer
+
+    def step(self, batch: Any, mark: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+        """With marks after its phases."""
+        loss, log = loss_of(self.model, batch)
+        loss.backward()
+        mark('pass1')
+        self.optim_wrapper.first_step()
+        self.model.zero_grad()
+        mark('perturb')
+        loss_of(self.model, batch)[0].backward()
+        mark('pass2')
+        self.optim_wrapper.second_step()
+        self.model.zero_grad()
+        mark('step')
+        return log
+
+
+def check_baselines(settings: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Which baselines can be measured, and what is missing; a UsageError if they do not know what SAM's config asks."""
+    for key, known in (('dtype', (None, 'bfloat16')), ('clip_grad', (None,)), ('adaptive', (None, False))):
+        if settings.get(key) not in known:
+            hint = f'leave --peers out, or set --cfg-options optim_wrapper.{key}={known[-1]}'
+            raise UsageError(f'--peers: they know no optim_wrapper.{key}={settings[key]!r}: {hint}')
+    if find_spec('pytorch_optimizer') is not None:
+        return [*BASELINES], ''
+    return [BY_HAND], f'{LIBRARY} is left out: pytorch_optimizer is not installed (pip install pytorch_optimizer)'
+
+
+def make_baseline(name: str, model: Any, optimizer: Optimizer, rho: float) -> Baseline:
+    """A baseline of :data:`BASELINES`, ready to step, from the base optimizer of its model's parameters."""
+    if name == BY_HAND:
+        return Baseline(name, model, HandWrittenSAM(optimizer, rho))
+    # It builds a base optimizer of its own, out of the groups with all their values.
+    sam = importlib.import_module('pytorch_optimizer').SAM
+    return Baseline(name, model, sam(optimizer.param_groups, type(optimizer), rho=rho))
+
+
+class Pass(NamedTuple):
+    """A forward pass: its inputs, whether it is differentiated, and which of the parameters are trained in it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    differentiated: bool
+    trained: list[bool]
+
+
+def record_passes(model: nn.Module) -> list[Pass]:
+    """A list to which every forward pass of a model will be added."""
+    passes: list[Pass] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        trained = [parameter.requires_grad for parameter in model.parameters()]
+        passes.append(Pass(args, kwargs, torch.is_grad_enabled(), trained))
+
+    model.register_forward_hook(note, with_kwargs=True)
+    return passes
+
+
+@dataclass(frozen=True)
+class PassesOnly(Candidate):
+    """A step of nothing but the passes that a method's step has just made, and the base optimizer's own step."""
+
+    passes: list[Pass]  # of the method's model
+
+    def step(self, batch: Any) -> dict[str, Any]:
+        """On the batches of the method's passes."""
+        log: dict[str, Any] = {}
+        for args, kwargs, differentiated, trained in self.passes:
+            for parameter, is_trained in zip(self.model.parameters(), trained, strict=True):
+                parameter.requires_grad_(is_trained)
+            self.optim_wrapper.zero_grad()  # an earlier pass's gradients are of no use to this one
+            with torch.set_grad_enabled(differentiated):
+                loss, log = self.model.parse_losses(self.model(*args, **kwargs))
+            if loss.requires_grad:
+                loss.backward()
+        self.passes.clear()
+        self.optim_wrapper.optimizer.step()
+        self.optim_wrapper.zero_grad()
+        return dict(log)
+
+
+def own_work(times: Mapping[str, Sequence[float]]) -> dict[str, Quartiles]:
+    """What each method's step takes more than its passes alone in the same round, in base steps, by method."""
+    seconds = {name: np.asarray(steps) for name, steps in times.items()}
+    methods = [name for name in seconds if name + SUFFIX in seconds]
+    return {name: quartiles((seconds[name] - seconds[name + SUFFIX]) / seconds['base']) for name in methods}

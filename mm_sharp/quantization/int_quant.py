@@ -1,0 +1,79 @@
+"""Brevitas's fake quantization without zero point, ``clamp(round(x / scale)) * scale``, in fewer operations.
+
+Brevitas runs nine operations on whole tensors, each with memory of its own, and as many in the backward pass. Here the
+same arithmetic in the same order is one autograd function, so that outputs and gradients are Brevitas's bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from brevitas.core.function_wrapper import TensorClampSte
+from brevitas.core.quant import IntQuant
+from torch import Tensor
+
+from mm_sharp.ops.quantized_perturbation import KeptIntegers
+
+
+class FusedIntQuant(IntQuant):  # type: ignore[misc]
+    """Takes the place of Brevitas's ``IntQuant`` where the zero point is 0.
+
+    Attributes:
+        kept: The integers of the first forward of a step, where another forward rounds the same to the same.
+    """
+
+    kept: KeptIntegers | None = None
+
+    def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
+        """Fake-quantize ``x``, whose shape the scale is broadcast to."""
+        x = self.input_view_impl(x)
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if x.dtype != scale.dtype or traced:
+            result: Tensor = super().forward(scale, zero_point, bit_width, x)
+            return result
+        kept = self.kept or KeptIntegers()
+        values = None if kept.recording else kept.values
+        if values is None:
+            with torch.no_grad():
+                rounded = torch.div(x, scale).round_()
+                integers = torch.clamp(rounded, self.min_int(bit_width), self.max_int(bit_width))
+                values = integers, integers != rounded
+        if kept.recording:
+            kept.values = values
+        through_clamp = isinstance(self.tensor_clamp_impl, TensorClampSte)
+        again = partial(super().forward, zero_point=zero_point, bit_width=bit_width)
+        return _FakeQuantize.apply(x, scale, *values, through_clamp, again)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Gradients go straight through the rounding; through the clamp if told to, or else where it changed nothing.
+
+    Second derivatives (of sharpness, by the Hessian) are those of Brevitas's own operations, ``again``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, integers: Tensor, clamped: Tensor, through_clamp: bool, again: Any
+    ) -> Tensor:
+        ctx.again = again
+        ctx.save_for_backward(x, scale, integers, None if through_clamp else clamped)
+        return integers * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, integers, clamped = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = [tensor for tensor, needed in zip((x, scale), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(ctx.again(x=x, scale=scale), inputs, gradient, create_graph=True))
+            both = [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
+            return *both, None, None, None, None
+        of_input, of_scale = gradient * scale, None
+        if clamped is not None:
+            of_input.masked_fill_(clamped, 0)
+        if ctx.needs_input_grad[1]:
+            through_integers = (gradient * integers).sum_to_size(scale.shape)
+            through_ratio = torch.div(x, scale).div_(scale).mul_(of_input).neg_().sum_to_size(scale.shape)
+            of_scale = through_integers + through_ratio
+        return of_input.div_(scale) if ctx.needs_input_grad[0] else None, of_scale, None, None, None, None

@@ -1,0 +1,162 @@
+"""How AUSAM's draws change over a training, and where in the training a step is.
+
+The code of AUSAM's first author (github.com/ajiaaa/AUSAM, commit 13ee7bf) measures every sample in a first epoch of
+whole batches. Then it raises ``s_max`` from ``s_min``, with which a draw is uniform, over the first 30 of 200 epochs::
+
+    s_max(epoch) = s_min + (s_max - s_min) * min(1, epoch / (ramp * epochs))        epochs counted from 0, ramp = 0.15
+
+The ramp goes by epochs, as theirs does. In iteration-based training an epoch is one pass over the data set's batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mm_sharp.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingPlace:
+    """Where in a training a step is.
+
+    Args:
+        share: The share of the training that was done when the step's epoch began, in [0, 1].
+        in_first_epoch: Whether the step is in the first epoch.
+    """
+
+    share: float
+    in_first_epoch: bool
+
+
+# A step of a training whose length is not known: the scores' range is what it is after the ramp.
+AFTER_RAMP = TrainingPlace(1.0, False)
+
+
+@dataclass(frozen=True)
+class TrainingLength:
+    """How long a training is.
+
+    Args:
+        epochs: Epochs, > 0, not necessarily whole; iterations where ``epoch_length`` is None.
+        epoch_length: Iterations of an epoch, >= 1; None where the data set has no end.
+    """
+
+    epochs: float
+    epoch_length: int | None
+
+    def place(self, epoch: int, position: int = 0) -> TrainingPlace:
+        """The place of an iteration, given its epoch and its number within it, both from 0.
+
+        The iterations of an endless epoch may be counted on: ``place(0, n)`` is in epoch ``n // epoch_length``. Without
+        an ``epoch_length`` the iteration alone counts, and there is no first epoch.
+        """
+        if self.epoch_length is None:
+            return TrainingPlace(min(1.0, position / self.epochs), False)
+        epoch += position // self.epoch_length
+        return TrainingPlace(min(1.0, epoch / self.epochs), epoch == 0)
+
+
+class Unset(float):
+    """A default of an argument that can be told from the same number written in a config."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What AUSAM draws over a training.
+
+    Args:
+        sampling_ratio: Share of each mini-batch that is drawn, in (0, 1].
+        s_min: Normalised score of the smallest.
+        s_max: Normalised score of the largest, at the end of the ramp.
+        ramp: Share of the training over which ``s_max`` rises from ``s_min``, in [0, 1]; 0: it does not change.
+        whole_first_epoch: Whether the batches of the first epoch are used whole.
+    """
+
+    sampling_ratio: float
+    s_min: float
+    s_max: float
+    ramp: float
+    whole_first_epoch: bool
+
+    def s_max_at(self, place: TrainingPlace) -> float:
+        """Normalised score of the largest in a step."""
+        if place.share >= self.ramp:
+            return self.s_max
+        return self.s_min + (self.s_max - self.s_min) * (place.share / self.ramp)
+
+    def ratio_at(self, place: TrainingPlace) -> float:
+        """Share of the mini-batch that is drawn in a step."""
+        return 1.0 if self.whole_first_epoch and place.in_first_epoch else self.sampling_ratio
+
+
+# By name: the authors', and what this package did before it had theirs.
+SCHEDULES = {
+    'authors': Schedule(0.5, 0.1, 0.5, ramp=0.15, whole_first_epoch=True),
+    'constant': Schedule(0.6, 0.3, 1.0, ramp=0.0, whole_first_epoch=False),
+}
+UNIFORM = replace(SCHEDULES['authors'], s_min=1.0, s_max=1.0, ramp=0.0, whole_first_epoch=False)
+_RANGE = ('s_min', 's_max')
+_NEWER = ('schedule', 'ramp', 'whole_first_epoch')
+
+
+def schedule_of(settings: Mapping[str, Any]) -> Schedule:
+    """The schedule that a wrapper's arguments ask for.
+
+    Args:
+        settings: Arguments by name. Those that are missing, None or :class:`Unset` were not given: they are the named
+            schedule's. ``draw='uniform'`` has no scores, and so neither a range nor a reason for whole batches.
+
+    Without a name, the schedule is ``'authors'``, but for configs of before there was one: those that give ``s_min`` or
+    ``s_max`` and nothing that is newer keep ``'constant'``. (The authors' own range, written out, is the authors'.)
+    """
+    given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
+    base = UNIFORM if settings.get('draw') == 'uniform' else SCHEDULES[schedule_name(settings)]
+    return replace(base, **{name: given[name] for name in vars(base) if name in given})
+
+
+def schedule_name(settings: Mapping[str, Any]) -> str:
+    """The name of the schedule that a wrapper's arguments ask for; see :func:`schedule_of`."""
+    given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
+    if 'schedule' in given:
+        return str(given['schedule'])
+    authors = vars(SCHEDULES['authors'])
+    writes_range = any(name in given for name in _RANGE)
+    is_theirs = all(given.get(name) == authors[name] for name in _RANGE)
+    return 'constant' if writes_range and not is_theirs and not any(name in given for name in _NEWER) else 'authors'
+
+
+def check_combination(owner: str, settings: Mapping[str, Any]) -> None:
+    """Refuse arguments that contradict each other, each of which is in its range.
+
+    Raises:
+        ValueError: The message shows the corrected call.
+    """
+    given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
+    if given.get('draw') == 'uniform':
+        plain = {'prefer': 'large', 'clip_quantile': 1.0}
+        names = (*_RANGE, 'schedule', 'ramp', 'prefer', 'clip_quantile', 'history_momentum')
+        wrong = {name: given[name] for name in names if name in given and given[name] != plain.get(name)}
+        if wrong:
+            _refuse(owner, wrong, "draw='uniform' keeps no scores", "draw='uniform'")
+    if given.get('draw') == 'sequential' and given.get('reweight'):
+        _refuse(
+            owner,
+            {'reweight': True},
+            "it needs exact inclusion probabilities, which draw='sequential' has no formula for",
+            "reweight=True, draw='systematic'",
+        )
+    if given.get('schedule') == 'constant':
+        wrong = {name: given[name] for name in ('ramp', 'whole_first_epoch') if given.get(name)}
+        if wrong:
+            written = ', '.join(f'{name}={value!r}' for name, value in wrong.items())
+            _refuse(owner, wrong, "schedule='constant' is without it", f"schedule='authors', {written}")
+
+
+def _refuse(owner: str, wrong: Mapping[str, Any], why: str, right: str) -> None:
+    written = ', '.join(f'{name}={value!r}' for name, value in wrong.items())
+    raise UserError(
+        f"{owner}: {written} is not allowed: {why}. Write for example: optim_wrapper = dict(type='{owner}', {right}, "
+        '...)'
+    )
