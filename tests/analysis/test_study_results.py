@@ -21,7 +21,7 @@ from mm_sharp.analysis.study import (
     plot,
     read_study,
 )
-from mm_sharp.analysis.study.results import interval
+from mm_sharp.analysis.study.results import interval, time_ratio, timed_runs
 from mm_sharp.errors import UsageError
 from tests.conftest import ROOT
 from tests.studies import SETTING, filled, plan_of
@@ -201,3 +201,52 @@ def test_rows_of_other_configs_are_told_of(tmp_path: Path) -> None:
         f"clean: {count} runs were made with other configs than the study's now, {first} among them"
         for count, first in ((10, 'select/clean/base_6e_seed100'), (12, 'report/clean/base_6e_seed0'))
     ]
+
+
+# ---------------------------------------------------------------- equal measured time
+def timed(folder: Path, seconds: dict[str, list[float]]) -> tuple[Plan, Rows]:
+    """A study whose runs at equal epochs have cost so many seconds, by method and seed."""
+    plan = plan_of(folder, budgets=['epochs', 'time'], selection=None, control='')
+    rows = Rows(folder / 'rows.csv')
+    for run in plan.report_runs('clean', dict.fromkeys(plan.study.methods)):
+        if run.seed < len(seconds[run.method]):
+            cost = {'digits/accuracy': 90.0 + run.seed, 'cost_seconds': seconds[run.method][run.seed]}
+            rows.add(run, plan.fingerprint(run), cost)
+    return plan, rows
+
+
+def test_at_equal_time_epochs_are_divided_by_the_median_of_the_time_ratios(tmp_path: Path) -> None:
+    # SAM's costs are 3, 2.4 and 2; by counting passes it is 2. Of the second seed everything was slow.
+    seconds = {'base': [10.0, 20.0, 10.0], 'sam': [30.0, 48.0, 20.0], 'half': [15.0, 30.0, 15.0]}
+    plan, rows = timed(tmp_path, seconds)
+    chosen: dict[str, float | None] = dict.fromkeys(plan.study.methods)
+    assert time_ratio(plan, rows, 'clean', 'sam', None) == pytest.approx(2.4)
+    runs = timed_runs(plan, rows, 'clean', chosen)
+    assert {run.method: run.epochs for run in runs} == {'base': 6, 'sam': round(6 / 2.4), 'half': 4}
+    assert len(runs) == 3 * 3
+    for run in [run for run in runs if run.id not in rows.by_id]:
+        rows.add(run, plan.fingerprint(run), {'digits/accuracy': 80.0 + run.seed, 'cost_seconds': 1.0})
+    found = {(entry.budget, entry.method): entry for entry in compare(plan, rows).comparisons}
+    # The base optimizer's runs at equal time are those at equal epochs.
+    assert found['epochs', 'base'].mean == found['time', 'base'].mean
+    assert (found['time', 'sam'].epochs, found['time', 'sam'].compute) == (2, pytest.approx(2 * 2.4 / 6))
+    assert found['time', 'half'].compute == pytest.approx(1.0)
+    assert found['epochs', 'sam'].compute == 2.0
+    assert 'equal measured time' in markdown(plan.study, list(found.values()))
+
+
+def test_a_time_that_is_not_measured_yet_gives_no_runs_and_no_comparison(tmp_path: Path) -> None:
+    plan, rows = timed(tmp_path, {'base': [10.0, 10.0, 10.0], 'sam': [20.0, 20.0], 'half': [10.0] * 3})
+    runs = timed_runs(plan, rows, 'clean', dict.fromkeys(plan.study.methods))
+    assert {run.method for run in runs} == {'base', 'half'}
+    found = compare(plan, rows)
+    assert ('time', 'sam') not in {(entry.budget, entry.method) for entry in found.comparisons}
+    assert any('missing: sam_6e_seed2' in note for note in found.notes)
+
+
+def test_rows_without_costs_are_named(tmp_path: Path) -> None:
+    plan, rows = timed(tmp_path, {'base': [10.0] * 3, 'sam': [20.0] * 3, 'half': [10.0] * 3})
+    run = Run('report', 'clean', 'sam', None, 6, 1)
+    rows.add(run, plan.fingerprint(run), {'digits/accuracy': 90.0})
+    with pytest.raises(UsageError, match='cost_seconds'):
+        compare(plan, rows)

@@ -20,6 +20,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mm_sharp.analysis.study import Plan, Rows, Run, locked, run_missing
+from mm_sharp.analysis.study.results import timed_runs
 from mm_sharp.analysis.study.worker import make_run, numbers
 from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError
@@ -115,6 +116,19 @@ def test_a_run_is_what_the_runner_makes_of_the_same_config(tmp_path: Path) -> No
     kept = torch.load(plan.weights(run), weights_only=True)['state_dict']
     for name, value in runner.model.state_dict().items():
         assert torch.equal(kept[name], value), name
+
+
+def test_the_runs_at_equal_time_follow_those_at_equal_epochs(tmp_path: Path, here: Here) -> None:
+    here.trains = True
+    plan = plan_of(tmp_path, tiny(selection=None, budgets=['epochs', 'time'], keep=[]))
+    rows = Rows(tmp_path / 'out' / 'results.csv')
+    run_missing(plan, rows)
+    assert here.made[:4] == [run.id for run in plan.report_runs('clean', {'base': None, 'sam': None})]
+    assert all(float(row['cost_seconds']) > 0 for row in rows.by_id.values())
+    # Whatever was measured here, its runs have been made, once.
+    timed = timed_runs(plan, rows, 'clean', {'base': None, 'sam': None})
+    assert {run.id for run in timed} <= set(rows.by_id)
+    assert len(here.made) == len(set(here.made))
 
 
 @pytest.mark.parametrize('named', [False, True], ids=['', 'a visualizer with a name'])

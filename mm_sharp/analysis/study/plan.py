@@ -95,8 +95,12 @@ class Plan:
         ]
 
     def report_runs(self, setting: str, chosen: dict[str, float | None]) -> list[Run]:
-        """The runs that are reported in a setting, given the rho of each method; two budgets may share runs."""
-        order = product(self.study.seeds, self.study.methods, self.study.budgets)
+        """The runs that are reported in a setting, given the rho of each method; two budgets may share runs.
+
+        Those at equal time are not among them: how many epochs they have is measured in these (``results.timed_runs``).
+        """
+        budgets = [budget for budget in self.study.budgets if budget != 'time']
+        order = product(self.study.seeds, self.study.methods, budgets)
         runs = (Run('report', setting, m, chosen[m], self.epochs(setting, m, how), seed) for seed, m, how in order)
         return list(dict.fromkeys(runs))
 

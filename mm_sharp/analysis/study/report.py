@@ -13,7 +13,7 @@ from mm_sharp.analysis.study.plan import Plan
 from mm_sharp.analysis.study.results import Comparison, Interval, Rows, trials
 from mm_sharp.analysis.study.spec import BASE, Study
 
-_TITLES = {'epochs': 'equal epochs', 'compute': 'equal compute'}
+_TITLES = {'epochs': 'equal epochs', 'compute': 'equal compute', 'time': 'equal measured time'}
 
 
 def markdown(study: Study, found: Sequence[Comparison]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -88,11 +89,11 @@ class Comparison:
     """One method in one setting under one budget."""
 
     setting: str
-    budget: str  # 'epochs' or 'compute'
+    budget: str  # one of the study's
     method: str
     rho: float | None  # that was chosen; None for the base optimizer
     epochs: int
-    compute: float  # theoretical cost of a run, over the base optimizer's at equal epochs
+    compute: float  # cost of a run over the base optimizer's at equal epochs: by counting passes, or as measured
     mean: Interval  # of the metric, scaled
     over_base: Interval | None  # paired difference; None for the base optimizer, and without a seed in common
     over_control: Interval | None  # the same from the control
@@ -118,7 +119,8 @@ def compare(plan: Plan, rows: Rows) -> Results:
             continue
         chosen = choose_rho(plan, rows, names)
         for name in names:
-            results.notes.extend(_notes(plan, rows, name, plan.report_runs(name, chosen)))
+            runs = [*plan.report_runs(name, chosen), *timed_runs(plan, rows, name, chosen)]
+            results.notes.extend(_notes(plan, rows, name, list(dict.fromkeys(runs))))
             results.comparisons.extend(_comparisons(plan, rows, name, chosen))
     return results
 
@@ -149,21 +151,59 @@ def trials(plan: Plan, settings: Sequence[str]) -> dict[tuple[str, float | None]
     return found
 
 
+def timed_runs(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float | None]) -> list[Run]:
+    """The runs that are reported at equal time, of the methods whose time has been measured at equal epochs."""
+    study, most = plan.study, plan.study.settings[setting].epochs
+    if 'time' not in study.budgets:
+        return []
+    ratios = {method: time_ratio(plan, rows, setting, method, chosen[method]) for method in study.methods}
+    epochs = {method: _at_equal_time(most, ratio) for method, ratio in ratios.items() if ratio is not None}
+    return [
+        Run('report', setting, method, chosen[method], epochs[method], seed)
+        for seed in study.seeds
+        for method in epochs
+    ]
+
+
+def time_ratio(plan: Plan, rows: Rows, setting: str, method: str, rho: float | None) -> float | None:
+    """Measured time of a method over the base optimizer's, at equal epochs: the median over the seeds.
+
+    None while a seed is missing, so that the epochs at equal time do not change afterwards.
+    """
+    epochs, ratios = plan.study.settings[setting].epochs, []
+    for seed in plan.study.seeds:
+        pair = Run('report', setting, method, rho, epochs, seed), Run('report', setting, BASE, None, epochs, seed)
+        if not all(run.id in rows.by_id for run in pair):
+            return None
+        own, base = (rows.value(run, 'cost_seconds') for run in pair)
+        ratios.append(own / base)
+    return statistics.median(ratios)
+
+
+def _at_equal_time(most: int, ratio: float) -> int:
+    return max(1, round(most / ratio))
+
+
 def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float | None]) -> list[Comparison]:
-    study, found = plan.study, []
+    study, most, found = plan.study, plan.study.settings[setting].epochs, []
     for budget in study.budgets:
         epochs = {method: plan.epochs(setting, method, budget) for method in study.methods}
+        compute = {method: plan.compute(setting, method, own) for method, own in epochs.items()}
+        if budget == 'time':
+            ratios = {method: time_ratio(plan, rows, setting, method, chosen[method]) for method in study.methods}
+            known = {method: ratio for method, ratio in ratios.items() if ratio is not None}
+            epochs = {method: _at_equal_time(most, ratio) for method, ratio in known.items()}
+            compute = {method: epochs[method] * ratio / most for method, ratio in known.items()}
         values: dict[str, dict[int, float]] = {}
-        for method in study.methods:
+        for method in epochs:
             runs = [Run('report', setting, method, chosen[method], epochs[method], seed) for seed in study.seeds]
             of_seed = {run.seed: rows.value(run, study.metric.name) for run in runs if run.id in rows.by_id}
             values[method] = {seed: study.metric.scale * v for seed, v in of_seed.items() if math.isfinite(v)}
         for method, own in ((method, own) for method, own in values.items() if own):
-            compute = plan.compute(setting, method, epochs[method])
-            base = None if method == BASE else _difference(own, values[BASE])
+            base = None if method == BASE else _difference(own, values.get(BASE, {}))
             controlled = study.control and method not in (BASE, study.control)
-            control = _difference(own, values[study.control]) if controlled else None
-            setup = setting, budget, method, chosen[method], epochs[method], compute
+            control = _difference(own, values.get(study.control, {})) if controlled else None
+            setup = setting, budget, method, chosen[method], epochs[method], compute[method]
             found.append(Comparison(*setup, interval(list(own.values())), base, control))
     return found
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from mm_sharp.analysis.study.corruption import corrupt_file
 from mm_sharp.analysis.study.plan import Plan, Run
 from mm_sharp.analysis.study.progress import watch
-from mm_sharp.analysis.study.results import Rows, choose_rho
+from mm_sharp.analysis.study.results import Rows, choose_rho, timed_runs
 from mm_sharp.analysis.study.worker import make_run, prepare_process
 from mm_sharp.errors import UsageError
 
@@ -63,6 +63,8 @@ def run_missing(
             pools = [(names, choose_rho(plan, rows, names)) for names in wave]
             runs = [run for names, chosen in pools for name in names for run in plan.report_runs(name, chosen)]
             _make('runs to report', runs, plan, rows, pool, redo)
+            runs = [run for names, chosen in pools for name in names for run in timed_runs(plan, rows, name, chosen)]
+            _make('runs at equal time', runs, plan, rows, pool, redo)
 
 
 def _make(title: str, runs: Sequence[Run], plan: Plan, rows: Rows, pool: Executor, redo: bool) -> None:

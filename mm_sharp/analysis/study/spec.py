@@ -13,7 +13,7 @@ import yaml
 from mm_sharp.errors import UsageError, did_you_mean, is_number
 
 BASE = 'base'
-BUDGETS = ('epochs', 'compute')
+BUDGETS = ('epochs', 'compute', 'time')
 _FORMS = {
     'methods': 'changes of optim_wrapper, as {type: SAMOptimWrapper}',
     'settings': 'a mapping, as {config: my_config.py, epochs: 20}',
@@ -67,7 +67,8 @@ class Study:
     settings: dict[str, Setting]
     seeds: list[int]  # of the runs that are reported
     selection: Selection | None = None  # None: the methods have their rho
-    budgets: list[str] = field(default_factory=lambda: ['epochs'])  # 'compute': as many epochs as base's time allows
+    # 'compute': as many epochs as the base optimizer's cost allows by counting passes; 'time': by measured seconds.
+    budgets: list[str] = field(default_factory=lambda: ['epochs'])
     control: str = ''  # a method that the others are also compared with
     keep: list[str] = field(default_factory=list)  # methods whose weights are kept, of the first of the seeds
 
@@ -130,7 +131,9 @@ def _check(study: Study) -> None:
     _require(good, 'metric.scale', metric.scale, 'a number above 0, as 100')
     _require(study.methods.get(BASE) == {}, 'methods.base', study.methods.get(BASE), "{}: the config's own optimizer")
     _check_seeds('seeds', study.seeds)
-    _require(bool(budgets) and set(budgets) <= set(BUDGETS), 'budgets', budgets, '[epochs, compute] or one')
+    _require(bool(budgets) and set(budgets) <= set(BUDGETS), 'budgets', budgets, 'some of [epochs, compute, time]')
+    needs = 'time' not in budgets or 'epochs' in budgets
+    _require(needs, 'budgets', budgets, 'with epochs, too: time is measured in these runs')
     _check_names('control', [study.control] if study.control else [], study.methods)
     _check_names('keep', study.keep, study.methods)
     if study.selection is not None:

@@ -42,20 +42,23 @@ def make_run(plan: Plan, run: Run, progress: Path) -> dict[str, float]:
 
     Returns:
         The evaluators' metrics by name, those that are numbers; ``train_loss``, the mean of the last 50 steps;
-        ``steps``; and ``train_seconds``, which say little where other programs share the machine.
+        ``steps``; ``train_seconds``, which say little where other programs share the machine; and ``cost_seconds``,
+        what training has cost: on a CPU the seconds that this process had a processor, on a GPU those on the clock.
     """
     hook = ProgressHook(progress)
     runner = new_runner(plan.config(run))
     runner.register_hook(hook)
-    begin = time.perf_counter()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    begin, busy = time.perf_counter(), clock()
     runner.train()
-    seconds = time.perf_counter() - begin
+    seconds, cost = time.perf_counter() - begin, clock() - busy
     metrics = runner.test()
     if plan.keeps_weights(run):
         file = plan.weights(run)
         runner.save_checkpoint(str(file.parent), file.name, save_optimizer=False, save_param_scheduler=False)
     loss = runner.message_hub.get_scalar('train/loss').mean(50)
-    return numbers({**metrics, 'train_loss': loss, 'steps': runner.iter, 'train_seconds': seconds})
+    times = {'train_seconds': seconds, 'cost_seconds': cost}
+    return numbers({**metrics, 'train_loss': loss, 'steps': runner.iter, **times})
 
 
 def new_runner(cfg: Config) -> Any:
