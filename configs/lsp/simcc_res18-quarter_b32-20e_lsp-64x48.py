@@ -1,23 +1,12 @@
 # SimCC on a ResNet-18 of a quarter of the usual width, from random weights: for studies on the CPU.
 _base_ = ['./_base_/lsp.py']
 
-base_lr = 4e-3
 max_epochs = 20
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
-optim_wrapper = dict(
-    optimizer=dict(type='AdamW', lr=base_lr, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0),
-)
+optim_wrapper = dict(optimizer=dict(lr=4e-3))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min_ratio=0.01,
-        begin=0,
-        end=max_epochs,
-        T_max=max_epochs,
-        convert_to_iter_based=True,
-    ),
+    dict(_base_.param_scheduler[0], end=100),
+    dict(_base_.param_scheduler[1], end=max_epochs, T_max=max_epochs),
 ]
 
 input_size = (48, 64)
@@ -53,25 +42,7 @@ plain_pipeline = [
     dict(type='TopdownAffine', input_size=input_size),
 ]
 train_dataloader = dict(
-    **_base_.places,
-    batch_size=_base_.batch_size,
-    drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        **_base_.dataset,
-        ann_file='train.json',
-        pipeline=[*plain_pipeline, dict(type='GenerateTarget', encoder=codec), _base_.pack],
-    ),
+    dataset=dict(pipeline=[*plain_pipeline, dict(type='GenerateTarget', encoder=codec), _base_.pack])
 )
-val_dataloader = dict(
-    **_base_.places,
-    batch_size=64,
-    sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
-    dataset=dict(**_base_.dataset, ann_file='select.json', test_mode=True, pipeline=[*plain_pipeline, _base_.pack]),
-)
-test_dataloader = dict(
-    **_base_.places,
-    batch_size=64,
-    sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
-    dataset=dict(**_base_.dataset, ann_file='val.json', test_mode=True, pipeline=[*plain_pipeline, _base_.pack]),
-)
+val_dataloader = dict(dataset=dict(pipeline=[*plain_pipeline, _base_.pack]))
+test_dataloader = val_dataloader

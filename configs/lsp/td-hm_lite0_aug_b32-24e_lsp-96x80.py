@@ -5,15 +5,8 @@ _base_ = ['./td-hm_lite0_b32-8e_lsp-96x80.py']
 max_epochs = 24
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min_ratio=0.01,
-        begin=0,
-        end=max_epochs,
-        T_max=max_epochs,
-        convert_to_iter_based=True,
-    ),
+    _base_.param_scheduler[0],
+    dict(_base_.param_scheduler[1], end=max_epochs, T_max=max_epochs),
 ]
 train_pipeline = [
     dict(type='LoadImage'),

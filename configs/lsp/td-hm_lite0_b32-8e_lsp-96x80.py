@@ -19,13 +19,5 @@ model = dict(
     test_cfg=dict(flip_test=False),
 )
 train_dataloader = dict(
-    **_base_.places,
-    batch_size=_base_.batch_size,
-    drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        **_base_.dataset,
-        ann_file='train.json',
-        pipeline=[*_base_.plain_pipeline, dict(type='GenerateTarget', encoder=codec), _base_.pack],
-    ),
+    dataset=dict(pipeline=[*_base_.plain_pipeline, dict(type='GenerateTarget', encoder=codec), _base_.pack])
 )

@@ -18,6 +18,7 @@ from torch import nn
 
 from mm_sharp.hooks.scale import Part, Scale, scale_of
 from mm_sharp.ops.parameters import parameters_of
+from mm_sharp.ops.perturbation import BY_TENSOR
 from mm_sharp.ops.quantized_perturbation import quantizes_weights
 from mm_sharp.step.timing import StepRecord
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -140,7 +141,7 @@ class ScaleReport:
         self._warn_of_too_much(scale)
 
     def _warn_of_one_part(self, scale: Scale) -> None:
-        if self._wrapper.settings.adaptive in ('tensor', 'layer') or not scale.whole.perturbation:
+        if self._wrapper.settings.adaptive in BY_TENSOR or not scale.whole.perturbation:
             return
         little = _LITTLE * scale.whole.weights
         found = {

@@ -201,17 +201,16 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
     def theoretical_cost(cls, batch_size: int, **settings: Any) -> Cost:
         """Twice the share that is drawn, and SAM's in a whole first epoch."""
         plan = schedule_of(settings)
-        cost = 2 * sample_count(plan.sampling_ratio, batch_size) / batch_size
-        return Cost(cost, cost, first_epoch=2.0 if plan.whole_first_epoch and cost < 2.0 else None)
+        return _cost(sample_count(plan.sampling_ratio, batch_size), batch_size, plan.whole_first_epoch)
 
     def run_in_words(self, batch_size: int, length: TrainingLength) -> str:
         """What a training of this length draws and costs, in one line for the log."""
         drawer, plan = self.drawer, self.drawer.schedule
         k = sample_count(plan.sampling_ratio, batch_size, drawer.fewest)
         by_epochs = length.epoch_length is not None
-        whole = plan.whole_first_epoch and by_epochs and k < batch_size
-        cost = Cost(2 * k / batch_size, 2 * k / batch_size, first_epoch=2.0 if whole else None)
+        cost = _cost(k, batch_size, plan.whole_first_epoch and by_epochs)
         epochs = f'{length.epochs:g} epochs' if by_epochs else f'{length.epochs:g} iterations'
+        whole = cost.first_epoch is not None
         parts = ["whole batches in the first epoch (2.00 of the base optimizer's cost)"] if whole else []
         parts.append(f'{k} of {batch_size} samples a step ({cost.step:.2f})')
         parts.append(f"{cost.over(length.epochs):.2f} of the base optimizer's cost over {epochs}")
@@ -391,3 +390,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         record.full_size = draw.size
         if self.reweight:
             record.weights = to_device(draw.weights.astype(np.float32), self.device)
+
+
+def _cost(k: int, batch_size: int, whole_first_epoch: bool) -> Cost:
+    step = 2 * k / batch_size
+    return Cost(step, step, first_epoch=2.0 if whole_first_epoch and k < batch_size else None)

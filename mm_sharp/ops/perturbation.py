@@ -49,7 +49,8 @@ from torch import Tensor
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 # What the argument `adaptive` may be, besides SAM's False and ASAM's True.
-RELATIVE = ('tensor', 'layer', 'global')
+BY_TENSOR = ('tensor', 'layer')  # each tensor by its own norm
+RELATIVE = (*BY_TENSOR, 'global')
 
 
 def group_by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mm_sharp.ops.fsdp import local_shard
-from mm_sharp.ops.perturbation import Norms, perturb_
+from mm_sharp.ops.perturbation import perturb_
 from mm_sharp.ops.tensor_backup import TensorBackup
 from mm_sharp.step.method import Method
 from mm_sharp.step.parallel import ParallelModel
@@ -49,8 +49,7 @@ class PerturbationAhead:
         pairs = zip(self._perturbed, method.perturb_along(self._perturbed), strict=True)
         known = [(parameter, vector) for parameter, vector in pairs if vector is not None]
         parameters, vectors = [parameter for parameter, _ in known], [vector for _, vector in known]
-        shards = self._parallel.shards
-        if not known and shards is None:
+        if not known and self._parallel.shards is None:
             return
         weights = [local_shard(parameter) for parameter in parameters]
         self._before.save(weights)
@@ -59,7 +58,7 @@ class PerturbationAhead:
             vectors,
             method.direction(weights, vectors),
             eps=self._settings.eps,
-            norms=Norms() if shards is None else shards.norms(parameters, device, self._perturbed),
+            norms=self._parallel.norms(parameters, device, self._perturbed),
         )
         torch.clear_autocast_cache()
 

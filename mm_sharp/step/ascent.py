@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mm_sharp.ops.all_reduce import average_gradients
 from mm_sharp.ops.frozen_params import FrozenParams
 from mm_sharp.ops.fsdp import local_shard
-from mm_sharp.ops.perturbation import Direction, Norms, perturb_
+from mm_sharp.ops.perturbation import Direction, perturb_
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.quantized_perturbation import QuantizedPerturbation
 from mm_sharp.ops.tensor_backup import TensorBackup
@@ -129,7 +129,7 @@ class Ascent:
             direct(weights, gradients),
             eps=self._settings.eps,
             inverse_grad_scale=inverse,
-            norms=self._norms(perturbed, device),
+            norms=self._parallel.norms(perturbed, device, self._perturbed),
         )
         if self._settings.perturb_quantized:
             self._quantized.apply(perturbed, dict(self._weights.pairs))
@@ -153,7 +153,7 @@ class Ascent:
         # The gradients' memory holds e.
         _, moves = self._pieces(perturbed)
         copies = [copy for _, copy in self._weights.pairs]
-        of_weights, of_moves = self._norms(perturbed, device).of_each(copies, moves)
+        of_weights, of_moves = self._parallel.norms(perturbed, device, self._perturbed).of_each(copies, moves)
         return PerturbationSizes(self._perturbed if sharded else perturbed, of_moves, of_weights)
 
     def _pieces(self, parameters: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
@@ -163,10 +163,6 @@ class Ascent:
         if self._parallel.shards is not None:
             weights, gradients = list(map(local_shard, weights)), list(map(local_shard, gradients))
         return weights, gradients
-
-    def _norms(self, perturbed: Sequence[nn.Parameter], device: torch.device) -> Norms:
-        shards = self._parallel.shards
-        return Norms() if shards is None else shards.norms(perturbed, device, self._perturbed)
 
     def _inverse_grad_scale(self) -> Tensor | None:
         """What undoes, in the first gradient, the loss scale and the division by the micro-batches."""

@@ -15,6 +15,7 @@ from mm_sharp.ops.all_reduce import average
 from mm_sharp.ops.fsdp import Shards, shards_of
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.ops.module_tree import ModuleTree
+from mm_sharp.ops.perturbation import Norms
 
 _NOTHING = nullcontext()
 
@@ -132,6 +133,18 @@ class ParallelModel:
         if self.shards is not None:
             return self.shards.total(parameters, values)
         return torch.stack([value.to(values[0]) for value in values]).sum()
+
+    def norms(
+        self, parameters: Sequence[nn.Parameter], device: torch.device, perturbed: Sequence[nn.Parameter]
+    ) -> Norms:
+        """What takes the norms of ``parameters``: whole tensors', where this process has pieces.
+
+        Args:
+            parameters: Those that are asked of, which have a gradient in this process.
+            device: Where the norms are if there is none of them.
+            perturbed: Those that any process may have a gradient of.
+        """
+        return Norms() if self.shards is None else self.shards.norms(parameters, device, perturbed)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over the processes in place, as DDP does gradients; FSDP has done so already."""

@@ -27,6 +27,7 @@ from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.gradients import GradientStash
 from mm_sharp.ops.model_call import CallRecorder, ModelCall
 from mm_sharp.ops.parameters import ParameterSelector, devices_of, parameters_of
+from mm_sharp.ops.perturbation import BY_TENSOR
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.samples.keys import without_keys
@@ -281,11 +282,8 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         with torch.no_grad():
             beside = self.beside_step()
         self.precision.step(self.optimizer, **kwargs)
-        with torch.no_grad():
-            for group in self.optimizer.param_groups if beside else ():
-                for parameter in group['params']:
-                    if parameter in beside:
-                        local_shard(parameter).sub_(beside[parameter] * group['lr'])
+        if beside:
+            self._move_beside(beside)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state under MMEngine's keys, the loss scaler's, and ``'mm_sharp'`` for our own.
@@ -336,6 +334,14 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         return offending_samples(type(self).__name__, call)
 
     # ---------------------------------------------------------------- parts of a step
+    @torch.no_grad()
+    def _move_beside(self, beside: Mapping[nn.Parameter, Tensor]) -> None:
+        """Move the weights by what a method has beside the optimizer's step, at the learning rate of their group."""
+        for group in self.optimizer.param_groups:
+            for parameter in group['params']:
+                if parameter in beside:
+                    local_shard(parameter).sub_(beside[parameter] * group['lr'])
+
     def _run(self, batch: MicroBatch) -> StepRecord:
         """The passes of this step."""
         if self._passes is Passes.BOTH:
@@ -370,9 +376,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
                     name,
                     shards,
                     perturb_quantized=self.settings.perturb_quantized,
-                    by_name=not self.selector.takes_all
-                    or self.skips_gradients
-                    or self.settings.adaptive in ('tensor', 'layer'),
+                    by_name=not self.selector.takes_all or self.skips_gradients or self.settings.adaptive in BY_TENSOR,
                     clip_grad=self.clip_grad_kwargs,
                     accumulative_counts=self._accumulative_counts,
                 )

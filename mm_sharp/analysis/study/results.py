@@ -156,13 +156,18 @@ def timed_runs(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float 
     study, most = plan.study, plan.study.settings[setting].epochs
     if 'time' not in study.budgets:
         return []
-    ratios = {method: time_ratio(plan, rows, setting, method, chosen[method]) for method in study.methods}
-    epochs = {method: _at_equal_time(most, ratio) for method, ratio in ratios.items() if ratio is not None}
+    ratios = _time_ratios(plan, rows, setting, chosen)
     return [
-        Run('report', setting, method, chosen[method], epochs[method], seed)
+        Run('report', setting, method, chosen[method], _at_equal_time(most, ratio), seed)
         for seed in study.seeds
-        for method in epochs
+        for method, ratio in ratios.items()
     ]
+
+
+def _time_ratios(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float | None]) -> dict[str, float]:
+    """:func:`time_ratio` of the methods that have one."""
+    found = {method: time_ratio(plan, rows, setting, method, chosen[method]) for method in plan.study.methods}
+    return {method: ratio for method, ratio in found.items() if ratio is not None}
 
 
 def time_ratio(plan: Plan, rows: Rows, setting: str, method: str, rho: float | None) -> float | None:
@@ -190,10 +195,9 @@ def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float |
         epochs = {method: plan.epochs(setting, method, budget) for method in study.methods}
         compute = {method: plan.compute(setting, method, own) for method, own in epochs.items()}
         if budget == 'time':
-            ratios = {method: time_ratio(plan, rows, setting, method, chosen[method]) for method in study.methods}
-            known = {method: ratio for method, ratio in ratios.items() if ratio is not None}
-            epochs = {method: _at_equal_time(most, ratio) for method, ratio in known.items()}
-            compute = {method: epochs[method] * ratio / most for method, ratio in known.items()}
+            ratios = _time_ratios(plan, rows, setting, chosen)
+            epochs = {method: _at_equal_time(most, ratio) for method, ratio in ratios.items()}
+            compute = {method: epochs[method] * ratio / most for method, ratio in ratios.items()}
         values: dict[str, dict[int, float]] = {}
         for method in epochs:
             runs = [Run('report', setting, method, chosen[method], epochs[method], seed) for seed in study.seeds]
