@@ -16,7 +16,7 @@ QAT_CONFIG := configs/demo/simcc_res18-half_w4a4_ausam_demo-128x96.py
 QAT_DIR := work_dirs/demo-qat
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-qat test test-slow test-kills reliability sweep lint format types lock doctor dist clean
+.PHONY: help install train train-qat test test-slow test-kills reliability sweep lint format types docs lock doctor dist clean
 
 help: ## list the targets
 	@echo 'mm_sharp: sharpness-aware training for OpenMMLab. Targets:'
@@ -92,6 +92,17 @@ format: $(INSTALLED) ## ruff: mend what can be mended
 types: $(INSTALLED) ## mypy, strict
 	$(VENV)/bin/mypy
 
+# Of its own, since it needs nothing of the stack: mkdocstrings reads the sources without importing them.
+DOCS := $(VENV)-docs
+
+$(DOCS)/.installed: requirements/docs.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install -q -r requirements/docs.txt
+	@touch $@
+
+docs: $(DOCS)/.installed ## build the documentation as a site, strictly, into build/docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
 doctor: $(INSTALLED) ## print versions, active fixes, and what is broken
 	$(PY) -m mm_sharp.doctor
 
@@ -99,11 +110,12 @@ dist: $(INSTALLED) ## build the wheel and the source archive into dist/
 	$(PY) -m hatchling build -d dist
 
 # uv resolves for Python 3.10 to 3.12 at once; torch and the libraries of its build stay out (see requirements/torch.txt).
-lock: ## compile requirements/dev.in into requirements/dev.txt (needs uv)
+lock: ## compile requirements/dev.in and docs.in into dev.txt and docs.txt (needs uv)
 	uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header \
 		--override requirements/override.in requirements/dev.in \
 		| grep -vE '^(torch|opencv-python|nvidia-.*|cuda-.*|triton)==' > requirements/dev.txt
+	uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header requirements/docs.in > requirements/docs.txt
 
-clean: ## remove caches and builds (not .venv, data or work_dirs)
+clean: ## remove caches and builds (not the environments, data or work_dirs)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
