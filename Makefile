@@ -114,7 +114,7 @@ lock: ## compile requirements/dev.in and docs.in into dev.txt and docs.txt (need
 	uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header \
 		--override requirements/override.in requirements/dev.in \
 		| grep -vE '^(torch|opencv-python|nvidia-.*|cuda-.*|triton)==' > requirements/dev.txt
-	uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header requirements/docs.in > requirements/docs.txt
+	uv pip compile -q --universal --fork-strategy fewest --python-version 3.10 --no-annotate --no-header requirements/docs.in > requirements/docs.txt
 
 clean: ## remove caches and builds (not the environments, data or work_dirs)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
