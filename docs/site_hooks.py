@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r'(?<=\]\()(?![a-z]+:|#)([^)#\s]+)((?:#[^)\s]*)?)(?=\))')
-SHOWN = {'.py': 'python', '.yaml': 'yaml', '.yml': 'yaml', '.cff': 'yaml', '.toml': 'toml', '.md': ''}
+SHOWN = {'.py': 'python', '.yaml': 'yaml', '.yml': 'yaml', '.cff': 'yaml', '.toml': 'toml'}
 
 
 def place(source: str) -> str:
@@ -66,12 +66,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     linked = {target for source in pages for target in targets((ROOT / source).read_text(), source)}
     for source in sorted(linked - set(pages)):
         path = ROOT / source
-        if source.startswith('docs/') or path.suffix not in SHOWN or not path.is_file():
+        if source.startswith('docs/') or path.suffix not in {'.md', *SHOWN} or not path.is_file():
             continue  # MkDocs itself has what is in docs/, and says what does not exist
-        text = f'---\nsearch: {{exclude: true}}\n---\n# {path.name}\n\n`{source}`\n\n'
-        text += f'~~~~{SHOWN[path.suffix]}\n{path.read_text()}~~~~\n'
-        shown = File.generated(config, place(source), content=text, inclusion=InclusionLevel.NOT_IN_NAV)
-        files.append(shown)
+        text = path.read_text()
+        if path.suffix != '.md':
+            code = f'~~~~{SHOWN[path.suffix]}\n{text}~~~~'
+            text = f'---\nsearch: {{exclude: true}}\n---\n# {path.name}\n\n`{source}`\n\n{code}\n'
+        files.append(File.generated(config, place(source), content=text, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
 
