@@ -54,6 +54,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     'time alone': (small(budgets=['time']), "budgets: ['time'] is not allowed: it must be with epochs, too"),
     'control': (small(control='uniform'), "control: 'uniform' is not allowed: it must be one of base, sam, half"),
     'keep': (small(keep=['esam']), "keep: 'esam' is not allowed"),
+    'labels': (small(labels={'esam': 'ESAM'}), "labels: 'esam' is not allowed: it must be one of base, sam, half"),
     'config': (small(settings={'a': {**SETTING, 'config': 'no.py'}}), "settings.a.config: 'no.py' is not allowed"),
     'epochs': (small(settings={'a': {**SETTING, 'epochs': 0}}), 'settings.a.epochs: 0 is not allowed'),
     'corrupt': (small(settings={'a': {**SETTING, 'corrupt': 2}}), 'settings.a.corrupt: 2 is not allowed'),

@@ -60,7 +60,9 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
     settings = list(dict.fromkeys(entry.setting for entry in found))
     budgets = list(dict.fromkeys(entry.budget for entry in found))
     methods = [method for method in study.methods if method != BASE]
-    figure = Figure(figsize=(4.2 * len(budgets) + 1.2, (0.26 * len(methods) + 0.75) * len(settings)), dpi=110)
+    names = [study.labels.get(method, method) for method in methods]
+    margin = 0.3 + 0.07 * max(map(len, names), default=0)
+    figure = Figure(figsize=(4.2 * len(budgets) + margin, (0.28 * len(methods) + 0.8) * len(settings)), dpi=110)
     axes: Any = figure.subplots(len(settings), len(budgets), squeeze=False, sharex='row', sharey=True)
     for axis, (setting, budget) in zip(axes.flat, product(settings, budgets), strict=True):
         axis.axvline(0, color='0.6', linewidth=1)
@@ -70,11 +72,11 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
                 look = {'color': {1: 'tab:green', 0: '0.35', -1: 'tab:red'}[good], 'fmt': 'o', 'markersize': 4}
                 half = over.half if over.count > 1 else 0.0
                 axis.errorbar(over.mean, methods.index(entry.method), xerr=half, capsize=3, **look)
-        axis.set_yticks(range(len(methods)), methods, fontsize=8)
+        axis.set_yticks(range(len(methods)), names, fontsize=9)
         axis.set_ylim(len(methods) - 0.5, -0.5)
-        axis.tick_params(axis='x', labelsize=7)
-        axis.set_title(f'{setting}, {_TITLES[budget]}', fontsize=8)
-    figure.supxlabel(f'{study.metric.name}: difference from the base optimizer, 95 % interval', fontsize=8)
+        axis.tick_params(axis='x', labelsize=8)
+        axis.set_title(f'{study.labels.get(setting, setting)}, {_TITLES[budget]}', fontsize=9)
+    figure.supxlabel(f'{study.metric.name}: difference from the base optimizer, 95 % interval', fontsize=9)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)

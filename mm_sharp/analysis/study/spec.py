@@ -71,6 +71,7 @@ class Study:
     budgets: list[str] = field(default_factory=lambda: ['epochs'])
     control: str = ''  # a method that the others are also compared with
     keep: list[str] = field(default_factory=list)  # methods whose weights are kept, of the first of the seeds
+    labels: Mapping[str, str] = field(default_factory=dict)  # of methods and settings, for the picture
 
 
 def read_study(file: Path) -> Study:
@@ -136,6 +137,8 @@ def _check(study: Study) -> None:
     _require(needs, 'budgets', budgets, 'with epochs, too: time is measured in these runs')
     _check_names('control', [study.control] if study.control else [], study.methods)
     _check_names('keep', study.keep, study.methods)
+    _require(isinstance(study.labels, dict), 'labels', study.labels, "a mapping, as {sam: 'SAM, rho 0.02'}")
+    _check_names('labels', study.labels, {**study.methods, **study.settings})
     if study.selection is not None:
         seeds, rho = study.selection.seeds, study.selection.rho
         _check_seeds('selection.seeds', seeds)
