@@ -1,4 +1,4 @@
-"""Fashion-MNIST through MMPretrain, with some of the training labels flipped; ``configs/study/lenet5_fashion-mnist.py``."""
+"""Fashion-MNIST through MMPretrain, some training labels flipped; see ``configs/study/lenet5_fashion-mnist.py``."""
 
 from __future__ import annotations
 
