@@ -232,6 +232,8 @@ def test_at_equal_time_epochs_are_divided_by_the_median_of_the_time_ratios(tmp_p
     assert (found['time', 'sam'].epochs, found['time', 'sam'].compute) == (2, pytest.approx(2 * 2.4 / 6))
     assert found['time', 'half'].compute == pytest.approx(1.0)
     assert found['epochs', 'sam'].compute == 2.0
+    assert found['epochs', 'sam'].time == pytest.approx(2.4)
+    assert '| sam |  | 6 | 2.00 | 2.40 | 91.00' in markdown(plan.study, list(found.values()))
     assert 'equal measured time' in markdown(plan.study, list(found.values()))
 
 

@@ -26,10 +26,14 @@ def markdown(study: Study, found: Sequence[Comparison]) -> str:
         rows = [entry for entry in found if (entry.setting, entry.budget) == (setting, budget)]
         whole = {entry.method: entry.mean.count for entry in rows} == dict.fromkeys(study.methods, len(study.seeds))
         over = [f'over {study.control}'] if study.control else []
-        lines = [['method', 'rho', 'epochs', 'compute', 'mean', 'over base', *over, *([] if whole else ['seeds'])]]
+        timed = any(entry.time is not None for entry in rows)
+        head = ['method', 'rho', 'epochs', 'compute', *(['time'] if timed else []), 'mean', 'over base', *over]
+        lines = [head if whole else [*head, 'seeds']]
         for entry in rows:
-            cells = [entry.method, _rho(entry.rho), str(entry.epochs), f'{entry.compute:.2f}', _text(entry.mean)]
-            cells += [_difference(entry.over_base), *([_difference(entry.over_control)] if study.control else [])]
+            cells = [entry.method, _rho(entry.rho), str(entry.epochs), f'{entry.compute:.2f}']
+            if timed:
+                cells.append('' if entry.time is None else f'{entry.time:.2f}')
+            cells += [_text(entry.mean), _difference(entry.over_base), *([_difference(entry.over_control)] if study.control else [])]
             lines.append(cells if whole else [*cells, f'{entry.mean.count} of {len(study.seeds)}'])
         seeds = f'{len(study.seeds)} seeds' if whole else 'unfinished'
         parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{_table(lines)}')

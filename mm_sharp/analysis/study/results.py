@@ -97,6 +97,7 @@ class Comparison:
     mean: Interval  # of the metric, scaled
     over_base: Interval | None  # paired difference; None for the base optimizer, and without a seed in common
     over_control: Interval | None  # the same from the control
+    time: float | None = None  # measured cost of its runs over the base optimizer's here: the median over the seeds
 
 
 class Results(NamedTuple):
@@ -199,22 +200,31 @@ def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float |
             epochs = {method: _at_equal_time(most, ratio) for method, ratio in ratios.items()}
             compute = {method: epochs[method] * ratio / most for method, ratio in ratios.items()}
         values: dict[str, dict[int, float]] = {}
+        costs: dict[str, dict[int, float]] = {}
         for method in epochs:
             runs = [Run('report', setting, method, chosen[method], epochs[method], seed) for seed in study.seeds]
-            of_seed = {run.seed: rows.value(run, study.metric.name) for run in runs if run.id in rows.by_id}
+            made = [run for run in runs if run.id in rows.by_id]
+            of_seed = {run.seed: rows.value(run, study.metric.name) for run in made}
             values[method] = {seed: study.metric.scale * v for seed, v in of_seed.items() if math.isfinite(v)}
+            costs[method] = {run.seed: float(rows.by_id[run.id].get('cost_seconds') or 'nan') for run in made}
         for method, own in ((method, own) for method, own in values.items() if own):
             base = None if method == BASE else _difference(own, values.get(BASE, {}))
             controlled = study.control and method not in (BASE, study.control)
             control = _difference(own, values.get(study.control, {})) if controlled else None
             setup = setting, budget, method, chosen[method], epochs[method], compute[method]
-            found.append(Comparison(*setup, interval(list(own.values())), base, control))
+            time = _median_ratio(costs[method], costs.get(BASE, {}))
+            found.append(Comparison(*setup, interval(list(own.values())), base, control, time))
     return found
 
 
 def _difference(own: dict[int, float], other: dict[int, float]) -> Interval | None:
     pairs = [own[seed] - other[seed] for seed in own if seed in other]
     return interval(pairs) if pairs else None
+
+
+def _median_ratio(own: dict[int, float], other: dict[int, float]) -> float | None:
+    ratios = [ratio for seed in own if seed in other and math.isfinite(ratio := own[seed] / other[seed])]
+    return statistics.median(ratios) if ratios else None
 
 
 def _notes(plan: Plan, rows: Rows, setting: str, runs: Sequence[Run]) -> list[str]:
