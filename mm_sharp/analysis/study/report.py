@@ -33,7 +33,11 @@ def markdown(study: Study, found: Sequence[Comparison]) -> str:
             cells = [entry.method, _rho(entry.rho), str(entry.epochs), f'{entry.compute:.2f}']
             if timed:
                 cells.append('' if entry.time is None else f'{entry.time:.2f}')
-            cells += [_text(entry.mean), _difference(entry.over_base), *([_difference(entry.over_control)] if study.control else [])]
+            cells += [
+                _text(entry.mean),
+                _difference(entry.over_base),
+                *([_difference(entry.over_control)] if study.control else []),
+            ]
             lines.append(cells if whole else [*cells, f'{entry.mean.count} of {len(study.seeds)}'])
         seeds = f'{len(study.seeds)} seeds' if whole else 'unfinished'
         parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{_table(lines)}')
