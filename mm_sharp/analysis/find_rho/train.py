@@ -1,0 +1,178 @@
+"""A short training of a config's model, and the measurement that ends it.
+
+The training is the config's own, with its optimizer, schedule, data and hooks, but with the base optimizer's steps: so
+the outcome does not depend on the ``rho`` that is written there, and half of the time is saved. Nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.optim import AmpOptimWrapper
+from tqdm import tqdm
+
+from mm_sharp.analysis.find_rho.probe import BatchRises, RhoProbe
+from mm_sharp.analysis.prepare import prepared
+from mm_sharp.cli.loading import careful_loading
+from mm_sharp.cli.runners import build_runner
+from mm_sharp.config.build_errors import type_name
+from mm_sharp.config.preflight import wrapper_class, wrapper_configs
+from mm_sharp.errors import UsageError, arguments_of
+from mm_sharp.step.method import Method
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
+
+# For configs without a sharpness-aware wrapper: the scale of docs/scale.md, around its rho.
+RECOMMENDED = {'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights'}
+# From a tenth of the config's rho to ten times it.
+FACTORS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0)
+# What chooses the perturbation of a step; other answers than SAM's are not measured.
+_CHOICES = ('select_parameters', 'direction', 'perturbation_gradient', 'perturb_along')
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """The perturbation that is measured.
+
+    Args:
+        arguments: Of the wrapper, ``rho`` apart.
+        own: The config's ``rho``; None if it has no sharpness-aware wrapper.
+        remark: What the config's method does otherwise, or ''.
+    """
+
+    arguments: dict[str, Any]
+    own: float | None
+    remark: str = ''
+
+    def rhos(self) -> list[float]:
+        """The grid, if none is asked for."""
+        centre = self.own or RECOMMENDED['rho']
+        return [float(f'{centre * factor:.3g}') for factor in FACTORS]  # type: ignore[operator]
+
+
+def perturbation_of(cfg: Config) -> Perturbation:
+    """What a config says of the perturbation; a UsageError if it has several optimizer wrappers, or a strategy."""
+    if cfg.get('strategy'):
+        raise UsageError("rho is found in one process: leave the config's strategy out, by --cfg-options strategy=None")
+    if list(wrapper_configs(cfg)) != ['optim_wrapper']:
+        names = ', '.join(wrapper_configs(cfg))
+        raise UsageError(f'the rho of several optimizer wrappers cannot be found: {names}')
+    given = cfg.optim_wrapper
+    cls = wrapper_class(cfg, 'optim_wrapper', given)
+    if not issubclass(cls, TwoPassOptimWrapper):
+        arguments = {key: value for key, value in RECOMMENDED.items() if key != 'rho'}
+        if issubclass(cls, AmpOptimWrapper):
+            arguments['dtype'] = given.get('dtype') or 'float16'
+        return Perturbation(arguments, None)
+    left_out = ('optimizer', 'rho', 'accumulative_counts', 'clip_grad', 'kwargs')
+    names = set(arguments_of(TwoPassOptimWrapper)) - {*left_out}
+    arguments = {name: copy.deepcopy(value) for name, value in given.items() if name in names}
+    own = float(given.get('rho', arguments_of(cls)['rho'].default))
+    others = any(getattr(cls, name) is not getattr(Method, name) for name in _CHOICES)
+    remark = f'{cls.__name__} chooses its perturbation otherwise: what was measured is SAM\'s of the same rho'
+    return Perturbation(arguments, own, remark if others else '')
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found on each batch, after so many steps of training."""
+
+    batches: list[BatchRises]
+    steps: int
+
+
+def measure(
+    cfg: Config,
+    perturbation: Perturbation,
+    rhos: Sequence[float],
+    steps: int = 200,
+    batches: int = 16,
+    trust: bool = False,
+) -> Measured:
+    """Train for ``steps`` steps, but at most half of the training, and measure ``batches`` training batches there.
+
+    Raises:
+        UsageError: No batch has a finite gradient that is not zero, or there is no batch.
+    """
+    with tempfile.TemporaryDirectory() as folder, careful_loading(trust), prepared(cfg):
+        runner = build_runner(training_config(cfg, folder))
+        with tqdm(total=steps + batches, leave=False, disable=None, mininterval=0.5) as bar:
+            hook = _MeasuringHook(perturbation, rhos, steps, batches, bar)
+            runner.register_hook(hook, 'LOWEST')
+            try:
+                runner.train()
+            except _DoneError:
+                pass
+    if not hook.found:
+        raise UsageError(f'in none of {batches} batches the gradient is finite and not 0: there is no perturbation')
+    return Measured(hook.found, hook.steps)
+
+
+def training_config(cfg: Config, folder: str) -> Config:
+    """The config, but training with the base optimizer, without validation, and saving nothing."""
+    cfg = copy.deepcopy(cfg)
+    cfg.work_dir, cfg.resume = folder, False
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
+    cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': None}
+    cfg.train_dataloader = _plain_batches(cfg.train_dataloader)
+    if issubclass(wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper), TwoPassOptimWrapper):
+        names = {*arguments_of(TwoPassOptimWrapper), 'constructor', 'paramwise_cfg', '_scope_'}
+        kept = {name: value for name, value in cfg.optim_wrapper.items() if name in names}
+        # One optimizer step, the first, has two passes, without a perturbation; the others are the base optimizer's.
+        cfg.optim_wrapper = {**kept, 'type': 'SAMOptimWrapper', 'rho': 0.0, 'interval': 2**31 - 1}
+    return cfg
+
+
+def _plain_batches(loader: Mapping[str, Any]) -> dict[str, Any]:
+    """A training loader's config without AUSAM's draws."""
+    batch_sampler = loader.get('batch_sampler') or {}
+    if type_name(batch_sampler.get('type')) != 'AUSAMSampler':
+        return dict(loader)
+    return {**{key: value for key, value in loader.items() if key != 'batch_sampler'}, 'drop_last': True}
+
+
+class _DoneError(Exception):
+    """Ends the training."""
+
+
+class _MeasuringHook(Hook):  # type: ignore[misc]
+    """Measures before a step, and ends the training there."""
+
+    def __init__(self, perturbation: Perturbation, rhos: Sequence[float], steps: int, batches: int, bar: Any) -> None:
+        self._perturbation, self._rhos, self._batches, self._bar = perturbation, rhos, batches, bar
+        self.steps, self.found = steps, list[BatchRises]()
+
+    def before_train(self, runner: Any) -> None:
+        """Stay within the training."""
+        self.steps = min(self.steps, runner.max_iters // 2)
+        self._bar.reset(total=self.steps + self._batches)
+        self._bar.set_description('training')
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Measure if it is time."""
+        if runner.iter < self.steps:
+            self._bar.update()
+            return
+        self._bar.set_description('measuring')
+        probe = RhoProbe(runner.optim_wrapper.optimizer, self._rhos, **self._perturbation.arguments)
+        for number, batch in enumerate(itertools.islice(_endless(runner.train_dataloader), self._batches)):
+            torch.manual_seed(runner.seed + number)  # each measurement puts the random state back
+            rises = probe.measure(runner.model, batch)
+            self.found += [] if rises is None else [rises]
+            self._bar.update()
+        raise _DoneError
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    for epoch in itertools.count(1):
+        if hasattr(loader.sampler, 'set_epoch'):
+            loader.sampler.set_epoch(epoch)
+        yield from loader

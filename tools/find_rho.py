@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Find a rho for a config: how far the perturbation may go before the gradient does not explain the loss any more.
+
+python tools/find_rho.py configs/demo/simcc_res18-half_sam_demo-128x96.py
+python tools/find_rho.py CONFIG --load-from CHECKPOINT --steps 0     at the weights of a checkpoint
+
+A short training with the base optimizer comes first. Then the rise of the loss is measured for a grid of rho, all at
+the same weights and batches. docs/scale.md says how to read the table, and what the proposal is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+# The package beside this file is used, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mmengine.config import Config
+
+# Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
+from mm_sharp.analysis.find_rho import report, rule, train
+from mm_sharp.cli import options as cli
+from mm_sharp.cli.loading import check_checkpoint
+from mm_sharp.config import preflight
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; a UsageError for what is out of range."""
+    parser = cli.OneLineParser(description='Find a rho for a config')
+    add = parser.add_argument
+    add('config', help='config file of a training run')
+    add('--load-from', metavar='CHECKPOINT', help="start from these weights (default: the config's load_from)")
+    add('--rho', type=float, nargs='+', help="radii to measure (default: a tenth to ten times the config's)")
+    add('--steps', type=int, default=200, help='of training before, at most half of the training (default: 200)')
+    add('--batches', type=int, default=16, help='to measure on, at least 2 (default: 16)')
+    add('--tolerance', type=float, default=0.2, help='how far the linearity may be from 1 (default: 0.2)')
+    add('--seed', type=int, help="of the training (default: the config's randomness.seed, or 0)")
+    add('--out-dir', default='work_dirs/find_rho', help='folder for the results (default: work_dirs/find_rho)')
+    add('--cfg-options', nargs='+', action=cli.CfgOptions, default={}, metavar='KEY=VALUE', help='change the config')
+    trust = 'load checkpoints that can run code while loading; only for files whose source you trust'
+    add('--trust-checkpoint', action='store_true', help=trust)
+    add('--debug', action='store_true', help='show the traceback of usage errors')
+    # What cli.load_config reads besides.
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    args = parser.parse_args(arguments)
+    for option, low in {'steps': 0, 'batches': 2, 'seed': 0}.items():
+        value = getattr(args, option)
+        if value is not None and not low <= value < 2**31:
+            parser.error(f'--{option} {value}: it must be at least {low}, and below 2**31')
+    for option, values in (('rho', args.rho or []), ('tolerance', [args.tolerance])):
+        for value in values:
+            if not 0 < value < float('inf'):
+                parser.error(f'--{option} {value:g}: it must be a finite number above 0')
+    if args.rho and len({*args.rho}) < len(args.rho):
+        parser.error(f'--rho {" ".join(f"{rho:g}" for rho in args.rho)}: the same value twice')
+    return args
+
+
+def configure(args: argparse.Namespace) -> Config:
+    """Read the config, apply the options and check the outcome; what does not fit is a UsageError."""
+    cfg = cli.load_config(args)
+    if args.load_from is not None:
+        cfg.load_from = args.load_from
+    if args.seed is not None or (cfg.get('randomness') or {}).get('seed') is None:
+        cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': args.seed or 0}
+    preflight.check_training(cfg)
+    preflight.check_data(cfg, 'train')
+    if cfg.get('load_from'):
+        check_checkpoint(cfg.load_from, '--load-from' if args.load_from else 'load_from', cfg.get('load_hint') or '')
+    return cfg
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train, measure, write the files and print the table."""
+    args, begin = parse_arguments(arguments), time.perf_counter()
+    cfg = configure(args)
+    perturbation = train.perturbation_of(cfg)
+    rhos = sorted(args.rho or perturbation.rhos())
+    measured = train.measure(cfg, perturbation, rhos, args.steps, args.batches, args.trust_checkpoint)
+    found = report.Findings(
+        rule.points_of(rhos, measured.batches),
+        mean(batch.loss for batch in measured.batches),
+        rule.shares_of(measured.batches),
+        measured.steps,
+        len(measured.batches),
+        args.tolerance,
+        perturbation.arguments,
+        perturbation.own,
+        perturbation.remark,
+    )
+    folder = Path(args.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(folder / 'find_rho.json', found)
+    report.draw(folder / 'find_rho.png', found, Path(args.config).stem)
+    print(report.text(found))
+    print(f'Written in {time.perf_counter() - begin:.0f} s: {folder}/find_rho.json, find_rho.png')
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run_tool(main))
