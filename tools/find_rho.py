@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,9 +35,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add('config', help='config file of a training run')
     add('--load-from', metavar='CHECKPOINT', help="start from these weights (default: the config's load_from)")
     add('--rho', type=float, nargs='+', help="radii to measure (default: a tenth to ten times the config's)")
-    add('--steps', type=int, default=200, help='of training before, at most half of the training (default: 200)')
+    add('--steps', type=int, help='of training before (default: 200, or half of the training if that is less)')
     add('--batches', type=int, default=16, help='to measure on, at least 2 (default: 16)')
-    add('--tolerance', type=float, default=0.2, help='how far the linearity may be from 1 (default: 0.2)')
+    near = 'how far the linearity may be from 1, and how much of the loss the rise may be (default: 0.1)'
+    add('--tolerance', type=float, default=0.1, help=near)
     add('--seed', type=int, help="of the training (default: the config's randomness.seed, or 0)")
     add('--out-dir', default='work_dirs/find_rho', help='folder for the results (default: work_dirs/find_rho)')
     add('--cfg-options', nargs='+', action=cli.CfgOptions, default={}, metavar='KEY=VALUE', help='change the config')
@@ -84,7 +84,6 @@ def main(arguments: Sequence[str]) -> None:
     measured = train.measure(cfg, perturbation, rhos, args.steps, args.batches, args.trust_checkpoint)
     found = report.Findings(
         rule.points_of(rhos, measured.batches),
-        mean(batch.loss for batch in measured.batches),
         rule.shares_of(measured.batches),
         measured.steps,
         len(measured.batches),

@@ -81,7 +81,7 @@ class RhoProbe(TwoPassOptimWrapper):
         """L(w + e) at each radius; ends the step."""
         if not self._gradients or not torch.isfinite(norm) or not norm:
             raise _MeasuredError(None)
-        model, before, rises = self._parallel.module, float(loss), []
+        model, before, rises = self._parallel.module, float(loss.detach()), []
         slope, scale = 0.0, None
         for rho in self._rhos:
             self.rho = rho

@@ -18,18 +18,16 @@ class Findings:
 
     Args:
         points: In ascending order of rho.
-        loss: L(w), mean over the batches.
         shares: Of the perturbation, by part of the model; the largest first.
         steps: Of training before.
         batches: That were measured.
-        tolerance: Of the linearity.
+        tolerance: Of linearity and rise.
         arguments: Of the wrapper whose perturbation was measured.
         own: The config's rho, or None.
         remark: What is to be said besides, or ''.
     """
 
     points: Sequence[Point]
-    loss: float
     shares: Mapping[str, float]
     steps: int
     batches: int
@@ -46,16 +44,18 @@ class Findings:
 
 def text(found: Findings) -> str:
     """The table and the proposal."""
-    lines = [['rho', '|e|/|w|', 'rise', 'noise', 'linearity', '']]
+    lines = [['rho', '|e|/|w|', 'rise', 'of the loss', 'noise', 'linearity', '']]
     proposal, reason = propose(found.points, found.tolerance)
     for point in found.points:
-        marks = ['noise'] * point.is_noise + ['the config'] * (point.rho == found.own) + ['<-'] * (point.rho == proposal)
-        figures = [f'{100 * point.relative:.2g} %', f'{point.rise:.3g}', f'{point.noise:.2g}', f'{point.linearity:.2f}']
-        lines.append([f'{point.rho:g}', *figures, ' '.join(marks)])
+        marks = {'noise': point.is_noise, 'the config': point.rho == found.own, '<-': point.rho == proposal}
+        figures = [f'{100 * point.relative:.2g} %', f'{point.rise:.3g}', f'{100 * point.share:.2g} %']
+        figures += [f'{point.noise:.2g}', f'{point.linearity:.2f}']
+        lines.append([f'{point.rho:g}', *figures, ' '.join(mark for mark, holds in marks.items() if holds)])
     shares = ', '.join(f'{name} {100 * share:.0f} %' for name, share in found.shares.items())
     said = f'Proposed: rho={proposal:g}{found.measure} ({reason})' if proposal else f'No proposal: {reason}'
     notes = [
-        f'loss {found.loss:.4g} after {found.steps} steps; means of {found.batches} batches, noise: standard errors',
+        f'loss {found.points[0].loss:.4g} after {found.steps} steps; means of {found.batches} batches, with their '
+        'standard errors as noise',
         f'the perturbation lies in: {shares}',
         *([found.remark] if found.remark else []),
         said,
@@ -66,7 +66,7 @@ def text(found: Findings) -> str:
 def write_json(file: Path, found: Findings) -> None:
     """Everything; null in place of numbers that are not finite."""
     proposal, reason = propose(found.points, found.tolerance)
-    points = [{**asdict(point), 'linearity': point.linearity} for point in found.points]
+    points = [{**asdict(point), 'linearity': point.linearity, 'share': point.share} for point in found.points]
     content = {'proposed': proposal, 'reason': reason, **asdict(found), 'points': points}
     plain = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
     file.write_text(json.dumps(plain, indent=2) + '\n', encoding='utf-8')

@@ -2,7 +2,8 @@
 
 Of each radius: the mean rise of the loss over the batches, R; its standard error, the noise; and the linearity
 ``R / (rho * slope)``, which is 1 where the loss is linear along the perturbation. The rule (ours): the proposal is the
-largest radius up to which, from the first radius that is out of the noise, the linearity stays within a tolerance of 1.
+largest radius up to which, from the first one that is out of the noise, the gradient explains the rise, and the rise is
+little: the linearity is within a tolerance of 1, and R within the same tolerance of the loss.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from statistics import mean, stdev
 
 from mm_sharp.analysis.find_rho.probe import BatchRises
@@ -28,6 +29,7 @@ class Point:
         rise: Mean of L(w + e) - L(w).
         noise: Its standard error over the batches; infinite with one batch.
         expected: rho times the mean slope: the rise, were the loss linear.
+        loss: Mean of L(w).
         relative: ||e|| / ||w||, mean.
     """
 
@@ -35,6 +37,7 @@ class Point:
     rise: float
     noise: float
     expected: float
+    loss: float
     relative: float
 
     @property
@@ -43,20 +46,30 @@ class Point:
         return self.rise / self.expected
 
     @property
+    def share(self) -> float:
+        """The rise as a share of the loss."""
+        return self.rise / abs(self.loss) if self.loss else math.inf
+
+    @property
     def is_noise(self) -> bool:
         """Whether the rise may be nothing."""
         return not self.rise > ERRORS * self.noise
 
+    def is_near(self, tolerance: float) -> bool:
+        """Whether w + e is in the neighbourhood of w: out of the noise, as the gradient says, and with a small rise."""
+        return not self.is_noise and abs(self.linearity - 1) <= tolerance and self.share <= tolerance
+
 
 def points_of(rhos: Sequence[float], batches: Sequence[BatchRises]) -> list[Point]:
     """The figures of each radius, in ascending order."""
-    slope, relative = mean(b.slope for b in batches), mean(b.scale.relative for b in batches) / rhos[0]
+    loss, slope = mean(b.loss for b in batches), mean(b.slope for b in batches)
+    relative = mean(b.scale.relative for b in batches) / rhos[0]
     points = []
     for number, rho in enumerate(rhos):
         rises = [batch.rises[number] for batch in batches]
         finite = all(map(math.isfinite, rises))
         noise = stdev(rises) / math.sqrt(len(rises)) if finite and len(rises) > 1 else math.inf
-        points.append(Point(rho, mean(rises) if finite else math.nan, noise, rho * slope, rho * relative))
+        points.append(Point(rho, mean(rises) if finite else math.nan, noise, rho * slope, loss, rho * relative))
     return sorted(points, key=lambda point: point.rho)
 
 
@@ -73,19 +86,20 @@ def propose(points: Sequence[Point], tolerance: float) -> tuple[float | None, st
 
     Args:
         points: In ascending order of rho.
-        tolerance: How far the linearity may be from 1.
+        tolerance: How far the linearity may be from 1, and how much of the loss the rise may be.
     """
-    clear = [point for point in points if not point.is_noise]
+    clear = list(dropwhile(lambda point: point.is_noise, points))
     if not clear:
         return None, 'no rise is out of the noise: give more --batches, or larger values of --rho'
-    near = list(takewhile(lambda point: abs(point.linearity - 1) <= tolerance, clear))
+    near = list(takewhile(lambda point: point.is_near(tolerance), clear))
     if not near:
-        first = clear[0]
-        return None, (
-            f'already at {first.rho:g}, the smallest out of the noise, the linearity is {first.linearity:.2f}: give '
-            'smaller values of --rho'
-        )
-    if near[-1] is points[-1]:
-        return near[-1].rho, 'the largest of the grid; the limit lies above it: give larger values of --rho'
-    beyond = clear[len(near)] if len(near) < len(clear) else points[-1]
-    return near[-1].rho, f'the next, {beyond.rho:g}, has a linearity of {beyond.linearity:.2f}'
+        return None, f'already {_said(clear[0])}, the smallest out of the noise: give smaller values of --rho'
+    if len(near) == len(clear):
+        return near[-1].rho, 'the largest of the grid, so the limit lies above it: give larger values of --rho'
+    return near[-1].rho, f'the next is {_said(clear[len(near)])}'
+
+
+def _said(point: Point) -> str:
+    return (
+        f'{point.rho:g}, with a linearity of {point.linearity:.2f} and a rise of {100 * point.share:.2g} % of the loss'
+    )

@@ -10,6 +10,7 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +31,10 @@ from mm_sharp.step.method import Method
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 # For configs without a sharpness-aware wrapper: the scale of docs/scale.md, around its rho.
-RECOMMENDED = {'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights'}
+RECOMMENDED: dict[str, Any] = {'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights'}
 # From a tenth of the config's rho to ten times it.
 FACTORS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0)
+_STEPS = 200  # of training, or half of all, if that is less
 # What chooses the perturbation of a step; other answers than SAM's are not measured.
 _CHOICES = ('select_parameters', 'direction', 'perturbation_gradient', 'perturb_along')
 
@@ -54,7 +56,7 @@ class Perturbation:
     def rhos(self) -> list[float]:
         """The grid, if none is asked for."""
         centre = self.own or RECOMMENDED['rho']
-        return [float(f'{centre * factor:.3g}') for factor in FACTORS]  # type: ignore[operator]
+        return [float(f'{centre * factor:.3g}') for factor in FACTORS]
 
 
 def perturbation_of(cfg: Config) -> Perturbation:
@@ -72,11 +74,11 @@ def perturbation_of(cfg: Config) -> Perturbation:
             arguments['dtype'] = given.get('dtype') or 'float16'
         return Perturbation(arguments, None)
     left_out = ('optimizer', 'rho', 'accumulative_counts', 'clip_grad', 'kwargs')
-    names = set(arguments_of(TwoPassOptimWrapper)) - {*left_out}
-    arguments = {name: copy.deepcopy(value) for name, value in given.items() if name in names}
+    known = arguments_of(TwoPassOptimWrapper).keys() - {*left_out}
+    arguments = {name: copy.deepcopy(value) for name, value in given.items() if name in known}
     own = float(given.get('rho', arguments_of(cls)['rho'].default))
     others = any(getattr(cls, name) is not getattr(Method, name) for name in _CHOICES)
-    remark = f'{cls.__name__} chooses its perturbation otherwise: what was measured is SAM\'s of the same rho'
+    remark = f"{cls.__name__} chooses its perturbation otherwise: what was measured is SAM's of the same rho"
     return Perturbation(arguments, own, remark if others else '')
 
 
@@ -92,24 +94,22 @@ def measure(
     cfg: Config,
     perturbation: Perturbation,
     rhos: Sequence[float],
-    steps: int = 200,
+    steps: int | None = None,
     batches: int = 16,
     trust: bool = False,
 ) -> Measured:
-    """Train for ``steps`` steps, but at most half of the training, and measure ``batches`` training batches there.
+    """Train for ``steps`` steps, by default 200 or half of the training, and measure ``batches`` training batches.
 
     Raises:
-        UsageError: No batch has a finite gradient that is not zero, or there is no batch.
+        UsageError: No batch has a finite gradient that is not zero; the training has no more than ``steps`` steps.
     """
     with tempfile.TemporaryDirectory() as folder, careful_loading(trust), prepared(cfg):
         runner = build_runner(training_config(cfg, folder))
-        with tqdm(total=steps + batches, leave=False, disable=None, mininterval=0.5) as bar:
+        with tqdm(leave=False, disable=None, mininterval=0.5) as bar:
             hook = _MeasuringHook(perturbation, rhos, steps, batches, bar)
             runner.register_hook(hook, 'LOWEST')
-            try:
+            with suppress(_DoneError):
                 runner.train()
-            except _DoneError:
-                pass
     if not hook.found:
         raise UsageError(f'in none of {batches} batches the gradient is finite and not 0: there is no perturbation')
     return Measured(hook.found, hook.steps)
@@ -146,13 +146,17 @@ class _DoneError(Exception):
 class _MeasuringHook(Hook):  # type: ignore[misc]
     """Measures before a step, and ends the training there."""
 
-    def __init__(self, perturbation: Perturbation, rhos: Sequence[float], steps: int, batches: int, bar: Any) -> None:
+    def __init__(
+        self, perturbation: Perturbation, rhos: Sequence[float], steps: int | None, batches: int, bar: Any
+    ) -> None:
         self._perturbation, self._rhos, self._batches, self._bar = perturbation, rhos, batches, bar
-        self.steps, self.found = steps, list[BatchRises]()
+        self._asked, self.steps, self.found = steps, 0, list[BatchRises]()
 
     def before_train(self, runner: Any) -> None:
-        """Stay within the training."""
-        self.steps = min(self.steps, runner.max_iters // 2)
+        """Settle when to measure."""
+        self.steps = min(_STEPS, runner.max_iters // 2) if self._asked is None else self._asked
+        if self.steps >= runner.max_iters:
+            raise UsageError(f'--steps {self.steps}: it must be below {runner.max_iters}, the steps of the training')
         self._bar.reset(total=self.steps + self._batches)
         self._bar.set_description('training')
 
