@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_sharp.analysis.benchmark.compare import columns
-from mm_sharp.analysis.find_rho.rule import ERRORS, Point, propose
+from mm_sharp.analysis.find_rho.rule import ERRORS, Point, percent, propose
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ def text(found: Findings) -> str:
     proposal, reason = propose(found.points, found.tolerance)
     for point in found.points:
         marks = {'noise': point.is_noise, 'the config': point.rho == found.own, '<-': point.rho == proposal}
-        figures = [f'{100 * point.relative:.2g} %', f'{point.rise:.3g}', f'{100 * point.share:.2g} %']
+        figures = [percent(point.relative), f'{point.rise:.3g}', percent(point.share)]
         figures += [f'{point.noise:.2g}', f'{point.linearity:.2f}']
         lines.append([f'{point.rho:g}', *figures, ' '.join(mark for mark, holds in marks.items() if holds)])
-    shares = ', '.join(f'{name} {100 * share:.0f} %' for name, share in found.shares.items())
+    shares = ', '.join(f'{name} {percent(share)}' for name, share in found.shares.items())
     said = f'Proposed: rho={proposal:g}{found.measure} ({reason})' if proposal else f'No proposal: {reason}'
     notes = [
         f'loss {found.points[0].loss:.4g} after {found.steps} steps; means of {found.batches} batches, with their '

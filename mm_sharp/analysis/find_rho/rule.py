@@ -93,13 +93,16 @@ def propose(points: Sequence[Point], tolerance: float) -> tuple[float | None, st
         return None, 'no rise is out of the noise: give more --batches, or larger values of --rho'
     near = list(takewhile(lambda point: point.is_near(tolerance), clear))
     if not near:
-        return None, f'already {_said(clear[0])}, the smallest out of the noise: give smaller values of --rho'
+        return None, f'already {_said(clear[0])}: give smaller values of --rho'
     if len(near) == len(clear):
         return near[-1].rho, 'the largest of the grid, so the limit lies above it: give larger values of --rho'
-    return near[-1].rho, f'the next is {_said(clear[len(near)])}'
+    return near[-1].rho, _said(clear[len(near)])
+
+
+def percent(share: float) -> str:
+    """A share in percent."""
+    return f'{100 * share:.0f} %' if abs(share) > 0.095 else f'{100 * share:.2g} %'
 
 
 def _said(point: Point) -> str:
-    return (
-        f'{point.rho:g}, with a linearity of {point.linearity:.2f} and a rise of {100 * point.share:.2g} % of the loss'
-    )
+    return f'{point.rho:g} has a linearity of {point.linearity:.2f} and raises the loss by {percent(point.share)}'
