@@ -100,6 +100,6 @@ class RhoProbe(TwoPassOptimWrapper):
 
     def _inner_product(self) -> float:
         """Of e, which :meth:`Ascent.perturb` leaves in the gradients' memory, and the gradient without loss scale."""
-        products = [torch.sum(p.grad.double() * g) for p, g in self._gradients if p.grad is not None]
+        products = [torch.sum(p.grad * g) for p, g in self._gradients if p.grad is not None]
         inverse = self.precision.inverse_scale()
         return sum(map(float, products)) * (1.0 if inverse is None else float(inverse))
