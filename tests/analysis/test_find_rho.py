@@ -195,6 +195,8 @@ def test_the_grid_lies_around_the_configs_own_rho(tmp_path: Path) -> None:
     assert own.own in own.rhos()
     esam = perturbation_of(toy_config(tmp_path, 'esam-history'))
     assert 'ESAMOptimWrapper chooses its perturbation otherwise' in esam.remark
+    quantized = perturbation_of(toy_config(tmp_path, 'esam-history', model=dict(type='QuantizedModel')))
+    assert quantized.remark.startswith(esam.remark + '\nrounding has no derivative')
     plain = perturbation_of(toy_config(tmp_path, 'plain'))
     assert {**plain.arguments, 'rho': plain.rhos()[6]} == RECOMMENDED
     assert plain.own is None

@@ -46,7 +46,7 @@ class Perturbation:
     Args:
         arguments: Of the wrapper, ``rho`` apart.
         own: The config's ``rho``; None if it has no sharpness-aware wrapper.
-        remark: What the config's method does otherwise, or ''.
+        remark: What the config's method does otherwise, and what quantizers do to the linearity; or ''.
     """
 
     arguments: dict[str, Any]
@@ -72,14 +72,23 @@ def perturbation_of(cfg: Config) -> Perturbation:
         arguments = {key: value for key, value in RECOMMENDED.items() if key != 'rho'}
         if issubclass(cls, AmpOptimWrapper):
             arguments['dtype'] = given.get('dtype') or 'float16'
-        return Perturbation(arguments, None)
+        return Perturbation(arguments, None, _of_quantizers(cfg))
     left_out = ('optimizer', 'rho', 'accumulative_counts', 'clip_grad', 'kwargs')
     known = arguments_of(TwoPassOptimWrapper).keys() - {*left_out}
     arguments = {name: copy.deepcopy(value) for name, value in given.items() if name in known}
     own = float(given.get('rho', arguments_of(cls)['rho'].default))
     others = any(getattr(cls, name) is not getattr(Method, name) for name in _CHOICES)
     remark = f"{cls.__name__} chooses its perturbation otherwise: what was measured is SAM's of the same rho"
-    return Perturbation(arguments, own, remark if others else '')
+    return Perturbation(arguments, own, '\n'.join(filter(None, (remark * others, _of_quantizers(cfg)))))
+
+
+def _of_quantizers(cfg: Config) -> str:
+    if type_name(cfg.model.get('type')) != 'QuantizedModel':
+        return ''
+    return (
+        "rounding has no derivative: the linearity is of the straight-through estimator's gradient, and need not be "
+        'near 1 for any rho; find rho with the float config'
+    )
 
 
 @dataclass(frozen=True)
