@@ -6,8 +6,9 @@ fragments that a config file inherits into effect when it is read. Nothing else 
 """
 
 import sys as _sys
+from pathlib import Path as _Path
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 __all__ = [
     'AUSAMOptimWrapper',
     'AUSAMSampler',
@@ -23,8 +24,13 @@ __all__ = [
     '__version__',
 ]
 
-# The doctor must run where torch or MMEngine is missing or broken: it imports what it can by itself.
-if 'mm_sharp.doctor' not in _sys.orig_argv:
+# The command only starts other programs. The doctor must run where torch or MMEngine is missing or broken: it imports
+# what it can by itself. (While Python looks for the module after `-m`, `sys.argv` begins with `-m`.)
+_program = _Path(_sys.argv[0]).stem
+_is_light = _program == 'mm-sharp' or (
+    _program == '-m' and not {'mm_sharp', 'mm_sharp.doctor'}.isdisjoint(_sys.orig_argv)
+)
+if not _is_light:
     from mm_sharp import compat as _compat
     from mm_sharp import moved as _moved
     from mm_sharp.config import fragments as _fragments

@@ -1,4 +1,4 @@
-"""``python -m mm_sharp.doctor``: versions, the state of every fix, and for each problem a command that ends it.
+"""Print versions, the state of every fix, and for each problem a command that ends it: ``python -m mm_sharp.doctor``.
 
 The exit status is 1 if something essential is broken, else 0. It must run where packages are missing or broken: what is
 not in the standard library is imported piece by piece, and what fails becomes a line of the report.

@@ -18,7 +18,7 @@ import torch
 from brevitas.graph.calibrate import quantization_status_manager
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
 
@@ -152,7 +152,7 @@ def _behind(nodes: Iterable[Any], ends: Container[Any]) -> set[Any]:
 
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in a model's output, in order."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
 
 
 def float_output(model: nn.Module, inputs: Tensor) -> Tensor:

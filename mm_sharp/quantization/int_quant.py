@@ -13,6 +13,7 @@ import torch
 from brevitas.core.function_wrapper import TensorClampSte
 from brevitas.core.quant import IntQuant
 from torch import Tensor
+from torch._dynamo import is_compiling  # torch.compiler has it from torch 2.3 on
 
 from mm_sharp.ops.quantized_perturbation import KeptIntegers
 
@@ -29,7 +30,7 @@ class FusedIntQuant(IntQuant):  # type: ignore[misc]
     def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
         """Fake-quantize ``x``, whose shape the scale is broadcast to."""
         x = self.input_view_impl(x)
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        traced = is_compiling() or torch._C._get_tracing_state() is not None
         if x.dtype != scale.dtype or traced:
             result: Tensor = super().forward(scale, zero_point, bit_width, x)
             return result

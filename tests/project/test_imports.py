@@ -18,6 +18,7 @@ PACKAGE = ROOT / 'mm_sharp'
 ORDER = ('methods', 'hooks', 'step', 'samples', 'per_sample_loss', 'ops', 'compat', 'errors')
 # Beside that column; what each may import besides the column and itself. Nothing in the column imports these.
 BESIDE = {
+    '__main__': set(),
     'analysis': {'cli', 'config', 'quantization'},
     'cli': {'config'},
     'config': set(),

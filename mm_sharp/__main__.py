@@ -1,0 +1,51 @@
+"""The command ``mm-sharp``, also ``python -m mm_sharp``: runs a tool by its name, or lists them.
+
+``mm-sharp train CONFIG`` is ``python tools/train.py CONFIG``, wherever the tools lie: an installation has them inside
+the package. Neither torch nor MMEngine is imported here, so the list comes at once, and the doctor starts where they
+are broken.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import sys
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+_DOCTOR = _PACKAGE / 'doctor.py'
+
+
+def find_tools() -> dict[str, Path]:
+    """The files of the tools by name: ``analyze-sharpness`` is ``analyze_sharpness.py``."""
+    files = (_PACKAGE / '.mim' / 'tools').rglob('*.py')
+    return {file.stem.replace('_', '-'): file for file in sorted([*files, _DOCTOR], key=lambda file: file.stem)}
+
+
+def describe(tool: Path) -> str:
+    """The first line of a tool's docstring."""
+    return (ast.get_docstring(ast.parse(tool.read_text('utf-8'))) or '').partition('\n')[0]
+
+
+def main() -> int:
+    """Replace this process by that of a tool; else print the list, or what is wrong, and return the exit status."""
+    tools, (name, *arguments) = find_tools(), sys.argv[1:] or ['--help']
+    if name in ('-h', '--help'):
+        sys.stdout.write('usage: mm-sharp TOOL [ARGUMENT ...]; for the arguments: mm-sharp TOOL --help\n\n')
+        sys.stdout.writelines(f'  {tool:<20} {describe(file)}\n' for tool, file in tools.items())
+        return 0
+    tool = tools.get(name.replace('_', '-'))
+    if tool is None:
+        close = difflib.get_close_matches(name, tools, 1)
+        hint = f'did you mean {close[0]!r}?' if close else f'there are {", ".join(tools)}'
+        sys.stderr.write(f'mm-sharp: error: no tool {name!r}; {hint}\n')
+        return 2
+    # As a module: beside the doctor's file, folders of the package would hide others of the same name.
+    program = ['-m', 'mm_sharp.doctor'] if tool == _DOCTOR else [str(tool)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *program, *arguments])
+
+
+if __name__ == '__main__':
+    sys.exit(main())
