@@ -33,7 +33,7 @@ _FIRST = (
     *('test_qat_configs', 'test_mmpose_heads', 'test_classification', 'test_benchmark', 'test_bad_configs'),
     # Under `make test-slow`.
     *('test_real_quantized', 'test_resume', 'test_compat_environments', 'test_soak', 'test_rank_faults'),
-    *('test_study_runs', 'test_ausam_statistics'),
+    *('test_study_runs', 'test_ausam_statistics', 'test_wheel'),
 )
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.environments import ROOT, make_environment, run_python
+from tests.environments import make_environment, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -129,41 +125,3 @@ except ModuleNotFoundError as error:
     for name in ('torchvision operators', 'mmcv operators', 'matplotlib canvas'):
         assert fixes[name][0] is False
         assert fixes[name][1].endswith('is not installed')
-
-
-MAKE_DIST = '-m hatchling build -d dist'
-
-
-def build(source: Path, folder: Path) -> tuple[Path, Path]:
-    """Build the wheel and the source archive as ``make dist`` does, but into ``folder``."""
-    command = [sys.executable, *MAKE_DIST.split()[:-1], str(folder)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    wheel, archive = sorted(folder.iterdir())
-    assert (wheel.suffix, archive.name[-7:]) == ('.whl', '.tar.gz')
-    return wheel, archive
-
-
-def test_the_wheel_of_the_source_archive_is_whole(tmp_path: Path) -> None:
-    """Of an installation from it, as of one from the wheel: the package, and the configs that ``mm_sharp::`` finds."""
-    if find_spec('hatchling') is None:
-        pytest.skip('building needs hatchling')
-    assert f'$(PY) {MAKE_DIST}\n' in (ROOT / 'Makefile').read_text()
-    first, archive = build(ROOT, tmp_path / 'dist')
-    subprocess.run([sys.executable, '-m', 'tarfile', '-e', archive, tmp_path], capture_output=True, check=True)
-    wheel, _ = build(tmp_path / archive.name[:-7], tmp_path / 'again')
-    with zipfile.ZipFile(first) as ours, zipfile.ZipFile(wheel) as file:
-        assert {info.filename: info.CRC for info in ours.infolist()} == {i.filename: i.CRC for i in file.infolist()}
-    environment = make_environment(tmp_path / 'site', without=['mm_sharp'])
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(environment)
-    (environment / 'user.py').write_text("_base_ = ['mm_sharp::_base_/sam.py']\n")
-    script = (
-        'import json, mm_sharp, mmengine\nfrom mmengine.hub import get_config\n'
-        'config = mmengine.Config.fromfile("user.py")\n'
-        'cards = get_config("mm_sharp::demo/simcc_res18-half_sam_demo-128x96.py")\n'
-        'print(json.dumps([mm_sharp.__file__, config.sharp_optim_wrapper.type, cards.optim_wrapper.type]))'
-    )
-    place, *kinds = last_line(environment, script)
-    assert Path(place).is_relative_to(environment), 'the wheel, not the checkout'
-    assert kinds == ['SAMOptimWrapper', 'SAMOptimWrapper']
