@@ -36,15 +36,14 @@ def main() -> int:
         sys.stdout.writelines(f'  {tool:<20} {describe(file)}\n' for tool, file in tools.items())
         return 0
     tool = tools.get(name.replace('_', '-'))
-    if tool is None:
-        close = difflib.get_close_matches(name, tools, 1)
-        hint = f'did you mean {close[0]!r}?' if close else f'there are {", ".join(tools)}'
-        sys.stderr.write(f'mm-sharp: error: no tool {name!r}; {hint}\n')
-        return 2
-    # As a module: beside the doctor's file, folders of the package would hide others of the same name.
-    program = ['-m', 'mm_sharp.doctor'] if tool == _DOCTOR else [str(tool)]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *program, *arguments])
+    if tool is not None:
+        # As a module: beside the doctor's file, folders of the package would hide others of the same name.
+        program = ['-m', 'mm_sharp.doctor'] if tool == _DOCTOR else [str(tool)]
+        os.execv(sys.executable, [sys.executable, *program, *arguments])
+    close = difflib.get_close_matches(name, tools, 1)
+    hint = f'did you mean {close[0]!r}?' if close else f'there are {", ".join(tools)}'
+    sys.stderr.write(f'mm-sharp: error: no tool {name!r}; {hint}\n')
+    return 2
 
 
 if __name__ == '__main__':

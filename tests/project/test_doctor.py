@@ -15,7 +15,7 @@ from tests.environments import make_environment, run_python
 # The pinned environment, in which nothing is wrong.
 GOOD = {
     'python': '3.11.7',
-    'mm_sharp': '0.1.0',
+    'mm_sharp': '0.2.0',
     'torch': '2.13.0+cpu',
     'torchvision': '0.28.0',
     'mmengine': '0.10.7',

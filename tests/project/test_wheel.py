@@ -118,7 +118,8 @@ def test_mim_finds_tools_and_configs(installed: Path, package: Path, tmp_path: P
 def test_train_a_config_of_the_wheel(installed: Path, package: Path, tmp_path: Path) -> None:
     """By the command and by the name ``mm_sharp::``, then as mim does; the second run goes on with the first."""
     pytest.importorskip('mmpose')
-    run(installed / 'mm-sharp', 'make-demo-data', *'--out data/demo --train 32 --val 8'.split(), cwd=tmp_path)
+    size = ('--train', 32, '--val', 8)
+    run(installed / 'mm-sharp', 'make-demo-data', '--out', tmp_path / 'data' / 'demo', *size, cwd=tmp_path)
     loader = 'dict(batch_size=16, num_workers=0, persistent_workers=False)'
     (tmp_path / 'user.py').write_text(
         f"_base_ = ['mm_sharp::demo/{CONFIG}']\ntrain_dataloader = {loader}\nval_cfg = val_dataloader = None\n"
