@@ -1,4 +1,4 @@
-"""Print versions, the state of every fix, and for each problem a command that ends it: ``python -m mm_sharp.doctor``.
+"""Print versions, the state of every fix, and for each problem a command that ends it.
 
 The exit status is 1 if something essential is broken, else 0. It must run where packages are missing or broken: what is
 not in the standard library is imported piece by piece, and what fails becomes a line of the report.
