@@ -179,7 +179,7 @@ def test_every_page_is_in_the_sites_navigation(site: ModuleType) -> None:
 def test_the_tree_is_the_packages() -> None:
     (tree,) = [block for block in blocks(ROOT / 'docs/architecture.md', '') if block.startswith('mm_sharp/')]
     named = set(re.findall(r'^  (\w+\.py|\w+/)', tree.split('\nconfigs/')[0], flags=re.MULTILINE))
-    files = {path.name for path in (ROOT / 'mm_sharp').glob('*.py')} - {'__init__.py', '__main__.py'}
+    files = {path.name for path in (ROOT / 'mm_sharp').glob('*.py')} - {'__init__.py'}
     folders = {path.name + '/' for path in (ROOT / 'mm_sharp').iterdir() if (path / '__init__.py').is_file()}
     assert named <= files | folders
     assert files | folders <= named, 'a new folder must be in the tree'
