@@ -39,6 +39,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.hooks.history import SampleHistoryHook as _SampleHistoryHook
     from mm_sharp.hooks.resumed_draws import ResumedDrawsHook as _ResumedDrawsHook
     from mm_sharp.hooks.sharpness import SharpnessHook
+    from mm_sharp.hooks.start import StartHook as _StartHook
     from mm_sharp.methods.ausam import AUSAMOptimWrapper
     from mm_sharp.methods.esam import ESAMOptimWrapper
     from mm_sharp.methods.friendlysam import FriendlySAMOptimWrapper
@@ -54,4 +55,5 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     _compat.register_default_hook(_SampleHistoryHook)
     _compat.register_default_hook(_ResumedDrawsHook)
     _compat.register_default_hook(_CompileHook)
+    _compat.register_default_hook(_StartHook)
     _compat.register_default_hook(_CheckpointCheckHook, of_tools=True)
