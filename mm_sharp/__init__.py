@@ -33,6 +33,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     _fragments.install()
     _moved.install()
 
+    from mm_sharp.config import any_tool as _any_tool
     from mm_sharp.hooks.checkpoint import CheckpointCheckHook as _CheckpointCheckHook
     from mm_sharp.hooks.compile import CompileHook as _CompileHook
     from mm_sharp.hooks.draw_schedule import DrawScheduleHook as _DrawScheduleHook
@@ -51,6 +52,7 @@ if 'mm_sharp.doctor' not in _sys.orig_argv:
     from mm_sharp.samples.ausam_sampler import AUSAMSampler
     from mm_sharp.samples.indexed_dataset import IndexedDataset
 
+    _any_tool.install()
     _compat.register_default_hook(_DrawScheduleHook)
     _compat.register_default_hook(_SampleHistoryHook)
     _compat.register_default_hook(_ResumedDrawsHook)

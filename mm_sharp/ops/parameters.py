@@ -19,7 +19,7 @@ from mm_sharp.errors import UserError
 _SWITCHES = ('norm', 'bias', 'quantizer_scale')
 _PATTERNS = ('include', 'exclude')
 _IN_WORDS = {
-    'auto': "all that is trained; of a quantized model neither scales nor biases",
+    'auto': 'all that is trained; of a quantized model neither scales nor biases',
     'all': 'all that is trained',
     'weights': "weights; neither norm layers nor biases nor quantizers' scales",
 }

@@ -11,8 +11,8 @@ from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import DataLoader, IterableDataset
 
 from mm_sharp import AUSAMOptimWrapper, AUSAMSampler
-from mm_sharp.hooks.start import in_words
 from mm_sharp.hooks.draw_schedule import training_length
+from mm_sharp.hooks.start import in_words
 from mm_sharp.samples.schedule import AFTER_RAMP, SCHEDULES, TrainingLength, Unset, schedule_of
 from mm_sharp.step.method import Cost
 from tests.toys import make
