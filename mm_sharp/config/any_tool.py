@@ -46,11 +46,9 @@ def _checked(train: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _check(runner: Any) -> None:
     """Check what is not built yet; a UsageError says what to write."""
     optim_wrapper, loader = runner.optim_wrapper, runner._train_dataloader
-    if isinstance(optim_wrapper, dict) and not any(
-        isinstance(v, (Optimizer, OptimWrapper)) for v in optim_wrapper.values()
-    ):
-        check_wrappers(
-            Config({'optim_wrapper': optim_wrapper, 'default_scope': runner.cfg.get('default_scope', 'mmengine')})
-        )
+    built = (Optimizer, OptimWrapper)
+    if isinstance(optim_wrapper, dict) and not any(isinstance(part, built) for part in optim_wrapper.values()):
+        scope = runner.cfg.get('default_scope', 'mmengine')
+        check_wrappers(Config({'optim_wrapper': optim_wrapper, 'default_scope': scope}))
     if isinstance(loader, dict):
         check_sampler(loader)

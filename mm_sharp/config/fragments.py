@@ -159,7 +159,7 @@ def _check_keys(cfg: Config) -> None:
 
 
 def _refuse_amp(cfg: Config) -> None:
-    """Say what to write in place of ``--amp``, which MMPose's own ``tools/train.py`` is about to refuse, but not what."""
+    """Say what to write in place of ``--amp``, which MMPose's own ``tools/train.py`` is about to refuse."""
     wrapper = _written(cfg, 'optim_wrapper')
     # Other programs may have an option of this name that works.
     if '--amp' in sys.argv and hasattr(sys.modules['__main__'], 'merge_args') and is_ours(wrapper):

@@ -131,8 +131,8 @@ def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
     if (inner := type_name(config['type'])) in OPTIM_WRAPPERS.module_dict:
         outer = inner if inner in registered_methods() else type_name(wrapper.get('type'))
         raise UsageError(
-            f'{key}.optimizer.type={inner!r} is not allowed: it must be an optimizer, and this is an optimizer wrapper, '
-            f'which has one in it. Write for example: {key} = dict(type={outer!r}, {_OPTIMIZER}, …)'
+            f'{key}.optimizer.type={inner!r} is not allowed: it must be an optimizer, and this is a wrapper, '
+            f'which goes around one. Write for example: {key} = dict(type={outer!r}, {_OPTIMIZER}, …)'
         )
     kind = _registered(cfg, OPTIMIZERS, f'{key}.optimizer.type', config['type'], config.get('_scope_'))
     arguments = {name: deepcopy(value) for name, value in config.items() if name not in ('type', '_scope_')}

@@ -53,9 +53,10 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     All are of the one iteration that is logged, and of rank 0: their names avoid those that MMEngine's log processor
     smooths. With several optimizer wrappers the names are ``sharpness/WRAPPER.…``; the console's four are shared out.
 
-    After the first step one line says how far the weights are moved, and where. Three warnings, each at most once and only in logged steps,
-    say what to write: nearly all of the perturbation is in one small part of the model; the loss does not rise
-    noticeably; it rises to several times what it was. See ``docs/scale.md`` and :mod:`mm_sharp.hooks.scale_report`.
+    After the first step one line says how far the weights are moved, and where. Three warnings, each at most once and
+    only in logged steps, say what to write: nearly all of the perturbation is in one small part of the model; the loss
+    does not rise noticeably; it rises to several times what it was. See ``docs/scale.md`` and
+    :mod:`mm_sharp.hooks.scale_report`.
 
     Args:
         interval: Iterations between two entries; by default the ``LoggerHook``'s.

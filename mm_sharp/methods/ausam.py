@@ -212,20 +212,17 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
     def in_words(self, batch_size: int, length: TrainingLength, model: nn.Module | None) -> dict[str, str]:
         """See :meth:`mm_sharp.step.method.Method.in_words`."""
         drawer, plan = self.drawer, self.drawer.schedule
-        by_epochs, unit = length.epoch_length is not None, 'epochs' if length.epoch_length is not None else 'iterations'
+        by_epochs = length.epoch_length is not None
         parts = [f'{sample_count(plan.sampling_ratio, batch_size, drawer.fewest)} of {batch_size} in both passes']
         if plan.whole_first_epoch:
-            parts.append(
-                'all in the first epoch' if by_epochs else 'no whole first epoch, as the data set has no length'
-            )
+            parts.append('all in the first epoch' if by_epochs else 'no whole first epoch: the data set has no length')
         if not self.uses_history:
             return {'samples': '; '.join([*parts, 'drawn uniformly'])}
         which = 'smaller' if drawer.preference.small else 'larger'
         parts.append(f'the {which} the loss difference, the likelier ({drawer.kind} draw)')
-        end = f' over the first {plan.ramp * length.epochs:g} {unit}' if plan.ramp > 0 else ''
-        parts.append(
-            f's_max {plan.s_min:g} to {plan.s_max:g}{end}' if end else f's from {plan.s_min:g} to {plan.s_max:g}'
-        )
+        over = f'{plan.ramp * length.epochs:g} {"epochs" if by_epochs else "iterations"}'
+        rising = f's_max {plan.s_min:g} to {plan.s_max:g} over the first {over}'
+        parts.append(rising if plan.ramp > 0 else f's from {plan.s_min:g} to {plan.s_max:g}')
         return {'samples': '; '.join(parts), **self.losses_in_words(model)}
 
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: Any, rank: int) -> None:

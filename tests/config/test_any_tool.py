@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 import mm_sharp
 from mm_sharp.cli import options as cli
 from mm_sharp.config import any_tool
+from mm_sharp.errors import UsageError, UserError
 from tests.bad_configs import Bad, loader, wrapper
 from tests.tool_runs import tool
 from tests.toys import make, toy_config
@@ -30,7 +31,7 @@ MISTAKES = (
     wrapper('a typing error', 'AUSAM', 'sample_ratio=0.5', '', shows="did you mean 'sampling_ratio'"),
     wrapper("another method's argument", 'SAM', 'sampling_ratio=0.5', '', key='sampling_ratio=0.5 is not allowed',
         shows="dict(type='AUSAMOptimWrapper', sampling_ratio=0.5, ...)"),
-    wrapper('rho as text', 'SAM', "rho='0.05'", '', shows='a finite number in [0, inf). Write for example: optim_wrapper'),
+    wrapper('rho as text', 'SAM', "rho='0.05'", '', shows='a finite number in [0, inf). Write for example: '),
     wrapper('rho below 0', 'AUSAM', 'rho=-0.05', '', shows="dict(type='AUSAMOptimWrapper', rho=0.05, ...)"),
     wrapper("a dtype's short name", 'SAM', "dtype='fp16'", '', shows="'float16'"),
     wrapper('clip_grad as a number', 'ESAM', 'clip_grad=1.0', '', shows='clip_grad=dict(max_norm=1.0)'),
@@ -45,7 +46,7 @@ MISTAKES = (
     wrapper('a wrapper that there is not', 'SAM', "type='SAMOptimWraper'", '', key='optim_wrapper.type',
         shows="did you mean 'SAMOptimWrapper'"),
     loader('drop_last beside the sampler', 'AUSAM', "drop_last=True, batch_sampler=dict(type='AUSAMSampler')", '',
-        key='train_dataloader.drop_last=True', shows="drop_last=False, batch_sampler=dict(type='AUSAMSampler', drop_last"),
+        key='train_dataloader.drop_last=True', shows="drop_last=False, batch_sampler=dict(type='AUSAMSampler'"),
     loader('the batch sampler as a sampler', 'AUSAM', "sampler=dict(_delete_=True, type='AUSAMSampler')", '',
         key='train_dataloader.sampler', shows="batch_sampler=dict(type='AUSAMSampler'"),
     loader('samples without ids', 'AUSAM', "dataset=dict(type='NamelessSamples')", '', key='sample_idx',
@@ -86,10 +87,9 @@ def test_the_same_line(
     case: Bad, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr('mm_sharp.compat.checkpoint_hook._in_every_run', False)
-    with pytest.raises(Exception, match='.') as error:
+    with pytest.raises((UsageError, UserError)) as error:
         mmposes_tool(monkeypatch, write(case.method, case.lines))
     line = ' '.join(str(error.value).split())
-    assert type(error.value).__module__.startswith('mm_sharp.'), error.value
     assert case.key in line
     assert case.shows in line
     monkeypatch.setattr(sys, 'argv', ['train.py', str(write(case.method, case.lines))])
