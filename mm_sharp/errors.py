@@ -103,8 +103,12 @@ def check_clip_grad(owner: str, value: object) -> None:
     raise UserError(_message(owner, 'clip_grad', value, allowed, _CLIP_GRAD, WRAPPER))
 
 
-def check_steps_alone(owner: str, optimizer: Optimizer) -> None:
-    """Refuse optimizers whose ``step`` needs a closure, with which they compute the loss again and again."""
+def check_optimizer(owner: str, optimizer: Optimizer) -> None:
+    """Refuse what is no optimizer, and optimizers whose ``step`` needs a closure, which compute the loss repeatedly."""
+    if not isinstance(optimizer, Optimizer):
+        allowed, example = 'an optimizer of torch (in a config, its dict)', "dict(type='SGD', lr=0.01, momentum=0.9)"
+        shown = optimizer if isinstance(optimizer, (Mapping, str)) else type(optimizer).__name__
+        raise UserError(_message(owner, 'optimizer', shown, allowed, example, WRAPPER))
     closure = signature(type(optimizer).step).parameters.get('closure')
     if closure is not None and closure.default is closure.empty:
         name = type(optimizer).__name__

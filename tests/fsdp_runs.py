@@ -54,7 +54,7 @@ def run_and_resume(rank: int, processes: int, folder: str, state_dict_cfg: Any, 
         'steps': [len(runner.message_hub.get_scalar('train/loss').data[0]) for runner in (whole, resumed)],
         'saved': sorted(checkpoint['optimizer']),
         'saved at': checkpoint['meta']['iter'],
-        'logged': whole.message_hub.get_scalar('train/sharpness').current(),
+        'logged': whole.message_hub.get_scalar('train/sharpness/sharpness').current(),
     }
 
 

@@ -201,7 +201,7 @@ class ToyPair(BaseModel):
 
 
 # What a SharpnessHook logs of a step.
-KEYS = {'L_w', 'L_w_e', 'sharpness', 'g_norm', 'pass2_share'}
+KEYS = {f'sharpness/{name}' for name in ('L_w', 'L_w_e', 'sharpness', 'g_norm', 'pass2_share')}
 
 
 def history_bytes(history: SampleHistory) -> int:

@@ -18,7 +18,9 @@ from . import atomic_writes, checkpoint_hook, config_names, flexible_runner, mmp
 from .atomic_writes import CheckpointWriteError as CheckpointWriteError
 from .checkpoint_hook import PlainCheckpointHook as PlainCheckpointHook
 from .checkpoint_hook import enable_for_all_runs as enable_for_all_runs
+from .checkpoint_hook import is_ours as is_ours
 from .checkpoint_hook import register_default_hook as register_default_hook
+from .checkpoint_hook import uses_mm_sharp as uses_mm_sharp
 from .fix import Fix as Fix
 from .operators import MissingOperatorError as MissingOperatorError
 from .trust import explain_load_error as explain_load_error

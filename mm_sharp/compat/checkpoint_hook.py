@@ -91,15 +91,15 @@ def register_default_hook(hook: type[Hook], of_tools: bool = False) -> None:
 
 def uses_mm_sharp(runner: Any) -> bool:
     """Whether a Runner, its hooks registered, has an optimizer wrapper or a hook of this package, or of a subclass."""
-    return any(map(_is_ours, [*runner.hooks, runner.optim_wrapper]))
+    return any(map(is_ours, [*runner.hooks, runner.optim_wrapper]))
 
 
-def _is_ours(value: Any) -> bool:
+def is_ours(value: Any) -> bool:
     """Whether a config, an object, a class, a registered name, or anything in a dict of these is of this package."""
     if isinstance(value, (Mapping, OptimWrapperDict)):
-        return any(_is_ours(item) for _, item in value.items())
+        return any(is_ours(item) for _, item in value.items())
     if isinstance(value, str):
-        return any(map(_is_ours, _classes_named(value.rpartition('.')[2], OPTIM_WRAPPERS)))
+        return any(map(is_ours, _classes_named(value.rpartition('.')[2], OPTIM_WRAPPERS)))
     kind = value if isinstance(value, type) else type(value)
     return any(base.__module__.partition('.')[0] == _OUR_PACKAGE for base in kind.__mro__)
 

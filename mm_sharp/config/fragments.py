@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.logging import print_log
 
-from mm_sharp.errors import did_you_mean
+from mm_sharp.compat import is_ours
+from mm_sharp.errors import UserError, did_you_mean
 
 KEYS = ('sharp_optim_wrapper', 'sharp_hook', 'sharp_quantization')
 _PACKAGE = 'mm_sharp.quantization'
@@ -46,6 +48,7 @@ def install() -> None:
         construct(self, *args, **kwargs)
         if self.filename is not None and not _as_written.get():
             apply_fragments(self)
+            _refuse_amp(self)
 
     wrapper._applies_fragments = True  # type: ignore[attr-defined]
     Config.__init__ = wrapper
@@ -134,7 +137,7 @@ def _add_hook(cfg: Config, hook: dict[str, Any]) -> None:
 
 def _import_quantization(cfg: Config) -> None:
     """Import what registers ``QuantizedModel``, now and wherever a copy of the config is read."""
-    imports = _imports(cfg)
+    imports = imports_of(cfg)
     if _PACKAGE not in imports:
         entry = _unbuilt(_written(cfg, 'custom_imports') or {'allow_failed_imports': False})
         cfg.custom_imports = {**entry, 'imports': [*imports, _PACKAGE]}
@@ -150,9 +153,21 @@ def _check_keys(cfg: Config) -> None:
     if isinstance(old, dict) and any(isinstance(old.get(part), dict) for part in ('policy', 'calibration')):
         if 'sharp_quantization' in cfg._cfg_dict:
             raise ValueError(f'quantization = {old!r}: the key is sharp_quantization now. Write {_EXAMPLE}')
-        if any(str(name).startswith('mm_sharp') for name in _imports(cfg)):
+        if any(str(name).startswith('mm_sharp') for name in imports_of(cfg)):
             line = f'quantization = {old!r} is not read by mm_sharp: to quantize the model, write {_EXAMPLE}'
             print_log(line, 'current', logging.WARNING)
+
+
+def _refuse_amp(cfg: Config) -> None:
+    """Say what to write in place of ``--amp``, which MMPose's own ``tools/train.py`` is about to refuse."""
+    wrapper = _written(cfg, 'optim_wrapper')
+    # Other programs may have an option of this name that works.
+    if '--amp' in sys.argv and hasattr(sys.modules['__main__'], 'merge_args') and is_ours(wrapper):
+        raise UserError(
+            f"--amp is for MMEngine's OptimWrapper alone, and optim_wrapper.type={_type_name(wrapper)!r} takes a dtype "
+            f'instead: leave --amp out, and write optim_wrapper = dict(type={_type_name(wrapper)!r}, '
+            "dtype='float16', ...), or on the CPU dtype='bfloat16'"
+        )
 
 
 def _check_quantization(settings: Any) -> None:
@@ -174,7 +189,8 @@ def _unbuilt(config: dict[str, Any]) -> dict[str, Any]:
     return dict(dict.items(config))
 
 
-def _imports(cfg: Config) -> list[Any]:
+def imports_of(cfg: Config) -> list[Any]:
+    """What ``custom_imports`` names."""
     imports = (_written(cfg, 'custom_imports') or {}).get('imports') or []
     return [imports] if isinstance(imports, str) else list(imports)
 

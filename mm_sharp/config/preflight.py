@@ -118,9 +118,6 @@ def _check_wrapper(cfg: Config, key: str, cls: type[OptimWrapper], wrapper: Mapp
     with _in_one_line(key):
         check_arguments(cls, arguments, registered_methods().values())
         cls(optimizer=_optimizer(cfg, key, wrapper), **arguments)
-    is_half = issubclass(cls, TwoPassOptimWrapper) and arguments.get('dtype') in ('float16', torch.float16)
-    if is_half and get_device() == 'cpu':
-        _say(f"{key}.dtype='float16': the CPU is {_SLOWER} it than in float32; take dtype='bfloat16'")
 
 
 def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
@@ -131,6 +128,12 @@ def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
     weights = [nn.Parameter(torch.zeros(1, 1, device=device))]
     if not isinstance(config, Mapping) or not config.get('type'):
         raise UsageError(f'{key}.optimizer={config!r} is no dict with a type. Write for example: {written}')
+    if (inner := type_name(config['type'])) in OPTIM_WRAPPERS.module_dict:
+        outer = inner if inner in registered_methods() else type_name(wrapper.get('type'))
+        raise UsageError(
+            f'{key}.optimizer.type={inner!r} is not allowed: it must be an optimizer, and this is a wrapper, '
+            f'which goes around one. Write for example: {key} = dict(type={outer!r}, {_OPTIMIZER}, …)'
+        )
     kind = _registered(cfg, OPTIMIZERS, f'{key}.optimizer.type', config['type'], config.get('_scope_'))
     arguments = {name: deepcopy(value) for name, value in config.items() if name not in ('type', '_scope_')}
     takes = ', '.join(list(signature(kind).parameters)[1:])
@@ -189,14 +192,18 @@ def check_training(cfg: Config) -> None:
             what = f'{key} is missing' if value is None else f'{key}={value!r} is not allowed'
             raise UsageError(f'{what}: it must be {allowed}. Write for example: {example}')
     check_wrappers(cfg)
-    _check_sampler(cfg.train_dataloader)
+    for key, wrapper in wrapper_configs(cfg).items():
+        is_half = wrapper.get('dtype') in ('float16', torch.float16) and get_device() == 'cpu'
+        if is_half and issubclass(wrapper_class(cfg, key, wrapper), TwoPassOptimWrapper):
+            _say(f"{key}.dtype='float16': the CPU is {_SLOWER} it than in float32; take dtype='bfloat16'")
+    check_sampler(cfg.train_dataloader)
     for name, hook in (cfg.get('default_hooks') or {}).items():
         _check_hook(cfg, f'default_hooks.{name}', hook)
     for number, hook in enumerate(cfg.get('custom_hooks') or []):
         _check_hook(cfg, f'custom_hooks.{number}', hook)
 
 
-def _check_sampler(loader: Mapping[str, Any]) -> None:
+def check_sampler(loader: Mapping[str, Any]) -> None:
     """Refuse an ``AUSAMSampler`` in the place of a sampler, or beside what torch refuses."""
     sampler, batch_sampler = (type_name((loader.get(key) or {}).get('type')) for key in ('sampler', 'batch_sampler'))
     if sampler == 'AUSAMSampler':

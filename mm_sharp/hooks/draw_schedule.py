@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 
@@ -22,9 +21,6 @@ class FollowsSchedule(Protocol):
 
     length: TrainingLength | None
     place: TrainingPlace | None
-
-    def run_in_words(self, batch_size: int, length: TrainingLength) -> str:
-        """What a training of this length draws and costs."""
 
 
 @HOOKS.register_module()
@@ -44,16 +40,14 @@ class DrawScheduleHook(Hook):  # type: ignore[misc]
         self._length: TrainingLength | None = None
 
     def before_train(self, runner: Any) -> None:
-        """Find out how long the training is, and say what it costs."""
+        """Find out how long the training is."""
         found = optim_wrappers(runner.optim_wrapper).values()
         self._wrappers = [wrapper for wrapper in found if isinstance(wrapper, FollowsSchedule)]
         if not self._wrappers:
             return
         self._length = training_length(runner.train_loop, runner.train_dataloader)
-        batch_size = _batch_size(runner.train_dataloader)
         for wrapper in self._wrappers:
             wrapper.length = self._length
-            print_log(wrapper.run_in_words(batch_size, self._length), logger='current')
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Say where in the training the step is."""
@@ -76,9 +70,10 @@ def training_length(loop: Any, loader: Any) -> TrainingLength:
     sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
     sampler = getattr(sampler, 'sampler', sampler)  # AUSAMSampler's, which counts epochs
     if isinstance(sampler, InfiniteSampler):  # its length is that of all ranks together
-        epoch_length = max(1, math.ceil(len(sampler) / (_batch_size(loader) * get_world_size())))
+        epoch_length = max(1, math.ceil(len(sampler) / (batch_size_of(loader) * get_world_size())))
     return TrainingLength(loop.max_iters / epoch_length, epoch_length)
 
 
-def _batch_size(loader: Any) -> int:
+def batch_size_of(loader: Any) -> int:
+    """How many samples a process loads at once, before any draw; 1 where that cannot be told."""
     return getattr(loader, 'batch_size', None) or getattr(loader.batch_sampler, 'batch_size', None) or 1

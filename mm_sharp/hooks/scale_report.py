@@ -83,7 +83,7 @@ class ScaleReport:
         self.introduced, self._first = True, float(step.loss)
         trained = sum(parameter.requires_grad for parameter in parameters_of(self._wrapper.optimizer))
         line = (
-            f'{self._owner}: the first step perturbs {scale.tensors} of {trained} tensors, rho {self._wrapper.rho:g}: '
+            f'{self._owner}: the first step perturbs {scale.tensors} of {trained} tensors, by '
             f"{_percent(scale.relative)} of the weights' norm"
         )
         if scale.whole.perturbation:

@@ -8,6 +8,7 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS
 
 from mm_sharp.errors import HOOK, UserError, check_positive_int
+from mm_sharp.hooks.console import PREFIX, rename_old_scalars, shorten_console_line
 from mm_sharp.hooks.scale_report import ScaleReport
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.step.optim_wrappers import optim_wrappers
@@ -19,7 +20,9 @@ from mm_sharp.step.wrapper import TwoPassOptimWrapper
 class SharpnessHook(Hook):  # type: ignore[misc]
     """Log what each step finds anyway, at the logger's interval: no extra pass, and no wait for the device in between.
 
-    The scalars go to MMEngine's message hub, and so to the console, the JSON log and TensorBoard:
+    The scalars go to MMEngine's message hub as ``sharpness/…``, and so to TensorBoard, the JSON log and whatever other
+    backend there is. The console has four of them, and their names without that: ``sharpness``, ``rho_relative``,
+    ``linearity`` and ``g_norm``. (Before version 0.2 all went to the console, and no name had ``sharpness/``.)
 
     ====================  ===========================================================================
     ``L_w``               L(w), the loss of the first pass
@@ -48,11 +51,12 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     the samples are selected by, which have no sign.
 
     All are of the one iteration that is logged, and of rank 0: their names avoid those that MMEngine's log processor
-    smooths. With several optimizer wrappers the names are prefixed by the wrapper's.
+    smooths. With several optimizer wrappers the names are ``sharpness/WRAPPER.…``; the console's four are shared out.
 
-    After the first step one line says what is perturbed. Three warnings, each at most once and only in logged steps,
-    say what to write: nearly all of the perturbation is in one small part of the model; the loss does not rise
-    noticeably; it rises to several times what it was. See ``docs/scale.md`` and :mod:`mm_sharp.hooks.scale_report`.
+    After the first step one line says how far the weights are moved, and where. Three warnings, each at most once and
+    only in logged steps, say what to write: nearly all of the perturbation is in one small part of the model; the loss
+    does not rise noticeably; it rises to several times what it was. See ``docs/scale.md`` and
+    :mod:`mm_sharp.hooks.scale_report`.
 
     Args:
         interval: Iterations between two entries; by default the ``LoggerHook``'s.
@@ -80,6 +84,8 @@ class SharpnessHook(Hook):  # type: ignore[misc]
             )
         model = unwrap(runner.model)
         self._reports = {prefix: ScaleReport(wrapper, model) for prefix, wrapper in self._wrappers.items()}
+        rename_old_scalars(runner.message_hub, list(self._wrappers))
+        shorten_console_line(runner.log_processor, runner.message_hub, list(self._wrappers))
         if self.interval is None:
             loggers = [hook for hook in runner.hooks if isinstance(hook, LoggerHook)]
             self._interval = loggers[0].interval if loggers else 10
@@ -103,7 +109,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
             if due:
                 scalars = {**_scalars(step), **report.log_scalars(step), **wrapper.log_scalars()}
                 for name, value in scalars.items():
-                    runner.message_hub.update_scalar(f'train/{prefix}{name}', value)
+                    runner.message_hub.update_scalar(f'{PREFIX}{prefix}{name}', value)
 
     def _is_due(self, runner: Any, batch_idx: int) -> bool:
         # LoggerHook may log the last iteration of an epoch too: values must be there, and of that iteration.

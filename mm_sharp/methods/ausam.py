@@ -203,28 +203,27 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         plan = schedule_of(settings)
         return _cost(sample_count(plan.sampling_ratio, batch_size), batch_size, plan.whole_first_epoch)
 
-    def run_in_words(self, batch_size: int, length: TrainingLength) -> str:
-        """What a training of this length draws and costs, in one line for the log."""
+    def cost(self, batch_size: int) -> Cost:
+        """What the drawer's settings cost."""
+        plan = self.drawer.schedule
+        k = sample_count(plan.sampling_ratio, batch_size, self.drawer.fewest)
+        return _cost(k, batch_size, plan.whole_first_epoch)
+
+    def in_words(self, batch_size: int, length: TrainingLength, model: nn.Module | None) -> dict[str, str]:
+        """See :meth:`mm_sharp.step.method.Method.in_words`."""
         drawer, plan = self.drawer, self.drawer.schedule
-        k = sample_count(plan.sampling_ratio, batch_size, drawer.fewest)
         by_epochs = length.epoch_length is not None
-        cost = _cost(k, batch_size, plan.whole_first_epoch and by_epochs)
-        epochs = f'{length.epochs:g} epochs' if by_epochs else f'{length.epochs:g} iterations'
-        whole = cost.first_epoch is not None
-        parts = ["whole batches in the first epoch (2.00 of the base optimizer's cost)"] if whole else []
-        parts.append(f'{k} of {batch_size} samples a step ({cost.step:.2f})')
-        parts.append(f"{cost.over(length.epochs):.2f} of the base optimizer's cost over {epochs}")
-        if drawer.kind == 'uniform':
-            parts.append('drawn uniformly')
-        elif plan.ramp > 0:
-            end = plan.ramp * length.epochs
-            unit = 'epochs' if by_epochs else 'iterations'
-            parts.append(f's_max from {plan.s_min:g} to {plan.s_max:g} over the first {end:g} {unit}')
-        else:
-            parts.append(f's_max {plan.s_max:g} and s_min {plan.s_min:g} throughout')
-        if plan.whole_first_epoch and not by_epochs:
-            parts.append('no whole first epoch, since the data set has no length')
-        return f'{type(self).__name__}: ' + '; '.join(parts)
+        parts = [f'{sample_count(plan.sampling_ratio, batch_size, drawer.fewest)} of {batch_size} in both passes']
+        if plan.whole_first_epoch:
+            parts.append('all in the first epoch' if by_epochs else 'no whole first epoch: the data set has no length')
+        if not self.uses_history:
+            return {'samples': '; '.join([*parts, 'drawn uniformly'])}
+        which = 'smaller' if drawer.preference.small else 'larger'
+        parts.append(f'the {which} the loss difference, the likelier ({drawer.kind} draw)')
+        over = f'{plan.ramp * length.epochs:g} {"epochs" if by_epochs else "iterations"}'
+        rising = f's_max {plan.s_min:g} to {plan.s_max:g} over the first {over}'
+        parts.append(rising if plan.ramp > 0 else f's from {plan.s_min:g} to {plan.s_max:g}')
+        return {'samples': '; '.join(parts), **self.losses_in_words(model)}
 
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: Any, rank: int) -> None:
         """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already.

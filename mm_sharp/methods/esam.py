@@ -41,6 +41,7 @@ from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.ops.perturbation import Direction, weight_mask
 from mm_sharp.per_sample_loss import Reduction
 from mm_sharp.samples.history import Keys
+from mm_sharp.samples.schedule import TrainingLength
 from mm_sharp.samples.seeds import RngStream
 from mm_sharp.samples.selection import FloatArray, IntArray, normalised_scores, sample_count, top_k
 from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
@@ -120,6 +121,17 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         if selection == 'exact' or refresh == 1 or share == 1:
             return Cost(passes + selecting, passes + selecting)
         return Cost(passes, passes + selecting / refresh, refresh)
+
+    def in_words(self, batch_size: int, length: TrainingLength, model: nn.Module | None) -> dict[str, str]:
+        """See :meth:`mm_sharp.step.method.Method.in_words`."""
+        chance = f'; each tensor with probability {self.beta:g}' if self.beta < 1.0 else ''
+        lines = {'perturbed': f'{self.selector.in_words}{chance}'}
+        if self.gamma == 1.0:
+            return lines
+        k = sample_count(self.gamma, batch_size, self._fewest)
+        how = f'by their history, measured in one step of {self.refresh}' if self.uses_history else 'measured each step'
+        samples = f'all {batch_size} in the first pass; in the second the {k} whose loss rises most, {how}'
+        return {**lines, 'samples': samples, **self.losses_in_words(model)}
 
     @property
     def uses_history(self) -> bool:

@@ -21,11 +21,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from mmengine.registry import OPTIM_WRAPPERS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mm_sharp.errors import check_number
 from mm_sharp.ops.perturbation import Direction
+from mm_sharp.samples.schedule import TrainingLength
 from mm_sharp.step.final_gradient import FinalGradient
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -91,6 +92,10 @@ class GSAMOptimWrapper(TwoPassOptimWrapper):
         along = gradient.dot(apart, ours) / gradient.dot(ours, ours).clamp(min=self.settings.eps**2)
         for mine, difference in zip(ours, apart, strict=True):
             mine.add_(difference - along.to(mine) * mine, alpha=self.alpha)
+
+    def in_words(self, batch_size: int, length: TrainingLength, model: nn.Module | None) -> dict[str, str]:
+        """See :meth:`mm_sharp.step.method.Method.in_words`."""
+        return {'schedule': f'rho from {self.rho:g} to {self.rho_min:g}, with the learning rate'}
 
     def log_scalars(self) -> dict[str, float]:
         """The radius."""

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from mm_sharp.errors import UserError
 from mm_sharp.ops.fsdp import local_shard
+from mm_sharp.samples.schedule import TrainingLength
 from mm_sharp.step.method import Cost, Passes
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -72,6 +73,10 @@ class MSAMOptimWrapper(TwoPassOptimWrapper):
         known = [local_shard(momentum) for momentum in momenta if momentum is not None]
         opposite = iter(torch._foreach_neg(known) if known else ())
         return [None if momentum is None else next(opposite) for momentum in momenta]
+
+    def in_words(self, batch_size: int, length: TrainingLength, model: nn.Module | None) -> dict[str, str]:
+        """See :meth:`mm_sharp.step.method.Method.in_words`."""
+        return {'samples': f'all {batch_size} of a batch, in the only pass, at w + e'}
 
     @classmethod
     def theoretical_cost(cls, batch_size: int, **settings: Any) -> Cost:

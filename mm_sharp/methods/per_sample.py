@@ -13,7 +13,7 @@ from mmengine.dist import all_gather_object, get_rank, get_world_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mm_sharp.errors import check_number
+from mm_sharp.errors import check_number, some
 from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.ops.model_call import ModelCall, unwrap
 from mm_sharp.ops.parameters import parameters_of
@@ -102,6 +102,13 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
             check_compiled(type(self).__name__, model, sees_losses=True, switches=False)
             self._per_sample = PerSampleLoss(model, around=partial(self.exclude_from_timing, 'recording'))
         return self._per_sample
+
+    def losses_in_words(self, model: nn.Module | None) -> dict[str, str]:
+        """Where the losses of samples come from, for the start of the log."""
+        if model is None:
+            return {}
+        names = [loss.name for loss in self.losses_of(model).losses]
+        return {'losses': f'of each sample, from {some(names)}' if names else "the model's own, of shape (N,)"}
 
     def visit(self, keys: Keys, differences: Tensor) -> None:
         """Have the history take up the loss differences of ``keys`` if the step comes to its end."""

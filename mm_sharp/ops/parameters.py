@@ -18,6 +18,11 @@ from mm_sharp.errors import UserError
 
 _SWITCHES = ('norm', 'bias', 'quantizer_scale')
 _PATTERNS = ('include', 'exclude')
+_IN_WORDS = {
+    'auto': 'all that is trained; of a quantized model neither scales nor biases',
+    'all': 'all that is trained',
+    'weights': "weights; neither norm layers nor biases nor quantizers' scales",
+}
 _EXAMPLE = (
     "perturb='auto', perturb='all', perturb='weights' (no norm layers, biases or quantizer scales) or "
     "perturb=dict(norm=False, bias=True, quantizer_scale=False, include=['^backbone'], exclude=['head'])"
@@ -73,6 +78,13 @@ class ParameterSelector:
     def takes_all(self) -> bool:
         """Whether no parameter of a model without quantizers is left out."""
         return all(self._switches.values()) and not self._include and not self._exclude
+
+    @property
+    def in_words(self) -> str:
+        """What is perturbed, for the log."""
+        if isinstance(self._perturb, str):
+            return f'{_IN_WORDS[self._perturb]} (perturb={self._perturb!r})'
+        return f'what perturb={dict(self._perturb)!r} allows'
 
     def select(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Those of an optimizer's ``parameters`` that are perturbed, by their names and layers in ``model``, in order.

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.ops.perturbation import Direction, asam_stretches
+from mm_sharp.samples.schedule import TrainingLength
 from mm_sharp.step.final_gradient import FinalGradient
 from mm_sharp.step.second_pass import SecondPass
 from mm_sharp.step.settings import StepSettings
@@ -209,6 +211,15 @@ class Method:
     def same_samples(self) -> bool:
         """Whether the L(w) and L(w + e) of a step's record are of the same samples, in all steps."""
         return True
+
+    def in_words(self, batch_size: int, length: TrainingLength, model: nn.Module | None) -> dict[str, str]:
+        """Lines for the start of the log, in place of, or beside, those of :func:`mm_sharp.hooks.start.in_words`."""
+        return {}
+
+    def cost(self, batch_size: int) -> Cost:
+        """What a step costs with the arguments that this wrapper has, which are its attributes."""
+        named = [name for name, p in signature(self.theoretical_cost).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        return self.theoretical_cost(batch_size, **{name: getattr(self, name) for name in named if hasattr(self, name)})
 
     @classmethod
     def theoretical_cost(cls, batch_size: int, **settings: Any) -> Cost:

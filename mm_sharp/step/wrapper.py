@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from mm_sharp.errors import (
     check_arguments,
     check_clip_grad,
+    check_optimizer,
     check_positive_int,
-    check_steps_alone,
 )
 from mm_sharp.ops.call_inputs import fresh
 from mm_sharp.ops.forward_state import ForwardState
@@ -108,7 +108,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         check_arguments(type(self), kwargs, registered_methods().values())
         check_positive_int(name, 'accumulative_counts', accumulative_counts, example='4')
         check_clip_grad(name, clip_grad)
-        check_steps_alone(name, optimizer)
+        check_optimizer(name, optimizer)
         # MMEngine pops 'type' from the dict that it is given; the caller's stays whole.
         super().__init__(optimizer, accumulative_counts, copy.deepcopy(clip_grad))
         settings = self.settings = StepSettings(

@@ -58,7 +58,7 @@ def test_training_writes_checkpoints_and_logs(trained: Path) -> None:
     assert len(list(trained.glob('best_coco_AP_*.pth'))) == 1
     steps = logged(trained)
     assert [line['step'] for line in steps] == [1, 2]
-    assert all(line['L_w_e'] != line['L_w'] for line in steps)
+    assert all(line['sharpness/L_w_e'] != line['sharpness/L_w'] for line in steps)
     assert Config.fromfile(trained / 'sam.py').optim_wrapper.type == 'SAMOptimWrapper'
 
 

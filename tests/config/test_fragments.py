@@ -361,7 +361,7 @@ def test_training_by_a_fragment_alone(tmp_path: Path) -> None:
     runner.train()
     assert isinstance(runner.optim_wrapper, SAMOptimWrapper)
     assert runner.optim_wrapper.last_step is not None
-    assert 'train/sharpness' in runner.message_hub.log_scalars
+    assert 'train/sharpness/sharpness' in runner.message_hub.log_scalars
 
 
 # -------------------------------------------------------------------- tools

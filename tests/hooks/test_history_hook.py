@@ -27,7 +27,7 @@ AUSAM = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, schedule='c
 HISTORY = dict(type='ESAMOptimWrapper', rho=0.05, selection='history', refresh=1, optimizer=SGD)
 SAM = dict(type='SAMOptimWrapper', rho=0.05, optimizer=SGD)
 IN_LOADER = dict(type='AUSAMSampler')
-FIGURES = {'mean_difference', 'sampling_entropy', 'large_scores'}
+FIGURES = {f'sharpness/{name}' for name in ('mean_difference', 'sampling_entropy', 'large_scores')}
 _numbers = itertools.count()
 
 
@@ -88,18 +88,18 @@ def test_not_added_to_runs_that_do_not_use_us(tmp_path: Path) -> None:
 def test_what_is_logged(tmp_path: Path, wrapper: dict[str, Any]) -> None:
     runner = trained(tmp_path, wrapper)
     scalars = {k.removeprefix('train/'): v.current() for k, v in runner.message_hub.log_scalars.items()}
-    assert scalars.keys() >= KEYS | FIGURES | {'share_seen'}
+    assert scalars.keys() >= KEYS | FIGURES | {'sharpness/share_seen'}
     # The last step's differences are still on their way when the step is logged.
-    assert scalars['share_seen'] == pytest.approx(len(runner.optim_wrapper.history) / 20, abs=4 / 20)
-    assert 0 < scalars['sampling_entropy'] <= 1
-    assert 0 <= scalars['large_scores'] <= 1
+    assert scalars['sharpness/share_seen'] == pytest.approx(len(runner.optim_wrapper.history) / 20, abs=4 / 20)
+    assert 0 < scalars['sharpness/sampling_entropy'] <= 1
+    assert 0 <= scalars['sharpness/large_scores'] <= 1
 
 
 def test_exact_selection_needs_no_ids_and_logs_no_history(tmp_path: Path) -> None:
     runner = trained(tmp_path, dict(type='ESAMOptimWrapper', rho=0.05, optimizer=SGD))
     logged = {key.removeprefix('train/') for key in runner.message_hub.log_scalars}
     assert logged >= KEYS | FIGURES
-    assert 'share_seen' not in logged
+    assert 'sharpness/share_seen' not in logged
 
 
 def test_repeated_samples_are_one(tmp_path: Path) -> None:

@@ -125,11 +125,11 @@ def train(work_dir: Path, wrapper: dict[str, Any], *, interval: int = 1, epochs:
 
 
 def last(runner: Runner, name: str) -> float:
-    return float(runner.message_hub.get_scalar(f'train/{name}').current())
+    return float(runner.message_hub.get_scalar(f'train/sharpness/{name}').current())
 
 
 def logged(runner: Runner) -> set[str]:
-    return {key.removeprefix('train/') for key in runner.message_hub.log_scalars}
+    return {key.removeprefix('train/sharpness/') for key in runner.message_hub.log_scalars}
 
 
 def test_one_line_says_what_is_perturbed(tmp_path: Path, said: list[tuple[int, str]]) -> None:
@@ -138,7 +138,7 @@ def test_one_line_says_what_is_perturbed(tmp_path: Path, said: list[tuple[int, s
     ((level, line),) = said
     assert (level, model['type']) == (logging.INFO, 'ToyNet')
     start, _, where = line.partition('; ')
-    assert start.startswith('SAMOptimWrapper: the first step perturbs 2 of 6 tensors, rho 0.05: ')
+    assert start.startswith('SAMOptimWrapper: the first step perturbs 2 of 6 tensors, by ')
     assert start.endswith(" % of the weights' norm")
     share, name = where.split(' % of the perturbation is in ')
     assert name in ('conv', 'head')
@@ -187,7 +187,7 @@ def test_only_logged_steps_and_the_first_are_measured(tmp_path: Path, monkeypatc
 def test_nothing_moves_at_rho_0(tmp_path: Path, said: list[tuple[int, str]]) -> None:
     runner = train(tmp_path, dict(rho=0.0))
     assert [line for _, line in said] == [
-        "SAMOptimWrapper: the first step perturbs 6 of 6 tensors, rho 0: 0 % of the weights' norm"
+        "SAMOptimWrapper: the first step perturbs 6 of 6 tensors, by 0 % of the weights' norm"
     ]
     assert last(runner, 'rho_relative') == last(runner, 'share_head') == 0.0
 

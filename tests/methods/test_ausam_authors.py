@@ -142,11 +142,11 @@ def test_accumulated_micro_batches_are_of_their_epoch(tmp_path: Path) -> None:
 
 def test_the_start_of_a_run_says_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr('mm_sharp.hooks.draw_schedule.print_log', lambda message, **_: said.append(message))
+    monkeypatch.setattr('mm_sharp.hooks.start.print_log', lambda message, **_: said.append(message))
     runner_of(tmp_path, optim_wrapper=ausam()).train()
     (line,) = said
-    assert '2 of 4 samples a step (1.00)' in line
-    assert '1.33 of the base' in line
+    assert '2 of 4 in both passes' in line
+    assert "1.33 times the base optimizer's over 3 epochs" in line
 
 
 # -------------------------------------------------------------------- loops of one's own

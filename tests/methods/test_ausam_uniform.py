@@ -195,4 +195,4 @@ def test_in_a_runner(tmp_path: Path, in_loader: bool) -> None:
     runner.train()
     assert len(runner.optim_wrapper._draw.chosen) == 2
     assert len(runner.optim_wrapper.history) == 0
-    assert 'train/share_seen' not in runner.message_hub.log_scalars
+    assert 'train/sharpness/share_seen' not in runner.message_hub.log_scalars

@@ -66,7 +66,7 @@ def test_the_loss_falls(straight: tuple[Runner, dict[str, Any]]) -> None:
 
 def test_the_sharpness_is_logged(straight: tuple[Runner, dict[str, Any]]) -> None:
     runner, _ = straight
-    sharpness = runner.message_hub.get_scalar('train/sharpness').data[0]
+    sharpness = runner.message_hub.get_scalar('train/sharpness/sharpness').data[0]
     assert len(sharpness) == EPOCHS
     assert (sharpness > 0).all()
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mm_sharp import AUSAMOptimWrapper, AUSAMSampler
 from mm_sharp.hooks.draw_schedule import training_length
+from mm_sharp.hooks.start import in_words
 from mm_sharp.samples.schedule import AFTER_RAMP, SCHEDULES, TrainingLength, Unset, schedule_of
 from mm_sharp.step.method import Cost
 from tests.toys import make
@@ -158,14 +159,15 @@ def test_epochs_at_equal_compute_cost_what_they_are_to(options: dict[str, Any]) 
         assert epochs * cost.over(epochs) == pytest.approx(compute)
 
 
-def test_the_run_in_one_line() -> None:
-    wrapper = AUSAMOptimWrapper(momentum_sgd(make()))
-    line = wrapper.run_in_words(32, TrainingLength(20, 10))
-    assert '\n' not in line
-    for part in ('whole batches in the first epoch (2.00', '16 of 32 samples a step (1.00)', '1.05 of the base',
-                 'over 20 epochs', 's_max from 0.1 to 0.5 over the first 3 epochs'):  # fmt: skip
-        assert part in line
-    endless = wrapper.run_in_words(32, TrainingLength(1000, None))
-    assert 'first 150 iterations' in endless
-    assert 'no whole first epoch' in endless
-    assert '1.00 of the base' in endless
+def test_the_run_in_words() -> None:
+    wrapper, model = AUSAMOptimWrapper(momentum_sgd(make())), make()
+    lines = in_words(wrapper, 32, TrainingLength(20, 10), model)
+    assert lines['samples'].startswith('16 of 32 in both passes; all in the first epoch; the larger the loss')
+    assert lines['samples'].endswith('s_max 0.1 to 0.5 over the first 3 epochs')
+    assert lines['cost'].startswith("1.05 times the base optimizer's over 20 epochs: 2.00 in the first, then 1.00")
+    assert "ToyNet's square_loss (MSELoss), ToyNet's size_loss (SizeLoss)" in lines['losses']
+    endless = in_words(wrapper, 32, TrainingLength(1000, None), None)
+    assert 'first 150 iterations' in endless['samples']
+    assert 'no whole first epoch' in endless['samples']
+    assert endless['cost'].startswith("1.00 times the base optimizer's (")
+    assert 'losses' not in endless

@@ -1,0 +1,85 @@
+"""Say what a run does, in a few lines at its start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.registry import HOOKS
+from torch import nn
+
+from mm_sharp.hooks.draw_schedule import batch_size_of, training_length
+from mm_sharp.ops.model_call import unwrap
+from mm_sharp.samples.schedule import TrainingLength
+from mm_sharp.step.method import Cost
+from mm_sharp.step.optim_wrappers import optim_wrappers
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
+
+# What rho is measured by, by `adaptive`.
+_SCALES: dict[object, str] = {
+    False: '',
+    True: " in units of each weight's own size (adaptive=True)",
+    'tensor': " of each tensor's norm at most (adaptive='tensor')",
+    'layer': " of each tensor's norm (adaptive='layer')",
+    'global': " of the weights' norm (adaptive='global')",
+}
+
+
+@HOOKS.register_module()
+class StartHook(Hook):  # type: ignore[misc]
+    """Log method, ``rho`` and its scale, what is perturbed, samples, their losses, and cost, before the first step.
+
+    What only a step shows, :class:`mm_sharp.hooks.sharpness.SharpnessHook` says after the first one.
+
+    Added by itself to every Runner that uses this package; it says nothing of other optimizer wrappers.
+    """
+
+    priority = 'VERY_LOW'  # after the hooks that fit wrappers, model and data loader to each other
+
+    def before_train(self, runner: Any) -> None:
+        """Log a block of lines for each wrapper."""
+        wrappers = optim_wrappers(runner.optim_wrapper)
+        length = training_length(runner.train_loop, runner.train_dataloader)
+        batch_size = batch_size_of(runner.train_dataloader)
+        # Of several wrappers, each may train a model of its own within the runner's.
+        model = unwrap(runner.model) if len(wrappers) == 1 else None
+        for name, wrapper in wrappers.items():
+            if isinstance(wrapper, TwoPassOptimWrapper):
+                title = f'{name}: ' if name else ''
+                base = type(wrapper.optimizer).__name__
+                lines = in_words(wrapper, batch_size, length, model)
+                block = ''.join(f'\n    {what + ":":<12}{line}' for what, line in lines.items())
+                print_log(f'{title}{type(wrapper).__name__} around {base}{block}', logger='current')
+
+
+def in_words(
+    wrapper: TwoPassOptimWrapper, batch_size: int, length: TrainingLength, model: nn.Module | None
+) -> dict[str, str]:
+    """What a wrapper does in a training, by what it is about.
+
+    Args:
+        wrapper: The wrapper.
+        batch_size: N, of a process.
+        length: How long the training is.
+        model: What the wrapper trains, where that is known.
+    """
+    settings = wrapper.settings
+    quantized = '; in quantized layers the quantized weights' if settings.perturb_quantized else ''
+    return {
+        'rho': f'{settings.rho:g}{_SCALES[settings.adaptive]}',
+        'perturbed': f'{wrapper.selector.in_words}{quantized}',
+        'samples': f'all {batch_size} of a batch, in both passes',
+        **wrapper.in_words(batch_size, length, model),
+        'cost': cost_in_words(wrapper.cost(batch_size), length),
+    }
+
+
+def cost_in_words(cost: Cost, length: TrainingLength) -> str:
+    """What a training costs, by counting passes."""
+    base = "times the base optimizer's"
+    if cost.first_epoch is not None and length.epoch_length is not None:
+        over = f'{cost.over(length.epochs):.2f} {base} over {length.epochs:g} epochs'
+        return f'{over}: {cost.first_epoch:.2f} in the first, then {cost.cycle:.2f} (by counting passes)'
+    mean = f', in the mean of {cost.length} steps' if cost.length > 1 else ''
+    return f'{cost.cycle:.2f} {base}{mean} (by counting passes)'
