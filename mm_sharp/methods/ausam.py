@@ -306,7 +306,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         if self.drawer.sampling_ratio < 1.0 and self._scale.next_step(self._any_rank):
             kept = self._sizes['kept']
             rows = np.arange(kept)
-            self._scale.expect(self.try_forward(subset(call, np.concatenate([rows, rows]), kept)))
+            self._scale.expect(self.second_pass.try_forward(subset(call, np.concatenate([rows, rows]), kept)))
 
     def _any_rank(self, flag: bool) -> bool:
         return flag if get_world_size() == 1 else bool(any_rank(torch.tensor(flag, device=self.device)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mm_sharp.ops.fsdp import local_shard
 
@@ -65,6 +66,15 @@ class FinalGradient:
         """
         products = [torch.dot(_wide(a), _wide(b)) for a, b in zip(left, right, strict=True)]
         return self.total(self.parameters, products)
+
+
+@torch.no_grad()
+def move_beside(optimizer: Optimizer, beside: Mapping[nn.Parameter, Tensor]) -> None:
+    """Subtract what a method has beside the optimizer's step, times the learning rate of each parameter's group."""
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            if parameter in beside:
+                local_shard(parameter).sub_(beside[parameter] * group['lr'])
 
 
 def _wide(tensor: Tensor) -> Tensor:

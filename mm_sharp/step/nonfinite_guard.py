@@ -33,10 +33,12 @@ class NonFiniteGuard:
 
     Attributes:
         host_knows: Whether the host knows at once what is finite. Elsewhere than on the CPU it would have to wait.
+        unknown: What :meth:`verdict` has found last, scalar of bool, where the host does not know it.
     """
 
     def __init__(self, owner: str, device: torch.device, parallel: ParallelModel, state: ForwardState) -> None:
         self.host_knows = device.type == 'cpu'
+        self.unknown: Tensor | None = None
         self._device = device
         self._parallel = parallel
         self._log = NonFiniteLog(owner)
@@ -86,6 +88,7 @@ class NonFiniteGuard:
             finite = ~any_rank(~finite.to(self._device))
         if not self.host_knows:
             zero_unless(finite, gradients)
+            self.unknown = finite
         return finite
 
     def end(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from mm_sharp.errors import check_bool, check_choice, check_number
+from mm_sharp.errors import check_bool, check_choice, check_clip_grad, check_number, check_positive_int
 from mm_sharp.ops.perturbation import RELATIVE
 
 
@@ -21,6 +23,8 @@ class StepSettings:
         perturb_quantized: Whether the quantized weights are perturbed in quantized layers.
         sync_perturbation: Whether the perturbation follows the gradient averaged over all ranks.
         replay_rng: Whether both passes draw the same random numbers.
+        accumulative_counts: Micro-batches per optimizer step.
+        clip_grad: How the final gradient is clipped, as MMEngine takes it.
     """
 
     owner: str
@@ -31,6 +35,8 @@ class StepSettings:
     perturb_quantized: bool = False
     sync_perturbation: bool = False
     replay_rng: bool = True
+    accumulative_counts: int = 1
+    clip_grad: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is out of range.
@@ -38,6 +44,8 @@ class StepSettings:
         Raises:
             ValueError: The message names the argument, its value and what is allowed.
         """
+        check_positive_int(self.owner, 'accumulative_counts', self.accumulative_counts, example='4')
+        check_clip_grad(self.owner, self.clip_grad)
         check_number(self.owner, 'rho', self.rho, example='0.05')
         check_number(self.owner, 'eta', self.eta, example='0.01')
         check_number(self.owner, 'eps', self.eps, low_open=True, example='1e-12')
