@@ -229,10 +229,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: Any, rank: int) -> None:
         """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already.
 
-        Args:
-            sampler: The batch sampler of the training data loader.
-            dataset_keys: Gives it the keys of its samples: :class:`mm_sharp.samples.dataset_keys.DatasetKeys`.
-            rank: This process's rank.
+        ``dataset_keys`` gives it the keys of its samples: :class:`mm_sharp.samples.dataset_keys.DatasetKeys`.
         """
         sampler.attach(self.drawer, dataset_keys, self.seed, rank, self.length)
         # With another number of ranks the batches are others.
@@ -267,12 +264,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             yield
 
     def first_batch(self, call: ModelCall) -> ModelCall:
-        """The call on the samples that are drawn.
-
-        Raises:
-            SampleIdError: The samples have no id; the message shows how to give them one. A uniform draw needs none.
-            ValueError: None of the arguments is a batch.
-        """
+        """The call on the samples that are drawn; they must have ids, but for a uniform draw."""
         self.pending_updates.flush()
         self.attach_model(call.model)
         size = call_size(type(self).__name__, call)
@@ -370,8 +362,9 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         return AFTER_RAMP
 
     def _say_what_it_costs(self, draw: BatchDraw) -> None:
-        meant = self.drawer.schedule.ratio_at(self._place_now()) == 1.0
-        if 'cost' in self._has_said or len(draw.chosen) < draw.size or meant:
+        if len(draw.chosen) < draw.size or 'cost' in self._has_said:
+            return
+        if self.drawer.schedule.ratio_at(self._place_now()) == 1.0:  # it is meant
             return
         self._has_said.add('cost')
         print_log(

@@ -51,12 +51,7 @@ ChooseBatch = Callable[[ModelCall], ModelCall]
 
 
 class CallRecorder:
-    """Records the one call of a model within a context.
-
-    Attributes:
-        call: The call, after the context; None if the model was not called, or the call has failed.
-        is_open: Whether the context is.
-    """
+    """Records the one call of a model within a context; ``call`` is None if there was none, or it has failed."""
 
     def __init__(self) -> None:
         self.call: ModelCall | None = None
@@ -76,11 +71,8 @@ class CallRecorder:
     def record(self, model: nn.Module, devices: tuple[torch.device, ...], on_call: ChooseBatch) -> Iterator[None]:
         """Record the call of ``model`` in this context, which may call itself but must not be called twice.
 
-        Args:
-            model: The module that is going to be called.
-            devices: Devices whose random state is recorded.
-            on_call: Sees the call before it runs, and returns the call that runs instead, such as one on a part of the
-                batch.
+        ``on_call`` sees the call before it runs, with the random state of ``devices``, and returns the call that runs
+        instead, such as one on a part of the batch.
         """
         self.call, self._depth, self.is_open = None, 0, True
         at_first: list[RandomState] = []

@@ -33,9 +33,7 @@ _MISSING = object()
 class StatePlan:
     """Where a model has state: made once, and anew only where the model was rebuilt.
 
-    Args:
-        tree: The model.
-        trained: ``id`` of the parameters that are trained; by default those that require a gradient.
+    ``trained`` are the ``id`` of the parameters that are; by default those that require a gradient.
 
     Attributes:
         norms: Those of torch's own BatchNorms whose statistics :mod:`mm_sharp.ops.norm_statistics` can look after.

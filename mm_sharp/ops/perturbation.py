@@ -65,10 +65,9 @@ def group_by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of each of one or more dense tensors, of any devices and dtypes.
+    """The 2-norm of each of one or more dense tensors, of any devices and dtypes, without host synchronisation.
 
-    Returns:
-        (n,) in at least float32, on the device of the first tensor. No host synchronisation.
+    (n,), in at least float32, on the device of the first tensor.
     """
     norms: list[Tensor] = [tensors[0]] * len(tensors)
     groups = group_by_device_and_dtype(tensors)
@@ -89,11 +88,7 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of one or more dense tensors, of any devices and dtypes, taken as one vector.
-
-    Returns:
-        A scalar in at least float32, on the device of the first tensor. No host synchronisation.
-    """
+    """The 2-norm of the tensors of :func:`tensor_norms` taken as one vector; a scalar."""
     total: Tensor = torch.linalg.vector_norm(tensor_norms(tensors))
     return total
 
@@ -139,7 +134,6 @@ def asam_stretches(parameters: Sequence[Tensor], eta: float) -> list[Tensor]:
     return [parameter.abs().add_(eta) for parameter in parameters]
 
 
-@torch.no_grad()
 def perturb_(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -149,7 +143,7 @@ def perturb_(
     inverse_grad_scale: Tensor | None = None,
     norms: Norms = _WHOLE,
 ) -> Tensor:
-    """Add the perturbation to the parameters, in place; the module's docstring has its equations.
+    """Add the perturbation to the parameters, in place, within ``no_grad``; the module's docstring has its equations.
 
     Args:
         parameters: Tensors ``w``; they keep their storage.

@@ -50,7 +50,7 @@ class ShardNorms(Norms):
         return _narrow(total.sqrt(), tensors)
 
     def of_each(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The 2-norms of each of the parameters that any process may have a gradient of, and of those; (n,) both."""
+        """The 2-norms of each of the parameters that any process may have a gradient of, and of those."""
         device = gradients[0].device if gradients else self._device
         # All of the weights, though a process may lack the gradient of a piece.
         pieces = [piece.to(device) for piece in self._pieces]

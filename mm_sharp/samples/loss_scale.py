@@ -32,11 +32,10 @@ class LossScale:
         self._steps = 0
 
     def next_step(self, shared: Callable[[bool], bool] = bool) -> bool:
-        """Whether the model is to be tried before this step's forward.
+        """Whether the model is to be tried before this step's forward; ``shared`` gives whether any process says so.
 
-        Args:
-            shared: Whether any process says so. A forward may talk to the other processes, so all of them try or none:
-                they ask each other in the same steps, fewer and fewer.
+        A forward may talk to the other processes, so all of them try or none: they ask each other in the same steps,
+        fewer and fewer.
         """
         self._twice = None
         self._steps += 1
@@ -48,12 +47,7 @@ class LossScale:
 
     @contextmanager
     def applied(self, model: nn.Module, sizes: Mapping[str, int]) -> Iterator[None]:
-        """Scale what ``model`` returns in this context.
-
-        Args:
-            model: The module that is called.
-            sizes: ``kept``, K, and ``of``, N; read when the forward is over.
-        """
+        """Scale what ``model`` returns in this context, by ``sizes`` as they are then: ``kept``, K, and ``of``, N."""
         depth = 0
 
         def before(*_: Any) -> None:

@@ -102,11 +102,10 @@ _NEWER = ('schedule', 'ramp', 'whole_first_epoch')
 
 
 def schedule_of(settings: Mapping[str, Any]) -> Schedule:
-    """The schedule that a wrapper's arguments ask for.
+    """The schedule that a wrapper's arguments, by name, ask for.
 
-    Args:
-        settings: Arguments by name. Those that are missing, None or :class:`Unset` were not given: they are the named
-            schedule's. ``draw='uniform'`` has no scores, and so neither a range nor a reason for whole batches.
+    Those that are missing, None or :class:`Unset` were not given: they are the named schedule's. ``draw='uniform'`` has
+    no scores, and so neither a range nor a reason for whole batches.
 
     Without a name, the schedule is ``'authors'``, but for configs of before there was one: those that give ``s_min`` or
     ``s_max`` and nothing that is newer keep ``'constant'``. (The authors' own range, written out, is the authors'.)
@@ -128,11 +127,7 @@ def schedule_name(settings: Mapping[str, Any]) -> str:
 
 
 def check_combination(owner: str, settings: Mapping[str, Any]) -> None:
-    """Refuse arguments that contradict each other, each of which is in its range.
-
-    Raises:
-        ValueError: The message shows the corrected call.
-    """
+    """Refuse arguments that contradict each other, each of which is in its range."""
     given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
     if given.get('draw') == 'uniform':
         plain = {'prefer': 'large', 'clip_quantile': 1.0}

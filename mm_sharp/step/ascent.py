@@ -32,12 +32,7 @@ class Ascent:
 
     In the order of a step: :meth:`choose`, the first forward, :meth:`unfreeze`, :meth:`first_backward`,
     :meth:`perturb`, the second pass, :meth:`restore`. :meth:`unfreeze` and :meth:`restore` do nothing where there is
-    nothing to undo.
-
-    Args:
-        settings: The wrapper's; its ``rho``, which may change between steps, is the method's to apply.
-        precision: Its loss scale.
-        parallel: The model that holds the parameters.
+    nothing to undo. ``rho``, which may change between steps, is the method's to apply.
     """
 
     def __init__(self, settings: StepSettings, precision: Precision, parallel: ParallelModel) -> None:
@@ -77,10 +72,7 @@ class Ascent:
     def first_backward(self, loss: Tensor, micro_batches: int, *, mean: bool = False) -> None:
         """Compute the gradients that the perturbation needs.
 
-        Args:
-            loss: The first forward's loss.
-            micro_batches: How many add up to an optimizer step.
-            mean: Whether the gradients are to be this micro-batch's part of a mean over them.
+        ``mean``: whether they are to be this micro-batch's part of the mean over ``micro_batches``.
         """
         # The loss scale is fitted to the mean.
         self._parts = micro_batches if mean or self._precision.scaler is not None else 1
@@ -96,22 +88,18 @@ class Ascent:
         if self._average_by_hand and self._parallel.averages:
             average_gradients(self._perturbed)
 
+    @torch.no_grad()
     def perturb(self, model: nn.Module, adjust: Adjust, direct: Direct, device: torch.device) -> Tensor:
         """Perturb the chosen parameters by their gradients, after an exact copy was taken.
 
         Args:
             model: Module that holds the parameters.
-            adjust: The method's :meth:`mm_sharp.step.method.Method.perturbation_gradient`.
-            direct: Its :meth:`mm_sharp.step.method.Method.direction`.
-            device: Where the norm is if nothing has a gradient.
+            adjust: The method's ``perturbation_gradient``.
+            direct: Its ``direction``.
+            device: Where the norm is if nothing has a gradient; it is 0 then.
 
         Returns:
-            The norm, scalar, without loss scaling: of all pieces together, where the model is sharded; 0 where nothing
-            has a gradient.
-
-        Raises:
-            NotImplementedError: A gradient is sparse.
-            ValueError: Quantized weights are to be perturbed, and the model has none.
+            The norm, scalar, without loss scaling: of all pieces together, where the model is sharded.
         """
         perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
         check_perturbed(self._settings.owner, model, perturbed, quantized=self._settings.perturb_quantized)
@@ -120,8 +108,7 @@ class Ascent:
             return torch.zeros((), device=device)
         weights, gradients = self._pieces(perturbed)
         inverse = self._inverse_grad_scale()
-        with torch.no_grad():
-            adjust(perturbed, gradients, inverse)
+        adjust(perturbed, gradients, inverse)
         self._weights.save(weights)
         norm = perturb_(
             weights,
@@ -138,13 +125,8 @@ class Ascent:
     def sizes(self, device: torch.device) -> PerturbationSizes | None:
         """How far :meth:`perturb`, which must have come just before, has moved each tensor; the host does not wait.
 
-        Under FSDP all processes must ask.
-
-        Args:
-            device: Where the norms are if this process has no gradient.
-
-        Returns:
-            None where nothing has a gradient. Of no meaning where the norm of the first gradient is not finite.
+        None where nothing has a gradient. Of no meaning where the norm of the first gradient is not finite. Under FSDP
+        all processes must ask; ``device`` is where the norms are if this one has no gradient.
         """
         perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
         sharded = self._parallel.shards is not None

@@ -50,11 +50,7 @@ def check_model(
 
 
 def check_step_is_not_compiled(owner: str, model: nn.Module) -> None:
-    """Refuse a ``train_step`` that is compiled: what optimizer wrappers do changes from step to step.
-
-    Raises:
-        UnsupportedError: It is.
-    """
+    """Refuse a ``train_step`` that is compiled: what optimizer wrappers do changes from step to step."""
     if is_compiled(model, 'train_step'):
         raise UnsupportedError(
             f"{owner}: torch.compile has got hold of the model's train_step, and with it of the optimizer wrapper. "
@@ -64,11 +60,7 @@ def check_step_is_not_compiled(owner: str, model: nn.Module) -> None:
 
 
 def check_compiled(owner: str, model: nn.Module, *, sees_losses: bool, switches: bool) -> None:
-    """Refuse compiled modules of which a method needs more than their output.
-
-    Raises:
-        UnsupportedError: There are some.
-    """
+    """Refuse compiled modules of which a method needs more than their output."""
     inner = unwrap(model)
     whole = model is not inner and '_orig_mod' in model._modules
     if sees_losses and (whole or is_compiled(inner)):
@@ -112,11 +104,7 @@ def _check_shards(settings: StepSettings, shards: Shards, by_name: bool) -> None
 
 
 def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCall:
-    """Return ``call``, or say how the forward pass is to be run.
-
-    Raises:
-        RuntimeError: Nothing was captured, or it is open.
-    """
+    """Return ``call``; a RuntimeError says how the forward is to be run if none was captured, or it is still open."""
     if within:
         raise RuntimeError(
             f'{owner}.update_params was called inside optim_context, which is for the first forward alone: what it '
@@ -131,11 +119,7 @@ def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCa
 
 
 def check_within(owner: str, method: str, within: bool) -> None:
-    """Refuse ``backward`` and ``step`` called by hand, which would be the base optimizer's, without a perturbation.
-
-    Raises:
-        RuntimeError: It is not.
-    """
+    """Refuse ``backward`` and ``step`` called by hand, which would be the base optimizer's, without a perturbation."""
     if not within:
         raise RuntimeError(
             f'{owner}.{method} was called by hand: a sharpness-aware step has two backward passes, which only '
@@ -147,9 +131,6 @@ def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
     """Make sure that the second pass can compute the loss that the first was handed.
 
     A model's own ``parse_losses`` is not called for that: it may keep state, and was called once already.
-
-    Raises:
-        ValueError: ``loss`` is not what ``parse_losses`` makes of the captured output.
     """
     if has_own_parse_losses(unwrap(call.model)):
         return
@@ -173,19 +154,14 @@ def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
 def check_perturbed(
     owner: str, model: nn.Module, parameters: Sequence[nn.Parameter], *, quantized: bool = False
 ) -> None:
-    """Refuse gradients that have no dense perturbation, and the perturbation of quantized weights where there are none.
-
-    Raises:
-        NotImplementedError: A gradient is sparse.
-        ValueError: Quantized weights are to be perturbed, and the model has none.
-    """
+    """Refuse sparse gradients, and the perturbation of quantized weights where there are none."""
     if quantized and not any(quantizes_weights(module) for module in model.modules()):
         raise UserError(
             f'{owner}: perturb_quantized=True is for quantized models, and {type(model).__name__} has no layer with '
             "quantized weights: take it out, or build the model with type='QuantizedModel'"
         )
-    if any(p.grad is not None and p.grad.layout is not torch.strided for p in parameters):
-        sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout is not torch.strided}
+    sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout is not torch.strided}
+    if sparse:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in sparse]
         raise UnsupportedError(
             f'{owner}: the gradients of {names} are sparse, which the perturbation does not support. Build the layer '

@@ -31,41 +31,19 @@ _NOTHING = nullcontext()
 
 @dataclass
 class MicroBatch:
-    """One micro-batch on its way through a step.
+    """One micro-batch on its way through a step."""
 
-    Args:
-        call: Its forward, captured.
-        loss: L(w), scalar.
-        gradients: What was accumulated before it.
-        micro_batches: How many of its like add up to an optimizer step.
-    """
-
-    call: ModelCall
-    loss: Tensor
-    gradients: GradientStash
-    micro_batches: int
+    call: ModelCall  # its forward, captured
+    loss: Tensor  # L(w), scalar
+    gradients: GradientStash  # what was accumulated before it
+    micro_batches: int  # how many of its like add up to an optimizer step
 
 
 class FirstPass:
     """Captures the first forward, :meth:`forward`, and gives what the rest of the step needs of it, :meth:`take`.
 
-    Args:
-        settings: The wrapper's.
-        selector: Selects what is perturbed.
-        precision: Autocast and loss scale.
-        optimizer: The base optimizer.
-
-    Attributes:
-        parallel: The model.
-        state: What its forward passes change in it.
-        recorder: Captures the call.
-        ascent: The way to w + e and back.
-        ahead: The same, before the only pass.
-        parameters: The optimizer's.
-        trained: Those of them that get a gradient.
-        devices: Theirs.
-        passes: Those of this step.
-        timer: Of this step.
+    Its attributes are the parts of a step, and what is known of this one: the optimizer's ``parameters``, those of them
+    that are ``trained``, their ``devices``, the ``passes`` and the ``timer``.
     """
 
     def __init__(
@@ -90,11 +68,7 @@ class FirstPass:
     def forward(self, method: Method, model: nn.Module, *, synchronise: bool, timed: bool) -> Iterator[None]:
         """The context of the first forward; see :meth:`mm_sharp.step.wrapper.TwoPassOptimWrapper.optim_context`.
 
-        Args:
-            method: Decides what runs.
-            model: The module that is called inside.
-            synchronise: Whether DDP averages the gradients that the optimizer gets of this micro-batch.
-            timed: Whether the step is timed.
+        ``synchronise``: whether DDP averages the gradients that the optimizer gets of this micro-batch.
         """
         self.passes = method.passes()
         self.parameters = parameters_of(self._optimizer)
@@ -174,11 +148,7 @@ class FirstPass:
         return list(self.trained if self.parallel.shards is None else map(local_shard, self.trained))
 
     def take(self, loss: Tensor, micro_batches: int) -> MicroBatch:
-        """The micro-batch whose forward was captured, with its loss.
-
-        Raises:
-            RuntimeError: No forward was captured, or its context is still open.
-        """
+        """The micro-batch whose forward was captured, with its loss; a RuntimeError if there is none, or it is open."""
         call = require_call(self._settings.owner, self.recorder.take(), within=self.recorder.is_open)
         with self.timer.exclude('host'):
             parameters = self.parallel.parameters(self.parameters)

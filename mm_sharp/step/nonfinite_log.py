@@ -38,11 +38,7 @@ class _Noted:
 
 
 class NonFiniteLog:
-    """Notes each step's losses, norm and gradient, and logs those that are not finite with the samples' ids.
-
-    Args:
-        owner: Class that steps, for the messages.
-    """
+    """Notes each step's losses, norm and gradient, and logs those that are not finite with the samples' ids."""
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
@@ -59,11 +55,9 @@ class NonFiniteLog:
         at_once: bool,
         names: Callable[[], str],
     ) -> None:
-        """Take up the rest of a step.
+        """Take up the rest of a step, given its number and record.
 
         Args:
-            step: Its number.
-            record: Its losses and norm.
             finite: Whether the final gradient is, scalar; None if the optimizer's step is not due, or is the loss
                 scaler's to decide.
             scaled: Whether losses are scaled: gradients that are not finite are then the scaler's, and no event.
@@ -129,12 +123,9 @@ def names_of(keys: Keys) -> str:
 
 
 def offending_samples(owner: str, call: ModelCall, rows: list[int] | None = None) -> str:
-    """The samples of a call that may be the cause, as text.
+    """The samples of a call that may be the cause, as text, for the class ``owner``.
 
-    Args:
-        owner: Class that asks.
-        call: The call of N samples.
-        rows: Rows to name where no row of the arguments has a number that is not finite; by default the whole batch.
+    ``rows`` are named where no row of the arguments has a number that is not finite; by default the whole batch.
     """
     size = batch_size(call.args, call.kwargs) or 0
     if not size:

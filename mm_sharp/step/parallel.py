@@ -41,13 +41,9 @@ class ParallelModel:
         self._synchronised: list[Any] = []
 
     def attach(self, model: nn.Module) -> bool:
-        """Find out how ``model`` is parallel, once; have its parameters be pieces, where it is sharded.
+        """Find out how ``model``, as ``optim_context`` gets it, is parallel; returns whether it is another than before.
 
-        Args:
-            model: The model as ``optim_context`` gets it.
-
-        Returns:
-            Whether it is another one than before.
+        Where it is sharded, its parameters are pieces afterwards.
         """
         if model is self._model:
             self.reshard()
@@ -68,11 +64,7 @@ class ParallelModel:
         self._model = None
 
     def reshard(self, interrupted: bool = False) -> None:
-        """Have the parameters be pieces, as they are between passes.
-
-        Args:
-            interrupted: Whether a pass may have been broken off.
-        """
+        """Have the parameters be pieces, as they are between passes; ``interrupted``: one may have been broken off."""
         if self.shards is not None:
             self.shards.reshard(interrupted)
 
@@ -120,11 +112,7 @@ class ParallelModel:
     def clip_gradients(
         self, parameters: Sequence[nn.Parameter], device: torch.device, clip_grad: Mapping[str, Any]
     ) -> Tensor | None:
-        """Clip the gradients of a sharded model as ``clip_grad`` says, by the whole one's norm and not the piece's.
-
-        Returns:
-            The norm; None when clipping by value.
-        """
+        """Clip the gradients of a sharded model by the whole one's norm, which is returned; None if by value."""
         assert self.shards is not None, 'elsewhere MMEngine clips'
         return self.shards.clip_(parameters, device, **clip_grad)
 
@@ -137,12 +125,9 @@ class ParallelModel:
     def norms(
         self, parameters: Sequence[nn.Parameter], device: torch.device, perturbed: Sequence[nn.Parameter]
     ) -> Norms:
-        """What takes the norms of ``parameters``: whole tensors', where this process has pieces.
+        """What takes the norms of ``parameters``, which have a gradient in this process: whole tensors', of pieces.
 
-        Args:
-            parameters: Those that are asked of, which have a gradient in this process.
-            device: Where the norms are if there is none of them.
-            perturbed: Those that any process may have a gradient of.
+        ``device`` is where the norms are if there is none of them, ``perturbed`` what any process may have one of.
         """
         return Norms() if self.shards is None else self.shards.norms(parameters, device, perturbed)
 

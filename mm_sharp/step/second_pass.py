@@ -16,16 +16,9 @@ from mm_sharp.step.parallel import ParallelModel
 
 
 class SecondPass:
-    """Runs captured calls again.
+    """Runs captured calls again; with ``replay_rng`` every forward draws the random numbers that the first one drew.
 
-    Args:
-        parallel: The model that is called.
-        precision: Its autocast.
-        state: What its forward passes change in it.
-        replay_rng: Whether every forward draws the random numbers that the first one drew.
-
-    Attributes:
-        synchronise: Whether DDP averages the gradients of the next backward pass.
+    ``synchronise``: whether DDP averages the gradients of the next backward pass.
     """
 
     def __init__(self, parallel: ParallelModel, precision: Precision, state: ForwardState, replay_rng: bool) -> None:

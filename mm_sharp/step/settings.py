@@ -12,19 +12,9 @@ from mm_sharp.ops.perturbation import RELATIVE
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the arguments of a wrapper say about its steps; see :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`.
+    """What the arguments of a wrapper, the class ``owner``, say about its steps.
 
-    Args:
-        owner: The wrapper's class, for messages.
-        rho: Radius of the perturbation.
-        adaptive: What ``rho`` is measured by; see :mod:`mm_sharp.ops.perturbation`.
-        eta: ASAM's additive constant.
-        eps: Added to the gradient norm.
-        perturb_quantized: Whether the quantized weights are perturbed in quantized layers.
-        sync_perturbation: Whether the perturbation follows the gradient averaged over all ranks.
-        replay_rng: Whether both passes draw the same random numbers.
-        accumulative_counts: Micro-batches per optimizer step.
-        clip_grad: How the final gradient is clipped, as MMEngine takes it.
+    :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper` describes them.
     """
 
     owner: str
@@ -39,11 +29,7 @@ class StepSettings:
     clip_grad: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range.
-
-        Raises:
-            ValueError: The message names the argument, its value and what is allowed.
-        """
+        """Refuse what is out of range."""
         check_positive_int(self.owner, 'accumulative_counts', self.accumulative_counts, example='4')
         check_clip_grad(self.owner, self.clip_grad)
         check_number(self.owner, 'rho', self.rho, example='0.05')

@@ -37,18 +37,7 @@ from mm_sharp.step.timing import NO_TIMER, StepRecord
 
 
 class TwoPassStep:
-    """Runs the passes of a micro-batch, from the first backward pass on: :meth:`run`, then :meth:`end` or :meth:`undo`.
-
-    Args:
-        settings: The wrapper's.
-        precision: Autocast and loss scale.
-        first: Runs the first forward.
-
-    Attributes:
-        second_pass: Runs the captured call again.
-        guard: Keeps out what is not finite.
-        first_gradients: Sums of the first passes' gradients, where the method keeps them.
-    """
+    """Runs the passes of a micro-batch after its first forward: :meth:`run`, then :meth:`end` or :meth:`undo`."""
 
     def __init__(self, settings: StepSettings, precision: Precision, first: FirstPass) -> None:
         self.settings = settings
@@ -65,13 +54,8 @@ class TwoPassStep:
     def run(self, method: Method, batch: MicroBatch, *, measures: bool = False) -> StepRecord:
         """Both passes: from w to w + e, its gradient, and back to w, whatever happens on the way.
 
-        Args:
-            method: Decides what runs.
-            batch: The micro-batch, after its first forward.
-            measures: Whether to record how far each tensor is moved.
-
-        Raises:
-            ValueError: The loss is not what the captured forward's output gives.
+        ``measures``: whether to record how far each tensor is moved. A ValueError if the loss is not what the captured
+        forward's output gives.
         """
         timer = self.first.timer
         with timer.exclude('host'):
@@ -84,7 +68,7 @@ class TwoPassStep:
         batch.gradients.stash()
         self.ascent.first_backward(batch.loss, batch.micro_batches, mean=method.changes_gradient)  # g
         timer.mark('pass1')
-        drawn, interrupted, device = None, True, batch.loss.device
+        drawn, sizes, interrupted, device = None, None, True, batch.loss.device
         try:
             with timer.exclude('host'):
                 if method.changes_gradient:
@@ -95,8 +79,9 @@ class TwoPassStep:
             norm = self.ascent.perturb(
                 self.parallel.module, method.perturbation_gradient, method.direction, device
             )  # w + e
-            with timer.exclude('host'):
-                sizes = self.ascent.sizes(device) if measures else None
+            if measures:
+                with timer.exclude('host'):
+                    sizes = self.ascent.sizes(device)
             batch.gradients.unstash()
             timer.mark('perturb')
             second, perturbed_loss = method.perturbed_loss(batch.call, batch.loss, norm)  # L(w + e)
@@ -145,13 +130,6 @@ class TwoPassStep:
             self.parallel.average(list(first.values()))
         with_gradient = [parameter for parameter in self.first.trained if parameter.grad is not None]
         return FinalGradient(with_gradient, first, self.parallel.total, self.guard.unknown)
-
-    def is_finite(self) -> Tensor | None:
-        """Whether the final gradient is, scalar; None where that is for the loss scaler to find out."""
-        if self.precision.scaler is not None:
-            return None
-        with self.first.timer.exclude('host'):
-            return self.guard.verdict(self.first.parameters)
 
     def verdict(self) -> Tensor | None:
         """Whether the final gradient is finite, scalar; None where that is for the loss scaler to find out."""
