@@ -116,16 +116,13 @@ _WHOLE = Norms()
 class Direction:
     """How a perturbation is made of the gradients.
 
-    Args:
-        rho: Radius, in the units of the weights' norm; with ``stretches`` in those of the stretched weights, with
-            ``relative`` as a share of the weights' norm.
-        stretches: T of each tensor, of its shape; None for 1. They are scratch memory afterwards.
-        relative: One of ``RELATIVE``, in place of ``stretches``; None for SAM and ASAM.
+    ``rho`` is the radius, in the units of the weights' norm; with ``stretches`` in those of the stretched weights, with
+    ``relative`` as a share of the weights' norm.
     """
 
     rho: float
-    stretches: list[Tensor] | None = None
-    relative: str | None = None
+    stretches: list[Tensor] | None = None  # T of each tensor, of its shape; None for 1. Scratch memory afterwards.
+    relative: str | None = None  # one of ``RELATIVE``, in place of ``stretches``; None for SAM and ASAM
 
 
 @torch.no_grad()

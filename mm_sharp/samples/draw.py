@@ -42,18 +42,14 @@ _MOST_WITHOUT_A_MATCH = 8
 
 @dataclass(frozen=True)
 class BatchDraw:
-    """The samples drawn from a mini-batch of N.
+    """The samples drawn from a mini-batch of N."""
 
-    Args:
-        chosen: Their rows in the batch, increasing, (K,).
-        pi: Inclusion probability of every sample, (N,), float64. Of a sequential draw, which has no formula for it, K
-            times the probability to be drawn first, for the log alone.
-        scores: Average loss difference of every sample when it was drawn, (N,), float64; NaN where never seen, and in
-            a uniform draw.
-    """
-
-    chosen: IntArray
+    chosen: IntArray  # their rows in the batch, increasing, (K,)
+    # Inclusion probability of every sample, (N,), float64. Of a sequential draw, which has no formula for it, K times
+    # the probability to be drawn first, for the log alone.
     pi: FloatArray
+    # Average loss difference of every sample when it was drawn, (N,), float64; NaN where never seen, and in a uniform
+    # draw.
     scores: FloatArray
 
     @property

@@ -19,14 +19,9 @@ from mm_sharp.errors import UserError
 
 @dataclass(frozen=True)
 class TrainingPlace:
-    """Where in a training a step is.
+    """Where in a training a step is."""
 
-    Args:
-        share: The share of the training that was done when the step's epoch began, in [0, 1].
-        in_first_epoch: Whether the step is in the first epoch.
-    """
-
-    share: float
+    share: float  # of the training that was done when the step's epoch began, in [0, 1]
     in_first_epoch: bool
 
 
@@ -36,15 +31,10 @@ AFTER_RAMP = TrainingPlace(1.0, False)
 
 @dataclass(frozen=True)
 class TrainingLength:
-    """How long a training is.
+    """How long a training is."""
 
-    Args:
-        epochs: Epochs, > 0, not necessarily whole; iterations where ``epoch_length`` is None.
-        epoch_length: Iterations of an epoch, >= 1; None where the data set has no end.
-    """
-
-    epochs: float
-    epoch_length: int | None
+    epochs: float  # > 0, not necessarily whole; iterations where ``epoch_length`` is None
+    epoch_length: int | None  # iterations of an epoch, >= 1; None where the data set has no end
 
     def place(self, epoch: int, position: int = 0) -> TrainingPlace:
         """The place of an iteration, given its epoch and its number within it, both from 0.
@@ -64,21 +54,13 @@ class Unset(float):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What AUSAM draws over a training.
+    """What AUSAM draws over a training."""
 
-    Args:
-        sampling_ratio: Share of each mini-batch that is drawn, in (0, 1].
-        s_min: Normalised score of the smallest.
-        s_max: Normalised score of the largest, at the end of the ramp.
-        ramp: Share of the training over which ``s_max`` rises from ``s_min``, in [0, 1]; 0: it does not change.
-        whole_first_epoch: Whether the batches of the first epoch are used whole.
-    """
-
-    sampling_ratio: float
-    s_min: float
-    s_max: float
-    ramp: float
-    whole_first_epoch: bool
+    sampling_ratio: float  # share of each mini-batch that is drawn, in (0, 1]
+    s_min: float  # normalised score of the smallest
+    s_max: float  # normalised score of the largest, at the end of the ramp
+    ramp: float  # share of the training over which ``s_max`` rises from ``s_min``, in [0, 1]; 0: it does not change
+    whole_first_epoch: bool  # whether the batches of the first epoch are used whole
 
     def s_max_at(self, place: TrainingPlace) -> float:
         """Normalised score of the largest in a step."""

@@ -43,15 +43,10 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Preference(NamedTuple):
-    """How scores become ``z`` in [0, 1]; the default is the authors'.
+    """How scores become ``z`` in [0, 1]; the default is the authors'."""
 
-    Args:
-        small: Small scores are drawn more often, and not large ones.
-        quantile: Scores above this quantile of the seen ones in the mini-batch, in (0, 1], count as equal to it.
-    """
-
-    small: bool = False
-    quantile: float = 1.0
+    small: bool = False  # small scores are drawn more often, and not large ones
+    quantile: float = 1.0  # scores above this quantile of the seen ones in the mini-batch, in (0, 1], count as equal
 
 
 _LARGE = Preference()

@@ -6,7 +6,7 @@ undo it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from mm_sharp.ops.all_reduce import average_gradients
 from mm_sharp.ops.frozen_params import FrozenParams
 from mm_sharp.ops.fsdp import local_shard
-from mm_sharp.ops.perturbation import Direction, perturb_
+from mm_sharp.ops.perturbation import perturb_
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.quantized_perturbation import QuantizedPerturbation
 from mm_sharp.ops.tensor_backup import TensorBackup
 from mm_sharp.step.checks import check_perturbed
+from mm_sharp.step.method import Method
 from mm_sharp.step.parallel import ParallelModel
 from mm_sharp.step.settings import StepSettings
 from mm_sharp.step.timing import PerturbationSizes
-
-Direct = Callable[[Sequence[Tensor], Sequence[Tensor]], Direction]
-Adjust = Callable[[Sequence[nn.Parameter], Sequence[Tensor], Tensor | None], None]
 
 
 class Ascent:
@@ -89,31 +87,25 @@ class Ascent:
             average_gradients(self._perturbed)
 
     @torch.no_grad()
-    def perturb(self, model: nn.Module, adjust: Adjust, direct: Direct, device: torch.device) -> Tensor:
-        """Perturb the chosen parameters by their gradients, after an exact copy was taken.
+    def perturb(self, method: Method, device: torch.device) -> Tensor:
+        """Perturb the chosen parameters by their gradients, as ``method`` says, after an exact copy was taken.
 
-        Args:
-            model: Module that holds the parameters.
-            adjust: The method's ``perturbation_gradient``.
-            direct: Its ``direction``.
-            device: Where the norm is if nothing has a gradient; it is 0 then.
-
-        Returns:
-            The norm, scalar, without loss scaling: of all pieces together, where the model is sharded.
+        Returns the norm, scalar, without loss scaling: of all pieces together, where the model is sharded; 0, on
+        ``device``, where nothing has a gradient.
         """
         perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
-        check_perturbed(self._settings.owner, model, perturbed, quantized=self._settings.perturb_quantized)
+        check_perturbed(self._settings, self._parallel.module, perturbed)
         shards = self._parallel.shards
         if not perturbed and shards is None:
             return torch.zeros((), device=device)
         weights, gradients = self._pieces(perturbed)
         inverse = self._inverse_grad_scale()
-        adjust(perturbed, gradients, inverse)
+        method.perturbation_gradient(perturbed, gradients, inverse)
         self._weights.save(weights)
         norm = perturb_(
             weights,
             gradients,
-            direct(weights, gradients),
+            method.direction(weights, gradients),
             eps=self._settings.eps,
             inverse_grad_scale=inverse,
             norms=self._parallel.norms(perturbed, device, self._perturbed),

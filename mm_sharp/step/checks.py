@@ -151,11 +151,10 @@ def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
         )
 
 
-def check_perturbed(
-    owner: str, model: nn.Module, parameters: Sequence[nn.Parameter], *, quantized: bool = False
-) -> None:
+def check_perturbed(settings: StepSettings, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Refuse sparse gradients, and the perturbation of quantized weights where there are none."""
-    if quantized and not any(quantizes_weights(module) for module in model.modules()):
+    owner = settings.owner
+    if settings.perturb_quantized and not any(quantizes_weights(module) for module in model.modules()):
         raise UserError(
             f'{owner}: perturb_quantized=True is for quantized models, and {type(model).__name__} has no layer with '
             "quantized weights: take it out, or build the model with type='QuantizedModel'"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -108,13 +108,6 @@ class ParallelModel:
     def is_ddp(self) -> bool:
         """Whether the model is wrapped by DDP as a whole, or by MMEngine's that is of its class."""
         return isinstance(self._model, DistributedDataParallel)
-
-    def clip_gradients(
-        self, parameters: Sequence[nn.Parameter], device: torch.device, clip_grad: Mapping[str, Any]
-    ) -> Tensor | None:
-        """Clip the gradients of a sharded model by the whole one's norm, which is returned; None if by value."""
-        assert self.shards is not None, 'elsewhere MMEngine clips'
-        return self.shards.clip_(parameters, device, **clip_grad)
 
     def total(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Tensor:
         """The sum over all parameters of a number that each piece of them has; scalar."""

@@ -50,10 +50,6 @@ class StepTimer:
             self._unassigned.append((name, begin, self._now()))
             self._is_open = False
 
-    def if_running(self) -> StepTimer | None:
-        """This timer; None if it stands for none."""
-        return self
-
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase and of each excluded part; 0 for a phase that is not marked. Waits for the device.
 
@@ -95,10 +91,6 @@ class NoTimer(StepTimer):
     def mark(self, name: str) -> None:
         """Nothing."""
 
-    def if_running(self) -> StepTimer | None:
-        """None."""
-        return None
-
     def exclude(self, name: str) -> AbstractContextManager[None]:  # type: ignore[override]  # no generator: it is faster
         """Nothing."""
         return self._nothing
@@ -118,20 +110,11 @@ class PerturbationSizes:
 
 @dataclass(slots=True)
 class StepRecord:
-    """What one step found, kept on the device until somebody asks.
+    """What one step found, kept on the device until somebody asks."""
 
-    Args:
-        loss: L(w), scalar; of a step whose only pass is at perturbed weights, L(w + e).
-        perturbed_loss: L(w + e) on the batch of the second pass, scalar; None where there was no second pass.
-        grad_norm: ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling; None likewise.
-        timer: Times of the phases, where timing was asked for.
-        metrics: Computes further scalars for the log, by name; may wait for the device.
-        sizes: How far each tensor was moved, where that was asked for.
-    """
-
-    loss: Tensor
-    perturbed_loss: Tensor | None = None
-    grad_norm: Tensor | None = None
-    timer: StepTimer | None = None
-    metrics: Callable[[], dict[str, float]] | None = None
-    sizes: PerturbationSizes | None = None
+    loss: Tensor  # L(w), scalar; of a step whose only pass is at perturbed weights, L(w + e)
+    perturbed_loss: Tensor | None = None  # L(w + e) on the second pass's batch, scalar; None where there was none
+    grad_norm: Tensor | None = None  # ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling
+    timer: StepTimer | None = None  # times of the phases, where timing was asked for
+    metrics: Callable[[], dict[str, float]] | None = None  # further scalars for the log, by name; may wait for a device
+    sizes: PerturbationSizes | None = None  # how far each tensor was moved, where that was asked for

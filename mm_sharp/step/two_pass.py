@@ -76,9 +76,7 @@ class TwoPassStep:
                 if self.settings.replay_rng:
                     drawn = self.first.recorder.random_state_now(batch.call, self.first.devices)
                 self.state.rewind()
-            norm = self.ascent.perturb(
-                self.parallel.module, method.perturbation_gradient, method.direction, device
-            )  # w + e
+            norm = self.ascent.perturb(method, device)  # w + e
             if measures:
                 with timer.exclude('host'):
                     sizes = self.ascent.sizes(device)
@@ -91,14 +89,14 @@ class TwoPassStep:
         finally:
             self._restore(drawn, interrupted)  # w
             timer.mark('restore')
-        return StepRecord(batch.loss.detach(), perturbed_loss, norm, timer.if_running(), sizes=sizes)
+        return StepRecord(batch.loss.detach(), perturbed_loss, norm, sizes=sizes)
 
     def _run_first_alone(self, batch: MicroBatch) -> StepRecord:
         """The base optimizer's pass: its gradient is the one that counts."""
         batch.gradients.unstash()
         self._backward(batch.loss, batch.micro_batches)
         self.first.timer.mark('pass1')
-        return StepRecord(batch.loss.detach(), timer=self.first.timer.if_running())
+        return StepRecord(batch.loss.detach())
 
     def _run_perturbed(self, batch: MicroBatch) -> StepRecord:
         """The only pass of its step, at the perturbed weights that its forward has seen; then back to w."""
@@ -112,7 +110,7 @@ class TwoPassStep:
         finally:
             in_order(lambda: self.parallel.reshard(interrupted), self.ahead.restore)
             self.first.timer.mark('restore')
-        return StepRecord(batch.loss.detach(), timer=self.first.timer.if_running())
+        return StepRecord(batch.loss.detach())
 
     def _check_loss(self, batch: MicroBatch) -> None:
         """Compare the loss with the captured output's, in fewer and fewer steps; an accelerator's only once."""
@@ -151,8 +149,9 @@ class TwoPassStep:
             self.first_gradients.commit()
         with self.first.timer.exclude('host'):
             self.guard.end(number, record, finite, scaled=self.precision.scaler is not None, names=names)
-        self.first.timer.mark('step')
-        self.first.timer = NO_TIMER
+        if self.first.timer is not NO_TIMER:
+            self.first.timer.mark('step')
+            record.timer, self.first.timer = self.first.timer, NO_TIMER
 
     def undo(self, batch: MicroBatch) -> None:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""

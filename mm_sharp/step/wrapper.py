@@ -256,11 +256,11 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
 
     def _clip_grad(self) -> None:
         """Clip the gradients; under FSDP by the norm of the whole gradient, and not of this rank's piece."""
-        first = self._first_pass
-        if first.parallel.shards is None:
+        shards = self._first_pass.parallel.shards
+        if shards is None:
             super()._clip_grad()
             return
-        norm = first.parallel.clip_gradients(first.trained, self.device, self.clip_grad_kwargs)
+        norm = shards.clip_(self._first_pass.trained, self.device, **self.clip_grad_kwargs)
         if norm is not None:
             self.message_hub.update_scalar('train/grad_norm', float(norm))
 
