@@ -155,19 +155,11 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         check_number(name, 'ramp', ramp, high=1.0, example='0.15')
         if whole_first_epoch is not None:
             check_bool(name, 'whole_first_epoch', whole_first_epoch)
-        settings: dict[str, Any] = dict(
-            sampling_ratio=sampling_ratio,
-            s_min=s_min,
-            s_max=s_max,
-            reweight=reweight,
-            history_momentum=history_momentum,
-            prefer=prefer,
-            clip_quantile=clip_quantile,
-            draw=draw,
-            schedule=schedule,
-            ramp=ramp,
-            whole_first_epoch=whole_first_epoch,
+        planned: dict[str, Any] = dict(
+            sampling_ratio=sampling_ratio, s_min=s_min, s_max=s_max, ramp=ramp, whole_first_epoch=whole_first_epoch
         )
+        drawn = dict(schedule=schedule, draw=draw, prefer=prefer, clip_quantile=clip_quantile, reweight=reweight)
+        settings = {**planned, **drawn, 'history_momentum': history_momentum}
         self.reweight = check_bool(name, 'reweight', reweight) and draw != 'uniform'
         check_combination(name, settings)
         plan = schedule_of(settings)
@@ -273,25 +265,25 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         if self.sampler is not None:
             draw = self.sampler.take(keys)
         else:
-            draw = self._draw_from(keys, size)
+            generator, place = self.generator(RngStream.SAMPLES), self._place_now()
+            if self.uses_history:
+                draw = self.drawer.draw(keys, generator, place)
+            else:
+                draw = self.drawer.draw_uniformly(size, generator, place)
             if len(draw.chosen) < size:
                 keys = [keys[row] for row in draw.chosen] if needs_keys else []
                 call = subset(call, draw.chosen, size)
         self._draw, self._keys = draw, keys
         self._say_what_it_costs(draw)
-        if self.uses_history:
-            self._weigh()
+        if self.uses_history:  # the loss modules of both passes are to scale, or weight, their samples
+            record = self.record()
+            record.full_size = draw.size
+            if self.reweight:
+                record.weights = to_device(draw.weights.astype(np.float32), self.device)
         else:
             self._sizes.update(kept=len(draw.chosen), of=draw.size)
             self._tell_sums(call)
         return call
-
-    def _draw_from(self, keys: Keys, size: int) -> BatchDraw:
-        """Draw from a batch that is loaded."""
-        generator, place = self.generator(RngStream.SAMPLES), self._place_now()
-        if self.drawer.kind == 'uniform':
-            return self.drawer.draw_uniformly(size, generator, place)
-        return self.drawer.draw(keys, generator, place)
 
     def _tell_sums(self, call: ModelCall) -> None:
         """Find out which of the model's losses are sums, if that is not known yet and ever matters."""
@@ -375,14 +367,6 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             logger='current',
             level=logging.WARNING,
         )
-
-    def _weigh(self) -> None:
-        """Have the loss modules of both passes scale, or weight, their samples."""
-        record, draw = self.record(), self._draw
-        assert draw is not None
-        record.full_size = draw.size
-        if self.reweight:
-            record.weights = to_device(draw.weights.astype(np.float32), self.device)
 
 
 def _cost(k: int, batch_size: int, whole_first_epoch: bool) -> Cost:

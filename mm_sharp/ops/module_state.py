@@ -40,7 +40,6 @@ class StatePlan:
         held: The buffers of all other modules that have some, or may get some: those of classes outside torch.
         fixed: The buffers of TorchScript's modules, which are held in no dict, and which forwards cannot add to.
         own: Modules of classes outside torch, whose attributes are state.
-        frozen: Parameters that are not trained.
     """
 
     def __init__(self, tree: ModuleTree, trained: Collection[int] | None = None) -> None:

@@ -50,10 +50,8 @@ class Ascent:
     ) -> None:
         """Settle what this step perturbs, just before its first forward.
 
-        Args:
-            perturbed: The parameters.
-            skip: Those of them that are not perturbed get no gradient in the first pass, from now on.
-            average_by_hand: Average the first gradients here, since DDP would wait for those that are skipped.
+        What of ``skip`` is not perturbed gets no gradient in the first pass, from now on. With ``average_by_hand`` the
+        first gradients are averaged here, since DDP would wait for those that are skipped.
         """
         self._perturbed, self._skipped, self._average_by_hand = perturbed, [], average_by_hand
         if skip:

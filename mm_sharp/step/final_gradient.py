@@ -16,9 +16,7 @@ from mm_sharp.ops.fsdp import local_shard
 class FinalGradient:
     """Gradients of one optimizer step, without the loss scale, before they are clipped."""
 
-    parameters: Sequence[
-        nn.Parameter
-    ]  # with a gradient, which is what the optimizer gets; change it in place
+    parameters: Sequence[nn.Parameter]  # with a gradient, which is what the optimizer gets; change it in place
     # The first passes' gradients, averaged over the processes as the others are; empty unless the method keeps them.
     first: Mapping[nn.Parameter, Tensor]
     # Sums a product of every tensor over the processes that hold pieces of it (FSDP).

@@ -55,11 +55,10 @@ class NonFiniteLog:
         """Take up the rest of a step, given its number and record.
 
         Args:
-            finite: Whether the final gradient is, scalar; None if the optimizer's step is not due, or is the loss
-                scaler's to decide.
+            finite: Whether the final gradient is, scalar; None if a step is not due, or is the loss scaler's to decide.
             scaled: Whether losses are scaled: gradients that are not finite are then the scaler's, and no event.
             at_once: Whether the host need not wait for the values.
-            names: The samples in question, for the message; asked only if there is one.
+            names: Gives the samples in question, for the message.
         """
         noted, loss = _Noted(step, finite is not None, scaled, names), record.loss
         seen = [record.perturbed_loss, record.grad_norm, finite]

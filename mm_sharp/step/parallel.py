@@ -21,21 +21,13 @@ _NOTHING = nullcontext()
 
 
 class ParallelModel:
-    """The model of a training: attached once, resharded between the steps.
-
-    Attributes:
-        shards: Its pieces; None if no part of it is sharded.
-        module: The user's own model.
-        tree: Its modules.
-        in_buckets: Whether gradients lie in the buckets that DDP averages.
-        broadcasts: Whether DDP sends the first rank's buffers to the others.
-    """
+    """The model of a training: attached once, resharded between the steps."""
 
     def __init__(self) -> None:
-        self.shards: Shards | None = None
-        self.module: nn.Module = nn.Identity()
-        self.in_buckets = False
-        self.broadcasts = False
+        self.shards: Shards | None = None  # its pieces; None if no part of it is sharded
+        self.module: nn.Module = nn.Identity()  # the user's own model
+        self.in_buckets = False  # whether gradients lie in the buckets that DDP averages
+        self.broadcasts = False  # whether DDP sends the first rank's buffers to the others
         self._model: nn.Module | None = None
         self.tree = ModuleTree(self.module)
         self._synchronised: list[Any] = []
