@@ -92,14 +92,14 @@ def schedule_of(settings: Mapping[str, Any]) -> Schedule:
     Without a name, the schedule is ``'authors'``, but for configs of before there was one: those that give ``s_min`` or
     ``s_max`` and nothing that is newer keep ``'constant'``. (The authors' own range, written out, is the authors'.)
     """
-    given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
+    given = _given(settings)
     base = UNIFORM if settings.get('draw') == 'uniform' else SCHEDULES[schedule_name(settings)]
     return replace(base, **{name: given[name] for name in vars(base) if name in given})
 
 
 def schedule_name(settings: Mapping[str, Any]) -> str:
     """The name of the schedule that a wrapper's arguments ask for; see :func:`schedule_of`."""
-    given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
+    given = _given(settings)
     if 'schedule' in given:
         return str(given['schedule'])
     authors = vars(SCHEDULES['authors'])
@@ -110,7 +110,7 @@ def schedule_name(settings: Mapping[str, Any]) -> str:
 
 def check_combination(owner: str, settings: Mapping[str, Any]) -> None:
     """Refuse arguments that contradict each other, each of which is in its range."""
-    given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
+    given = _given(settings)
     if given.get('draw') == 'uniform':
         plain = {'prefer': 'large', 'clip_quantile': 1.0}
         names = (*_RANGE, 'schedule', 'ramp', 'prefer', 'clip_quantile', 'history_momentum')
@@ -129,6 +129,10 @@ def check_combination(owner: str, settings: Mapping[str, Any]) -> None:
         if wrong:
             written = ', '.join(f'{name}={value!r}' for name, value in wrong.items())
             _refuse(owner, wrong, "schedule='constant' is without it", f"schedule='authors', {written}")
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
 
 
 def _refuse(owner: str, wrong: Mapping[str, Any], why: str, right: str) -> None:

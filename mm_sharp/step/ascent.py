@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mm_sharp.ops.all_reduce import average_gradients
 from mm_sharp.ops.frozen_params import FrozenParams
 from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.perturbation import perturb_
@@ -81,8 +80,8 @@ class Ascent:
         if scaled.requires_grad or not self._frozen.active:
             scaled.backward()
         self._frozen.unfreeze()
-        if self._average_by_hand and self._parallel.averages:
-            average_gradients(self._perturbed)
+        if self._average_by_hand:
+            self._parallel.average_gradients(self._perturbed)
 
     @torch.no_grad()
     def perturb(self, method: Method, device: torch.device) -> Tensor:

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+from mmengine.dist import all_reduce_params
 from mmengine.model import MMSeparateDistributedDataParallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mm_sharp.ops.all_reduce import average
 from mm_sharp.ops.fsdp import Shards, shards_of
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.ops.module_tree import ModuleTree
@@ -59,11 +59,6 @@ class ParallelModel:
         """Have the parameters be pieces, as they are between passes; ``interrupted``: one may have been broken off."""
         if self.shards is not None:
             self.shards.reshard(interrupted)
-
-    @property
-    def averages(self) -> bool:
-        """Whether DDP, or another wrapper that knows ``no_sync()``, averages the gradients over the processes."""
-        return bool(self._synchronised)
 
     def no_sync(self, active: bool) -> AbstractContextManager[Any]:
         """The context in which DDP leaves gradients alone, if ``active``.
@@ -116,10 +111,17 @@ class ParallelModel:
         """
         return Norms() if self.shards is None else self.shards.norms(parameters, device, perturbed)
 
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average their gradients, of which a missing one counts as zero."""
+        for parameter in parameters if self._synchronised else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.average([parameter.grad for parameter in parameters if parameter.grad is not None])
+
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over the processes in place, as DDP does gradients; FSDP has done so already."""
         if self._synchronised and tensors:
-            average(tensors)
+            all_reduce_params(list(tensors), coalesce=True, op='mean')  # one all-reduce a dtype
 
     def parameters(self, others: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """The model's parameters and ``others``: all that a backward pass may write gradients to."""

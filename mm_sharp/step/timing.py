@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NOTHING = nullcontext()
 PHASES = ('pass1', 'perturb', 'pass2', 'restore', 'step')
 # What the phases above are interrupted by: the losses and draws of single samples, and the wrapper's bookkeeping.
 EXCLUDED = ('recording', 'host')
@@ -85,18 +86,15 @@ class StepTimer:
 class NoTimer(StepTimer):
     """Stands for a timer where the step is not timed."""
 
-    def __init__(self) -> None:
-        self._nothing = nullcontext()
-
     def mark(self, name: str) -> None:
         """Nothing."""
 
     def exclude(self, name: str) -> AbstractContextManager[None]:  # type: ignore[override]  # no generator: it is faster
         """Nothing."""
-        return self._nothing
+        return _NOTHING
 
 
-NO_TIMER = NoTimer()
+NO_TIMER = NoTimer(torch.device('cpu'))
 
 
 @dataclass(frozen=True)
