@@ -118,7 +118,7 @@ class Shards:
         pairs = [(parameter, local_shard(parameter.grad)) for parameter in parameters if parameter.grad is not None]
         gradients = [gradient for _, gradient in pairs]
         if max_norm is None:
-            assert clip_value is not None, 'check_shards has looked'
+            assert clip_value is not None, 'check_clip_grad has looked'
             for gradient in gradients:
                 gradient.clamp_(-clip_value, clip_value)
             return None
