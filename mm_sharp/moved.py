@@ -23,7 +23,7 @@ _MOVED = {
     'methods': 'ausam esam per_sample_pass:per_sample sam',
     'ops': (
         'call_inputs finite forward_state grad_switch:frozen_params gradients module_state parameters '
-        'perturbation precision quantized_perturbation random_state:rng ranks:all_reduce rare_changes '
+        'perturbation precision quantized_perturbation random_state:rng rare_changes '
         'replay:model_call shards:fsdp transfer:host_copy'
     ),
     'samples': (
@@ -31,8 +31,9 @@ _MOVED = {
         'sample_history:history sample_keys:keys sample_table:table sampling:selection subset visits:history'
     ),
     'step': (
-        'ascent members:optim_wrappers method parallel_model:parallel second_pass step_guard:nonfinite_guard '
-        'step_record:timing step_watch:nonfinite_log support:checks two_pass:wrapper wrapper_state:checkpoint'
+        'ascent members:optim_wrappers method parallel_model:parallel ranks:parallel second_pass '
+        'step_guard:nonfinite_guard step_record:timing step_watch:nonfinite_log support:checks two_pass:wrapper '
+        'wrapper_state:checkpoint'
     ),
 }
 NEW_NAMES = {

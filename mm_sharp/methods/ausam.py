@@ -155,19 +155,11 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         check_number(name, 'ramp', ramp, high=1.0, example='0.15')
         if whole_first_epoch is not None:
             check_bool(name, 'whole_first_epoch', whole_first_epoch)
-        settings: dict[str, Any] = dict(
-            sampling_ratio=sampling_ratio,
-            s_min=s_min,
-            s_max=s_max,
-            reweight=reweight,
-            history_momentum=history_momentum,
-            prefer=prefer,
-            clip_quantile=clip_quantile,
-            draw=draw,
-            schedule=schedule,
-            ramp=ramp,
-            whole_first_epoch=whole_first_epoch,
+        planned: dict[str, Any] = dict(
+            sampling_ratio=sampling_ratio, s_min=s_min, s_max=s_max, ramp=ramp, whole_first_epoch=whole_first_epoch
         )
+        drawn = dict(schedule=schedule, draw=draw, prefer=prefer, clip_quantile=clip_quantile, reweight=reweight)
+        settings = {**planned, **drawn, 'history_momentum': history_momentum}
         self.reweight = check_bool(name, 'reweight', reweight) and draw != 'uniform'
         check_combination(name, settings)
         plan = schedule_of(settings)
@@ -228,10 +220,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: Any, rank: int) -> None:
         """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already.
 
-        Args:
-            sampler: The batch sampler of the training data loader.
-            dataset_keys: Gives it the keys of its samples: :class:`mm_sharp.samples.dataset_keys.DatasetKeys`.
-            rank: This process's rank.
+        ``dataset_keys`` gives it the keys of its samples: :class:`mm_sharp.samples.dataset_keys.DatasetKeys`.
         """
         sampler.attach(self.drawer, dataset_keys, self.seed, rank, self.length)
         # With another number of ranks the batches are others.
@@ -266,12 +255,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             yield
 
     def first_batch(self, call: ModelCall) -> ModelCall:
-        """The call on the samples that are drawn.
-
-        Raises:
-            SampleIdError: The samples have no id; the message shows how to give them one. A uniform draw needs none.
-            ValueError: None of the arguments is a batch.
-        """
+        """The call on the samples that are drawn; they must have ids, but for a uniform draw."""
         self.pending_updates.flush()
         self.attach_model(call.model)
         size = call_size(type(self).__name__, call)
@@ -280,32 +264,32 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         if self.sampler is not None:
             draw = self.sampler.take(keys)
         else:
-            draw = self._draw_from(keys, size)
+            generator, place = self.generator(RngStream.SAMPLES), self._place_now()
+            if self.uses_history:
+                draw = self.drawer.draw(keys, generator, place)
+            else:
+                draw = self.drawer.draw_uniformly(size, generator, place)
             if len(draw.chosen) < size:
                 keys = [keys[row] for row in draw.chosen] if needs_keys else []
                 call = subset(call, draw.chosen, size)
         self._draw, self._keys = draw, keys
         self._say_what_it_costs(draw)
-        if self.uses_history:
-            self._weigh()
+        if self.uses_history:  # the loss modules of both passes are to scale, or weight, their samples
+            record = self.record()
+            record.full_size = draw.size
+            if self.reweight:
+                record.weights = to_device(draw.weights.astype(np.float32), self.device)
         else:
             self._sizes.update(kept=len(draw.chosen), of=draw.size)
             self._tell_sums(call)
         return call
-
-    def _draw_from(self, keys: Keys, size: int) -> BatchDraw:
-        """Draw from a batch that is loaded."""
-        generator, place = self.generator(RngStream.SAMPLES), self._place_now()
-        if self.drawer.kind == 'uniform':
-            return self.drawer.draw_uniformly(size, generator, place)
-        return self.drawer.draw(keys, generator, place)
 
     def _tell_sums(self, call: ModelCall) -> None:
         """Find out which of the model's losses are sums, if that is not known yet and ever matters."""
         if self.drawer.sampling_ratio < 1.0 and self._scale.next_step(self._any_rank):
             kept = self._sizes['kept']
             rows = np.arange(kept)
-            self._scale.expect(self.try_forward(subset(call, np.concatenate([rows, rows]), kept)))
+            self._scale.expect(self.second_pass.try_forward(subset(call, np.concatenate([rows, rows]), kept)))
 
     def _any_rank(self, flag: bool) -> bool:
         return flag if get_world_size() == 1 else bool(any_rank(torch.tensor(flag, device=self.device)))
@@ -369,8 +353,9 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         return AFTER_RAMP
 
     def _say_what_it_costs(self, draw: BatchDraw) -> None:
-        meant = self.drawer.schedule.ratio_at(self._place_now()) == 1.0
-        if 'cost' in self._has_said or len(draw.chosen) < draw.size or meant:
+        if len(draw.chosen) < draw.size or 'cost' in self._has_said:
+            return
+        if self.drawer.schedule.ratio_at(self._place_now()) == 1.0:  # it is meant
             return
         self._has_said.add('cost')
         print_log(
@@ -381,14 +366,6 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             logger='current',
             level=logging.WARNING,
         )
-
-    def _weigh(self) -> None:
-        """Have the loss modules of both passes scale, or weight, their samples."""
-        record, draw = self.record(), self._draw
-        assert draw is not None
-        record.full_size = draw.size
-        if self.reweight:
-            record.weights = to_device(draw.weights.astype(np.float32), self.device)
 
 
 def _cost(k: int, batch_size: int, whole_first_epoch: bool) -> Cost:

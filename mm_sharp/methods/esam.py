@@ -144,12 +144,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         return not self.uses_history
 
     def first_batch(self, call: ModelCall) -> ModelCall:
-        """The whole batch.
-
-        Raises:
-            SampleIdError: The samples have no id (``selection='history'``); the message shows how to give them one.
-            ValueError: None of the arguments is a batch.
-        """
+        """The whole batch, the samples of which must have ids with ``selection='history'``."""
         self.pending_updates.flush()
         self._size = call_size(type(self).__name__, call)
         self._keys = self.keys(call, self._size) if self.uses_history else []
@@ -213,9 +208,8 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
     def _measure(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A forward without gradients.
 
-        Returns:
-            Loss difference of every sample for the history and the log, (N,), NaN where there was no perturbation; loss
-            increase to select by, (N,); the batch's L(w + e).
+        Gives the loss difference of every sample for the history and the log, (N,), NaN where there was no
+        perturbation; the loss increase to select by, (N,); the batch's L(w + e).
         """
         with self.exclude_from_timing('recording'):
             before = self.record().losses(loss)
@@ -255,10 +249,9 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 def _metrics_of(scores: FloatArray) -> dict[str, float]:
     """Figures for the log, of loss differences (N,), NaN where unknown.
 
-    Returns:
-        ``mean_difference`` in units of the loss; ``sampling_entropy``, that of each sample's share of the sum of
-        absolute differences, over log N: 1 where all are alike, so that the selection is arbitrary; ``large_scores``,
-        the share of samples above the middle between the smallest and the largest.
+    ``mean_difference`` in units of the loss; ``sampling_entropy``, that of each sample's share of the sum of absolute
+    differences, over log N: 1 where all are alike, so that the selection is arbitrary; ``large_scores``, the share of
+    samples above the middle between the smallest and the largest.
     """
     known = scores[np.isfinite(scores)]
     if not len(known):

@@ -79,11 +79,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         return make_generator(self.seed, kind, *rank, self.steps, *self.member.place(self.seed))
 
     def keys(self, call: ModelCall, size: int) -> Keys:
-        """The keys of the ``size`` samples in a call.
-
-        Raises:
-            SampleIdError: The samples have no id; the message shows how to give them one.
-        """
+        """The keys of the ``size`` samples in a call; a SampleIdError if they have none."""
         return keys_of(call.args, call.kwargs, size, type(self).__name__)
 
     def record(self) -> LossRecord:
@@ -92,12 +88,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         return self._record
 
     def losses_of(self, model: nn.Module) -> PerSampleLoss:
-        """The recorder of a model's per-sample losses; one for the whole training.
-
-        Raises:
-            PerSampleLossError: The model has a head for which there are none.
-            UnsupportedError: The whole model is compiled.
-        """
+        """The recorder of a model's per-sample losses, one for the whole training; an UnsupportedError without any."""
         if self._per_sample is None or self._per_sample.model is not unwrap(model):
             check_compiled(type(self).__name__, model, sees_losses=True, switches=False)
             self._per_sample = PerSampleLoss(model, around=partial(self.exclude_from_timing, 'recording'))

@@ -53,13 +53,10 @@ class InputSnapshot:
 
 
 def fresh(value: Any, copies: bool, leaves: Leaves | None = None, memo: dict[int, Any] | None = None) -> Any:
-    """A copy of ``value`` with lists, tuples, dicts and data samples of its own.
+    """A copy of a model's arguments with lists, tuples, dicts and data samples of its own.
 
-    Args:
-        value: Arguments of a model.
-        copies: Whether tensors and NumPy arrays are copied as well.
-        leaves: Takes the tensors and arrays of ``value`` that can be copied, each with what stands for it.
-        memo: The copies by the originals' ``id``: what is one object stays one.
+    With ``copies`` tensors and NumPy arrays are copied as well. ``leaves`` takes those that can be, each with what
+    stands for it. ``memo`` has the copies by the originals' ``id``: what is one object stays one.
     """
     kind = type(value)
     if kind in _ATOMS:
@@ -74,11 +71,12 @@ def fresh(value: Any, copies: bool, leaves: Leaves | None = None, memo: dict[int
     if isinstance(value, (Tensor, np.ndarray)):
         memo[id(value)] = _fresh_leaf(value, copies, leaves)
     elif kind is tuple:
-        return tuple(fresh(item, copies, leaves, memo) for item in value)
+        items = [fresh(item, copies, leaves, memo) for item in value]
+        return tuple(items)
     elif isinstance(value, tuple) and hasattr(value, '_make'):
         return kind._make(fresh(item, copies, leaves, memo) for item in value)
     elif isinstance(value, (list, dict)):
-        twin = memo[id(value)] = copy.copy(value)
+        twin = memo[id(value)] = value.copy() if kind is dict else copy.copy(value)
         for key, item in enumerate(value) if isinstance(value, list) else value.items():
             twin[key] = fresh(item, copies, leaves, memo)
     elif isinstance(value, BaseDataElement):

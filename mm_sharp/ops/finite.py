@@ -16,8 +16,7 @@ TRUE = torch.tensor(True)
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether every element is finite of tensors of any device, dtype and number, which may be sparse or empty.
 
-    Returns:
-        Scalar, bool, on the device of the first one that is not empty. No host synchronisation.
+    Scalar, bool, on the device of the first one that is not empty. No host synchronisation.
     """
     if quickly_finite(tensors):
         return TRUE
@@ -29,11 +28,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def finite_each(tensors: Sequence[Tensor]) -> Tensor:
-    """Of one or more dense tensors, none of them empty, whether every element is finite.
-
-    Returns:
-        (N,), bool, on the device of the first one. No host synchronisation.
-    """
+    """Of one or more dense tensors, none of them empty, whether each is finite: (N,), on the first one's device."""
     groups = group_by_device_and_dtype(tensors)
     norms = [torch.stack(torch._foreach_norm([tensors[i] for i in group], float('inf'))) for group in groups]
     if len(groups) == 1:
@@ -50,7 +45,10 @@ def quickly_finite(tensors: Sequence[Tensor]) -> bool:
     if not tensors:
         return True
     kind = tensors[0].dtype
-    if not all(t.dtype is kind and t.layout is torch.strided and t.is_cpu and t.numel() for t in tensors):
+    others = [
+        t for t in tensors if t.dtype is not kind or not t.is_cpu or t.layout is not torch.strided or not t.numel()
+    ]
+    if others:
         return False
     return math.isfinite(sum(map(float, torch._foreach_norm(list(tensors), 2))))
 

@@ -48,10 +48,8 @@ class ForwardState:
     def snapshot(self, tree: ModuleTree, *, sharded: bool = False, broadcast: bool = False) -> None:
         """Copy the state of the user's own model before the first forward.
 
-        Args:
-            tree: The model, as it is now.
-            sharded: Whether its parameters are pieces, which no forward moves.
-            broadcast: Whether DDP may write to its buffers in a further forward.
+        ``sharded``: its parameters are pieces, which no forward moves. ``broadcast``: DDP may write to its buffers in a
+        further forward.
         """
         self.discard()
         plan = self._planned(tree)

@@ -81,10 +81,8 @@ class Shards:
     def norms(self, parameters: Sequence[Tensor], device: torch.device, among: Sequence[Tensor] = ()) -> ShardNorms:
         """What takes the norms of whole tensors, given this process's pieces of ``parameters``.
 
-        Args:
-            parameters: What this process has pieces of, in order.
-            device: Where a process without a single tensor has the norms.
-            among: Those that any process may have pieces of, the same in all of them; for norms of single tensors.
+        ``device`` is where a process without a single tensor has the norms; ``among``, for norms of single tensors,
+        what any process may have pieces of, the same in all of them.
         """
         places = {id(parameter): place for place, parameter in enumerate(among)}
         own = [places[id(parameter)] for parameter in parameters] if among else []
@@ -116,15 +114,11 @@ class Shards:
         error_if_nonfinite: bool = False,
         **_: Any,
     ) -> Tensor | None:
-        """Clip gradients as torch's ``clip_grad_norm_`` or ``clip_grad_value_`` do those of whole tensors.
-
-        Returns:
-            The norm before clipping; None when clipping by value.
-        """
+        """Clip gradients as torch does those of whole tensors; returns the norm before, None when clipping by value."""
         pairs = [(parameter, local_shard(parameter.grad)) for parameter in parameters if parameter.grad is not None]
         gradients = [gradient for _, gradient in pairs]
         if max_norm is None:
-            assert clip_value is not None, 'check_shards has looked'
+            assert clip_value is not None, 'check_clip_grad has looked'
             for gradient in gradients:
                 gradient.clamp_(-clip_value, clip_value)
             return None

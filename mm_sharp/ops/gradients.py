@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class GradientStash:
-    """The gradients that were accumulated before this step.
+    """The gradients that were accumulated before this step, of everything that a backward pass may give one to.
 
-    Args:
-        parameters: Everything that a backward pass may give a gradient to.
-        in_buckets: Whether they may lie in memory that a backward pass of DDP writes to (``gradient_as_bucket_view``).
+    ``in_buckets``: they may lie in memory that a backward pass of DDP writes to (``gradient_as_bucket_view``).
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, in_buckets: bool = False) -> None:
         self._parameters = parameters
         self._gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
-        self._values = [_clone(gradient) for gradient in self._gradients] if in_buckets else self._gradients
+        self._values = self._gradients
+        if in_buckets:
+            self._values = [None if gradient is None else gradient.clone() for gradient in self._gradients]
 
     def stash(self) -> None:
         """Take them off their parameters, for the first pass."""
@@ -29,7 +29,7 @@ class GradientStash:
     def unstash(self) -> None:
         """Drop the first pass's gradients, and give the second pass copies of the earlier ones to accumulate onto."""
         for parameter, value in zip(self._parameters, self._values, strict=True):
-            parameter.grad = _clone(value)
+            parameter.grad = None if value is None else value.clone()
 
     def undo(self) -> None:
         """Put the gradients back as they were before the step."""
@@ -75,7 +75,3 @@ class FirstGradients:
     def clear(self) -> None:
         """Begin anew, after an optimizer step."""
         self._sums, self._pending = {}, []
-
-
-def _clone(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.clone()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,23 +23,14 @@ from mm_sharp.ops.rng import RandomState
 
 @dataclass
 class ModelCall:
-    """One call ``output = model(*args, **kwargs)``.
+    """One call ``output = model(*args, **kwargs)``, with the arguments as they were before it."""
 
-    Args:
-        model: The module that was called: DDP's or FSDP's wrapper where there is one.
-        args: Positional arguments, as they were before the call.
-        kwargs: Keyword arguments, likewise.
-        random_state: The random state just before the call; NumPy's and Python's only where the model may use them.
-        may_write: Whether the model may write to tensors and arrays among the arguments.
-        output: What the call returned.
-    """
-
-    model: nn.Module
+    model: nn.Module  # DDP's or FSDP's wrapper where there is one
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    random_state: RandomState
-    may_write: bool = False
-    output: Any = field(default=None)
+    random_state: RandomState  # just before the call; NumPy's and Python's only where the model may use them
+    may_write: bool = False  # whether the model may write to tensors and arrays among the arguments
+    output: Any = None
 
     def replay(self) -> Any:
         """Call the model again; it gets containers of its own, and tensors of its own where it may write to them."""
@@ -51,12 +42,7 @@ ChooseBatch = Callable[[ModelCall], ModelCall]
 
 
 class CallRecorder:
-    """Records the one call of a model within a context.
-
-    Attributes:
-        call: The call, after the context; None if the model was not called, or the call has failed.
-        is_open: Whether the context is.
-    """
+    """Records the one call of a model within a context; ``call`` is None if there was none, or it has failed."""
 
     def __init__(self) -> None:
         self.call: ModelCall | None = None
@@ -76,11 +62,8 @@ class CallRecorder:
     def record(self, model: nn.Module, devices: tuple[torch.device, ...], on_call: ChooseBatch) -> Iterator[None]:
         """Record the call of ``model`` in this context, which may call itself but must not be called twice.
 
-        Args:
-            model: The module that is going to be called.
-            devices: Devices whose random state is recorded.
-            on_call: Sees the call before it runs, and returns the call that runs instead, such as one on a part of the
-                batch.
+        ``on_call`` sees the call before it runs, with the random state of ``devices``, and returns the call that runs
+        instead, such as one on a part of the batch.
         """
         self.call, self._depth, self.is_open = None, 0, True
         at_first: list[RandomState] = []

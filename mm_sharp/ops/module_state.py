@@ -33,16 +33,13 @@ _MISSING = object()
 class StatePlan:
     """Where a model has state: made once, and anew only where the model was rebuilt.
 
-    Args:
-        tree: The model.
-        trained: ``id`` of the parameters that are trained; by default those that require a gradient.
+    ``trained`` are the ``id`` of the parameters that are; by default those that require a gradient.
 
     Attributes:
         norms: Those of torch's own BatchNorms whose statistics :mod:`mm_sharp.ops.norm_statistics` can look after.
         held: The buffers of all other modules that have some, or may get some: those of classes outside torch.
         fixed: The buffers of TorchScript's modules, which are held in no dict, and which forwards cannot add to.
         own: Modules of classes outside torch, whose attributes are state.
-        frozen: Parameters that are not trained.
     """
 
     def __init__(self, tree: ModuleTree, trained: Collection[int] | None = None) -> None:

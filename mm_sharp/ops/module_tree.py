@@ -20,16 +20,12 @@ class ModuleTree:
         self._children: list[Any] = [module._modules for module in self.modules]
         self._children_then = [dict(children) for children in self._children]
         self._parameters: list[Any] = [each for each in held if each]
-        self._parameters_then = [list(each.values()) for each in self._parameters]
+        self._parameters_then = [parameter for each in self._parameters for parameter in each.values()]
 
     def unchanged(self) -> bool:
         """Whether every module has the children and the parameters that it had; fast, for every step asks."""
-        if not all(map(eq, self._children, self._children_then)):
-            return False
-        return all(
-            len(now) == len(then) and all(map(is_, now.values(), then))
-            for now, then in zip(self._parameters, self._parameters_then, strict=True)
-        )
+        now, then = [parameter for each in self._parameters for parameter in each.values()], self._parameters_then
+        return all(map(eq, self._children, self._children_then)) and len(now) == len(then) and all(map(is_, now, then))
 
 
 def submodules(module: nn.Module) -> Iterator[nn.Module]:

@@ -65,10 +65,9 @@ def group_by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of each of one or more dense tensors, of any devices and dtypes.
+    """The 2-norm of each of one or more dense tensors, of any devices and dtypes, without host synchronisation.
 
-    Returns:
-        (n,) in at least float32, on the device of the first tensor. No host synchronisation.
+    (n,), in at least float32, on the device of the first tensor.
     """
     norms: list[Tensor] = [tensors[0]] * len(tensors)
     groups = group_by_device_and_dtype(tensors)
@@ -89,11 +88,7 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of one or more dense tensors, of any devices and dtypes, taken as one vector.
-
-    Returns:
-        A scalar in at least float32, on the device of the first tensor. No host synchronisation.
-    """
+    """The 2-norm of the tensors of :func:`tensor_norms` taken as one vector; a scalar."""
     total: Tensor = torch.linalg.vector_norm(tensor_norms(tensors))
     return total
 
@@ -121,16 +116,13 @@ _WHOLE = Norms()
 class Direction:
     """How a perturbation is made of the gradients.
 
-    Args:
-        rho: Radius, in the units of the weights' norm; with ``stretches`` in those of the stretched weights, with
-            ``relative`` as a share of the weights' norm.
-        stretches: T of each tensor, of its shape; None for 1. They are scratch memory afterwards.
-        relative: One of ``RELATIVE``, in place of ``stretches``; None for SAM and ASAM.
+    ``rho`` is the radius, in the units of the weights' norm; with ``stretches`` in those of the stretched weights, with
+    ``relative`` as a share of the weights' norm.
     """
 
     rho: float
-    stretches: list[Tensor] | None = None
-    relative: str | None = None
+    stretches: list[Tensor] | None = None  # T of each tensor, of its shape; None for 1. Scratch memory afterwards.
+    relative: str | None = None  # one of ``RELATIVE``, in place of ``stretches``; None for SAM and ASAM
 
 
 @torch.no_grad()
@@ -139,7 +131,6 @@ def asam_stretches(parameters: Sequence[Tensor], eta: float) -> list[Tensor]:
     return [parameter.abs().add_(eta) for parameter in parameters]
 
 
-@torch.no_grad()
 def perturb_(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -149,7 +140,7 @@ def perturb_(
     inverse_grad_scale: Tensor | None = None,
     norms: Norms = _WHOLE,
 ) -> Tensor:
-    """Add the perturbation to the parameters, in place; the module's docstring has its equations.
+    """Add the perturbation to the parameters, in place, within ``no_grad``; the module's docstring has its equations.
 
     Args:
         parameters: Tensors ``w``; they keep their storage.

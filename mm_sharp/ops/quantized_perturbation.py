@@ -62,9 +62,7 @@ class QuantizedPerturbation:
     def apply(self, perturbed: Sequence[nn.Parameter], before: Mapping[Tensor, Tensor]) -> None:
         """Put quantized layers' weights back, and have their quantizers add what they were moved by.
 
-        Args:
-            perturbed: Parameters that hold ``w + e``; those of other layers are left as they are.
-            before: Their ``w``.
+        ``perturbed`` hold ``w + e``, and those of other layers are left as they are; ``before`` has their ``w``.
         """
         chosen = {id(parameter) for parameter in perturbed}
         for kept in self._kept:

@@ -15,19 +15,12 @@ from torch import Tensor
 
 
 class RandomState(NamedTuple):
-    """State of the global generators; capturing it costs no device synchronisation.
+    """State of the global generators; capturing it costs no device synchronisation."""
 
-    Args:
-        cpu: torch's CPU generator, (n,) uint8.
-        devices: Of each device's generator, by the device's name.
-        numpy: ``numpy.random.get_state()``; None if it is left alone.
-        python: ``random.getstate()``; None with ``numpy``.
-    """
-
-    cpu: Tensor
-    devices: dict[str, Tensor]
-    numpy: tuple[Any, ...] | None
-    python: tuple[Any, ...] | None
+    cpu: Tensor  # torch's CPU generator, (n,) uint8
+    devices: dict[str, Tensor]  # of each device's generator, by the device's name
+    numpy: tuple[Any, ...] | None  # ``numpy.random.get_state()``; None if it is left alone
+    python: tuple[Any, ...] | None  # ``random.getstate()``; None with ``numpy``
 
     @classmethod
     def capture(cls, devices: Iterable[torch.device] = (), *, all_libraries: bool = True) -> RandomState:

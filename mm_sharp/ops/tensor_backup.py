@@ -61,12 +61,10 @@ class TensorBackup:
         self._tensors, self._copies = list(tensors), self._last_copies
 
     def write_back(self, apart_from: Iterable[Tensor] = (), *, unseen: bool = False) -> None:
-        """Write the copies back, bit for bit, into the storage they were taken from.
+        """Write the copies back, bit for bit, into the storage they were taken from, but no memory of ``apart_from``.
 
-        Args:
-            apart_from: Tensors whose memory is not written to, whatever else lies in it.
-            unseen: Autograd is not told. Between a forward and its backward pass it would refuse tensors that were
-                written to, though they have what the forward saw again by then.
+        ``unseen``: autograd is not told. Between a forward and its backward pass it would refuse tensors that were
+        written to, though they have what the forward saw again by then.
         """
         if not self._tensors:
             return

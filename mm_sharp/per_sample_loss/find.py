@@ -104,8 +104,8 @@ def structure_of(model: nn.Module, losses: Iterable[LossModule]) -> Callable[[],
     owners = {id(loss.owner): loss.owner for loss in losses}.values()
     plain = [(vars(owner), name) for owner in owners for name, value in _plain_containers(owner) if _modules_in(value)]
     return lambda: [
-        *([*children.values()] for children in holders),
-        *(_modules_in(attributes.get(name)) for attributes, name in plain),
+        *[[*children.values()] for children in holders],
+        *[_modules_in(attributes.get(name)) for attributes, name in plain],
     ]
 
 

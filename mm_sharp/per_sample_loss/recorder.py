@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -70,16 +70,20 @@ class PerSampleLoss:
         self.look_again()
         record = LossRecord(type(self.model).__name__, self._check, weights, full_size)
         hooks = _Hooks(self, record)
-        with ExitStack() as stack:
-            add = stack.enter_context
-            add(self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
+        handles = [
+            self.model.register_forward_pre_hook(hooks.before_model, with_kwargs=True),
             # First of the model's hooks: others are to see the losses that it returns.
-            add(self.model.register_forward_hook(hooks.after_model, prepend=True, always_call=True))
-            for loss in self.losses:
-                if self.evaluators[id(loss.module)].form is None:
-                    add(loss.module.register_forward_pre_hook(hooks.before_loss))
-                add(loss.module.register_forward_hook(partial(hooks.after_loss, loss), with_kwargs=True))
+            self.model.register_forward_hook(hooks.after_model, prepend=True, always_call=True),
+        ]
+        for loss in self.losses:
+            if self.evaluators[id(loss.module)].form is None:
+                handles.append(loss.module.register_forward_pre_hook(hooks.before_loss))
+            handles.append(loss.module.register_forward_hook(partial(hooks.after_loss, loss), with_kwargs=True))
+        try:
             yield record
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def flush(self) -> None:
         """Raise what an accelerator has found of the forwards before; waits for it, not for what runs now."""

@@ -62,14 +62,9 @@ class AUSAMSampler(BatchSampler):
     def attach(
         self, drawer: BatchDrawer, keys: DatasetKeys, seed: int, rank: int, length: TrainingLength | None = None
     ) -> None:
-        """Give it what it draws with, before training.
+        """Give it what it draws with, before training; the ``seed`` is the run's.
 
-        Args:
-            drawer: The wrapper's.
-            keys: The data set's.
-            seed: The run's.
-            rank: This process's.
-            length: How long the training is: workers load ahead, so a draw is not made in the step that it is for.
+        It needs the training's ``length`` since workers load ahead: a draw is not made in the step that it is for.
         """
         self._source, self._length = (drawer, keys, seed, rank), length
 
@@ -129,11 +124,7 @@ class AUSAMSampler(BatchSampler):
         return {'version': _VERSION, 'draws': [draw.state_dict() for draw in draws]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Use the draws that :meth:`state_dict` gave on this rank where the iteration comes to their places.
-
-        Raises:
-            ValueError: ``state`` is of a newer version.
-        """
+        """Use the draws that :meth:`state_dict` gave on this rank where the iteration comes to their places."""
         if state.get('version') != _VERSION:
             raise ValueError(f"The sampler's version is {state.get('version')!r}: this mm_sharp reads {_VERSION}")
         draws = [LoaderDraw.from_state(draw) for draw in state.get('draws', ())]

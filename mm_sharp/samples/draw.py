@@ -42,18 +42,14 @@ _MOST_WITHOUT_A_MATCH = 8
 
 @dataclass(frozen=True)
 class BatchDraw:
-    """The samples drawn from a mini-batch of N.
+    """The samples drawn from a mini-batch of N."""
 
-    Args:
-        chosen: Their rows in the batch, increasing, (K,).
-        pi: Inclusion probability of every sample, (N,), float64. Of a sequential draw, which has no formula for it, K
-            times the probability to be drawn first, for the log alone.
-        scores: Average loss difference of every sample when it was drawn, (N,), float64; NaN where never seen, and in
-            a uniform draw.
-    """
-
-    chosen: IntArray
+    chosen: IntArray  # their rows in the batch, increasing, (K,)
+    # Inclusion probability of every sample, (N,), float64. Of a sequential draw, which has no formula for it, K times
+    # the probability to be drawn first, for the log alone.
     pi: FloatArray
+    # Average loss difference of every sample when it was drawn, (N,), float64; NaN where never seen, and in a uniform
+    # draw.
     scores: FloatArray
 
     @property
@@ -82,17 +78,8 @@ class BatchDraw:
 class BatchDrawer:
     """Draws K = ceil(sampling_ratio * N) samples of each batch by their scores in ``history``.
 
-    K is at least ``fewest``: what :func:`mm_sharp.samples.subset.fewest_samples` says of the model.
-
-    Args:
-        history: The scores.
-        sampling_ratio: As in :class:`mm_sharp.samples.schedule.Schedule`, like the next two.
-        s_min: Normalised score of the smallest.
-        s_max: Normalised score of the largest, after the ramp.
-        preference: How scores are normalised.
-        kind: ``'systematic'``, ``'sequential'`` or ``'uniform'``; see :mod:`mm_sharp.samples.selection`.
-        ramp: As in ``Schedule``, like the next one.
-        whole_first_epoch: Whether the batches of the first epoch are used whole.
+    K is at least ``fewest``: what :func:`mm_sharp.samples.subset.fewest_samples` says of the model. What ``kind`` may
+    be is in :mod:`mm_sharp.samples.selection`, what the numbers mean in :class:`mm_sharp.samples.schedule.Schedule`.
     """
 
     history: SampleHistory
@@ -114,8 +101,8 @@ class BatchDrawer:
         """Draw from the batch of ``keys``, N pairs of a data set's name and a sample's id, in a step at ``place``."""
         if self.kind == 'uniform':
             return self.draw_uniformly(len(keys), generator, place)
-        scores, k = self.history.scores(keys), self._count(len(keys), place)
-        s_max = self.schedule.s_max_at(place)
+        schedule, scores = self.schedule, self.history.scores(keys)
+        k, s_max = self._count(schedule, len(keys), place), schedule.s_max_at(place)
         if self.kind == 'systematic' or k == len(keys):
             pi = inclusion_probabilities(scores, k, self.s_min, s_max, self.preference)
             return BatchDraw(systematic_sample(pi, generator), pi, scores)
@@ -124,11 +111,11 @@ class BatchDrawer:
 
     def draw_uniformly(self, size: int, generator: torch.Generator, place: TrainingPlace = AFTER_RAMP) -> BatchDraw:
         """Draw from a batch of ``size`` samples, whatever they are."""
-        k = self._count(size, place)
+        k = self._count(self.schedule, size, place)
         return BatchDraw(uniform_sample(size, k, generator), np.full(size, k / size), np.full(size, math.nan))
 
-    def _count(self, size: int, place: TrainingPlace) -> int:
-        return sample_count(self.schedule.ratio_at(place), size, self.fewest)
+    def _count(self, schedule: Schedule, size: int, place: TrainingPlace) -> int:
+        return sample_count(schedule.ratio_at(place), size, self.fewest)
 
 
 @dataclass(frozen=True)
@@ -184,10 +171,8 @@ class DrawQueue:
         """The draw of the batch that arrived with these K keys; earlier ones, of skipped batches, are forgotten.
 
         A data set may replace a sample that it cannot read by another one. So the batch's draw is the one that most of
-        its keys agree with (the earliest of several), and if no key agrees with any, the first.
-
-        Raises:
-            RuntimeError: There is no such draw of K samples, or the keys of many batches in a row agree with none.
+        its keys agree with (the earliest of several), and if no key agrees with any, the first. A RuntimeError if there
+        is no such draw of K samples, or the keys of many batches in a row agree with none.
         """
         received = list(keys)
         if self._last is not None and self._last.keys == received and all(d.keys != received for d in self._draws):

@@ -187,7 +187,7 @@ class PendingUpdates:
 
 def _by_data_set(keys: Keys) -> Iterator[tuple[str, slice | IntArray, IntArray]]:
     """For each data set: its name, the positions of its keys, and their ids."""
-    names = dict.fromkeys(name for name, _ in keys)
+    names = dict.fromkeys([name for name, _ in keys])
     for name in names:
         # array refuses what is no integer, and is faster than numpy.
         ids = np.array(array('q', [number for other, number in keys if other == name]))

@@ -32,11 +32,10 @@ class LossScale:
         self._steps = 0
 
     def next_step(self, shared: Callable[[bool], bool] = bool) -> bool:
-        """Whether the model is to be tried before this step's forward.
+        """Whether the model is to be tried before this step's forward; ``shared`` gives whether any process says so.
 
-        Args:
-            shared: Whether any process says so. A forward may talk to the other processes, so all of them try or none:
-                they ask each other in the same steps, fewer and fewer.
+        A forward may talk to the other processes, so all of them try or none: they ask each other in the same steps,
+        fewer and fewer.
         """
         self._twice = None
         self._steps += 1
@@ -48,12 +47,7 @@ class LossScale:
 
     @contextmanager
     def applied(self, model: nn.Module, sizes: Mapping[str, int]) -> Iterator[None]:
-        """Scale what ``model`` returns in this context.
-
-        Args:
-            model: The module that is called.
-            sizes: ``kept``, K, and ``of``, N; read when the forward is over.
-        """
+        """Scale what ``model`` returns in this context, by ``sizes`` as they are then: ``kept``, K, and ``of``, N."""
         depth = 0
 
         def before(*_: Any) -> None:
@@ -98,7 +92,7 @@ class LossScale:
         factors = {name: self.reductions.get(name, usual).subset_factor(kept, of) for name in losses}
         if all(factor == 1.0 for factor in factors.values()):
             return None
-        return _mapped(output, factors)
+        return _mapped(output, lambda name, loss: loss * factors[name])
 
     def _learn(self, once: Mapping[str, Tensor], twice: Mapping[str, float]) -> None:
         for name in once.keys() & twice.keys():
@@ -110,28 +104,21 @@ class LossScale:
 
 
 def _losses_in(output: Any) -> dict[str, Tensor]:
-    """The losses that ``parse_losses`` adds up, by name: tensors, and those in lists, of entries called a loss."""
-    if isinstance(output, Tensor):
-        return {'': output}
+    """The losses that ``parse_losses`` adds up, by name."""
     found: dict[str, Tensor] = {}
-    for name, value in output.items() if isinstance(output, dict) else ():
-        if 'loss' in name and isinstance(value, Tensor):
-            found[name] = value
-        elif 'loss' in name and isinstance(value, (list, tuple)):
-            found.update({f'{name}.{i}': item for i, item in enumerate(value) if isinstance(item, Tensor)})
+    _mapped(output, found.setdefault)
     return found
 
 
-def _mapped(output: Any, factors: Mapping[str, float]) -> Any:
-    """``output`` with its losses multiplied."""
+def _mapped(output: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+    """``output`` with its losses changed: tensors, and those in lists, of entries called a loss."""
     if isinstance(output, Tensor):
-        return output * factors['']
-    result = dict(output)
-    for name, value in output.items():
-        if name in factors:
-            result[name] = value * factors[name]
+        return change('', output)
+    result = dict(output) if isinstance(output, dict) else {}
+    for name, value in result.items():
+        if 'loss' in name and isinstance(value, Tensor):
+            result[name] = change(name, value)
         elif 'loss' in name and isinstance(value, (list, tuple)):
-            result[name] = [
-                item * factors[f'{name}.{i}'] if f'{name}.{i}' in factors else item for i, item in enumerate(value)
-            ]
+            named = [(f'{name}.{i}', item) for i, item in enumerate(value)]
+            result[name] = [change(key, item) if isinstance(item, Tensor) else item for key, item in named]
     return result

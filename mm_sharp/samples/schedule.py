@@ -19,14 +19,9 @@ from mm_sharp.errors import UserError
 
 @dataclass(frozen=True)
 class TrainingPlace:
-    """Where in a training a step is.
+    """Where in a training a step is."""
 
-    Args:
-        share: The share of the training that was done when the step's epoch began, in [0, 1].
-        in_first_epoch: Whether the step is in the first epoch.
-    """
-
-    share: float
+    share: float  # of the training that was done when the step's epoch began, in [0, 1]
     in_first_epoch: bool
 
 
@@ -36,15 +31,10 @@ AFTER_RAMP = TrainingPlace(1.0, False)
 
 @dataclass(frozen=True)
 class TrainingLength:
-    """How long a training is.
+    """How long a training is."""
 
-    Args:
-        epochs: Epochs, > 0, not necessarily whole; iterations where ``epoch_length`` is None.
-        epoch_length: Iterations of an epoch, >= 1; None where the data set has no end.
-    """
-
-    epochs: float
-    epoch_length: int | None
+    epochs: float  # > 0, not necessarily whole; iterations where ``epoch_length`` is None
+    epoch_length: int | None  # iterations of an epoch, >= 1; None where the data set has no end
 
     def place(self, epoch: int, position: int = 0) -> TrainingPlace:
         """The place of an iteration, given its epoch and its number within it, both from 0.
@@ -64,21 +54,13 @@ class Unset(float):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What AUSAM draws over a training.
+    """What AUSAM draws over a training."""
 
-    Args:
-        sampling_ratio: Share of each mini-batch that is drawn, in (0, 1].
-        s_min: Normalised score of the smallest.
-        s_max: Normalised score of the largest, at the end of the ramp.
-        ramp: Share of the training over which ``s_max`` rises from ``s_min``, in [0, 1]; 0: it does not change.
-        whole_first_epoch: Whether the batches of the first epoch are used whole.
-    """
-
-    sampling_ratio: float
-    s_min: float
-    s_max: float
-    ramp: float
-    whole_first_epoch: bool
+    sampling_ratio: float  # share of each mini-batch that is drawn, in (0, 1]
+    s_min: float  # normalised score of the smallest
+    s_max: float  # normalised score of the largest, at the end of the ramp
+    ramp: float  # share of the training over which ``s_max`` rises from ``s_min``, in [0, 1]; 0: it does not change
+    whole_first_epoch: bool  # whether the batches of the first epoch are used whole
 
     def s_max_at(self, place: TrainingPlace) -> float:
         """Normalised score of the largest in a step."""
@@ -102,23 +84,22 @@ _NEWER = ('schedule', 'ramp', 'whole_first_epoch')
 
 
 def schedule_of(settings: Mapping[str, Any]) -> Schedule:
-    """The schedule that a wrapper's arguments ask for.
+    """The schedule that a wrapper's arguments, by name, ask for.
 
-    Args:
-        settings: Arguments by name. Those that are missing, None or :class:`Unset` were not given: they are the named
-            schedule's. ``draw='uniform'`` has no scores, and so neither a range nor a reason for whole batches.
+    Those that are missing, None or :class:`Unset` were not given: they are the named schedule's. ``draw='uniform'`` has
+    no scores, and so neither a range nor a reason for whole batches.
 
     Without a name, the schedule is ``'authors'``, but for configs of before there was one: those that give ``s_min`` or
     ``s_max`` and nothing that is newer keep ``'constant'``. (The authors' own range, written out, is the authors'.)
     """
-    given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
+    given = _given(settings)
     base = UNIFORM if settings.get('draw') == 'uniform' else SCHEDULES[schedule_name(settings)]
     return replace(base, **{name: given[name] for name in vars(base) if name in given})
 
 
 def schedule_name(settings: Mapping[str, Any]) -> str:
     """The name of the schedule that a wrapper's arguments ask for; see :func:`schedule_of`."""
-    given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
+    given = _given(settings)
     if 'schedule' in given:
         return str(given['schedule'])
     authors = vars(SCHEDULES['authors'])
@@ -128,12 +109,8 @@ def schedule_name(settings: Mapping[str, Any]) -> str:
 
 
 def check_combination(owner: str, settings: Mapping[str, Any]) -> None:
-    """Refuse arguments that contradict each other, each of which is in its range.
-
-    Raises:
-        ValueError: The message shows the corrected call.
-    """
-    given = {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
+    """Refuse arguments that contradict each other, each of which is in its range."""
+    given = _given(settings)
     if given.get('draw') == 'uniform':
         plain = {'prefer': 'large', 'clip_quantile': 1.0}
         names = (*_RANGE, 'schedule', 'ramp', 'prefer', 'clip_quantile', 'history_momentum')
@@ -152,6 +129,10 @@ def check_combination(owner: str, settings: Mapping[str, Any]) -> None:
         if wrong:
             written = ', '.join(f'{name}={value!r}' for name, value in wrong.items())
             _refuse(owner, wrong, "schedule='constant' is without it", f"schedule='authors', {written}")
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if v is not None and not isinstance(v, Unset)}
 
 
 def _refuse(owner: str, wrong: Mapping[str, Any], why: str, right: str) -> None:

@@ -43,15 +43,10 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Preference(NamedTuple):
-    """How scores become ``z`` in [0, 1]; the default is the authors'.
+    """How scores become ``z`` in [0, 1]; the default is the authors'."""
 
-    Args:
-        small: Small scores are drawn more often, and not large ones.
-        quantile: Scores above this quantile of the seen ones in the mini-batch, in (0, 1], count as equal to it.
-    """
-
-    small: bool = False
-    quantile: float = 1.0
+    small: bool = False  # small scores are drawn more often, and not large ones
+    quantile: float = 1.0  # scores above this quantile of the seen ones in the mini-batch, in (0, 1], count as equal
 
 
 _LARGE = Preference()
@@ -133,17 +128,9 @@ def normalised_scores(scores: FloatArray, preference: Preference = _LARGE) -> Fl
 
 
 def sequential_sample(sizes: FloatArray, k: int, generator: torch.Generator) -> IntArray:
-    """Draw ``k`` samples one after the other, each with probabilities proportional to ``sizes`` among those left.
+    """Draw ``k`` samples one after the other, with probabilities proportional to ``sizes``, (N,), among those left.
 
-    The same as ``torch.multinomial`` without replacement, which the code of AUSAM's authors calls.
-
-    Args:
-        sizes: Shape (N,), > 0.
-        k: 1 to N.
-        generator: On the CPU.
-
-    Returns:
-        Increasing indices, (k,).
+    The same as ``torch.multinomial`` without replacement, which the code of AUSAM's authors calls. Increasing indices.
     """
     chosen: IntArray = torch.multinomial(torch.from_numpy(sizes), k, generator=generator).sort().values.numpy()
     return chosen
@@ -169,10 +156,8 @@ def systematic_choice(pi: FloatArray, order: npt.ArrayLike, start: float) -> Int
     The probabilities ``pi``, (N,), whose sum is an integer K >= 1, are laid end to end in the given order, on a line of
     length K; the sample under each of the points ``start, start + 1, ..., start + K - 1`` is taken, 0 <= start < 1. The
     line is measured in integers, units of 2**-52 (coarser beyond 1023 samples), so that no rounding can ever lose a
-    sample or take one twice. Each probability is exact within N units. Returns increasing indices, (K,).
-
-    Raises:
-        ValueError: ``pi`` is not as described.
+    sample or take one twice. Each probability is exact within N units. Returns increasing indices, (K,); a ValueError
+    if ``pi`` is not as described.
     """
     lengths, bits, k = _fixed_point(pi)
     order = np.asarray(order)

@@ -20,11 +20,7 @@ from mm_sharp.samples.selection import IntArray
 
 
 def call_size(owner: str, call: ModelCall) -> int:
-    """The number of samples in a call, N; ``owner`` is the class that asks, for the message.
-
-    Raises:
-        ValueError: None of the arguments is a batch, or the batch is empty.
-    """
+    """The number of samples in a call, N; an error, which names ``owner``, if there is no batch, or nothing in it."""
     size = batch_size(call.args, call.kwargs)
     if not size:
         found = [type(value).__name__ for value in (*call.args, *call.kwargs.values())]
@@ -71,10 +67,8 @@ def subset(call: ModelCall, rows: IntArray | Tensor, size: int) -> ModelCall:
 
     What counts as batched among the arguments: tensors and arrays with N = ``size`` rows, lists of N things that are
     not themselves batches, such as data samples, and both within dicts, lists and tuples. Everything else is shared by
-    all samples. Rows on a device cost a synchronisation where there is a list, an array or a tensor on the host.
-
-    Raises:
-        TypeError: An argument is a collection of N things of a kind that is not known here.
+    all samples; a TypeError if it is a collection of N things of a kind that is not known here. Rows on a device cost a
+    synchronisation where there is a list, an array or a tensor on the host.
     """
     # Beside a list of data samples, a list of N tensors holds the pictures (of different sizes, say); elsewhere it may
     # hold N inputs of N samples each, which the tensors' shapes tell.

@@ -26,10 +26,6 @@ class PerturbationAhead:
     :meth:`set_aside`, :meth:`take_up`, the backward pass, :meth:`restore`.
 
     :meth:`restore` may come at any time, and does nothing where there is nothing to undo.
-
-    Args:
-        settings: The wrapper's.
-        parallel: The model that holds the parameters.
     """
 
     def __init__(self, settings: StepSettings, parallel: ParallelModel) -> None:

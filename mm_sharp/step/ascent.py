@@ -6,25 +6,22 @@ undo it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mm_sharp.ops.all_reduce import average_gradients
 from mm_sharp.ops.frozen_params import FrozenParams
 from mm_sharp.ops.fsdp import local_shard
-from mm_sharp.ops.perturbation import Direction, perturb_
+from mm_sharp.ops.perturbation import perturb_
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.quantized_perturbation import QuantizedPerturbation
 from mm_sharp.ops.tensor_backup import TensorBackup
 from mm_sharp.step.checks import check_perturbed
+from mm_sharp.step.method import Method
 from mm_sharp.step.parallel import ParallelModel
 from mm_sharp.step.settings import StepSettings
 from mm_sharp.step.timing import PerturbationSizes
-
-Direct = Callable[[Sequence[Tensor], Sequence[Tensor]], Direction]
-Adjust = Callable[[Sequence[nn.Parameter], Sequence[Tensor], Tensor | None], None]
 
 
 class Ascent:
@@ -32,12 +29,7 @@ class Ascent:
 
     In the order of a step: :meth:`choose`, the first forward, :meth:`unfreeze`, :meth:`first_backward`,
     :meth:`perturb`, the second pass, :meth:`restore`. :meth:`unfreeze` and :meth:`restore` do nothing where there is
-    nothing to undo.
-
-    Args:
-        settings: The wrapper's; its ``rho``, which may change between steps, is the method's to apply.
-        precision: Its loss scale.
-        parallel: The model that holds the parameters.
+    nothing to undo. ``rho``, which may change between steps, is the method's to apply.
     """
 
     def __init__(self, settings: StepSettings, precision: Precision, parallel: ParallelModel) -> None:
@@ -57,10 +49,8 @@ class Ascent:
     ) -> None:
         """Settle what this step perturbs, just before its first forward.
 
-        Args:
-            perturbed: The parameters.
-            skip: Those of them that are not perturbed get no gradient in the first pass, from now on.
-            average_by_hand: Average the first gradients here, since DDP would wait for those that are skipped.
+        What of ``skip`` is not perturbed gets no gradient in the first pass, from now on. With ``average_by_hand`` the
+        first gradients are averaged here, since DDP would wait for those that are skipped.
         """
         self._perturbed, self._skipped, self._average_by_hand = perturbed, [], average_by_hand
         if skip:
@@ -77,10 +67,7 @@ class Ascent:
     def first_backward(self, loss: Tensor, micro_batches: int, *, mean: bool = False) -> None:
         """Compute the gradients that the perturbation needs.
 
-        Args:
-            loss: The first forward's loss.
-            micro_batches: How many add up to an optimizer step.
-            mean: Whether the gradients are to be this micro-batch's part of a mean over them.
+        ``mean``: whether they are to be this micro-batch's part of the mean over ``micro_batches``.
         """
         # The loss scale is fitted to the mean.
         self._parts = micro_batches if mean or self._precision.scaler is not None else 1
@@ -93,40 +80,29 @@ class Ascent:
         if scaled.requires_grad or not self._frozen.active:
             scaled.backward()
         self._frozen.unfreeze()
-        if self._average_by_hand and self._parallel.averages:
-            average_gradients(self._perturbed)
+        if self._average_by_hand:
+            self._parallel.average_gradients(self._perturbed)
 
-    def perturb(self, model: nn.Module, adjust: Adjust, direct: Direct, device: torch.device) -> Tensor:
-        """Perturb the chosen parameters by their gradients, after an exact copy was taken.
+    @torch.no_grad()
+    def perturb(self, method: Method, device: torch.device) -> Tensor:
+        """Perturb the chosen parameters by their gradients, as ``method`` says, after an exact copy was taken.
 
-        Args:
-            model: Module that holds the parameters.
-            adjust: The method's :meth:`mm_sharp.step.method.Method.perturbation_gradient`.
-            direct: Its :meth:`mm_sharp.step.method.Method.direction`.
-            device: Where the norm is if nothing has a gradient.
-
-        Returns:
-            The norm, scalar, without loss scaling: of all pieces together, where the model is sharded; 0 where nothing
-            has a gradient.
-
-        Raises:
-            NotImplementedError: A gradient is sparse.
-            ValueError: Quantized weights are to be perturbed, and the model has none.
+        Returns the norm, scalar, without loss scaling: of all pieces together, where the model is sharded; 0, on
+        ``device``, where nothing has a gradient.
         """
         perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
-        check_perturbed(self._settings.owner, model, perturbed, quantized=self._settings.perturb_quantized)
+        check_perturbed(self._settings, self._parallel.module, perturbed)
         shards = self._parallel.shards
         if not perturbed and shards is None:
             return torch.zeros((), device=device)
         weights, gradients = self._pieces(perturbed)
         inverse = self._inverse_grad_scale()
-        with torch.no_grad():
-            adjust(perturbed, gradients, inverse)
+        method.perturbation_gradient(perturbed, gradients, inverse)
         self._weights.save(weights)
         norm = perturb_(
             weights,
             gradients,
-            direct(weights, gradients),
+            method.direction(weights, gradients),
             eps=self._settings.eps,
             inverse_grad_scale=inverse,
             norms=self._parallel.norms(perturbed, device, self._perturbed),
@@ -138,13 +114,8 @@ class Ascent:
     def sizes(self, device: torch.device) -> PerturbationSizes | None:
         """How far :meth:`perturb`, which must have come just before, has moved each tensor; the host does not wait.
 
-        Under FSDP all processes must ask.
-
-        Args:
-            device: Where the norms are if this process has no gradient.
-
-        Returns:
-            None where nothing has a gradient. Of no meaning where the norm of the first gradient is not finite.
+        None where nothing has a gradient. Of no meaning where the norm of the first gradient is not finite. Under FSDP
+        all processes must ask; ``device`` is where the norms are if this one has no gradient.
         """
         perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
         sharded = self._parallel.shards is not None

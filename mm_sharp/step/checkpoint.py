@@ -25,19 +25,11 @@ _VERSION = 1
 def pack_state(
     owner: str, state: dict[str, Any], optimizer: Optimizer, precision: Precision, method_state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Add the loss scaler's state and our own to the base optimizer's.
+    """Add the loss scaler's state and our own, with what the method adds, to what ``OptimWrapper.state_dict`` gave.
 
-    Args:
-        owner: Class of the wrapper that is saved.
-        state: What ``OptimWrapper.state_dict`` gave.
-        optimizer: The base optimizer.
-        precision: Holds the loss scaler.
-        method_state: What the method adds.
-
-    Returns:
-        ``state`` with ``'loss_scaler'`` (float16 only, as MMEngine names it) and ``'mm_sharp'``. A plain
-        ``OptimWrapper`` ignores both. The random state is that of this process, and is left out where there are
-        several: only rank 0 writes checkpoints.
+    They are ``'loss_scaler'`` (float16 only, as MMEngine names it) and ``'mm_sharp'``. A plain ``OptimWrapper`` ignores
+    both. The random state is that of this process, and is left out where there are several: only rank 0 writes
+    checkpoints.
     """
     packed = dict(state)
     if precision.scaler is not None:
@@ -52,20 +44,11 @@ def pack_state(
 def unpack_state(
     owner: str, state: dict[str, Any], optimizer: Optimizer, precision: Precision
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """Load our part of ``state`` but for the method's.
+    """Load our part of ``state``, which :func:`pack_state` gave or MMEngine's own wrappers, and is not changed.
 
-    Args:
-        owner: Class of the wrapper that loads.
-        state: What :func:`pack_state` gave, or the state of MMEngine's own wrappers. Not changed.
-        optimizer: The base optimizer.
-        precision: Holds the loss scaler.
-
-    Returns:
-        The rest, for ``OptimWrapper.load_state_dict``, and the method's state.
-
-    Raises:
-        UserError: The state is of another wrapper of ours, of another base optimizer, of other parameters, or its
-            version is newer than this package's. Nothing is changed then.
+    Returns the rest, for ``OptimWrapper.load_state_dict``, and the method's state. Nothing is loaded, but a UserError
+    raised, if the state is of another wrapper of ours, of another base optimizer, of other parameters, or its version
+    is newer than this package's.
     """
     rest = dict(state)
     own, scaler_state = rest.pop(_KEY, None), rest.pop('loss_scaler', None)
@@ -83,13 +66,7 @@ def unpack_state(
 
 
 def with_kept(state: dict[str, Any], optimizer: Optimizer, kept: Mapping[nn.Parameter, Tensor]) -> dict[str, Any]:
-    """Add what a method keeps of each parameter to the base optimizer's state of it, which FSDP saves by pieces.
-
-    Args:
-        state: What ``OptimWrapper.state_dict`` gave; not changed.
-        optimizer: The base optimizer.
-        kept: By parameter.
-    """
+    """Add what a method keeps of each parameter to the base optimizer's state of it, which FSDP saves by pieces."""
     if not kept:
         return state
     states = dict(state['state'])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from mm_sharp.ops.fsdp import Shards
 from mm_sharp.ops.model_call import ModelCall, has_own_parse_losses, loss_of, unwrap
 from mm_sharp.ops.module_tree import is_compiled
 from mm_sharp.ops.quantized_perturbation import quantizes_weights
+from mm_sharp.step.settings import StepSettings
 
 _RIGHT_FORM = (
     '    with optim_wrapper.optim_context(model):\n'
@@ -22,14 +23,21 @@ _RIGHT_FORM = (
 )
 
 
-def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = True) -> None:
-    """Refuse model wrappers under which the first pass would be wrong or fail.
+def check_model(
+    settings: StepSettings, model: nn.Module, shards: Shards | None, *, can_sync: bool, by_name: bool
+) -> None:
+    """Refuse models under which a step would be wrong or fail, with a NotImplementedError or a ValueError.
 
-    Raises:
-        NotImplementedError: Its ``train_step`` is compiled, or ``model`` is wrapped by DDP with ``static_graph`` while
-            the first pass is not synchronised.
+    Args:
+        settings: The wrapper's.
+        model: As ``optim_context`` gets it.
+        shards: Its pieces, where it is sharded.
+        can_sync: Whether the first pass's gradients can be averaged by DDP.
+        by_name: Whether parameters are told apart.
     """
+    owner = settings.owner
     check_step_is_not_compiled(owner, model)
+    synced = settings.sync_perturbation and can_sync
     if not synced and any(getattr(part, 'static_graph', False) for part in (model, *model.children())):
         # DDP learns the static graph in its first backward pass, and fails if that one runs under no_sync().
         way_out = ', or set sync_perturbation=True (one more all-reduce a step)' if can_sync else ''
@@ -37,14 +45,12 @@ def check_model(owner: str, model: nn.Module, synced: bool, *, can_sync: bool = 
             f'{owner}: DDP with static_graph=True cannot run the first pass without synchronisation. Take '
             f'static_graph=True out of model_wrapper_cfg{way_out}'
         )
+    if shards is not None:
+        _check_shards(settings, shards, by_name)
 
 
 def check_step_is_not_compiled(owner: str, model: nn.Module) -> None:
-    """Refuse a ``train_step`` that is compiled: what optimizer wrappers do changes from step to step.
-
-    Raises:
-        UnsupportedError: It is.
-    """
+    """Refuse a ``train_step`` that is compiled: what optimizer wrappers do changes from step to step."""
     if is_compiled(model, 'train_step'):
         raise UnsupportedError(
             f"{owner}: torch.compile has got hold of the model's train_step, and with it of the optimizer wrapper. "
@@ -54,11 +60,7 @@ def check_step_is_not_compiled(owner: str, model: nn.Module) -> None:
 
 
 def check_compiled(owner: str, model: nn.Module, *, sees_losses: bool, switches: bool) -> None:
-    """Refuse compiled modules of which a method needs more than their output.
-
-    Raises:
-        UnsupportedError: There are some.
-    """
+    """Refuse compiled modules of which a method needs more than their output."""
     inner = unwrap(model)
     whole = model is not inner and '_orig_mod' in model._modules
     if sees_losses and (whole or is_compiled(inner)):
@@ -75,23 +77,10 @@ def check_compiled(owner: str, model: nn.Module, *, sees_losses: bool, switches:
         )
 
 
-def check_shards(
-    owner: str,
-    shards: Shards,
-    *,
-    perturb_quantized: bool,
-    by_name: bool,
-    clip_grad: Mapping[str, object] | None,
-    accumulative_counts: int,
-) -> None:
-    """Refuse arguments that do not go with how a model is sharded.
-
-    Raises:
-        NotImplementedError: Quantized weights are to be perturbed.
-        ValueError: Parameters are to be told apart where FSDP1 hides them in flat ones, the gradient is to be clipped
-            by another than the 2-norm, or gradients are to be accumulated in pieces on the CPU.
-    """
-    if perturb_quantized:
+def _check_shards(settings: StepSettings, shards: Shards, by_name: bool) -> None:
+    """Refuse arguments that do not go with how a model is sharded."""
+    owner = settings.owner
+    if settings.perturb_quantized:
         raise UnsupportedError(
             f'{owner}: perturb_quantized=True is not supported under FSDP, where a layer has its weight in a pass '
             'only. Take it out, or train with DDP'
@@ -101,25 +90,21 @@ def check_shards(
             f'{owner} perturbs chosen parameters, but FSDP with use_orig_params=False has put them together: write '
             "model_wrapper=dict(type='MMFullyShardedDataParallel', use_orig_params=True)"
         )
-    norm_type: Any = (clip_grad or {}).get('norm_type', 2)
+    norm_type: Any = (settings.clip_grad or {}).get('norm_type', 2)
     if float(norm_type) != 2.0:
         raise UserError(
             f'{owner}: clip_grad with norm_type={norm_type!r} is not supported under FSDP, where only the 2-norm of '
             'the whole gradient is taken: write clip_grad=dict(max_norm=1.0), or clip by value'
         )
-    if shards.offloads and accumulative_counts > 1:
+    if shards.offloads and settings.accumulative_counts > 1:
         raise UserError(
-            f'{owner}: accumulative_counts={accumulative_counts} does not go with cpu_offload of FSDP, which '
+            f'{owner}: accumulative_counts={settings.accumulative_counts} does not go with cpu_offload of FSDP, which '
             'cannot add up gradients there: write accumulative_counts=1 or cpu_offload=False'
         )
 
 
 def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCall:
-    """Return ``call``, or say how the forward pass is to be run.
-
-    Raises:
-        RuntimeError: Nothing was captured, or it is open.
-    """
+    """Return ``call``; a RuntimeError says how the forward is to be run if none was captured, or it is still open."""
     if within:
         raise RuntimeError(
             f'{owner}.update_params was called inside optim_context, which is for the first forward alone: what it '
@@ -134,11 +119,7 @@ def require_call(owner: str, call: ModelCall | None, *, within: bool) -> ModelCa
 
 
 def check_within(owner: str, method: str, within: bool) -> None:
-    """Refuse ``backward`` and ``step`` called by hand, which would be the base optimizer's, without a perturbation.
-
-    Raises:
-        RuntimeError: It is not.
-    """
+    """Refuse ``backward`` and ``step`` called by hand, which would be the base optimizer's, without a perturbation."""
     if not within:
         raise RuntimeError(
             f'{owner}.{method} was called by hand: a sharpness-aware step has two backward passes, which only '
@@ -149,11 +130,7 @@ def check_within(owner: str, method: str, within: bool) -> None:
 def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
     """Make sure that the second pass can compute the loss that the first was handed.
 
-
     A model's own ``parse_losses`` is not called for that: it may keep state, and was called once already.
-
-    Raises:
-        ValueError: ``loss`` is not what ``parse_losses`` makes of the captured output.
     """
     if has_own_parse_losses(unwrap(call.model)):
         return
@@ -174,22 +151,16 @@ def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
         )
 
 
-def check_perturbed(
-    owner: str, model: nn.Module, parameters: Sequence[nn.Parameter], *, quantized: bool = False
-) -> None:
-    """Refuse gradients that have no dense perturbation, and the perturbation of quantized weights where there are none.
-
-    Raises:
-        NotImplementedError: A gradient is sparse.
-        ValueError: Quantized weights are to be perturbed, and the model has none.
-    """
-    if quantized and not any(quantizes_weights(module) for module in model.modules()):
+def check_perturbed(settings: StepSettings, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Refuse sparse gradients, and the perturbation of quantized weights where there are none."""
+    owner = settings.owner
+    if settings.perturb_quantized and not any(quantizes_weights(module) for module in model.modules()):
         raise UserError(
             f'{owner}: perturb_quantized=True is for quantized models, and {type(model).__name__} has no layer with '
             "quantized weights: take it out, or build the model with type='QuantizedModel'"
         )
-    if any(p.grad is not None and p.grad.layout is not torch.strided for p in parameters):
-        sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout is not torch.strided}
+    sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout is not torch.strided}
+    if sparse:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in sparse]
         raise UnsupportedError(
             f'{owner}: the gradients of {names} are sparse, which the perturbation does not support. Build the layer '

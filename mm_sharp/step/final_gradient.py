@@ -7,26 +7,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mm_sharp.ops.fsdp import local_shard
 
 
 @dataclass(frozen=True)
 class FinalGradient:
-    """Gradients of one optimizer step, without the loss scale, before they are clipped.
+    """Gradients of one optimizer step, without the loss scale, before they are clipped."""
 
-    Args:
-        parameters: Those with a gradient; ``parameter.grad`` is what the optimizer gets and may be changed in place.
-        first: The first passes' gradients, averaged over the processes as the others are; empty unless the method
-            keeps them.
-        total: Sums a product of every tensor over the processes that hold pieces of it (FSDP).
-        finite: Scalar of bool, where the host does not know it: if it is False the gradients are zero, since what they
-            were was not finite. None where the optimizer would not step then.
-    """
-
-    parameters: Sequence[nn.Parameter]
+    parameters: Sequence[nn.Parameter]  # with a gradient, which is what the optimizer gets; change it in place
+    # The first passes' gradients, averaged over the processes as the others are; empty unless the method keeps them.
     first: Mapping[nn.Parameter, Tensor]
+    # Sums a product of every tensor over the processes that hold pieces of it (FSDP).
     total: Callable[[Sequence[nn.Parameter], Sequence[Tensor]], Tensor]
+    # Scalar of bool, where the host does not know it: if it is False the gradients are zero, since what they were was
+    # not finite. None where the optimizer would not step then.
     finite: Tensor | None = None
 
     @property
@@ -65,6 +61,15 @@ class FinalGradient:
         """
         products = [torch.dot(_wide(a), _wide(b)) for a, b in zip(left, right, strict=True)]
         return self.total(self.parameters, products)
+
+
+@torch.no_grad()
+def move_beside(optimizer: Optimizer, beside: Mapping[nn.Parameter, Tensor]) -> None:
+    """Subtract what a method has beside the optimizer's step, times the learning rate of each parameter's group."""
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            if parameter in beside:
+                local_shard(parameter).sub_(beside[parameter] * group['lr'])
 
 
 def _wide(tensor: Tensor) -> Tensor:

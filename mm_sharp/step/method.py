@@ -44,19 +44,12 @@ class Passes(Enum):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step costs, in steps of the base optimizer, where a backward pass takes twice as long as a forward pass.
+    """What a step costs, in steps of the base optimizer, where a backward pass takes twice a forward pass's time."""
 
-    Args:
-        step: Of most steps.
-        cycle: The mean over a cycle of ``length`` steps, whose first one costs more.
-        length: Of a cycle; 1 where all steps cost the same.
-        first_epoch: Of the steps in the first epoch, where they cost more than the others; otherwise None.
-    """
-
-    step: float
-    cycle: float
-    length: int = 1
-    first_epoch: float | None = None
+    step: float  # of most steps
+    cycle: float  # the mean over a cycle of ``length`` steps, whose first one costs more
+    length: int = 1  # of a cycle; 1 where all steps cost the same
+    first_epoch: float | None = None  # of the steps in the first epoch, where they cost more than the others
 
     def over(self, epochs: float) -> float:
         """The mean over a training of so many epochs, the first one included."""

@@ -23,20 +23,16 @@ from mm_sharp.step.timing import StepRecord
 
 
 class NonFiniteGuard:
-    """Keeps values that are not finite out of the weights and of the model's state.
-
-    Args:
-        owner: Class that steps, for messages.
-        device: Where it steps.
-        parallel: What it steps.
-        state: The model's state, which is forgotten when the step is known to be sound.
+    """Keeps values that are not finite out of the weights and of the model's ``state``; ``owner`` is for messages.
 
     Attributes:
         host_knows: Whether the host knows at once what is finite. Elsewhere than on the CPU it would have to wait.
+        unknown: What :meth:`verdict` has found last, scalar of bool, where the host does not know it.
     """
 
     def __init__(self, owner: str, device: torch.device, parallel: ParallelModel, state: ForwardState) -> None:
         self.host_knows = device.type == 'cpu'
+        self.unknown: Tensor | None = None
         self._device = device
         self._parallel = parallel
         self._log = NonFiniteLog(owner)
@@ -65,13 +61,9 @@ class NonFiniteGuard:
         self._corrupted, self._has_begun = False, False
 
     def verdict(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Whether the final gradient is finite, so that the optimizer steps.
+        """Whether the final gradient is finite, scalar of bool; of a sharded model the same in all processes.
 
-        Args:
-            parameters: The optimizer's. On an accelerator their gradients are zero afterwards unless it is.
-
-        Returns:
-            Scalar of bool; of a sharded model the same in all processes, which must all ask.
+        On an accelerator the gradients of the optimizer's ``parameters`` are zero afterwards unless it is.
         """
         sharded = self._parallel.shards is not None
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -86,6 +78,7 @@ class NonFiniteGuard:
             finite = ~any_rank(~finite.to(self._device))
         if not self.host_knows:
             zero_unless(finite, gradients)
+            self.unknown = finite
         return finite
 
     def end(

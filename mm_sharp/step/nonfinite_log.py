@@ -6,8 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,25 +27,19 @@ _MOST_NAMES = 16
 _ALL_UP_TO, _THEN_EVERY = 10, 100
 
 
-@dataclass
-class _Noted:
+class _Noted(NamedTuple):
     step: int
-    values: HostCopy | None  # on their way; None where they are known
     due: bool
     scaled: bool
     names: Callable[[], str]
 
 
 class NonFiniteLog:
-    """Notes each step's losses, norm and gradient, and logs those that are not finite with the samples' ids.
-
-    Args:
-        owner: Class that steps, for the messages.
-    """
+    """Notes each step's losses, norm and gradient, and logs those that are not finite with the samples' ids."""
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self._noted: deque[_Noted] = deque()
+        self._noted: deque[tuple[_Noted, HostCopy]] = deque()  # with the values that are on their way
         self.events = 0
 
     def note(
@@ -59,30 +52,28 @@ class NonFiniteLog:
         at_once: bool,
         names: Callable[[], str],
     ) -> None:
-        """Take up the rest of a step.
+        """Take up the rest of a step, given its number and record.
 
         Args:
-            step: Its number.
-            record: Its losses and norm.
-            finite: Whether the final gradient is, scalar; None if the optimizer's step is not due, or is the loss
-                scaler's to decide.
+            finite: Whether the final gradient is, scalar; None if a step is not due, or is the loss scaler's to decide.
             scaled: Whether losses are scaled: gradients that are not finite are then the scaler's, and no event.
             at_once: Whether the host need not wait for the values.
-            names: The samples in question, for the message; asked only if there is one.
+            names: Gives the samples in question, for the message.
         """
-        loss = record.loss
-        seen = [loss, record.perturbed_loss, record.grad_norm, finite]
-        tensors = [loss if value is None else value for value in seen]
+        noted, loss = _Noted(step, finite is not None, scaled, names), record.loss
+        seen = [record.perturbed_loss, record.grad_norm, finite]
+        tensors = [loss, *[loss if value is None else value for value in seen]]
         if at_once:
-            self._report_if_not_finite(_Noted(step, None, finite is not None, scaled, names), *map(float, tensors))
+            self._report_if_not_finite(noted, *map(float, tensors))
             return
-        values = HostCopy(torch.stack([value.detach().to(loss.device, torch.float32) for value in tensors]))
-        self._noted.append(_Noted(step, values, finite is not None, scaled, names))
+        values = torch.stack([value.detach().to(loss.device, torch.float32) for value in tensors])
+        self._noted.append((noted, HostCopy(values)))
 
     def flush(self) -> None:
         """Log what was noted, as far as it has arrived: waiting for it would be waiting for the whole step."""
-        while self._noted and (values := self._noted[0].values) is not None and values.ready:
-            self._report_if_not_finite(self._noted.popleft(), *values.numpy().tolist())
+        while self._noted and self._noted[0][1].ready:
+            noted, values = self._noted.popleft()
+            self._report_if_not_finite(noted, *values.numpy().tolist())
 
     def _report_if_not_finite(self, noted: _Noted, first: float, second: float, norm: float, final: float) -> None:
         losses_finite = math.isfinite(first) and math.isfinite(second)
@@ -129,12 +120,9 @@ def names_of(keys: Keys) -> str:
 
 
 def offending_samples(owner: str, call: ModelCall, rows: list[int] | None = None) -> str:
-    """The samples of a call that may be the cause, as text.
+    """The samples of a call that may be the cause, as text, for the class ``owner``.
 
-    Args:
-        owner: Class that asks.
-        call: The call of N samples.
-        rows: Rows to name where no row of the arguments has a number that is not finite; by default the whole batch.
+    ``rows`` are named where no row of the arguments has a number that is not finite; by default the whole batch.
     """
     size = batch_size(call.args, call.kwargs) or 0
     if not size:

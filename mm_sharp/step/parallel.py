@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from mmengine.dist import all_reduce_params
 from mmengine.model import MMSeparateDistributedDataParallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mm_sharp.ops.all_reduce import average
 from mm_sharp.ops.fsdp import Shards, shards_of
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.ops.module_tree import ModuleTree
@@ -21,33 +21,21 @@ _NOTHING = nullcontext()
 
 
 class ParallelModel:
-    """The model of a training: attached once, resharded between the steps.
-
-    Attributes:
-        shards: Its pieces; None if no part of it is sharded.
-        module: The user's own model.
-        tree: Its modules.
-        in_buckets: Whether gradients lie in the buckets that DDP averages.
-        broadcasts: Whether DDP sends the first rank's buffers to the others.
-    """
+    """The model of a training: attached once, resharded between the steps."""
 
     def __init__(self) -> None:
-        self.shards: Shards | None = None
-        self.module: nn.Module = nn.Identity()
-        self.in_buckets = False
-        self.broadcasts = False
+        self.shards: Shards | None = None  # its pieces; None if no part of it is sharded
+        self.module: nn.Module = nn.Identity()  # the user's own model
+        self.in_buckets = False  # whether gradients lie in the buckets that DDP averages
+        self.broadcasts = False  # whether DDP sends the first rank's buffers to the others
         self._model: nn.Module | None = None
         self.tree = ModuleTree(self.module)
         self._synchronised: list[Any] = []
 
     def attach(self, model: nn.Module) -> bool:
-        """Find out how ``model`` is parallel, once; have its parameters be pieces, where it is sharded.
+        """Find out how ``model``, as ``optim_context`` gets it, is parallel; returns whether it is another than before.
 
-        Args:
-            model: The model as ``optim_context`` gets it.
-
-        Returns:
-            Whether it is another one than before.
+        Where it is sharded, its parameters are pieces afterwards.
         """
         if model is self._model:
             self.reshard()
@@ -68,18 +56,9 @@ class ParallelModel:
         self._model = None
 
     def reshard(self, interrupted: bool = False) -> None:
-        """Have the parameters be pieces, as they are between passes.
-
-        Args:
-            interrupted: Whether a pass may have been broken off.
-        """
+        """Have the parameters be pieces, as they are between passes; ``interrupted``: one may have been broken off."""
         if self.shards is not None:
             self.shards.reshard(interrupted)
-
-    @property
-    def averages(self) -> bool:
-        """Whether DDP, or another wrapper that knows ``no_sync()``, averages the gradients over the processes."""
-        return bool(self._synchronised)
 
     def no_sync(self, active: bool) -> AbstractContextManager[Any]:
         """The context in which DDP leaves gradients alone, if ``active``.
@@ -117,17 +96,6 @@ class ParallelModel:
         """Whether the model is wrapped by DDP as a whole, or by MMEngine's that is of its class."""
         return isinstance(self._model, DistributedDataParallel)
 
-    def clip_gradients(
-        self, parameters: Sequence[nn.Parameter], device: torch.device, clip_grad: Mapping[str, Any]
-    ) -> Tensor | None:
-        """Clip the gradients of a sharded model as ``clip_grad`` says, by the whole one's norm and not the piece's.
-
-        Returns:
-            The norm; None when clipping by value.
-        """
-        assert self.shards is not None, 'elsewhere MMEngine clips'
-        return self.shards.clip_(parameters, device, **clip_grad)
-
     def total(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Tensor:
         """The sum over all parameters of a number that each piece of them has; scalar."""
         if self.shards is not None:
@@ -137,19 +105,23 @@ class ParallelModel:
     def norms(
         self, parameters: Sequence[nn.Parameter], device: torch.device, perturbed: Sequence[nn.Parameter]
     ) -> Norms:
-        """What takes the norms of ``parameters``: whole tensors', where this process has pieces.
+        """What takes the norms of ``parameters``, which have a gradient in this process: whole tensors', of pieces.
 
-        Args:
-            parameters: Those that are asked of, which have a gradient in this process.
-            device: Where the norms are if there is none of them.
-            perturbed: Those that any process may have a gradient of.
+        ``device`` is where the norms are if there is none of them, ``perturbed`` what any process may have one of.
         """
         return Norms() if self.shards is None else self.shards.norms(parameters, device, perturbed)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average their gradients, of which a missing one counts as zero."""
+        for parameter in parameters if self._synchronised else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.average([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over the processes in place, as DDP does gradients; FSDP has done so already."""
         if self._synchronised and tensors:
-            average(tensors)
+            all_reduce_params(list(tensors), coalesce=True, op='mean')  # one all-reduce a dtype
 
     def parameters(self, others: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """The model's parameters and ``others``: all that a backward pass may write gradients to."""

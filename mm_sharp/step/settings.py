@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from mm_sharp.errors import check_bool, check_choice, check_number
+from mm_sharp.errors import check_bool, check_choice, check_clip_grad, check_number, check_positive_int
 from mm_sharp.ops.perturbation import RELATIVE
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the arguments of a wrapper say about its steps; see :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`.
+    """What the arguments of a wrapper, the class ``owner``, say about its steps.
 
-    Args:
-        owner: The wrapper's class, for messages.
-        rho: Radius of the perturbation.
-        adaptive: What ``rho`` is measured by; see :mod:`mm_sharp.ops.perturbation`.
-        eta: ASAM's additive constant.
-        eps: Added to the gradient norm.
-        perturb_quantized: Whether the quantized weights are perturbed in quantized layers.
-        sync_perturbation: Whether the perturbation follows the gradient averaged over all ranks.
-        replay_rng: Whether both passes draw the same random numbers.
+    :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper` describes them.
     """
 
     owner: str
@@ -31,13 +25,13 @@ class StepSettings:
     perturb_quantized: bool = False
     sync_perturbation: bool = False
     replay_rng: bool = True
+    accumulative_counts: int = 1
+    clip_grad: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range.
-
-        Raises:
-            ValueError: The message names the argument, its value and what is allowed.
-        """
+        """Refuse what is out of range."""
+        check_positive_int(self.owner, 'accumulative_counts', self.accumulative_counts, example='4')
+        check_clip_grad(self.owner, self.clip_grad)
         check_number(self.owner, 'rho', self.rho, example='0.05')
         check_number(self.owner, 'eta', self.eta, example='0.01')
         check_number(self.owner, 'eps', self.eps, low_open=True, example='1e-12')

@@ -12,17 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NOTHING = nullcontext()
 PHASES = ('pass1', 'perturb', 'pass2', 'restore', 'step')
 # What the phases above are interrupted by: the losses and draws of single samples, and the wrapper's bookkeeping.
 EXCLUDED = ('recording', 'host')
 
 
 class StepTimer:
-    """Marks the ends of a step's phases; on a GPU with events, so that marking never waits for the device.
-
-    Args:
-        device: Where the step runs.
-    """
+    """Marks the ends of a step's phases; on a GPU with events, so that marking never waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -38,15 +35,12 @@ class StepTimer:
         self._marks[name] = self._now()
         self._excluded[name], self._unassigned = self._unassigned, []
 
-    def exclude(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def exclude(self, name: str) -> Iterator[None]:
         """Count the time in this context to ``name`` (a member of ``EXCLUDED``) and not to the phase it lies in.
 
         Within another such context it does nothing. It must not contain a mark.
         """
-        return self._exclude(name)
-
-    @contextmanager
-    def _exclude(self, name: str) -> Iterator[None]:
         if self._is_open:
             yield
             return
@@ -57,15 +51,10 @@ class StepTimer:
             self._unassigned.append((name, begin, self._now()))
             self._is_open = False
 
-    def if_running(self) -> StepTimer | None:
-        """This timer; None if it stands for none."""
-        return self
-
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase and of each excluded part; 0 for a phase that is not marked. Waits for the device.
 
-        Raises:
-            RuntimeError: The step is not over, or was broken off.
+        A RuntimeError if the step is not over, or was broken off.
         """
         missing = [name for name in ('start', 'step') if name not in self._marks]
         if missing:
@@ -97,55 +86,33 @@ class StepTimer:
 class NoTimer(StepTimer):
     """Stands for a timer where the step is not timed."""
 
-    def __init__(self) -> None:
-        self._nothing = nullcontext()
-
     def mark(self, name: str) -> None:
         """Nothing."""
 
-    def if_running(self) -> StepTimer | None:
-        """None."""
-        return None
-
-    def exclude(self, name: str) -> AbstractContextManager[None]:
+    def exclude(self, name: str) -> AbstractContextManager[None]:  # type: ignore[override]  # no generator: it is faster
         """Nothing."""
-        return self._nothing
+        return _NOTHING
 
 
-NO_TIMER = NoTimer()
+NO_TIMER = NoTimer(torch.device('cpu'))
 
 
 @dataclass(frozen=True)
 class PerturbationSizes:
-    """How far a step has moved each tensor, kept on the device until somebody asks.
+    """How far a step has moved each tensor, kept on the device until somebody asks."""
 
-    Args:
-        parameters: What was perturbed, n of them.
-        perturbation: ||e_t|| of each, (n,).
-        weights: ||w_t|| of each, (n,).
-    """
-
-    parameters: Sequence[nn.Parameter]
-    perturbation: Tensor
-    weights: Tensor
+    parameters: Sequence[nn.Parameter]  # what was perturbed, n of them
+    perturbation: Tensor  # ||e_t|| of each, (n,)
+    weights: Tensor  # ||w_t|| of each, (n,)
 
 
 @dataclass(slots=True)
 class StepRecord:
-    """What one step found, kept on the device until somebody asks.
+    """What one step found, kept on the device until somebody asks."""
 
-    Args:
-        loss: L(w), scalar; of a step whose only pass is at perturbed weights, L(w + e).
-        perturbed_loss: L(w + e) on the batch of the second pass, scalar; None where there was no second pass.
-        grad_norm: ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling; None likewise.
-        timer: Times of the phases, where timing was asked for.
-        metrics: Computes further scalars for the log, by name; may wait for the device.
-        sizes: How far each tensor was moved, where that was asked for.
-    """
-
-    loss: Tensor
-    perturbed_loss: Tensor | None = None
-    grad_norm: Tensor | None = None
-    timer: StepTimer | None = None
-    metrics: Callable[[], dict[str, float]] | None = None
-    sizes: PerturbationSizes | None = None
+    loss: Tensor  # L(w), scalar; of a step whose only pass is at perturbed weights, L(w + e)
+    perturbed_loss: Tensor | None = None  # L(w + e) on the second pass's batch, scalar; None where there was none
+    grad_norm: Tensor | None = None  # ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling
+    timer: StepTimer | None = None  # times of the phases, where timing was asked for
+    metrics: Callable[[], dict[str, float]] | None = None  # further scalars for the log, by name; may wait for a device
+    sizes: PerturbationSizes | None = None  # how far each tensor was moved, where that was asked for

@@ -12,161 +12,146 @@
     step               clipping and the base optimizer, if this micro-batch ends a cycle
 
 A method (:class:`mm_sharp.step.method.Method`) decides *what* runs in each place and never *when*. A step of one pass
-is :meth:`TwoPassStep.run_first_alone`, at w, or :meth:`TwoPassStep.run_perturbed`, at w + e.
+is of the first two and the last line, at w or, with the weights moved before the forward, at w + e.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mm_sharp.ops.forward_state import ForwardState
-from mm_sharp.ops.gradients import FirstGradients, GradientStash
-from mm_sharp.ops.model_call import CallRecorder, ModelCall
+from mm_sharp.ops.gradients import FirstGradients
 from mm_sharp.ops.precision import Precision
+from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.ops.rng import RandomState
-from mm_sharp.step.ahead import PerturbationAhead
-from mm_sharp.step.ascent import Ascent
+from mm_sharp.step.checks import check_loss
 from mm_sharp.step.final_gradient import FinalGradient
-from mm_sharp.step.method import Method
-from mm_sharp.step.parallel import ParallelModel
-from mm_sharp.step.timing import NO_TIMER, StepRecord, StepTimer
-
-
-@dataclass
-class MicroBatch:
-    """One micro-batch on its way through a step.
-
-    Args:
-        call: Its forward, captured.
-        loss: L(w), scalar.
-        gradients: What was accumulated before it.
-        trained: The parameters that get a gradient.
-        micro_batches: How many of its like add up to an optimizer step.
-        devices: Those of the parameters.
-    """
-
-    call: ModelCall
-    loss: Tensor
-    gradients: GradientStash
-    trained: list[nn.Parameter]
-    micro_batches: int
-    devices: tuple[torch.device, ...]
+from mm_sharp.step.first_pass import FirstPass, MicroBatch
+from mm_sharp.step.method import Method, Passes
+from mm_sharp.step.nonfinite_guard import NonFiniteGuard
+from mm_sharp.step.second_pass import SecondPass
+from mm_sharp.step.settings import StepSettings
+from mm_sharp.step.timing import NO_TIMER, StepRecord
 
 
 class TwoPassStep:
-    """Runs the passes of one micro-batch, from the first backward pass on.
+    """Runs the passes of a micro-batch after its first forward: :meth:`run`, then :meth:`end` or :meth:`undo`."""
 
-    Args:
-        ascent: The way to w + e and back.
-        ahead: The same, before the only pass.
-        precision: Loss scale.
-        parallel: The model.
-        state: What its forward passes change in it.
-        recorder: What has captured the call.
-        replay_rng: Whether the random state is put back after the second pass.
-
-    Attributes:
-        timer: Of this step.
-        measures: Whether this step records how far each tensor is moved.
-        first_gradients: Sums of the first passes' gradients, where the method keeps them.
-    """
-
-    def __init__(
-        self,
-        ascent: Ascent,
-        ahead: PerturbationAhead,
-        precision: Precision,
-        parallel: ParallelModel,
-        state: ForwardState,
-        recorder: CallRecorder,
-        replay_rng: bool,
-    ) -> None:
-        self.ascent = ascent
-        self.ahead = ahead
+    def __init__(self, settings: StepSettings, precision: Precision, first: FirstPass) -> None:
+        self.settings = settings
         self.precision = precision
-        self.parallel = parallel
-        self.state = state
-        self.recorder = recorder
-        self.replay_rng = replay_rng
-        self.timer: StepTimer = NO_TIMER
-        self.measures = False
+        self.first = first
+        self.parallel, self.state = first.parallel, first.state
+        self.ascent, self.ahead = first.ascent, first.ahead
+        self.second_pass = SecondPass(self.parallel, precision, self.state, settings.replay_rng)
+        self.guard = NonFiniteGuard(settings.owner, precision.device, self.parallel, self.state)
         self.first_gradients = FirstGradients()
+        self._loss_checks = RareChanges()
+        self._has_run = False
 
-    def run(self, method: Method, batch: MicroBatch) -> StepRecord:
+    def run(self, method: Method, batch: MicroBatch, *, measures: bool = False) -> StepRecord:
         """Both passes: from w to w + e, its gradient, and back to w, whatever happens on the way.
 
-        Args:
-            method: Decides what runs.
-            batch: The micro-batch, after its first forward.
+        ``measures``: whether to record how far each tensor is moved. A ValueError if the loss is not what the captured
+        forward's output gives.
         """
+        timer = self.first.timer
+        with timer.exclude('host'):
+            self._check_loss(batch)
+            self.guard.begin()
+        if self.first.passes is Passes.FIRST:
+            return self._run_first_alone(batch)
+        if self.first.passes is Passes.PERTURBED:
+            return self._run_perturbed(batch)
         batch.gradients.stash()
         self.ascent.first_backward(batch.loss, batch.micro_batches, mean=method.changes_gradient)  # g
-        self.timer.mark('pass1')
-        with self.timer.exclude('host'):
-            if method.changes_gradient:
-                self.first_gradients.keep(batch.trained)
-            drawn = self.recorder.random_state_now(batch.call, batch.devices) if self.replay_rng else None
-        interrupted = True
+        timer.mark('pass1')
+        drawn, sizes, interrupted, device = None, None, True, batch.loss.device
         try:
-            with self.timer.exclude('host'):
+            with timer.exclude('host'):
+                if method.changes_gradient:
+                    self.first_gradients.keep(self.first.trained)
+                if self.settings.replay_rng:
+                    drawn = self.first.recorder.random_state_now(batch.call, self.first.devices)
                 self.state.rewind()
-            norm = self.ascent.perturb(
-                self.parallel.module, method.perturbation_gradient, method.direction, batch.loss.device
-            )  # w + e
-            with self.timer.exclude('host'):
-                sizes = self.ascent.sizes(batch.loss.device) if self.measures else None
+            norm = self.ascent.perturb(method, device)  # w + e
+            if measures:
+                with timer.exclude('host'):
+                    sizes = self.ascent.sizes(device)
             batch.gradients.unstash()
-            self.timer.mark('perturb')
+            timer.mark('perturb')
             second, perturbed_loss = method.perturbed_loss(batch.call, batch.loss, norm)  # L(w + e)
             self._backward(second, batch.micro_batches)  # g', onto what was accumulated
-            self.timer.mark('pass2')
+            timer.mark('pass2')
             interrupted = False
         finally:
             self._restore(drawn, interrupted)  # w
-            self.timer.mark('restore')
-        return StepRecord(batch.loss.detach(), perturbed_loss, norm, self.timer.if_running(), sizes=sizes)
+            timer.mark('restore')
+        return StepRecord(batch.loss.detach(), perturbed_loss, norm, sizes=sizes)
 
-    def run_first_alone(self, batch: MicroBatch) -> StepRecord:
+    def _run_first_alone(self, batch: MicroBatch) -> StepRecord:
         """The base optimizer's pass: its gradient is the one that counts."""
         batch.gradients.unstash()
         self._backward(batch.loss, batch.micro_batches)
-        self.timer.mark('pass1')
-        return StepRecord(batch.loss.detach(), timer=self.timer.if_running())
+        self.first.timer.mark('pass1')
+        return StepRecord(batch.loss.detach())
 
-    def run_perturbed(self, batch: MicroBatch) -> StepRecord:
+    def _run_perturbed(self, batch: MicroBatch) -> StepRecord:
         """The only pass of its step, at the perturbed weights that its forward has seen; then back to w."""
         batch.gradients.unstash()
         interrupted = True
         try:
             self.ahead.take_up()
             self._backward(batch.loss, batch.micro_batches)
-            self.timer.mark('pass1')
+            self.first.timer.mark('pass1')
             interrupted = False
         finally:
             in_order(lambda: self.parallel.reshard(interrupted), self.ahead.restore)
-            self.timer.mark('restore')
-        return StepRecord(batch.loss.detach(), timer=self.timer.if_running())
+            self.first.timer.mark('restore')
+        return StepRecord(batch.loss.detach())
 
-    def final_gradient(self, trained: list[nn.Parameter], average: bool, finite: Tensor | None = None) -> FinalGradient:
-        """The gradients of an optimizer step, for the method to change; without the loss scale.
+    def _check_loss(self, batch: MicroBatch) -> None:
+        """Compare the loss with the captured output's, in fewer and fewer steps; an accelerator's only once."""
+        if self._loss_checks.next_step() and (batch.loss.is_cpu or not self._has_run):
+            check_loss(self.settings.owner, batch.call, batch.loss)
+        self._has_run = True
 
-        Args:
-            trained: The parameters.
-            average: Whether the first passes' gradients are each process's own so far.
-            finite: Whether the gradients were finite; see :class:`FinalGradient`.
-        """
+    def final_gradient(self) -> FinalGradient:
+        """The gradients of an optimizer step, for the method to change; without the loss scale."""
         first = self.first_gradients.take()
         inverse = self.precision.inverse_scale()
         if first and inverse is not None:
             torch._foreach_mul_(list(first.values()), inverse)
-        if average:
+        if not self.settings.sync_perturbation:  # they are each process's own so far
             self.parallel.average(list(first.values()))
-        with_gradient = [parameter for parameter in trained if parameter.grad is not None]
-        return FinalGradient(with_gradient, first, self.parallel.total, finite)
+        with_gradient = [parameter for parameter in self.first.trained if parameter.grad is not None]
+        return FinalGradient(with_gradient, first, self.parallel.total, self.guard.unknown)
+
+    def verdict(self) -> Tensor | None:
+        """Whether the final gradient is finite, scalar; None where that is for the loss scaler to find out."""
+        if self.precision.scaler is not None:
+            return None
+        with self.first.timer.exclude('host'):
+            return self.guard.verdict(self.first.parameters)
+
+    def end(
+        self, record: StepRecord, finite: Tensor | None, *, due: bool, number: int, names: Callable[[], str]
+    ) -> None:
+        """The last of a micro-batch, whose optimizer step has been made if it was ``due``.
+
+        The other arguments are those of :meth:`mm_sharp.step.nonfinite_log.NonFiniteLog.note`.
+        """
+        if due:
+            self.first_gradients.clear()
+        else:
+            self.first_gradients.commit()
+        with self.first.timer.exclude('host'):
+            self.guard.end(number, record, finite, scaled=self.precision.scaler is not None, names=names)
+        if self.first.timer is not NO_TIMER:
+            self.first.timer.mark('step')
+            record.timer, self.first.timer = self.first.timer, NO_TIMER
 
     def undo(self, batch: MicroBatch) -> None:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""
@@ -180,6 +165,7 @@ class TwoPassStep:
             batch.gradients.undo,
             self.state.undo,
             batch.call.random_state.restore,
+            self.guard.forget,
         )
 
     def _restore(self, drawn: RandomState | None, interrupted: bool) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,37 +15,20 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mm_sharp.errors import (
-    check_arguments,
-    check_clip_grad,
-    check_optimizer,
-    check_positive_int,
-)
-from mm_sharp.ops.call_inputs import fresh
-from mm_sharp.ops.forward_state import ForwardState
-from mm_sharp.ops.fsdp import local_shard
-from mm_sharp.ops.gradients import GradientStash
-from mm_sharp.ops.model_call import CallRecorder, ModelCall
-from mm_sharp.ops.parameters import ParameterSelector, devices_of, parameters_of
-from mm_sharp.ops.perturbation import BY_TENSOR
+from mm_sharp.errors import check_arguments, check_optimizer
+from mm_sharp.ops.model_call import ModelCall
+from mm_sharp.ops.parameters import ParameterSelector, parameters_of
 from mm_sharp.ops.precision import Precision
-from mm_sharp.ops.rare_changes import RareChanges
-from mm_sharp.samples.keys import without_keys
-from mm_sharp.step.ahead import PerturbationAhead
-from mm_sharp.step.ascent import Ascent
 from mm_sharp.step.checkpoint import pack_state, unpack_state, with_kept, without_kept
-from mm_sharp.step.checks import check_loss, check_model, check_shards, check_within, require_call
+from mm_sharp.step.checks import check_within
 from mm_sharp.step.combination import check_combination
-from mm_sharp.step.method import Method, Passes
-from mm_sharp.step.nonfinite_guard import NonFiniteGuard
+from mm_sharp.step.final_gradient import move_beside
+from mm_sharp.step.first_pass import FirstPass
+from mm_sharp.step.method import Method
 from mm_sharp.step.nonfinite_log import offending_samples
-from mm_sharp.step.parallel import ParallelModel
-from mm_sharp.step.second_pass import SecondPass
 from mm_sharp.step.settings import StepSettings
-from mm_sharp.step.timing import NO_TIMER, StepRecord, StepTimer
-from mm_sharp.step.two_pass import MicroBatch, TwoPassStep, in_order
-
-_NOTHING = nullcontext()
+from mm_sharp.step.timing import StepRecord
+from mm_sharp.step.two_pass import TwoPassStep
 
 
 class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
@@ -106,47 +89,27 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         name = type(self).__name__
         check_combination(type(self), TwoPassOptimWrapper)
         check_arguments(type(self), kwargs, registered_methods().values())
-        check_positive_int(name, 'accumulative_counts', accumulative_counts, example='4')
-        check_clip_grad(name, clip_grad)
         check_optimizer(name, optimizer)
+        self.settings = StepSettings(
+            *(name, rho, adaptive, eta, eps, perturb_quantized, sync_perturbation, replay_rng),
+            *(accumulative_counts, clip_grad),
+        )
         # MMEngine pops 'type' from the dict that it is given; the caller's stays whole.
         super().__init__(optimizer, accumulative_counts, copy.deepcopy(clip_grad))
-        settings = self.settings = StepSettings(
-            name, rho, adaptive, eta, eps, perturb_quantized, sync_perturbation, replay_rng
-        )
-        self.selector = ParameterSelector(name, perturb)
         self.device = parameters_of(optimizer)[0].device
+        self.selector = ParameterSelector(name, perturb)
         self.precision = Precision(name, dtype, loss_scale, self.device)
+        self._first_pass = FirstPass(self.settings, self.selector, self.precision, optimizer)
+        self._two_pass = TwoPassStep(self.settings, self.precision, self._first_pass)
+        self.second_pass = self._two_pass.second_pass
         self.record_timing = False
         self.record_sizes = False
         self.last_step: StepRecord | None = None
-        self._recorder = CallRecorder()
-        self._parallel = ParallelModel()
-        self._state = ForwardState(self._weights)
-        self._ascent = Ascent(settings, self.precision, self._parallel)
-        self._ahead = PerturbationAhead(settings, self._parallel)
-        self.second_pass = SecondPass(self._parallel, self.precision, self._state, settings.replay_rng)
-        self._guard = NonFiniteGuard(name, self.device, self._parallel, self._state)
-        self._two_pass = TwoPassStep(
-            self._ascent,
-            self._ahead,
-            self.precision,
-            self._parallel,
-            self._state,
-            self._recorder,
-            settings.replay_rng,
-        )
         self.optimizer_steps = 0
         self.kept: dict[nn.Parameter, Tensor] = {}
         self._inner_count: int
         self._metrics: Callable[[], dict[str, float]] | None = None
-        self._parameters: list[nn.Parameter] = []
-        self._trained: list[nn.Parameter] = []
-        self._devices: tuple[torch.device, ...] = ()
-        self._passes = Passes.BOTH
-        self._loss_checks = RareChanges()
         self._within_update = False
-        self._finite: Tensor | None = None
 
     # ---------------------------------------------------------------- settings
     @property
@@ -159,8 +122,7 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self.settings = replace(self.settings, rho=value)
 
     # ---------------------------------------------------------------- MMEngine's interface
-    @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
+    def optim_context(self, model: nn.Module) -> AbstractContextManager[None]:
         """The context of a training forward: autocast, gradient synchronisation, and capture of the model call.
 
         Args:
@@ -172,30 +134,10 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             ValueError: The same of an argument that another value can replace.
             RuntimeError: ``model`` is called twice inside.
         """
-        self._passes = self.passes()
-        synced = self._first_pass_is_synced()
-        self._guard.next_step()
-        self._parameters = parameters_of(self.optimizer)
-        self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
-        self._attach(model)
-        self._ahead.restore()  # an earlier forward may have been left without the rest of its step
-        try:
-            with (
-                self._parallel.no_sync(not synced),
-                self.precision.autocast(),
-                self._parallel.on_forward(self._snapshot) if self._parallel.is_ddp else _NOTHING,
-                self._recorder.record(model, self._devices, self._on_call),
-                self.recording(model) if self._passes is Passes.BOTH else _NOTHING,
-            ):
-                yield
-            self._ahead.set_aside()
-        except BaseException:
-            self._parallel.reshard(interrupted=True)
-            self._ahead.restore()
-            self._state.undo()
-            raise
-        finally:
-            self._ascent.unfreeze()
+        self._metrics = None
+        self._two_pass.guard.next_step()
+        self.second_pass.synchronise = self.should_sync()
+        return self._first_pass.forward(self, model, synchronise=self.second_pass.synchronise, timed=self.record_timing)
 
     def update_params(
         self,
@@ -222,39 +164,26 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             RuntimeError: No forward was captured, or :meth:`optim_context` is still open.
             ValueError: ``loss`` is not what the captured forward's output gives.
         """
-        call = require_call(type(self).__name__, self._recorder.take(), within=self._recorder.is_open)
-        batch = self._micro_batch(call, loss)
-        count, last_step, kept = self._inner_count, self.last_step, self.kept
+        two_pass, number = self._two_pass, self._inner_count + 1
+        batch = self._first_pass.take(loss, round(1.0 / self.scale_loss(1.0)))
+        last_step, kept = self.last_step, self.kept
         self._within_update = True
         try:
-            with self.exclude_from_timing('host'):
-                self._check_loss(call, loss)
-                self._guard.begin()
-            self.second_pass.synchronise = self.should_sync()
-            record = self._run(batch)
+            record = self.last_step = two_pass.run(self, batch, measures=self.record_sizes)
             record.metrics = self._metrics
-            self.last_step = record
-            self._inner_count += 1
+            self._inner_count = number
             due = self.should_update()
             finite = self._step_if_finite(step_kwargs or {}) if due else None
         except BaseException:
-            self._inner_count, self.last_step, self.kept = count, last_step, kept
-            in_order(partial(self._two_pass.undo, batch), self._guard.forget)
+            self._inner_count, self.last_step, self.kept = number - 1, last_step, kept
+            two_pass.undo(batch)
             raise
         finally:
             self._within_update = False
         if due:
             self.optimizer_steps += 1
-            self._two_pass.first_gradients.clear()
             self.zero_grad(**(zero_kwargs or {}))
-        else:
-            self._two_pass.first_gradients.commit()
-        with self.exclude_from_timing('host'):
-            scaled = self.precision.scaler is not None
-            names = partial(self.offending_samples, call)
-            self._guard.end(self._inner_count, self.last_step, finite, scaled=scaled, names=names)
-        self._two_pass.timer.mark('step')
-        self._two_pass.timer = NO_TIMER
+        two_pass.end(record, finite, due=due, number=number, names=partial(self.offending_samples, batch.call))
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Only :meth:`update_params` runs the backward passes.
@@ -273,17 +202,15 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         check_within(type(self).__name__, 'step', self._within_update)
         if self.changes_gradient or self.clip_grad_kwargs:
             self.precision.unscale(self.optimizer)
-        if self.changes_gradient:
-            apart = not self.settings.sync_perturbation
-            with torch.no_grad():
-                self.final_gradient(self._two_pass.final_gradient(self._trained, apart, self._finite))
-        if self.clip_grad_kwargs:
-            self._clip_grad()
         with torch.no_grad():
+            if self.changes_gradient:
+                self.final_gradient(self._two_pass.final_gradient())
+            if self.clip_grad_kwargs:
+                self._clip_grad()
             beside = self.beside_step()
         self.precision.step(self.optimizer, **kwargs)
         if beside:
-            self._move_beside(beside)
+            move_beside(self.optimizer, beside)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state under MMEngine's keys, the loss scaler's, and ``'mm_sharp'`` for our own.
@@ -311,150 +238,29 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         super().load_state_dict(rest)
 
     # ---------------------------------------------------------------- what methods use
-    def try_forward(self, call: ModelCall) -> Any:
-        """What the model returns for ``call``, without a trace; for ``first_batch``, before the first forward."""
-        args, kwargs = fresh(without_keys(call.model, call.args, call.kwargs), copies=True)
-        # DDP would count the forward, and send buffers around.
-        run = call.model if self._parallel.shards is not None else self._parallel.module.forward
-        self._snapshot()
-        try:
-            with torch.no_grad():
-                return run(*args, **kwargs)
-        finally:
-            self._parallel.reshard()
-            self._state.undo()
-            call.random_state.restore()
-
     def exclude_from_timing(self, name: str) -> AbstractContextManager[None]:
         """A context whose time is not the phase's that it lies in; see :class:`mm_sharp.step.timing.StepTimer`."""
-        return self._two_pass.timer.exclude(name)
+        return self._first_pass.timer.exclude(name)
 
     def offending_samples(self, call: ModelCall) -> str:
         """The samples of ``call`` that may have brought in what is not finite, for the log."""
         return offending_samples(type(self).__name__, call)
 
     # ---------------------------------------------------------------- parts of a step
-    @torch.no_grad()
-    def _move_beside(self, beside: Mapping[nn.Parameter, Tensor]) -> None:
-        """Move the weights by what a method has beside the optimizer's step, at the learning rate of their group."""
-        for group in self.optimizer.param_groups:
-            for parameter in group['params']:
-                if parameter in beside:
-                    local_shard(parameter).sub_(beside[parameter] * group['lr'])
-
-    def _run(self, batch: MicroBatch) -> StepRecord:
-        """The passes of this step."""
-        if self._passes is Passes.BOTH:
-            return self._two_pass.run(self, batch)
-        if self._passes is Passes.PERTURBED:
-            return self._two_pass.run_perturbed(batch)
-        return self._two_pass.run_first_alone(batch)
-
-    def _first_pass_is_synced(self) -> bool:
-        """Whether DDP averages the first pass's gradients."""
-        if self._passes is not Passes.BOTH:
-            return bool(self.should_sync())
-        # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
-        return self.settings.sync_perturbation and not self.skips_gradients
-
-    def _attach(self, model: nn.Module) -> None:
-        """Get to know the model, once."""
-        if not self._parallel.attach(model):
-            return
-        self._devices = devices_of(self.optimizer)
-        self._check_model(model)
-
-    def _check_model(self, model: nn.Module) -> None:
-        """Refuse what the step cannot handle."""
-        name, shards = type(self).__name__, self._parallel.shards
-        self.precision.share_overflow = None if shards is None else shards.share_overflow
-        can_sync = not self.skips_gradients
-        try:
-            check_model(name, model, self.settings.sync_perturbation and can_sync, can_sync=can_sync)
-            if shards is not None:
-                check_shards(
-                    name,
-                    shards,
-                    perturb_quantized=self.settings.perturb_quantized,
-                    by_name=not self.selector.takes_all or self.skips_gradients or self.settings.adaptive in BY_TENSOR,
-                    clip_grad=self.clip_grad_kwargs,
-                    accumulative_counts=self._accumulative_counts,
-                )
-        except Exception:
-            self._parallel.detach()  # so that it is refused again
-            raise
-        if shards is not None:
-            # In a pass, the parameters that have the names may be others.
-            self.selector.select(self._parallel.module, self._trained)
-
-    def _on_call(self, call: ModelCall) -> ModelCall:
-        """Runs just before the model's forward."""
-        timer = self._two_pass.timer = StepTimer(self.device) if self.record_timing else NO_TIMER
-        timer.mark('start')
-        self._two_pass.measures = self.record_sizes
-        self._metrics = None
-        self._ahead.restore()  # a model may catch the error of a call, and call itself again
-        if self._passes is Passes.BOTH:
-            with timer.exclude('recording'):
-                call = self.first_batch(call)
-        with timer.exclude('host'):
-            call.args, call.kwargs = without_keys(call.model, call.args, call.kwargs)
-            if self._passes is not Passes.FIRST:
-                perturbed = self.select_parameters(self.selector.select(self._parallel.module, self._trained))
-                self._ahead.choose(perturbed)
-            if self._passes is Passes.BOTH:
-                # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
-                skip = self._trained if self.skips_gradients and self._parallel.shards is None else ()
-                by_hand = self.settings.sync_perturbation and self.skips_gradients
-                self._ascent.choose(perturbed, skip, average_by_hand=by_hand)
-        if not self._parallel.is_ddp:
-            self._snapshot()
-        return call
-
-    def _snapshot(self) -> None:
-        """Runs once, after :meth:`_on_call`, when the forward of the user's own model begins."""
-        with self.exclude_from_timing('host'):
-            sharded = self._parallel.shards is not None
-            self._state.snapshot(self._parallel.tree, sharded=sharded, broadcast=self._parallel.broadcasts)
-        if self._passes is Passes.PERTURBED:
-            self._ahead.perturb(self, self.device)
-
-    def _micro_batch(self, call: ModelCall, loss: Tensor) -> MicroBatch:
-        with self.exclude_from_timing('host'):
-            parameters = self._parallel.parameters(self._parameters)
-            stash = GradientStash(parameters, in_buckets=self._parallel.in_buckets)
-            micro_batches = round(1.0 / self.scale_loss(1.0))
-            return MicroBatch(call, loss, stash, self._trained, micro_batches, self._devices)
-
-    def _weights(self) -> list[Tensor]:
-        """What the step moves, as memory of this process."""
-        return list(self._trained if self._parallel.shards is None else map(local_shard, self._trained))
-
-    def _check_loss(self, call: ModelCall, loss: Tensor) -> None:
-        """Compare the loss with the captured output's, in fewer and fewer steps."""
-        if self._loss_checks.next_step() and (loss.device.type == 'cpu' or self.last_step is None):
-            check_loss(type(self).__name__, call, loss)
-
     def _step_if_finite(self, step_kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Step, unless the final gradient is not finite; None where that is for the loss scaler to find out."""
-        self._finite = None
-        if self.precision.scaler is not None:
-            self.step(**step_kwargs)
-            return None
-        with self.exclude_from_timing('host'):
-            finite = self._guard.verdict(self._parameters)
-        if not self._guard.host_knows:
-            self._finite = finite
-        if not self._guard.host_knows or finite:
+        """Step, unless the final gradient is known not to be finite; see :meth:`TwoPassStep.verdict`."""
+        finite = self._two_pass.verdict()
+        if finite is None or not self._two_pass.guard.host_knows or finite:
             self.step(**step_kwargs)
         return finite
 
     def _clip_grad(self) -> None:
         """Clip the gradients; under FSDP by the norm of the whole gradient, and not of this rank's piece."""
-        if self._parallel.shards is None:
+        shards = self._first_pass.parallel.shards
+        if shards is None:
             super()._clip_grad()
             return
-        norm = self._parallel.clip_gradients(self._trained, self.device, self.clip_grad_kwargs)
+        norm = shards.clip_(self._first_pass.trained, self.device, **self.clip_grad_kwargs)
         if norm is not None:
             self.message_hub.update_scalar('train/grad_norm', float(norm))
 

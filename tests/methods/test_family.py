@@ -193,7 +193,7 @@ def test_where_the_host_learns_late_of_a_gradient_that_is_not_finite(name: str) 
     """As on an accelerator, which steps along a gradient of zero: nothing moves, and what is kept stays."""
     model = make(NaNSecond, factors={3: float('nan')})
     wrapper = build(name, model, SGD(model.parameters(), lr=0.1), **({'k': 1} if name == 'looksam' else {}))
-    wrapper._guard.host_knows = False
+    wrapper._two_pass.guard.host_knows = False
     first, second = batches(2)
     model.train_step(first, wrapper)
     weights = [parameter.detach().clone() for parameter in model.parameters()]

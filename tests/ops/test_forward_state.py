@@ -497,8 +497,8 @@ def test_copies_of_frozen_weights_are_given_back() -> None:
     wrapper = build('sam', model)
     for batch in batches(3):
         model.train_step(batch, wrapper)
-        assert not wrapper._state._before.rare_backup._memory
-        assert not wrapper._state._after.rare_backup._memory
+        assert not wrapper._two_pass.state._before.rare_backup._memory
+        assert not wrapper._two_pass.state._after.rare_backup._memory
 
 
 def test_frozen_weights_that_the_second_pass_alone_moves() -> None:

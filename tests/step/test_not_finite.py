@@ -211,7 +211,7 @@ def test_as_on_an_accelerator(name: str, holds: Holds) -> None:
     """The same branch on the CPU: a step along a gradient of zero; event and buffers when the next step begins."""
     model = make()
     wrapper = build(name, model, SGD(model.parameters(), lr=0.05), whole=True)
-    wrapper._guard.host_knows = False
+    wrapper._two_pass.guard.host_knows = False
     start = make()
     bad, good = batches(2)
     with logged() as records:
@@ -240,7 +240,7 @@ def test_the_log_waits_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr('mm_sharp.step.nonfinite_log.HostCopy', Late)
     model = make()
     wrapper = build(name, model, SGD(model.parameters(), lr=0.05), whole=True)
-    wrapper._guard.host_knows = False
+    wrapper._two_pass.guard.host_knows = False
     bad, *good = batches(3)
     with logged() as records:
         for batch in (spoil(bad, 'inputs', torch.nan), good[0]):

@@ -62,13 +62,8 @@ def compare(
     """One row a method; two for one that makes costlier steps at intervals: its other steps, and whole cycles.
 
     A cycle's quartiles are means over its steps: those of the other steps and of the costlier one. (A median of few
-    whole cycles would take in every disturbance.)
-
-    Args:
-        times: Seconds of each round's step by method, after ``steps_before`` others, in whole cycles.
-        costs: In theory, by method; None where theory says nothing.
-        batch_size: Samples a step.
-        peaks: Most bytes at once, by method.
+    whole cycles would take in every disturbance.) All are by method: ``times``, the seconds of each round's step, after
+    ``steps_before`` others, in whole cycles; ``costs`` in theory, None where it says nothing; ``peaks``, most bytes.
     """
     rows, base = [], np.asarray(times['base'])
     for name, steps in times.items():

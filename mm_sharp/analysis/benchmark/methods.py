@@ -19,7 +19,7 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
 from mm_sharp.config.preflight import check_wrappers, wrapper_class, wrapper_configs
-from mm_sharp.errors import UsageError, arguments_of, closest
+from mm_sharp.errors import UsageError, arguments_of, closest, is_number
 from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
 
@@ -53,15 +53,11 @@ def _parse_method(name: str) -> dict[str, Any]:
         choices = getattr(kind, 'choices', {})
         for argument, parameter in signature(kind).parameters.items():
             own, default = argument not in arguments_of(TwoPassOptimWrapper), parameter.default
-            fits = type(default) is str if isinstance(value, str) else _is_number(default)
+            fits = type(default) is str if isinstance(value, str) else is_number(default)
             if own and fits and value in choices.get(argument, (value,)):
                 return {'type': kinds[stem], argument: value}
     hint = f'; did you mean {close!r}?' if (close := closest(name, kinds)) else ''
     raise UsageError(f'--methods {name}: there are {", ".join(kinds)}, and NAME-VALUE, as ausam-0.5{hint}')
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (float, int)) and not isinstance(value, bool)
 
 
 def wrapper_settings(cfg: Config, method: Mapping[str, Any], amp: str | None = None) -> dict[str, Any]:

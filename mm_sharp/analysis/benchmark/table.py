@@ -70,11 +70,9 @@ def measure_table(
 ) -> Table:
     """Measure all methods: step times first, then memory, then phases, each in steps of their own.
 
-    Args:
-        cfg: The whole training config, whose data files are there.
-        settings: Config of each method's optimizer wrapper, by name; all are compared with ``'base'``.
-        rounds: Timed steps of each method; becomes whole cycles. ``warmup`` steps, at least 1, are made before.
-        passes_only: Time the passes of each method alone, too.
+    ``settings`` are the configs of the methods' optimizer wrappers, by name; all are compared with ``'base'``.
+    ``rounds`` of timed steps become whole cycles; ``warmup`` steps, at least 1, are made before. With ``passes_only``
+    the passes of each method are timed alone, too.
 
     Raises UsageError: The data are less than a batch, a method does not work with this model, or a loss is not finite.
     """

@@ -1,0 +1,156 @@
+"""The first forward of a step, which MMEngine's ``train_step`` runs inside ``optim_context``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mm_sharp.ops.forward_state import ForwardState
+from mm_sharp.ops.fsdp import local_shard
+from mm_sharp.ops.gradients import GradientStash
+from mm_sharp.ops.model_call import CallRecorder, ModelCall
+from mm_sharp.ops.parameters import ParameterSelector, devices_of, parameters_of
+from mm_sharp.ops.perturbation import BY_TENSOR
+from mm_sharp.ops.precision import Precision
+from mm_sharp.samples.keys import without_keys
+from mm_sharp.step.ahead import PerturbationAhead
+from mm_sharp.step.ascent import Ascent
+from mm_sharp.step.checks import check_model, require_call
+from mm_sharp.step.method import Method, Passes
+from mm_sharp.step.parallel import ParallelModel
+from mm_sharp.step.settings import StepSettings
+from mm_sharp.step.timing import NO_TIMER, StepTimer
+
+_NOTHING = nullcontext()
+
+
+@dataclass
+class MicroBatch:
+    """One micro-batch on its way through a step."""
+
+    call: ModelCall  # its forward, captured
+    loss: Tensor  # L(w), scalar
+    gradients: GradientStash  # what was accumulated before it
+    micro_batches: int  # how many of its like add up to an optimizer step
+
+
+class FirstPass:
+    """Captures the first forward, :meth:`forward`, and gives what the rest of the step needs of it, :meth:`take`.
+
+    Its attributes are the parts of a step, and what is known of this one: the optimizer's ``parameters``, those of them
+    that are ``trained``, their ``devices``, the ``passes`` and the ``timer``.
+    """
+
+    def __init__(
+        self, settings: StepSettings, selector: ParameterSelector, precision: Precision, optimizer: Optimizer
+    ) -> None:
+        self._settings = settings
+        self._selector = selector
+        self._precision = precision
+        self._optimizer = optimizer
+        self.parallel = ParallelModel()
+        self.state = ForwardState(self._weights)
+        self.recorder = CallRecorder()
+        self.ascent = Ascent(settings, precision, self.parallel)
+        self.ahead = PerturbationAhead(settings, self.parallel)
+        self.parameters: list[nn.Parameter] = []
+        self.trained: list[nn.Parameter] = []
+        self.devices: tuple[torch.device, ...] = ()
+        self.passes = Passes.BOTH
+        self.timer: StepTimer = NO_TIMER
+
+    @contextmanager
+    def forward(self, method: Method, model: nn.Module, *, synchronise: bool, timed: bool) -> Iterator[None]:
+        """The context of the first forward; see :meth:`mm_sharp.step.wrapper.TwoPassOptimWrapper.optim_context`.
+
+        ``synchronise``: whether DDP averages the gradients that the optimizer gets of this micro-batch.
+        """
+        self.passes = method.passes()
+        self.parameters = parameters_of(self._optimizer)
+        self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        self._attach(method, model)
+        self.ahead.restore()  # an earlier forward may have been left without the rest of its step
+        self.timer = StepTimer(self._precision.device) if timed else NO_TIMER
+        both, parallel = self.passes is Passes.BOTH, self.parallel
+        # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
+        synced = self._settings.sync_perturbation and not method.skips_gradients if both else synchronise
+        try:
+            with (
+                parallel.no_sync(not synced),
+                self._precision.autocast(),
+                parallel.on_forward(lambda: self._snapshot(method)) if parallel.is_ddp else _NOTHING,
+                self.recorder.record(model, self.devices, lambda call: self._on_call(method, call)),
+                method.recording(model) if both else _NOTHING,
+            ):
+                yield
+            self.ahead.set_aside()
+        except BaseException:
+            parallel.reshard(interrupted=True)
+            self.ahead.restore()
+            self.state.undo()
+            raise
+        finally:
+            self.ascent.unfreeze()
+
+    def _attach(self, method: Method, model: nn.Module) -> None:
+        """Get to know the model, once, and refuse what the step cannot handle."""
+        if not self.parallel.attach(model):
+            return
+        self.devices, shards = devices_of(self._optimizer), self.parallel.shards
+        self._precision.share_overflow = None if shards is None else shards.share_overflow
+        skips = method.skips_gradients
+        by_name = not self._selector.takes_all or skips or self._settings.adaptive in BY_TENSOR
+        try:
+            check_model(self._settings, model, shards, can_sync=not skips, by_name=by_name)
+        except Exception:
+            self.parallel.detach()  # so that it is refused again
+            raise
+        if shards is not None:
+            # In a pass, the parameters that have the names may be others.
+            self._selector.select(self.parallel.module, self.trained)
+
+    def _on_call(self, method: Method, call: ModelCall) -> ModelCall:
+        """Runs just before the model's forward."""
+        self.timer.mark('start')
+        self.ahead.restore()  # a model may catch the error of a call, and call itself again
+        if self.passes is Passes.BOTH:
+            with self.timer.exclude('recording'):
+                call = method.first_batch(call)
+        with self.timer.exclude('host'):
+            call.args, call.kwargs = without_keys(call.model, call.args, call.kwargs)
+            if self.passes is not Passes.FIRST:
+                perturbed = method.select_parameters(self._selector.select(self.parallel.module, self.trained))
+                self.ahead.choose(perturbed)
+            if self.passes is Passes.BOTH:
+                # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
+                skip = self.trained if method.skips_gradients and self.parallel.shards is None else ()
+                by_hand = self._settings.sync_perturbation and method.skips_gradients
+                self.ascent.choose(perturbed, skip, average_by_hand=by_hand)
+        if not self.parallel.is_ddp:
+            self._snapshot(method)
+        return call
+
+    def _snapshot(self, method: Method) -> None:
+        """Runs once, after :meth:`_on_call`, when the forward of the user's own model begins."""
+        with self.timer.exclude('host'):
+            sharded = self.parallel.shards is not None
+            self.state.snapshot(self.parallel.tree, sharded=sharded, broadcast=self.parallel.broadcasts)
+        if self.passes is Passes.PERTURBED:
+            self.ahead.perturb(method, self._precision.device)
+
+    def _weights(self) -> list[Tensor]:
+        """What the step moves, as memory of this process."""
+        return list(self.trained if self.parallel.shards is None else map(local_shard, self.trained))
+
+    def take(self, loss: Tensor, micro_batches: int) -> MicroBatch:
+        """The micro-batch whose forward was captured, with its loss; a RuntimeError if there is none, or it is open."""
+        call = require_call(self._settings.owner, self.recorder.take(), within=self.recorder.is_open)
+        with self.timer.exclude('host'):
+            parameters = self.parallel.parameters(self.parameters)
+            stash = GradientStash(parameters, in_buckets=self.parallel.in_buckets)
+        return MicroBatch(call, loss, stash, micro_batches)
