@@ -11,9 +11,10 @@ from mm_sharp.errors import UserError, check_bool, check_choice
 
 OWNER = 'QuantizedModel'
 _BITS = (8, 7, 6, 5, 4, 3, 2)
+_ACT_BITS = (16, *_BITS)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     'weight_bit_width': _BITS,
-    'act_bit_width': _BITS,
+    'act_bit_width': _ACT_BITS,
     'weight_granularity': ('channel', 'tensor'),
     'weight_scales': ('learned', 'statistics'),
     'act_scales': ('learned', 'fixed'),
@@ -33,7 +34,7 @@ class LayerPolicy:
 
     Args:
         weight_bit_width: Bits of a weight, 2 to 8.
-        act_bit_width: Bits of the layer's input, 2 to 8.
+        act_bit_width: Bits of the layer's input, 2 to 8, or 16.
         weight_granularity: One scale for each output ``'channel'``, or one for the whole ``'tensor'``.
         weight_scales: ``'learned'``: step sizes that start from statistics of the weights and are trained with them
             (LSQ, without its scaling of their gradients); ``'statistics'``: the largest weight's size in every forward.
