@@ -80,9 +80,13 @@ def main(arguments: Sequence[str]) -> None:
 
     subject, folder = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed), Path(cfg.work_dir)
     options = {name: getattr(args, name) for name in ('equalize', 'learned_rounding', 'bias_correction')}
-    rows = list(post_train(subject, policies, folder, **options))
-    content = {'options': {**options, 'batches': args.batches, 'seed': args.seed}, 'rows': [*map(asdict, rows)]}
-    (folder / 'ptq.json').write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+    rows = []
+    for row in post_train(subject, policies, folder, **options):
+        rows.append(row)
+        sys.stderr.write(f'{table([row])}\n\n')
+        content = {'options': {**options, 'batches': args.batches, 'seed': args.seed}, 'rows': [*map(asdict, rows)]}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'ptq.json').write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
     print(f'\n{table(rows)}\n')
     for row in rows[1:]:
         print(f'{row.name}: test, export or fine-tune {row.checkpoint} with {row.config}')

@@ -8,7 +8,9 @@ and the like have no such freedom: layers around them stay as they are.
 
 from __future__ import annotations
 
-from copy import deepcopy
+from collections.abc import Sequence
+from copy import copy
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -55,21 +57,51 @@ def equalize(model: nn.Module) -> int:
     """
     width, height = quantized_record(model).input_size
     inputs = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
-    copy = deepcopy(model)  # Brevitas makes new parameters, which quantizers and optimizers would not know
-    network = _Network(copy)
+    expected = float_output(model, inputs)
+    network = _Network(model)
     try:
-        graph = fx.GraphModule(network, _Tracer().trace(network))
+        graph = _Tracer().trace(network)
     except Exception as error:  # whatever a model's code raises on proxies
         reason = ' '.join(str(error).split('\n')[0].split())
         raise UnsupportedError(
             f'{type(model).__name__} cannot be equalized: torch.fx cannot trace it ({reason}). Leave equalization out'
         ) from error
-    _, regions = EqualizeGraph(return_regions=True).apply(graph)
-    expected, found = float_output(model, inputs), float_output(copy, inputs)
+    targets = {str(node.target) for node in graph.nodes if node.op in ('call_module', 'get_attr')}
+    copies = {name: _copied(attrgetter(name)(network)) for name in targets}
+    _, regions = EqualizeGraph(return_regions=True).apply(fx.GraphModule(copies, graph))
+    pairs = [
+        (ours, copies[name].get_parameter(leaf))
+        for name in targets
+        if isinstance(copies[name], nn.Module)
+        for leaf, ours in network.get_submodule(name).named_parameters(recurse=False)
+    ]
+    _exchange(pairs)
+    found = float_output(model, inputs)
     if not torch.allclose(found, expected, 0, _TOLERANCE * float(expected.abs().max())):
+        _exchange(pairs)
         raise UnsupportedError(f'{type(model).__name__} cannot be equalized: it would compute something else')
-    with torch.no_grad():
-        for ours, theirs in zip(model.parameters(), copy.parameters(), strict=True):
-            ours.copy_(theirs)
     print_log(f'Equalized the channels of {len(regions)} groups of layers', 'current')
     return len(regions)
+
+
+def _copied(value: Any) -> Any:
+    """A layer without its quantizers, with weights of its own: Brevitas makes new parameters, and for each of them new
+    quantizers. Others as they are.
+    """
+    if not isinstance(value, (*LAYERS, _BatchNorm)):
+        return value
+    layer = copy(value)
+    layer._modules = {}
+    layer._parameters = {
+        name: parameter if parameter is None else nn.Parameter(parameter.detach().clone())
+        for name, parameter in value._parameters.items()
+    }
+    return layer
+
+
+@torch.no_grad()
+def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for ours, theirs in pairs:
+        before = ours.clone()
+        ours.copy_(theirs)
+        theirs.copy_(before)
