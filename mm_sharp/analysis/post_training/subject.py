@@ -11,12 +11,14 @@ from functools import cached_property
 from itertools import islice
 from numbers import Real
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import CheckpointLoader, Runner, set_random_seed
 from mmengine.utils import ProgressBar
@@ -85,8 +87,9 @@ class Subject:
             config = dict(cfg.model)
             if cfg.get('data_preprocessor'):
                 config.setdefault('data_preprocessor', cfg.data_preprocessor)
-            model: nn.Module = MODELS.build(config)
-            model.load_state_dict(self._state, strict=False)
+            with patch.object(MMLogger.get_current_instance(), 'disabled', True):  # its table of all layers
+                model: nn.Module = MODELS.build(config)
+                model.load_state_dict(self._state, strict=False)
             model.to(get_device()).eval()
             calibrate(model, with_bar(self.batches, 'Calibrating'), **options)
         return model
