@@ -108,8 +108,8 @@ class Subject:
 
     def loss(self, people: int) -> Judge:
         """The validation loss over the first people of a seeded shuffle, with labels as in training."""
-        samples = load_samples(self.cfg, 'val', people, self._seed)
         with torch.no_grad(), prepared(self.cfg):
+            samples = load_samples(self.cfg, 'val', people, self._seed)
             preprocess: Any = self.float_model.data_preprocessor
             batches = [(count, preprocess(batch, False)) for count, batch in samples.batches(32)]
 
