@@ -32,11 +32,14 @@ def toy(**changes: Any) -> nn.Module:
 
 
 def lsq(x: Tensor, step: Tensor, low: int, high: int, count: int) -> Tensor:
-    """The paper's pseudo code: the gradient of the step size times g, rounding straight through."""
+    """The paper's pseudo code: the gradient of the step size times g, rounding straight through.
+
+    But, as Brevitas does, rounded before it is clamped: values less than half a step out of range are not clamped.
+    """
     g = 1 / math.sqrt(count * high)
     step = (step - step * g).detach() + step * g
-    scaled = (x / step).clamp(low, high)
-    return ((scaled.round() - scaled).detach() + scaled) * step
+    scaled = x / step
+    return ((scaled.round() - scaled).detach() + scaled).clamp(low, high) * step
 
 
 @pytest.mark.parametrize('granularity', ['channel', 'tensor'])
