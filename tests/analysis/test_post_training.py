@@ -128,8 +128,9 @@ def test_the_proposed_policy_is_a_config_and_gives_each_layer_its_bits(tmp_path:
     policy = mixed_policy(choice, mixed().weights, policies)
     file = tmp_path / 'mixed.py'
     file.write_text(config_text(policy, 'Proposed.\nFor a test.'))
-    assert file.read_text().startswith('# Proposed.\n# For a test.\nsharp_quantization = dict(\n    policy={')
+    assert file.read_text().startswith('# Proposed.\n# For a test.\nsharp_quantization = dict(\n    policy=dict(\n')
     read = read_policy(str(file))
+    assert read == policy
     model = model_of(read)
     layers = {layer.name: layer.policy for layer in model.quantization.layers}
     for name, chosen in (('a', 'w8a8'), ('b', 'w4a4')):

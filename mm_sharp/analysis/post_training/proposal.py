@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pprint
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -123,10 +122,22 @@ def mixed_policy(
 
 def config_text(policy: Mapping[str, Any], comment: str) -> str:
     """A config file that sets the policy: a fragment for ``_base_``, and a file for ``tools/ptq.py --policy``."""
-    written = pprint.pformat(dict(policy), width=112, sort_dicts=False)
     lines = [f'# {line}'.rstrip() for line in comment.splitlines()]
-    indented = written.replace('\n', '\n           ')
-    return '\n'.join([*lines, f'sharp_quantization = dict(\n    policy={indented}\n)', ''])
+    lines += ['sharp_quantization = dict(', '    policy=dict(']
+    for key, value in policy.items():
+        if key in ('layers', 'skip'):
+            lines += [f'        {key}=[', *(f'            {_written(item)},' for item in value), '        ],']
+        else:
+            lines.append(f'        {key}={value!r},')
+    return '\n'.join([*lines, '    )', ')', ''])
+
+
+def _written(item: Any) -> str:
+    """A pattern, or the dict of a layer; patterns without doubled backslashes."""
+    if isinstance(item, str):
+        return f"r'{item}'"
+    changes = ''.join(f', {key}={value!r}' for key, value in item.items() if key != 'pattern')
+    return f'dict(pattern={_written(item["pattern"])}{changes})'
 
 
 def _layer_policy(policy: Mapping[str, Any]) -> dict[str, Any]:
