@@ -14,6 +14,7 @@ nearest integers. Brevitas has the rounding function, but its trainer is an exam
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -55,11 +56,13 @@ def learn_rounding(model: nn.Module, batches: Sequence[Any], steps: int) -> dict
             "learned rounding needs scales that stay: write policy=dict(weight_scales='learned', …), or leave it out"
         )
     found: dict[str, float] = {}
+    source = deepcopy(model)  # keeps the float weights
+    without_quantizers(source).__enter__()
     names = _order(model, batches[0])
     progress = ProgressBar(len(names)) if is_main_process() else None
     for name in names:
         layer: Any = model.get_submodule(name)
-        found[name] = _round_layer(layer, _pairs(model, layer, batches), steps)
+        found[name] = _round_layer(layer, _pairs((model, layer), (source, source.get_submodule(name)), batches), steps)
         if progress:
             progress.update()
     return found
@@ -100,15 +103,16 @@ def _inputs(model: nn.Module, layer: nn.Module, batch: Any) -> Tensor:
     return kept[0]
 
 
-def _pairs(model: nn.Module, layer: Any, batches: Sequence[Any]) -> list[Pair]:
+def _pairs(quantized: tuple[nn.Module, Any], source: tuple[nn.Module, Any], batches: Sequence[Any]) -> list[Pair]:
+    """A layer's pairs: of its own model, in which the layers before it are rounded, and of the float model."""
+    (_, layer), (_, original) = quantized, source
     pairs: list[Pair] = []
     values = 0
     for batch in batches:
-        quantized = layer.input_quant(_inputs(model, layer, batch)).value
-        with without_quantizers(model):
-            expected = layer.inner_forward_impl(_inputs(model, layer, batch), layer.weight, layer.bias)
-        pairs.append((quantized, expected))
-        values += max(quantized.numel(), expected.numel())
+        inputs = layer.input_quant(_inputs(*quantized, batch)).value
+        expected = original.inner_forward_impl(_inputs(*source, batch), original.weight, original.bias)
+        pairs.append((inputs, expected))
+        values += max(inputs.numel(), expected.numel())
         if values > _MOST_VALUES:
             break
     return pairs

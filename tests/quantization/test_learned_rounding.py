@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mm_sharp.quantization import calibrate, check_calibrated, quantized_model
+from mm_sharp.quantization.flow import float_output
 from mm_sharp.quantization.learned_rounding import learn_rounding
 from tests.mmpose_cases import QUIET
-from tests.quantized_models import Toy, conv, images, policy
+from tests.quantized_models import Toy, conv, images, output, policy
 from tests.toys import same_state
 
 pytestmark = QUIET
@@ -28,6 +29,12 @@ def toy(**changes: Any) -> nn.Module:
         layer.reset_parameters()
     same = dict(first_layers='same', last_layers='same', input_size=(8, 8))
     return quantized_model(model, {**policy(3, 3), **same, **changes}).eval()
+
+
+def source_of(model: nn.Module) -> nn.Module:
+    """A model that was never calibrated, allowed to run without its quantizers."""
+    model.quantization.calibrating = True
+    return model
 
 
 @torch.no_grad()
@@ -60,6 +67,13 @@ def test_weights_lie_on_the_grid_one_step_from_where_they_were_at_most(changes: 
     before, after = (error_of(model, weight, source) for weight in (nearest['a'].value, model.a.weight))
     assert after < 0.98 * before
     assert shares['a'] == pytest.approx(after / before, rel=1e-3)
+    inputs = torch.cat([batch['inputs'] for batch in BATCHES])
+    with torch.no_grad():
+        expected = float_output(source_of(source), inputs)
+        after = float((output(model, inputs) - expected).square().mean())
+        model.c.weight.copy_(nearest['c'].value)
+        before = float((output(model, inputs) - expected).square().mean())
+    assert shares['c'] == pytest.approx(after / before, rel=1e-3), 'the target is the float model as it was'
 
 
 def test_calibration_does_it_without_a_random_number_and_the_model_is_a_usual_one() -> None:
