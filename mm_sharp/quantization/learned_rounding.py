@@ -36,6 +36,7 @@ _MOST_VALUES = 2**26  # of a layer's inputs and outputs that are kept, 256 MB ea
 Pair = tuple[Tensor, Tensor]  # a batch of the layer's quantized input, and the float layer's output
 
 
+@torch.no_grad()
 def learn_rounding(model: nn.Module, batches: Sequence[Any], steps: int) -> dict[str, float]:
     """Round a calibrated model's weights so that its layers' outputs change least, in place.
 

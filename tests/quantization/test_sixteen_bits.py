@@ -62,7 +62,7 @@ def test_it_is_trained_by_sharpness_aware_methods(name: str) -> None:
     model.train()
     before = copy.deepcopy(dict(model.named_parameters()))
     wrapper = build(name, model, slow_sgd(model))
-    losses = [float(model.train_step(batch, wrapper)['loss']) for batch in batches(1, seed=3) * 12]
+    losses = [model.train_step(batch, wrapper)['loss'].item() for batch in batches(1, seed=3) * 12]
     assert losses[-1] < losses[0]
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if 'input_quant' in n)
