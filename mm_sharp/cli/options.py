@@ -104,6 +104,22 @@ def common_parser(description: str) -> OneLineParser:
     return parser
 
 
+def checkpoint_parser(description: str) -> OneLineParser:
+    """A parser with the options of tools that look at one checkpoint in this process."""
+    parser = OneLineParser(description=description)
+    add = parser.add_argument
+    add('config', help='config file')
+    add('checkpoint', help='checkpoint file')
+    add('--work-dir', help='folder for the results (default: ./work_dirs/<name of the config>)')
+    add('--cfg-options', nargs='+', action=CfgOptions, default={}, metavar='KEY=VALUE', help='change the config')
+    trust = 'load checkpoints that can run code while loading; only for files whose source you trust'
+    add('--trust-checkpoint', action='store_true', help=trust)
+    add('--debug', action='store_true', help='show the traceback of usage errors')
+    # What load_config reads besides.
+    parser.set_defaults(launcher='none', local_rank=0)
+    return parser
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config file and apply the options of :func:`common_parser`; what does not fit is a UsageError."""
     if not Path(args.config).is_file():

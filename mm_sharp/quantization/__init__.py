@@ -1,9 +1,9 @@
 """Quantization-aware training with Brevitas, for any model of MMEngine's kind.
 
-Importing it registers, in MMEngine's root registries, ``QuantizedModel`` (``MODELS``), :class:`CalibrationHook` and
-:class:`FreezeHook` (``HOOKS``); a run whose model is quantized gets a :class:`CalibrationHook` by itself, and its
-quantizers' scales have no weight decay (:mod:`mm_sharp.quantization.scale_decay`). Nothing else of mm_sharp imports
-Brevitas.
+Importing it registers, in MMEngine's root registries, ``QuantizedModel`` (``MODELS``), :class:`CalibrationHook`,
+:class:`FreezeHook` and :class:`OscillationHook` (``HOOKS``); a run whose model is quantized gets a
+:class:`CalibrationHook` by itself, and its quantizers' scales have no weight decay
+(:mod:`mm_sharp.quantization.scale_decay`). Nothing else of mm_sharp imports Brevitas.
 """
 
 import warnings as _warnings
@@ -26,6 +26,7 @@ from .build import quantize, quantized_model
 from .calibration import calibrate
 from .calibration_hook import CalibrationHook
 from .freeze_hook import FreezeHook
+from .oscillation_hook import OscillationHook
 from .policy import LayerPolicy, QuantizationPolicy
 from .record import (
     CheckpointMismatchError,
@@ -44,6 +45,7 @@ __all__ = [
     'LayerPolicy',
     'LayerRecord',
     'NotCalibratedError',
+    'OscillationHook',
     'QuantizationPolicy',
     'QuantizationRecord',
     'calibrate',

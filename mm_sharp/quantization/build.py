@@ -23,7 +23,7 @@ from mm_sharp.errors import UserError
 from .flow import LAYERS, LayerFlow, float_output, trace_flow
 from .folding import fold_batchnorms, is_plain
 from .policy import OWNER, LayerPolicy, QuantizationPolicy
-from .quantizers import input_quantizer, input_range, repair, weight_quantizer
+from .quantizers import input_quantizer, input_range, repair, scale_gradients_as_lsq, weight_quantizer
 from .record import LayerRecord, QuantizationRecord, attach, record_of, size_in_bytes
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
@@ -141,6 +141,8 @@ def _quantized(module: nn.Module, policy: LayerPolicy, *, nonnegative: bool) -> 
         fixed = policy.act_scales == 'fixed' and name.startswith('input_quant.')
         parameter.requires_grad_(trained.get(name, trained['weight'] and not fixed))
     repair(layer)
+    if policy.scale_gradients == 'lsq':
+        scale_gradients_as_lsq(layer)
     return layer.train(module.training)
 
 

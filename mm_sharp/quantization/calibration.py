@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from mm_sharp.errors import UserError
 
-from .flow import evaluation, flat, forward_hooks, without_quantizers
+from .equalization import equalize as equalize_layers
+from .flow import evaluation, flat, forward_hooks, run_batch, without_quantizers
+from .learned_rounding import learn_rounding
 from .quantizers import SCALES, forget
 from .record import check_calibrated, quantized_record
 
@@ -31,28 +33,41 @@ _LISTED = 3
 _ERRORS = ('epe', 'nme', 'mpjpe', 'mae', 'mse', 'loss', 'error')
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], *, bias_correction: bool = False) -> None:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    equalize: bool = False,
+    learned_rounding: int = 0,
+    bias_correction: bool = False,
+) -> None:
     """Initialise all scales and zero points of a quantized model, anew if they were before.
 
     Args:
         model: Built by ``QuantizedModel``, with its float weights loaded. Its BatchNorms do not move meanwhile.
         batches: What a data loader delivers.
+        equalize: Before anything else, equalize the ranges of channels (:mod:`mm_sharp.quantization.equalization`).
+        learned_rounding: Steps in which each layer learns which weights to round up and which down, once the scales are
+            there (:mod:`mm_sharp.quantization.learned_rounding`); 0: all go to the nearest integer.
         bias_correction: Afterwards add, to the biases of layers that have one, the mean error that quantization makes
             in their output (Nagel et al. 2019, arXiv 1906.04721, by Brevitas).
 
     Raises:
-        ValueError: There is no batch, or a scale is not finite. The model is without scales then.
+        ValueError: There is no batch, a scale is not finite, or the model cannot be equalized or its rounding not
+            learned. The model is without scales then.
     """
     record = quantized_record(model)
     record.calibrated, record.calibrating = False, True
     forget(model)
     try:
         with evaluation(model), torch.no_grad():
+            if equalize:
+                equalize_layers(model)
             seen: list[Any] = []
             with calibration_mode(model):
                 for batch in batches:
                     run_batch(model, batch)
-                    seen = [*seen, batch] if bias_correction else [batch]
+                    seen = [*seen, batch] if bias_correction or learned_rounding else [batch]
             if not seen:
                 raise UserError('calibration needs at least one batch')
             run_batch(model, seen[-1])
@@ -62,6 +77,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, bias_correction: bool
                         f'calibration: {name} is not finite: the weights or the images of the calibration batches hold '
                         'values that are not finite, or so large that the layers before it overflow'
                     )
+            if learned_rounding:
+                learn_rounding(model, seen, learned_rounding)
             if bias_correction:
                 # Layers without a bias get none: a parameter that only some checkpoints have would fit neither model.
                 with bias_correction_mode(model, skip_if_no_bias=True):
@@ -77,20 +94,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, bias_correction: bool
     record.calibrated = True
 
 
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """What inference runs, up to the head's raw output, which is returned."""
-    preprocessor = getattr(model, 'data_preprocessor', None)
-    data = batch if preprocessor is None else preprocessor(batch, False)
-    inputs = data['inputs'] if isinstance(data, dict) else data[0]
-    return model(inputs, None, mode='tensor')
-
-
 def collapse_warning(
     model: nn.Module, batch: Any, metrics: Mapping[str, float], evaluate_float: Callable[[], Mapping[str, float]]
 ) -> str | None:
     """What to say of a collapse, or None. The float model is evaluated only if there may be one."""
     judged = {name: value for name, value in metrics.items() if ' ' not in name}
-    nothing = [name for name, value in judged.items() if not value > 0 and not _is_error(name)]
+    nothing = [name for name, value in judged.items() if not value > 0 and not is_error(name)]
     output_error, layers = _errors(model, batch)
     if output_error < _OUTPUT_ERROR and not nothing:
         return None
@@ -138,12 +147,13 @@ def _errors(model: nn.Module, batch: Any) -> tuple[float, dict[str, tuple[float,
 def _collapsed(name: str, value: float, before: float) -> bool:
     if not math.isfinite(before) or not math.isfinite(value):
         return math.isfinite(before)
-    if _is_error(name):
+    if is_error(name):
         return value * _METRIC_LEFT > before
     return before > 0 and value < _METRIC_LEFT * before
 
 
-def _is_error(name: str) -> bool:
+def is_error(name: str) -> bool:
+    """Whether a metric is the better the lower it is."""
     return any(part in name.lower() for part in _ERRORS)
 
 

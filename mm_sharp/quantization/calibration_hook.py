@@ -96,7 +96,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
             state.restore()
 
     def _calibrate(self, runner: Any, model: nn.Module) -> None:
-        loader = _some_batches(runner.train_dataloader, self.num_batches, runner.seed or 0)
+        loader = some_batches(runner.train_dataloader, self.num_batches, runner.seed or 0)
         if runner._load_from is None:
             message = 'No load_from: the model that is quantized has random or pretrained weights only'
             print_log(message, 'current', logging.WARNING)
@@ -142,7 +142,7 @@ def evaluate(model: Any, loader: Any, evaluator: Any) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
 
 
-def _some_batches(loader: DataLoader[Any], count: int, seed: int) -> DataLoader[Any]:
+def some_batches(loader: DataLoader[Any], count: int, seed: int) -> DataLoader[Any]:
     """A data loader like the training's, but for its sampler: samplers count, and ``AUSAMSampler`` draws."""
     batch_size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
     order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]

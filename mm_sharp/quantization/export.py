@@ -67,6 +67,8 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
     if file_format not in FORMATS:
         raise ValueError(f"format={file_format!r} is not allowed: one of {', '.join(FORMATS)}, as format='qcdq'")
     check_calibrated(model)
+    if file_format == 'qcdq':
+        _check_bits(model)
     import onnx
 
     from .onnx_graph import tidy
@@ -104,6 +106,7 @@ def output_names(outputs: Sequence[Tensor]) -> tuple[str, ...]:
 def warn_of_export(model: nn.Module) -> None:
     """Warn in one line, before a calibrated model is trained, that it cannot be exported afterwards, and why."""
     try:
+        _check_bits(model)
         inputs, network = _zeros(model).to(next(model.parameters()).device), Network(model)
         with evaluation(model), without_quantizers(model), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             output_names(network(inputs))
@@ -161,6 +164,17 @@ def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int
             keep_initializers_as_inputs=True,  # else equal ones are stored once, and reach the others by Identity
         )
     return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
+
+
+def _check_bits(model: nn.Module) -> None:
+    """Refuse inputs of more than 8 bits in QCDQ."""
+    wide = [layer for layer in quantized_record(model).quantized if layer.policy and layer.policy.act_bit_width > 8]
+    if wide:
+        raise UnsupportedError(
+            f'{len(wide)} layers (the first is {wide[0].name}) have inputs of 16 bits, which QCDQ cannot write: '
+            f'QuantizeLinear makes int16 from opset 21 on, and files are of opset {OPSET}. Take --format qonnx, or '
+            'act_bit_width=8'
+        )
 
 
 def _set_biases_apart(model: nn.Module) -> None:

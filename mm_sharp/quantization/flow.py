@@ -155,6 +155,14 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
 
 
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """What inference runs, up to the head's raw output, which is returned."""
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    data = batch if preprocessor is None else preprocessor(batch, False)
+    inputs = data['inputs'] if isinstance(data, dict) else data[0]
+    return model(inputs, None, mode='tensor')
+
+
 def float_output(model: nn.Module, inputs: Tensor) -> Tensor:
     """What a model puts out in evaluation mode without its quantizers. No global random number is drawn."""
     with torch.random.fork_rng(devices=[]), evaluation(model), without_quantizers(model), torch.no_grad():

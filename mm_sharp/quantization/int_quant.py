@@ -23,13 +23,19 @@ class FusedIntQuant(IntQuant):  # type: ignore[misc]
 
     Attributes:
         kept: The integers of the first forward of a step, where another forward rounds the same to the same.
+        lsq_counts: What :func:`lsq_factor` counts: ``'weights'`` or ``'features'``; '' leaves gradients as they are.
     """
 
     kept: KeptIntegers | None = None
+    lsq_counts: str = ''
 
     def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
         """Fake-quantize ``x``, whose shape the scale is broadcast to."""
         x = self.input_view_impl(x)
+        if self.lsq_counts and scale.requires_grad and torch.is_grad_enabled():
+            count = x[0].numel() if self.lsq_counts == 'features' else x.numel() // scale.numel()
+            factor = lsq_factor(count, self.min_int(bit_width), self.max_int(bit_width))
+            scale = _ScaleGradient.apply(scale, factor)  # type: ignore[no-untyped-call]
         traced = is_compiling() or torch._C._get_tracing_state() is not None
         if x.dtype != scale.dtype or traced:
             result: Tensor = super().forward(scale, zero_point, bit_width, x)
@@ -46,6 +52,35 @@ class FusedIntQuant(IntQuant):  # type: ignore[misc]
         through_clamp = isinstance(self.tensor_clamp_impl, TensorClampSte)
         again = partial(super().forward, zero_point=zero_point, bit_width=bit_width)
         return _FakeQuantize.apply(x, scale, *values, through_clamp, again)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def lsq_factor(count: int, low: Tensor, high: Tensor) -> Tensor:
+    """What a scale's gradient is multiplied by so that SGD moves the scale as in LSQ.
+
+    LSQ (Esser et al. 2020, arXiv 1902.08153, section 2.2) multiplies the gradient of the step size s by
+    g = 1 / sqrt(N * Qp): N weights or, of one sample, features; Qp the highest integer. Brevitas trains not s but the
+    range t = k * s, with k = max(-lowest, highest) integers: SGD on t moves s by 1 / k**2 of its gradient, on top. So
+    the factor is k**2 * g.
+
+    Args:
+        count: N: features of one sample, or, with a scale for each channel (ours), the weights of a channel.
+        low: The lowest integer.
+        high: The highest, Qp.
+    """
+    return torch.maximum(-low, high) ** 2 / torch.sqrt(count * high)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return scale.view_as(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.saved_tensors[0], None
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -11,15 +11,17 @@ from mm_sharp.errors import UserError, check_bool, check_choice
 
 OWNER = 'QuantizedModel'
 _BITS = (8, 7, 6, 5, 4, 3, 2)
+_ACT_BITS = (16, *_BITS)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     'weight_bit_width': _BITS,
-    'act_bit_width': _BITS,
+    'act_bit_width': _ACT_BITS,
     'weight_granularity': ('channel', 'tensor'),
     'weight_scales': ('learned', 'statistics'),
     'act_scales': ('learned', 'fixed'),
     'weight_symmetric': (True, False),
     'act_symmetric': (True, False),
     'scale_init': ('mse', 'max'),
+    'scale_gradients': ('plain', 'lsq'),
 }
 _MODEL_KEYS = ('first_layers', 'last_layers', 'skip', 'layers', 'fold_batchnorm', 'input_size')
 _EXAMPLE = "policy=dict(weight_bit_width=4, act_bit_width=4, last_layers=8, skip=['head.final_layer'])"
@@ -33,15 +35,17 @@ class LayerPolicy:
 
     Args:
         weight_bit_width: Bits of a weight, 2 to 8.
-        act_bit_width: Bits of the layer's input, 2 to 8.
+        act_bit_width: Bits of the layer's input, 2 to 8, or 16.
         weight_granularity: One scale for each output ``'channel'``, or one for the whole ``'tensor'``.
         weight_scales: ``'learned'``: step sizes that start from statistics of the weights and are trained with them
-            (LSQ, without its scaling of their gradients); ``'statistics'``: the largest weight's size in every forward.
+            (LSQ); ``'statistics'``: the largest weight's size in every forward.
         act_scales: ``'learned'``, or ``'fixed'`` at what calibration found.
         weight_symmetric: Integers around 0 without a zero point, the lowest one left out: -1, 0 and 1 at 2 bits.
         act_symmetric: No zero point for inputs of either sign. Inputs that cannot be negative never have one.
         scale_init: What scales start from: ``'mse'``, the scale of least squared error (20 candidates), or ``'max'``,
             the largest weight and the 99.999th percentile of an input.
+        scale_gradients: ``'lsq'``: an SGD step moves a scale as LSQ's does, by the learning rate times its gradient
+            times g (:func:`mm_sharp.quantization.int_quant.lsq_factor`); ``'plain'``: as Brevitas has it.
     """
 
     weight_bit_width: int = 8
@@ -52,6 +56,7 @@ class LayerPolicy:
     weight_symmetric: bool = True
     act_symmetric: bool = True
     scale_init: str = 'mse'
+    scale_gradients: str = 'plain'
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -60,6 +65,11 @@ class LayerPolicy:
             raise UserError(
                 f"{OWNER}: policy weight_scales='statistics' with scale_init='mse' would search the scales in every "
                 "step: write scale_init='max', or weight_scales='learned'"
+            )
+        if self.scale_gradients == 'lsq' and not (self.weight_symmetric and self.act_symmetric):
+            raise UserError(
+                f"{OWNER}: policy scale_gradients='lsq' is for scales without zero points: write "
+                'policy=dict(weight_symmetric=True, act_symmetric=True, …)'
             )
 
 

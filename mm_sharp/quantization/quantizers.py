@@ -54,6 +54,14 @@ def _injector(name: str, policy: LayerPolicy) -> type[ExtendedInjector]:
     return found if name.startswith('Shifted') else found.let(int_quant=FusedIntQuant)
 
 
+def scale_gradients_as_lsq(layer: Any) -> None:
+    """Have a layer's scales be trained at LSQ's pace."""
+    for proxy, counted in ((layer.weight_quant, 'weights'), (layer.input_quant, 'features')):
+        for module in proxy.modules():
+            if isinstance(module, FusedIntQuant):
+                module.lsq_counts = counted
+
+
 def repair(layer: Any) -> None:
     """Repair a layer of Brevitas 0.13: have it train in float16, and have its copies be calibrated by themselves.
 

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from mm_sharp.quantization import LayerPolicy, QuantizationPolicy, quantize, quantized_model
 
 LAYER = ('weight_bit_width', 'act_bit_width', 'weight_granularity', 'weight_scales', 'act_scales')
-LAYER += ('weight_symmetric', 'act_symmetric', 'scale_init')
+LAYER += ('weight_symmetric', 'act_symmetric', 'scale_init', 'scale_gradients')
 MODEL = ('first_layers', 'last_layers', 'skip', 'layers', 'fold_batchnorm', 'input_size')
 BITS = (1, 0, -4, 9, 16, 4.0, '4', None, True, [4])
+ACT_BITS = tuple(17 if value == 16 else value for value in BITS)
 BAD: list[tuple[str, Any]] = [
-    *((name, value) for name in ('weight_bit_width', 'act_bit_width') for value in BITS),
+    *(('weight_bit_width', value) for value in BITS),
+    *(('act_bit_width', value) for value in ACT_BITS),
     *((name, value) for name in ('first_layers', 'last_layers') for value in (*BITS, 'int8', 'Float', '')),
     *(('weight_granularity', value) for value in ('per_channel', 'Channel', None, 1, True, ['channel'])),
     *(('weight_scales', value) for value in ('stats', 'fixed', None, False)),
     *(('act_scales', value) for value in ('statistics', 'dynamic', None, 0)),
+    *(('scale_gradients', value) for value in ('LSQ', None, True, 0.1)),
     *(('scale_init', value) for value in ('percentile', 'mean', None, 2.0)),
     *((name, value) for name in ('weight_symmetric', 'act_symmetric', 'fold_batchnorm') for value in (1, 'yes', None)),
     *(('skip', value) for value in ('(', '*', 3, None, {'head': 1})),

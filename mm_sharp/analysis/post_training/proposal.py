@@ -1,0 +1,144 @@
+"""A mixed-precision policy for a budget, as a config takes it over."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from mm_sharp.analysis.post_training.sensitivity import FLOAT, Choice, MixedModel, Sensitivity, assign
+from mm_sharp.analysis.post_training.subject import Judge, Subject
+from mm_sharp.quantization import LayerPolicy
+from mm_sharp.quantization.record import quantized_record
+
+_LAYER_KEYS = tuple(field.name for field in fields(LayerPolicy))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy for all layers: the model's size in bytes, bits of a weight in the mean, and what was measured."""
+
+    name: str
+    bytes: int
+    mean_bits: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A policy within a budget, what it gives each layer, and what it compares with."""
+
+    policy: dict[str, Any]
+    choice: Choice
+    candidates: list[Candidate]  # the smallest first
+
+
+def propose(
+    subject: Subject,
+    mixed: MixedModel,
+    found: Sensitivity,
+    policies: Mapping[str, Mapping[str, Any]],
+    allowed: Collection[str],
+    judge: Judge,
+    *,
+    size_mb: float | None = None,
+    mean_bits: float | None = None,
+) -> Proposal:
+    """A policy that keeps to a budget, with its own value and those of the policies that it mixes.
+
+    Args:
+        subject: Makes the proposed model, as a config would.
+        mixed: The model that was measured.
+        found: What was.
+        policies: By name; all with the same bits at the ends.
+        allowed: Names of those that may be chosen; ``'float'`` may be one.
+        judge: What is measured.
+        size_mb: Budget of the model's size in 10^6 bytes: weights in their bits, all else in 4 bytes. Or:
+        mean_bits: Budget of bits of a weight, in the mean over the layers.
+
+    Raises:
+        UsageError: The budget is too small.
+    """
+    bits, total = weight_bits(policies), sum(mixed.weights.values())
+    record = quantized_record(mixed.model)
+    rest = record.bytes() - sum(w.weights * w.policy.weight_bit_width for w in record.quantized if w.policy) // 8
+    budget = total * mean_bits if mean_bits is not None else 8 * (1e6 * (size_mb or 0) - rest)
+    costs = {name: {p: cost for p, cost in options.items() if p in allowed} for name, options in found.costs.items()}
+    choice = assign(mixed.weights, costs, bits, budget)
+    policy = mixed_policy(choice, mixed.weights, policies)
+    proposed = subject.quantized(policy)
+
+    def taken(chosen: Choice) -> int:
+        return sum(mixed.weights[name] * bits[p] for name, p in chosen.items())
+
+    candidates = [Candidate('mixed', quantized_record(proposed).bytes(), taken(choice) / total, judge(proposed))]
+    for name in policies:
+        same = dict.fromkeys(mixed.weights, name)
+        mixed.choose(same)
+        candidates.append(Candidate(name, taken(same) // 8 + rest, taken(same) / total, judge(mixed.model)))
+    return Proposal(policy, choice, sorted(candidates, key=lambda candidate: candidate.bytes))
+
+
+def same_everywhere(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy without exceptions for a network's ends and for single layers; what it skips stays skipped."""
+    plain = {key: value for key, value in policy.items() if key != 'layers'}
+    return {**plain, 'first_layers': 'same', 'last_layers': 'same'}
+
+
+def weight_bits(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Bits of a weight by policy's name; 32 in float."""
+    return {name: _layer_policy(policy)['weight_bit_width'] for name, policy in policies.items()} | {FLOAT: 32}
+
+
+def mixed_policy(
+    choice: Choice, weights: Mapping[str, int], policies: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The policy that quantizes each layer as chosen: most weights by default, the others one by one.
+
+    Args:
+        choice: By layer, a name of ``policies``, or ``'float'``.
+        weights: How many a layer has.
+        policies: What may be chosen; all have the same settings for the model.
+    """
+    counts: Counter[str] = Counter()
+    for name, policy in choice.items():
+        counts[policy] += weights[name] if policy != FLOAT else 0
+    default = max(counts, key=lambda policy: (counts[policy], policy != FLOAT))
+    base = _layer_policy(policies[default])
+    layers, skip = [], list(policies[default].get('skip', ()))
+    for name, policy in choice.items():
+        pattern = f'^{re.escape(name)}$'
+        if policy == FLOAT:
+            skip.append(pattern)
+        elif policy != default:
+            changes = {key: value for key, value in _layer_policy(policies[policy]).items() if value != base[key]}
+            if changes:
+                layers.append({'pattern': pattern, **changes})
+    found = {**same_everywhere(policies[default]), 'layers': layers, 'skip': skip}
+    return {key: value for key, value in found.items() if value not in ([], ())}
+
+
+def config_text(policy: Mapping[str, Any], comment: str) -> str:
+    """A config file that sets the policy: a fragment for ``_base_``, and a file for ``tools/ptq.py --policy``."""
+    lines = [f'# {line}'.rstrip() for line in comment.splitlines()]
+    lines += ['sharp_quantization = dict(', '    policy=dict(']
+    for key, value in policy.items():
+        if key in ('layers', 'skip'):
+            lines += [f'        {key}=[', *(f'            {_written(item)},' for item in value), '        ],']
+        else:
+            lines.append(f'        {key}={value!r},')
+    return '\n'.join([*lines, '    )', ')', ''])
+
+
+def _written(item: Any) -> str:
+    """A pattern, or the dict of a layer; patterns without doubled backslashes."""
+    if isinstance(item, str):
+        return f"r'{item}'"
+    changes = ''.join(f', {key}={value!r}' for key, value in item.items() if key != 'pattern')
+    return f'dict(pattern={_written(item["pattern"])}{changes})'
+
+
+def _layer_policy(policy: Mapping[str, Any]) -> dict[str, Any]:
+    return asdict(LayerPolicy(**{key: policy[key] for key in _LAYER_KEYS if key in policy}))

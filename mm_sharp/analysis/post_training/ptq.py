@@ -1,0 +1,69 @@
+"""Post-training quantization by several policies: a checkpoint of each, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.runner.checkpoint import save_checkpoint
+from torch import nn
+
+from mm_sharp.analysis.benchmark.compare import columns
+from mm_sharp.analysis.post_training.policies import quantized_config
+from mm_sharp.analysis.post_training.subject import Subject
+from mm_sharp.compat.plain_checkpoint import arrays_as_lists
+from mm_sharp.quantization.record import quantized_record, size_in_bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model's size and metrics; of a quantized one, its checkpoint and the config that goes with it."""
+
+    name: str
+    megabytes: float  # weights in their bits, all else in 4 bytes
+    metrics: Mapping[str, float]
+    checkpoint: str = ''
+    config: str = ''
+
+
+def post_train(
+    subject: Subject, policies: Mapping[str, Mapping[str, Any]], folder: Path, **options: Any
+) -> Iterator[Row]:
+    """The float model's row, then a row for each policy, whose model is saved as ``ptq_<name>.pth`` with its config.
+
+    Args:
+        subject: The float model.
+        policies: By name.
+        folder: Where checkpoints and configs are written.
+        **options: Those of :func:`mm_sharp.quantization.calibrate`.
+    """
+    state = subject.float_model.state_dict()
+    yield Row('float', size_in_bytes(state) / 1e6, subject.test(subject.float_model))
+    for name, policy in policies.items():
+        model = subject.quantized(policy, **options)
+        files = folder / f'ptq_{name}.pth', folder / f'ptq_{name}.py'
+        _save(subject, model, policy, *files)
+        size = quantized_record(model).bytes() / 1e6
+        yield Row(name, size, subject.test(model), *map(str, files))
+
+
+def _save(subject: Subject, model: nn.Module, policy: Mapping[str, Any], checkpoint: Path, config: Path) -> None:
+    """Write a calibrated model and the config that builds it; fine-tuning by that config starts from the model."""
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    cfg = quantized_config(subject.cfg, policy)
+    cfg.load_from, cfg.resume = str(checkpoint), False
+    meta: dict[str, Any] = {'epoch': 0, 'iter': 0}
+    dataset_meta = getattr(subject.test_loader.dataset, 'metainfo', None)
+    if dataset_meta is not None:
+        meta['dataset_meta'] = arrays_as_lists(dataset_meta)
+    save_checkpoint({'meta': meta, 'state_dict': model.state_dict()}, str(checkpoint))
+    cfg.dump(str(config))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text: name, megabytes, and the metrics that all have."""
+    names = [name for name in rows[0].metrics if all(name in row.metrics for row in rows)]
+    cells = [[row.name, f'{row.megabytes:.2f}', *(f'{row.metrics[name]:.4f}' for name in names)] for row in rows]
+    return columns([['', 'MB', *names], *cells])

@@ -1,0 +1,154 @@
+"""A recipe's float model with a checkpoint's weights, and what it is calibrated with and judged by."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
+from copy import deepcopy
+from functools import cached_property
+from itertools import islice
+from numbers import Real
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
+from mmengine.registry import DATASETS, MODELS
+from mmengine.runner import CheckpointLoader, Runner, set_random_seed
+from mmengine.utils import ProgressBar
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from mm_sharp.analysis.post_training.policies import float_config, quantized_config
+from mm_sharp.analysis.prepare import build_loader, prepared
+from mm_sharp.analysis.sharpness.loading import load_model, load_samples
+from mm_sharp.cli.loading import careful_loading
+from mm_sharp.errors import UsageError, UserError, did_you_mean
+from mm_sharp.ops.rng import RandomState
+from mm_sharp.quantization import calibrate
+from mm_sharp.quantization.calibration import is_error
+from mm_sharp.quantization.calibration_hook import some_batches
+from mm_sharp.quantization.record import LAYOUT
+
+Judge = Callable[[nn.Module], float]  # the lower the better
+
+
+class Subject:
+    """What is quantized after training.
+
+    Args:
+        cfg: The recipe, quantized or not.
+        checkpoint: The float model's.
+        trust: Load it even if it is more than plain data.
+        batches: Training batches to calibrate with: those of ``CalibrationHook`` with this seed.
+        seed: Of their choice, and of their augmentation.
+
+    Raises:
+        UserError: The checkpoint is a quantized model's, or of another model, or not plain.
+    """
+
+    def __init__(self, cfg: Config, checkpoint: str, trust: bool = False, batches: int = 16, seed: int = 0) -> None:
+        self.cfg, self._batches, self._seed = float_config(cfg), batches, seed
+        with careful_loading(trust):
+            content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
+        self._state: dict[str, Any] = content.get('state_dict', content)
+        if LAYOUT in self._state:
+            raise UserError(f"'{checkpoint}' is of a quantized model: take the float model's, which it started from")
+        self.float_model = load_model(self.cfg, checkpoint, trust)[0].eval()
+
+    @cached_property
+    def batches(self) -> list[Any]:
+        """The batches to calibrate with, the same for all policies."""
+        before = RandomState.capture()
+        set_random_seed(self._seed)
+        try:
+            with prepared(self.cfg):
+                loader = some_batches(build_loader(self.cfg), self._batches, self._seed)
+                return list(with_bar(loader, 'Loading training batches'))
+        finally:
+            before.restore()
+
+    @cached_property
+    def test_loader(self) -> Any:
+        """The config's test data."""
+        with prepared(self.cfg):
+            return Runner.build_dataloader(deepcopy(dict(self.cfg.test_dataloader)))
+
+    def quantized(self, policy: Mapping[str, Any], **options: Any) -> nn.Module:
+        """The model in evaluation mode, calibrated by a policy; ``options`` are those of ``calibrate``."""
+        cfg = quantized_config(self.cfg, policy)
+        with prepared(cfg):
+            config = dict(cfg.model)
+            if cfg.get('data_preprocessor'):
+                config.setdefault('data_preprocessor', cfg.data_preprocessor)
+            with patch.object(MMLogger.get_current_instance(), 'disabled', True):  # its table of all layers
+                model: nn.Module = MODELS.build(config)
+                model.load_state_dict(self._state, strict=False)
+            model.to(get_device()).eval()
+            calibrate(model, with_bar(self.batches, 'Calibrating'), **options)
+        return model
+
+    def test(self, model: nn.Module) -> dict[str, float]:
+        """The metrics of ``tools/test.py``, but for their parts (``coco/AP .5``)."""
+        loader = self.test_loader
+        with prepared(self.cfg):
+            evaluator = Evaluator(deepcopy(self.cfg.test_evaluator))
+            evaluator.dataset_meta = getattr(loader.dataset, 'metainfo', None)
+            with torch.no_grad():
+                for batch in with_bar(loader, f'Testing on {len(loader.dataset)} samples'):
+                    evaluator.process(data_samples=model.test_step(batch), data_batch=batch)  # type: ignore[operator]
+            with redirect_stdout(io.StringIO()):  # COCO's own tables
+                return _judged(evaluator.evaluate(len(loader.dataset)))
+
+    def loss(self, people: int) -> Judge:
+        """The validation loss over the first people of a seeded shuffle, with labels as in training."""
+        with torch.no_grad(), prepared(self.cfg):
+            samples = load_samples(self.cfg, 'val', people, self._seed)
+            preprocess: Any = self.float_model.data_preprocessor
+            batches = [(count, preprocess(batch, False)) for count, batch in samples.batches(32)]
+
+        def judge(model: Any) -> float:
+            with torch.no_grad(), prepared(self.cfg):
+                losses = [(n, model.parse_losses(model(**deepcopy(data), mode='loss'))[0]) for n, data in batches]
+            return sum(n * float(loss) for n, loss in losses) / len(samples)
+
+        return judge
+
+    def metric(self, name: str, people: int) -> Judge:
+        """A validation metric over the first people of the set, its sign turned where higher is better."""
+        from mm_sharp.quantization.export_check import evaluate  # which needs onnx
+
+        with prepared(self.cfg):
+            dataset = DATASETS.build(deepcopy(dict(self.cfg.val_dataloader.dataset)))
+        part = Subset(dataset, range(min(people, len(dataset))))
+        batches = list(DataLoader(part, batch_size=32, collate_fn=pseudo_collate))
+
+        def judge(model: Any) -> float:
+            with torch.no_grad(), prepared(self.cfg):
+                predictions = [sample for batch in batches for sample in model.test_step(deepcopy(batch))]
+                values = evaluate(self.cfg.val_evaluator, dataset.metainfo, predictions)
+            if name not in values:
+                raise UsageError(f'--metric {name}: no metric of val_evaluator; {did_you_mean(name, values)}')
+            return values[name] if is_error(name) else -values[name]
+
+        return judge
+
+
+def _judged(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, Real) and ' ' not in name}
+
+
+def with_bar(items: Any, title: str) -> Iterable[Any]:
+    """The items, with a progress bar on stderr below a title."""
+    sys.stderr.write(f'{title}\n')
+    bar = ProgressBar(len(items), file=sys.stderr)
+    for item in islice(items, len(items)):
+        yield item
+        bar.update()
+    sys.stderr.write('\n')

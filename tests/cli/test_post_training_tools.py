@@ -1,0 +1,161 @@
+"""tools/ptq.py and tools/sensitivity.py: from a float checkpoint to tables, checkpoints, a policy, and errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import set_random_seed
+
+from mm_sharp.analysis.post_training.policies import float_config, own_policy, quantized_config, read_policy
+from mm_sharp.analysis.post_training.subject import Subject
+from mm_sharp.cli.options import load_config
+from mm_sharp.errors import UsageError, UserError
+from mm_sharp.quantization import calibrate
+from tests.mmpose_cases import QUIET
+from tests.tiny_data import write_float_and_w4a4
+from tests.tool_runs import PLAIN, tool
+
+pytestmark = QUIET
+FLIP = ['--cfg-options', 'model.test_cfg.flip_test=False']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn people, a float config with a checkpoint, and a quantized one with a checkpoint."""
+    folder = tmp_path_factory.mktemp('ptq')
+    write_float_and_w4a4(folder, PLAIN, 4)
+    low = dict(weight_bit_width=4, act_bit_width=4, scale_init='max')  # which takes no search
+    (folder / 'low.py').write_text(f'sharp_quantization = dict(policy={low})\n')
+    set_random_seed(0)
+    for name, file in (('float', 'f.pth'), ('w4a4', 'q.pth')):
+        torch.save({'state_dict': build(Config.fromfile(folder / f'{name}.py')).state_dict()}, folder / file)
+    return folder
+
+
+def build(cfg: Config) -> Any:
+    """A config's model; no default scope is left behind that the tools would find."""
+    with DefaultScope.overwrite_default_scope('mmpose'):
+        return MODELS.build(cfg.model)
+
+
+def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.chdir(folder)
+    tool(name).main(list(arguments))
+
+
+def test_ptq_gives_the_metrics_of_calibrating_by_hand_and_checkpoints_that_load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ['--policy', 'low.py', 'w8a16', '--batches', '1', '--bias-correction', '--work-dir', 'out', *FLIP]
+    run('ptq', folder, monkeypatch, 'float.py', 'f.pth', *options)
+    printed = capsys.readouterr()
+    rows = {row['name']: row for row in json.loads((folder / 'out' / 'ptq.json').read_text())['rows']}
+    assert list(rows) == ['float', 'low', 'w8a16']
+    assert {'coco/AP', 'PCK'} <= rows['low']['metrics'].keys()
+    assert not any(' ' in name for name in rows['low']['metrics'])
+    assert rows['float']['megabytes'] > rows['w8a16']['megabytes'] > rows['low']['megabytes']
+    assert f'{rows["low"]["metrics"]["PCK"]:.4f}' in printed.out
+    assert 'Calibrating' in printed.err
+
+    cfg = Config.fromfile(folder / 'out' / 'ptq_low.py')
+    assert cfg.load_from == 'out/ptq_low.pth'
+    saved = build(cfg)
+    saved.load_state_dict(torch.load(folder / 'out' / 'ptq_low.pth', weights_only=True)['state_dict'])
+    plain = Config.fromfile(folder / 'float.py')
+    plain.model.test_cfg.flip_test = False
+    subject = Subject(plain, 'f.pth', batches=1)
+    by_hand = build(quantized_config(subject.cfg, read_policy('low.py')))
+    by_hand.load_state_dict(torch.load(folder / 'f.pth')['state_dict'], strict=False)
+    calibrate(by_hand, subject.batches, bias_correction=True)
+    for (name, ours), theirs in zip(saved.state_dict().items(), by_hand.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert subject.test(by_hand.eval()) == pytest.approx(rows['low']['metrics'])
+
+
+@pytest.mark.parametrize(
+    'mode',
+    [['--alone', '--mean-bits', '6'], pytest.param(['--spared', '--size-mb', '0.2'], marks=pytest.mark.slow)],
+    ids=' '.join,
+)
+def test_sensitivity_writes_a_policy_within_the_budget(
+    mode: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ['--policy', 'low.py', 'w8a8', '--people', '4', '--batches', '1', '--work-dir', mode[0][2:], *mode, *FLIP]
+    run('sensitivity', folder, monkeypatch, 'w4a4.py', 'f.pth', *options)
+    printed = capsys.readouterr().out
+    out = folder / mode[0][2:]
+    found = json.loads((out / 'sensitivity.json').read_text())
+    assert found['others'] == ('float' if '--alone' in mode else 'low')
+    assert (out / 'sensitivity.png').stat().st_size > 10_000
+    subject = Subject(Config.fromfile(folder / 'float.py'), 'f.pth', batches=1)
+    model: Any = subject.quantized(read_policy(str(out / 'mixed.py')))
+    layers = model.quantization.quantized
+    assert {layer.name for layer in layers} == {layer['layer'] for layer in found['layers']}
+    total = sum(layer.weights for layer in layers)
+    if '--alone' in mode:
+        assert 4 < sum(layer.weights * layer.policy.weight_bit_width for layer in layers) / total <= 6
+    else:
+        assert model.quantization.bytes() <= 200_000
+    assert re.search(rf'^mixed +{model.quantization.bytes() / 1e6:.3f} ', printed, re.MULTILINE)
+    assert all(layer['layer'] in printed for layer in found['layers'])
+
+
+def test_a_metric_of_the_config_can_be_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    subject = Subject(Config.fromfile(folder / 'float.py'), 'f.pth', batches=1)
+    expected = subject.test(subject.float_model)['PCK']
+    assert subject.metric('PCK', 4)(subject.float_model) == pytest.approx(-expected)
+    with pytest.raises(UsageError, match=r"--metric pck: no metric of val_evaluator; did you mean 'PCK'\?"):
+        subject.metric('pck', 4)(subject.float_model)
+
+
+def test_float_and_quantized_configs_are_made_of_each_other(folder: Path) -> None:
+    plain, quantized = Config.fromfile(folder / 'float.py'), Config.fromfile(folder / 'w4a4.py')
+    assert own_policy(plain) is None
+    assert own_policy(quantized) == read_policy('w4a4')
+    assert float_config(quantized).model == plain.model
+    assert quantized_config(plain, read_policy('w4a4')).model == quantized.model
+    assert quantized_config(quantized, read_policy('w8a8')).model.policy == read_policy('w8a8')
+    lazy = float_config(plain)
+    lazy.model = dict(type='QuantizedModel', model=plain.model, policy=dict(weight_bit_width=4))
+    assert float_config(lazy).model == plain.model
+
+
+BAD = [
+    ('ptq', ['f.pth', '--policy', 'w9'], r'--policy w9: no such policy'),
+    ('ptq', ['f.pth', '--batches', '0'], '--batches 0: it must be at least 1'),
+    ('ptq', ['f.pth', '--learned-rounding', '0'], '--learned-rounding 0: it must be at least 1'),
+    ('ptq', ['f.pth', '--policy', 'w4a4', 'w4a4'], 'two of them have the same name'),
+    ('ptq', ['none.pth'], r"checkpoint: no checkpoint 'none\.pth'"),
+    ('ptq', ['q.pth'], r"'q\.pth' is of a quantized model: take the float model's"),
+    ('sensitivity', ['f.pth', '--people', '0'], '--people 0: it must be at least 1'),
+    ('sensitivity', ['f.pth', '--mean-bits', '-1'], '--mean-bits -1: it must be a finite number above 0'),
+    ('sensitivity', ['f.pth', '--size-mb', '1', '--mean-bits', '4'], 'not allowed with argument'),
+    ('sensitivity', ['f.pth', '--policy', 'float'], '--policy float: give at least one that quantizes'),
+    ('sensitivity', ['f.pth', '--spared', '--policy', 'float', 'w4a4'], 'cannot be float'),
+    ('sensitivity', ['f.pth', '--cfg-options', 'val_dataloader=None'], 'has no val_dataloader'),
+]
+
+
+@pytest.mark.parametrize(('name', 'arguments', 'message'), BAD, ids=[' '.join([n, *a]) for n, a, _ in BAD])
+def test_mistakes_are_errors_of_one_line(
+    name: str, arguments: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises((UsageError, UserError), match=message) as caught:
+        run(name, folder, monkeypatch, 'float.py', *arguments)
+    assert '\n' not in str(caught.value)
+
+
+def test_the_quantized_config_alone_says_what_the_policy_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    ptq = tool('ptq')
+    for config, expected in (('w4a4.py', {'own': read_policy('w4a4')}), ('float.py', {'w8a8': read_policy('w8a8')})):
+        assert ptq.configure(ptq.parse_arguments([config, 'f.pth']))[1] == expected
+    assert load_config(ptq.parse_arguments(['w4a4.py', 'f.pth'])).model.type == 'QuantizedModel'
