@@ -23,6 +23,8 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     """A graph without the exporter's leftovers, since compilers want nothing in it but the network.
 
     - Weights are constants, not inputs that a caller could replace.
+    - Integer weights reach their DequantizeLinear directly, and not by a Clip that changes none of them: OpenVINO computes
+      a convolution in integers only then.
     - The zero point of every DequantizeLinear has a tensor of its own: ONNX Runtime 1.32 fails on one that is shared.
     - ``torch.flatten`` and ``view`` became Shape, Slice or Gather, Concat and Reshape, since the batch's size is free.
       The new shape becomes a constant, with -1 for the size that depends on the batch.
@@ -31,6 +33,7 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     graph = model.graph
     del graph.input[1:]
     stored = {item.name: item for item in graph.initializer}
+    _drop_idle_clips(graph, stored)
     small, large = _shapes(model, 2), _shapes(model, 3)
     for node in graph.node:
         if node.op_type == 'DequantizeLinear' and node.input[2] in stored:
@@ -47,6 +50,19 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
         kind = output.type.tensor_type.elem_type
         output.CopyFrom(helper.make_tensor_value_info(output.name, kind, ['batch', *outputs[output.name][1:]]))
     return onnxoptimizer.optimize(model, ['eliminate_deadend', 'eliminate_unused_initializer'])
+
+
+def _drop_idle_clips(graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]) -> None:
+    """Have the readers of a Clip of a constant read the constant, if the Clip does not change it."""
+    sources = {}
+    for node in graph.node:
+        if node.op_type == 'Clip' and all(name in stored for name in node.input):
+            values, low, high = (numpy_helper.to_array(stored[name]) for name in node.input)
+            if values.min() >= low and values.max() <= high:
+                sources[node.output[0]] = node.input[0]
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = sources.get(name, name)
 
 
 def _shapes(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
