@@ -70,6 +70,7 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
     import onnx
 
     from .onnx_graph import tidy
+    from .onnx_runtime import for_onnxruntime
 
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +79,8 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
         outputs = _write(model, written, file_format)
         constants = {**constants, 'format': file_format, 'outputs': list(outputs)}
         graph = tidy(onnx.load(written), outputs)
+        if file_format == 'qcdq' and quantized_record(model).policy.target == 'onnxruntime':
+            graph = for_onnxruntime(graph)
         graph.metadata_props.add(key=METADATA_KEY, value=json.dumps(constants, ensure_ascii=False))
         graph.producer_name, graph.producer_version = 'mm_sharp', constants.get('versions', {}).get('mm_sharp', '')
         onnx.checker.check_model(graph)

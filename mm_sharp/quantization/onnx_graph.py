@@ -23,8 +23,8 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     """A graph without the exporter's leftovers, since compilers want nothing in it but the network.
 
     - Weights are constants, not inputs that a caller could replace.
-    - Integer weights reach their DequantizeLinear directly, and not by a Clip that changes none of them: OpenVINO computes
-      a convolution in integers only then.
+    - Integer weights reach their DequantizeLinear directly, and not by a Clip that changes none of them: only then does
+      OpenVINO compute a convolution in integers. Dequantized activations are not cast to the type that they have.
     - The zero point of every DequantizeLinear has a tensor of its own: ONNX Runtime 1.32 fails on one that is shared.
     - ``torch.flatten`` and ``view`` became Shape, Slice or Gather, Concat and Reshape, since the batch's size is free.
       The new shape becomes a constant, with -1 for the size that depends on the batch.
@@ -33,7 +33,7 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     graph = model.graph
     del graph.input[1:]
     stored = {item.name: item for item in graph.initializer}
-    _drop_idle_clips(graph, stored)
+    _drop_idle(graph, stored)
     small, large = _shapes(model, 2), _shapes(model, 3)
     for node in graph.node:
         if node.op_type == 'DequantizeLinear' and node.input[2] in stored:
@@ -52,10 +52,14 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     return onnxoptimizer.optimize(model, ['eliminate_deadend', 'eliminate_unused_initializer'])
 
 
-def _drop_idle_clips(graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]) -> None:
-    """Have the readers of a Clip of a constant read the constant, if the Clip does not change it."""
+def _drop_idle(graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]) -> None:
+    """Have readers of a Clip that does not change a constant, or of a Cast of floats to float, read its input."""
+    dequantized = {node.output[0] for node in graph.node if node.op_type == 'DequantizeLinear'}
     sources = {}
     for node in graph.node:
+        to_float = node.op_type == 'Cast' and node.attribute[0].i == onnx.TensorProto.FLOAT
+        if to_float and node.input[0] in dequantized:
+            sources[node.output[0]] = node.input[0]
         if node.op_type == 'Clip' and all(name in stored for name in node.input):
             values, low, high = (numpy_helper.to_array(stored[name]) for name in node.input)
             if values.min() >= low and values.max() <= high:
