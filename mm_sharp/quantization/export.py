@@ -2,6 +2,7 @@
 
 ``'qcdq'`` is standard ONNX: integer weights, QuantizeLinear, Clip and DequantizeLinear. ``'qonnx'`` has float weights
 behind ``Quant`` (Pappalardo et al. 2022, arXiv 2206.07527), for any number of bits: FINN, hls4ml and ``qonnx`` read it.
+``'float'`` is a float model, or a quantized one without its quantizers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .deployment import codec_constants
 from .flow import evaluation, without_quantizers
 from .record import check_calibrated, quantized_record
 
-FORMATS = ('qcdq', 'qonnx')
+FORMATS = ('qcdq', 'qonnx', 'float')
 OPSET = 17
 METADATA_KEY = 'mm_sharp'  # of the constants, as JSON
 
@@ -54,10 +55,10 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
     """Write a copy of a calibrated model as ONNX; returns the file.
 
     Args:
-        model: Built with ``QuantizedModel``.
+        model: Built with ``QuantizedModel``; ``'float'`` takes any.
         file: The ONNX file; folders are made. The constants go to the same name with ``.json``. Both are complete
             before they replace files of the same name.
-        file_format: ``'qcdq'`` or ``'qonnx'``.
+        file_format: ``'qcdq'``, ``'qonnx'`` or ``'float'``.
         constants: Those of :mod:`mm_sharp.quantization.deployment`; format and names of the outputs are added.
 
     Raises:
@@ -66,7 +67,8 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
     """
     if file_format not in FORMATS:
         raise ValueError(f"format={file_format!r} is not allowed: one of {', '.join(FORMATS)}, as format='qcdq'")
-    check_calibrated(model)
+    if file_format != 'float':
+        check_calibrated(model)
     import onnx
 
     from .onnx_graph import tidy
@@ -145,6 +147,8 @@ def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int
     from brevitas.export import export_onnx_qcdq, export_qonnx
 
     network, inputs = Network(deepcopy(model)).cpu().float().eval(), _zeros(model)
+    if file_format == 'float':
+        return _write_float(network, inputs, file)
     if file_format == 'qcdq':
         _set_biases_apart(network.model)
     with torch.no_grad():
@@ -163,6 +167,18 @@ def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int
             dynamo=False,  # torch's newer exporter cannot store integer weights
             keep_initializers_as_inputs=True,  # else equal ones are stored once, and reach the others by Identity
         )
+    return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
+
+
+def _write_float(network: nn.Module, inputs: Tensor, file: Path) -> dict[str, list[int]]:
+    """Have torch write a network, without its quantizers if it has some; returns the outputs' shapes, by name."""
+    with evaluation(network), without_quantizers(network), torch.no_grad():
+        outputs = network(inputs)
+        names = output_names(outputs)
+        axes = {name: {0: 'batch'} for name in ('input', *names)}
+        options: dict[str, Any] = dict(input_names=['input'], output_names=list(names), dynamic_axes=axes)
+        with exporting():
+            torch.onnx.export(network, (inputs,), str(file), opset_version=OPSET, dynamo=False, **options)
     return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
 
 

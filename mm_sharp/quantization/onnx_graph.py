@@ -17,6 +17,8 @@ from onnx import helper, numpy_helper
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
 FORCED = '/forced'
+# What may stand between QuantizeLinear and DequantizeLinear.
+_OF_INTEGERS = ('Clip', 'Slice', 'Concat', 'Reshape', 'Transpose', 'DequantizeLinear')
 
 
 def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
@@ -34,7 +36,7 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     del graph.input[1:]
     stored = {item.name: item for item in graph.initializer}
     _drop_idle(graph, stored)
-    small, large = _shapes(model, 2), _shapes(model, 3)
+    small, large = shapes_of(model, 2), shapes_of(model, 3)
     for node in graph.node:
         if node.op_type == 'DequantizeLinear' and node.input[2] in stored:
             zero_point = graph.initializer.add()
@@ -69,7 +71,7 @@ def _drop_idle(graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]) -
             node.input[i] = sources.get(name, name)
 
 
-def _shapes(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
+def shapes_of(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
     """The shape of every tensor for one size of the batch."""
     sized = _with_batch(model, batch)
     for node in sized.graph.node:
@@ -105,7 +107,7 @@ class ActivationPoint:
 def activation_points(model: onnx.ModelProto) -> list[ActivationPoint]:
     """The places where a graph quantizes activations, in the order of its nodes, which is that of the forward pass."""
     stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    users = {node.input[0]: node for node in model.graph.node if node.op_type in ('Clip', 'DequantizeLinear')}
+    users = {name: node for node in model.graph.node if node.op_type in _OF_INTEGERS for name in node.input}
     points = []
     for node in model.graph.node:
         if node.op_type in ('QuantizeLinear', 'Quant') and node.input[0] not in stored:  # weights are

@@ -12,13 +12,18 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from .deconvolution import replace_deconvolutions, store
+from .onnx_graph import shapes_of
+
 _DOMAIN = 'com.microsoft'
 
 
 def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
     """Rewrite a tidied graph, in place, and return it."""
+    shapes = shapes_of(model, 2)
     _unsign(model.graph)
     _move_clips(model.graph)
+    replace_deconvolutions(model.graph, shapes)
     if _join_silus(model.graph):
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     return model
@@ -31,22 +36,15 @@ def _unsign(graph: onnx.GraphProto) -> None:
         if node.op_type == 'QuantizeLinear' or (node.op_type == 'DequantizeLinear' and node.input[0] not in stored):
             zero_point = numpy_helper.to_array(stored[node.input[2]])
             if zero_point.dtype == np.int8:
-                node.input[2] = _store(
-                    graph, f'{node.name}/uint8', (zero_point.astype(np.int16) + 128).astype(np.uint8)
-                )
+                node.input[2] = store(graph, f'{node.name}/uint8', (zero_point.astype(np.int16) + 128).astype(np.uint8))
         elif node.op_type == 'Clip' and _is_int8(stored, node.input[1]):  # of fewer bits
             for i in (1, 2):
                 limit = numpy_helper.to_array(stored[node.input[i]]).astype(np.int16) + 128
-                node.input[i] = _store(graph, f'{node.name}/uint8_{i}', limit.astype(np.uint8))
+                node.input[i] = store(graph, f'{node.name}/uint8_{i}', limit.astype(np.uint8))
 
 
 def _is_int8(stored: dict[str, onnx.TensorProto], name: str) -> bool:
     return name in stored and stored[name].data_type == onnx.TensorProto.INT8
-
-
-def _store(graph: onnx.GraphProto, name: str, value: object) -> str:
-    graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-    return name
 
 
 def _move_clips(graph: onnx.GraphProto) -> None:
@@ -71,7 +69,7 @@ def _move_clips(graph: onnx.GraphProto) -> None:
             moved.append((clip, None))
             continue
         inner = f'{quantize.output[0]}/unclipped'
-        limits = [_store(graph, f'{clip.name}/{side}', np.uint8(value)) for side, value in (('low', 0), ('high', top))]
+        limits = [store(graph, f'{clip.name}/{side}', np.uint8(value)) for side, value in (('low', 0), ('high', top))]
         behind = helper.make_node('Clip', [inner, *limits], [quantize.output[0]], name=f'{clip.name}/integers')
         quantize.output[0] = inner
         moved.append((clip, behind))

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from mmengine.config import Config
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -18,7 +19,9 @@ from mm_sharp.errors import UserError
 from mm_sharp.quantization import CheckpointMismatchError, QuantizationPolicy, calibrate, quantized_model
 from mm_sharp.quantization.export import Network, export_onnx
 from mm_sharp.quantization.export_check import IntegerCheck, recording
+from mm_sharp.quantization.latency import onnxruntime_convolutions, openvino_convolutions
 from mm_sharp.quantization.onnx_runtime import for_onnxruntime
+from tests.conftest import ROOT
 from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import (
     HRNET,
@@ -33,7 +36,6 @@ from tests.quantized_models import (
     policy,
     samples,
 )
-from tests.runtimes import int8_convolutions, qlinear_convolutions
 
 pytestmark = QUIET
 SIZE = (8, 8)
@@ -223,6 +225,7 @@ def test_tensorrt_takes_int8_without_zero_points(changes: dict[str, Any]) -> Non
     ('case', 'target'),
     [
         (RTMPOSE, 'onnxruntime'),
+        (SIMCC, 'onnxruntime'),
         *(pytest.param(case, t, marks=pytest.mark.slow) for case, t in ((RTMPOSE, 'tensorrt'), (RLE, 'onnxruntime'))),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
@@ -302,9 +305,40 @@ def test_a_float_checkpoint_is_folded_and_loaded() -> None:
 
 
 # ------------------------------------------------------------------ counted in the runtimes
-def test_convolutions_are_computed_in_integers(tmp_path: Path) -> None:
-    model = calibrated(RTMPOSE, weight=8, act=8, target='onnxruntime')
-    file = export_onnx(model, tmp_path / 'x.onnx', 'qcdq', {})
-    fused, of = qlinear_convolutions(file)
-    assert fused == of > 30
-    assert int8_convolutions(file) == (of, of)
+def _resnet50(cfg: Config) -> None:
+    cfg.model.backbone.update(stem_channels=8, base_channels=8)
+    cfg.model.head.in_channels = 256
+
+
+NARROW = dict(size=(64, 64), edit=_resnet50)
+HEATMAP = Case('ResNet50', 'body_2d_keypoint/topdown_heatmap/coco/td-hm_res50_8xb64-210e_coco-256x192.py', **NARROW)
+SIMCC50 = Case('ResNet50-SimCC', 'body_2d_keypoint/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py', stride=None)
+MOBILENET = Case(
+    'MobileNetV2', 'body_2d_keypoint/topdown_heatmap/coco/td-hm_mobilenetv2_8xb64-210e_coco-256x192.py', (64, 64)
+)
+DEMO = Case('demo', str(ROOT / 'configs' / 'demo' / 'simcc_res18-half_demo-128x96.py'), stride=None)
+
+
+@pytest.mark.parametrize(
+    'case',
+    [
+        RTMPOSE,
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (HEATMAP, SIMCC50, MOBILENET, HRNET, DEMO)),
+    ],
+    ids=lambda case: case.name,
+)
+def test_convolutions_are_computed_in_integers(case: Case, tmp_path: Path) -> None:
+    """In both runtimes, of a model for ONNX Runtime, and in OpenVINO of one for it."""
+    pytest.importorskip('openvino')
+    for target in ('onnxruntime', 'openvino'):
+        model = calibrated(case, weight=8, act=8, target=target)
+        file = export_onnx(model, tmp_path / 'x.onnx', 'qcdq', {})
+        # For ONNX Runtime a deconvolution becomes a convolution; all of MMPose's are of the kind that can.
+        kinds = ('Conv2d', 'ConvTranspose2d') if target == 'onnxruntime' else ('Conv2d',)
+        convolutions = sum(layer.kind in kinds for layer in model.quantization.quantized)
+        counts = [openvino_convolutions(file)]
+        if target == 'onnxruntime':
+            counts.append(onnxruntime_convolutions(file))
+        for fused, of in counts:
+            assert of == convolutions
+            assert fused >= 0.9 * of
