@@ -26,7 +26,7 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
 
     - Weights are constants, not inputs that a caller could replace.
     - Integer weights reach their DequantizeLinear directly, and not by a Clip that changes none of them: only then does
-      OpenVINO compute a convolution in integers. Dequantized activations are not cast to the type that they have.
+      OpenVINO compute a convolution in integers. Nothing is cast to the type that it has.
     - The zero point of every DequantizeLinear has a tensor of its own: ONNX Runtime 1.32 fails on one that is shared.
     - ``torch.flatten`` and ``view`` became Shape, Slice or Gather, Concat and Reshape, since the batch's size is free.
       The new shape becomes a constant, with -1 for the size that depends on the batch.
@@ -35,7 +35,7 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     graph = model.graph
     del graph.input[1:]
     stored = {item.name: item for item in graph.initializer}
-    _drop_idle(graph, stored)
+    _drop_idle(model, stored)
     small, large = shapes_of(model, 2), shapes_of(model, 3)
     for node in graph.node:
         if node.op_type == 'DequantizeLinear' and node.input[2] in stored:
@@ -54,21 +54,20 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     return onnxoptimizer.optimize(model, ['eliminate_deadend', 'eliminate_unused_initializer'])
 
 
-def _drop_idle(graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]) -> None:
+def _drop_idle(model: onnx.ModelProto, stored: Mapping[str, onnx.TensorProto]) -> None:
     """Have readers of a Clip that does not change a constant, or of a Cast of floats to float, read its input."""
-    dequantized = {node.output[0] for node in graph.node if node.op_type == 'DequantizeLinear'}
-    sources = {}
-    for node in graph.node:
-        to_float = node.op_type == 'Cast' and node.attribute[0].i == onnx.TensorProto.FLOAT
-        if to_float and node.input[0] in dequantized:
+    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    floats = {value.name for value in inferred if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    sources: dict[str, str] = {}
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = sources.get(name, name)
+        if node.op_type == 'Cast' and node.attribute[0].i == onnx.TensorProto.FLOAT and node.input[0] in floats:
             sources[node.output[0]] = node.input[0]
         if node.op_type == 'Clip' and all(name in stored for name in node.input):
             values, low, high = (numpy_helper.to_array(stored[name]) for name in node.input)
             if values.min() >= low and values.max() <= high:
                 sources[node.output[0]] = node.input[0]
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = sources.get(name, name)
 
 
 def shapes_of(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:

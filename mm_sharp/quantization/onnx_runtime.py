@@ -26,6 +26,9 @@ def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
     replace_deconvolutions(model.graph, shapes)
     if _join_silus(model.graph):
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+    used = {name for node in model.graph.node for name in node.input}
+    for item in [item for item in model.graph.initializer if item.name not in used]:
+        model.graph.initializer.remove(item)
     return model
 
 
