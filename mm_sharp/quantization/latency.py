@@ -121,7 +121,7 @@ def _openvino(file: Path, picture: NDArray[np.float32]) -> Timed:
 
 
 def _compiled(file: Path) -> Any:
-    import openvino
+    import openvino  # type: ignore[import-untyped]
 
     # In float32, as the other runtime: some processors would take bfloat16.
     settings = {'INFERENCE_NUM_THREADS': 1, 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
