@@ -1,8 +1,9 @@
 """How fast exported files are in the runtimes that are installed, and how many convolutions these compute in integers.
 
 Files take turns, round after round, so that what else the machine does meets all of them; a ratio is the median of the
-rounds' ratios. One thread and one picture. A convolution counts that ONNX Runtime has made a QLinearConv of, or that
-OpenVINO runs in u8 or i8; deconvolutions are not counted.
+rounds' ratios. One thread and one picture. The time is what the processor works for this process: on a busy machine
+short calls would have an advantage otherwise, which nothing interrupts. A convolution counts that ONNX Runtime has made
+a QLinearConv of, or that OpenVINO runs in u8 or i8; deconvolutions are not counted.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ def interleaved(runs: Sequence[Timed], rounds: int) -> list[list[float]]:
         for run, taken in zip(runs, times, strict=True):
             calls = []
             for _ in range(_CALLS):
-                start = time.perf_counter()
+                start = time.process_time()
                 run()
-                calls.append(time.perf_counter() - start)
+                calls.append(time.process_time() - start)
             taken.append(min(calls))
     return times
 

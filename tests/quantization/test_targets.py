@@ -19,7 +19,7 @@ from mm_sharp.errors import UserError
 from mm_sharp.quantization import CheckpointMismatchError, QuantizationPolicy, calibrate, quantized_model
 from mm_sharp.quantization.export import Network, export_onnx
 from mm_sharp.quantization.export_check import IntegerCheck, recording
-from mm_sharp.quantization.latency import onnxruntime_convolutions, openvino_convolutions
+from mm_sharp.quantization.latency import interleaved, onnxruntime_convolutions, openvino_convolutions
 from mm_sharp.quantization.onnx_runtime import for_onnxruntime
 from tests.conftest import ROOT
 from tests.mmpose_cases import QUIET, Case
@@ -342,3 +342,10 @@ def test_convolutions_are_computed_in_integers(case: Case, tmp_path: Path) -> No
         for fused, of in counts:
             assert of == convolutions
             assert fused >= 0.9 * of
+
+
+def test_files_take_turns() -> None:
+    called: list[str] = []
+    times = interleaved([lambda: called.append('a'), lambda: called.append('b')], rounds=2)
+    assert ''.join(called) == 'ab' + 2 * 'aaabbb'
+    assert [len(taken) for taken in times] == [2, 2]
