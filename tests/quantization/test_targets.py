@@ -23,6 +23,7 @@ from mm_sharp.quantization.latency import interleaved, onnxruntime_convolutions,
 from mm_sharp.quantization.onnx_runtime import for_onnxruntime
 from tests.conftest import ROOT
 from tests.mmpose_cases import QUIET, Case
+from tests.pages import blocks
 from tests.quantized_models import (
     HRNET,
     RLE,
@@ -342,6 +343,22 @@ def test_convolutions_are_computed_in_integers(case: Case, tmp_path: Path) -> No
         for fused, of in counts:
             assert of == convolutions
             assert fused >= 0.9 * of
+
+
+def test_the_pages_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('openvino')
+    config, program = blocks(ROOT / 'docs' / 'deployment.md', 'python')
+    (tmp_path / 'config.py').write_text(config)
+    assert Config.fromfile(tmp_path / 'config.py').model.policy.target == 'onnxruntime'
+    model = calibrated(SIMCC, weight=8, act=8, target='openvino').eval()
+    export_onnx(model, tmp_path / 'NAME_qcdq.onnx', 'qcdq', {})
+    monkeypatch.chdir(tmp_path)
+    batch = images(1).numpy()
+    made: dict[str, Any] = {'batch': batch}
+    exec(program, made)
+    with torch.no_grad():
+        for name, expected in zip(('simcc_x', 'simcc_y'), Network(model)(torch.from_numpy(batch)), strict=True):
+            assert distance(torch.from_numpy(made[name]), expected) < 0.05
 
 
 def test_files_take_turns() -> None:
