@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Write a quantized model as ONNX, and check the file against PyTorch on pictures of the test set.
+"""Write a model as ONNX, and check the file against PyTorch on pictures of the test set.
 
-python tools/export.py CONFIG CHECKPOINT --format qcdq
+python tools/export.py CONFIG CHECKPOINT --format qcdq --benchmark
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +32,30 @@ from mm_sharp.cli.loading import careful_loading, check_checkpoint
 from mm_sharp.config import preflight
 
 # Importing the package mends the stack; MMPose is first imported after it, when the model is built.
-from mm_sharp.errors import UsageError
+from mm_sharp.errors import UsageError, some
 
 # The package qonnx runs a graph node by node, which takes seconds a picture.
-_IMAGES = {'qcdq': 64, 'qonnx': 4}
-_RUNTIMES = {'qcdq': 'onnxruntime', 'qonnx': 'qonnx'}
+_IMAGES = {'qcdq': 64, 'qonnx': 4, 'float': 64}
+_RUNTIMES = {'qcdq': 'onnxruntime', 'qonnx': 'qonnx', 'float': 'onnxruntime'}
 _BATCH_SIZE = 8
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = cli.OneLineParser(description='Write a quantized model as ONNX, and check the file against PyTorch')
-    parser.add_argument('config', help='config file of the quantized model')
+    parser = cli.OneLineParser(description='Write a model as ONNX, and check the file against PyTorch')
+    parser.add_argument('config', help='config file of the model')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--format',
         choices=[*_IMAGES],
         default='qcdq',
-        help='qcdq: standard ONNX, for ONNX Runtime and compilers; qonnx: with operators Quant, for FINN and the like '
-        '(default: qcdq)',
+        help='qcdq: integers, for ONNX Runtime, OpenVINO and compilers; qonnx: with operators Quant, for FINN and the '
+        'like; float: a float model, or a quantized one without its quantizers (default: qcdq)',
+    )
+    parser.add_argument(
+        '--benchmark',
+        action='store_true',
+        help='measure the qcdq file beside the float one, in ONNX Runtime and, where it is installed, in OpenVINO',
     )
     parser.add_argument(
         '--out', metavar='FILE', help='the file to write, .onnx (default: WORK_DIR/<name of the config>_<format>.onnx)'
@@ -72,6 +79,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     # What cli.load_config reads besides.
     parser.set_defaults(launcher='none', local_rank=0)
     args = parser.parse_args(arguments)
+    if args.benchmark and args.format != 'qcdq':
+        parser.error('--benchmark compares qcdq with float: leave out --format')
     if args.images is None:
         args.images = _IMAGES[args.format]
     if args.images < 1:
@@ -97,53 +106,79 @@ def configure(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def load_model(cfg: Config, checkpoint: str, trust: bool) -> nn.Module:
+def load_model(cfg: Config, checkpoint: str, trust: bool, may_be_float: bool = False) -> nn.Module:
     """Build the config's model, in evaluation mode, and load its weights and scales.
 
     Args:
         cfg: The config.
         checkpoint: The file.
         trust: Load it even if it is more than plain data.
+        may_be_float: Take a model that is not quantized, too.
 
     Raises:
         UserError: The model is not quantized, or the checkpoint is of another, or is not plain.
-        UsageError: The checkpoint is not calibrated.
+        UsageError: The checkpoint is not calibrated, or has not all weights.
     """
     from mm_sharp.quantization import check_calibrated
-    from mm_sharp.quantization.record import quantized_record
+    from mm_sharp.quantization.record import quantized_record, record_of
 
     init_default_scope(cfg.get('default_scope') or 'mmpose')
     with careful_loading(trust):
         model: nn.Module = MODELS.build(cfg.model)
-        quantized_record(model)  # refuses float models
+        if not may_be_float:
+            quantized_record(model)  # refuses float models
         content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
     try:
-        model.load_state_dict(content.get('state_dict', content), strict=False)
-        check_calibrated(model)
+        keys = model.load_state_dict(content.get('state_dict', content), strict=False)
+        if record_of(model) is not None:
+            check_calibrated(model)
+        elif keys.missing_keys:
+            raise UsageError(f"'{checkpoint}' lacks weights of the config's model: {some(keys.missing_keys)}")
     except RuntimeError as error:  # torch's of shapes, ours of calibration
         raise UsageError(f"'{checkpoint}' cannot be exported: {error}") from error
     return model.eval()
 
 
-def export(cfg: Config, model: nn.Module, args: argparse.Namespace) -> Any:
+def export(cfg: Config, model: nn.Module, args: argparse.Namespace, file_format: str = '') -> Any:
     """Write the file and compare it with the model; an ``ExportReport``."""
     from mm_sharp.quantization.deployment import deployment_constants
     from mm_sharp.quantization.export import export_onnx
     from mm_sharp.quantization.export_check import ExportCheck
+    from mm_sharp.quantization.flow import without_quantizers
 
+    file_format = file_format or args.format
     name = Path(args.config).stem
     file = Path(args.out or Path(cfg.work_dir, f'{name}_{args.format}.onnx'))
+    if file_format != args.format:
+        file = file.with_name(f'{file.stem.removesuffix(f"_{args.format}")}_{file_format}.onnx')
     dataset, batches = first_samples(cfg.test_dataloader.dataset, args.images, _BATCH_SIZE)
     pipeline = cfg.test_dataloader.dataset.get('pipeline') or []
-    export_onnx(model, file, args.format, deployment_constants(model, pipeline, dataset.metainfo, name))
+    export_onnx(model, file, file_format, deployment_constants(model, pipeline, dataset.metainfo, name))
     print(f'Written: {file} ({file.stat().st_size / 1e6:.2f} MB) and {file.with_suffix(".json")}')
     results(file).unlink(missing_ok=True)
     check = ExportCheck(model, file)
     progress = ProgressBar(min(args.images, len(dataset)))
-    for batch in batches:
-        progress.update(check.add(batch))
+    with without_quantizers(model) if file_format == 'float' else nullcontext():
+        for batch in batches:
+            progress.update(check.add(batch))
     print()
     return check.report(cfg.test_evaluator, dataset.metainfo)
+
+
+def benchmark(cfg: Config, model: nn.Module, args: argparse.Namespace, report: Any) -> None:
+    """Export the model without its quantizers, too, and print and write how both files compare."""
+    from mm_sharp.quantization import latency
+
+    beside = export(cfg, model, args, 'float')
+    files = {'float': Path(beside.file), 'qcdq': Path(report.file)}
+    found = latency.compare(files)
+    print(latency.table(found))
+    for name, made in (('float', beside), ('qcdq', report)):
+        metrics = ', '.join(f'{metric} {value:.4f}' for metric, (_, value) in made.metrics.items() if ' ' not in metric)
+        print(f'{name}: {files[name].stat().st_size / 1e6:.2f} MB, {metrics}')
+    Path(report.file).with_suffix('.latency.json').write_text(
+        json.dumps([asdict(row) for row in found], indent=2) + '\n', encoding='utf-8'
+    )
 
 
 def first_samples(dataset: Mapping[str, Any], count: int, batch_size: int) -> tuple[Any, DataLoader[Any]]:
@@ -185,7 +220,8 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     cfg = configure(args)
     check_packages(args.format)
-    report = export(cfg, load_model(cfg, args.checkpoint, args.trust_checkpoint), args)
+    model = load_model(cfg, args.checkpoint, args.trust_checkpoint, may_be_float=args.format == 'float')
+    report = export(cfg, model, args)
     print(report.table())
     file = results(Path(report.file))
     file.write_text(json.dumps(report.as_dict(), indent=2) + '\n', encoding='utf-8')
@@ -198,6 +234,8 @@ def main(arguments: Sequence[str]) -> None:
         )
         raise SystemExit(1)
     print('The file agrees with PyTorch.')
+    if args.benchmark:
+        benchmark(cfg, model, args, report)
 
 
 if __name__ == '__main__':

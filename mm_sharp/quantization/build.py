@@ -20,11 +20,13 @@ from torch import nn
 
 from mm_sharp.errors import UserError
 
-from .flow import LAYERS, LayerFlow, float_output, trace_flow
+from .flow import LAYERS, LayerFlow, float_output, trace_flow, trace_graph
 from .folding import fold_batchnorms, is_plain
+from .points import Point, covered, find_points, insert_points
 from .policy import OWNER, LayerPolicy, QuantizationPolicy
 from .quantizers import input_quantizer, input_range, repair, scale_gradients_as_lsq, weight_quantizer
-from .record import LayerRecord, QuantizationRecord, attach, record_of, size_in_bytes
+from .record import LayerRecord, PointRecord, QuantizationRecord, attach, record_of, size_in_bytes
+from .targets import TARGETS
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: qnn.QuantConv1d,
@@ -76,40 +78,77 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     width, height = policy.input_size or _input_size(model)
     noise = _noise(model, width, height)
     flows, output = trace_flow(model, noise), float_output(model, noise)
+    if TARGETS[policy.target].signed:
+        flows = {name: replace(flow, nonnegative=False) for name, flow in flows.items()}
     pairs = {flow.batchnorm: name for name, flow in flows.items() if flow.batchnorm}
     batchnorms = fold_batchnorms(model, pairs) if policy.fold_batchnorm else {}
-    layers = _replace_layers(model, flows, policy)
+    chosen = {name: _choice(name, module, flows.get(name), policy) for name, module in _layers_of(model)}
+    points, quantized_before = _points(model, noise, chosen, policy)
+    layers = _replace_layers(model, flows, chosen, quantized_before)
+    insert_points(model, points, policy.of_points())
     _check_output(model, noise, output)
     record = QuantizationRecord(policy, layers, batchnorms, float_bytes, 0, (width, height))
+    record.points = [PointRecord(p.name, input_range(policy.of_points(), nonnegative=p.nonnegative)) for p in points]
     record.other_bytes = _calibrated_bytes(model) - sum(4 * layer.weights for layer in record.quantized)
     attach(model, record)
     print_log(f'Quantized {type(model).__name__}:\n{record.table()}', 'current')
     return model
 
 
-def _replace_layers(model: nn.Module, flows: Mapping[str, LayerFlow], policy: QuantizationPolicy) -> list[LayerRecord]:
+def _layers_of(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
+
+
+def _choice(name: str, module: nn.Module, flow: LayerFlow | None, policy: QuantizationPolicy) -> LayerPolicy | str:
+    """How a layer is to be quantized, or why it is not."""
+    if not is_plain(module, tuple(_QUANTIZED)):
+        return f'{type(module).__name__} has hooks or a forward of its own'
+    if flow is None:
+        return 'not called in inference'
+    chosen = policy.of_layer(name, first=flow.first, last=flow.last)
+    grouped = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)) and module.groups > 1
+    if grouped and not isinstance(chosen, str):
+        return replace(chosen, weight_granularity='tensor')  # Brevitas has no scales for channels of these
+    return chosen
+
+
+def _points(
+    model: nn.Module, noise: torch.Tensor, chosen: Mapping[str, LayerPolicy | str], policy: QuantizationPolicy
+) -> tuple[list[Point], dict[str, Point]]:
+    """What the target needs between layers; and the layers whose input is quantized by that alone."""
+    target = TARGETS[policy.target]
+    if not target.outputs and not target.skips:
+        return [], {}
+    # A second look at the model: now that BatchNorm is folded, what it put out is the layer's output.
+    graph = trace_graph(model, noise)
+    layers = {name: layer for name, layer in chosen.items() if isinstance(layer, LayerPolicy)}
+    points = find_points(graph, target, layers)
+    before = covered(graph, points)
+    # Fewer bits than the point's need a quantizer of their own.
+    same = {name for name, layer in layers.items() if layer.act_bit_width == policy.of_points().act_bit_width}
+    return points, {name: point for name, point in before.items() if name in same}
+
+
+def _replace_layers(
+    model: nn.Module,
+    flows: Mapping[str, LayerFlow],
+    chosen: Mapping[str, LayerPolicy | str],
+    quantized_before: Mapping[str, Point],
+) -> list[LayerRecord]:
     """Replace every layer that is to be quantized; what was done with each."""
     records: list[LayerRecord] = []
     replaced: dict[nn.Module, nn.Module] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LAYERS):
+    for name, module in _layers_of(model):
+        kind, weights, policy = type(module).__name__, module.weight.numel(), chosen[name]
+        if isinstance(policy, str):
+            records.append(LayerRecord(name, kind, None, '', policy, weights))
             continue
-        kind, weights, flow = type(module).__name__, module.weight.numel(), flows.get(name)
-        chosen: LayerPolicy | str
-        if not is_plain(module, tuple(_QUANTIZED)):
-            chosen = f'{kind} has hooks or a forward of its own'
-        elif flow is None:
-            chosen = 'not called in inference'
-        else:
-            chosen = policy.of_layer(name, first=flow.first, last=flow.last)
-        if isinstance(chosen, str) or flow is None:
-            records.append(LayerRecord(name, kind, None, '', str(chosen), weights))
-            continue
-        if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)) and module.groups > 1:
-            chosen = replace(chosen, weight_granularity='tensor')  # Brevitas has no scales for channels of these
-        replaced[module] = _quantized(module, chosen, nonnegative=flow.nonnegative)
-        inputs = input_range(chosen, nonnegative=flow.nonnegative)
-        records.append(LayerRecord(name, kind, chosen, inputs, '', weights))
+        point = quantized_before.get(name)
+        nonnegative = flows[name].nonnegative if point is None else point.nonnegative
+        inputs = None if point else input_quantizer(policy, nonnegative=nonnegative)
+        replaced[module] = _quantized(module, policy, inputs)
+        kept = input_range(policy, nonnegative=nonnegative)
+        records.append(LayerRecord(name, kind, policy, kept, '', weights, point.name if point else ''))
     if not replaced:
         reasons = '; '.join(f'{layer.name}: {layer.reason}' for layer in records[:5])
         raise UserError(
@@ -123,7 +162,7 @@ def _replace_layers(model: nn.Module, flows: Mapping[str, LayerFlow], policy: Qu
     return records
 
 
-def _quantized(module: nn.Module, policy: LayerPolicy, *, nonnegative: bool) -> nn.Module:
+def _quantized(module: nn.Module, policy: LayerPolicy, inputs: Any) -> nn.Module:
     """Brevitas's layer with a float layer's weights. The scales of a layer that is not trained are not trained either:
     its model would freeze them on entering training mode, too late for the optimizer and for DDP.
     """
@@ -133,7 +172,7 @@ def _quantized(module: nn.Module, policy: LayerPolicy, *, nonnegative: bool) -> 
         module,
         _QUANTIZED[type(module)],
         weight_quant=weight_quantizer(policy),
-        input_quant=input_quantizer(policy, nonnegative=nonnegative),
+        input_quant=inputs,
         bias_quant=None,
         return_quant_tensor=False,
     ).init_new_module(module)

@@ -127,7 +127,8 @@ def _errors(model: nn.Module, batch: Any) -> tuple[float, dict[str, tuple[float,
 
     def note(name: str) -> Any:
         def hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            pairs = ((layer.quant_weight().value, layer.weight), (layer.input_quant(args[0]).value, args[0]))
+            taken = layer.input_quant(args[0])  # or as it is, if it was quantized before
+            pairs = ((layer.quant_weight().value, layer.weight), (getattr(taken, 'value', taken), args[0]))
             weights, inputs = (_error(*pair) for pair in pairs)
             layers[name] = max((weights, inputs), layers.get(name, (0.0, 0.0)), key=max)
 

@@ -2,6 +2,7 @@
 
 ``'qcdq'`` is standard ONNX: integer weights, QuantizeLinear, Clip and DequantizeLinear. ``'qonnx'`` has float weights
 behind ``Quant`` (Pappalardo et al. 2022, arXiv 2206.07527), for any number of bits: FINN, hls4ml and ``qonnx`` read it.
+``'float'`` is a float model, or a quantized one without its quantizers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .deployment import codec_constants
 from .flow import evaluation, without_quantizers
 from .record import check_calibrated, quantized_record
 
-FORMATS = ('qcdq', 'qonnx')
+FORMATS = ('qcdq', 'qonnx', 'float')
 OPSET = 17
 METADATA_KEY = 'mm_sharp'  # of the constants, as JSON
 
@@ -54,10 +55,10 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
     """Write a copy of a calibrated model as ONNX; returns the file.
 
     Args:
-        model: Built with ``QuantizedModel``.
+        model: Built with ``QuantizedModel``; ``'float'`` takes any.
         file: The ONNX file; folders are made. The constants go to the same name with ``.json``. Both are complete
             before they replace files of the same name.
-        file_format: ``'qcdq'`` or ``'qonnx'``.
+        file_format: ``'qcdq'``, ``'qonnx'`` or ``'float'``.
         constants: Those of :mod:`mm_sharp.quantization.deployment`; format and names of the outputs are added.
 
     Raises:
@@ -66,12 +67,14 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
     """
     if file_format not in FORMATS:
         raise ValueError(f"format={file_format!r} is not allowed: one of {', '.join(FORMATS)}, as format='qcdq'")
-    check_calibrated(model)
+    if file_format != 'float':
+        check_calibrated(model)
     if file_format == 'qcdq':
         _check_bits(model)
     import onnx
 
     from .onnx_graph import tidy
+    from .onnx_runtime import for_onnxruntime
 
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +83,8 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
         outputs = _write(model, written, file_format)
         constants = {**constants, 'format': file_format, 'outputs': list(outputs)}
         graph = tidy(onnx.load(written), outputs)
+        if file_format == 'qcdq' and quantized_record(model).policy.target == 'onnxruntime':
+            graph = for_onnxruntime(graph)
         graph.metadata_props.add(key=METADATA_KEY, value=json.dumps(constants, ensure_ascii=False))
         graph.producer_name, graph.producer_version = 'mm_sharp', constants.get('versions', {}).get('mm_sharp', '')
         onnx.checker.check_model(graph)
@@ -145,6 +150,8 @@ def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int
     from brevitas.export import export_onnx_qcdq, export_qonnx
 
     network, inputs = Network(deepcopy(model)).cpu().float().eval(), _zeros(model)
+    if file_format == 'float':
+        return _write_float(network, inputs, file)
     if file_format == 'qcdq':
         _set_biases_apart(network.model)
     with torch.no_grad():
@@ -175,6 +182,18 @@ def _check_bits(model: nn.Module) -> None:
             f'QuantizeLinear makes int16 from opset 21 on, and files are of opset {OPSET}. Take --format qonnx, or '
             'act_bit_width=8'
         )
+
+
+def _write_float(network: nn.Module, inputs: Tensor, file: Path) -> dict[str, list[int]]:
+    """Have torch write a network, without its quantizers if it has some; returns the outputs' shapes, by name."""
+    with evaluation(network), without_quantizers(network), torch.no_grad():
+        outputs = network(inputs)
+        names = output_names(outputs)
+        axes = {name: {0: 'batch'} for name in ('input', *names)}
+        options: dict[str, Any] = dict(input_names=['input'], output_names=list(names), dynamic_axes=axes)
+        with exporting():
+            torch.onnx.export(network, (inputs,), str(file), opset_version=OPSET, dynamo=False, **options)
+    return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
 
 
 def _set_biases_apart(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ EQUAL_SHARE = 0.999
 METRIC_TOLERANCE = 0.001
 KEYPOINT_PIXELS = 1.0
 KEYPOINT_SHARE = 0.9
-_PROGRAMS = {'qcdq': 'ONNX Runtime', 'qonnx': 'qonnx'}
+_PROGRAMS = {'qcdq': 'ONNX Runtime', 'qonnx': 'qonnx', 'float': 'ONNX Runtime'}
 
 
 @dataclass
@@ -66,9 +66,16 @@ class OutputAgreement:
     largest: float = 0.0
     low: float = float('inf')
     high: float = float('-inf')
+    varies: bool = True  # whether it is not the same for all people
+
+    def __post_init__(self) -> None:
+        self._first: Any = None
 
     def add(self, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
         """Compare a batch; a value that is not finite makes the difference infinite."""
+        if self._first is None:
+            self._first, self.varies = ours[0], False
+        self.varies = self.varies or bool((ours != self._first).any())
         difference = np.abs(ours - theirs)
         self.largest = max(self.largest, float(difference.max()) if np.isfinite(difference).all() else np.inf)
         self.low, self.high = min(self.low, float(ours.min())), max(self.high, float(ours.max()))
@@ -118,13 +125,20 @@ class ExportReport:
 
     def warnings(self) -> list[str]:
         """What the comparison could not show, in words."""
+        found = []
+        same = [output.name for output in self.outputs if not output.varies]
+        if same and self.samples > 1:
+            found.append(
+                f'{", ".join(same)}: the same for all {self.samples} people, so that both programs agree says nothing '
+                'of the file (is the checkpoint trained?)'
+            )
         silent = [name for name, values in self._judged().items() if not any(value > 0 for value in values)]
-        if not silent:
-            return []
-        return [
-            f'{", ".join(silent)} of both programs is 0 or not a number, which says nothing of the file (is the '
-            'checkpoint trained, and is it of this data?): the keypoints were compared instead'
-        ]
+        if silent:
+            found.append(
+                f'{", ".join(silent)} of both programs is 0 or not a number, which says nothing of the file (is the '
+                'checkpoint trained, and is it of this data?): the keypoints were compared instead'
+            )
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Everything in plain values."""
@@ -155,9 +169,12 @@ class ExportReport:
         lines = [
             f'{self.file_format.upper()} in {_PROGRAMS[self.file_format]} against PyTorch, {self.samples} people',
             '',
-            f'{"integers of " + str(len(self.layers)) + " layers":<26}{"equal":>11}  largest difference, worst layer',
         ]
-        for kind, title in (('network', 'whole network'), ('alone', 'one layer at a time')):
+        if self.layers:
+            lines.append(
+                f'{f"integers of {len(self.layers)} layers":<26}{"equal":>11}  largest difference, worst layer'
+            )
+        for kind, title in (('network', 'whole network'), ('alone', 'one layer at a time')) if self.layers else ():
             total, worst = self._total(kind), min(self.layers, key=lambda layer: getattr(layer, kind).share)
             share = f'{getattr(worst, kind).share:.4%} in {worst.layer}'
             lines.append(f'{title:<26}{total.share:>11.4%}  {total.largest} steps, {share}')

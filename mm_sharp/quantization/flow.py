@@ -8,8 +8,8 @@ directly. Symbolic tracing would say the same, but fails on some models; guessin
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,13 +35,13 @@ _KEEPING_SIGN = re.compile(
 _CLAMPING = dict(HardtanhBackward0='_saved_min_val', ClampBackward1='_saved_min', ClampMinBackward0='_saved_min')
 
 
-class _Call(NamedTuple):
-    """One call of a layer or a BatchNorm."""
+class Call(NamedTuple):
+    """One call of a module."""
 
     name: str
     module: nn.Module
     taken: Any  # autograd's node of its input; None if nothing is differentiated there
-    made: Any  # the node of its output
+    made: Any  # the node of its output; None if that is no tensor
     nonnegative: bool  # whether its input had no negative value
 
 
@@ -57,55 +57,74 @@ class LayerFlow:
 
 def trace_flow(model: nn.Module, inputs: Tensor) -> dict[str, LayerFlow]:
     """Run a float model once, on (N, C, H, W) inputs; returns, by name, every layer that was called as a module."""
-    calls: list[_Call] = []
+    return trace_graph(model, inputs).flows()
+
+
+def trace_graph(model: nn.Module, inputs: Tensor) -> Graph:
+    """Run a float model once, on (N, C, H, W) inputs, and keep autograd's graph of it."""
+    calls: list[Call] = []
+    taken: dict[str, Any] = {}
     # A copy: models may write into their input, which autograd does not let them do to a leaf of its graph.
     image = inputs.detach().requires_grad_(True).clone()
     start = image.grad_fn
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-                return None
-            # A copy again: its node marks the layer's end even where the output is a view, whose node autograd
-            # replaces when a ReLU works in place on it.
-            output = output.clone()
-            calls.append(_Call(name, module, args[0].grad_fn, output.grad_fn, bool((args[0] >= 0).all())))
-            return output
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # Before the forward: modules may work on their input in place, which then has another node.
+            taken[name] = args[0].grad_fn if args and isinstance(args[0], Tensor) else None
 
         return hook
 
-    hooks = forward_hooks(model, record, lambda _, module: isinstance(module, (*LAYERS, _BatchNorm)))
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if not args or not isinstance(args[0], Tensor):
+                return None
+            layer = isinstance(module, (*LAYERS, _BatchNorm)) and isinstance(output, Tensor)
+            # A copy again: its node marks the layer's end even where the output is a view, whose node autograd
+            # replaces when a ReLU works in place on it.
+            output = output.clone() if layer else output
+            made = output.grad_fn if isinstance(output, Tensor) else None
+            calls.append(Call(name, module, taken[name], made, layer and bool((args[0] >= 0).all())))
+            return output if layer else None
+
+        return hook
+
+    def parts(name: str, _: nn.Module) -> bool:
+        return name != ''
+
+    hooks = forward_hooks(model, after, parts, before)
     with evaluation(model), hooks, torch.enable_grad():
         outputs = model(image, None, mode='tensor')
-    return _Graph(calls, start, [tensor.grad_fn for tensor in tensors_of(outputs)]).flows()
+    return Graph(calls, start, [tensor.grad_fn for tensor in tensors_of(outputs)])
 
 
-class _Graph:
+class Graph:
     """Autograd's graph behind the calls of a forward pass."""
 
-    def __init__(self, calls: list[_Call], image: Any, outputs: list[Any]) -> None:
-        self._layers = [call for call in calls if isinstance(call.module, LAYERS)]
+    def __init__(self, calls: Sequence[Call], image: Any, outputs: list[Any]) -> None:
+        self.calls = calls  # in the order in which they ended
+        self.layer_calls = [call for call in calls if isinstance(call.module, LAYERS)]
         self._norms = [call for call in calls if isinstance(call.module, _BatchNorm)]
-        self._made_by = {call.made: call.name for call in self._layers if call.made is not None}
+        self._made_by = {call.made: call.name for call in self.layer_calls if call.made is not None}
         self._image = image
         self._outputs = [node for node in outputs if node is not None]
         self._signs: dict[Any, bool] = {}
 
     def flows(self) -> dict[str, LayerFlow]:
-        last = {self._made_by.get(node) for node in _behind(self._outputs, self._made_by)}
+        last = {self._made_by.get(node) for node in nodes_behind(self._outputs, self._made_by)}
         batchnorms = self._batchnorms()
         flows: dict[str, LayerFlow] = {}
-        for call in self._layers:
+        for call in self.layer_calls:
             before = flows.get(call.name, LayerFlow(False, False, True, ''))  # of an earlier call
             flows[call.name] = LayerFlow(
-                first=before.first or self._image in _behind([call.taken], self._made_by),
+                first=before.first or self._image in nodes_behind([call.taken], self._made_by),
                 last=call.name in last,
-                nonnegative=before.nonnegative and call.nonnegative and self._nonnegative(call.taken),
+                nonnegative=before.nonnegative and call.nonnegative and self.nonnegative(call.taken),
                 batchnorm=batchnorms.get(call.name, ''),
             )
         return flows
 
-    def _nonnegative(self, node: Any) -> bool:
+    def nonnegative(self, node: Any) -> bool:
         """Whether a node's value cannot be negative."""
         if node is None or node in self._made_by:
             return False
@@ -117,16 +136,34 @@ class _Graph:
                 _NONNEGATIVE.fullmatch(name) is not None
                 or (low is not None and low >= 0)
                 or (name == 'PowBackward0' and node._saved_exponent % 2 == 0)
-                or (bool(keeps) and all(self._nonnegative(before) for before, _ in node.next_functions))
+                or (bool(keeps) and all(self.nonnegative(before) for before, _ in node.next_functions))
             )
         return self._signs[node]
+
+    def users(self) -> dict[Any, list[Any]]:
+        """By node, those that use its value."""
+        found: dict[Any, list[Any]] = defaultdict(list)
+        for node in nodes_behind(self._outputs, ()):
+            for before in nodes_before(node):
+                found[before].append(node)
+        return found
+
+    def sees_image(self, users: Mapping[Any, list[Any]]) -> set[Any]:
+        """The nodes that the image is behind."""
+        remaining, seen = [self._image], set()
+        while remaining:
+            node = remaining.pop()
+            if node not in seen:
+                seen.add(node)
+                remaining += users.get(node, ())
+        return seen
 
     def _batchnorms(self) -> dict[str, str]:
         """By layer: the BatchNorm that is the one user of its output."""
         uses = Counter(self._outputs)  # how many nodes use a node's value
-        for node in _behind(self._outputs, ()):
-            uses.update(_before(node))
-        calls = Counter(call.name for call in (*self._layers, *self._norms))
+        for node in nodes_behind(self._outputs, ()):
+            uses.update(nodes_before(node))
+        calls = Counter(call.name for call in (*self.layer_calls, *self._norms))
         pairs = {self._made_by[norm.taken]: norm for norm in self._norms if norm.taken in self._made_by}
         return {
             layer: norm.name
@@ -135,18 +172,19 @@ class _Graph:
         }
 
 
-def _before(node: Any) -> list[Any]:
+def nodes_before(node: Any) -> list[Any]:
+    """What a node computes with."""
     return [before for before, _ in node.next_functions if before is not None]
 
 
-def _behind(nodes: Iterable[Any], ends: Container[Any]) -> set[Any]:
+def nodes_behind(nodes: Iterable[Any], ends: Container[Any]) -> set[Any]:
     """These nodes and those behind them, up to and including ends."""
     remaining, seen = [node for node in nodes if node is not None], set()
     while remaining:
         node = remaining.pop()
         if node not in seen:
             seen.add(node)
-            remaining += [] if node in ends else _before(node)
+            remaining += [] if node in ends else nodes_before(node)
     return seen
 
 
@@ -182,11 +220,16 @@ def without_quantizers(model: nn.Module) -> quantization_status_manager:
 
 @contextmanager
 def forward_hooks(
-    model: nn.Module, hook_of: Callable[[str], Any], wanted: Callable[[str, nn.Module], bool]
+    model: nn.Module,
+    hook_of: Callable[[str], Any],
+    wanted: Callable[[str, nn.Module], bool],
+    pre_hook_of: Callable[[str], Any] | None = None,
 ) -> Iterator[None]:
     """Forward hooks, made by name, on the modules of a model that are wanted, while the context lasts."""
-    modules = dict(model.named_modules()).items()
-    handles = [module.register_forward_hook(hook_of(name)) for name, module in modules if wanted(name, module)]
+    chosen = [(name, module) for name, module in model.named_modules() if wanted(name, module)]
+    handles = [module.register_forward_hook(hook_of(name)) for name, module in chosen]
+    if pre_hook_of is not None:
+        handles += [module.register_forward_pre_hook(pre_hook_of(name)) for name, module in chosen]
     try:
         yield
     finally:

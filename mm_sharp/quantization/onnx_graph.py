@@ -17,12 +17,16 @@ from onnx import helper, numpy_helper
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
 FORCED = '/forced'
+# What may stand between QuantizeLinear and DequantizeLinear.
+_OF_INTEGERS = ('Clip', 'Slice', 'Concat', 'Reshape', 'Transpose', 'DequantizeLinear')
 
 
 def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
     """A graph without the exporter's leftovers, since compilers want nothing in it but the network.
 
     - Weights are constants, not inputs that a caller could replace.
+    - Integer weights reach their DequantizeLinear directly, and not by a Clip that changes none of them: only then does
+      OpenVINO compute a convolution in integers. Nothing is cast to the type that it has.
     - The zero point of every DequantizeLinear has a tensor of its own: ONNX Runtime 1.32 fails on one that is shared.
     - ``torch.flatten`` and ``view`` became Shape, Slice or Gather, Concat and Reshape, since the batch's size is free.
       The new shape becomes a constant, with -1 for the size that depends on the batch.
@@ -31,7 +35,8 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     graph = model.graph
     del graph.input[1:]
     stored = {item.name: item for item in graph.initializer}
-    small, large = _shapes(model, 2), _shapes(model, 3)
+    _drop_idle(model, stored)
+    small, large = shapes_of(model, 2), shapes_of(model, 3)
     for node in graph.node:
         if node.op_type == 'DequantizeLinear' and node.input[2] in stored:
             zero_point = graph.initializer.add()
@@ -49,7 +54,23 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     return onnxoptimizer.optimize(model, ['eliminate_deadend', 'eliminate_unused_initializer'])
 
 
-def _shapes(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
+def _drop_idle(model: onnx.ModelProto, stored: Mapping[str, onnx.TensorProto]) -> None:
+    """Have readers of a Clip that does not change a constant, or of a Cast of floats to float, read its input."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    floats = {value.name for value in inferred if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    sources: dict[str, str] = {}
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = sources.get(name, name)
+        if node.op_type == 'Cast' and node.attribute[0].i == onnx.TensorProto.FLOAT and node.input[0] in floats:
+            sources[node.output[0]] = node.input[0]
+        if node.op_type == 'Clip' and all(name in stored for name in node.input):
+            values, low, high = (numpy_helper.to_array(stored[name]) for name in node.input)
+            if values.min() >= low and values.max() <= high:
+                sources[node.output[0]] = node.input[0]
+
+
+def shapes_of(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
     """The shape of every tensor for one size of the batch."""
     sized = _with_batch(model, batch)
     for node in sized.graph.node:
@@ -85,7 +106,7 @@ class ActivationPoint:
 def activation_points(model: onnx.ModelProto) -> list[ActivationPoint]:
     """The places where a graph quantizes activations, in the order of its nodes, which is that of the forward pass."""
     stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    users = {node.input[0]: node for node in model.graph.node if node.op_type in ('Clip', 'DequantizeLinear')}
+    users = {name: node for node in model.graph.node if node.op_type in _OF_INTEGERS for name in node.input}
     points = []
     for node in model.graph.node:
         if node.op_type in ('QuantizeLinear', 'Quant') and node.input[0] not in stored:  # weights are

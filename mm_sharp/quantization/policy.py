@@ -9,6 +9,8 @@ from typing import Any
 
 from mm_sharp.errors import UserError, check_bool, check_choice
 
+from .targets import TARGETS
+
 OWNER = 'QuantizedModel'
 _BITS = (8, 7, 6, 5, 4, 3, 2)
 _ACT_BITS = (16, *_BITS)
@@ -23,7 +25,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     'scale_init': ('mse', 'max'),
     'scale_gradients': ('plain', 'lsq'),
 }
-_MODEL_KEYS = ('first_layers', 'last_layers', 'skip', 'layers', 'fold_batchnorm', 'input_size')
+_PLAIN_KEYS = ('target', 'first_layers', 'last_layers', 'fold_batchnorm')
+_MODEL_KEYS = (*_PLAIN_KEYS, 'skip', 'layers', 'input_size')
 _EXAMPLE = "policy=dict(weight_bit_width=4, act_bit_width=4, last_layers=8, skip=['head.final_layer'])"
 _LAYERS = "policy=dict(layers=[dict(pattern='^head', weight_bit_width=8)], …)"
 _FORM = 'policy=dict({name}={example}, …)'
@@ -87,6 +90,8 @@ class QuantizationPolicy:
         skip: Patterns (regular expressions, searched in layers' names) of layers that stay in float.
         fold_batchnorm: Whether BatchNorm is folded into the layer directly before it: no batch statistics any more.
         input_size: Width and height of the input in pixels; needed only where the model's codec does not know it.
+        target: The runtime that the model is for, which says where activations are quantized besides the inputs of
+            layers, to 8 bits: ``'generic'`` (nowhere), ``'onnxruntime'``, ``'openvino'`` or ``'tensorrt'``.
     """
 
     default: LayerPolicy
@@ -96,6 +101,7 @@ class QuantizationPolicy:
     skip: tuple[re.Pattern[str], ...] = ()
     fold_batchnorm: bool = True
     input_size: tuple[int, int] | None = None
+    target: str = 'generic'
 
     @classmethod
     def from_config(cls, policy: Mapping[str, Any] | None) -> QuantizationPolicy:
@@ -109,18 +115,36 @@ class QuantizationPolicy:
         _check_keys('policy keys {}', policy, (*_CHOICES, *_MODEL_KEYS), _EXAMPLE)
         for name in ('first_layers', 'last_layers'):
             check_choice(OWNER, name, policy.get(name, 8), (*_BITS, 'same', 'float'), _FORM)
+        check_choice(OWNER, 'target', policy.get('target', 'generic'), tuple(TARGETS), _FORM)
         check_bool(OWNER, 'fold_batchnorm', policy.get('fold_batchnorm', True), _FORM)
         default = LayerPolicy(**{key: policy[key] for key in _CHOICES if key in policy})
         layers, skip = policy.get('layers', ()), policy.get('skip', ())
         if not isinstance(layers, (list, tuple)):
             raise UserError(f'{OWNER}: policy layers={layers!r} is not allowed: a list, as {_LAYERS}')
-        return cls(
+        read = cls(
             default,
             overrides=tuple(_override(default, item) for item in layers),
             skip=tuple(_pattern('skip', item) for item in (skip if isinstance(skip, (list, tuple)) else [skip])),
             input_size=_size(policy.get('input_size')),
-            **{key: policy[key] for key in ('first_layers', 'last_layers', 'fold_batchnorm') if key in policy},
+            **{
+                key: policy[key] for key in ('target', 'first_layers', 'last_layers', 'fold_batchnorm') if key in policy
+            },
         )
+        read.check_target()
+        return read
+
+    def check_target(self) -> None:
+        """Refuse what the target does not take."""
+        if not TARGETS[self.target].signed:
+            return
+        ends = [replace(self.default, act_bit_width=e) for e in (self.first_layers, self.last_layers) if type(e) is int]
+        for layer in (self.default, *ends, *(layer for _, layer in self.overrides)):
+            if (layer.act_bit_width, layer.act_symmetric, layer.weight_symmetric) != (8, True, True):
+                raise UserError(
+                    f'{OWNER}: policy target={self.target!r} takes inputs of 8 bits, and no zero points: write '
+                    f'policy=dict(target={self.target!r}, act_bit_width=8, first_layers=8, last_layers=8, '
+                    "act_symmetric=True, weight_symmetric=True, …), or target='generic'"
+                )
 
     def of_layer(self, name: str, *, first: bool, last: bool) -> LayerPolicy | str:
         """How a layer is quantized, which sees the image or ends the network; or why it is not."""
@@ -134,6 +158,10 @@ class QuantizationPolicy:
             return f'{"first" if first and self.first_layers == "float" else "last"} layer (policy)'
         bits = max((end for end in ends if isinstance(end, int)), default=None)
         return self.default if bits is None else replace(self.default, weight_bit_width=bits, act_bit_width=bits)
+
+    def of_points(self) -> LayerPolicy:
+        """How activations are quantized between layers, where the target needs it."""
+        return replace(self.default, act_bit_width=8)
 
     def check_patterns(self, names: Sequence[str]) -> None:
         """Refuse patterns that match none of the layers' names."""

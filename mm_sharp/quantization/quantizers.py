@@ -17,6 +17,7 @@ from brevitas.core.stats import stats_op
 from brevitas.inject import ExtendedInjector
 from brevitas.inject.enum import ScalingImplType
 from brevitas.proxy.quant_proxy import QuantProxyFromInjector
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from brevitas.quant import scaled_int, shifted_scaled_int
 from torch import nn
 
@@ -62,14 +63,15 @@ def scale_gradients_as_lsq(layer: Any) -> None:
                 module.lsq_counts = counted
 
 
-def repair(layer: Any) -> None:
+def repair(layer: nn.Module) -> None:
     """Repair a layer of Brevitas 0.13: have it train in float16, and have its copies be calibrated by themselves.
 
     Searches for scales of least squared error switch the modes of the quantizer beside them. Brevitas gives them
     closures over the layer that it built: calibrating a copy would switch modes in the original, and recurse.
     """
-    layer.input_quant.register_forward_pre_hook(_at_full_precision)
     for proxy in layer.modules():
+        if isinstance(proxy, ActQuantProxyFromInjectorBase) and proxy.is_quant_enabled:
+            proxy.register_forward_pre_hook(_at_full_precision)
         searches = proxy.modules() if isinstance(proxy, QuantProxyFromInjector) else ()
         for search in filter(lambda module: isinstance(module, stats_op.MSE), searches):
             before = search.previous_observer_mode

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.logging import print_log
@@ -45,6 +45,14 @@ class LayerRecord:
     input_range: str  # 'signed', 'unsigned' or 'shifted'; '' if it is not quantized
     reason: str  # why it is not quantized; '' if it is
     weights: int  # without biases
+    point: str = ''  # name of what quantizes its input instead of the layer, if anything does
+
+
+class PointRecord(NamedTuple):
+    """An activation that is quantized between layers."""
+
+    name: str
+    input_range: str
 
 
 @dataclass
@@ -57,6 +65,7 @@ class QuantizationRecord:
     float_bytes: int  # size of the float model's parameters and statistics
     other_bytes: int  # of those that stay in float (biases, norms, layers that are not quantized)
     input_size: tuple[int, int]  # width and height in pixels that the model was traced with
+    points: Sequence[PointRecord] = ()  # in the order of the forward pass
     calibrated: bool = False  # whether every quantizer is known to be initialised
     calibrating: bool = False
 
@@ -76,13 +85,17 @@ class QuantizationRecord:
         return (bits + 7) // 8 + self.other_bytes
 
     def layout(self) -> Tensor:
-        """(layers, 4) uint8: weight bits, input bits, range of the input, per-channel and symmetric weights."""
+        """(layers, 4) uint8: weight bits, input bits, range of the input, per-channel and symmetric weights.
+
+        No input bits are those of a point, and no weight bits (in further rows) are a point.
+        """
         rows = []
         for layer in self.layers:
             if layer.policy is not None:
-                bits = (layer.policy.weight_bit_width, layer.policy.act_bit_width)
+                bits = (layer.policy.weight_bit_width, 0 if layer.point else layer.policy.act_bit_width)
                 kind = 2 * (layer.policy.weight_granularity == 'channel') + layer.policy.weight_symmetric
                 rows.append((*bits, _RANGES.index(layer.input_range), kind))
+        rows += [(0, self.policy.of_points().act_bit_width, _RANGES.index(r), 0) for _, r in self.points]
         # Not int16, which neither gloo nor NCCL can send to other ranks.
         return torch.tensor(rows, dtype=torch.uint8).view(-1, 4)
 
@@ -107,10 +120,22 @@ class QuantizationRecord:
                 f'{len(self.folded)} BatchNorms are folded',
                 f'size {self.float_bytes / 1e6:.2f} MB in float, {self.bytes() / 1e6:.2f} MB quantized '
                 f'({self.float_bytes / self.bytes():.1f} times smaller)',
-                'activations, norms, residual sums, concatenations and what attention multiplies stay in float: each '
-                'layer quantizes its own input',
+                *self._between(),
             ]
         )
+
+    def _between(self) -> list[str]:
+        """What is said of activations between layers."""
+        if self.policy.target == 'generic':
+            return [
+                'activations, norms, residual sums, concatenations and what attention multiplies stay in float: each '
+                'layer quantizes its own input'
+            ]
+        shared = sum(bool(layer.point) for layer in self.layers)
+        return [
+            f'for {self.policy.target}, {len(self.points)} activations between layers are quantized to 8 bits; '
+            f'{shared} layers take them as they are, the others quantize their own input'
+        ]
 
 
 def attach(model: nn.Module, record: QuantizationRecord) -> None:
@@ -219,5 +244,6 @@ def _of_quantizer(key: str) -> bool:
 
 def _summary(layout: Tensor) -> str:
     """The layout of a checkpoint's model in words: how many layers have which bits."""
-    counts = Counter(f'W{weight}A{act}' for weight, act, *_ in layout.tolist())
-    return ', '.join(f'{count} layers {name}' for name, count in counts.items())
+    kinds = {True: 'layers W{0}A{1}', False: 'activations A{1}'}
+    counts = Counter(kinds[bool(row[0])].format(row[0], row[1] or 8) for row in layout.tolist())
+    return ', '.join(f'{count} {name}' for name, count in counts.items())

@@ -29,6 +29,7 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(mm_sharp.__path
 
 # Pages whose examples are no configs, and the tests that run them.
 PROGRAMS = {
+    'docs/deployment.md': 'tests/quantization/test_targets.py',
     'docs/export.md': 'tests/cli/test_draw_keypoints.py',
     'docs/extending.md': 'tests/project/test_extending.py',
     'docs/inference.md': 'tests/quantization/test_inference.py',

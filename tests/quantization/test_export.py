@@ -155,6 +155,16 @@ def test_weights_are_stored_as_integers(exported: Any) -> None:
     assert weights <= sum(stored) < 1.05 * weights
 
 
+def test_only_activations_of_few_bits_are_clipped(exported: Any) -> None:
+    model, file = exported(SIMCC)
+    graph = onnx.load(file).graph
+    stored = {item.name for item in graph.initializer}
+    clips = [node for node in graph.node if node.op_type == 'Clip']
+    assert not [node.name for node in clips if node.input[0] in stored]
+    few = [layer for layer in model.quantization.quantized if layer.policy.act_bit_width < 8]
+    assert len(clips) == len(few) > 0
+
+
 @pytest.mark.parametrize('case', ARCHITECTURES, ids=lambda case: case.name)
 def test_nothing_but_the_network_is_in_the_graph(case: Case, exported: Any) -> None:
     _, file = exported(case)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from onnx import numpy_helper
 
 from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError, UserError
-from mm_sharp.quantization import calibrate
+from mm_sharp.quantization import calibrate, latency
 from mm_sharp.quantization.export import Network
 from mm_sharp.quantization.export_check import ExportCheck, evaluate, keypoint_distances, predict
 from mm_sharp.quantization.export_report import Agreement, ExportReport, LayerAgreement, OutputAgreement
@@ -40,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = MODELS.build(cfg.model)
     torch.save({'state_dict': model.state_dict()}, folder / 'uncalibrated.pth')
     torch.save({'state_dict': MODELS.build(Config.fromfile(folder / 'float.py').model).state_dict()}, folder / 'f.pth')
+    torch.save({'state_dict': {}}, folder / 'empty.pth')
     _, batches = tool('export').first_samples(cfg.train_dataloader.dataset, 8, 4)
     calibrate(model, batches)
     torch.save({'state_dict': model.state_dict(), 'meta': {'epoch': 1}}, folder / 'model.pth')
@@ -97,6 +99,40 @@ def test_qonnx_is_exported_and_checked_in_this_process(
     report = json.loads(Path('new/model.check.json').read_text())
     assert (report['agrees'], report['samples'], report['tolerance']) == (True, 1, 1.0)
     assert json.loads(Path('new/model.json').read_text())['flip_test'] is False
+
+
+def test_float_models_are_exported_checked_and_drawn(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    tool('export').main(['float.py', 'f.pth', '--format', 'float', '--images', '2', '--out', 'new/float.onnx'])
+    said = capsys.readouterr().out
+    assert 'FLOAT in ONNX Runtime against PyTorch, 2 people' in said
+    assert 'integers of' not in said
+    report = json.loads(Path('new/float.check.json').read_text())
+    assert (report['agrees'], report['layers'], report['integers']['alone']['values']) == (True, [], 0)
+    assert max(output['largest'] for output in report['outputs']) < 1e-3
+    assert {node.op_type for node in onnx.load('new/float.onnx').graph.node}.isdisjoint({'QuantizeLinear', 'Quant'})
+    picture = next(folder.rglob('*.png'))
+    assert tool('draw_keypoints').main(['new/float.onnx', str(picture), '--out', 'new/drawn.png']) in (None, 0)
+    assert Path('new/drawn.png').is_file()
+
+
+def test_the_benchmark_compares_with_the_same_model_in_float(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(latency, 'compare', partial(latency.compare, rounds=2))
+    tool('export').main(['w4a4.py', 'model.pth', '--benchmark', '--images', '2', '--out', 'bench/m_qcdq.onnx'])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(('ONNX Runtime,', 'OpenVINO,'))]
+    assert [row.split(',')[1].split()[0] for row in rows] == ['float', 'qcdq'] * (len(rows) // 2)
+    assert rows[0].endswith('1.00  0 of 21')
+    sizes = [line.split()[:2] for line in lines if ' MB, coco/AP ' in line]
+    assert [name for name, _ in sizes] == ['float:', 'qcdq:']
+    assert float(sizes[0][1]) > 2 * float(sizes[1][1])
+    assert len(json.loads(Path('bench/m_qcdq.latency.json').read_text())) == len(rows)
+    assert Path('bench/m_float.onnx').is_file()
 
 
 def test_a_file_that_computes_something_else_is_not_passed(
@@ -212,6 +248,17 @@ def test_differences_of_outputs() -> None:
     assert (agreement.largest, agreement.low, agreement.high) == (0.5, -2.0, 1.0)
 
 
+def test_outputs_that_say_nothing() -> None:
+    agreement = OutputAgreement('heatmaps')
+    for _ in range(2):
+        agreement.add(np.ones((2, 3), np.float32), np.ones((2, 3), np.float32))
+    report = ExportReport('x', 'qcdq', 4, [layer()], [agreement], [[0.0]], {'AP': (0.5, 0.5)})
+    assert report.warnings()[0].startswith('heatmaps: the same for all 4 people, so that both programs agree says')
+    agreement.add(np.array([[1, 1, 2]], np.float32), np.ones((1, 3), np.float32))
+    assert report.warnings() == []
+    assert report.as_dict()['outputs'][0]['varies'] is True
+
+
 def test_predictions_from_outputs_are_the_models_own(model: Any, batch: dict[str, Any]) -> None:
     data = model.data_preprocessor(deepcopy(batch), False)
     inputs, samples = data['inputs'], data['data_samples']
@@ -252,6 +299,8 @@ def test_metrics_judge_only_the_pictures_that_were_looked_at(folder: Path, model
     ('arguments', 'message'),
     [
         (['w4a4.py', 'model.pth', '--format', 'onnx'], "invalid choice: 'onnx'"),
+        (['w4a4.py', 'model.pth', '--format', 'float', '--benchmark'], '--benchmark compares qcdq with float'),
+        (['float.py', 'empty.pth', '--format', 'float'], "'empty.pth' lacks weights of the config's model"),
         (['w4a4.py', 'model.pth', '--images', '0'], '--images 0: it must be at least 1'),
         (['w4a4.py', 'model.pth', '--out', 'model.pth'], "--out 'model.pth': the name must end in .onnx"),
         (['none.py', 'model.pth'], "no config file 'none.py'"),

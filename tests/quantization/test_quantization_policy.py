@@ -15,7 +15,7 @@ from mm_sharp.quantization import LayerPolicy, QuantizationPolicy, quantize, qua
 
 LAYER = ('weight_bit_width', 'act_bit_width', 'weight_granularity', 'weight_scales', 'act_scales')
 LAYER += ('weight_symmetric', 'act_symmetric', 'scale_init', 'scale_gradients')
-MODEL = ('first_layers', 'last_layers', 'skip', 'layers', 'fold_batchnorm', 'input_size')
+MODEL = ('target', 'first_layers', 'last_layers', 'skip', 'layers', 'fold_batchnorm', 'input_size')
 BITS = (1, 0, -4, 9, 16, 4.0, '4', None, True, [4])
 ACT_BITS = tuple(17 if value == 16 else value for value in BITS)
 BAD: list[tuple[str, Any]] = [

@@ -1,0 +1,4 @@
+# Quantization-aware training at 8 bits for TensorRT; used as w8a8.py is. What it changes: docs/deployment.md.
+_base_ = ['./w8a8.py']
+
+sharp_quantization = dict(policy=dict(target='tensorrt'))

@@ -1,0 +1,129 @@
+"""How fast exported files are in the runtimes that are installed, and how many convolutions these compute in integers.
+
+Files take turns, round after round, so that what else the machine does meets all of them; a ratio is the median of the
+rounds' ratios. One thread and one picture. The time is what the processor works for this process: on a busy machine
+short calls would have an advantage otherwise, which nothing interrupts. A convolution counts that ONNX Runtime has made
+a QLinearConv of, or that OpenVINO runs in u8 or i8; deconvolutions are not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+Timed = Callable[[], object]
+Count = tuple[int, int]  # convolutions in integers, and all
+_ROUNDS, _CALLS = 20, 3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One file in one runtime."""
+
+    runtime: str
+    name: str
+    milliseconds: float  # median of the rounds
+    ratio: float  # median of the first file's time / this one's
+    integers: int  # convolutions that are computed in integers
+    convolutions: int
+
+
+def compare(files: Mapping[str, Path], rounds: int = _ROUNDS) -> list[Latency]:
+    """Measure files, by name; ratios are the first one's time by theirs.
+
+    OpenVINO is left out if it is not installed.
+    """
+    shape = [dim.dim_value for dim in onnx.load(next(iter(files.values()))).graph.input[0].type.tensor_type.shape.dim]
+    picture = np.random.default_rng(0).standard_normal([1, *shape[1:]]).astype(np.float32)
+    found = []
+    for runtime, prepare, count in (
+        ('ONNX Runtime', _onnxruntime, onnxruntime_convolutions),
+        ('OpenVINO', _openvino, openvino_convolutions),
+    ):
+        if runtime == 'OpenVINO' and find_spec('openvino') is None:
+            continue
+        times = interleaved([prepare(file, picture) for file in files.values()], rounds)
+        for (name, file), taken in zip(files.items(), times, strict=True):
+            ratio = median(first / own for first, own in zip(times[0], taken, strict=True))
+            found.append(Latency(runtime, name, 1000 * median(taken), ratio, *count(file)))
+    return found
+
+
+def interleaved(runs: Sequence[Timed], rounds: int) -> list[list[float]]:
+    """Seconds a call of each function, in each round; every round has the shortest of three calls of each."""
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, taken in zip(runs, times, strict=True):
+            calls = []
+            for _ in range(_CALLS):
+                start = time.process_time()
+                run()
+                calls.append(time.process_time() - start)
+            taken.append(min(calls))
+    return times
+
+
+def table(latencies: Sequence[Latency]) -> str:
+    """For people."""
+    lines = [f'{"one thread, one picture":<26}{"ms":>9}{"times float":>13}  convolutions in integers']
+    lines += [
+        f'{x.runtime + ", " + x.name:<26}{x.milliseconds:>9.2f}{x.ratio:>13.2f}  {x.integers} of {x.convolutions}'
+        for x in latencies
+    ]
+    return '\n'.join(lines)
+
+
+def onnxruntime_convolutions(file: Path) -> Count:
+    """What ONNX Runtime makes of a file's convolutions, after its optimizations."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder, 'optimized.onnx'))
+        onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+        kinds = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+    return kinds['QLinearConv'], sum(count for kind, count in kinds.items() if kind.endswith('Conv'))
+
+
+def openvino_convolutions(file: Path) -> Count:
+    """The same of OpenVINO, read off the model that it runs."""
+    infos = [node.get_rt_info() for node in _compiled(file).get_runtime_model().get_ops()]
+    kinds = [info['runtimePrecision'].astype(str) for info in infos if info['layerType'].astype(str) == 'Convolution']
+    return sum(kind in ('u8', 'i8') for kind in kinds), len(kinds)
+
+
+def _onnxruntime(file: Path, picture: NDArray[np.float32]) -> Timed:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+    return lambda: session.run(None, {'input': picture})
+
+
+def _openvino(file: Path, picture: NDArray[np.float32]) -> Timed:
+    request = _compiled(file).create_infer_request()
+    return lambda: request.infer({0: picture})
+
+
+def _compiled(file: Path) -> Any:
+    import openvino  # type: ignore[import-untyped]
+
+    # In float32, as the other runtime: some processors would take bfloat16.
+    settings = {'INFERENCE_NUM_THREADS': 1, 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
+    return openvino.Core().compile_model(file, 'CPU', settings)
