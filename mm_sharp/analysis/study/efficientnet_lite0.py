@@ -57,6 +57,7 @@ class EfficientNetLite0(BaseModule):  # type: ignore[misc]
         )
         # timm keeps all stages, and runs them, whatever level is asked for.
         self.model.blocks = self.model.blocks[:stages]
+        _split_activations(self.model)
         if self.layout is not None:
             self.model.to(memory_format=self.layout)
 
@@ -71,6 +72,19 @@ class EfficientNetLite0(BaseModule):  # type: ignore[misc]
         if self.layout is not None:
             x = x.contiguous(memory_format=self.layout)
         return tuple(self.model(x))
+
+
+def _split_activations(model: torch.nn.Module) -> None:
+    """Put a ``BatchNorm2d`` and an activation in the place of each module of timm's that is both.
+
+    Quantization folds a ``BatchNorm2d`` into the convolution before it, and leaves alone what does more than that.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.BatchNorm2d) and hasattr(child, 'act'):
+                norm = torch.nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, torch.nn.Sequential(norm, child.act))
 
 
 def imagenet_weights(model: torch.nn.Module) -> dict[str, Tensor]:
