@@ -133,7 +133,7 @@ def test_keypoints_below_the_threshold_are_not_drawn(tmp_path: Path) -> None:
         draw_people(people, ['annotated', 'base'], [(0, 1)], tmp_path / 'sheet.png')
         return cv2.imread(str(tmp_path / 'sheet.png'))[24:]  # without the titles
 
-    moved = points + [[0, 0], [5, 5], [0, 0]]
+    moved = points + np.array([[0, 0], [5, 5], [0, 0]])
     assert not np.array_equal(sheet(points, [True, True, False]), sheet(moved, [True, True, False]))
     assert np.array_equal(sheet(points, [True, False, False]), sheet(moved, [True, False, False]))
 

@@ -1,0 +1,26 @@
+# Quantization-aware fine-tuning of the float model that `make train` has trained with the base optimizer.
+_base_ = ['../td-hm_lite0_b16-12e_demo-128x96.py']
+
+load_from = 'work_dirs/demo/base/epoch_12.pth'
+# Shown by tools/train.py where that file is missing.
+load_hint = (
+    'make it with: python tools/train.py configs/demo/td-hm_lite0_b16-12e_demo-128x96.py --work-dir work_dirs/demo/base'
+)
+
+# A quarter of the float training's learning rate: the weights are to settle on the quantizers' grid, not to leave.
+base_lr = 5e-4
+max_epochs = 4
+train_cfg = dict(max_epochs=max_epochs, val_interval=1)
+optim_wrapper = dict(optimizer=dict(lr=base_lr))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min_ratio=0.01,
+        begin=0,
+        end=max_epochs,
+        T_max=max_epochs,
+        convert_to_iter_based=True,
+    ),
+]
+default_hooks = dict(checkpoint=dict(interval=1))
