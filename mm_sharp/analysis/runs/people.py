@@ -114,10 +114,10 @@ def _draw_keypoints(axis: Any, found: Keypoints, links: Sequence[tuple[int, int]
     """Draw one person's keypoints: small dots and thin lines, so that faces stay readable; left green, right orange."""
     for a, b in links:
         if found.drawn[a] and found.drawn[b]:
-            axis.plot(*found.points[[a, b]].T, color='deepskyblue', linewidth=1.2, alpha=0.8)
+            axis.plot(*found.points[[a, b]].T, color='deepskyblue', linewidth=1.5, alpha=0.8)
     for index in np.flatnonzero(found.drawn):
         colour = 'white' if index == 0 else ('lime' if index % 2 else 'orange')
-        axis.plot(*found.points[index], 'o', color=colour, markersize=3.5, markeredgewidth=0)
+        axis.plot(*found.points[index], 'o', color=colour, markersize=4.5, markeredgewidth=0)
 
 
 def _error(found: Keypoints, truth: Keypoints) -> float:

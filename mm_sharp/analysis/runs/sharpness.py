@@ -25,7 +25,8 @@ def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -
     Returns:
         Epochs, and the mean over the batches, in units of the loss.
     """
-    samples = load_samples(run.cfg, 'train', count, seed=0)
+    with prepared(run.cfg):
+        samples = load_samples(run.cfg, 'train', count, seed=0)
     found = []
     for epoch, file in run.checkpoints.items():
         model, _, _ = load_model(run.cfg, str(file))
@@ -36,7 +37,6 @@ def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -
         differences = []
         with prepared(run.cfg, epoch):
             for _, batch in samples.batches(batch_size):
-                model.train_step(batch, wrapper)
                 differences.append(_rise(model, batch, wrapper))
         found.append((epoch, fmean(differences)))
     return found
