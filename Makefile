@@ -10,12 +10,12 @@ INSTALLED := $(VENV)/.installed
 
 DEMO := data/demo
 WORK_DIR := work_dirs/demo
-BASE_CONFIG := configs/demo/td-hm_lite0_b16-12e_demo-128x96.py
-AUSAM_CONFIG := configs/demo/td-hm_lite0_ausam_b16-11e_demo-128x96.py
+BASE_CONFIG := configs/demo/td-hm_lite0_b16-20e_demo-192x144.py
+AUSAM_CONFIG := configs/demo/td-hm_lite0_ausam_b16-19e_demo-192x144.py
 QAT_DIR := work_dirs/demo-qat
-FLOAT := work_dirs/demo/base/epoch_12.pth
-QAT_CONFIG := configs/demo/td-hm_lite0_w4a4_b16-4e_demo-128x96.py
-QAT_AUSAM_CONFIG := configs/demo/td-hm_lite0_w4a4_ausam_b16-3e_demo-128x96.py
+FLOAT := work_dirs/demo/base/epoch_20.pth
+QAT_CONFIG := configs/demo/td-hm_lite0_w4a4_b16-4e_demo-192x144.py
+QAT_AUSAM_CONFIG := configs/demo/td-hm_lite0_w4a4_ausam_b16-3e_demo-192x144.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install train train-qat test test-slow test-kills reliability sweep lint format types docs lock doctor dist clean

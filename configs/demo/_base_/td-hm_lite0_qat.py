@@ -1,10 +1,10 @@
 # Quantization-aware fine-tuning of the float model that `make train` has trained with the base optimizer.
-_base_ = ['../td-hm_lite0_b16-12e_demo-128x96.py']
+_base_ = ['../td-hm_lite0_b16-20e_demo-192x144.py']
 
-load_from = 'work_dirs/demo/base/epoch_12.pth'
+load_from = 'work_dirs/demo/base/epoch_20.pth'
 # Shown by tools/train.py where that file is missing.
 load_hint = (
-    'make it with: python tools/train.py configs/demo/td-hm_lite0_b16-12e_demo-128x96.py --work-dir work_dirs/demo/base'
+    'make it with: python tools/train.py configs/demo/td-hm_lite0_b16-20e_demo-192x144.py --work-dir work_dirs/demo/base'
 )
 
 # A quarter of the float training's learning rate: the weights are to settle on the quantizers' grid, not to leave.

@@ -1,8 +1,8 @@
 # AUSAM on the same model and people, at equal compute: half of each batch, twice, after a first epoch of whole batches,
-# which costs two. 10 + 2 = 12 epochs of the base optimizer.
-_base_ = ['./td-hm_lite0_b16-12e_demo-128x96.py']
+# which costs two. 18 + 2 = 20 epochs of the base optimizer.
+_base_ = ['./td-hm_lite0_b16-20e_demo-192x144.py']
 
-max_epochs = 11
+max_epochs = 19
 train_cfg = dict(max_epochs=max_epochs)
 param_scheduler = [
     _base_.param_scheduler[0],

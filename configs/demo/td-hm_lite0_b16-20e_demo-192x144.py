@@ -7,8 +7,8 @@ custom_imports = dict(
 )
 
 batch_size = 16
-max_epochs = 12
-train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+max_epochs = 20
+train_cfg = dict(max_epochs=max_epochs, val_interval=4)
 randomness = dict(seed=0)
 env_cfg = dict(mp_cfg=dict(mp_start_method='spawn', opencv_num_threads=1))
 
@@ -29,8 +29,8 @@ param_scheduler = [
     ),
 ]
 
-# 96 wide, 128 high; a heatmap's pixel is four of the input's.
-codec = dict(type='MSRAHeatmap', input_size=(96, 128), heatmap_size=(24, 32), sigma=1.5, unbiased=True)
+# 144 wide, 192 high; a heatmap's pixel is four of the input's.
+codec = dict(type='MSRAHeatmap', input_size=(144, 192), heatmap_size=(36, 48), sigma=2, unbiased=True)
 model = dict(
     type='TopdownPoseEstimator',
     data_preprocessor=dict(type='PoseDataPreprocessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True),
@@ -105,4 +105,4 @@ val_evaluator = [
 test_evaluator = val_evaluator
 
 # All checkpoints are kept: the sharpness is measured at each.
-default_hooks = dict(logger=dict(interval=8), checkpoint=dict(interval=2, max_keep_ckpts=-1))
+default_hooks = dict(logger=dict(interval=8), checkpoint=dict(interval=4, max_keep_ckpts=-1))
