@@ -3,9 +3,7 @@ _base_ = ['../td-hm_lite0_b16-20e_demo-192x144.py']
 
 load_from = 'work_dirs/demo/base/epoch_20.pth'
 # Shown by tools/train.py where that file is missing.
-load_hint = (
-    'make it with: python tools/train.py configs/demo/td-hm_lite0_b16-20e_demo-192x144.py --work-dir work_dirs/demo/base'
-)
+load_hint = 'make it with: make work_dirs/demo/base/epoch_20.pth'
 
 # A quarter of the float training's learning rate: the weights are to settle on the quantizers' grid, not to leave.
 base_lr = 5e-4

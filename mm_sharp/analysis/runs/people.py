@@ -62,7 +62,7 @@ def links_of(run: TrainedRun) -> list[tuple[int, int]]:
 
 
 def _predictions(run: TrainedRun, count: int) -> list[Any]:
-    model, _, _ = load_model(run.cfg, str(run.last))
+    model: Any = load_model(run.cfg, str(run.last))[0]
     model.eval()
     with prepared(run.cfg), torch.no_grad():
         loader = Runner.build_dataloader(_in_this_process(run.cfg))

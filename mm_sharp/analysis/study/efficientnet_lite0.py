@@ -107,7 +107,7 @@ def _split_activations(model: torch.nn.Module) -> None:
             if isinstance(child, torch.nn.BatchNorm2d) and hasattr(child, 'act'):
                 norm = torch.nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
                 norm.load_state_dict(child.state_dict())
-                setattr(module, name, torch.nn.Sequential(norm, child.act))
+                setattr(module, name, torch.nn.Sequential(norm, child.get_submodule('act')))
 
 
 def imagenet_weights(model: torch.nn.Module) -> dict[str, Tensor]:
