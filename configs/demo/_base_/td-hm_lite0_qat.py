@@ -5,9 +5,12 @@ load_from = 'work_dirs/demo/base/epoch_20.pth'
 # Shown by tools/train.py where that file is missing.
 load_hint = 'make it with: make work_dirs/demo/base/epoch_20.pth'
 
+# ImageNet's weights would not fit: the BatchNorms are folded. Those of load_from are folded when they are loaded.
+model = dict(backbone=dict(pretrained=False))
+
 # A quarter of the float training's learning rate: the weights are to settle on the quantizers' grid, not to leave.
 base_lr = 5e-4
-max_epochs = 4
+max_epochs = 3
 train_cfg = dict(max_epochs=max_epochs, val_interval=1)
 optim_wrapper = dict(optimizer=dict(lr=base_lr))
 param_scheduler = [
