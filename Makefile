@@ -9,11 +9,13 @@ PIP := $(PY) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 DEMO := data/demo
-DEMO_CONFIG := configs/demo/simcc_res18-half_ausam_demo-128x96.py
 WORK_DIR := work_dirs/demo
-FLOAT_CONFIG := configs/demo/simcc_res18-half_demo-128x96.py
-QAT_CONFIG := configs/demo/simcc_res18-half_w4a4_ausam_demo-128x96.py
+BASE_CONFIG := configs/demo/td-hm_lite0_b16-20e_demo-192x144.py
+AUSAM_CONFIG := configs/demo/td-hm_lite0_ausam_b16-19e_demo-192x144.py
 QAT_DIR := work_dirs/demo-qat
+FLOAT := work_dirs/demo/base/epoch_20.pth
+QAT_CONFIG := configs/demo/td-hm_lite0_w4a4_b16-3e_demo-192x144.py
+QAT_AUSAM_CONFIG := configs/demo/td-hm_lite0_w4a4_ausam_b16-2e_demo-192x144.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install train train-qat test test-slow test-kills reliability sweep lint format types docs lock doctor dist clean
@@ -36,31 +38,23 @@ $(INSTALLED): requirements/torch.txt requirements/dev.txt requirements/mmpose.tx
 	@touch $@
 
 $(DEMO)/meta.json: | $(INSTALLED)
-	$(PY) tools/make_demo_data.py --out $(DEMO) --train 2048 --val 256 --seed 0
+	$(PY) tools/make_demo_data.py --out $(DEMO) --train 512 --val 256 --seed 0
 
-train: $(INSTALLED) $(DEMO)/meta.json ## make the demo data, train a keypoint model with AUSAM on it, evaluate it, draw its keypoints
-	$(PY) tools/train.py $(DEMO_CONFIG) --work-dir $(WORK_DIR) $(ARGS)
-	$(PY) tools/test.py $(DEMO_CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --work-dir $(WORK_DIR)/test \
-		--out $(WORK_DIR)/metrics.json --show-dir "$(CURDIR)/$(WORK_DIR)/pictures"
-	@echo
-	@echo 'Trained with AUSAM. Metrics on held-out people ($(WORK_DIR)/metrics.json):'
-	@$(PY) -m json.tool $(WORK_DIR)/metrics.json
-	@echo 'Checkpoint, log and curves:  $(WORK_DIR)'
-	@echo 'Predicted keypoints, drawn:  $(WORK_DIR)/pictures'
+train: $(INSTALLED) $(DEMO)/meta.json ## draw people, fine-tune a keypoint model on them with AdamW and with AUSAM, compare the two
+	$(PY) tools/train.py $(BASE_CONFIG) --work-dir $(WORK_DIR)/base $(ARGS)
+	$(PY) tools/train.py $(AUSAM_CONFIG) --work-dir $(WORK_DIR)/ausam $(ARGS)
+	$(PY) tools/compare_runs.py base=$(WORK_DIR)/base ausam=$(WORK_DIR)/ausam --out-dir $(WORK_DIR)
 
-# Four epochs of float training are too few; they keep the whole below five minutes.
-$(QAT_DIR)/float/epoch_4.pth: | $(INSTALLED) $(DEMO)/meta.json
-	$(PY) tools/train.py $(FLOAT_CONFIG) --work-dir $(QAT_DIR)/float --cfg-options \
-		train_cfg.max_epochs=4 train_cfg.val_interval=4 param_scheduler.1.end=4 param_scheduler.1.T_max=4
+# The base optimizer's model of `make train`.
+$(FLOAT): | $(INSTALLED) $(DEMO)/meta.json
+	$(PY) tools/train.py $(BASE_CONFIG) --work-dir $(WORK_DIR)/base
 
-train-qat: $(INSTALLED) $(QAT_DIR)/float/epoch_4.pth ## train a float model, quantize it to 4 bits, fine-tune it with AUSAM, evaluate and export it
-	$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR) --cfg-options load_from=$(QAT_DIR)/float/epoch_4.pth $(ARGS)
-	$(PY) tools/test.py $(QAT_CONFIG) "$$(cat $(QAT_DIR)/last_checkpoint)" --work-dir $(QAT_DIR)/test --out $(QAT_DIR)/metrics.json
-	$(PY) tools/export.py $(QAT_CONFIG) "$$(cat $(QAT_DIR)/last_checkpoint)" --format qcdq --out $(QAT_DIR)/model.onnx
-	$(PY) tools/draw_keypoints.py $(QAT_DIR)/model.onnx $(DEMO)/val/000001.png --out $(QAT_DIR)/keypoints.png
-	@echo
-	@echo 'Log, curves, checkpoints (post_training.pth: before fine-tuning):  $(QAT_DIR)'
-	@echo 'The model for ONNX Runtime, and a picture of what it finds:        $(QAT_DIR)/model.onnx, $(QAT_DIR)/keypoints.png'
+train-qat: $(INSTALLED) $(FLOAT) ## quantize that model to 4 bits, fine-tune it with AdamW and with AUSAM, compare, and export
+	$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR)/base $(ARGS)
+	$(PY) tools/train.py $(QAT_AUSAM_CONFIG) --work-dir $(QAT_DIR)/ausam $(ARGS)
+	$(PY) tools/compare_runs.py float=$(WORK_DIR)/base base=$(QAT_DIR)/base ausam=$(QAT_DIR)/ausam --out-dir $(QAT_DIR)
+	@echo 'Exporting the base model of 4 bits. Rounding spreads through so many layers: keypoints may differ from PyTorch'"'"'s.'
+	-$(PY) tools/export.py $(QAT_CONFIG) "$$(cat $(QAT_DIR)/base/last_checkpoint)" --format qcdq --out $(QAT_DIR)/model.onnx
 
 test: $(INSTALLED) lint types ## lint, check the types and run the fast tests (at most five minutes)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -69,6 +69,28 @@ def test_without_pretrained_the_weights_are_random() -> None:
     assert not torch.equal(before['model.conv_stem.weight'], imagenet_weights(backbone.model)['conv_stem.weight'])
 
 
+def test_frozen_stages_keep_their_weights_and_statistics() -> None:
+    timm()
+    backbone = EfficientNetLite0(pretrained=False, frozen_stages=2).train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    backbone(torch.randn(2, 3, 32, 32))[0].sum().backward()
+    optimizer.step()
+    changed = {name for name, value in backbone.state_dict().items() if not torch.equal(before[name], value)}
+    frozen = ('model.conv_stem.', 'model.bn1.', 'model.blocks.0.', 'model.blocks.1.')
+    assert changed == {name for name in before if not name.startswith(frozen)}
+
+
+def test_batchnorms_do_nothing_else() -> None:
+    """So that quantization folds them; the activation behind each is as it was."""
+    whole = timm().create_model('efficientnet_lite0', bn_eps=1e-3)
+    kinds = [type(module) for module in EfficientNetLite0(out_stride=32).modules()]
+    assert kinds.count(torch.nn.BatchNorm2d) == kinds.count(torch.nn.Conv2d) == 48
+    # Of timm's, one is behind the layer that pools.
+    wanted = [type(module) for module in whole.modules()].count(torch.nn.ReLU6) - 1
+    assert kinds.count(torch.nn.ReLU6) == wanted
+
+
 def test_a_model_that_is_another_is_refused() -> None:
     other = timm().create_model('mobilenetv3_small_050')
     with pytest.raises(UserError, match="does not fit timm's efficientnet_lite0"):

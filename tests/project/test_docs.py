@@ -207,6 +207,6 @@ def test_makefile_and_get_started_run_the_same_commands() -> None:
         for line in re.sub(r'\\\n\s*', '', without_make).splitlines()
         if line.startswith('.venv') and '&&' not in line
     ]
-    assert len(commands) == 7
+    assert len(commands) == 8
     missing = [command for command in commands if command not in makefile]
     assert not missing, missing

@@ -29,7 +29,7 @@ CARD = (FOLDER / 'README.md').read_text()
 QUANTIZED = re.compile(r'_(w\da\d)_')
 FLOAT = FOLDER / 'simcc_res50_float_wo-deconv-8xb64-210e_mpii-256x256.py'
 RECIPES = sorted(path for path in FOLDER.glob('*.py') if path != FLOAT)
-DEMOS = sorted(path for path in DEMO.glob('*.py') if QUANTIZED.search(path.stem))
+DEMOS = sorted(path for path in DEMO.glob('*half*.py') if QUANTIZED.search(path.stem))
 CONFIGS = [*RECIPES, *DEMOS]
 METHODS = ('', 'sam', 'ausam')
 BITS = ('w8a8', 'w4a4')

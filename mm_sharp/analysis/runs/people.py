@@ -1,0 +1,125 @@
+"""A contact sheet: a row for each person, the annotated keypoints, and beside them what each run predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from numpy.typing import NDArray
+
+from mm_sharp.analysis.prepare import prepared
+from mm_sharp.analysis.runs.trained_run import TrainedRun
+from mm_sharp.analysis.sharpness.loading import load_model
+
+Array = NDArray[Any]
+
+
+class Keypoints(NamedTuple):
+    """The keypoints of one person."""
+
+    points: Array  # (K, 2), x and y in pixels of the picture
+    drawn: Array  # (K,) bool
+
+
+class Person(NamedTuple):
+    """One person of the test data."""
+
+    picture: Array  # (H, W, 3), RGB
+    columns: list[Keypoints]  # as annotated, then as each run predicts
+
+
+def find_people(runs: Sequence[TrainedRun], count: int, threshold: float) -> list[Person]:
+    """So many people of the test data, evenly spaced, with what the runs' last checkpoints predict.
+
+    Args:
+        runs: The runs; their test data are the same.
+        count: Number of people.
+        threshold: Predicted keypoints with lower scores are not drawn.
+    """
+    predicted = [_predictions(run, count) for run in runs]
+    people = []
+    for samples in zip(*predicted, strict=True):
+        truth = samples[0].gt_instances
+        columns = [Keypoints(truth.keypoints[0], truth.keypoints_visible[0] > 0)]
+        for sample in samples:
+            found = sample.pred_instances
+            columns.append(Keypoints(found.keypoints[0], found.keypoint_scores[0] >= threshold))
+        people.append(Person(cv2.imread(samples[0].img_path)[:, :, ::-1], columns))
+    return people
+
+
+def links_of(run: TrainedRun) -> list[tuple[int, int]]:
+    """Pairs of keypoints that are joined by a line, as the test data set has them."""
+    with prepared(run.cfg):
+        dataset = Runner.build_dataloader(_in_this_process(run.cfg)).dataset
+    return [(int(a), int(b)) for a, b in dataset.metainfo['skeleton_links']]
+
+
+def _predictions(run: TrainedRun, count: int) -> list[Any]:
+    model: Any = load_model(run.cfg, str(run.last))[0]
+    model.eval()
+    with prepared(run.cfg), torch.no_grad():
+        loader = Runner.build_dataloader(_in_this_process(run.cfg))
+        dataset = loader.dataset
+        chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int)
+        return list(model.test_step(loader.collate_fn([dataset[int(index)] for index in chosen])))
+
+
+def _in_this_process(cfg: Config) -> dict[str, Any]:
+    """The test data loader, with all that its samples know: their pictures' paths among it."""
+    loader = dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)
+    pipeline = [dict(step) for step in loader['dataset'].pipeline]
+    pipeline[-1].pop('meta_keys', None)
+    loader['dataset'] = dict(loader['dataset'], pipeline=pipeline)
+    return loader
+
+
+def draw_people(
+    people: Sequence[Person], titles: Sequence[str], links: Sequence[tuple[int, int]], file: Path, scale: int = 3
+) -> None:
+    """Draw the contact sheet.
+
+    Args:
+        people: Its rows.
+        titles: Of its columns: that of the annotation, then those of the runs.
+        links: Pairs of keypoints that are joined by a line.
+        file: The picture to write.
+        scale: Pixels of the sheet for one of the pictures.
+    """
+    from matplotlib.figure import Figure
+
+    height, width = people[0].picture.shape[:2]
+    size = (width * scale * len(titles) / 100, (height * scale + 24) * len(people) / 100)
+    figure = Figure(figsize=size, dpi=100, layout='constrained')
+    axes: Any = figure.subplots(len(people), len(titles), squeeze=False)
+    for row, person in zip(axes, people, strict=True):
+        truth = person.columns[0]
+        for axis, title, found in zip(row, titles, person.columns, strict=True):
+            axis.imshow(person.picture, interpolation='bicubic')
+            axis.set_xlim(-0.5, person.picture.shape[1] - 0.5)
+            axis.set_ylim(person.picture.shape[0] - 0.5, -0.5)
+            axis.axis('off')
+            _draw_keypoints(axis, found, links)
+            axis.set_title(title if found is truth else f'{title}: {_error(found, truth):.1f} pixels off', fontsize=10)
+    figure.savefig(file)
+
+
+def _draw_keypoints(axis: Any, found: Keypoints, links: Sequence[tuple[int, int]]) -> None:
+    """Draw one person's keypoints: small dots and thin lines, so that faces stay readable; left green, right orange."""
+    for a, b in links:
+        if found.drawn[a] and found.drawn[b]:
+            axis.plot(*found.points[[a, b]].T, color='deepskyblue', linewidth=1.5, alpha=0.8)
+    for index in np.flatnonzero(found.drawn):
+        colour = 'white' if index == 0 else ('lime' if index % 2 else 'orange')
+        axis.plot(*found.points[index], 'o', color=colour, markersize=4.5, markeredgewidth=0)
+
+
+def _error(found: Keypoints, truth: Keypoints) -> float:
+    """Mean distance over the annotated keypoints, in pixels of the picture."""
+    return float(np.linalg.norm(found.points - truth.points, axis=1)[truth.drawn].mean())

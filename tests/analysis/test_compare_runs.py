@@ -1,0 +1,154 @@
+"""tools/compare_runs.py on two tiny runs: the table is the log's, the sheet shows what MMPose finds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mm_sharp.analysis.runs.people import Keypoints, Person, draw_people, find_people, links_of
+from mm_sharp.analysis.runs.sharpness import rises
+from mm_sharp.analysis.runs.table import metrics_table
+from mm_sharp.analysis.runs.trained_run import TrainedRun, read_run
+from mm_sharp.errors import UsageError
+from tests.recipe_runs import QUIET
+from tests.tiny_data import NARROW_RECIPE, draw_coco
+from tests.tool_runs import PLAIN, Tools, tool
+
+pytestmark = QUIET
+EPOCHS = 2
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tools:
+    """Two trained runs, ``base`` and ``ausam``, and the tools in their folder."""
+    data = draw_coco(tmp_path / 'people')
+    tools = Tools(tmp_path, monkeypatch, capsys)
+    for name in ('base', 'ausam'):
+        base = PLAIN if name == 'base' else PLAIN.with_name('simcc_res18-half_ausam_demo-128x96.py')
+        (tmp_path / f'{name}.py').write_text(NARROW_RECIPE.format(base=base, data=data, width=4))
+        changes = f'visualizer.name={name}', f'train_cfg.max_epochs={EPOCHS}', 'default_hooks.checkpoint.save_best=None'
+        tools('train', f'{name}.py', '--work-dir', name, '--cfg-options', *changes)
+    return tools
+
+
+def test_two_runs_side_by_side(tools: Tools, tmp_path: Path) -> None:
+    arguments = ['base=base', 'ausam=ausam', '--out-dir', 'out', '--people', '2', '--samples', '4', '--threshold', '0']
+    tool('compare_runs').main(_in(tmp_path, arguments))
+    runs = [read_run(name, tmp_path / name) for name in ('base', 'ausam')]
+
+    head, _, *rows = (tmp_path / 'out' / 'table.md').read_text().splitlines()
+    assert head == '| run | AP | PCK | epochs | time | sharpness |'
+    for run, row in zip(runs, rows, strict=True):
+        (log,) = run.folder.glob('*/vis_data/scalars.json')
+        *_, last = [line for line in map(json.loads, log.read_text().splitlines()) if 'coco/AP' in line]
+        cells = [cell.strip() for cell in row.strip('|').split('|')]
+        assert cells[:4] == [run.name, f'{last["coco/AP"]:.3f}', f'{last["PCK"]:.3f}', str(EPOCHS)]
+        assert float(cells[4]) > 0
+        assert list(run.checkpoints) == [1, EPOCHS]
+        assert [step for step, _ in run.training('loss')] == [1, 2, 3, 4]
+        assert [epoch for epoch, _ in run.held_out('coco/AP')] == [1, EPOCHS]
+    assert rows[0].split('|')[5].strip() == '1.00'
+    sheet = cv2.imread(str(tmp_path / 'out' / 'people.png'))
+    # Two rows of three pictures of 96x128, three times as large.
+    assert sheet.shape[1] >= 3 * 3 * 96
+    assert sheet.shape[0] >= 2 * 3 * 128
+    assert cv2.imread(str(tmp_path / 'out' / 'curves.png')).shape[1] > 1000
+
+    _check_predictions(runs, tmp_path)
+    _check_sharpness(runs[0])
+    _check_quantized_column(runs[0])
+
+
+def _in(folder: Path, arguments: list[str]) -> list[str]:
+    """Arguments whose folders are in ``folder``."""
+    return [a.replace('=', f'={folder}/') if '=' in a else str(folder / a) if a == 'out' else a for a in arguments]
+
+
+def _check_predictions(runs: list[TrainedRun], folder: Path) -> None:
+    """The sheet's first column is the annotation, the others what MMPose's own interface finds."""
+    from mmpose.apis import inference_topdown, init_model
+
+    annotations = json.loads((folder / 'people/annotations/person_keypoints_val.json').read_text())['annotations']
+    people = find_people(runs, 2, threshold=0.0)
+    models = [init_model(str(folder / f'{run.name}.py'), str(run.last), device='cpu') for run in runs]
+    for person, own in zip(people, (annotations[0], annotations[-1]), strict=True):
+        assert np.allclose(person.columns[0].points, np.reshape(own['keypoints'], (-1, 3))[:, :2])
+        x, y, width, height = own['bbox']
+        file = str(folder / 'people' / 'val' / f'{own["image_id"]:06d}.png')
+        assert np.array_equal(person.picture, cv2.imread(file)[:, :, ::-1])
+        for model, found in zip(models, person.columns[1:], strict=True):
+            (alone,) = inference_topdown(model, file, [[x, y, x + width, y + height]])
+            assert np.allclose(found.points, alone.pred_instances.keypoints[0], atol=1e-3)
+    none = find_people(runs, 1, threshold=2.0)
+    assert not any(column.drawn.any() for column in none[0].columns[1:])
+    assert (15, 13) in links_of(runs[0])
+
+
+def _check_sharpness(run: TrainedRun) -> None:
+    """It is above 0, repeats, and vanishes with rho."""
+    measured, again, none = rises(run, 4, batch_size=2), rises(run, 4, batch_size=2), rises(run, 4, rho=1e-9)
+    assert [epoch for epoch, _ in measured] == [1, EPOCHS]
+    assert measured == again
+    assert all(value > 0 for _, value in measured)
+    assert all(abs(small) < 0.01 * value for (_, small), (_, value) in zip(none, measured, strict=True))
+
+
+def _check_quantized_column(run: TrainedRun) -> None:
+    """A run that was quantized first has what it began with in the table."""
+    began = {'post_training/coco/AP': 0.125, 'step': 0}
+    head, _, plain, quantized = metrics_table([run, replace(run, log=[began, *run.log])], {}).splitlines()
+    assert head == '| run | AP | PCK | AP before | epochs | time |'
+    assert plain.split('|')[4].strip() == ''
+    assert quantized.split('|')[4].strip() == '0.125'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['base', '--out-dir', 'out'], 'give each run a name of its own, as base='),
+        (['a=x', 'a=y', '--out-dir', 'out'], 'give each run a name of its own'),
+        (['a=nothing', '--out-dir', 'out'], "'nothing' has no log: give the --work-dir"),
+        (['a=x', '--out-dir', 'out', '--people', '-1'], '--people -1: it must be at least 0'),
+    ],
+)
+def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        tool('compare_runs').main(arguments)
+
+
+def test_keypoints_below_the_threshold_are_not_drawn(tmp_path: Path) -> None:
+    picture = np.full((60, 40, 3), 128, np.uint8)
+    points = np.array([[10.0, 10.0], [30.0, 30.0], [20.0, 50.0]])
+
+    def sheet(points: Any, drawn: list[bool]) -> Any:
+        truth = Keypoints(np.zeros((3, 2)), np.array([False, False, True]))
+        people = [Person(picture, [truth, Keypoints(points, np.array(drawn))])]
+        draw_people(people, ['annotated', 'base'], [(0, 1)], tmp_path / 'sheet.png')
+        return cv2.imread(str(tmp_path / 'sheet.png'))[24:]  # without the titles
+
+    moved = points + np.array([[0, 0], [5, 5], [0, 0]])
+    assert not np.array_equal(sheet(points, [True, True, False]), sheet(moved, [True, True, False]))
+    assert np.array_equal(sheet(points, [True, False, False]), sheet(moved, [True, False, False]))
+
+
+def test_a_resumed_run_has_one_log(tmp_path: Path) -> None:
+    """What was trained again after an interruption counts once, as it was the second time."""
+    for time, steps in (('20260101_000000', (1, 2, 3)), ('20260101_000100', (3, 4))):
+        folder = tmp_path / time / 'vis_data'
+        folder.mkdir(parents=True)
+        (folder / 'config.py').write_text('train_cfg = dict(max_epochs=2)\n')
+        lines = [{'lr': 0.1, 'loss': float(time[-3]), 'time': 1.0, 'data_time': 0.5, 'step': s} for s in steps]
+        (folder / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    torch.save({}, tmp_path / 'epoch_2.pth')
+    torch.save({}, tmp_path / 'epoch_10.pth')
+    run = read_run('a', tmp_path)
+    assert run.training('loss') == [(1, 0.0), (2, 0.0), (3, 1.0), (4, 1.0)]
+    assert run.seconds() == 2.0
+    assert run.last.name == 'epoch_10.pth'

@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Compare trained runs: a table, the curves of their logs, and what they predict beside the annotation.
+
+python tools/compare_runs.py base=work_dirs/demo/base ausam=work_dirs/demo/ausam --out-dir work_dirs/demo
+
+Each is NAME=FOLDER, the work directory of a run of tools/train.py; the first is what the others are compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# The package beside this file is used, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mm_sharp.analysis.runs.table import metrics_table
+from mm_sharp.analysis.runs.trained_run import TrainedRun, read_run
+from mm_sharp.cli import options as cli
+from mm_sharp.errors import UsageError
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = cli.OneLineParser(description='Compare trained runs')
+    add = parser.add_argument
+    add('runs', nargs='+', metavar='NAME=FOLDER', help='what tables call a run, and its work directory')
+    add('--out-dir', type=Path, required=True, help='folder for table.md, curves.png and people.png')
+    add('--metric', default='coco/AP', help='of the curves: a key of the log (default: coco/AP)')
+    add('--people', type=int, default=6, help='on the contact sheet; 0: none (default: 6)')
+    add('--threshold', type=float, default=0.3, help='keypoints with lower scores are not drawn (default: 0.3)')
+    add('--samples', type=int, default=64, help='training samples to measure the sharpness on; 0: none (default: 64)')
+    add('--debug', action='store_true', help='show the traceback of usage errors')
+    args = parser.parse_args(arguments)
+    for option in ('people', 'samples'):
+        if getattr(args, option) < 0:
+            parser.error(f'--{option} {getattr(args, option)}: it must be at least 0')
+    return args
+
+
+def read_runs(args: argparse.Namespace) -> list[TrainedRun]:
+    """Read the work directories.
+
+    Raises:
+        UsageError: One is none, or names are missing or the same.
+    """
+    pairs = [given.partition('=') for given in args.runs]
+    names = [name for name, _, _ in pairs]
+    if not all(name and folder for name, _, folder in pairs) or len({*names}) < len(names):
+        raise UsageError(f'{" ".join(args.runs)}: give each run a name of its own, as base=work_dirs/demo/base')
+    return [read_run(name, Path(folder)) for name, _, folder in pairs]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table and write the files."""
+    args = parse_arguments(arguments)
+    runs = read_runs(args)
+    # Only now: MMPose, which these import, takes seconds.
+    from mm_sharp.analysis.runs.curves import draw_curves
+    from mm_sharp.analysis.runs.people import draw_people, find_people, links_of
+    from mm_sharp.analysis.runs.sharpness import rises
+
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    sharpness = {run.name: rises(run, args.samples) for run in runs} if args.samples else {}
+    draw_curves(runs, args.metric, sharpness, args.out_dir / 'curves.png')
+    files = ['table.md', 'curves.png']
+    if args.people:
+        people = find_people(runs, args.people, args.threshold)
+        titles = ['annotated', *(run.name for run in runs)]
+        draw_people(people, titles, links_of(runs[0]), args.out_dir / 'people.png')
+        files.append('people.png')
+    table = metrics_table(runs, sharpness)
+    (args.out_dir / 'table.md').write_text(table + '\n')
+    print(f'{table}\n\n{args.out_dir}: {", ".join(files)}')
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run_tool(main))
