@@ -38,11 +38,12 @@ def test_a_recipe_trains_and_is_evaluated(path: Path, tmp_path: Path) -> None:
     # The package with the weights would be read, and nothing else changed.
     cfg.model.backbone.pretrained = False
     data = draw_coco(tmp_path / 'people', train=4, val=2)
-    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = str(data)
         loader.batch_size = 4
     cfg.train_dataloader.dataset.indices = 4
-    cfg.test_evaluator[0].ann_file = str(data / 'annotations' / 'person_keypoints_val.json')
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        evaluator[0].ann_file = str(data / 'annotations' / 'person_keypoints_val.json')
     cfg.env_cfg.mp_cfg.mp_start_method = multiprocessing.get_start_method()  # of this process, other tests' too
     cfg.train_cfg.max_epochs = 1
     cfg.work_dir, cfg.experiment_name, cfg.load_from = str(tmp_path), path.stem, None

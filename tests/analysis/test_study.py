@@ -113,9 +113,15 @@ def test_what_does_not_fit_the_configs_is_refused_before_any_run(
 def test_every_study_of_the_project_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     study = read_study(file)
-    assert study.control in study.methods
-    control = {'sampling_ratio': 0.5, 's_min': 1.0, 's_max': 1.0}
-    assert control.items() <= study.methods[study.control].items()
+    assert study.control in ('', *study.methods)
+    assert {own['sampling_ratio'] for name, own in study.methods.items() if name == 'uniform'} <= {0.5}
+    # The scale of the fragments, where a study says that it is.
+    scale = {'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights'}
+    assert all(
+        own.items() >= scale.items()
+        for own in study.methods.values()
+        if own.get('adaptive') == 'tensor' and 'rho' in own
+    )
 
 
 # ---------------------------------------------------------------- runs

@@ -81,19 +81,19 @@ class RhoProbe(TwoPassOptimWrapper):
         """L(w + e) at each radius; ends the step."""
         if not self._gradients or not torch.isfinite(norm) or not norm:
             raise _MeasuredError(None)
-        model, before, rises = self._parallel.module, float(loss.detach()), []
+        ascent, before, rises = self._two_pass.ascent, float(loss.detach()), []
         slope, scale = 0.0, None
         for rho in self._rhos:
             self.rho = rho
             for parameter, gradient in self._gradients:
                 parameter.grad = gradient.clone()
-            self._ascent.restore()
-            self._ascent.perturb(model, super().perturbation_gradient, self.direction, loss.device)
+            ascent.restore()
+            ascent.perturb(self, loss.device)
             if scale is None:
                 slope = self._inner_product() / rho
-                sizes = self._ascent.sizes(loss.device)
+                sizes = ascent.sizes(loss.device)
                 assert sizes is not None
-                scale = scale_of(sizes, model)
+                scale = scale_of(sizes, self._two_pass.parallel.module)
             rises.append(float(self.second_pass.loss_without_gradient(call)) - before)
         assert scale is not None
         raise _MeasuredError(BatchRises(before, slope, rises, scale))
