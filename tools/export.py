@@ -42,9 +42,7 @@ _BATCH_SIZE = 8
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = cli.OneLineParser(description='Write a model as ONNX, and check the file against PyTorch')
-    parser.add_argument('config', help='config file of the model')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser = cli.checkpoint_parser('Write a model as ONNX, and check the file against PyTorch')
     parser.add_argument(
         '--format',
         choices=[*_IMAGES],
@@ -66,18 +64,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar='N',
         help='check on the first N people of the test set (default: 64; with qonnx, which is slow, 4)',
     )
-    parser.add_argument('--work-dir', help='folder for the results (default: ./work_dirs/<name of the config>)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.CfgOptions, default={}, metavar='KEY=VALUE', help='change the config'
-    )
-    parser.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='load checkpoints that can run code while loading; only for files whose source you trust',
-    )
-    parser.add_argument('--debug', action='store_true', help='show the traceback of usage errors')
-    # What cli.load_config reads besides.
-    parser.set_defaults(launcher='none', local_rank=0)
     args = parser.parse_args(arguments)
     if args.benchmark and args.format != 'qcdq':
         parser.error('--benchmark compares qcdq with float: leave out --format')

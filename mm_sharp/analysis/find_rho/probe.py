@@ -75,7 +75,8 @@ class RhoProbe(TwoPassOptimWrapper):
         self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], inverse_scale: Tensor | None
     ) -> None:
         """Keep the gradient, which the perturbation at the first radius is going to overwrite."""
-        self._gradients = [(p, g.clone()) for p, g in zip(parameters, gradients, strict=True)]
+        if not self._gradients:
+            self._gradients = [(p, g.clone()) for p, g in zip(parameters, gradients, strict=True)]
 
     def perturbed_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> NoReturn:
         """L(w + e) at each radius; ends the step."""

@@ -176,14 +176,14 @@ def time_ratio(plan: Plan, rows: Rows, setting: str, method: str, rho: float | N
 
     None while a seed is missing, so that the epochs at equal time do not change afterwards.
     """
-    epochs, ratios = plan.study.settings[setting].epochs, []
-    for seed in plan.study.seeds:
-        pair = Run('report', setting, method, rho, epochs, seed), Run('report', setting, BASE, None, epochs, seed)
-        if not all(run.id in rows.by_id for run in pair):
-            return None
-        own, base = (rows.value(run, 'cost_seconds') for run in pair)
-        ratios.append(own / base)
-    return statistics.median(ratios)
+    epochs = plan.study.settings[setting].epochs
+    own, base = (
+        [Run('report', setting, *what, epochs, seed) for seed in plan.study.seeds]
+        for what in ((method, rho), (BASE, None))
+    )
+    if not all(run.id in rows.by_id for run in (*own, *base)):
+        return None
+    return _median_ratio(*({run.seed: rows.value(run, 'cost_seconds') for run in runs} for runs in (own, base)))
 
 
 def _at_equal_time(most: int, ratio: float) -> int:
