@@ -25,7 +25,8 @@ SIZE = (64, 64)
 _BODY = 'body_2d_keypoint'
 
 
-def _sized(cfg: Config, channels: int) -> None:
+def sized(cfg: Config, channels: int) -> None:
+    """Tell a head how many channels it gets, and that pictures are of :data:`SIZE`."""
     head = cfg.model.head
     head.in_channels = channels
     for part in (head, head.decoder):
@@ -40,7 +41,7 @@ def _sized(cfg: Config, channels: int) -> None:
 def _resnet(cfg: Config) -> None:
     cfg.model.backbone.update(depth=18, stem_channels=4, base_channels=4)
     cfg.model.head.deconv_out_channels = (8, 8, 8)
-    _sized(cfg, 32)
+    sized(cfg, 32)
 
 
 def _hrnet(cfg: Config) -> None:
@@ -48,18 +49,18 @@ def _hrnet(cfg: Config) -> None:
     for number, stage in enumerate(extra.values()):
         stage.update(num_modules=1, num_blocks=(1,) * stage.num_branches)
         stage.num_channels = tuple(4 * 2**i for i in range(stage.num_branches)) if number else (4,)
-    _sized(cfg, 4)
+    sized(cfg, 4)
 
 
 def _mobilenet(cfg: Config) -> None:
     cfg.model.backbone.widen_factor = 0.25
-    _sized(cfg, 1280)
+    sized(cfg, 1280)
 
 
 def _rtmpose(cfg: Config) -> None:
     cfg.model.backbone.widen_factor = 0.125
     cfg.model.head.gau_cfg.update(hidden_dims=16, s=8)
-    _sized(cfg, 128)
+    sized(cfg, 128)
 
 
 SIMCC = Case('ResNet-SimCC', f'{_BODY}/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py', SIZE, edit=_resnet)

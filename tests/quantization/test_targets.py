@@ -36,7 +36,9 @@ from tests.quantized_models import (
     output,
     policy,
     samples,
+    sized,
 )
+from tests.quantized_models import SIZE as PICTURE
 
 pytestmark = QUIET
 SIZE = (8, 8)
@@ -307,17 +309,22 @@ def test_a_float_checkpoint_is_folded_and_loaded() -> None:
 
 # ------------------------------------------------------------------ counted in the runtimes
 def _resnet50(cfg: Config) -> None:
-    cfg.model.backbone.update(stem_channels=8, base_channels=8)
-    cfg.model.head.in_channels = 256
+    cfg.model.backbone.update(depth=50, stem_channels=8, base_channels=8)
+    sized(cfg, 256)
 
 
-NARROW = dict(size=(64, 64), edit=_resnet50)
-HEATMAP = Case('ResNet50', 'body_2d_keypoint/topdown_heatmap/coco/td-hm_res50_8xb64-210e_coco-256x192.py', **NARROW)
-SIMCC50 = Case('ResNet50-SimCC', 'body_2d_keypoint/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py', stride=None)
+HEATMAP = Case(
+    'ResNet50', 'body_2d_keypoint/topdown_heatmap/coco/td-hm_res50_8xb64-210e_coco-256x192.py', PICTURE, edit=_resnet50
+)
+SIMCC50 = Case(
+    'ResNet50-SimCC', 'body_2d_keypoint/simcc/coco/simcc_res50_8xb64-210e_coco-256x192.py', PICTURE, edit=_resnet50
+)
 MOBILENET = Case(
     'MobileNetV2', 'body_2d_keypoint/topdown_heatmap/coco/td-hm_mobilenetv2_8xb64-210e_coco-256x192.py', (64, 64)
 )
-DEMO = Case('demo', str(ROOT / 'configs' / 'demo' / 'simcc_res18-half_demo-128x96.py'), stride=None)
+DEMO = Case(
+    'demo', str(ROOT / 'configs' / 'demo' / 'simcc_res18-half_demo-128x96.py'), PICTURE, edit=lambda cfg: sized(cfg, 64)
+)
 
 
 @pytest.mark.parametrize(
