@@ -66,6 +66,14 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     'a setting that is a word': (small(settings={'a': 'a.py'}), "settings.a: 'a.py' is not allowed: it must be a mapp"),
     'slash': (small(settings={'a/b': SETTING}), "settings.a/b: 'a/b' is not allowed: it must be a name without /"),
+    'own weights of nothing': (
+        small(settings={'a': {**SETTING, 'load_own': True}}),
+        'settings.a.load_own: True is not allowed: it must be false without load_from',
+    ),
+    'own weights of a rho': (
+        small(settings={'a': {**SETTING, 'load_from': 'b', 'load_own': True}, 'b': SETTING}),
+        'settings.a.load_own: True is not allowed: it must be false where rho is chosen',
+    ),
     'a chain': (
         small(settings={'a': {**SETTING, 'load_from': 'b'}, 'b': {**SETTING, 'load_from': 'a'}}),
         "settings.a.load_from: 'b' is not allowed: it must be a setting that starts from random weights itself",
@@ -211,6 +219,17 @@ def test_a_setting_that_starts_from_another_takes_the_base_weights_of_its_own_ph
     assert set(only(plan_of(tmp_path, settings=pooled).study, ['c']).settings) == {'a', 'b', 'c'}
     with pytest.raises(UsageError, match='--settings'):
         only(plan.study, ['none'])
+
+
+def test_a_setting_can_start_from_each_methods_own_weights(tmp_path: Path) -> None:
+    settings = {'clean': SETTING, 'tuned': {**SETTING, 'epochs': 2, 'load_from': 'clean', 'load_own': True}}
+    plan = plan_of(tmp_path, settings=settings, selection=None, budgets=['epochs', 'compute'])
+    # SAM has half of the base optimizer's six epochs at equal compute.
+    for method, epochs in (('base', 6), ('sam', 3)):
+        start = Run('report', 'clean', method, None, epochs, 1)
+        assert plan.config(Run('report', 'tuned', method, None, 2, 1)).load_from == str(plan.weights(start))
+        assert plan.keeps_weights(start)
+    assert not plan.keeps_weights(Run('report', 'clean', 'sam', None, 6, 1))
 
 
 # ---------------------------------------------------------------- corrupted annotations

@@ -115,8 +115,7 @@ class Plan:
         if setting.corrupt:
             cfg.train_dataloader.dataset.ann_file = str(self.corrupted(setting).resolve())
         if setting.load_from:
-            source = self.study.settings[setting.load_from]
-            cfg.load_from = str(self.weights(Run(run.phase, source.name, BASE, None, source.epochs, run.seed)))
+            cfg.load_from = str(self.weights(self._source(run, setting)))
         if run.phase == 'select':
             cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
         cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
@@ -141,7 +140,8 @@ class Plan:
 
     def keeps_weights(self, run: Run) -> bool:
         """Whether other runs start from a run's weights, or the study asks for them."""
-        needed = run.method == BASE and any(s.load_from == run.setting for s in self.study.settings.values())
+        starting = [setting for setting in self.study.settings.values() if setting.load_from == run.setting]
+        needed = any(run == self._source(run, setting) for setting in starting)
         return needed or (run.phase == 'report' and run.method in self.study.keep and run.seed == self.study.seeds[0])
 
     def corrupted(self, setting: Setting) -> Path:
@@ -154,6 +154,13 @@ class Plan:
         if not dataset.get('ann_file'):
             raise UsageError(f'settings.{setting.name}.corrupt: its training data set has no ann_file to be corrupted')
         return Path(dataset.get('data_root') or '', dataset.ann_file)
+
+    def _source(self, run: Run, setting: Setting) -> Run:
+        """The run whose weights a setting's run of the same phase, method and seed starts from."""
+        method = run.method if setting.load_own else BASE
+        # Of two budgets equal compute: that the weights cost no more than the base optimizer's.
+        budget = 'compute' if 'compute' in self.study.budgets else 'epochs'
+        return Run(run.phase, setting.load_from, method, None, self.epochs(setting.load_from, method, budget), run.seed)
 
     def _wrapper(self, cfg: Config, method: str, rho: float | None) -> dict[str, Any]:
         changes = {key: value for key, value in self.study.methods[method].items() if key != 'options'}

@@ -54,6 +54,7 @@ class Setting:
     selects: bool = True  # takes part in its pool's choice; otherwise its base optimizer alone is trained for it
     corrupt: float = 0.0  # share of the training people whose keypoints are corrupted, see corruption.py
     load_from: str = ''  # another setting: runs start from its base optimizer's weights of the same seed
+    load_own: bool = False  # from those that the same method has trained there, in place of the base optimizer's
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,11 @@ def _check_setting(study: Study, where: str, setting: Setting) -> None:
         _check_names(f'{where}.load_from', [setting.load_from], study.settings)
         good = not study.settings[setting.load_from].load_from
         _require(good, f'{where}.load_from', setting.load_from, 'a setting that starts from random weights itself')
+    if setting.load_own:
+        _require(bool(setting.load_from), f'{where}.load_own', True, 'false without load_from')
+        _require(
+            study.selection is None, f'{where}.load_own', True, 'false where rho is chosen: settings may differ in it'
+        )
 
 
 def _check_rho(where: str, rho: Any) -> None:
