@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache, partial
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mm_sharp.ops.module_attributes import Attributes, ModuleAttributes
 from mm_sharp.ops.module_tree import ModuleTree, is_compiled
 from mm_sharp.ops.norm_statistics import BATCH_NORMS
 from mm_sharp.ops.rare_changes import is_ordinary
 from mm_sharp.ops.tensor_backup import TensorBackup
 
-# What every module has besides its own: dicts and sets.
-_TORCHS_OWN = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-_PLAIN = frozenset({bool, int, float, str, type(None), tuple, torch.Size, torch.dtype, torch.device})
 _CONTAINERS = frozenset({list, dict, set, deque})
+_GENERATORS = (np.random.Generator, np.random.RandomState, torch.Generator)
 _WRAPPERS = frozenset({'DistributedDataParallel', 'FullyShardedDataParallel'})
-_MISSING = object()
 
 
 class StatePlan:
@@ -39,7 +37,7 @@ class StatePlan:
         norms: Those of torch's own BatchNorms whose statistics :mod:`mm_sharp.ops.norm_statistics` can look after.
         held: The buffers of all other modules that have some, or may get some: those of classes outside torch.
         fixed: The buffers of TorchScript's modules, which are held in no dict, and which forwards cannot add to.
-        own: Modules of classes outside torch, whose attributes are state.
+        attributes: Those of modules of classes outside torch: they are state.
     """
 
     def __init__(self, tree: ModuleTree, trained: Collection[int] | None = None) -> None:
@@ -49,8 +47,8 @@ class StatePlan:
         compiled = any(map(is_compiled, tree.modules))
         self.norms = [] if compiled else [module for module in tree.modules if type(module) in BATCH_NORMS]
         others = [module for module in tree.modules if compiled or type(module) not in BATCH_NORMS]
-        self.own = [module for module in others if not _is_left_alone(type(module))]  # type: ignore[arg-type]
-        mine = set(map(id, self.own))
+        own = [module for module in others if not _is_left_alone(type(module))]  # type: ignore[arg-type]
+        self.attributes, mine = ModuleAttributes(own), set(map(id, own))
         self.fixed: list[Any] = [module._buffers for module in others if not isinstance(module._buffers, dict)]
         buffers = [(module._buffers, id(module) in mine) for module in others if isinstance(module._buffers, dict)]
         self.held: list[dict[str, Any]] = [held for held, own in buffers if held or own]
@@ -74,28 +72,27 @@ class ModuleStateBackup:
     def __init__(self) -> None:
         self.rare: list[Tensor] = []
         self.backup, self.rare_backup = TensorBackup(), TensorBackup()
-        # Buffers as a module has them, and a copy of that dict.
+        # Buffers as a module has them, and a copy of that dict; and those of modules that have none so far.
         self._buffers: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._without: list[dict[str, Any]] = []
         self._odd: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-        # A module's attributes, the names of all of them, and the values of its own.
-        self._attributes: list[tuple[dict[str, Any], tuple[str, ...], tuple[Any, ...]]] = []
+        self._attributes: tuple[ModuleAttributes, Attributes] | None = None
         self._contents: list[tuple[Any, Any]] = []
         self._generators: list[Callable[[], None]] = []
 
     def save(self, plan: StatePlan, norms: Iterable[nn.Module] = (), *, rare: bool = False) -> None:
         """Copy the state where ``plan`` finds it, with the buffers of ``norms``; with ``rare``, :attr:`rare` too."""
         rarely: list[Tensor] = list(plan.frozen)
-        self._attributes, self._contents, self._generators = [], [], []
-        self._buffers = [(held, dict(held)) for held in plan.held]
+        self._contents, self._generators = [], []
+        self._buffers = [(held, dict(held)) for held in plan.held if held]
+        self._without = [held for held in plan.held if not held]
         self._buffers += [(norm._buffers, dict(norm._buffers)) for norm in norms]
-        for module in plan.own:
-            attributes = vars(module)
-            names = tuple(attributes)
-            values = _own_values(names)(attributes)
-            self._attributes.append((attributes, names, values))
-            if not _PLAIN.issuperset(map(type, values)):  # by far faster than a look at each
-                for value in values:
-                    self._snapshot_value(value, rarely)
+        attributes = plan.attributes.read()
+        self._attributes = plan.attributes, attributes
+        kinds = {kind for kind in set(map(type, attributes.values)) if _has_contents(kind)}
+        for value in attributes.values if kinds else ():
+            if type(value) in kinds:
+                self._snapshot_value(value, rarely)
         self._odd, ordinary = [], []
         for held, then in [*self._buffers, *((held, dict(held.items())) for held in plan.fixed)]:
             for name, tensor in then.items():
@@ -119,13 +116,16 @@ class ModuleStateBackup:
         elif isinstance(value, np.random.Generator):
             bits = value.bit_generator
             self._generators.append(partial(setattr, bits, 'state', bits.state))
-        elif isinstance(value, (torch.Generator, np.random.RandomState)):
-            self._generators.append(partial(value.set_state, value.get_state()))  # type: ignore[arg-type]
+        else:
+            self._generators.append(partial(value.set_state, value.get_state()))
 
     def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
         """Put everything back, but do not write to memory of ``apart_from``, such as weights that a buffer shares."""
         for held, were in self._buffers:
             _restore_contents(held, were)
+        if any(self._without):
+            for held in self._without:
+                held.clear()
         self.backup.write_back(apart_from)
         self.rare_backup.write_back(apart_from)
         for held, name, buffer, copy in self._odd:
@@ -134,10 +134,9 @@ class ModuleStateBackup:
                     buffer.copy_(copy)
                 except RuntimeError:  # such as a sparse tensor that has another number of elements by now
                     held[name] = copy.clone()
-        for attributes, names, values in self._attributes:
-            now = tuple(attributes)
-            if now != names or not all(map(is_, _own_values(now)(attributes), values)):
-                _restore_attributes(attributes, names, values)
+        if self._attributes is not None:
+            attributes, were_values = self._attributes
+            attributes.put_back(were_values)
         for value, was in self._contents:
             _restore_contents(value, was)
         for restore in self._generators:
@@ -152,22 +151,14 @@ class ModuleStateBackup:
         """Forget what was kept; with ``release_rare`` the memory for :attr:`rare` is given back."""
         self.backup.discard()
         self.rare_backup.discard(release=release_rare)
-        self._buffers, self._odd, self._attributes, self._contents = [], [], [], []
-        self._generators, self.rare = [], []
+        self._buffers, self._without, self._odd, self._attributes = [], [], [], None
+        self._contents, self._generators, self.rare = [], [], []
 
 
-@lru_cache(maxsize=4096)
-def _own_values(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """A fast function that takes the values of a module's own attributes, given the names of all.
-
-    The first one is last again: of a single name, itemgetter would give no tuple.
-    """
-    own = _own(names)
-    return itemgetter(*own, own[0])  # there is `training` at least
-
-
-def _own(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name not in _TORCHS_OWN]
+@lru_cache(maxsize=1024)
+def _has_contents(kind: type) -> bool:
+    """Whether a value of this class can change and stay the same object, in a way that is kept."""
+    return kind in _CONTAINERS or issubclass(kind, (Tensor, *_GENERATORS))
 
 
 @lru_cache(maxsize=1024)
@@ -185,13 +176,6 @@ def _writable(buffer: Tensor) -> bool:
     if buffer.is_contiguous():
         return True
     return not any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
-
-
-def _restore_attributes(attributes: dict[str, Any], names: tuple[str, ...], values: tuple[Any, ...]) -> None:
-    """Have a module's own attributes be those that were there, with their values."""
-    for name in _own(attributes.keys() - set(names)):
-        del attributes[name]
-    attributes.update(zip(_own(names), values, strict=False))
 
 
 def _restore_contents(value: Any, was: Any) -> None:

@@ -74,6 +74,14 @@ WRONG: dict[str, tuple[Any, str]] = {
         small(settings={'a': {**SETTING, 'load_from': 'b', 'load_own': True}, 'b': SETTING}),
         'settings.a.load_own: True is not allowed: it must be false where rho is chosen',
     ),
+    'methods of a setting': (
+        small(settings={'a': {**SETTING, 'methods': ['sam']}}),
+        "settings.a.methods: ['sam'] is not allowed: it must be with 'base'",
+    ),
+    'unknown methods of a setting': (
+        small(settings={'a': {**SETTING, 'methods': ['base', 'adam']}}),
+        "settings.a.methods: 'adam' is not allowed: it must be one of base",
+    ),
     'a chain': (
         small(settings={'a': {**SETTING, 'load_from': 'b'}, 'b': {**SETTING, 'load_from': 'a'}}),
         "settings.a.load_from: 'b' is not allowed: it must be a setting that starts from random weights itself",

@@ -252,3 +252,16 @@ def test_rows_without_costs_are_named(tmp_path: Path) -> None:
     rows.add(run, plan.fingerprint(run), {'digits/accuracy': 90.0})
     with pytest.raises(UsageError, match='cost_seconds'):
         compare(plan, rows)
+
+
+def test_a_setting_compares_its_own_methods_only(tmp_path: Path) -> None:
+    settings = {'clean': SETTING, 'short': {**SETTING, 'methods': ['base', 'half']}}
+    plan, rows = plan_of(tmp_path, settings=settings, selection=None), Rows(tmp_path / 'results.csv')
+    runs = [run for name in settings for run in plan.report_runs(name, dict.fromkeys(plan.study.methods))]
+    for run in runs:
+        rows.add(run, plan.fingerprint(run), {plan.study.metric.name: 0.5})
+    found = compare(plan, rows)
+    assert found.notes == []
+    assert {entry.method for entry in found.comparisons if entry.setting == 'short'} == {'base', 'half'}
+    assert {entry.method for entry in found.comparisons if entry.setting == 'clean'} == {*plan.study.methods}
+    assert 'unfinished' not in markdown(plan.study, found.comparisons)

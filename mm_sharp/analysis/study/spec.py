@@ -50,6 +50,7 @@ class Setting:
     config: str  # file of its training config
     epochs: int  # of the base optimizer, and of every method at equal epochs
     options: Mapping[str, Any] = field(default_factory=dict)  # changes of the config, as --cfg-options takes them
+    methods: list[str] = field(default_factory=list)  # those that are compared in it; all by default
     pool: str = ''  # settings of one pool share the choice of rho, by their mean; by default each has its own
     selects: bool = True  # takes part in its pool's choice; otherwise its base optimizer alone is trained for it
     corrupt: float = 0.0  # share of the training people whose keypoints are corrupted, see corruption.py
@@ -173,8 +174,11 @@ def _check_setting(study: Study, where: str, setting: Setting) -> None:
         _check_names(f'{where}.load_from', [setting.load_from], study.settings)
         good = not study.settings[setting.load_from].load_from
         _require(good, f'{where}.load_from', setting.load_from, 'a setting that starts from random weights itself')
+    _check_names(f'{where}.methods', setting.methods, study.methods)
+    _require(not setting.methods or BASE in setting.methods, f'{where}.methods', setting.methods, f'with {BASE!r}')
     if setting.load_own:
         _require(bool(setting.load_from), f'{where}.load_own', True, 'false without load_from')
+        _check_names(f'{where}.methods', setting.methods, study.settings[setting.load_from].methods or study.methods)
         _require(
             study.selection is None, f'{where}.load_own', True, 'false where rho is chosen: settings may differ in it'
         )
