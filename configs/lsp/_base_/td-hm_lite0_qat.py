@@ -9,6 +9,3 @@ load_hint = (
 
 # ImageNet's weights would not fit: the BatchNorms are folded. Those of load_from are folded when they are loaded.
 model = dict(backbone=dict(pretrained=False))
-
-# Half of the float training's learning rate.
-optim_wrapper = dict(optimizer=dict(lr=5e-4))
