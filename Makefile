@@ -1,4 +1,5 @@
 # mm_sharp: `make` lists the targets. Without make: the README gives the same steps in plain commands.
+SHELL := /bin/bash
 VENV ?= .venv
 # The first Python of a supported version (3.10 to 3.12) on the PATH; or say `make PYTHON=/path/to/python`.
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
@@ -12,10 +13,10 @@ DEMO := data/demo
 WORK_DIR := work_dirs/demo
 BASE_CONFIG := configs/demo/td-hm_lite0_b16-20e_demo-192x144.py
 AUSAM_CONFIG := configs/demo/td-hm_lite0_ausam_b16-19e_demo-192x144.py
+FLOATS := work_dirs/demo/base/epoch_20.pth work_dirs/demo/ausam/epoch_19.pth
 QAT_DIR := work_dirs/demo-qat
-FLOAT := work_dirs/demo/base/epoch_20.pth
-QAT_CONFIG := configs/demo/td-hm_lite0_w4a4_b16-3e_demo-192x144.py
-QAT_AUSAM_CONFIG := configs/demo/td-hm_lite0_w4a4_ausam_b16-2e_demo-192x144.py
+QAT_CONFIG := configs/demo/td-hm_lite0_w8a8_b16-3e_demo-192x144.py
+QAT_AUSAM_CONFIG := configs/demo/td-hm_lite0_w8a8_ausam_b16-2e_demo-192x144.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install train train-qat test test-slow test-kills reliability sweep lint format types docs lock doctor dist clean
@@ -40,21 +41,30 @@ $(INSTALLED): requirements/torch.txt requirements/dev.txt requirements/mmpose.tx
 $(DEMO)/meta.json: | $(INSTALLED)
 	$(PY) tools/make_demo_data.py --out $(DEMO) --train 512 --val 256 --seed 0
 
+# Two trainings at the same time, half of the cores each: a line of the console begins with its method.
+HALF := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores > 1 ? cores / 2 : 1)))
+define side_by_side
+@export OMP_NUM_THREADS=$(HALF); set -o pipefail; \
+	($(PY) tools/train.py $(1) --work-dir $(3)/base $(ARGS) 2>&1 | sed -u 's/^/AdamW | /') & base=$$!; \
+	($(PY) tools/train.py $(2) --work-dir $(3)/ausam $(ARGS) 2>&1 | sed -u 's/^/AUSAM | /'); ausam=$$?; \
+	wait $$base && exit $$ausam
+endef
+
 train: $(INSTALLED) $(DEMO)/meta.json ## draw people, fine-tune a keypoint model on them with AdamW and with AUSAM, compare the two
-	$(PY) tools/train.py $(BASE_CONFIG) --work-dir $(WORK_DIR)/base $(ARGS)
-	$(PY) tools/train.py $(AUSAM_CONFIG) --work-dir $(WORK_DIR)/ausam $(ARGS)
+	$(call side_by_side,$(BASE_CONFIG),$(AUSAM_CONFIG),$(WORK_DIR))
 	$(PY) tools/compare_runs.py base=$(WORK_DIR)/base ausam=$(WORK_DIR)/ausam --out-dir $(WORK_DIR)
 
-# The base optimizer's model of `make train`.
-$(FLOAT): | $(INSTALLED) $(DEMO)/meta.json
-	$(PY) tools/train.py $(BASE_CONFIG) --work-dir $(WORK_DIR)/base
+$(firstword $(FLOATS)): | $(INSTALLED) $(DEMO)/meta.json
+	$(MAKE) train ARGS=
 
-train-qat: $(INSTALLED) $(FLOAT) ## quantize that model to 4 bits, fine-tune it with AdamW and with AUSAM, compare, and export
-	$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR)/base $(ARGS)
-	$(PY) tools/train.py $(QAT_AUSAM_CONFIG) --work-dir $(QAT_DIR)/ausam $(ARGS)
+# Both come from one command.
+$(lastword $(FLOATS)): | $(firstword $(FLOATS))
+	test -f $@ || $(MAKE) train ARGS=
+
+train-qat: $(INSTALLED) $(FLOATS) ## quantize both models to 8 bits, fine-tune them, compare, export, and measure the speed
+	$(call side_by_side,$(QAT_CONFIG),$(QAT_AUSAM_CONFIG),$(QAT_DIR))
 	$(PY) tools/compare_runs.py float=$(WORK_DIR)/base base=$(QAT_DIR)/base ausam=$(QAT_DIR)/ausam --out-dir $(QAT_DIR)
-	@echo 'Exporting the base model of 4 bits. Rounding spreads through so many layers: keypoints may differ from PyTorch'"'"'s.'
-	-$(PY) tools/export.py $(QAT_CONFIG) "$$(cat $(QAT_DIR)/base/last_checkpoint)" --format qcdq --out $(QAT_DIR)/model.onnx
+	$(PY) tools/export.py $(QAT_AUSAM_CONFIG) "$$(cat $(QAT_DIR)/ausam/last_checkpoint)" --benchmark --out $(QAT_DIR)/model.onnx
 
 test: $(INSTALLED) lint types ## lint, check the types and run the fast tests (at most five minutes)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -1,6 +1,10 @@
 # W8A8 quantization-aware training with AUSAM, for ONNX Runtime, at equal compute: 2 + 1 = 3 epochs of AdamW.
 _base_ = ['./_base_/td-hm_lite0_qat.py', '../_base_/quantization/w8a8_onnxruntime.py']
 
+# AUSAM's own float model.
+load_from = 'work_dirs/demo/ausam/epoch_19.pth'
+load_hint = 'make it with: make work_dirs/demo/ausam/epoch_19.pth'
+
 max_epochs = 2
 train_cfg = dict(max_epochs=max_epochs)
 param_scheduler = [
