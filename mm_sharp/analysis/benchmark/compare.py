@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_sharp.analysis.tables import columns
 from mm_sharp.step.method import Cost
 
 
@@ -109,11 +110,3 @@ def run_costs(costs: Mapping[str, Cost | None]) -> str:
         if cost is not None and cost.first_epoch is not None
     ]
     return '\n'.join(lines)
-
-
-def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Cells under each other: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    forms = ['<', *'>' * len(widths[1:])]
-    cells = ([f'{c:{f}{w}}' for c, f, w in zip(line, forms, widths, strict=True)] for line in lines)
-    return '\n'.join(map('  '.join, cells))

@@ -16,11 +16,12 @@ import numpy as np
 from mmengine.config import Config
 
 from mm_sharp.analysis.benchmark.candidates import SUFFIX, own_work
-from mm_sharp.analysis.benchmark.compare import Row, columns, compare, costlier, quartiles, run_costs, step_table
+from mm_sharp.analysis.benchmark.compare import Row, compare, costlier, quartiles, run_costs, step_table
 from mm_sharp.analysis.benchmark.methods import theoretical_cost, whole_cycles
 from mm_sharp.analysis.benchmark.steps import Phases, peak_memory, phase_seconds, step_seconds
 from mm_sharp.analysis.benchmark.workload import FLOAT, Settings, load_workload
 from mm_sharp.analysis.prepare import prepared
+from mm_sharp.analysis.tables import columns
 from mm_sharp.step.method import Cost
 from mm_sharp.step.timing import EXCLUDED, PHASES
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_sharp.analysis.benchmark.compare import columns
 from mm_sharp.analysis.find_rho.rule import ERRORS, Point, percent, propose
+from mm_sharp.analysis.tables import columns
 
 
 @dataclass(frozen=True)

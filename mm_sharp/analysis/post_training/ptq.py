@@ -10,9 +10,9 @@ from typing import Any
 from mmengine.runner.checkpoint import save_checkpoint
 from torch import nn
 
-from mm_sharp.analysis.benchmark.compare import columns
 from mm_sharp.analysis.post_training.policies import quantized_config
 from mm_sharp.analysis.post_training.subject import Subject
+from mm_sharp.analysis.tables import columns
 from mm_sharp.compat.plain_checkpoint import arrays_as_lists
 from mm_sharp.quantization.record import quantized_record, size_in_bytes
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_sharp.analysis.benchmark.compare import columns
 from mm_sharp.analysis.post_training.proposal import Proposal
 from mm_sharp.analysis.post_training.sensitivity import FLOAT, Choice, Sensitivity
+from mm_sharp.analysis.tables import columns
 
 _DRAWN = 60  # layers in the picture, the most sensitive ones
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mm_sharp.analysis.runs.trained_run import Curve, TrainedRun
+from mm_sharp.analysis.tables import markdown_table
 
 _METRICS = {'coco/AP': 'AP', 'PCK': 'PCK'}
 
@@ -24,7 +25,7 @@ def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve]) ->
         'time',
         *(['sharpness'] if sharpness else []),
     ]
-    lines = [head, ['---'] * len(head)]
+    lines = [head]
     for run in runs:
         cells = [run.name, *(_number(run.final(key)) for key in metrics)]
         if before:
@@ -33,7 +34,7 @@ def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve]) ->
         if sharpness:
             cells.append(f'{sharpness[run.name][-1][1]:.2g}')
         lines.append(cells)
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    return markdown_table(lines)
 
 
 def _number(value: float | None) -> str:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mm_sharp.analysis.benchmark.compare import columns
 from mm_sharp.analysis.sharpness.loading import Samples
 from mm_sharp.analysis.sharpness.measure import Findings, Settings
+from mm_sharp.analysis.tables import columns
 
 _LOGARITHMIC = 30.0  # losses that differ by more than this factor are drawn on a logarithmic scale
 

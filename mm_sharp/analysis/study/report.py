@@ -12,6 +12,7 @@ from typing import Any
 from mm_sharp.analysis.study.plan import Plan
 from mm_sharp.analysis.study.results import Comparison, Interval, Rows, trials
 from mm_sharp.analysis.study.spec import BASE, Study
+from mm_sharp.analysis.tables import markdown_table
 
 _TITLES = {'epochs': 'equal epochs', 'compute': 'equal compute', 'time': 'equal measured time'}
 
@@ -41,7 +42,7 @@ def markdown(study: Study, found: Sequence[Comparison]) -> str:
             ]
             lines.append(cells if whole else [*cells, f'{entry.mean.count} of {len(study.seeds)}'])
         seeds = f'{len(study.seeds)} seeds' if whole else 'unfinished'
-        parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{_table(lines)}')
+        parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{markdown_table(lines)}')
     return '\n\n'.join(parts)
 
 
@@ -53,7 +54,7 @@ def markdown_trials(plan: Plan, rows: Rows, settings: Sequence[str]) -> str:
         mean = f'{metric.scale * sum(values) / len(values):.2f}' if values else ''
         lines.append([method, _rho(rho), mean, f'{len(values)} of {len(same)}'])
     title = f'**{", ".join(settings)}, choosing rho** ({metric.name} on the validation data, unfinished)'
-    return f'{title}\n\n{_table(lines)}'
+    return f'{title}\n\n{markdown_table(lines)}'
 
 
 def as_json(study: Study, found: Sequence[Comparison], notes: Sequence[str] = ()) -> str:
@@ -89,10 +90,6 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    return '\n'.join(f'| {" | ".join(line)} |' for line in (lines[0], ['---'] * len(lines[0]), *lines[1:]))
 
 
 def _rho(rho: float | None) -> str:
