@@ -7,9 +7,10 @@ at times a Python number (Brevitas and some losses count their calls).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache, partial
-from operator import is_
+from itertools import chain
+from operator import eq, is_, methodcaller
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from mm_sharp.ops.norm_statistics import BATCH_NORMS
 from mm_sharp.ops.rare_changes import is_ordinary
 from mm_sharp.ops.tensor_backup import TensorBackup
 
+_VALUES = methodcaller('values')
 _CONTAINERS = frozenset({list, dict, set, deque})
 _GENERATORS = (np.random.Generator, np.random.RandomState, torch.Generator)
 _WRAPPERS = frozenset({'DistributedDataParallel', 'FullyShardedDataParallel'})
@@ -52,6 +54,8 @@ class StatePlan:
         self.fixed: list[Any] = [module._buffers for module in others if not isinstance(module._buffers, dict)]
         buffers = [(module._buffers, id(module) in mine) for module in others if isinstance(module._buffers, dict)]
         self.held: list[dict[str, Any]] = [held for held, own in buffers if held or own]
+        # All buffers as they were seen last, and those of them that can be written to; empty if there are others.
+        self.known: tuple[list[Tensor | None], list[Tensor]] = ([], [])
         self.frozen = [p for p in tree.parameters if not (p.requires_grad if trained is None else id(p) in trained)]
 
 
@@ -93,18 +97,30 @@ class ModuleStateBackup:
         for value in attributes.values if kinds else ():
             if type(value) in kinds:
                 self._snapshot_value(value, rarely)
-        self._odd, ordinary = [], []
-        for held, then in [*self._buffers, *((held, dict(held.items())) for held in plan.fixed)]:
-            for name, tensor in then.items():
-                if tensor is None or is_lazy(tensor) or tensor.is_meta:
-                    continue
-                if not is_ordinary(tensor):
-                    self._odd.append((held, name, tensor, tensor.clone()))
-                elif _writable(tensor):
-                    ordinary.append(tensor)
-        self.backup.save(ordinary)
+        self.backup.save(self._ordinary(plan))
         self.rare = list({id(t): t for t in rarely if not is_lazy(t) and is_ordinary(t) and _writable(t)}.values())
         self.rare_backup.save(self.rare if rare else [])
+
+    def _ordinary(self, plan: StatePlan) -> list[Tensor]:
+        """The buffers that can be written to; those of other kinds are copied here."""
+        held = [*(held for held, _ in self._buffers), *plan.fixed]
+        tensors = list(_all_values(held))
+        self._odd, (known, ordinary) = [], plan.known
+        if len(tensors) == len(known) and all(map(is_, tensors, known)):
+            return ordinary
+        ordinary, whole = [], True
+        for owner, name, tensor in [(each, name, tensor) for each in held for name, tensor in each.items()]:
+            if tensor is None:
+                continue
+            if is_lazy(tensor) or tensor.is_meta:
+                whole = False
+            elif not is_ordinary(tensor):
+                whole = False
+                self._odd.append((owner, name, tensor, tensor.clone()))
+            elif _writable(tensor):
+                ordinary.append(tensor)
+        plan.known = (tensors, ordinary) if whole else ([], [])
+        return ordinary
 
     def _snapshot_value(self, value: Any, rarely: list[Tensor]) -> None:
         """Keep what is within the value of an attribute."""
@@ -121,8 +137,10 @@ class ModuleStateBackup:
 
     def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
         """Put everything back, but do not write to memory of ``apart_from``, such as weights that a buffer shares."""
-        for held, were in self._buffers:
-            _restore_contents(held, were)
+        now, before = zip(*self._buffers, strict=True) if self._buffers else ((), ())
+        if not _same(now, before):
+            for held, were in self._buffers:
+                _restore_contents(held, were)
         if any(self._without):
             for held in self._without:
                 held.clear()
@@ -176,6 +194,16 @@ def _writable(buffer: Tensor) -> bool:
     if buffer.is_contiguous():
         return True
     return not any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+
+
+def _same(now: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> bool:
+    """Whether dicts have the same names and objects."""
+    parts = [(chain.from_iterable(now), chain.from_iterable(before)), (_all_values(now), _all_values(before))]
+    return all(map(eq, map(len, now), map(len, before))) and all(all(map(is_, *pair)) for pair in parts)
+
+
+def _all_values(dicts: Iterable[dict[str, Any]]) -> Iterable[Any]:
+    return chain.from_iterable(map(_VALUES, dicts))
 
 
 def _restore_contents(value: Any, was: Any) -> None:

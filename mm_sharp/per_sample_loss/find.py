@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 from mmengine.logging import MessageHub
@@ -103,8 +105,10 @@ def structure_of(model: nn.Module, losses: Iterable[LossModule]) -> Callable[[],
     holders = [m._modules for m in model.modules() if m._modules or not type(m).__module__.startswith('torch.nn.')]
     owners = {id(loss.owner): loss.owner for loss in losses}.values()
     plain = [(vars(owner), name) for owner in owners for name, value in _plain_containers(owner) if _modules_in(value)]
+    values = methodcaller('values')
     return lambda: [
-        *[[*children.values()] for children in holders],
+        *map(len, holders),
+        *chain.from_iterable(map(values, holders)),
         *[_modules_in(attributes.get(name)) for attributes, name in plain],
     ]
 
