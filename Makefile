@@ -41,17 +41,18 @@ $(INSTALLED): requirements/torch.txt requirements/dev.txt requirements/mmpose.tx
 $(DEMO)/meta.json: | $(INSTALLED)
 	$(PY) tools/make_demo_data.py --out $(DEMO) --train 512 --val 256 --seed 0
 
-# Two trainings at the same time, half of the cores each: a line of the console begins with its method.
+# Two commands at the same time, half of the cores each: a line of the console begins with the name of its command.
 HALF := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores > 1 ? cores / 2 : 1)))
-define side_by_side
+define at_once
 @export OMP_NUM_THREADS=$(HALF); set -o pipefail; \
-	($(PY) tools/train.py $(1) --work-dir $(3)/base $(ARGS) 2>&1 | sed -u 's/^/AdamW | /') & base=$$!; \
-	($(PY) tools/train.py $(2) --work-dir $(3)/ausam $(ARGS) 2>&1 | sed -u 's/^/AUSAM | /'); ausam=$$?; \
-	wait $$base && exit $$ausam
+	($(2) 2>&1 | sed -u 's/^/$(strip $(1)) | /') & first=$$!; \
+	($(4) 2>&1 | sed -u 's/^/$(strip $(3)) | /'); second=$$?; \
+	wait $$first && exit $$second
 endef
 
 train: $(INSTALLED) $(DEMO)/meta.json ## draw people, fine-tune a keypoint model on them with AdamW and with AUSAM, compare the two
-	$(call side_by_side,$(BASE_CONFIG),$(AUSAM_CONFIG),$(WORK_DIR))
+	$(call at_once,AdamW,$(PY) tools/train.py $(BASE_CONFIG) --work-dir $(WORK_DIR)/base $(ARGS),\
+	AUSAM,$(PY) tools/train.py $(AUSAM_CONFIG) --work-dir $(WORK_DIR)/ausam $(ARGS))
 	$(PY) tools/compare_runs.py base=$(WORK_DIR)/base ausam=$(WORK_DIR)/ausam --out-dir $(WORK_DIR)
 
 $(firstword $(FLOATS)): | $(INSTALLED) $(DEMO)/meta.json
@@ -62,7 +63,8 @@ $(lastword $(FLOATS)): | $(firstword $(FLOATS))
 	test -f $@ || $(MAKE) train ARGS=
 
 train-qat: $(INSTALLED) $(FLOATS) ## quantize both models to 8 bits, fine-tune them, compare, export, and measure the speed
-	$(call side_by_side,$(QAT_CONFIG),$(QAT_AUSAM_CONFIG),$(QAT_DIR))
+	$(call at_once,AdamW,$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR)/base $(ARGS),\
+	AUSAM,$(PY) tools/train.py $(QAT_AUSAM_CONFIG) --work-dir $(QAT_DIR)/ausam $(ARGS))
 	$(PY) tools/compare_runs.py float=$(WORK_DIR)/base base=$(QAT_DIR)/base ausam=$(QAT_DIR)/ausam --out-dir $(QAT_DIR)
 	$(PY) tools/export.py $(QAT_AUSAM_CONFIG) "$$(cat $(QAT_DIR)/ausam/last_checkpoint)" --benchmark --out $(QAT_DIR)/model.onnx
 
