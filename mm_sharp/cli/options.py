@@ -39,7 +39,17 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`UsageError` instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f'{message} (all options: {self.prog} --help)')
+        raise UsageError(f'{message}; write {self._call()} (all options: {self.prog} --help)')
+
+    def _call(self) -> str:
+        """The shortest right call."""
+        call = [self.prog]
+        for action in self._actions:
+            if action.required:
+                value = action.metavar or action.dest.upper()
+                call += [action.option_strings[0]] if action.option_strings else []
+                call += [value if isinstance(value, str) else value[0], *(['...'] if action.nargs == '+' else [])]
+        return ' '.join([*call, '[OPTIONS]'])
 
 
 class CfgOptions(DictAction):  # type: ignore[misc]
