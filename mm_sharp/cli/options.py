@@ -39,10 +39,11 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`UsageError` instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f'{message}; write {self._call()} (all options: {self.prog} --help)')
+        of_the_call = message.startswith(('the following arguments are required', 'unrecognized arguments'))
+        call = f'; write {self._shortest_call()}' if of_the_call else ''
+        raise UsageError(f'{message}{call} (all options: {self.prog} --help)')
 
-    def _call(self) -> str:
-        """The shortest right call."""
+    def _shortest_call(self) -> str:
         call = [self.prog]
         for action in self._actions:
             if action.required:
