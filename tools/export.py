@@ -113,8 +113,8 @@ def load_model(cfg: Config, checkpoint: str, trust: bool, may_be_float: bool = F
         model: nn.Module = MODELS.build(cfg.model)
         if not may_be_float and record_of(model) is None:
             raise UsageError(
-                f'model={type(model).__name__} is a float model: write --format float, or quantize it by a fragment, as '
-                "_base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py']"
+                f'model={type(model).__name__} is a float model: write --format float, or quantize it by a fragment, '
+                "as _base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py']"
             )
         content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
     try:
