@@ -47,16 +47,21 @@ def _figures(findings: Sequence[Finding]) -> str:
 
 
 def _table(findings: Iterable[Finding]) -> str:
-    """A section's rows: each fault once, with all that it was done to."""
+    """A section's rows: what was done, what to, and with which outcome."""
     subjects: dict[tuple[str, str], list[str]] = {}
     counts: dict[tuple[str, str], int] = {}
     for finding in findings:
         row = finding.fault, finding.held
         subjects.setdefault(row, []).append(finding.subject)
         counts[row] = counts.get(row, 0) + finding.count
-    lines = ['| fault | done to | what held | times |', '|---|---|---|---|']
+    # What was done to the same subjects, as often and with the same outcome, shares a row.
+    rows: dict[tuple[str, str, int], list[str]] = {}
     for (fault, held), names in sorted(subjects.items()):
-        lines.append(f'| {fault} | {"; ".join(sorted(set(names)))} | {held} | {counts[fault, held]:,} |')
+        rows.setdefault(('; '.join(sorted(set(names))), held, counts[fault, held]), []).append(fault)
+    lines = ['| fault | done to | what held | times |', '|---|---|---|---|']
+    for (names, held, count), faults in rows.items():
+        each = ' each' if len(faults) > 1 else ''
+        lines.append(f'| {"<br>".join(faults)} | {names} | {held} | {count:,}{each} |')
     return '\n'.join(lines)
 
 

@@ -106,13 +106,16 @@ def load_model(cfg: Config, checkpoint: str, trust: bool, may_be_float: bool = F
         UsageError: The checkpoint is not calibrated, or has not all weights.
     """
     from mm_sharp.quantization import check_calibrated
-    from mm_sharp.quantization.record import quantized_record, record_of
+    from mm_sharp.quantization.record import record_of
 
     init_default_scope(cfg.get('default_scope') or 'mmpose')
     with careful_loading(trust):
         model: nn.Module = MODELS.build(cfg.model)
-        if not may_be_float:
-            quantized_record(model)  # refuses float models
+        if not may_be_float and record_of(model) is None:
+            raise UsageError(
+                f'model={type(model).__name__} is a float model: write --format float, or quantize it by a fragment, '
+                "as _base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py']"
+            )
         content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
     try:
         keys = model.load_state_dict(content.get('state_dict', content), strict=False)

@@ -39,7 +39,18 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`UsageError` instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f'{message} (all options: {self.prog} --help)')
+        of_the_call = message.startswith(('the following arguments are required', 'unrecognized arguments'))
+        call = f'; write {self._shortest_call()}' if of_the_call else ''
+        raise UsageError(f'{message}{call} (all options: {self.prog} --help)')
+
+    def _shortest_call(self) -> str:
+        call = [self.prog]
+        for action in self._actions:
+            if action.required:
+                value = action.metavar or action.dest.upper()
+                call += [action.option_strings[0]] if action.option_strings else []
+                call += [value if isinstance(value, str) else value[0], *(['...'] if action.nargs == '+' else [])]
+        return ' '.join([*call, '[OPTIONS]'])
 
 
 class CfgOptions(DictAction):  # type: ignore[misc]

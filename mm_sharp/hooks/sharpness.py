@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.hooks import Hook, LoggerHook
@@ -11,6 +12,7 @@ from mm_sharp.errors import HOOK, UserError, check_positive_int
 from mm_sharp.hooks.console import PREFIX, rename_old_scalars, shorten_console_line
 from mm_sharp.hooks.scale_report import ScaleReport
 from mm_sharp.ops.model_call import unwrap
+from mm_sharp.step.method import Passes
 from mm_sharp.step.optim_wrappers import optim_wrappers
 from mm_sharp.step.timing import StepRecord
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -50,8 +52,10 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     samples selected, which makes ``sharpness`` larger. In the steps between, its metrics are those of the averages that
     the samples are selected by, which have no sign.
 
-    All are of the one iteration that is logged, and of rank 0: their names avoid those that MMEngine's log processor
-    smooths. With several optimizer wrappers the names are ``sharpness/WRAPPER.…``; the console's four are shared out.
+    All are of one iteration and of rank 0: their names avoid those that MMEngine's log processor smooths. It is the
+    iteration that is logged. Where not every step has a second pass (``interval=n``, LookSAM), it is the last one since
+    the entry before that had one; if none had, only ``L_w`` is shown, of the iteration that is logged. With several
+    optimizer wrappers the names are ``sharpness/WRAPPER.…``; the console's four are shared out.
 
     After the first step one line says how far the weights are moved, and where. Three warnings, each at most once and
     only in logged steps, say what to write: nearly all of the perturbation is in one small part of the model; the loss
@@ -71,6 +75,10 @@ class SharpnessHook(Hook):  # type: ignore[misc]
         self._interval = interval or 1
         self._wrappers: dict[str, TwoPassOptimWrapper] = {}
         self._reports: dict[str, ScaleReport] = {}
+        self._written: set[str] = set()
+        # Wrappers of which not every step has a second pass, and the last step that had one since the last entry.
+        self._sparse: set[str] = set()
+        self._pending: dict[str, StepRecord] = {}
 
     def before_train(self, runner: Any) -> None:
         """Find the wrappers and the logger's interval."""
@@ -85,20 +93,23 @@ class SharpnessHook(Hook):  # type: ignore[misc]
         model = unwrap(runner.model)
         self._reports = {prefix: ScaleReport(wrapper, model) for prefix, wrapper in self._wrappers.items()}
         rename_old_scalars(runner.message_hub, list(self._wrappers))
-        shorten_console_line(runner.log_processor, runner.message_hub, list(self._wrappers))
+        self._written = shorten_console_line(runner.log_processor, runner.message_hub, list(self._wrappers))
+        self._written.clear()
+        self._pending.clear()
         if self.interval is None:
             loggers = [hook for hook in runner.hooks if isinstance(hook, LoggerHook)]
             self._interval = loggers[0].interval if loggers else 10
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Have the step timed and measured if it is going to be logged."""
+        """Have the step timed and measured if it may be logged."""
         due = self._is_due(runner, batch_idx)
         for prefix, wrapper in self._wrappers.items():
-            wrapper.record_timing = due
-            wrapper.record_sizes = due or not self._reports[prefix].introduced
+            is_first = not self._reports[prefix].introduced
+            is_rare = prefix in self._sparse and wrapper.passes() is Passes.BOTH
+            wrapper.record_timing = wrapper.record_sizes = due or is_first or is_rare
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Write the step's values to the message hub, if it is going to be logged."""
+        """Keep the step if it had a second pass, and write to the message hub if it is time to."""
         due = self._is_due(runner, batch_idx)
         for prefix, wrapper in self._wrappers.items():
             step, report = wrapper.last_step, self._reports[prefix]
@@ -106,10 +117,23 @@ class SharpnessHook(Hook):  # type: ignore[misc]
                 continue
             if not report.introduced:
                 report.introduce(step)
+            if step.perturbed_loss is None:
+                self._sparse.add(prefix)
+            else:
+                self._pending[prefix] = step
             if due:
-                scalars = {**_scalars(step), **report.log_scalars(step), **wrapper.log_scalars()}
-                for name, value in scalars.items():
-                    runner.message_hub.update_scalar(f'{PREFIX}{prefix}{name}', value)
+                logged = self._pending.pop(prefix, None)
+                # A step with a second pass that waits for the logger is not mixed with another one's loss.
+                if logged is None and f'{PREFIX}{prefix}L_w_e' not in self._written:
+                    logged = step
+                ours = {} if logged is None else {**_scalars(logged), **report.log_scalars(logged)}
+                self._write(runner, prefix, {**ours, **wrapper.log_scalars()})
+
+    def _write(self, runner: Any, prefix: str, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            key = f'{PREFIX}{prefix}{name}'
+            runner.message_hub.update_scalar(key, value)
+            self._written.add(key)
 
     def _is_due(self, runner: Any, batch_idx: int) -> bool:
         # LoggerHook may log the last iteration of an epoch too: values must be there, and of that iteration.
@@ -125,7 +149,7 @@ def _scalars(step: StepRecord) -> dict[str, float]:
         scalars.update(L_w_e=perturbed, sharpness=perturbed - loss, g_norm=float(step.grad_norm))
     if step.metrics is not None:
         scalars.update(step.metrics())
-    if step.timer is not None:
+    if step.timer is not None and step.perturbed_loss is not None:
         seconds = step.timer.seconds()
         scalars['pass2_share'] = seconds['pass2'] / sum(seconds.values())
     return scalars

@@ -101,6 +101,11 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='no study file'):
         read_study(tmp_path / 'none.yaml')
     (tmp_path / 'bad.yaml').write_text('a: [1')
+    with pytest.raises(UsageError, match=r"no study file .*: did you mean 'bad.yaml'\?"):
+        read_study(tmp_path / 'bat.yaml')
+    (tmp_path / 'config.py').write_text('model = dict()')
+    with pytest.raises(UsageError, match='is a config: a study is a YAML file'):
+        read_study(tmp_path / 'config.py')
     with pytest.raises(UsageError, match='is no YAML'):
         read_study(tmp_path / 'bad.yaml')
 

@@ -205,7 +205,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ([], 'required: config'),
+        ([], 'required: config; write '),
         (['nowhere.py'], "no config file 'nowhere.py'"),
         ([SAM], 'make_demo_data'),
         (['sam.py', '--nonsense'], 'unrecognized arguments: --nonsense'),

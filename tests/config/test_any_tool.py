@@ -43,7 +43,7 @@ MISTAKES = (
         key="optim_wrapper.optimizer.type='OptimWrapper'", shows=IN_PLACE),
     wrapper("rho among the optimizer's arguments", 'SAM', 'optimizer=dict(rho=0.05)', '',
         key="unexpected keyword argument 'rho'", shows="optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"),
-    wrapper('a wrapper that there is not', 'SAM', "type='SAMOptimWraper'", '', key='optim_wrapper.type',
+    wrapper('an unknown wrapper', 'SAM', "type='SAMOptimWraper'", '', key='optim_wrapper.type',
         shows="did you mean 'SAMOptimWrapper'"),
     loader('drop_last beside the sampler', 'AUSAM', "drop_last=True, batch_sampler=dict(type='AUSAMSampler')", '',
         key='train_dataloader.drop_last=True', shows="drop_last=False, batch_sampler=dict(type='AUSAMSampler'"),

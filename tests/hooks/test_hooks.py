@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from tests.toys import KEYS, toy_config
@@ -18,6 +19,11 @@ def train(work_dir: Path, **changes: Any) -> Runner:
     return runner
 
 
+def entries_of(work_dir: Path) -> list[dict[str, float]]:
+    logs = sorted(work_dir.rglob('vis_data/scalars.json'))
+    return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+
+
 @pytest.fixture
 def entries(tmp_path: Path) -> tuple[Runner, list[dict[str, float]]]:
     backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
@@ -26,8 +32,7 @@ def entries(tmp_path: Path) -> tuple[Runner, list[dict[str, float]]]:
         visualizer=dict(type='Visualizer', vis_backends=backends),
         default_hooks=dict(logger=dict(type='LoggerHook', interval=2, ignore_last=False)),
     )
-    (log,) = (tmp_path / 'run').rglob('vis_data/scalars.json')
-    return runner, [json.loads(line) for line in log.read_text().splitlines()]
+    return runner, entries_of(tmp_path / 'run')
 
 
 def test_logged_at_the_loggers_interval_and_at_the_epochs_end(entries: tuple[Runner, list[dict[str, float]]]) -> None:
@@ -82,6 +87,75 @@ def test_steps_that_are_not_logged_are_not_timed(tmp_path: Path) -> None:
         tmp_path / 'run', train_cfg=dict(by_epoch=False, max_iters=9), custom_hooks=[dict(type='SharpnessHook')]
     )
     assert runner.optim_wrapper.last_step.timer is None
+
+
+SECOND = KEYS - {'sharpness/L_w'} | {'sharpness/rho_relative', 'sharpness/linearity'}
+
+
+@pytest.mark.parametrize(
+    ('settings', 'interval', 'expected'),
+    [  # the iteration whose second pass each entry has, if there was one since the entry before
+        (dict(type='SAMOptimWrapper', interval=3), 2, {2: 1, 4: 4, 6: None, 8: 7, 10: 10}),
+        (dict(type='SAMOptimWrapper', interval=3), 3, {3: 1, 6: 4, 9: 7}),
+        (dict(type='LookSAMOptimWrapper', k=5), 10, {5: 1, 10: 6}),
+    ],
+)
+def test_steps_without_a_second_pass_show_the_last_one_that_had_it(
+    settings: dict[str, Any], interval: int, expected: dict[int, int | None], tmp_path: Path
+) -> None:
+    runner = Runner.from_cfg(
+        toy_config(
+            tmp_path / 'run',
+            optim_wrapper=dict(**settings, rho=0.05, optimizer=dict(type='SGD', lr=0.01)),
+            train_cfg=dict(by_epoch=False, max_iters=max(expected)),
+            default_hooks=dict(logger=dict(type='LoggerHook', interval=interval, log_metric_by_epoch=False)),
+            log_processor=dict(by_epoch=False),
+        )
+    )
+    records: list[Any] = [None]
+    runner.register_hook(Recorder(records), priority='VERY_HIGH')
+    runner.train()
+    logged = entries_of(tmp_path / 'run')
+    assert [entry['step'] for entry in logged] == list(expected)
+    for entry, number in zip(logged, expected.values(), strict=True):
+        if number is None:
+            assert {key for key in entry if 'sharpness/' in key} == {'sharpness/L_w'}
+            assert entry['sharpness/L_w'] == records[entry['step']].loss.item()
+            continue
+        assert entry.keys() >= SECOND
+        record = records[number]
+        assert entry['sharpness/L_w'] == record.loss.item()
+        assert entry['sharpness/sharpness'] == record.perturbed_loss.item() - record.loss.item()
+        assert entry['sharpness/g_norm'] == record.grad_norm.item()
+
+
+class Recorder(Hook):
+    def __init__(self, records: list[Any]) -> None:
+        self.records = records
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.records.append(runner.optim_wrapper.last_step)
+
+
+def test_nothing_of_before_a_resume_is_shown(tmp_path: Path) -> None:
+    def entries(work_dir: Path, iterations: int, **changes: Any) -> list[tuple[int, bool]]:
+        train(
+            work_dir,
+            optim_wrapper=dict(type='SAMOptimWrapper', interval=4, rho=0.05, optimizer=dict(type='SGD', lr=0.01)),
+            train_cfg=dict(by_epoch=False, max_iters=iterations),
+            default_hooks=dict(
+                logger=dict(type='LoggerHook', interval=2),
+                checkpoint=dict(type='CheckpointHook', interval=6, by_epoch=False),
+            ),
+            log_processor=dict(by_epoch=False),
+            **changes,
+        )
+        return [(entry['step'], 'sharpness/sharpness' in entry) for entry in entries_of(work_dir)]
+
+    # The second passes are in iterations 1, 5 and 9.
+    assert entries(tmp_path / 'begun', 6) == [(2, True), (4, False), (6, True)]
+    resumed = entries(tmp_path / 'resumed', 10, resume=True, load_from=str(tmp_path / 'begun' / 'iter_6.pth'))
+    assert resumed == [(8, False), (10, True)]
 
 
 def test_a_plain_wrapper_is_named(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_several_wrappers_share_the_four() -> None:
     before = dict(hub.log_scalars)
     processor = Processor()
     for _ in range(2):  # a second training of the same runner
-        shorten_console_line(processor, hub, ['a.', 'b.', 'c.'])
+        shorten_console_line(processor, hub, ['a.', 'b.', 'c.']).update(hub.log_scalars)
     assert processor.get_log_after_iter(None, 0, 'train')[1] == (
         'train/loss train/a.sharpness train/b.sharpness train/c.sharpness'
     )

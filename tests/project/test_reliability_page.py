@@ -14,19 +14,20 @@ FINDINGS = [
     Finding('Faults', 'a', 'sam', 'weights', count=3),
     Finding('Faults', 'a', 'ausam', 'weights'),
     Finding('Faults', 'a', 'esam', 'buffers'),
+    Finding('Faults', 'b', 'esam', 'buffers'),
     Finding('Kills', 'SIGKILL', 'sam', 'weights', count=1200, unit='kills survived'),
 ]
 TABLES = """
 | tried | |
 |---|---|
-| faults injected | 5 |
+| faults injected | 6 |
 | kills survived | 1,200 |
 
 ## Faults
 
 | fault | done to | what held | times |
 |---|---|---|---|
-| a | esam | buffers | 1 |
+| a<br>b | esam | buffers | 1 each |
 | a | ausam; sam | weights | 4 |
 
 ## Kills

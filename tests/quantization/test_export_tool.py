@@ -305,7 +305,7 @@ def test_metrics_judge_only_the_pictures_that_were_looked_at(folder: Path, model
         (['w4a4.py', 'model.pth', '--out', 'model.pth'], "--out 'model.pth': the name must end in .onnx"),
         (['none.py', 'model.pth'], "no config file 'none.py'"),
         (['w4a4.py', 'none.pth'], "checkpoint: no checkpoint 'none.pth'"),
-        (['float.py', 'f.pth'], 'is a float model: quantize it by a fragment'),
+        (['float.py', 'f.pth'], 'is a float model: write --format float, or quantize it by a fragment'),
         (['w4a4.py', 'f.pth'], 'the model has not been calibrated'),
         (['w4a4.py', 'uncalibrated.pth'], 'the model has not been calibrated'),
         (

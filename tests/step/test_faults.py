@@ -89,7 +89,7 @@ def in_call(
 
 POINTS: dict[str, Callable[[pytest.MonkeyPatch, Injected, TwoPassOptimWrapper], None]] = {
     'first forward': in_model('first', 'forward'),
-    'taking accumulated gradients off': in_call(GradientStash, 'stash', after=True),
+    'stash of accumulated gradients': in_call(GradientStash, 'stash', after=True),
     'first backward': in_model('first', 'backward'),
     'copy of the weights': in_call(TensorBackup, 'save'),
     'perturbation, before it': in_call(ascent, 'perturb_'),

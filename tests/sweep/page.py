@@ -10,17 +10,18 @@ Found = dict[str, Any]
 
 HEAD = """# The packages' models at rho = 0
 
-At `rho = 0` a step of SAM is the base optimizer's, bit for bit, for models that keep state in their forward, too:
-momentum teachers, queues, counters, random masks, batches that are changed in place. `make sweep` tries this on models
-that MMPretrain, MMDetection and MMPose ship, and writes this page. It takes a config if its model has a class (a
-backbone, a neck, a head, a loss, an assigner) that no config before has; with `ARGS=--every`, one for each set of
-classes.
+At `rho = 0` a step of SAM is the base optimizer's, bit for bit. This must hold for models that keep state in their
+forward, too: momentum teachers, queues, counters, random masks, batches that are changed in place. `make sweep`
+tries it on models of MMPretrain, MMDetection and MMPose, and writes this page. It takes a config if its model has a
+class (a backbone, a neck, a head, a loss, an assigner) that no config before has. With `ARGS=--every` it takes one
+config for each set of classes.
 
-Each model is made shallow (one layer a stage, or as many as its config allows) and trained for two steps on small
-pictures of noise, by `OptimWrapper` and by `SAMOptimWrapper(rho=0.0)`, from equal weights, seeds and batches. Compared
-are parameters, buffers, all other tensors and numbers among the modules' attributes, the optimizer's state, the logged
-losses, the batches, and the random state of torch, NumPy and Python. Stand-ins in plain torch take the place of the
-operators `nms`, `roi_align`, `deform_conv`, `modulated_deform_conv` and `masked_conv`, which mmcv-lite lacks."""
+Each model is made shallow: one layer a stage, or as many as its config allows. It is trained for two steps on small
+pictures of noise, by `OptimWrapper` and by `SAMOptimWrapper(rho=0.0)`, from equal weights, seeds and batches. The
+sweep compares parameters, buffers, all other tensors and numbers among the modules' attributes, the optimizer's
+state, the logged losses, the batches, and the random state of torch, NumPy and Python. mmcv-lite lacks the
+operators `nms`, `roi_align`, `deform_conv`, `modulated_deform_conv` and `masked_conv`, so stand-ins in plain torch
+take their place."""
 # What an error means, the first that fits.
 _REASONS = {
     "only for inference|doesn't support .*train": 'only for inference',

@@ -123,39 +123,43 @@ def draw(file: Path, entries: Sequence[Entry], settings: Settings) -> None:
     from matplotlib.figure import Figure
 
     lines, planes = ([e for e in entries if getattr(e.findings, kind)] for kind in ('line', 'plane'))
-    rows, columns = 1 + bool(planes), max(2, len(planes))
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.4), layout='constrained')
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in panels.flat:
-        panel.set_visible(False)
+    # 100 dots an inch, about as wide as a page shows it, so that its text is not made smaller.
+    figure = Figure(figsize=(max(8.4, 2.6 * len(planes)), 6.6 if planes else 3.7), layout='constrained')
+    upper, *lower = figure.subfigures(1 + bool(planes), 1, squeeze=False)[:, 0]
+    curves, balls = upper.subplots(1, 2)
     for entry in lines:
-        panels[0, 0].plot(settings.places, entry.findings.line, marker='.', label=entry.name)
+        curves.plot(settings.places, entry.findings.line, marker='.', label=entry.name)
     if lines:
         scale = 'log' if _wide_range([entry.findings.line for entry in lines]) else 'linear'
-        place = 'distance t along a filter-normalised direction'
-        panels[0, 0].set(xlabel=place, ylabel='loss', yscale=scale, visible=True)
-        panels[0, 0].legend(fontsize=8)
-    _draw_balls(panels[0, 1], entries)
+        curves.set(xlabel='distance t along a random direction', ylabel='loss', yscale=scale)
+        curves.legend()
+    curves.set_visible(bool(lines))
+    _draw_balls(balls, entries)
     if planes:
-        _draw_planes(figure, list(panels[1, : len(planes)]), planes, settings)
+        _draw_planes(lower[0], planes, settings)
     samples = entries[0].samples
     title = f'{samples.dataset} ({samples.split}): {len(samples)} samples, seed {samples.seed}\n'
-    figure.suptitle(f'{title}{entries[0].findings.loss_name}, evaluation mode', fontsize=9)
-    figure.savefig(file, dpi=110)
+    upper.suptitle(f'{title}{entries[0].findings.loss_name}, evaluation mode', fontsize=10)
+    figure.savefig(file, dpi=100)
 
 
 def _draw_balls(axes: Any, entries: Sequence[Entry]) -> None:
+    has_ascent = False
     for entry in entries:
         balls = sorted(entry.findings.balls)
         rhos = [ball.rho for ball in balls]
         (curve,) = axes.plot(rhos, [ball.one_step for ball in balls], marker='o', label=entry.name)
         if balls[0].ascent is not None:
             axes.plot(rhos, [ball.ascent for ball in balls], ls=':', marker='^', color=curve.get_color())
-    axes.set(xlabel='rho', ylabel='rise of the loss (dotted: by ascent)', visible=True)
-    axes.legend(fontsize=8)
+            has_ascent = True
+    if has_ascent:
+        axes.plot([], [], color='gray', marker='o', label='one step')
+        axes.plot([], [], color='gray', ls=':', marker='^', label='ascent')
+    axes.set(xlabel='rho', ylabel='rise of the loss')
+    axes.legend()
 
 
-def _draw_planes(figure: Any, panels: Sequence[Any], entries: Sequence[Entry], settings: Settings) -> None:
+def _draw_planes(figure: Any, entries: Sequence[Entry], settings: Settings) -> None:
     from matplotlib.colors import LogNorm, Normalize
 
     values = np.array([entry.findings.plane for entry in entries])
@@ -164,12 +168,14 @@ def _draw_planes(figure: Any, panels: Sequence[Any], entries: Sequence[Entry], s
     high = max(high, low + max(abs(low), 1.0) * 1e-6)  # a constant has no levels
     spaced, scale = (np.geomspace, LogNorm) if _wide_range(values) else (np.linspace, Normalize)
     levels, norm = spaced(low, high, 15), scale(low, high)
+    panels = figure.subplots(1, len(entries), squeeze=False, sharey=True)[0]
+    ends = [settings.places[0], 0, settings.places[-1]]
     for panel, entry, grid in zip(panels, entries, values, strict=True):
         shades = panel.contourf(settings.places, settings.places, grid, levels=levels, norm=norm)
         panel.plot(0, 0, marker='+', color='red')
-        panel.set(xlabel='s', ylabel='t', aspect='equal', visible=True)
-        panel.set_title(entry.name, fontsize=9)
-    figure.colorbar(shades, ax=panels, label='loss', format='%.3g')
+        panel.set(xlabel='s', title=entry.name, aspect='equal', xticks=ends, yticks=ends)
+    panels[0].set_ylabel('t')
+    figure.colorbar(shades, ax=panels, label='loss', format='%.2g', ticks=levels[::2])
 
 
 def _wide_range(values: Any) -> bool:

@@ -79,7 +79,11 @@ class Study:
 def read_study(file: Path) -> Study:
     """Read and check a study; a UsageError names what is no YAML, or the entry that is wrong, and a right one."""
     if not file.is_file():
-        raise UsageError(f"no study file '{file}' in {Path.cwd()}")
+        there = [other.name for other in file.parent.glob('*.yaml')]
+        hint = did_you_mean(file.name, there) if there else 'give for example configs/study/digits.yaml'
+        raise UsageError(f"no study file '{file}' in {Path.cwd()}: {hint}")
+    if file.suffix == '.py':
+        raise UsageError(f"'{file}' is a config: a study is a YAML file, such as configs/study/digits.yaml")
     try:
         content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
