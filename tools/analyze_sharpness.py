@@ -196,11 +196,10 @@ def machine() -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
     """Measure, write the files, after each checkpoint again, and print the table."""
     args = parse_arguments(arguments)
-    folder, settings = Path(args.out_dir), settings_of(args)
+    folder, settings = cli.output_folder(args.out_dir), settings_of(args)
     entries: list[Entry] = []
     for entry in analyze(args):
         entries.append(entry)
-        folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / 'sharpness.csv', entries)
         write_json(folder / 'sharpness.json', entries, settings, machine())
         draw(folder / 'landscape.png', entries, settings)

@@ -192,6 +192,8 @@ def main(arguments: Sequence[str]) -> None:
     """Measure, print the table and write the figures."""
     args = parse_arguments(arguments)
     threads = args.threads or (1 if args.host else None)
+    if args.out is not None:
+        cli.output_folder(Path(args.out).parent)
     if threads is not None:
         torch.set_num_threads(threads)
     kinds = {'parameters': measure_perturbing, 'host': measure_host, 'config': measure_steps}
@@ -199,7 +201,6 @@ def main(arguments: Sequence[str]) -> None:
     print(text)
     print(f'{figures["device"]}, {figures["cores"]} cores, {figures["threads"]} threads, torch {figures["torch"]}')
     if args.out is not None:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(figures, indent=2, default=str) + '\n')
 
 

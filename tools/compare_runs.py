@@ -57,12 +57,12 @@ def main(arguments: Sequence[str]) -> None:
     """Print the table and write the files."""
     args = parse_arguments(arguments)
     runs = read_runs(args)
+    cli.output_folder(args.out_dir)
     # Only now: MMPose, which these import, takes seconds.
     from mm_sharp.analysis.runs.curves import draw_curves
     from mm_sharp.analysis.runs.people import draw_people, find_people, links_of
     from mm_sharp.analysis.runs.sharpness import rises
 
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     sharpness = {run.name: rises(run, args.samples) for run in runs} if args.samples else {}
     draw_curves(runs, args.metric, sharpness, args.out_dir / 'curves.png')
     files = ['table.md', 'curves.png']

@@ -79,6 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     """Train, measure, write the files and print the table."""
     args, begin = parse_arguments(arguments), time.perf_counter()
     cfg = configure(args)
+    folder = cli.output_folder(args.out_dir)
     perturbation = train.perturbation_of(cfg)
     rhos = sorted(args.rho or perturbation.rhos())
     measured = train.measure(cfg, perturbation, rhos, args.steps, args.batches, args.trust_checkpoint)
@@ -92,8 +93,6 @@ def main(arguments: Sequence[str]) -> None:
         perturbation.own,
         perturbation.remark,
     )
-    folder = Path(args.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     report.write_json(folder / 'find_rho.json', found)
     report.draw(folder / 'find_rho.png', found, Path(args.config).stem)
     print(report.text(found))

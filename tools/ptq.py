@@ -78,14 +78,14 @@ def main(arguments: Sequence[str]) -> None:
     from mm_sharp.analysis.post_training.ptq import post_train, table
     from mm_sharp.analysis.post_training.subject import Subject
 
-    subject, folder = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed), Path(cfg.work_dir)
+    folder = cli.output_folder(cfg.work_dir)
+    subject = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed)
     options = {name: getattr(args, name) for name in ('equalize', 'learned_rounding', 'bias_correction')}
     rows = []
     for row in post_train(subject, policies, folder, **options):
         rows.append(row)
         sys.stderr.write(f'{table([row])}\n\n')
         content = {'options': {**options, 'batches': args.batches, 'seed': args.seed}, 'rows': [*map(asdict, rows)]}
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / 'ptq.json').write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
     print(f'\n{table(rows)}\n')
     for row in rows[1:]:

@@ -90,6 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     from mm_sharp.analysis.post_training.sensitivity import FLOAT, MixedModel, measure
     from mm_sharp.analysis.post_training.subject import Subject
 
+    folder = cli.output_folder(cfg.work_dir)
     subject = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed)
     judge = subject.metric(args.metric, args.people) if args.metric else subject.loss(args.people)
     measured = f'-{args.metric}' if args.metric else 'validation loss'
@@ -97,8 +98,6 @@ def main(arguments: Sequence[str]) -> None:
     others = args.names[0] if args.spared else FLOAT
     tried = args.names if len(args.names) > 1 or not args.spared else [*args.names, FLOAT]
     found = measure(mixed, tried, others, judge)
-    folder = Path(cfg.work_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     report.write_json(folder / 'sensitivity.json', found, mixed.weights, {**vars(args), 'measured': measured})
     report.draw(folder / 'sensitivity.png', found, measured)
     budget = {'size_mb': args.size_mb, 'mean_bits': args.mean_bits}

@@ -53,6 +53,16 @@ class OneLineParser(argparse.ArgumentParser):
         return ' '.join([*call, '[OPTIONS]'])
 
 
+def output_folder(path: str | Path) -> Path:
+    """Make a folder for results, before anything is computed; a UsageError if that cannot be."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder '{folder}' cannot be made ({error.strerror}): give another one") from error
+    return folder
+
+
 class CfgOptions(DictAction):  # type: ignore[misc]
     """MMEngine's ``KEY=VALUE`` action; a wrong form is an error of one line."""
 

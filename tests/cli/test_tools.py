@@ -444,3 +444,10 @@ def test_other_errors_keep_their_traceback() -> None:
 @pytest.mark.parametrize('script', sorted(path.name for path in (ROOT / 'tools').glob('*.sh')))
 def test_scripts_say_how_to_call_them(script: str, tmp_path: Path) -> None:
     assert run(f'tools/{script}', cwd=tmp_path, code=2).stderr.startswith('usage: ')
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UsageError, match=r"the folder '.*file/results' cannot be made \(.*\): give another one"):
+        cli.output_folder(tmp_path / 'file' / 'results')
+    assert cli.output_folder(tmp_path / 'a' / 'b').is_dir()
