@@ -14,6 +14,8 @@ from mm_sharp.analysis.study.results import Comparison, Interval, Rows, trials
 from mm_sharp.analysis.study.spec import BASE, Study
 from mm_sharp.analysis.tables import markdown_table
 
+_COLOURS = {1: 'tab:green', 0: '0.35', -1: 'tab:red'}
+_LEGEND = {1: 'better', 0: 'the interval contains 0', -1: 'worse'}
 _TITLES = {'epochs': 'equal epochs', 'compute': 'equal compute', 'time': 'equal measured time'}
 
 
@@ -66,20 +68,22 @@ def as_json(study: Study, found: Sequence[Comparison], notes: Sequence[str] = ()
 def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
     """Draw the paired differences from the base optimizer with their intervals, a panel for each setting and budget."""
     from matplotlib.figure import Figure  # only here: nothing else of the study needs it
+    from matplotlib.lines import Line2D
 
     settings = list(dict.fromkeys(entry.setting for entry in found))
     budgets = list(dict.fromkeys(entry.budget for entry in found))
     methods = [method for method in study.methods if method != BASE]
     names = [study.labels.get(method, method) for method in methods]
     margin = 0.3 + 0.07 * max(map(len, names), default=0)
-    figure = Figure(figsize=(4.2 * len(budgets) + margin, (0.28 * len(methods) + 0.8) * len(settings)), dpi=110)
+    height = (0.28 * len(methods) + 0.6) * len(settings) + 0.6
+    figure = Figure(figsize=(4.2 * len(budgets) + margin, height), dpi=110, layout='constrained')
     axes: Any = figure.subplots(len(settings), len(budgets), squeeze=False, sharex='row', sharey=True)
     for axis, (setting, budget) in zip(axes.flat, product(settings, budgets), strict=True):
         axis.axvline(0, color='0.6', linewidth=1)
         for entry in found:
             if (entry.setting, entry.budget) == (setting, budget) and (over := entry.over_base) is not None:
                 good = over.sign * (1 if study.metric.better == 'higher' else -1)
-                look = {'color': {1: 'tab:green', 0: '0.35', -1: 'tab:red'}[good], 'fmt': 'o', 'markersize': 4}
+                look = {'color': _COLOURS[good], 'fmt': 'o', 'markersize': 4}
                 half = over.half if over.count > 1 else 0.0
                 axis.errorbar(over.mean, methods.index(entry.method), xerr=half, capsize=3, **look)
         axis.set_yticks(range(len(methods)), names, fontsize=9)
@@ -87,7 +91,10 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
         axis.tick_params(axis='x', labelsize=8)
         axis.set_title(f'{study.labels.get(setting, setting)}, {_TITLES[budget]}', fontsize=9)
     figure.supxlabel(f'{study.metric.name}: difference from the base optimizer, 95 % interval', fontsize=9)
-    figure.tight_layout()
+    dots = [
+        Line2D([], [], color=_COLOURS[good], marker='o', markersize=4, label=text) for good, text in _LEGEND.items()
+    ]
+    figure.legend(handles=dots, loc='outside upper center', ncols=3, fontsize=8, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
