@@ -234,13 +234,16 @@ def test_a_setting_that_starts_from_another_takes_the_base_weights_of_its_own_ph
         only(plan.study, ['none'])
 
 
-def test_a_setting_can_start_from_each_methods_own_weights(tmp_path: Path) -> None:
+def test_a_setting_can_train_on_each_methods_own_weights(tmp_path: Path) -> None:
     settings = {'clean': SETTING, 'tuned': {**SETTING, 'epochs': 2, 'load_from': 'clean', 'load_own': True}}
     plan = plan_of(tmp_path, settings=settings, selection=None, budgets=['epochs', 'compute'])
     # SAM has half of the base optimizer's six epochs at equal compute.
     for method, epochs in (('base', 6), ('sam', 3)):
         start = Run('report', 'clean', method, None, epochs, 1)
-        assert plan.config(Run('report', 'tuned', method, None, 2, 1)).load_from == str(plan.weights(start))
+        assert plan.epochs('tuned', method, 'compute') == 2
+        cfg = plan.config(Run('report', 'tuned', method, None, 2, 1))
+        assert cfg.load_from == str(plan.weights(start))
+        assert cfg.optim_wrapper.get('type', 'OptimWrapper') == 'OptimWrapper'
         assert plan.keeps_weights(start)
     assert not plan.keeps_weights(Run('report', 'clean', 'sam', None, 6, 1))
 

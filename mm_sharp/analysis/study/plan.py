@@ -114,7 +114,7 @@ class Plan:
         cfg = copy.deepcopy(self._configs[run.setting])
         cfg.merge_from_dict(dict(self.study.methods[run.method].get('options', {})))
         _set_epochs(cfg, run.epochs)
-        cfg.optim_wrapper = self._wrapper(cfg, run.method, run.rho)
+        cfg.optim_wrapper = self._wrapper(cfg, setting, run.method, run.rho)
         cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': run.seed}
         if setting.corrupt:
             cfg.train_dataloader.dataset.ann_file = str(self.corrupted(setting).resolve())
@@ -166,7 +166,9 @@ class Plan:
         budget = 'compute' if 'compute' in self.study.budgets else 'epochs'
         return Run(run.phase, setting.load_from, method, None, self.epochs(setting.load_from, method, budget), run.seed)
 
-    def _wrapper(self, cfg: Config, method: str, rho: float | None) -> dict[str, Any]:
+    def _wrapper(self, cfg: Config, setting: Setting, method: str, rho: float | None) -> dict[str, Any]:
+        if setting.load_own:
+            return {**cfg.optim_wrapper}
         changes = {key: value for key, value in self.study.methods[method].items() if key != 'options'}
         own = {} if rho is None else {'rho': rho}
         return {**cfg.optim_wrapper, **changes, **own}
@@ -174,7 +176,7 @@ class Plan:
     def _check_method(self, setting: Setting, method: str) -> None:
         cfg = copy.deepcopy(self._configs[setting.name])
         _change(cfg, f'methods.{method}.options', self.study.methods[method].get('options', {}))
-        cfg.optim_wrapper = self._wrapper(cfg, method, None)
+        cfg.optim_wrapper = self._wrapper(cfg, setting, method, None)
         try:
             preflight.check_wrappers(cfg)
         except UsageError as error:

@@ -55,7 +55,7 @@ class Setting:
     selects: bool = True  # takes part in its pool's choice; otherwise its base optimizer alone is trained for it
     corrupt: float = 0.0  # share of the training people whose keypoints are corrupted, see corruption.py
     load_from: str = ''  # another setting: runs start from its base optimizer's weights of the same seed
-    load_own: bool = False  # from those that the same method has trained there, in place of the base optimizer's
+    load_own: bool = False  # from those that each method has trained there, to be trained on with the base optimizer
 
 
 @dataclass(frozen=True)
