@@ -16,7 +16,6 @@ AUSAM_CONFIG := configs/demo/td-hm_lite0_ausam_b16-19e_demo-192x144.py
 FLOATS := work_dirs/demo/base/epoch_20.pth work_dirs/demo/ausam/epoch_19.pth
 QAT_DIR := work_dirs/demo-qat
 QAT_CONFIG := configs/demo/td-hm_lite0_w8a8_b16-3e_demo-192x144.py
-QAT_AUSAM_CONFIG := configs/demo/td-hm_lite0_w8a8_ausam_b16-2e_demo-192x144.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install train train-qat test test-slow test-kills reliability sweep lint format types docs lock doctor dist clean
@@ -64,9 +63,9 @@ $(lastword $(FLOATS)): | $(firstword $(FLOATS))
 
 train-qat: $(INSTALLED) $(FLOATS) ## quantize both models to 8 bits, fine-tune them, compare, export, and measure the speed
 	$(call at_once,AdamW,$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR)/base $(ARGS),\
-	AUSAM,$(PY) tools/train.py $(QAT_AUSAM_CONFIG) --work-dir $(QAT_DIR)/ausam $(ARGS))
-	$(PY) tools/compare_runs.py float=$(WORK_DIR)/base base=$(QAT_DIR)/base ausam=$(QAT_DIR)/ausam --out-dir $(QAT_DIR)
-	$(PY) tools/export.py $(QAT_AUSAM_CONFIG) "$$(cat $(QAT_DIR)/ausam/last_checkpoint)" --benchmark --out $(QAT_DIR)/model.onnx
+	AUSAM,$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR)/ausam --cfg-options load_from=$(lastword $(FLOATS)) $(ARGS))
+	$(PY) tools/compare_runs.py base=$(QAT_DIR)/base ausam=$(QAT_DIR)/ausam --out-dir $(QAT_DIR)
+	$(PY) tools/export.py $(QAT_CONFIG) "$$(cat $(QAT_DIR)/ausam/last_checkpoint)" --benchmark --out $(QAT_DIR)/model.onnx
 
 test: $(INSTALLED) lint types ## lint, check the types and run the fast tests (at most five minutes)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
