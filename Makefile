@@ -52,7 +52,7 @@ endef
 train: $(INSTALLED) $(DEMO)/meta.json ## draw people, fine-tune a keypoint model on them with AdamW and with AUSAM, compare the two
 	$(call at_once,AdamW,$(PY) tools/train.py $(BASE_CONFIG) --work-dir $(WORK_DIR)/base $(ARGS),\
 	AUSAM,$(PY) tools/train.py $(AUSAM_CONFIG) --work-dir $(WORK_DIR)/ausam $(ARGS))
-	$(PY) tools/compare_runs.py base=$(WORK_DIR)/base ausam=$(WORK_DIR)/ausam --out-dir $(WORK_DIR)
+	$(PY) tools/compare_runs.py AdamW=$(WORK_DIR)/base AUSAM=$(WORK_DIR)/ausam --out-dir $(WORK_DIR)
 
 $(firstword $(FLOATS)): | $(INSTALLED) $(DEMO)/meta.json
 	$(MAKE) train ARGS=
@@ -64,7 +64,7 @@ $(lastword $(FLOATS)): | $(firstword $(FLOATS))
 train-qat: $(INSTALLED) $(FLOATS) ## quantize both models to 8 bits, fine-tune them, compare, export, and measure the speed
 	$(call at_once,AdamW,$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR)/base $(ARGS),\
 	AUSAM,$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR)/ausam --cfg-options load_from=$(lastword $(FLOATS)) $(ARGS))
-	$(PY) tools/compare_runs.py base=$(QAT_DIR)/base ausam=$(QAT_DIR)/ausam --out-dir $(QAT_DIR)
+	$(PY) tools/compare_runs.py AdamW=$(QAT_DIR)/base AUSAM=$(QAT_DIR)/ausam --out-dir $(QAT_DIR)
 	$(PY) tools/export.py $(QAT_CONFIG) "$$(cat $(QAT_DIR)/ausam/last_checkpoint)" --benchmark --out $(QAT_DIR)/model.onnx
 
 test: $(INSTALLED) lint types ## lint, check the types and run the fast tests (at most five minutes)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare trained runs: a table, the curves of their logs, and what they predict beside the annotation.
 
-python tools/compare_runs.py base=work_dirs/demo/base ausam=work_dirs/demo/ausam --out-dir work_dirs/demo
+python tools/compare_runs.py AdamW=work_dirs/demo/base AUSAM=work_dirs/demo/ausam --out-dir work_dirs/demo
 
 Each is NAME=FOLDER, the work directory of a run of tools/train.py; the first is what the others are compared with.
 """

@@ -19,13 +19,14 @@ def draw_curves(runs: Sequence[TrainedRun], metric: str, sharpness: Mapping[str,
         file: The picture to write.
     """
     from matplotlib.figure import Figure  # only here: nothing else needs it
+    from matplotlib.ticker import NullFormatter
 
     panels = [
         ('training loss', 'iteration', {run.name: _smoothed(run.training('loss')) for run in runs}),
-        (f'held-out {metric}', 'epoch', {run.name: run.held_out(metric) for run in runs}),
-        *([('sharpness: L(w + e) - L(w), training people', 'epoch', sharpness)] if sharpness else []),
+        (f'held-out {metric.rpartition("/")[2]}', 'epoch', {run.name: run.held_out(metric) for run in runs}),
+        *([('sharpness, training people', 'epoch', sharpness)] if sharpness else []),
     ]
-    figure = Figure(figsize=(4.4 * len(panels), 3.6), dpi=110, layout='constrained')
+    figure = Figure(figsize=(3.3 * len(panels), 3.1), dpi=110, layout='constrained')
     axes: Any = figure.subplots(1, len(panels))
     for axis, (title, label, curves) in zip(axes, panels, strict=True):
         for name, curve in curves.items():
@@ -36,6 +37,7 @@ def draw_curves(runs: Sequence[TrainedRun], metric: str, sharpness: Mapping[str,
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
     axes[0].set_yscale('log')
+    axes[0].yaxis.set_minor_formatter(NullFormatter())  # all of them would lie over each other
     figure.savefig(file)
 
 
