@@ -1,5 +1,5 @@
-# Quantization-aware fine-tuning of a float model that `make train` has trained, with the base optimizer: in so few epochs
-# a sharpness-aware method would be behind it, whichever of them has trained the float model.
+# Quantization-aware fine-tuning, with AdamW, of a float model that `make train` has trained. In so few epochs a
+# sharpness-aware method would be behind it, whichever of the two has trained the float model.
 _base_ = ['../td-hm_lite0_b16-20e_demo-192x144.py']
 
 load_from = 'work_dirs/demo/base/epoch_20.pth'
