@@ -82,10 +82,16 @@ def page(found: Mapping[str, Found]) -> str:
     for title, key in (('Refused before training', 'refused'), ('Faults', 'fault')):
         if lines := [f'- {each["name"]}: {_short(each[key])}' for each in some if key in each]:
             parts.append(f'## {title}\n\n' + '\n'.join(lines))
-    lines = [f'- {each["name"]}: {_short(first["not_exported"])}' for each in some if 'not_exported' in (first := _first(each))]
+    lines = [
+        f'- {each["name"]}: {_short(first["not_exported"])}'
+        for each in some
+        if 'not_exported' in (first := _first(each))
+    ]
     if lines:
         parts.append('## Trained, but not exported\n\nThe log says so before training begins.\n\n' + '\n'.join(lines))
-    lines = [f'- {each["name"]}: {"; ".join(first["reasons"])}' for each in some if (first := _first(each)).get('reasons')]
+    lines = [
+        f'- {each["name"]}: {"; ".join(first["reasons"])}' for each in some if (first := _first(each)).get('reasons')
+    ]
     if lines:
         parts.append('## What stays in float\n\nThe table in the log has the layers by name.\n\n' + '\n'.join(lines))
     return '\n\n'.join(part.rstrip('\n') for part in parts) + '\n'
