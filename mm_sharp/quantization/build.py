@@ -207,7 +207,7 @@ def _input_size(model: nn.Module) -> tuple[int, int]:
     if size is None:
         raise UserError(
             f'{OWNER}: the size of the input is not known (the model has no codec that says it): write '
-            'policy=dict(input_size=(width, height), …), or sharp_quantization = None for a model that takes no pictures'
+            'policy=dict(input_size=(width, height), …), or sharp_quantization = None if the model takes no pictures'
         )
     return int(size[0]), int(size[1])
 

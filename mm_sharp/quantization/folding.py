@@ -2,8 +2,8 @@
 
 W' = W * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta. What follows what is known from
 :mod:`mm_sharp.quantization.flow`, so that deconvolutions are folded too, and nothing that another branch reads. Only
-exact classes are folded: subclasses may do more than normalise. Of those, timm's ``BatchNormAct2d`` is known: what it does
-after normalising stays in its place.
+exact classes are folded: subclasses may do more than normalise. Of those, timm's ``BatchNormAct2d`` is known: what it
+does after normalising stays in its place.
 """
 
 from __future__ import annotations

@@ -220,7 +220,8 @@ def test_what_timms_norms_do_besides_stays_and_their_checkpoints_fold() -> None:
     before = output(model, inputs)
     assert folded_in(model) == ['n', 'o']
     assert distance(output(model, inputs), before) < 1e-6
-    assert model.n.drop.training and isinstance(model.n.act, nn.ReLU6)  # as in the float model's training
+    assert model.n.drop.training  # as in the float model
+    assert isinstance(model.n.act, nn.ReLU6)
     model.load_state_dict(other.state_dict())
     assert distance(output(model, inputs), output(other, inputs)) < 1e-6
 

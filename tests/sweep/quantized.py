@@ -25,8 +25,8 @@ HEAD = """# The backbones that were quantized
 timm's and MMPretrain's, and writes this page. A backbone has the layers of MMPose's recipe, few of them, narrow where a
 config can say so, and pictures of 64x64 pixels. [Quantize and deploy](quantize_and_deploy.md) says how to quantize yours.
 
-For W8A8 (`w8a8_onnxruntime.py`) and W4A4 each model is calibrated, trained for two steps by SAM, and exported as QCDQ.
-Then the file runs in ONNX Runtime.
+For W8A8 (`w8a8_onnxruntime.py`) and W4A4 each model is calibrated, trained for two steps by SAM, and exported as
+QCDQ. Then the file runs in ONNX Runtime.
 
 - *layers*: convolutions, deconvolutions and fully connected layers that are quantized, of all.
 - *BatchNorms*: how many are folded, of all.

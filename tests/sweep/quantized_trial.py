@@ -90,7 +90,7 @@ def _follow(model: Any, batch: Batch) -> Found:
 
 
 def _agrees(model: Any, file: Path, batch: Batch) -> bool:
-    """Whether layers that are given PyTorch's integers make the same of them in ONNX Runtime, as the export's check asks."""
+    """Whether layers that are given PyTorch's integers make the same of them in ONNX Runtime."""
     inputs = model.data_preprocessor(deepcopy(batch), False)['inputs']
     check, total = IntegerCheck(onnx.load(file), 'qcdq'), Agreement()
     with torch.no_grad(), recording(model) as records:
