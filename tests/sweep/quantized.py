@@ -79,6 +79,8 @@ def page(found: Mapping[str, Found]) -> str:
     columns += [f'{policy} {what}' for policy in POLICIES for what in ('trained', 'exported')] + ['in integers']
     table = [f'| {" | ".join(columns)} |', '|---' * len(columns) + '|', *map(row, some)]
     parts = [HEAD, '\n'.join(table)]
+    if missing := [name for name in BACKBONES if name not in found]:
+        parts.append(f'Not tried yet: {", ".join(missing)}.')
     for title, key in (('Refused before training', 'refused'), ('Faults', 'fault')):
         if lines := [f'- {each["name"]}: {_short(each[key])}' for each in some if key in each]:
             parts.append(f'## {title}\n\n' + '\n'.join(lines))
