@@ -21,6 +21,8 @@ pytestmark = [
 
 
 def test_every_backbone_that_mmpose_ships_is_tried() -> None:
+    import mmpose.models  # noqa: F401
+
     from tests.sweep.quantized_backbones import BACKBONES
 
     kinds = {
@@ -61,6 +63,7 @@ def test_all_layers_are_quantized_and_the_file_agrees(name: str, layers: int, ba
     assert found['agrees']
 
 
+@pytest.mark.filterwarnings('ignore:Unnecessary conv bias')
 def test_a_backbone_of_volumes_is_refused_in_one_line() -> None:
     from tests.sweep.quantized_trial import trial
 
