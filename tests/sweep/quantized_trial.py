@@ -78,7 +78,7 @@ def _follow(model: Any, batch: Batch) -> Found:
     with patch.object(export, 'print_log') as said:
         export.warn_of_export(model)
     wrapper = build_optim_wrapper(model, deepcopy(SAM))
-    losses = [float(model.train_step(deepcopy(batch), wrapper)['loss']) for _ in range(STEPS)]
+    losses = [float(model.train_step(deepcopy(batch), wrapper)['loss'].detach()) for _ in range(STEPS)]
     found['trained'] = bool(torch.tensor(losses).isfinite().all()) and losses[0] != losses[1]
     if said.called:
         return {**found, 'not_exported': said.call_args.args[0].partition('will refuse it: ')[2]}
