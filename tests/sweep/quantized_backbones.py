@@ -33,7 +33,7 @@ BACKBONES: dict[str, Source] = {
     'AlexNet': _coco('alexnet_8xb64-210e'),
     'CPM': _coco('cpm_8xb64-210e'),
     'CSPDarknet': (dict(type='CSPDarknet', widen_factor=0.25, out_indices=(4,)), 256),
-    'CSPNeXt': _coco('cspnext-tiny_udp_8xb256-210e'),
+    'CSPNeXt': 'body_2d_keypoint/topdown_heatmap/coco/cspnext-tiny_udp_8xb256-210e_coco-256x192.py',
     'DSTFormer': 'body_3d_keypoint/motionbert/h36m/motionbert_dstformer-243frm_8xb32-240e_h36m.py',
     'HRFormer': _coco('hrformer-small_8xb32-210e'),
     'HRNet': _coco('hrnet-w32_8xb64-210e'),
