@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from traceback import walk_tb
 from typing import Any
 
 import brevitas.nn as qnn
@@ -77,7 +78,7 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
             module.__class__ = next(base for base in type(module).__mro__ if base in _QUANTIZED)  # type: ignore
     width, height = policy.input_size or _input_size(model)
     noise = _noise(model, width, height)
-    flows, output = trace_flow(model, noise), float_output(model, noise)
+    flows, output = _trace(model, noise)
     if TARGETS[policy.target].signed:
         flows = {name: replace(flow, nonnegative=False) for name, flow in flows.items()}
     pairs = {flow.batchnorm: name for name, flow in flows.items() if flow.batchnorm}
@@ -93,6 +94,22 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     attach(model, record)
     print_log(f'Quantized {type(model).__name__}:\n{record.table()}', 'current')
     return model
+
+
+def _trace(model: nn.Module, noise: torch.Tensor) -> tuple[dict[str, LayerFlow], torch.Tensor]:
+    """What the float model does with noise, and its output; a UserError if it does not run."""
+    try:
+        return trace_flow(model, noise), float_output(model, noise)
+    except Exception as error:
+        names = {module: name for name, module in model.named_modules()}
+        inside = [frame.f_locals.get('self') for frame, _ in walk_tb(error.__traceback__)]
+        (*_, name) = ['', *(names[module] for module in inside if isinstance(module, nn.Module) and module in names)]
+        reason = ' '.join(str(error).split()) or 'no message'
+        raise UserError(
+            f'{OWNER}: {type(model).__name__} does not run on a picture {tuple(noise.shape)}: {name or "the model"}: '
+            f'{type(error).__name__}: {reason}. Only models of pictures can be quantized: write '
+            'sharp_quantization = None to train in float, or another policy=dict(input_size=(width, height), …)'
+        ) from error
 
 
 def _layers_of(model: nn.Module) -> list[tuple[str, Any]]:
@@ -190,7 +207,7 @@ def _input_size(model: nn.Module) -> tuple[int, int]:
     if size is None:
         raise UserError(
             f'{OWNER}: the size of the input is not known (the model has no codec that says it): write '
-            'policy=dict(input_size=(width, height), …)'
+            'policy=dict(input_size=(width, height), …), or sharp_quantization = None if the model takes no pictures'
         )
     return int(size[0]), int(size[1])
 

@@ -2,12 +2,13 @@
 
 W' = W * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta. What follows what is known from
 :mod:`mm_sharp.quantization.flow`, so that deconvolutions are folded too, and nothing that another branch reads. Only
-exact classes are folded: subclasses may do more than normalise (timm's ``BatchNormAct2d`` activates, too).
+exact classes are folded: subclasses may do more than normalise. Of those, timm's ``BatchNormAct2d`` is known: what it
+does after normalising stays in its place.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -53,9 +54,22 @@ def is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     return type(module) in kinds and not hooks
 
 
+def _activates(norm: nn.Module) -> bool:
+    """Whether a module is timm's BatchNorm with dropout and an activation behind it."""
+    # By name, since timm need not be installed, and so that it is not imported here.
+    return (type(norm).__module__, type(norm).__name__) == ('timm.layers.norm_act', 'BatchNormAct2d')
+
+
+def _behind(norm: Any) -> nn.Module:
+    """What remains of a norm that is folded."""
+    if not _activates(norm):
+        return nn.Identity().train(norm.training)
+    return nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act)).train(norm.training)
+
+
 def _obstacle(layer: nn.Module, norm: _BatchNorm, names: Counter[nn.Module]) -> str:
     """Why a BatchNorm cannot be folded into the layer before it; '' if it can be."""
-    if not is_plain(norm, _NORMS):
+    if not is_plain(norm, (type(norm),) if _activates(norm) else _NORMS):
         return f'{type(norm).__name__} has hooks or a forward of its own'
     if names[norm] > 1 or names[layer] > 1:
         return 'it or the layer before it has several names in the model'
@@ -85,7 +99,7 @@ def _fold(modules: Mapping[str, nn.Module], layer_name: str, norm_name: str) -> 
     hook = partial(_fold_checkpoint, layer_name[start:], norm_name[start:], norm.eps, transposed)
     modules[parent]._register_load_state_dict_pre_hook(hook)
     owner, _, leaf = norm_name.rpartition('.')
-    setattr(modules[owner], leaf, nn.Identity().train(norm.training))
+    setattr(modules[owner], leaf, _behind(norm))
 
 
 def _fold_checkpoint(

@@ -27,7 +27,8 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     - Weights are constants, not inputs that a caller could replace.
     - Integer weights reach their DequantizeLinear directly, and not by a Clip that changes none of them: only then does
       OpenVINO compute a convolution in integers. Nothing is cast to the type that it has.
-    - The zero point of every DequantizeLinear has a tensor of its own: ONNX Runtime 1.32 fails on one that is shared.
+    - Every DequantizeLinear has a zero point of its own, and integer weights of its own where a layer is called twice:
+      ONNX Runtime 1.32 fails on what is shared.
     - ``torch.flatten`` and ``view`` became Shape, Slice or Gather, Concat and Reshape, since the batch's size is free.
       The new shape becomes a constant, with -1 for the size that depends on the batch.
     - Outputs have the shapes that are given, which the exporter loses behind operators that it does not know.
@@ -37,11 +38,14 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     stored = {item.name: item for item in graph.initializer}
     _drop_idle(model, stored)
     small, large = shapes_of(model, 2), shapes_of(model, 3)
+    weights: set[str] = set()
     for node in graph.node:
         if node.op_type == 'DequantizeLinear' and node.input[2] in stored:
-            zero_point = graph.initializer.add()
-            zero_point.CopyFrom(stored[node.input[2]])
-            zero_point.name = node.input[2] = f'{node.name}/zero_point'
+            _copy_constant(graph, stored, node, 2, 'zero_point')
+            if node.input[0] in weights:
+                _copy_constant(graph, stored, node, 0, 'weights')
+            elif node.input[0] in stored:
+                weights.add(node.input[0])
         if node.op_type == 'Reshape' and node.input[1] not in stored:
             pairs = zip(small.get(node.output[0], ()), large.get(node.output[0], ()), strict=True)
             shape = [a if a == b != 0 else -1 for a, b in pairs]  # 0 is a size that is not known
@@ -52,6 +56,15 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
         kind = output.type.tensor_type.elem_type
         output.CopyFrom(helper.make_tensor_value_info(output.name, kind, ['batch', *outputs[output.name][1:]]))
     return onnxoptimizer.optimize(model, ['eliminate_deadend', 'eliminate_unused_initializer'])
+
+
+def _copy_constant(
+    graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto], node: onnx.NodeProto, position: int, name: str
+) -> None:
+    """Give a node a copy of a constant that it takes in."""
+    copy = graph.initializer.add()
+    copy.CopyFrom(stored[node.input[position]])
+    copy.name = node.input[position] = f'{node.name}/{name}'
 
 
 def _drop_idle(model: onnx.ModelProto, stored: Mapping[str, onnx.TensorProto]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from mm_sharp.errors import UserError
 from mm_sharp.quantization import QuantizationPolicy, calibrate, export, quantize
 from mm_sharp.quantization.export import export_onnx, warn_of_export
+from mm_sharp.quantization.onnx_graph import runner
 from tests.mmpose_cases import QUIET
 from tests.quantized_models import conv, policy
 from tests.toys import same_state
@@ -130,3 +132,27 @@ def test_what_can_be_exported_is_left_as_it_is_without_a_word(monkeypatch: pytes
     assert same_state(model, copy)
     with torch.no_grad():
         assert torch.equal(model.eval()(images(2)), copy(images(2)))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = conv(4, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        maps: Tensor = self.layer(self.layer(inputs).relu())
+        return maps
+
+
+def test_a_layer_that_is_called_twice_runs_in_onnx_runtime(tmp_path: Path) -> None:
+    """With LiteHRNet's layers, in which it failed: two DequantizeLinear took the same weights."""
+    model = model_of(Twice())
+    graph = onnx.load(export_onnx(model, tmp_path / 'model.onnx', 'qcdq', {}))
+    stored = {item.name for item in graph.graph.initializer}
+    nodes = [node for node in graph.graph.node if node.op_type == 'DequantizeLinear']
+    weights = [node.input[0] for node in nodes if node.input[0] in stored]
+    assert len(weights) == len(set(weights)) == 4
+    with torch.no_grad():
+        expected = model(images(2)).numpy()
+    found = runner(graph, 'qcdq')({'input': images(2).numpy()})['heatmaps']
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()  # ONNX Runtime rounds biases

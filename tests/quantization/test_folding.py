@@ -206,6 +206,26 @@ def test_what_is_folded_and_what_must_not_be(name: str) -> None:
     assert distance(output(model, inputs), before) < 1e-6
 
 
+def test_what_timms_norms_do_besides_stays_and_their_checkpoints_fold() -> None:
+    norm_act = pytest.importorskip('timm.layers', reason="timm is not installed: pip install 'mm_sharp[timm]'")
+
+    def timms(seed: int) -> nn.Module:
+        kinds = (nn.ReLU6, nn.PReLU)
+        n, o = (norm_act.BatchNormAct2d(4, act_layer=kind, drop_layer=nn.Dropout) for kind in kinds)
+        torch.manual_seed(seed)
+        return draw_batchnorms(Toy(FOLDS['two'][0], a=conv(3, 4), b=conv(4, 4, groups=4), n=n, o=o), seed)
+
+    model, other, inputs = timms(0), timms(1), 10 * images(2, size=SIZE)
+    other.o.act.weight.data.fill_(0.7)
+    before = output(model, inputs)
+    assert folded_in(model) == ['n', 'o']
+    assert distance(output(model, inputs), before) < 1e-6
+    assert model.n.drop.training  # as in the float model
+    assert isinstance(model.n.act, nn.ReLU6)
+    model.load_state_dict(other.state_dict())
+    assert distance(output(model, inputs), output(other, inputs)) < 1e-6
+
+
 def test_frozen_layers_stay_frozen() -> None:
     model = Toy(FOLDS['two'][0], a=conv(3, 4, bias=False), b=conv(4, 4), n=norm(), o=norm())
     model.a.weight.requires_grad_(False)

@@ -1,0 +1,94 @@
+"""Any backbone is quantized, trained and exported, or refused in one line; all of them: `make quantized-backbones`."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+from mmpose.registry import MODELS
+
+import mm_sharp  # noqa: F401
+from tests.mmpose_cases import QUIET
+
+pytestmark = [
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ('mmpretrain', 'timm')),
+        reason='MMPretrain or timm is not installed: pip install "mm_sharp[classification,timm]"',
+    ),
+    *QUIET,
+]
+
+
+def test_every_backbone_that_mmpose_ships_is_tried() -> None:
+    import mmpose.models  # noqa: F401
+
+    from tests.sweep.quantized_backbones import BACKBONES
+
+    kinds = {
+        name for name, kind in MODELS.module_dict.items() if kind.__module__.startswith('mmpose.models.backbones.')
+    }
+    assert len(kinds) > 30
+    assert kinds <= BACKBONES.keys()
+
+
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 8 bits alone, and less deep than the table's."""
+    from mmpose.models.backbones import MobileNetV2
+
+    from tests.sweep import quantized_trial
+    from tests.sweep.quantized_backbones import BACKBONES
+
+    monkeypatch.setattr(quantized_trial, 'POLICIES', {'W8A8': quantized_trial.POLICIES['W8A8']})
+    blocks = [[expand, width, min(count, 2), stride] for expand, width, count, stride in MobileNetV2.arch_settings[:2]]
+    blocks += [[expand, width, 1, stride] for expand, width, _, stride in MobileNetV2.arch_settings[2:]]
+    monkeypatch.setattr(MobileNetV2, 'arch_settings', blocks)
+    timm = dict(type='mmpretrain.TIMMBackbone', model_name='regnetx_002', features_only=True, out_indices=(2,))
+    monkeypatch.setitem(BACKBONES, 'timm: regnetx_002', (timm, 56))
+
+
+@pytest.mark.parametrize(
+    ('name', 'layers', 'batchnorms'),
+    [('MobileNetV2', 29, 28), ('VGG, without BatchNorm', 12, 3), ('timm: regnetx_002', 13, 12)],
+)
+@pytest.mark.usefixtures('_small')
+def test_all_layers_are_quantized_and_the_file_agrees(name: str, layers: int, batchnorms: int) -> None:
+    from tests.sweep.quantized_trial import trial
+
+    found: dict[str, Any] = trial(name)['W8A8']
+    assert found['layers'] == [layers, layers]
+    assert found['batchnorms'] == [batchnorms, batchnorms]
+    assert found['trained']
+    assert found['agrees']
+
+
+@pytest.mark.filterwarnings('ignore:Unnecessary conv bias')
+def test_a_backbone_of_volumes_is_refused_in_one_line() -> None:
+    from tests.sweep.quantized_trial import trial
+
+    refused = trial('V2VNet')['refused']
+    assert '\n' not in refused
+    assert 'does not run on a picture (1, 3, 64, 64): backbone.front_layers.0.block.conv: RuntimeError' in refused
+    assert 'sharp_quantization = None' in refused
+
+
+def test_the_page_has_every_kind_of_row() -> None:
+    from tests.sweep.quantized import page
+
+    good = {'layers': [3, 4], 'batchnorms': [2, 2], 'reasons': ['not called in inference'], 'trained': True}
+    good |= {'agrees': True, 'convolutions': [2, 3]}
+    refused = {**good, 'not_exported': 'torch cannot write it'}
+    text = page({
+        'VGG': {'name': 'VGG', 'W8A8': good, 'W4A4': {**good, 'agrees': False}},
+        'CPM': {'name': 'CPM', 'W8A8': refused, 'W4A4': refused},
+        'TCN': {'name': 'TCN', 'refused': 'no pictures'},
+        'RSN': {'name': 'RSN', 'fault': 'KeyError: 1'},
+    })  # fmt: skip
+    assert '| VGG | 3 of 4 | 2 of 2 | yes | yes | yes | differs | 2 of 3 |' in text
+    assert '## Trained, but not exported' in text
+    assert '\n- CPM: torch cannot write it\n' in text
+    assert '## Refused before training\n\n- TCN: no pictures\n' in text
+    assert 'Not tried yet: AlexNet, ' in text
+    assert '## Faults\n\n- RSN: KeyError: 1\n' in text
+    assert '- VGG: not called in inference\n' in text
