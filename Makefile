@@ -18,7 +18,7 @@ QAT_DIR := work_dirs/demo-qat
 QAT_CONFIG := configs/demo/td-hm_lite0_w8a8_b16-3e_demo-192x144.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-qat test test-slow test-kills reliability sweep quantized-backbones lint format types docs lock doctor dist clean
+.PHONY: help install train train-qat test test-slow test-kills reliability sweep sweep-qat lint format types docs lock doctor dist clean
 
 help: ## list the targets
 	@echo 'mm_sharp: sharpness-aware training for OpenMMLab. Targets:'
@@ -86,7 +86,7 @@ reliability: $(INSTALLED) ## put every method through all faults, kills and long
 sweep: $(INSTALLED) ## try SAM at rho = 0 on all models that the packages ship; write docs/model_sweep.md
 	OMP_NUM_THREADS=1 $(PY) -m tests.sweep work_dirs/model_sweep.jsonl --page docs/model_sweep.md $(ARGS)
 
-quantized-backbones: $(INSTALLED) ## quantize, train and export a small model with every backbone; write docs/quantized_backbones.md
+sweep-qat: $(INSTALLED) ## quantize, train and export a small model with every backbone; write docs/quantized_backbones.md
 	OMP_NUM_THREADS=1 $(PY) -m tests.sweep.quantized work_dirs/quantized_backbones.jsonl --page docs/quantized_backbones.md $(ARGS)
 
 lint: $(INSTALLED) ## ruff: lint and formatting

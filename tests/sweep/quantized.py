@@ -21,7 +21,7 @@ from tests.sweep.quantized_trial import POLICIES, Found, trial
 
 HEAD = """# The backbones that were quantized
 
-`make quantized-backbones` quantizes a small pose estimator with each of the backbones that MMPose ships, and some of
+`make sweep-qat` quantizes a small pose estimator with each of the backbones that MMPose ships, and some of
 timm's and MMPretrain's, and writes this page. A model is MMPose's recipe with few layers, narrow where a config can say
 so, for pictures of 64x64 pixels. [Quantize and deploy](quantize_and_deploy.md) says how to quantize yours.
 
