@@ -1,4 +1,4 @@
-"""Any backbone is quantized, trained and exported, or refused in one line; all of them: `make quantized-backbones`."""
+"""Any backbone is quantized, trained and exported, or refused in one line; all of them: `make sweep-qat`."""
 
 from __future__ import annotations
 
