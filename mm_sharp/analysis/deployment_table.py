@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -114,9 +115,9 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f'--rounds {args.rounds}: it must be at least 1')
     configs = {Path(name.rpartition('::')[2]).stem: read_config(name) for name in args.configs}
     torch.set_num_threads(1)
-    print('\n'.join(header()), flush=True)
-    for title, cfg in configs.items():
-        print('\n'.join(rows(title, cfg, args.rounds)), flush=True)
+    for lines in chain([header()], (rows(title, cfg, args.rounds) for title, cfg in configs.items())):
+        sys.stdout.write('\n'.join(lines) + '\n')
+        sys.stdout.flush()
 
 
 if __name__ == '__main__':
