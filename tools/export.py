@@ -51,6 +51,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         'like; float: a float model, or a quantized one without its quantizers (default: qcdq)',
     )
     parser.add_argument(
+        '--packed',
+        action='store_true',
+        help='store weights of at most 4 bits two in a byte, in opset 21: half the size, no less time; ONNX Runtime '
+        'reads such a file from 1.23 on',
+    )
+    parser.add_argument(
         '--benchmark',
         action='store_true',
         help='measure the qcdq file beside the float one, in ONNX Runtime and, where it is installed, in OpenVINO',
@@ -67,6 +73,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.benchmark and args.format != 'qcdq':
         parser.error('--benchmark compares qcdq with float: leave out --format')
+    if args.packed and args.format != 'qcdq':
+        parser.error(f'--packed is of qcdq: leave it out with --format {args.format}')
     if args.images is None:
         args.images = _IMAGES[args.format]
     if args.images < 1:
@@ -142,7 +150,8 @@ def export(cfg: Config, model: nn.Module, args: argparse.Namespace, file_format:
         file = file.with_name(f'{file.stem.removesuffix(f"_{args.format}")}_{file_format}.onnx')
     dataset, batches = first_samples(cfg.test_dataloader.dataset, args.images, _BATCH_SIZE)
     pipeline = cfg.test_dataloader.dataset.get('pipeline') or []
-    export_onnx(model, file, file_format, deployment_constants(model, pipeline, dataset.metainfo, name))
+    constants = deployment_constants(model, pipeline, dataset.metainfo, name)
+    export_onnx(model, file, file_format, constants, packed=args.packed and file_format == 'qcdq')
     print(f'Written: {file} ({file.stat().st_size / 1e6:.2f} MB) and {file.with_suffix(".json")}')
     results(file).unlink(missing_ok=True)
     check = ExportCheck(model, file)

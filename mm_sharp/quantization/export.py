@@ -51,7 +51,9 @@ class Network(nn.Module):
         return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
 
-def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants: Mapping[str, Any]) -> Path:
+def export_onnx(
+    model: nn.Module, file: str | Path, file_format: str, constants: Mapping[str, Any], *, packed: bool = False
+) -> Path:
     """Write a copy of a calibrated model as ONNX; returns the file.
 
     Args:
@@ -60,13 +62,17 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
             before they replace files of the same name.
         file_format: ``'qcdq'``, ``'qonnx'`` or ``'float'``.
         constants: Those of :mod:`mm_sharp.quantization.deployment`; format and names of the outputs are added.
+        packed: Store weights of at most 4 bits in half a byte each (``'qcdq'`` only): :mod:`.packing`.
 
     Raises:
-        ValueError: The format is unknown.
-        UserError: The model is float or not calibrated, its outputs are not known, or ONNX has no form of an operator.
+        ValueError: The format is unknown, or ``packed`` is given with another than ``'qcdq'``.
+        UserError: The model is float or not calibrated, its outputs are not known, ONNX has no form of an operator, or
+            there is nothing to pack.
     """
     if file_format not in FORMATS:
         raise ValueError(f"format={file_format!r} is not allowed: one of {', '.join(FORMATS)}, as format='qcdq'")
+    if packed and file_format != 'qcdq':
+        raise ValueError(f"packed=True is not allowed with format={file_format!r}: take format='qcdq'")
     if file_format != 'float':
         check_calibrated(model)
     if file_format == 'qcdq':
@@ -75,6 +81,10 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
 
     from .onnx_graph import tidy
     from .onnx_runtime import for_onnxruntime
+    from .packing import check_packable, pack_weights
+
+    if packed:
+        check_packable(model)
 
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +95,8 @@ def export_onnx(model: nn.Module, file: str | Path, file_format: str, constants:
         graph = tidy(onnx.load(written), outputs)
         if file_format == 'qcdq' and quantized_record(model).policy.target == 'onnxruntime':
             graph = for_onnxruntime(graph)
+        if packed:
+            graph = pack_weights(graph)
         graph.metadata_props.add(key=METADATA_KEY, value=json.dumps(constants, ensure_ascii=False))
         graph.producer_name, graph.producer_version = 'mm_sharp', constants.get('versions', {}).get('mm_sharp', '')
         onnx.checker.check_model(graph)

@@ -48,7 +48,12 @@ def compare(files: Mapping[str, Path], rounds: int = _ROUNDS) -> list[Latency]:
     OpenVINO is left out if it is not installed.
     """
     found = _measure('ONNX Runtime', files, rounds)
-    return found if find_spec('openvino') is None else [*found, *_apart(_measure, 'OpenVINO', dict(files), rounds)]
+    return [*found, *_apart(_measure, 'OpenVINO', dict(files), rounds)] if 'OpenVINO' in runtimes() else found
+
+
+def runtimes() -> list[str]:
+    """Names of those that are measured: that are installed."""
+    return ['ONNX Runtime', *(['OpenVINO'] if find_spec('openvino') else [])]
 
 
 def _measure(runtime: str, files: Mapping[str, Path], rounds: int) -> list[Latency]:

@@ -123,7 +123,8 @@ def test_the_benchmark_compares_with_the_same_model_in_float(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(latency, 'compare', partial(latency.compare, rounds=2))
-    tool('export').main(['w4a4.py', 'model.pth', '--benchmark', '--images', '2', '--out', 'bench/m_qcdq.onnx'])
+    arguments = ['w4a4.py', 'model.pth', '--packed', '--images', '2', '--out', 'bench/m_qcdq.onnx']
+    tool('export').main([*arguments, '--benchmark'])
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith(('ONNX Runtime,', 'OpenVINO,'))]
     assert [row.split(',')[1].split()[0] for row in rows] == ['float', 'qcdq'] * (len(rows) // 2)
@@ -131,6 +132,8 @@ def test_the_benchmark_compares_with_the_same_model_in_float(
     sizes = [line.split()[:2] for line in lines if ' MB, coco/AP ' in line]
     assert [name for name, _ in sizes] == ['float:', 'qcdq:']
     assert float(sizes[0][1]) > 2 * float(sizes[1][1])
+    stored = onnx.load('bench/m_qcdq.onnx').graph.initializer  # packed, checked and measured
+    assert sum(item.data_type == onnx.TensorProto.INT4 for item in stored) == 20  # all but the first and the last two
     assert len(json.loads(Path('bench/m_qcdq.latency.json').read_text())) == len(rows)
     assert Path('bench/m_float.onnx').is_file()
 
@@ -300,6 +303,7 @@ def test_metrics_judge_only_the_pictures_that_were_looked_at(folder: Path, model
     [
         (['w4a4.py', 'model.pth', '--format', 'onnx'], "invalid choice: 'onnx'"),
         (['w4a4.py', 'model.pth', '--format', 'float', '--benchmark'], '--benchmark compares qcdq with float'),
+        (['w4a4.py', 'model.pth', '--format', 'qonnx', '--packed'], '--packed is of qcdq'),
         (['float.py', 'empty.pth', '--format', 'float'], "'empty.pth' lacks weights of the config's model"),
         (['w4a4.py', 'model.pth', '--images', '0'], '--images 0: it must be at least 1'),
         (['w4a4.py', 'model.pth', '--out', 'model.pth'], "--out 'model.pth': the name must end in .onnx"),

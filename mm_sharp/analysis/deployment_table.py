@@ -1,0 +1,124 @@
+"""The table of docs/deployment.md: how large models' files are, and how fast in each runtime, float and quantized.
+
+python -m mm_sharp.analysis.deployment_table configs/demo/simcc_res18-half_demo-128x96.py mmpose::RECIPE.py …
+
+Weights are untrained, which changes no time and no size, and calibration is on noise. So there are no metrics in it:
+``tools/export.py CONFIG CHECKPOINT --benchmark`` has those of a checkpoint, and measures in the same way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.registry import MODELS
+from torch import nn
+
+from mm_sharp.analysis.prepare import prepared
+from mm_sharp.cli.options import OneLineParser, run_tool
+from mm_sharp.errors import UsageError
+
+# Name, target, bits of weights, and whether they are packed. Activations have 8 bits.
+_FILES: tuple[tuple[str, str, int, bool], ...] = (
+    ("W8A8, `'onnxruntime'`", 'onnxruntime', 8, False),
+    ("W8A8, `'openvino'`", 'openvino', 8, False),
+    ("W4A8, `'onnxruntime'`, packed", 'onnxruntime', 4, True),
+)
+_PICTURES = 4
+
+
+def read_config(name: str) -> Config:
+    """A config file, or with ``::`` one of a package's: ``mmpose::body_2d_keypoint/…``.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    try:
+        return get_config(name) if '::' in name else Config.fromfile(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no config '{name}': give a float model's file, or mmpose::RECIPE.py ({error})") from error
+
+
+def export_all(cfg: Config, folder: Path) -> dict[str, Path]:
+    """Build a float config's model with untrained weights, and export it in all forms; the files, by name."""
+    from mm_sharp.quantization import calibrate, quantized_model
+    from mm_sharp.quantization.export import export_onnx
+
+    with prepared(cfg):
+        torch.manual_seed(0)
+        source = MODELS.build(cfg.model).eval()
+        files = {'float': export_onnx(source, folder / 'float.onnx', 'float', {})}
+        for number, (name, target, bits, packed) in enumerate(_FILES):
+            policy = dict(target=target, weight_bit_width=bits, act_bit_width=8, scale_init='max')
+            model = quantized_model(deepcopy(source), policy)
+            calibrate(model, [_noise(model)])
+            files[name] = export_onnx(model.eval(), folder / f'{number}.onnx', 'qcdq', {}, packed=packed)
+    return files
+
+
+def _noise(model: nn.Module) -> dict[str, Any]:
+    """Pictures as a data loader delivers them."""
+    from mmpose.structures import PoseDataSample
+
+    from mm_sharp.quantization.deployment import codec_constants
+
+    width, height = codec_constants(model)['input_size']
+    pictures = torch.randint(0, 256, (_PICTURES, 3, height, width), dtype=torch.uint8)
+    return {'inputs': list(pictures), 'data_samples': [PoseDataSample() for _ in pictures]}
+
+
+def rows(title: str, cfg: Config, rounds: int) -> list[str]:
+    """A model's rows of the table: one for each file."""
+    from mm_sharp.quantization import latency
+
+    with TemporaryDirectory() as folder:
+        files = export_all(cfg, Path(folder))
+        sizes = {name: file.stat().st_size / 1e6 for name, file in files.items()}
+        found = latency.compare(files, rounds)
+    made = []
+    for name, size in sizes.items():
+        cells = [
+            cell
+            for row in found
+            if row.name == name
+            for cell in (f'{row.milliseconds:.2f}', f'{row.ratio:.2f}', f'{row.integers} of {row.convolutions}')
+        ]
+        made.append(f'| {" | ".join([title if name == "float" else "", name, f"{size:.2f}", *cells])} |')
+    return made
+
+
+def header() -> list[str]:
+    """The table's first two lines, for the runtimes that are installed."""
+    from mm_sharp.quantization import latency
+
+    cells = ['model', 'file', 'MB']
+    for runtime in latency.runtimes():
+        cells += [f'{runtime}, ms', 'times float', 'in integers']
+    return [f'| {" | ".join(cells)} |', '|---' * len(cells) + '|']
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure each config's model, and print its rows as soon as they are there."""
+    parser = OneLineParser(prog='python -m mm_sharp.analysis.deployment_table', description=__doc__)
+    parser.add_argument('configs', nargs='+', metavar='CONFIG', help="of float models: files, or a package's with ::")
+    parser.add_argument('--rounds', type=int, default=20, help='in which the files take turns (default: 20)')
+    args = parser.parse_args(arguments)
+    if args.rounds < 1:
+        parser.error(f'--rounds {args.rounds}: it must be at least 1')
+    configs = {Path(name.rpartition('::')[2]).stem: read_config(name) for name in args.configs}
+    torch.set_num_threads(1)
+    for lines in chain([header()], (rows(title, cfg, args.rounds) for title, cfg in configs.items())):
+        sys.stdout.write('\n'.join(lines) + '\n')
+        sys.stdout.flush()
+
+
+if __name__ == '__main__':
+    sys.exit(run_tool(main))
