@@ -30,9 +30,10 @@ from .oscillation_hook import unwrapped
 class DistillationHook(Hook):  # type: ignore[misc]
     """Train a model on its labels and on what its float model, the teacher, puts out for the same pictures.
 
-    The teacher runs in evaluation mode without gradients, once a batch. Where the second pass of a step takes some of
-    the pictures only (ESAM), it runs again on these. It is no part of the model: neither checkpoints nor the optimizer
-    nor exported files have it. The loss that is logged is against the mixture.
+    The teacher runs in evaluation mode without gradients, once a batch, whose second pass has the same pictures. It
+    runs again on what ESAM chooses of them, and in the few steps (the first ten, and then ever fewer) in which passes
+    get copies. It is no part of the model: neither checkpoints nor the optimizer nor exported files have it. The loss
+    that is logged is against the mixture.
 
     It works with heads whose ``loss_module`` is MMPose's ``KeypointMSELoss`` (heatmaps) or ``KLDiscretLoss`` (SimCC).
 

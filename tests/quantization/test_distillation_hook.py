@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ from mmengine.registry import init_default_scope
 from mmpose.models.losses import KeypointMSELoss, KLDiscretLoss
 from torch import Tensor, nn
 
+from mm_sharp.ops import rare_changes
 from mm_sharp.ops.rng import RandomState
 from mm_sharp.quantization import DistillationHook, QuantizationPolicy, calibrate, quantize
 from mm_sharp.quantization.distillation_hook import mixture
+from tests import mmpose_cases
 from tests.conftest import ROOT
 from tests.mmpose_cases import QUIET, Case, build
 from tests.quantized_toys import POLICIES, SIMCC
-from tests.toys import same_state
 
 pytestmark = QUIET
 HEATMAP = ROOT / 'configs' / 'study' / 'td-hm_res18-quarter_demo-64x48.py'
@@ -109,7 +111,8 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         case = Case('HeatmapHead', str(HEATMAP), edit=lambda cfg: cfg.model.head.update(deconv_out_channels=(8, 8)))
     cfg = case.config()
     torch.manual_seed(0)
-    teacher, batch = build(cfg), case.batch(cfg)
+    with patch.object(mmpose_cases, 'BATCH', 4):
+        teacher, batch = build(cfg), case.batch(cfg)
     for number, sample in enumerate(batch['data_samples']):
         sample.set_metainfo({'id': number, 'dataset_name': 'drawn'})
     torch.save({'state_dict': teacher.state_dict()}, path)
@@ -167,9 +170,13 @@ def test_steps_are_those_on_mixed_labels(start: Any, wrapper: str, monkeypatch: 
         return forward(model, inputs, *args, mode=mode, **kwargs)
 
     monkeypatch.setattr(type(student), 'forward', counted)
+    monkeypatch.setattr(rare_changes, '_ALL_UP_TO', 0)
     step(student, start.batch, WRAPPERS[wrapper])
-    assert same_state(student, expected)
-    assert rows == {'SAM': [2, 2], 'ESAM': [2, 1] * 2, 'AUSAM': [1, 1]}[wrapper]
+    for (name, found), value in zip(student.state_dict().items(), expected.state_dict().values(), strict=True):
+        # A teacher on half of the batch rounds differently.
+        assert torch.equal(found, value) if wrapper == 'SAM' else torch.allclose(found, value, atol=1e-5), name
+    # Both passes of the first step have copies of the inputs, by which others might be told apart.
+    assert rows == {'SAM': [4, 4, 4], 'ESAM': [4, 4, 2, 4, 2], 'AUSAM': [3, 3, 3]}[wrapper]
     assert student.state_dict().keys() == start.student.state_dict().keys()
     hook.after_train(None)
     plain = copy.deepcopy(start.student)
