@@ -1,8 +1,8 @@
 """Quantization-aware training with Brevitas, for any model of MMEngine's kind.
 
 Importing it registers, in MMEngine's root registries, ``QuantizedModel`` (``MODELS``), :class:`CalibrationHook`,
-:class:`FreezeHook` and :class:`OscillationHook` (``HOOKS``); a run whose model is quantized gets a
-:class:`CalibrationHook` by itself, and its quantizers' scales have no weight decay
+:class:`DistillationHook`, :class:`FreezeHook` and :class:`OscillationHook` (``HOOKS``); a run whose model is quantized
+gets a :class:`CalibrationHook` by itself, and its quantizers' scales have no weight decay
 (:mod:`mm_sharp.quantization.scale_decay`). Nothing else of mm_sharp imports Brevitas.
 """
 
@@ -25,6 +25,7 @@ from mm_sharp.compat import register_default_hook as _register_default_hook
 from .build import quantize, quantized_model
 from .calibration import calibrate
 from .calibration_hook import CalibrationHook
+from .distillation_hook import DistillationHook
 from .freeze_hook import FreezeHook
 from .oscillation_hook import OscillationHook
 from .policy import LayerPolicy, QuantizationPolicy
@@ -41,6 +42,7 @@ from .scale_decay import install as _keep_scales_from_decay
 __all__ = [
     'CalibrationHook',
     'CheckpointMismatchError',
+    'DistillationHook',
     'FreezeHook',
     'LayerPolicy',
     'LayerRecord',

@@ -6,6 +6,7 @@ same arithmetic in the same order is one autograd function, so that outputs and 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,15 +19,32 @@ from torch._dynamo import is_compiling  # torch.compiler has it from torch 2.3 o
 from mm_sharp.ops.quantized_perturbation import KeptIntegers
 
 
+@dataclass
+class FrozenWeights:
+    """The weights of a layer that keep their integers, whatever the scale and the optimizer do.
+
+    An object, not tensors of the module itself, whose attributes are put back before the second forward of a step.
+    """
+
+    mask: Tensor  # bool
+    integers: Tensor  # float32; of weights that are not frozen, anything
+
+    def applied_to(self, weights: Tensor, scale: Tensor) -> Tensor:
+        """The weights with ``scale * integer`` where they are frozen: no gradient reaches those, the scale's does."""
+        return torch.where(self.mask, (self.integers * scale).to(weights), weights)
+
+
 class FusedIntQuant(IntQuant):  # type: ignore[misc]
     """Takes the place of Brevitas's ``IntQuant`` where the zero point is 0.
 
     Attributes:
         kept: The integers of the first forward of a step, where another forward rounds the same to the same.
+        frozen: The weights that are frozen, if any.
         lsq_counts: What :func:`lsq_factor` counts: ``'weights'`` or ``'features'``; '' leaves gradients as they are.
     """
 
     kept: KeptIntegers | None = None
+    frozen: FrozenWeights | None = None
     lsq_counts: str = ''
 
     def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
@@ -36,6 +54,8 @@ class FusedIntQuant(IntQuant):  # type: ignore[misc]
             count = x[0].numel() if self.lsq_counts == 'features' else x.numel() // scale.numel()
             factor = lsq_factor(count, self.min_int(bit_width), self.max_int(bit_width))
             scale = _ScaleGradient.apply(scale, factor)  # type: ignore[no-untyped-call]
+        if self.frozen is not None:
+            x = self.frozen.applied_to(x, scale)
         traced = is_compiling() or torch._C._get_tracing_state() is not None
         if x.dtype != scale.dtype or traced:
             result: Tensor = super().forward(scale, zero_point, bit_width, x)

@@ -1,90 +1,203 @@
-"""Weights that oscillate between two integers in quantization-aware training, measured: a hook.
+"""Weights that oscillate between two integers in quantization-aware training, measured and frozen: a hook.
 
 Close to the border between two integers the straight-through gradient pushes a weight to and fro (Nagel et al. 2022,
 arXiv 2203.11086, sections 2.3 and 3). An oscillation, o = 1, is a change of the weight's integer in the direction
 opposite to that of its last change; its frequency is the average f = m * o + (1 - m) * f over iterations.
+
+Iterative weight freezing (the paper's second remedy): a weight whose f exceeds a threshold keeps one integer to the end
+of the training, the one where it was most: its integers' average a = m * n + (1 - m) * a, rounded. As in the authors'
+code, a is the average up to the iteration before, and only layers of at most 4 bits are frozen.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from logging import WARNING
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from mm_sharp.errors import HOOK, check_number, check_positive_int
+from mm_sharp.errors import HOOK, UserError, check_number, check_positive_int
 
+from .int_quant import FrozenWeights, FusedIntQuant
 from .record import record_of
 
 SCALAR = 'train/oscillating_weights'
+FROZEN = 'train/frozen_weights'
+STATE = 'frozen_weights'  # in checkpoints
+MOST_BITS = 4  # of weights that are frozen: at more bits a wrong integer matters little
 
 
 @dataclass
 class Oscillation:
-    """How often each weight of a layer oscillates."""
+    """How often each weight of a layer oscillates, and which are frozen."""
 
     integers: Tensor  # int16, of the last iteration
     direction: Tensor  # int8, of each weight's last change; 0: none yet
-    frequency: Tensor  # float32
+    frequency: Tensor  # float32; 0 of frozen weights
+    average: Tensor  # float32, of the integers; of a frozen weight, its integer
+    frozen: Tensor  # bool
 
     @classmethod
     def start(cls, integers: Tensor) -> Oscillation:
         """Nothing has changed yet."""
         return cls(
-            integers, torch.zeros_like(integers, dtype=torch.int8), torch.zeros(integers.shape).to(integers.device)
+            integers,
+            torch.zeros_like(integers, dtype=torch.int8),
+            torch.zeros_like(integers, dtype=torch.float32),
+            integers.float(),
+            torch.zeros_like(integers, dtype=torch.bool),
         )
 
-    def add(self, integers: Tensor, momentum: float) -> None:
-        """Note an iteration's integers."""
+    def add(self, integers: Tensor, momentum: float, threshold: float = math.inf) -> None:
+        """Note an iteration's integers, and freeze the weights whose frequency exceeds the threshold."""
         change = (integers - self.integers).sign().to(torch.int8)
         oscillates = (change * self.direction) < 0
         self.frequency.lerp_(oscillates.to(self.frequency), momentum)
         self.direction = torch.where(change != 0, change, self.direction)
         self.integers = integers
+        freezes = (self.frequency > threshold) & ~self.frozen
+        following = torch.where(self.frozen, self.average, self.average.lerp(integers.float(), momentum))
+        # In place: the layer's quantizer has the same tensors.
+        self.average.copy_(torch.where(freezes, self.average.round(), following))
+        self.frozen |= freezes
+        self.frequency.masked_fill_(self.frozen, 0)
 
 
 @HOOKS.register_module()
 class OscillationHook(Hook):  # type: ignore[misc]
-    """Log the share of a quantized model's weights that oscillate, as ``train/oscillating_weights``.
+    """Log the share of a quantized model's weights that oscillate, ``train/oscillating_weights``; freeze them if told.
 
-    It costs a quantization of all weights in each iteration, and 7 bytes a weight. Averages start anew when a run is
-    resumed. Models without quantized layers have nothing to log.
+    It costs a quantization of all weights in each iteration, and 12 bytes a weight. A frozen weight stays ``scale *
+    integer`` whatever the scale does: it gets no gradient, no perturbation and no weight decay; the scale gets its
+    gradient. ``train/frozen_weights`` is logged as a share of all weights, and checkpoints hold the averages, so that a
+    run resumes as if it had never stopped. Without ``freeze`` averages start anew when a run is resumed. Models without
+    quantized layers have nothing to log.
 
     Args:
         interval: Iterations from one logged value to the next; the averages have all iterations.
-        momentum: m, the weight of an iteration in the average.
+        momentum: m, the weight of an iteration in the averages.
         threshold: The frequency from which on a weight oscillates (the paper's).
+        freeze: The frequency above which a weight is frozen, or a pair of them, from the first to the last iteration
+            along a cosine; None: none is.
+
+    Raises:
+        ValueError: An argument is not allowed, or the model's weights have zero points or scales of statistics.
     """
 
-    def __init__(self, interval: int = 10, momentum: float = 0.01, threshold: float = 0.005) -> None:
+    def __init__(
+        self,
+        interval: int = 10,
+        momentum: float = 0.01,
+        threshold: float = 0.005,
+        freeze: float | Sequence[float] | None = None,
+    ) -> None:
         name = type(self).__name__
         self.interval = check_positive_int(name, 'interval', interval, example='10', form=HOOK)
         limits: dict[str, Any] = {'low_open': True, 'high': 1.0, 'form': HOOK}
         self.momentum = check_number(name, 'momentum', momentum, example='0.01', **limits)
         self.threshold = check_number(name, 'threshold', threshold, example='0.005', **limits)
+        ends = list(freeze) if isinstance(freeze, (list, tuple)) else [freeze] * (freeze is not None)
+        if isinstance(freeze, (list, tuple)) and len(ends) != 2:
+            ends = [freeze]  # refused in the words for numbers
+        self.freeze = [check_number(name, 'freeze', end, example='(0.04, 0.01)', **limits) for end in ends]
         self._layers: dict[str, Oscillation] = {}
+        self._loaded: dict[str, dict[str, Tensor]] | None = None
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Take over what was frozen when a run resumes."""
+        if self.freeze and runner._resume and not runner._has_loaded:
+            self._loaded = checkpoint.get(STATE)
+            if self._loaded is None:
+                print_log(f'OscillationHook: no {STATE} in the checkpoint: averages start anew', 'current', WARNING)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Save the averages, and what is frozen."""
+        if self.freeze and self._layers:
+            checkpoint[STATE] = {name: dict(vars(layer)) for name, layer in self._layers.items()}
 
     def before_train(self, runner: Any) -> None:
-        """Begin to average."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        """Begin to average, or go on with it."""
+        model = unwrapped(runner)
         self._layers = {name: Oscillation.start(integers) for name, integers in weight_integers(model).items()}
+        for name, saved in (self._loaded or {}).items():
+            device = self._layers[name].integers.device
+            self._layers[name] = Oscillation(**{key: value.to(device) for key, value in saved.items()})
+        for name, layer in self._freezable(model).items():
+            _quantizer(model, name).frozen = FrozenWeights(layer.frozen, layer.average)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Note the integers, and log the share."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        """Note the integers, freeze what oscillates too often, and log the shares."""
+        model = unwrapped(runner)
+        freezable = self._freezable(model)
+        threshold = self._freeze_above((runner.iter + 1) / runner.max_iters) if freezable else math.inf
         for name, integers in weight_integers(model).items():
-            self._layers[name].add(integers, self.momentum)
+            self._layers[name].add(integers, self.momentum, threshold if name in freezable else math.inf)
+        for name in freezable:
+            _write_frozen(model.get_submodule(name))
         if self._layers and self.every_n_train_iters(runner, self.interval):
             runner.message_hub.update_scalar(SCALAR, self.share())
+            if self.freeze:
+                frozen = sum(layer.frozen.sum() for layer in self._layers.values())
+                runner.message_hub.update_scalar(FROZEN, float(frozen) / self._weights())
+
+    def after_train(self, runner: Any) -> None:
+        """Leave nothing behind on the quantizers: the weights are what they were frozen at."""
+        for name in self._freezable(unwrapped(runner)):
+            _quantizer(unwrapped(runner), name).frozen = None
 
     def share(self) -> float:
         """Of all weights, those that oscillate."""
         oscillating = sum((layer.frequency > self.threshold).sum() for layer in self._layers.values())
-        return float(oscillating) / sum(layer.frequency.numel() for layer in self._layers.values())
+        return float(oscillating) / self._weights()
+
+    def _weights(self) -> int:
+        return sum(layer.frequency.numel() for layer in self._layers.values())
+
+    def _freeze_above(self, progress: float) -> float:
+        first, last = self.freeze[0], self.freeze[-1]
+        return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _freezable(self, model: nn.Module) -> dict[str, Oscillation]:
+        """The layers whose weights may be frozen; none unless that is asked for."""
+        record = record_of(model)
+        found = {}
+        for layer in record.quantized if record and self.freeze else ():
+            if layer.policy is None or layer.policy.weight_bit_width > MOST_BITS:
+                continue
+            if not layer.policy.weight_symmetric or layer.policy.weight_scales != 'learned':
+                raise UserError(
+                    f'OscillationHook: freeze={self.freeze} is not possible in {layer.name}: take freeze out, or write '
+                    "sharp_quantization = dict(policy=dict(weight_symmetric=True, weight_scales='learned', ...))"
+                )
+            found[layer.name] = self._layers[layer.name]
+        return found
+
+
+def unwrapped(runner: Any) -> nn.Module:
+    """A runner's model, without what makes it run on several ranks."""
+    model: nn.Module = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return model
+
+
+def _quantizer(model: nn.Module, name: str) -> FusedIntQuant:
+    layer: Any = model.get_submodule(name)
+    quantizer: FusedIntQuant = layer.weight_quant.tensor_quant.int_quant
+    return quantizer
+
+
+@torch.no_grad()
+def _write_frozen(layer: Any) -> None:
+    """Give frozen weights the values that they are quantized to, for whoever reads or saves them."""
+    frozen = layer.weight_quant.tensor_quant.int_quant.frozen
+    layer.weight.copy_(frozen.applied_to(layer.weight, layer.quant_weight().scale))
 
 
 @torch.no_grad()
