@@ -37,7 +37,10 @@ BACKBONES: dict[str, Source] = {
     'DSTFormer': 'body_3d_keypoint/motionbert/h36m/motionbert_dstformer-243frm_8xb32-240e_h36m.py',
     'HRFormer': _coco('hrformer-small_8xb32-210e'),
     'HRNet': _coco('hrnet-w32_8xb64-210e'),
-    'HourglassAENet': (dict(type='HourglassAENet', stem_channels=32, feat_channels=(64, 64, 96), num_stacks=1), 34),
+    'HourglassAENet': (
+        dict(type='HourglassAENet', stage_channels=(32, 48, 64, 80, 96), feat_channels=32, num_stacks=1),
+        34,
+    ),
     'HourglassNet': _COCO.format('hourglass52_8xb32-210e_coco-256x256'),
     'LiteHRNet': _coco('litehrnet-18_8xb64-210e'),
     'MSPN': _coco('mspn50_8xb32-210e'),
