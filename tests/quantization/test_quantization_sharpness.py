@@ -44,6 +44,7 @@ from tests.wrappers import build, momentum_sgd
 
 NAMES = ('sam', 'asam', 'friendlysam', 'gsam', 'wsam', 'esam', 'esam-history', 'ausam', 'ausam-reweight')
 THREE = ('sam', 'esam', 'ausam')
+WITH_SLOW = [name if name in THREE else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
 class Rows:
@@ -200,7 +201,7 @@ def test_after_calibration_only_batchnorms_statistics_change(case: Case) -> None
     assert 'init_done' in attributes or case.policy == 'statistics'
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', WITH_SLOW)
 def test_a_quantizer_that_still_collects_statistics_counts_once_a_step(name: str) -> None:
     """None does after calibration; in a model that was quantized otherwise, one may."""
     ours, theirs = quantized('W8A8'), quantized('W8A8')
@@ -308,7 +309,7 @@ def test_all_parameters_are_restored_bit_for_bit_in_their_storage(case: Case) ->
     assert [p.data_ptr() for p in found.model.parameters()] == found.pointers
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', WITH_SLOW)
 @pytest.mark.parametrize('policy', ['W4A4', 'W2A4 folded'])
 def test_an_error_in_the_second_forward_leaves_everything_as_it_was(name: str, policy: str) -> None:
     model = quantized(policy)

@@ -63,7 +63,13 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 
 
 # ------------------------------------------------------------------ resuming
-@pytest.mark.parametrize(('name', 'kind'), RESUMED.items())
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        pytest.param(name, kind, marks=() if name in ('sam', 'asam', 'esam', 'ausam') else pytest.mark.slow)
+        for name, kind in RESUMED.items()
+    ],
+)
 def test_resuming_equals_never_having_stopped(name: str, kind: str, tmp_path: Path) -> None:
     """The optimizer is built before the weights are loaded, as MMEngine does it."""
     data = pool_batches(6)
