@@ -116,19 +116,20 @@ class Case:
 
 HALF = {dtype: (('dtype', dtype), ('loss_scale', 64.0)) for dtype in ('bfloat16', 'float16')}
 CASES = (
-    *(Case('sam', policy, steps=5 if 'folded' in policy else 20) for policy in LEARNED),
+    *(Case('sam', policy, steps=5 if 'folded' in policy else 8) for policy in LEARNED),
     *(Case('sam', policy) for policy in POLICIES if policy not in LEARNED),
     *(Case(name, policy) for name in NAMES[1:] for policy in ('W4A4', 'W2A4 folded')),
     *(Case(name, 'W4A4', options=options) for name in THREE for options in HALF.values()),
     *(Case(name, 'W4A4 folded', steps=4, options=(('accumulative_counts', 2),)) for name in THREE),
     *(Case(name, 'W4A4', with_cp=True) for name in THREE),
 )
-# Fast: SAM with every policy, every wrapper with one, and AUSAM, which has the most of its own, with every option.
+# Fast: SAM with every policy, ESAM with one, and AUSAM, which has the most of its own, with every option.
 SLOW = [
     case
     for case in CASES
-    if case.name != 'sam'
-    and (case.policy == 'W2A4 folded' or (case.name != 'ausam' and (case.options or case.with_cp)))
+    if case.name not in THREE
+    or (case.name != 'sam' and case.policy == 'W2A4 folded')
+    or (case.name != 'ausam' and (case.options or case.with_cp))
 ]
 everywhere = pytest.mark.parametrize(
     'case', [pytest.param(case, id=str(case), marks=pytest.mark.slow if case in SLOW else ()) for case in CASES]
