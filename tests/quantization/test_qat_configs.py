@@ -254,11 +254,7 @@ def float_checkpoint(cfg: Config, file: Path) -> Path:
 @pytest.mark.parametrize(
     'path',
     [
-        *(
-            pytest.param(path, marks=pytest.mark.slow if 'coco' in path.stem else ())
-            for path in PAIRS
-            if 'w4a4' in path.stem
-        ),
+        *(pytest.param(path, marks=pytest.mark.slow) for path in PAIRS if 'w4a4' in path.stem),
         DEMOS[0],
     ],
     ids=name,

@@ -284,8 +284,8 @@ SIZES.append((RTMPOSE, dict(weight_symmetric=False, act_symmetric=False, weight_
 @pytest.mark.parametrize(
     ('case', 'changes'),
     [
-        pytest.param(case, changes, id=f'{case.name} {changes}', marks=() if case in FAST else pytest.mark.slow)
-        for case, changes in SIZES
+        pytest.param(case, own, id=f'{case.name} {own}', marks=() if case in FAST and not own else pytest.mark.slow)
+        for case, own in SIZES
     ],
 )
 def test_the_size_is_that_of_the_checkpoint_with_fewer_bits(case: Case, changes: dict[str, Any]) -> None:
@@ -432,7 +432,7 @@ def test_shapes_of_scales() -> None:
 
 
 @pytest.mark.parametrize('granularity', ['channel', 'tensor'])
-@pytest.mark.parametrize(('bits', 'init'), [(2, 'max'), (4, 'mse')])
+@pytest.mark.parametrize(('bits', 'init'), [(2, 'max'), pytest.param(4, 'mse', marks=pytest.mark.slow)])
 def test_asymmetric_weights_and_inputs(bits: int, init: str, granularity: str) -> None:
     """Integers from 0, one of which stands for zero; what is in range is off by half a step at most."""
     changes = dict(weight=bits, act=bits, weight_symmetric=False, act_symmetric=False, weight_granularity=granularity)
