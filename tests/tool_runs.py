@@ -64,12 +64,18 @@ class Tools:
     Args:
         folder: They are run in.
         patch: Puts back what they change.
-        capture: Reads what they print.
+        capture: Reads what they print; without it nobody does.
+
+    Attributes:
+        printed: What the last run wrote to stdout.
     """
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+    def __init__(
+        self, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str] | None = None
+    ) -> None:
         self._patch, self._capture = patch, capture
         self._folder = folder
+        self.printed = ''
 
     def __call__(self, name: str, *arguments: object, code: int = 0, lines: int | None = 1) -> str:
         """Run a tool.
@@ -85,13 +91,16 @@ class Tools:
             patch.chdir(self._folder)
             patch.setattr(sys, 'argv', [f'tools/{name}.py', *options, experiment])
             patch.setattr('mm_sharp.compat.checkpoint_hook._in_every_run', False)
-            self._capture.readouterr()
+            self._read()
             found = cli.run_tool(tool(name).main)
-        errors = self._capture.readouterr().err
+        self.printed, errors = self._read()
         assert found == code, errors
         if code and lines is not None:
             assert len(errors.splitlines()) == lines, errors
         return errors
+
+    def _read(self) -> tuple[str, str]:
+        return ('', '') if self._capture is None else tuple(self._capture.readouterr())
 
 
 SAM = ROOT / 'configs' / 'demo' / 'simcc_res18-half_sam_demo-128x96.py'

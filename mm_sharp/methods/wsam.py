@@ -17,7 +17,7 @@ is no sharpness term.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mm_sharp.errors import check_bool, check_number
+from mm_sharp.ops.finite import choose
 from mm_sharp.step.final_gradient import FinalGradient
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -55,7 +56,8 @@ class WSAMOptimWrapper(TwoPassOptimWrapper):
         self.gamma = check_number(name, 'gamma', gamma, high=1.0, high_open=True, example='0.9')
         self.decouple = check_bool(name, 'decouple', decouple)
         super().__init__(optimizer, rho=rho, **kwargs)
-        self._both: tuple[FinalGradient, list[Tensor]] | None = None
+        # Of this step: g' - g of each parameter, and g' after clipping, if it is clipped.
+        self._beside: tuple[FinalGradient, Sequence[Tensor], list[Tensor] | None] | None = None
 
     @property
     def weight(self) -> float:
@@ -64,25 +66,28 @@ class WSAMOptimWrapper(TwoPassOptimWrapper):
 
     def final_gradient(self, gradient: FinalGradient) -> None:
         """g, with the sharpness term or without it."""
-        self._both = None
+        self._beside = None
         if not gradient.first:  # there was no second pass, in a class of two methods
             return
         plain, apart = gradient.first_and_difference()
-        if self.decouple:
-            if self.clip_grad_kwargs:
-                self._clip_grad()  # g'
-            self._both = gradient, [mine.clone() for mine in gradient.gradients]
+        clipped = None
+        if self.decouple and self.clip_grad_kwargs:
+            self._clip_grad()  # g'
+            clipped = [mine.clone() for mine in gradient.gradients]
         for mine, g, difference in zip(gradient.gradients, plain, apart, strict=True):
             mine.copy_(g)
             if not self.decouple:
                 mine.add_(difference, alpha=self.weight)
+        if self.decouple:
+            self._beside = gradient, apart, clipped
 
     def beside_step(self) -> Mapping[nn.Parameter, Tensor]:
         """k * (g' - g), both clipped."""
-        if self._both is None:
+        if self._beside is None:
             return {}
-        (gradient, perturbed), self._both = self._both, None
-        apart = [second - g for second, g in zip(perturbed, gradient.gradients, strict=True)]
-        sound = gradient.all_finite(apart)  # else the loss scaler leaves the step out
-        terms = [self.weight * torch.where(sound.to(d.device), d, torch.zeros_like(d)) for d in apart]
-        return dict(zip(gradient.parameters, terms, strict=True))
+        (gradient, apart, clipped), self._beside = self._beside, None
+        if clipped is not None:
+            again = [second - g for second, g in zip(clipped, gradient.gradients, strict=True)]
+            sound = gradient.all_finite(again)  # else the loss scaler leaves the step out
+            apart = choose(sound, again, lambda: list(map(torch.zeros_like, again)))
+        return dict(zip(gradient.parameters, [self.weight * difference for difference in apart], strict=True))

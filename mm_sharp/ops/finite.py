@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +51,14 @@ def quickly_finite(tensors: Sequence[Tensor]) -> bool:
     if others:
         return False
     return math.isfinite(sum(map(float, torch._foreach_norm(list(tensors), 2))))
+
+
+def choose(valid: Tensor, tensors: Sequence[Tensor], others: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """``tensors`` if ``valid``, a scalar of bool, else ``others()``; an accelerator is not waited for."""
+    if valid.is_cpu:
+        return tensors if valid else others()
+    pairs = zip(tensors, others(), strict=True)
+    return [torch.where(valid.to(tensor.device), tensor, other) for tensor, other in pairs]
 
 
 @torch.no_grad()

@@ -65,12 +65,15 @@ class FirstGradients:
         """Drop what was kept of a micro-batch that failed."""
         self._pending = []
 
-    def take(self) -> dict[nn.Parameter, Tensor]:
-        """The sums by parameter, with the last micro-batch's; they stay here too, for a step that fails is repeated."""
-        sums = {parameter: gradient.clone() for parameter, gradient in self._sums.items()}
+    def take(self, *, copies: bool) -> dict[nn.Parameter, Tensor]:
+        """The sums by parameter, with the last micro-batch's; they stay here too, for a step that fails is repeated.
+
+        ``copies``: the caller writes to them.
+        """
+        sums = dict(self._sums)
         for parameter, gradient in self._pending:
-            sums[parameter] = sums[parameter] + gradient if parameter in sums else gradient.clone()
-        return sums
+            sums[parameter] = sums[parameter] + gradient if parameter in sums else gradient
+        return {parameter: gradient.clone() for parameter, gradient in sums.items()} if copies else sums
 
     def clear(self) -> None:
         """Begin anew, after an optimizer step."""

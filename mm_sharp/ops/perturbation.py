@@ -163,7 +163,9 @@ def perturb_(
     on_host = norm.device.type == 'cpu'
     if on_host and not math.isfinite(norm.item()):
         return norm
-    step: Tensor = radius / (divisor + eps)
+    divisor = divisor + eps
+    # Of a number torch does the same, after a detour through Python.
+    step: Tensor = radius / divisor if isinstance(radius, Tensor) else divisor.reciprocal() * radius
     if step.ndim:
         step = norms.own(step)
     if direction.stretches:

@@ -70,11 +70,14 @@ class SampleHistory:
         numbers, values = np.asarray(ids, np.int64)[finite], values[finite]
         if not len(numbers):
             return
-        numbers, group, visits = np.unique(numbers, return_inverse=True, return_counts=True)
-        means = np.bincount(group, values) / visits
+        order = numbers.argsort(kind='stable')
+        increasing, means, visits = numbers[order], values[order], np.ones(len(numbers), np.int64)
+        if not (increasing[1:] > increasing[:-1]).all():  # a sample more than once
+            increasing, group, visits = np.unique(numbers, return_inverse=True, return_counts=True)
+            means = np.bincount(group, values) / visits
         tables = self._own if self.distributed else self._shared
         # Exactly str: torch.load(weights_only=True) refuses numpy's subclass of it.
-        tables.setdefault(str(name), Table()).add(numbers, means, visits, self.momentum)
+        tables.setdefault(str(name), Table()).add(increasing, means, visits, self.momentum)
 
     def pending(self) -> dict[str, dict[str, torch.Tensor]]:
         """What this process of a distributed history gathered since the last exchange, for the others; by name."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mm_sharp.ops.finite import choose
 from mm_sharp.ops.fsdp import local_shard
 
 
@@ -17,7 +18,8 @@ class FinalGradient:
     """Gradients of one optimizer step, without the loss scale, before they are clipped."""
 
     parameters: Sequence[nn.Parameter]  # with a gradient, which is what the optimizer gets; change it in place
-    # The first passes' gradients, averaged over the processes as the others are; empty unless the method keeps them.
+    # The first passes' gradients, averaged over the processes as the others are, and not to be written to; empty unless
+    # the method keeps them.
     first: Mapping[nn.Parameter, Tensor]
     # Sums a product of every tensor over the processes that hold pieces of it (FSDP).
     total: Callable[[Sequence[nn.Parameter], Sequence[Tensor]], Tensor]
@@ -32,12 +34,13 @@ class FinalGradient:
 
     def first_gradients(self) -> list[Tensor]:
         """Of each parameter, the first passes' gradient; zero where there was none."""
+        first = [self.first.get(parameter) for parameter in self.parameters]
         return [
-            local_shard(self.first[p]) if p in self.first else torch.zeros_like(g)
-            for p, g in zip(self.parameters, self.gradients, strict=True)
+            torch.zeros_like(ours) if theirs is None else local_shard(theirs)
+            for ours, theirs in zip(self.gradients, first, strict=True)
         ]
 
-    def first_and_difference(self) -> tuple[list[Tensor], list[Tensor]]:
+    def first_and_difference(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Of each parameter g, and g' - g, where g' is what the optimizer gets so far.
 
         Where the first gradient is not finite, there was no perturbation: g' stands in for it, and the difference is 0.
@@ -45,8 +48,7 @@ class FinalGradient:
         ours, plain = self.gradients, self.first_gradients()
         apart = [mine - g for mine, g in zip(ours, plain, strict=True)]
         sound = self.all_finite(apart)
-        plain = [torch.where(sound.to(g.device), g, mine) for g, mine in zip(plain, ours, strict=True)]
-        return plain, [torch.where(sound.to(d.device), d, torch.zeros_like(d)) for d in apart]
+        return choose(sound, plain, lambda: ours), choose(sound, apart, lambda: list(map(torch.zeros_like, apart)))
 
     def all_finite(self, tensors: Sequence[Tensor]) -> Tensor:
         """Whether ``tensors``, one of each parameter, are finite, and the final gradient was; scalar of bool."""

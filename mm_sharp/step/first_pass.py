@@ -101,7 +101,9 @@ class FirstPass:
         """Get to know the model, once, and refuse what the step cannot handle."""
         if not self.parallel.attach(model):
             return
-        self.devices, shards = devices_of(self._optimizer), self.parallel.shards
+        # Random numbers of the CPU are kept in any case.
+        self.devices = tuple(device for device in devices_of(self._optimizer) if device.type != 'cpu')
+        shards = self.parallel.shards
         self._precision.share_overflow = None if shards is None else shards.share_overflow
         skips = method.skips_gradients
         by_name = not self._selector.takes_all or skips or self._settings.adaptive in BY_TENSOR

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mm_sharp.ops.finite import choose
 from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.ops.perturbation import Direction, asam_stretches
@@ -177,16 +178,15 @@ class Method:
 
         Args:
             parameters: The parameters.
-            tensors: What to keep.
+            tensors: What to keep; nobody may write to it afterwards.
             valid: Scalar of bool; where it is False, what was kept before stays. The device is not waited for.
         """
-        before = self.kept_of(parameters)
-        pairs = zip(parameters, tensors, before, strict=True)
-        self.kept = {p: torch.where(valid.to(new.device), new, old) for p, new, old in pairs}
+        self.kept = dict(zip(parameters, choose(valid, tensors, lambda: self.kept_of(parameters)), strict=True))
 
     def kept_of(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """What was kept of each parameter; zero where nothing was."""
-        return [self.kept[p] if p in self.kept else torch.zeros_like(local_shard(p)) for p in parameters]
+        kept = [self.kept.get(parameter) for parameter in parameters]
+        return [torch.zeros_like(local_shard(p)) if k is None else k for p, k in zip(parameters, kept, strict=True)]
 
     # ---------------------------------------------------------------- state, log, cost
     def own_state(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class ParallelModel:
         self.shards: Shards | None = None  # its pieces; None if no part of it is sharded
         self.module: nn.Module = nn.Identity()  # the user's own model
         self.in_buckets = False  # whether gradients lie in the buckets that DDP averages
+        self.is_ddp = False  # whether the model is wrapped by DDP as a whole, or by MMEngine's that is of its class
         self.broadcasts = False  # whether DDP sends the first rank's buffers to the others
         self._model: nn.Module | None = None
         self.tree = ModuleTree(self.module)
@@ -48,6 +49,7 @@ class ParallelModel:
         self._synchronised = [] if self.shards is not None else _synchronised(model)
         self.in_buckets = any(getattr(part, 'gradient_as_bucket_view', False) for part in self._synchronised)
         self.broadcasts = any(getattr(part, 'broadcast_buffers', False) for part in self._synchronised)
+        self.is_ddp = isinstance(model, DistributedDataParallel)
         self._model = model
         return True
 
@@ -92,9 +94,9 @@ class ParallelModel:
             handle.remove()
 
     @property
-    def is_ddp(self) -> bool:
-        """Whether the model is wrapped by DDP as a whole, or by MMEngine's that is of its class."""
-        return isinstance(self._model, DistributedDataParallel)
+    def is_synchronised(self) -> bool:
+        """Whether :meth:`average` does anything."""
+        return bool(self._synchronised)
 
     def total(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Tensor:
         """The sum over all parameters of a number that each piece of them has; scalar."""

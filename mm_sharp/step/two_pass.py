@@ -120,8 +120,8 @@ class TwoPassStep:
 
     def final_gradient(self) -> FinalGradient:
         """The gradients of an optimizer step, for the method to change; without the loss scale."""
-        first = self.first_gradients.take()
         inverse = self.precision.inverse_scale()
+        first = self.first_gradients.take(copies=inverse is not None or self.parallel.is_synchronised)
         if first and inverse is not None:
             torch._foreach_mul_(list(first.values()), inverse)
         if not self.settings.sync_perturbation:  # they are each process's own so far

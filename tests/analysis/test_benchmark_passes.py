@@ -89,6 +89,7 @@ def test_own_work_is_what_is_more_than_the_passes() -> None:
     assert own_work(times) == {'sam': Quartiles(*map(pytest.approx, (0.25, 0.3, 0.4)))}
 
 
+@pytest.mark.slow
 def test_passes_alone_are_rows_of_the_table_and_have_no_phases(tmp_path: Path) -> None:
     cfg = Config(toy_config(tmp_path, optim_wrapper={'type': 'OptimWrapper', 'optimizer': SGD}))
     names = ['base', 'sam', 'esam-history']

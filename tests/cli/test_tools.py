@@ -41,8 +41,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def trained(tiny: Path) -> Path:
-    """The work directory of a training run of one epoch, two steps, by the command line."""
-    run('tools/train.py', 'sam.py', cwd=tiny)
+    """The work directory of a training run of one epoch, two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        # A process keeps one visualizer of each name.
+        Tools(tiny, patch)('train', 'sam.py', '--cfg-options', 'visualizer.name=first')
     return tiny / 'work_dirs' / 'sam'
 
 
@@ -71,7 +73,6 @@ def within(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def test_a_run_with_the_base_optimizer_is_tested_and_resumed_without_trust(tiny: Path, within: Tools) -> None:
     """A comparison run started by our tool is served by our tools, though its config uses nothing of ours."""
     checkpoint = tiny / 'work_dirs' / 'plain' / 'epoch_1.pth'
-    # A process keeps one visualizer of each name.
     within('train', 'plain.py', '--no-validate', '--cfg-options', 'visualizer.name=trained')
     within('test', 'plain.py', checkpoint, '--cfg-options', 'visualizer.name=tested')
     longer = '--cfg-options', 'visualizer.name=longer', 'train_cfg.max_epochs=2'
@@ -94,19 +95,27 @@ def test_resuming_goes_on_from_the_last_checkpoint(trained: Path, tiny: Path, wi
     assert list(work_dir.glob('*/people/val_img_*.png'))
 
 
-def test_testing_writes_metrics_predictions_and_pictures(trained: Path, tiny: Path) -> None:
-    done = run(
-        'tools/test.py', 'sam.py', trained / 'epoch_1.pth', '--work-dir', 'tested', '--out', 'results/metrics.json',
-        '--dump', 'predictions.pkl', '--show-dir', 'pictures', cwd=tiny,
+def test_testing_writes_metrics_predictions_and_pictures(trained: Path, tiny: Path, within: Tools) -> None:
+    within(
+        'test', 'sam.py', trained / 'epoch_1.pth', '--work-dir', 'tested', '--out', 'results/metrics.json',
+        '--dump', 'predictions.pkl', '--show-dir', 'pictures', '--cfg-options', 'visualizer.name=pictures',
     )  # fmt: skip
     metrics = json.loads((tiny / 'results' / 'metrics.json').read_text())
     assert {'coco/AP', 'coco/AR', 'PCK'} <= metrics.keys()
     assert 0 <= metrics['PCK'] <= 1
-    assert done.stdout.splitlines()[-1].split() == ['PCK', f'{metrics["PCK"]:.4f}']
+    assert within.printed.splitlines()[-1].split() == ['PCK', f'{metrics["PCK"]:.4f}']
     assert len(pickle.loads((tiny / 'predictions.pkl').read_bytes())) == 4
     pictures = sorted((tiny / 'tested').glob('*/pictures/*.png'))
     assert len(pictures) == 4
-    assert f'Pictures: {pictures[0].parent}' in done.stdout
+    assert f'Pictures: {pictures[0].parent}' in within.printed
+
+
+@pytest.mark.slow
+def test_training_and_testing_by_the_command_line(tiny: Path) -> None:
+    run('tools/train.py', 'sam.py', '--work-dir', 'program', cwd=tiny)
+    assert [line['step'] for line in logged(tiny / 'program')] == [1, 2]
+    done = run('tools/test.py', 'sam.py', 'program/epoch_1.pth', cwd=tiny)
+    assert done.stdout.splitlines()[-1].startswith('PCK')
 
 
 @pytest.mark.slow

@@ -231,6 +231,7 @@ def test_a_capped_sample_is_in_every_draw() -> None:
     assert_frequencies(run)
 
 
+@pytest.mark.slow
 def test_equal_bounds_draw_uniformly() -> None:
     run = many_steps(('rows',), 600, sampling_ratio=0.3, s_min=0.8, s_max=0.8)
     assert run.draws[0].pi.tolist() == [3 / 8] * 8

@@ -26,7 +26,7 @@ from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import DECONV, HRNET, RLE, RTMPOSE, SIMCC, calibrated, float_model, images, quantized
 
 pytestmark = QUIET
-ARCHITECTURES = (SIMCC, *(pytest.param(case, marks=pytest.mark.slow) for case in (HRNET, RLE)), RTMPOSE)
+ARCHITECTURES = (SIMCC, *(pytest.param(case, marks=pytest.mark.slow) for case in (HRNET, RLE, RTMPOSE)))
 OUTPUTS = {
     SIMCC.name: ['simcc_x', 'simcc_y'],
     HRNET.name: ['heatmaps'],
@@ -126,6 +126,7 @@ def test_qonnx_files_execute_and_agree(exported: Any) -> None:
     assert min(layer.alone.share for layer in check.layers) > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:Positional args are being deprecated:FutureWarning')  # Brevitas 0.13.4 to torch
 @pytest.mark.filterwarnings('ignore:Computing zero point of output accumulator')
 def test_zero_points_and_unfolded_batchnorms_are_exported(exported: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
+from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -50,8 +52,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def exported(folder: Path) -> str:
-    """What the command line says of a QCDQ export; its files are in ``work_dirs/w4a4``."""
-    return run('tools/export.py', 'w4a4.py', 'model.pth', '--format', 'qcdq', cwd=folder).stdout
+    """What the tool says of a QCDQ export; its files are in ``work_dirs/w4a4``."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+        patch.chdir(folder)
+        tool('export').main(['w4a4.py', 'model.pth', '--format', 'qcdq'])
+    return said.getvalue()
 
 
 @pytest.fixture(scope='module')
@@ -69,10 +74,9 @@ def batch(folder: Path) -> dict[str, Any]:
     return next(iter(tool('export').first_samples(cfg.test_dataloader.dataset, 4, 4)[1]))  # type: ignore[no-any-return]
 
 
-def test_the_command_line_exports_checks_and_reports(folder: Path, exported: str) -> None:
+def test_the_tool_exports_checks_and_reports(folder: Path, exported: str) -> None:
     assert 'QCDQ in ONNX Runtime against PyTorch, 4 people' in exported
     assert 'The file agrees with PyTorch.' in exported
-    assert '4/4' in exported  # the progress bar
     results = folder / 'work_dirs' / 'w4a4'
     assert sorted(path.name for path in results.iterdir()) == [
         'w4a4_qcdq.check.json', 'w4a4_qcdq.json', 'w4a4_qcdq.onnx',
@@ -89,7 +93,16 @@ def test_the_command_line_exports_checks_and_reports(folder: Path, exported: str
     assert constants['input']['height'] == 128
 
 
-def test_qonnx_is_exported_and_checked_in_this_process(
+@pytest.mark.slow
+def test_the_command_line(folder: Path) -> None:
+    said = run('tools/export.py', 'w4a4.py', 'model.pth', '--images', 1, '--out', 'program/m.onnx', cwd=folder).stdout
+    assert 'QCDQ in ONNX Runtime against PyTorch, 1 people' in said
+    assert '1/1' in said  # the progress bar
+    assert (folder / 'program' / 'm.onnx').is_file()
+
+
+@pytest.mark.slow
+def test_qonnx_is_exported_and_checked(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
@@ -118,6 +131,7 @@ def test_float_models_are_exported_checked_and_drawn(
     assert Path('new/drawn.png').is_file()
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_with_the_same_model_in_float(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,7 +193,9 @@ def test_the_float_model_on_mpii_is_mmposes_recipe(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- building and training
-@pytest.mark.parametrize('model', MODELS_HERE)
+@pytest.mark.parametrize(
+    'model', [pytest.param(model, marks=() if 'rtmpose' in model else pytest.mark.slow) for model in MODELS_HERE]
+)
 def test_every_layer_is_quantized_and_the_card_gives_the_size(model: str) -> None:
     record = build(read(recipe(model, 'w4a4'))).quantization
     assert not [layer.name for layer in record.layers if layer.policy is None]
@@ -252,11 +254,7 @@ def float_checkpoint(cfg: Config, file: Path) -> Path:
 @pytest.mark.parametrize(
     'path',
     [
-        *(
-            pytest.param(path, marks=pytest.mark.slow if 'res50' in path.stem and 'coco' in path.stem else ())
-            for path in PAIRS
-            if 'w4a4' in path.stem
-        ),
+        *(pytest.param(path, marks=pytest.mark.slow) for path in PAIRS if 'w4a4' in path.stem),
         DEMOS[0],
     ],
     ids=name,

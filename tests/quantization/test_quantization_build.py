@@ -206,7 +206,7 @@ def test_a_model_that_is_built_takes_no_arguments() -> None:
 
 def test_quantizing_twice_is_refused() -> None:
     with pytest.raises(ValueError, match='QuantizedModel: the model is quantized already'):
-        quantized_model(to_read(HRNET), policy())
+        quantized_model(to_read(SIMCC), policy())
 
 
 def test_an_unknown_input_size_is_asked_for() -> None:
@@ -217,7 +217,7 @@ def test_an_unknown_input_size_is_asked_for() -> None:
     with pytest.raises(ValueError, match='the size of the input is not known'):
         quantized_model(model, policy())
     assert quantized_model(model, policy(input_size=(96, 32))).quantization.input_size == (96, 32)
-    assert to_read(HRNET).quantization.input_size == SIZE
+    assert to_read(SIMCC).quantization.input_size == SIZE
 
 
 def test_what_is_not_quantized_is_said_with_its_reason() -> None:
@@ -250,7 +250,7 @@ def test_one_layer_under_two_names_is_one_layer() -> None:
 
 # ------------------------------------------------------------------ copies
 def test_a_copy_is_equal_and_independent() -> None:
-    model = calibrated(HRNET)
+    model = calibrated(SIMCC)
     copy, expected = deepcopy(model), output(model, images(2))
     assert torch.equal(output(copy, images(2)), expected)
     assert is_calibrated(copy)
@@ -264,7 +264,7 @@ def test_a_copy_is_equal_and_independent() -> None:
 
 
 def test_a_copy_is_calibrated_by_itself() -> None:
-    model = quantized(HRNET)
+    model = quantized(SIMCC)
     copy = deepcopy(model)
     calibrate(model, samples(1))
     check_calibrated(model)
@@ -276,11 +276,18 @@ def test_a_copy_is_calibrated_by_itself() -> None:
 
 
 # ------------------------------------------------------------------ sizes
+FAST = (SIMCC, RTMPOSE)
 SIZES = [(SIMCC, {}), (HRNET, {}), (RLE, {}), (RTMPOSE, {}), (RTMPOSE, dict(weight=2, fold_batchnorm=False))]
 SIZES.append((RTMPOSE, dict(weight_symmetric=False, act_symmetric=False, weight_granularity='tensor')))
 
 
-@pytest.mark.parametrize(('case', 'changes'), SIZES, ids=[f'{case.name} {changes}' for case, changes in SIZES])
+@pytest.mark.parametrize(
+    ('case', 'changes'),
+    [
+        pytest.param(case, own, id=f'{case.name} {own}', marks=() if case in FAST and not own else pytest.mark.slow)
+        for case, own in SIZES
+    ],
+)
 def test_the_size_is_that_of_the_checkpoint_with_fewer_bits(case: Case, changes: dict[str, Any]) -> None:
     model = to_read(case, **changes)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != LAYOUT}
@@ -425,7 +432,7 @@ def test_shapes_of_scales() -> None:
 
 
 @pytest.mark.parametrize('granularity', ['channel', 'tensor'])
-@pytest.mark.parametrize(('bits', 'init'), [(2, 'max'), (4, 'mse')])
+@pytest.mark.parametrize(('bits', 'init'), [(2, 'max'), pytest.param(4, 'mse', marks=pytest.mark.slow)])
 def test_asymmetric_weights_and_inputs(bits: int, init: str, granularity: str) -> None:
     """Integers from 0, one of which stands for zero; what is in range is off by half a step at most."""
     changes = dict(weight=bits, act=bits, weight_symmetric=False, act_symmetric=False, weight_granularity=granularity)

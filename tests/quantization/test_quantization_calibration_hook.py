@@ -216,6 +216,7 @@ def test_training_from_the_saved_model_is_training_from_the_float_model(base: Ru
     assert any(not same_bits(value, start_of(base).state[name]) for name, value in base.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_without_the_baseline_training_is_the_same(base: Runner, folder: Path) -> None:
     runner = trained(folder, calibration=dict(baseline=False), log_level='INFO')
     assert calibrations(runner) == 1
@@ -233,6 +234,7 @@ def test_a_run_that_resumes_does_not_calibrate(base: Runner, folder: Path) -> No
     assert all(same_bits(value, state[name]) for name, value in base.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_sam_with_averaged_weights_and_without_a_float_model(base: Runner, folder: Path) -> None:
     runner = trained(
         folder,

@@ -302,6 +302,7 @@ def test_parameters_stay_the_objects_that_the_optimizer_knows(kind: str, load: L
 
 
 # ------------------------------------------------------------------ averaged weights
+@pytest.mark.slow
 def test_an_average_of_weights_is_saved_and_loaded() -> None:
     model = calibrated(DECONV)
     average = ExponentialMovingAverage(model, momentum=0.5)

@@ -44,6 +44,7 @@ from tests.wrappers import build, momentum_sgd
 
 NAMES = ('sam', 'asam', 'friendlysam', 'gsam', 'wsam', 'esam', 'esam-history', 'ausam', 'ausam-reweight')
 THREE = ('sam', 'esam', 'ausam')
+WITH_SLOW = [name if name in THREE else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
 class Rows:
@@ -115,19 +116,20 @@ class Case:
 
 HALF = {dtype: (('dtype', dtype), ('loss_scale', 64.0)) for dtype in ('bfloat16', 'float16')}
 CASES = (
-    *(Case('sam', policy, steps=5 if 'folded' in policy else 20) for policy in LEARNED),
+    *(Case('sam', policy, steps=5 if 'folded' in policy else 8) for policy in LEARNED),
     *(Case('sam', policy) for policy in POLICIES if policy not in LEARNED),
     *(Case(name, policy) for name in NAMES[1:] for policy in ('W4A4', 'W2A4 folded')),
     *(Case(name, 'W4A4', options=options) for name in THREE for options in HALF.values()),
     *(Case(name, 'W4A4 folded', steps=4, options=(('accumulative_counts', 2),)) for name in THREE),
     *(Case(name, 'W4A4', with_cp=True) for name in THREE),
 )
-# Fast: SAM with every policy, every wrapper with one, and AUSAM, which has the most of its own, with every option.
+# Fast: SAM with every policy, ESAM with one, and AUSAM, which has the most of its own, with every option.
 SLOW = [
     case
     for case in CASES
-    if case.name != 'sam'
-    and (case.policy == 'W2A4 folded' or (case.name != 'ausam' and (case.options or case.with_cp)))
+    if case.name not in THREE
+    or (case.name != 'sam' and case.policy == 'W2A4 folded')
+    or (case.name != 'ausam' and (case.options or case.with_cp))
 ]
 everywhere = pytest.mark.parametrize(
     'case', [pytest.param(case, id=str(case), marks=pytest.mark.slow if case in SLOW else ()) for case in CASES]
@@ -200,7 +202,7 @@ def test_after_calibration_only_batchnorms_statistics_change(case: Case) -> None
     assert 'init_done' in attributes or case.policy == 'statistics'
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', WITH_SLOW)
 def test_a_quantizer_that_still_collects_statistics_counts_once_a_step(name: str) -> None:
     """None does after calibration; in a model that was quantized otherwise, one may."""
     ours, theirs = quantized('W8A8'), quantized('W8A8')
@@ -308,7 +310,7 @@ def test_all_parameters_are_restored_bit_for_bit_in_their_storage(case: Case) ->
     assert [p.data_ptr() for p in found.model.parameters()] == found.pointers
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', WITH_SLOW)
 @pytest.mark.parametrize('policy', ['W4A4', 'W2A4 folded'])
 def test_an_error_in_the_second_forward_leaves_everything_as_it_was(name: str, policy: str) -> None:
     model = quantized(policy)

@@ -63,7 +63,13 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 
 
 # ------------------------------------------------------------------ resuming
-@pytest.mark.parametrize(('name', 'kind'), RESUMED.items())
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        pytest.param(name, kind, marks=() if name in ('sam', 'asam', 'esam', 'ausam') else pytest.mark.slow)
+        for name, kind in RESUMED.items()
+    ],
+)
 def test_resuming_equals_never_having_stopped(name: str, kind: str, tmp_path: Path) -> None:
     """The optimizer is built before the weights are loaded, as MMEngine does it."""
     data = pool_batches(6)
@@ -265,7 +271,7 @@ def test_a_resumed_run_with_averaging_equals_one_that_never_stopped(tmp_path: Pa
 
 
 # ------------------------------------------------------------------ a real model
-@pytest.mark.parametrize('name', ['sam', 'ausam'])
+@pytest.mark.parametrize('name', [pytest.param('sam', marks=pytest.mark.slow), 'ausam'])
 def test_the_demos_model_keeps_what_the_base_optimizers_pass_leaves(name: str) -> None:
     """SimCC ResNet-18, an eighth as wide, with BatchNorm; all of it is perturbed or spared, and trained."""
     start, batch = simcc()

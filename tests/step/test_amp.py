@@ -121,7 +121,10 @@ def test_a_scale_that_overflows_every_gradient(name: str) -> None:
     assert 1 < steps < 10
 
 
-@distinct_two_passes
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(n, marks=() if n in ('sam', 'gsam', 'ausam') else pytest.mark.slow) for n in DISTINCT_TWO_PASS],
+)
 @pytest.mark.parametrize('accumulative_counts', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_dynamic_scale_under_accumulation_still_perturbs(name: str, accumulative_counts: int) -> None:
     """The scale grows to what the second pass bears, whose loss is divided: the first pass must bear it, too."""

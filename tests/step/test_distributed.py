@@ -27,7 +27,7 @@ from tests.references_esam import ReferenceESAM
 from tests.references_family import FAMILY
 from tests.reliability import Holds
 from tests.toys import Batch, batches, make
-from tests.wrappers import WRAPPERS, build, forwards_in, momentum_sgd
+from tests.wrappers import DISTINCT, WRAPPERS, build, forwards_in, momentum_sgd
 
 STEPS = 4
 Arrays = list[np.ndarray]
@@ -82,8 +82,9 @@ SAID = {
 }
 # DDP learns a static graph in its first backward pass, which ESAM must run without synchronisation.
 # Of methods that differ in what no option of DDP's can break, one is enough.
-NAMES = [name for name in WRAPPERS if name not in ('sam-interval', 'gsam', 'wsam-coupled')]
+NAMES = [name for name in DISTINCT if name != 'gsam']
 PAIRS = [(option, name) for option in OPTIONS for name in NAMES if (option, name[:4]) != ('static synced', 'esam')]
+CORRUPTED = [name for name in DISTINCT if 'loader' not in name]
 CASES.update({f'{option} {name}': (name, OPTIONS[option]) for option, name in PAIRS})
 
 
@@ -98,7 +99,7 @@ def train_all(rank: int, processes: int) -> dict[str, Any]:
         train(rank, processes, 'esam', dict(ddp=dict(static_graph=True), sync_perturbation=True))
     except NotImplementedError as error:
         results['esam static error'] = str(error)
-    results['corrupted'] = {name: train_corrupted(rank, name) for name in WRAPPERS if 'loader' not in name}
+    results['corrupted'] = {name: train_corrupted(rank, name) for name in CORRUPTED}
     results['broadcast'] = [train_queue(rank, processes, name) for name in (None, 'sam', 'esam', 'ausam')]
     results['state keys'] = sorted(build('sam', make()).state_dict()['mm_sharp'])
     return results
@@ -372,7 +373,7 @@ def train_corrupted(rank: int, name: str) -> dict[str, Any]:
     return {'weights': weights, 'messages': messages, 'finite': finite(model, wrapper)}
 
 
-@pytest.mark.parametrize('name', [name for name in WRAPPERS if 'loader' not in name])
+@pytest.mark.parametrize('name', CORRUPTED)
 def test_one_rank_has_a_batch_that_is_not_finite(ranks: list[dict[str, Any]], name: str, holds: Holds) -> None:
     first, second = (rank['corrupted'][name] for rank in ranks)
     assert first['finite']

@@ -27,8 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # The last batches of an epoch: 22 samples are 11 + 11, or 6 + 6 + 5 + 5, in batches of 4.
 LAST = {2: [3, 3], 4: [2, 2, 1, 1]}
 RUNS = [
-    pytest.param('ausam', 2),
-    pytest.param('esam', 4, marks=pytest.mark.slow),
+    *(pytest.param(name, processes, marks=pytest.mark.slow) for name, processes in (('ausam', 2), ('esam', 4))),
     *(pytest.param(name, processes, marks=pytest.mark.thorough) for name, processes in
       (('sam', 2), ('esam', 2), ('sam', 4), ('ausam', 4))),
 ]  # fmt: skip

@@ -23,6 +23,9 @@ from tests.reliability import Holds
 from tests.toys import Batch, ToyNet, batches, make
 from tests.wrappers import build, momentum_sgd
 
+# Two processes for many seconds.
+pytestmark = pytest.mark.slow
+
 # What they are called on the page of findings.
 KINDS = {
     'flat': 'FSDP1, one flat parameter',

@@ -160,7 +160,9 @@ def test_esam_leaves_out_a_sample_that_the_perturbation_makes_infinite(holds: Ho
     holds('Values that are not finite', 'one sample, by the perturbation', 'esam', 'steps on the other samples')
 
 
-@everywhere
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=() if name in ('sam', 'esam', 'ausam') else pytest.mark.slow) for name in METHODS]
+)
 def test_again_and_again(name: str, holds: Holds) -> None:
     model = make()
     wrapper = build(name, model, whole=True)
@@ -312,7 +314,13 @@ def test_nothing_to_select_from(name: str, holds: Holds) -> None:
 MASKED = [case for case in CASES if case.name in ('HeatmapHead', 'SimCCHead', 'RTMCCHead', 'RLEHead')]
 
 
-@pytest.mark.parametrize('case', [pytest.param(case, id=case.name, marks=QUIET) for case in MASKED])
+@pytest.mark.parametrize(
+    'case',
+    [
+        pytest.param(case, id=case.name, marks=QUIET if 'Heatmap' in case.name else [*QUIET, pytest.mark.slow])
+        for case in MASKED
+    ],
+)
 def test_all_keypoints_masked(case: Any, holds: Holds) -> None:
     """Every keypoint has weight 0: the loss is 0, or the mean over nothing."""
     init_default_scope('mmpose')
