@@ -23,7 +23,8 @@ HEAD = """# The backbones that were quantized
 
 `make sweep-qat` quantizes a small pose estimator with each of the backbones that MMPose ships, and some of
 timm's and MMPretrain's, and writes this page. A model is MMPose's recipe with few layers, narrow where a config can say
-so, for pictures of 64x64 pixels (too small for HourglassNet, which halves them more often). [Quantize and deploy](quantize_and_deploy.md) says how to quantize yours.
+so, for pictures of 64x64 pixels (too small for HourglassNet, which halves them more often). [Quantize and
+deploy](quantize_and_deploy.md) says how to quantize yours.
 
 For W8A8 (`w8a8_onnxruntime.py`) and W4A4 each model is calibrated, trained for two steps by SAM, and exported as
 QCDQ. Then the file runs in ONNX Runtime.
