@@ -14,6 +14,10 @@ from tests.conftest import ROOT
 from tests.distributed import free_port
 
 
+def _obey_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Run:
     """A run of ``tools/train.py`` that has been started.
 
@@ -47,6 +51,8 @@ class Run:
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # A shell without job control has its background processes, as these tests may be, ignore Ctrl-C.
+                preexec_fn=_obey_interrupts,
             )
         self.started = time.monotonic()
 
