@@ -61,7 +61,7 @@ class Plan:
         for setting in study.settings.values():
             if setting.corrupt:
                 self.annotations(setting)
-            for method in self.methods(setting.name):
+            for method in study.methods_in(setting.name):
                 self._check_method(setting, method)
 
     def waves(self) -> list[list[list[str]]]:
@@ -73,10 +73,6 @@ class Plan:
         for name, setting in self.study.settings.items():
             waves[bool(setting.load_from)].setdefault(setting.pool or name, []).append(name)
         return [list(pools.values()) for pools in waves if pools]
-
-    def methods(self, setting: str) -> list[str]:
-        """The methods that are compared in a setting."""
-        return self.study.settings[setting].methods or [*self.study.methods]
 
     def epochs(self, setting: str, method: str, budget: str) -> int:
         """Epochs of a method: at equal compute the base optimizer's over the method's cost, rounded."""
@@ -93,7 +89,7 @@ class Plan:
         return [
             Run('select', setting, method, rho, own.epochs, seed)
             for seed in selection.seeds
-            for method in self.methods(setting)
+            for method in self.study.methods_in(setting)
             if method == BASE or (method in self.tuned and own.selects)
             for rho in (selection.candidates(method) if method in self.tuned else [None])
         ]
@@ -104,7 +100,7 @@ class Plan:
         Those at equal time are not among them: how many epochs they have is measured in these (``results.timed_runs``).
         """
         budgets = [budget for budget in self.study.budgets if budget != 'time']
-        order = product(self.study.seeds, self.methods(setting), budgets)
+        order = product(self.study.seeds, self.study.methods_in(setting), budgets)
         runs = (Run('report', setting, m, chosen[m], self.epochs(setting, m, how), seed) for seed, m, how in order)
         return list(dict.fromkeys(runs))
 

@@ -27,8 +27,9 @@ def markdown(study: Study, found: Sequence[Comparison]) -> str:
     parts = []
     for setting, budget in dict.fromkeys((entry.setting, entry.budget) for entry in found):
         rows = [entry for entry in found if (entry.setting, entry.budget) == (setting, budget)]
-        methods = study.settings[setting].methods or study.methods
-        whole = {entry.method: entry.mean.count for entry in rows} == dict.fromkeys(methods, len(study.seeds))
+        whole = {entry.method: entry.mean.count for entry in rows} == dict.fromkeys(
+            study.methods_in(setting), len(study.seeds)
+        )
         over = [f'over {study.control}'] if study.control else []
         timed = any(entry.time is not None for entry in rows)
         head = ['method', 'rho', 'epochs', 'compute', *(['time'] if timed else []), 'mean', 'over base', *over]

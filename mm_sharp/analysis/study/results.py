@@ -139,7 +139,7 @@ def choose_rho(plan: Plan, rows: Rows, settings: Sequence[str]) -> dict[str, flo
         return mean if math.isfinite(mean) else -math.inf
 
     chosen: dict[str, float | None] = dict.fromkeys(plan.study.methods)
-    for method in plan.tuned & {name for setting in settings for name in plan.methods(setting)}:
+    for method in plan.tuned & {name for setting in settings for name in plan.study.methods_in(setting)}:
         _, chosen[method] = max(sorted(trial for trial in tried if trial[0] == method), key=quality)
     return chosen
 
@@ -167,7 +167,9 @@ def timed_runs(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float 
 
 def _time_ratios(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float | None]) -> dict[str, float]:
     """:func:`time_ratio` of the methods that have one."""
-    found = {method: time_ratio(plan, rows, setting, method, chosen[method]) for method in plan.methods(setting)}
+    found = {
+        method: time_ratio(plan, rows, setting, method, chosen[method]) for method in plan.study.methods_in(setting)
+    }
     return {method: ratio for method, ratio in found.items() if ratio is not None}
 
 
@@ -193,7 +195,7 @@ def _at_equal_time(most: int, ratio: float) -> int:
 def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float | None]) -> list[Comparison]:
     study, most, found = plan.study, plan.study.settings[setting].epochs, []
     for budget in study.budgets:
-        epochs = {method: plan.epochs(setting, method, budget) for method in plan.methods(setting)}
+        epochs = {method: plan.epochs(setting, method, budget) for method in study.methods_in(setting)}
         compute = {method: plan.compute(setting, method, own) for method, own in epochs.items()}
         if budget == 'time':
             ratios = _time_ratios(plan, rows, setting, chosen)

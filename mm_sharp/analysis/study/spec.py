@@ -75,6 +75,10 @@ class Study:
     keep: list[str] = field(default_factory=list)  # methods whose weights are kept, of the first of the seeds
     labels: Mapping[str, str] = field(default_factory=dict)  # of methods and settings, for the picture
 
+    def methods_in(self, setting: str) -> list[str]:
+        """The methods that are compared in a setting."""
+        return self.settings[setting].methods or [*self.methods]
+
 
 def read_study(file: Path) -> Study:
     """Read and check a study; a UsageError names what is no YAML, or the entry that is wrong, and a right one."""
@@ -182,7 +186,7 @@ def _check_setting(study: Study, where: str, setting: Setting) -> None:
     _require(not setting.methods or BASE in setting.methods, f'{where}.methods', setting.methods, f'with {BASE!r}')
     if setting.load_own:
         _require(bool(setting.load_from), f'{where}.load_own', True, 'false without load_from')
-        _check_names(f'{where}.methods', setting.methods, study.settings[setting.load_from].methods or study.methods)
+        _check_names(f'{where}.methods', setting.methods, study.methods_in(setting.load_from))
         _require(
             study.selection is None, f'{where}.load_own', True, 'false where rho is chosen: settings may differ in it'
         )
