@@ -39,7 +39,7 @@ if not _is_light:
     _fragments.install()
     _moved.install()
 
-    from mm_sharp.config import any_tool as _any_tool
+    from mm_sharp.config import preflight as _preflight
     from mm_sharp.hooks.checkpoint import CheckpointCheckHook as _CheckpointCheckHook
     from mm_sharp.hooks.compile import CompileHook as _CompileHook
     from mm_sharp.hooks.draw_schedule import DrawScheduleHook as _DrawScheduleHook
@@ -58,7 +58,7 @@ if not _is_light:
     from mm_sharp.samples.ausam_sampler import AUSAMSampler
     from mm_sharp.samples.indexed_dataset import IndexedDataset
 
-    _any_tool.install()
+    _preflight.install()
     _compat.register_default_hook(_DrawScheduleHook)
     _compat.register_default_hook(_SampleHistoryHook)
     _compat.register_default_hook(_ResumedDrawsHook)

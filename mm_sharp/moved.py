@@ -16,7 +16,7 @@ _MOVED = {
     'analysis': 'benchmark sharpness study',
     'cli': 'careful_loading:loading endings:process launcher_watch:process runners',
     'config': (
-        'build_errors config_types:fragments fragments preflight quantized_config:fragments '
+        'build_errors:preflight config_types:fragments fragments preflight quantized_config:fragments '
         'training_checks:preflight wrapper_checks:preflight'
     ),
     'hooks': 'checkpoint_check:checkpoint compilation:compile history_hook:history resumed_draws',

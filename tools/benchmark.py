@@ -39,7 +39,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mm_sharp.analysis.benchmark import candidates, compare, methods, perturbing, steps, table, workload
+from mm_sharp.analysis.benchmark import candidates, perturbing, steps, table, workload
 from mm_sharp.cli import options as cli
 from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
@@ -72,7 +72,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> cli.OneLineParser:
-    names = list(methods.all_methods())
+    names = list(candidates.all_methods())
     parser = cli.OneLineParser(description='Measure the cost of a training step, or of parts of it')
     add = parser.add_argument
     add('config', nargs='?', help='config file of a training run')
@@ -129,15 +129,15 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
     Raises:
         UsageError: Something is missing or does not fit.
     """
-    chosen = methods.parse_methods(args.methods)
+    chosen = candidates.parse_methods(args.methods)
     cfg = cli.load_config(args)
     preflight.check_wrappers(cfg)
     if not cfg.get('train_dataloader'):
         raise UsageError(f"'{args.config}' has no train_dataloader: there is nothing to train on")
     preflight.check_data(cfg, 'train')
-    settings = {name: methods.wrapper_settings(cfg, method, args.amp) for name, method in chosen.items()}
+    settings = {name: candidates.wrapper_settings(cfg, method, args.amp) for name, method in chosen.items()}
     if args.peers:
-        sam = methods.wrapper_settings(cfg, {'type': 'SAMOptimWrapper'}, args.amp)
+        sam = candidates.wrapper_settings(cfg, {'type': 'SAMOptimWrapper'}, args.amp)
         names, missing = candidates.check_baselines(sam)
         settings.update(dict.fromkeys(names, sam))
         if missing:
@@ -170,15 +170,15 @@ def measure_perturbing(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Measure perturbation and restoration; returns the table and the figures."""
     counts, device = [parse_count(text) for text in args.parameters], torch.device(get_device())
     costs = [perturbing.measure_perturbing(count, args.rounds, device) for count in counts]
-    plain = [{key: q._asdict() if isinstance(q, compare.Quartiles) else q for key, q in cost.items()} for cost in costs]
+    plain = [{key: q._asdict() if isinstance(q, table.Quartiles) else q for key, q in cost.items()} for cost in costs]
     return perturbing.perturbing_table(costs), {**machine(), 'parameters': plain}
 
 
 def measure_host(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Measure the host's own time of a step; returns the table and the figures."""
-    rows = workload.measure_host(methods.parse_methods(args.methods), args.rounds, args.warmup)
+    rows = table.measure_host(candidates.parse_methods(args.methods), args.rounds, args.warmup)
     head = f"the host's time of a step, and its ratio to the base optimizer's; a batch of {workload.BATCH_SIZE}"
-    return f'{head}\n{compare.step_table(rows)}', {**machine(), 'host': [row.figures() for row in rows]}
+    return f'{head}\n{table.step_table(rows)}', {**machine(), 'host': [row.figures() for row in rows]}
 
 
 def machine() -> dict[str, Any]:

@@ -16,8 +16,7 @@ from pathlib import Path
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mm_sharp.analysis.runs.table import metrics_table
-from mm_sharp.analysis.runs.trained_run import TrainedRun, read_run
+from mm_sharp.analysis.runs.trained_run import TrainedRun, metrics_table, read_run
 from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError
 
@@ -59,9 +58,8 @@ def main(arguments: Sequence[str]) -> None:
     runs = read_runs(args)
     cli.output_folder(args.out_dir)
     # Only now: MMPose, which these import, takes seconds.
-    from mm_sharp.analysis.runs.curves import draw_curves
     from mm_sharp.analysis.runs.people import draw_people, find_people, links_of
-    from mm_sharp.analysis.runs.sharpness import rises
+    from mm_sharp.analysis.runs.trained_run import draw_curves, rises
 
     sharpness = {run.name: rises(run, args.samples) for run in runs} if args.samples else {}
     draw_curves(runs, args.metric, sharpness, args.out_dir / 'curves.png')

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mmengine.config import Config
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp.analysis.find_rho import report, rule, train
+from mm_sharp.analysis.find_rho import measure, report
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
@@ -80,12 +80,12 @@ def main(arguments: Sequence[str]) -> None:
     args, begin = parse_arguments(arguments), time.perf_counter()
     cfg = configure(args)
     folder = cli.output_folder(args.out_dir)
-    perturbation = train.perturbation_of(cfg)
+    perturbation = measure.perturbation_of(cfg)
     rhos = sorted(args.rho or perturbation.rhos())
-    measured = train.measure(cfg, perturbation, rhos, args.steps, args.batches, args.trust_checkpoint)
+    measured = measure.measure(cfg, perturbation, rhos, args.steps, args.batches, args.trust_checkpoint)
     found = report.Findings(
-        rule.points_of(rhos, measured.batches),
-        rule.shares_of(measured.batches),
+        report.points_of(rhos, measured.batches),
+        report.shares_of(measured.batches),
         measured.steps,
         len(measured.batches),
         args.tolerance,

@@ -24,7 +24,7 @@ from mm_sharp.cli.process import say_how_to_go_on
 from mm_sharp.compat import enable_for_all_runs
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp.config import build_errors, preflight
+from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
 
 
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     cfg = configure(args)
     with (
         say_how_to_go_on(lambda: last_checkpoint(cfg.work_dir)),
-        build_errors.friendly_build_errors(cfg),
+        preflight.friendly_build_errors(cfg),
         careful_loading(args.trust_checkpoint),
     ):
         runners.build_runner(cfg).train()

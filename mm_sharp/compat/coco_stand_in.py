@@ -1,4 +1,4 @@
-"""``xtcocotools.coco`` and ``xtcocotools.cocoeval`` for keypoints, by faster-coco-eval; when: ``xtcocotools_names``.
+"""``xtcocotools.coco`` and ``xtcocotools.cocoeval`` for keypoints, by faster-coco-eval; when: ``mmpose_imports``.
 
 What it does otherwise than xtcocotools is settled by the annotations that it gets: people without a visible keypoint
 (CrowdPose: by ``num_keypoints``) and detections whose keypoint scores are all zero don't count; ids begin at 1, since 0

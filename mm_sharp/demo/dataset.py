@@ -32,9 +32,9 @@ from scipy.io import savemat
 from tqdm import tqdm
 
 from mm_sharp.compat.atomic_writes import write_atomically
+from mm_sharp.demo.body import COCO_KEYPOINTS, MPII_JOINTS
 from mm_sharp.demo.scene import Person, draw_scene, is_inside
 from mm_sharp.demo.settings import GENERATOR_VERSION, HEIGHT, SETTINGS, SPLITS, WIDTH, Settings
-from mm_sharp.demo.skeleton import COCO_KEYPOINTS, MPII_JOINTS
 
 Task = tuple[str, int]  # the split and the number, from 0, of an image to draw
 Drawn = tuple[tuple[Person, ...], str]  # the people in an image, and the SHA-256 of its pixels

@@ -15,11 +15,16 @@ import torch
 from mmengine.config import Config
 
 from mm_sharp.analysis.benchmark import steps
-from mm_sharp.analysis.benchmark.candidates import Candidate
-from mm_sharp.analysis.benchmark.compare import Quartiles, compare, run_costs, step_table
-from mm_sharp.analysis.benchmark.methods import all_methods, parse_methods, theoretical_cost, wrapper_settings
+from mm_sharp.analysis.benchmark.candidates import (
+    Candidate,
+    all_methods,
+    parse_methods,
+    theoretical_cost,
+    wrapper_settings,
+)
 from mm_sharp.analysis.benchmark.steps import measure_rounds, step_seconds
-from mm_sharp.analysis.benchmark.workload import SmallModel, Workload, load_workload, measure_host
+from mm_sharp.analysis.benchmark.table import Quartiles, compare, measure_host, run_costs, step_table
+from mm_sharp.analysis.benchmark.workload import SmallModel, Workload, load_workload
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.errors import UsageError
 from mm_sharp.step.method import Cost

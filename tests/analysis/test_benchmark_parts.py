@@ -26,11 +26,11 @@ from mm_sharp.analysis.benchmark.candidates import (
     HandWrittenSAM,
     check_baselines,
     make_baseline,
+    parse_methods,
+    wrapper_settings,
 )  # fmt: skip
-from mm_sharp.analysis.benchmark.compare import Quartiles, compare
-from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
 from mm_sharp.analysis.benchmark.steps import TensorsAlive, peak_memory, phase_seconds
-from mm_sharp.analysis.benchmark.table import NAMES, Table, phase_table, typical
+from mm_sharp.analysis.benchmark.table import NAMES, Quartiles, Table, compare, phase_table, typical
 from mm_sharp.analysis.benchmark.workload import Ready, Workload
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.errors import UsageError
@@ -85,7 +85,7 @@ def test_precision_holds_for_the_base_optimizer(tmp_path: Path, monkeypatch: pyt
 
     assert found('base') == ('OptimWrapper', 'bfloat16')
     assert found('sam', 'float16') == ('SAMOptimWrapper', 'float16')
-    monkeypatch.setattr('mm_sharp.analysis.benchmark.methods.check_wrappers', lambda cfg: None)
+    monkeypatch.setattr('mm_sharp.analysis.benchmark.candidates.check_wrappers', lambda cfg: None)
     assert found('base', 'float16') == ('AmpOptimWrapper', 'float16')
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     del cfg.optim_wrapper['dtype']

@@ -13,9 +13,15 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from mm_sharp.analysis.benchmark import steps, table
-from mm_sharp.analysis.benchmark.candidates import SUFFIX, Candidate, Pass, PassesOnly, own_work
-from mm_sharp.analysis.benchmark.compare import Quartiles
-from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
+from mm_sharp.analysis.benchmark.candidates import (
+    SUFFIX,
+    Candidate,
+    Pass,
+    PassesOnly,
+    parse_methods,
+    wrapper_settings,
+)
+from mm_sharp.analysis.benchmark.table import Quartiles, own_work
 from mm_sharp.analysis.benchmark.workload import Ready, Workload
 from mm_sharp.analysis.prepare import prepared
 from tests.tool_runs import tool as load

@@ -13,9 +13,7 @@ import pytest
 import torch
 
 from mm_sharp.analysis.runs.people import Keypoints, Person, draw_people, find_people, links_of
-from mm_sharp.analysis.runs.sharpness import rises
-from mm_sharp.analysis.runs.table import metrics_table
-from mm_sharp.analysis.runs.trained_run import TrainedRun, read_run
+from mm_sharp.analysis.runs.trained_run import TrainedRun, metrics_table, read_run, rises
 from mm_sharp.errors import UsageError
 from tests.recipe_runs import QUIET
 from tests.tiny_data import NARROW_RECIPE, draw_coco

@@ -10,23 +10,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_sharp.demo.body import PARTS, body_capsules, draw_outfit, own_parts
-from mm_sharp.demo.exact import TURN, Draws, angle_units
-from mm_sharp.demo.render import Camera
-from mm_sharp.demo.settings import SETTINGS
-from mm_sharp.demo.skeleton import (
+from mm_sharp.demo.body import (
     COCO_KEYPOINTS,
     DEGREES_OF_FREEDOM,
     FAMILIES,
     MPII_JOINTS,
+    PARTS,
     Pose,
     Proportions,
+    body_capsules,
     body_points,
+    draw_outfit,
     draw_pose,
     draw_proportions,
     family_ranges,
     mirror,
+    own_parts,
 )
+from mm_sharp.demo.exact import TURN, Draws, angle_units
+from mm_sharp.demo.render import Camera
+from mm_sharp.demo.settings import SETTINGS
 
 seeds = st.integers(0, 2**32 - 1)
 REST: Pose = dict.fromkeys(DEGREES_OF_FREEDOM, 0)

@@ -13,9 +13,9 @@ from scipy.io import loadmat
 
 import mm_sharp  # noqa: F401  (patches the stack before MMPose is imported)
 from mm_sharp.demo import Person, draw_scene, make_dataset
+from mm_sharp.demo.body import MPII_JOINTS
 from mm_sharp.demo.dataset import coco_annotation, head_box, mat_file, mpii_record
 from mm_sharp.demo.settings import HEIGHT, WIDTH
-from mm_sharp.demo.skeleton import MPII_JOINTS
 
 TRAIN, VAL = 2, 12
 

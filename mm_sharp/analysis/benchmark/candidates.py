@@ -1,4 +1,9 @@
-"""What makes the steps that are measured: a method, a SAM without this package, or a method's passes alone.
+"""What is compared: methods, SAMs without this package, and a method's passes alone.
+
+Methods are the base optimizer and every sharpness-aware wrapper in MMEngine's registry. A method's name is its
+wrapper's without ``OptimWrapper``, in small letters: ``sam`` for ``SAMOptimWrapper``. ``NAME-VALUE`` sets the first
+argument of its own that has such a default: ``ausam-0.5`` is AUSAM with ``sampling_ratio=0.5``, ``esam-history`` ESAM
+with ``selection='history'``.
 
 The SAMs that others write leave out work: the second pass moves BatchNorm's statistics a second time, dropout draws
 other masks in it, and neither asks whether values are finite. The passes alone are the same inputs with the same
@@ -8,21 +13,102 @@ can bring a step below them, and what a method's step takes more is the method's
 
 from __future__ import annotations
 
+import copy
 import importlib
+import math
+from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mm_sharp.analysis.benchmark.compare import Quartiles, quartiles
-from mm_sharp.errors import UsageError
+from mm_sharp.config.preflight import check_wrappers, wrapper_class, wrapper_configs
+from mm_sharp.errors import UsageError, arguments_of, closest, is_number
+from mm_sharp.step.method import Cost
 from mm_sharp.step.timing import StepTimer
-from mm_sharp.step.wrapper import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
+
+# What every wrapper keeps of a config's; a step is a whole one, so accumulative_counts is not among them.
+SHARED = ('optimizer', 'constructor', 'paramwise_cfg')
+
+
+def all_methods() -> dict[str, str]:
+    """The wrapper of the base optimizer and every registered sharpness-aware one, by name; the costliest first."""
+    kinds = registered_methods()
+    ordered = sorted(kinds, key=lambda name: -kinds[name].theoretical_cost(32).cycle)
+    return {'base': 'OptimWrapper', **{kind.removesuffix('OptimWrapper').lower(): kind for kind in ordered}}
+
+
+def parse_methods(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Type and arguments of each method's wrapper, by name, the base optimizer's first; a UsageError for others."""
+    return {name: _parse_method(name) for name in ('base', *names)}
+
+
+def _parse_method(name: str) -> dict[str, Any]:
+    kinds = all_methods()
+    if name in kinds:
+        return {'type': kinds[name]}
+    stem, _, text = name.partition('-')
+    if stem in kinds and text:
+        try:
+            value = literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        kind = OPTIM_WRAPPERS.get(kinds[stem])
+        choices = getattr(kind, 'choices', {})
+        for argument, parameter in signature(kind).parameters.items():
+            own, default = argument not in arguments_of(TwoPassOptimWrapper), parameter.default
+            fits = type(default) is str if isinstance(value, str) else is_number(default)
+            if own and fits and value in choices.get(argument, (value,)):
+                return {'type': kinds[stem], argument: value}
+    hint = f'; did you mean {close!r}?' if (close := closest(name, kinds)) else ''
+    raise UsageError(f'--methods {name}: there are {", ".join(kinds)}, and NAME-VALUE, as ausam-0.5{hint}')
+
+
+def wrapper_settings(cfg: Config, method: Mapping[str, Any], amp: str | None = None) -> dict[str, Any]:
+    """The config of a method's optimizer wrapper.
+
+    The whole config's own arguments are kept as far as the method has them and does not set them, so the ``rho`` of a
+    config for SAM reaches every sharpness-aware method. Its precision, or ``amp``, holds for the base optimizer too: in
+    float16 by ``AmpOptimWrapper``, in bfloat16, which needs no loss scaling, by ``dtype`` of a plain ``OptimWrapper``.
+
+    Raises UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
+    """
+    if list(wrapper_configs(cfg)) != ['optim_wrapper']:
+        raise UsageError(f'a step of several optimizer wrappers cannot be measured: {", ".join(wrapper_configs(cfg))}')
+    given, kind = dict(cfg.optim_wrapper), method['type']
+    dtype = amp or given.get('dtype')
+    if dtype is None and issubclass(wrapper_class(cfg, 'optim_wrapper', given), AmpOptimWrapper):
+        dtype = 'float16'
+    if dtype is not None:
+        given['dtype'] = dtype = str(dtype).removeprefix('torch.')
+        kind = 'AmpOptimWrapper' if (kind, dtype) == ('OptimWrapper', 'float16') else kind
+    known = {*arguments_of(OPTIM_WRAPPERS.get(kind)), *SHARED} - {'accumulative_counts'}
+    kept = {key: value for key, value in given.items() if key in known}
+    settings = copy.deepcopy({**kept, **method, 'type': kind})
+    check_wrappers(Config({'default_scope': cfg.get('default_scope'), 'optim_wrapper': settings}))
+    return settings if dtype is None else {**settings, 'dtype': dtype}
+
+
+def theoretical_cost(settings: Mapping[str, Any], batch_size: int) -> Cost:
+    """What a step costs in theory, given its wrapper's config, in steps of the base optimizer."""
+    kind = OPTIM_WRAPPERS.get(settings['type'])
+    return kind.theoretical_cost(batch_size, **settings) if issubclass(kind, TwoPassOptimWrapper) else Cost(1.0, 1.0)
+
+
+def whole_cycles(rounds: int, costs: Mapping[str, Cost]) -> int:
+    """At least so many rounds, in which every method's cycles are whole."""
+    cycles = math.lcm(*(cost.length for cost in costs.values()))
+    return -(-rounds // cycles) * cycles
+
 
 BASELINES = BY_HAND, LIBRARY = 'sam by hand', 'pytorch_optimizer.SAM'
 SUFFIX = ', passes alone'  # after a method's name
@@ -181,10 +267,3 @@ class PassesOnly(Candidate):
         self.optim_wrapper.optimizer.step()
         self.optim_wrapper.zero_grad()
         return dict(log)
-
-
-def own_work(times: Mapping[str, Sequence[float]]) -> dict[str, Quartiles]:
-    """What each method's step takes more than its passes alone in the same round, in base steps, by method."""
-    seconds = {name: np.asarray(steps) for name, steps in times.items()}
-    methods = [name for name in seconds if name + SUFFIX in seconds]
-    return {name: quartiles((seconds[name] - seconds[name + SUFFIX]) / seconds['base']) for name in methods}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_sharp.analysis.benchmark.compare import quartiles
 from mm_sharp.analysis.benchmark.steps import seconds_of
+from mm_sharp.analysis.benchmark.table import quartiles
 from mm_sharp.analysis.tables import columns
 from mm_sharp.ops.perturbation import Direction, perturb_
 from mm_sharp.ops.tensor_backup import TensorBackup

@@ -1,9 +1,9 @@
 """Accuracy studies: methods side by side over settings and seeds, at equal epochs and at equal compute.
 
 ``spec`` reads what a study compares, ``plan`` has its runs and their configs; ``run_missing`` makes those that are
-missing, by ``worker``; ``progress`` shows how far they are; ``results`` compares them, ``report`` has tables and
-pictures. ``corruption`` makes wrong annotations; configs import ``digits``, ``cached`` and ``efficientnet_lite0``.
-``tools/study.py`` is the command line, ``configs/study/`` has the studies.
+missing; ``results`` compares them, ``report`` has tables and pictures. ``corruption`` makes wrong annotations; configs
+import ``digits``, ``cached`` and ``efficientnet_lite0``. ``tools/study.py`` is the command line, ``configs/study/`` has
+the studies.
 """
 
 from mm_sharp.analysis.study.plan import Plan, Run
