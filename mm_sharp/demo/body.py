@@ -19,14 +19,8 @@ from mm_sharp.demo.settings import SETTINGS, Settings
 SIDES = ('left', 'right')
 _ARM, _LEG = ('shoulder', 'elbow', 'wrist'), ('hip', 'knee', 'ankle')
 _COCO_PARTS = ('eye', 'ear', 'shoulder', 'elbow', 'wrist', 'hip', 'knee', 'ankle')
-#: The 17 keypoints of COCO and the 16 joints of MPII, in their orders.
+#: The 17 keypoints of COCO, in their order.
 COCO_KEYPOINTS = ('nose', *(f'{side}_{part}' for part in _COCO_PARTS for side in SIDES))
-MPII_JOINTS = (
-    'right_ankle', 'right_knee', 'right_hip', 'left_hip', 'left_knee', 'left_ankle', 'pelvis', 'thorax',
-    'upper_neck', 'head_top', 'right_wrist', 'right_elbow', 'right_shoulder', 'left_shoulder',
-    'left_elbow', 'left_wrist',
-)  # fmt: skip
-
 Pose = dict[str, int]  # angle in units of 1/4096 turn for each degree of freedom
 Ranges = dict[str, tuple[int, int]]
 Points = dict[str, Vector]
