@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import sys
 from collections.abc import Sequence
@@ -53,19 +51,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if sum(map(bool, (args.config, args.parameters, args.host))) != 1:
         parser.error('give one of a CONFIG, --parameters COUNT and --host')
-    for option in ('batch_size', 'rounds', 'warmup', 'threads'):
-        given = getattr(args, option)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value < 1:
-                parser.error(f'--{option.replace("_", "-")} {value}: it must be at least 1')
     for option, suffix in (('out', '.json'), ('plot', '.png')):
         name = getattr(args, option)
         if name is not None and Path(name).suffix != suffix:
             parser.error(f"--{option} '{name}': the name must end in {suffix}")
     if args.amp == 'float16' and get_device() == 'cpu':
-        parser.error(
-            "--amp float16: MMEngine's AmpOptimWrapper, the base optimizer's, takes no CPU: give --amp bfloat16"
-        )
+        parser.error("--amp float16: MMEngine's AmpOptimWrapper takes no CPU: give --amp bfloat16")
     if args.plot and not args.config:
         parser.error('--plot draws the table of a CONFIG')
     return args
@@ -73,37 +64,28 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> cli.OneLineParser:
     names = list(candidates.all_methods())
-    parser = cli.OneLineParser(description='Measure the cost of a training step, or of parts of it')
-    add = parser.add_argument
-    add('config', nargs='?', help='config file of a training run')
-    add(
-        '--methods',
-        nargs='+',
-        default=names,
-        metavar='METHOD',
-        help=f'of {", ".join(names)} (default: all), or with another setting: ausam-0.5, esam-history',
-    )
+    parser = cli.config_parser('Measure the cost of a training step, or of parts of it', nargs='?')
+    add, whole = parser.add_argument, cli.whole
+    some = f'of {", ".join(names)} (default: all), or with another setting: ausam-0.5, esam-history'
+    add('--methods', nargs='+', default=names, metavar='METHOD', help=some)
     add('--peers', action='store_true', help="also SAM by hand, and pytorch_optimizer's if installed")
     add('--floors', action='store_true', help="also each method's passes alone, without its own work")
-    add('--batch-size', type=int, nargs='+', metavar='N', help="samples a step; several, several tables (the config's)")
     add(
-        '--amp',
-        nargs='?',
-        const='bfloat16',
-        choices=['bfloat16', 'float16'],
-        help="autocast for all methods (default: the config's precision; without a value: bfloat16)",
+        '--batch-size',
+        type=whole(1),
+        nargs='+',
+        metavar='N',
+        help="samples a step; several: a table each (the config's)",
     )
-    add('--rounds', type=int, default=20, help='timed steps of each method; whole cycles if any (default: 20)')
-    add('--warmup', type=int, default=3, help='steps of each method before them (default: 3)')
-    add('--threads', type=int, help='threads of torch on the CPU (default: all; with --host 1)')
+    precision = "autocast for all methods (default: the config's precision; without a value: bfloat16)"
+    add('--amp', nargs='?', const='bfloat16', choices=['bfloat16', 'float16'], help=precision)
+    add('--rounds', type=whole(1), default=20, help='timed steps of each method; whole cycles if any (default: 20)')
+    add('--warmup', type=whole(1), default=3, help='steps of each method before them (default: 3)')
+    add('--threads', type=whole(1), help='threads of torch on the CPU (default: all; with --host 1)')
     add('--parameters', nargs='+', metavar='COUNT', help='measure perturbation and restoration alone: 25M 100M 1B')
     add('--host', action='store_true', help="measure the host's own time, on a model of 3,164 weights")
     add('--out', metavar='FILE', help='write the figures to a file (.json)')
     add('--plot', metavar='FILE', help='draw the tables as bars (.png)')
-    add('--cfg-options', nargs='+', action=cli.CfgOptions, default={}, metavar='KEY=VALUE', help='change the config')
-    add('--debug', action='store_true', help='show the traceback of usage errors')
-    # What cli.load_config reads besides; it knows another --amp.
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return parser
 
 
@@ -132,8 +114,7 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
     chosen = candidates.parse_methods(args.methods)
     cfg = cli.load_config(args)
     preflight.check_wrappers(cfg)
-    if not cfg.get('train_dataloader'):
-        raise UsageError(f"'{args.config}' has no train_dataloader: there is nothing to train on")
+    cli.require(cfg, args.config, 'there is nothing to train on', 'train_dataloader')
     preflight.check_data(cfg, 'train')
     settings = {name: candidates.wrapper_settings(cfg, method, args.amp) for name, method in chosen.items()}
     if args.peers:
@@ -159,11 +140,11 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         if found.rounds != args.rounds:
             print(f'--rounds {args.rounds} becomes {found.rounds}: whole cycles')
     if args.plot is not None:
-        of = ', '.join(filter(None, (machine()['device'], f'{torch.get_num_threads()} threads', args.amp)))
+        of = ', '.join(filter(None, (cli.machine()['device'], f'{torch.get_num_threads()} threads', args.amp)))
         table.draw_chart(tables, Path(args.plot), f'{Path(args.config).stem}\n{of}')
-    figures = {'config': args.config, 'amp': args.amp, 'warmup': args.warmup, 'keeps_freed_memory': keeps, **machine()}
+    figures = {'config': args.config, 'amp': args.amp, 'warmup': args.warmup, 'keeps_freed_memory': keeps}
     text = '\n\n'.join(found.text() for found in tables)
-    return text, {**figures, 'tables': [found.figures() for found in tables]}
+    return text, {**figures, **cli.machine(), 'tables': [found.figures() for found in tables]}
 
 
 def measure_perturbing(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -171,21 +152,14 @@ def measure_perturbing(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     counts, device = [parse_count(text) for text in args.parameters], torch.device(get_device())
     costs = [perturbing.measure_perturbing(count, args.rounds, device) for count in counts]
     plain = [{key: q._asdict() if isinstance(q, table.Quartiles) else q for key, q in cost.items()} for cost in costs]
-    return perturbing.perturbing_table(costs), {**machine(), 'parameters': plain}
+    return perturbing.perturbing_table(costs), {**cli.machine(), 'parameters': plain}
 
 
 def measure_host(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Measure the host's own time of a step; returns the table and the figures."""
     rows = table.measure_host(candidates.parse_methods(args.methods), args.rounds, args.warmup)
     head = f"the host's time of a step, and its ratio to the base optimizer's; a batch of {workload.BATCH_SIZE}"
-    return f'{head}\n{table.step_table(rows)}', {**machine(), 'host': [row.figures() for row in rows]}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    device = torch.cuda.get_device_name() if get_device() == 'cuda' else f'{get_device()} ({platform.machine()})'
-    versions = {'python': platform.python_version(), 'torch': torch.__version__}
-    return {'device': device, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(), **versions}
+    return f'{head}\n{table.step_table(rows)}', {**cli.machine(), 'host': [row.figures() for row in rows]}
 
 
 def main(arguments: Sequence[str]) -> None:

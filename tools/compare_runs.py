@@ -24,19 +24,16 @@ from mm_sharp.errors import UsageError
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.OneLineParser(description='Compare trained runs')
-    add = parser.add_argument
+    add, whole = parser.add_argument, cli.whole
     add('runs', nargs='+', metavar='NAME=FOLDER', help='what tables call a run, and its work directory')
     add('--out-dir', type=Path, required=True, help='folder for table.md, curves.png and people.png')
     add('--metric', default='coco/AP', help='of the curves: a key of the log (default: coco/AP)')
-    add('--people', type=int, default=6, help='on the contact sheet; 0: none (default: 6)')
+    add('--people', type=whole(0), default=6, help='on the contact sheet; 0: none (default: 6)')
     add('--threshold', type=float, default=0.3, help='keypoints with lower scores are not drawn (default: 0.3)')
-    add('--samples', type=int, default=64, help='training samples to measure the sharpness on; 0: none (default: 64)')
+    sharpness = 'training samples to measure the sharpness on; 0: none (default: 64)'
+    add('--samples', type=whole(0), default=64, help=sharpness)
     add('--debug', action='store_true', help='show the traceback of usage errors')
-    args = parser.parse_args(arguments)
-    for option in ('people', 'samples'):
-        if getattr(args, option) < 0:
-            parser.error(f'--{option} {getattr(args, option)}: it must be at least 0')
-    return args
+    return parser.parse_args(arguments)
 
 
 def read_runs(args: argparse.Namespace) -> list[TrainedRun]:

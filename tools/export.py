@@ -21,18 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import CheckpointLoader
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from mm_sharp.analysis.sharpness import loading
 from mm_sharp.cli import options as cli
-from mm_sharp.cli.loading import careful_loading, check_checkpoint
+from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
 
 # Importing the package mends the stack; MMPose is first imported after it, when the model is built.
-from mm_sharp.errors import UsageError, some
+from mm_sharp.errors import UsageError
 
 # The package qonnx runs a graph node by node, which takes seconds a picture.
 _IMAGES = {'qcdq': 64, 'qonnx': 4, 'float': 64}
@@ -43,33 +43,23 @@ _BATCH_SIZE = 8
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.checkpoint_parser('Write a model as ONNX, and check the file against PyTorch')
-    parser.add_argument(
-        '--format',
-        choices=[*_IMAGES],
-        default='qcdq',
-        help='qcdq: integers, for ONNX Runtime, OpenVINO and compilers; qonnx: with operators Quant, for FINN and the '
-        'like; float: a float model, or a quantized one without its quantizers (default: qcdq)',
+    add = parser.add_argument
+    formats = (
+        'qcdq: integers, for ONNX Runtime, OpenVINO and compilers; qonnx: with operators Quant, for FINN and the like; '
+        'float: a float model, or a quantized one without its quantizers (default: qcdq)'
     )
-    parser.add_argument(
-        '--packed',
-        action='store_true',
-        help='store weights of at most 4 bits two in a byte, in opset 21: half the size, no less time; ONNX Runtime '
-        'reads such a file from 1.23 on',
+    packed = (
+        'store weights of at most 4 bits two in a byte, in opset 21: half the size, no less time; ONNX Runtime reads '
+        'such a file from 1.23 on'
     )
-    parser.add_argument(
-        '--benchmark',
-        action='store_true',
-        help='measure the qcdq file beside the float one, in ONNX Runtime and, where it is installed, in OpenVINO',
-    )
-    parser.add_argument(
-        '--out', metavar='FILE', help='the file to write, .onnx (default: WORK_DIR/<name of the config>_<format>.onnx)'
-    )
-    parser.add_argument(
-        '--images',
-        type=int,
-        metavar='N',
-        help='check on the first N people of the test set (default: 64; with qonnx, which is slow, 4)',
-    )
+    runtimes = 'measure the qcdq file beside the float one, in ONNX Runtime and, where it is installed, in OpenVINO'
+    out = 'the file to write, .onnx (default: WORK_DIR/<name of the config>_<format>.onnx)'
+    images = 'check on the first N people of the test set (default: 64; with qonnx, which is slow, 4)'
+    add('--format', choices=[*_IMAGES], default='qcdq', help=formats)
+    add('--packed', action='store_true', help=packed)
+    add('--benchmark', action='store_true', help=runtimes)
+    add('--out', metavar='FILE', help=out)
+    add('--images', type=cli.whole(1), metavar='N', help=images)
     args = parser.parse_args(arguments)
     if args.benchmark and args.format != 'qcdq':
         parser.error('--benchmark compares qcdq with float: leave out --format')
@@ -77,8 +67,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f'--packed is of qcdq: leave it out with --format {args.format}')
     if args.images is None:
         args.images = _IMAGES[args.format]
-    if args.images < 1:
-        parser.error(f'--images {args.images}: it must be at least 1')
     if args.out is not None and Path(args.out).suffix != '.onnx':
         parser.error(f"--out '{args.out}': the name must end in .onnx")
     return args
@@ -91,49 +79,27 @@ def configure(args: argparse.Namespace) -> Config:
         UsageError: Something is missing or does not fit.
     """
     cfg = cli.load_config(args)
-    if cfg.get('test_dataloader') is None or not cfg.get('test_evaluator'):
-        raise UsageError(
-            f"'{args.config}' has no test_dataloader or no test_evaluator: there is nothing to check the export on"
-        )
+    cli.require(cfg, args.config, 'there is nothing to check the export on', 'test_dataloader', 'test_evaluator')
     preflight.check_data(cfg, 'test')
     check_checkpoint(args.checkpoint, 'checkpoint')
     return cfg
 
 
 def load_model(cfg: Config, checkpoint: str, trust: bool, may_be_float: bool = False) -> nn.Module:
-    """Build the config's model, in evaluation mode, and load its weights and scales.
-
-    Args:
-        cfg: The config.
-        checkpoint: The file.
-        trust: Load it even if it is more than plain data.
-        may_be_float: Take a model that is not quantized, too.
+    """The config's model with a checkpoint's weights and scales, in evaluation mode.
 
     Raises:
-        UserError: The model is not quantized, or the checkpoint is of another, or is not plain.
-        UsageError: The checkpoint is not calibrated, or has not all weights.
+        UserError: The checkpoint is not calibrated, has not all weights, is of another model, or is not plain.
+        UsageError: The model is not quantized, and ``may_be_float`` is not set.
     """
-    from mm_sharp.quantization import check_calibrated
-    from mm_sharp.quantization.record import record_of
-
-    init_default_scope(cfg.get('default_scope') or 'mmpose')
-    with careful_loading(trust):
-        model: nn.Module = MODELS.build(cfg.model)
-        if not may_be_float and record_of(model) is None:
-            raise UsageError(
-                f'model={type(model).__name__} is a float model: write --format float, or quantize it by a fragment, '
-                "as _base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py']"
-            )
-        content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
-    try:
-        keys = model.load_state_dict(content.get('state_dict', content), strict=False)
-        if record_of(model) is not None:
-            check_calibrated(model)
-        elif keys.missing_keys:
-            raise UsageError(f"'{checkpoint}' lacks weights of the config's model: {some(keys.missing_keys)}")
-    except RuntimeError as error:  # torch's of shapes, ours of calibration
-        raise UsageError(f"'{checkpoint}' cannot be exported: {error}") from error
-    return model.eval()
+    kind = preflight.type_name(cfg.model.type)
+    if not may_be_float and kind != 'QuantizedModel':
+        raise UsageError(
+            f'model={kind} is a float model: write --format float, or quantize it by a fragment, '
+            "as _base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py']"
+        )
+    init_default_scope(cfg.get('default_scope') or 'mmpose')  # of the data set and its evaluators, too
+    return loading.load_model(cfg, checkpoint, trust)[0].cpu().eval()
 
 
 def export(cfg: Config, model: nn.Module, args: argparse.Namespace, file_format: str = '') -> Any:

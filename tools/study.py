@@ -28,26 +28,17 @@ from mm_sharp.errors import UsageError
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.OneLineParser(description='Compare methods over settings and seeds')
-    parser.add_argument(
-        'study', type=Path, metavar='STUDY.yaml', help='what is compared (see mm_sharp/analysis/study/spec.py)'
-    )
-    parser.add_argument('--out-dir', type=Path, help='folder of the results (default: work_dirs/study/<name>)')
-    parser.add_argument('--jobs', type=int, default=1, help='runs at a time, each in a process (default: 1)')
-    parser.add_argument('--threads', type=int, default=1, help='threads of torch in each (default: 1)')
-    parser.add_argument('--nice', type=int, default=0, help='give way to other programs: 1 to 19')
-    parser.add_argument(
-        '--settings', nargs='+', metavar='NAME', help="only these of the study's settings, and those that they need"
-    )
-    parser.add_argument('--redo', action='store_true', help='make runs again whose configs have changed')
-    parser.add_argument(
-        '--table', action='store_true', help='make no runs: compare those that are there, and say what is missing'
-    )
-    parser.add_argument('--debug', action='store_true', help='show the traceback of errors')
-    args = parser.parse_args(arguments)
-    for option, low, high in (('jobs', 1, 1024), ('threads', 1, 1024), ('nice', 0, 19)):
-        if not low <= getattr(args, option) <= high:
-            parser.error(f'--{option} {getattr(args, option)}: it must be an integer from {low} to {high}')
-    return args
+    add, whole = parser.add_argument, cli.whole
+    add('study', type=Path, metavar='STUDY.yaml', help='what is compared (see mm_sharp/analysis/study/spec.py)')
+    add('--out-dir', type=Path, help='folder of the results (default: work_dirs/study/<name>)')
+    add('--jobs', type=whole(1, 1024), default=1, help='runs at a time, each in a process (default: 1)')
+    add('--threads', type=whole(1, 1024), default=1, help='threads of torch in each (default: 1)')
+    add('--nice', type=whole(0, 19), default=0, help='give way to other programs: 1 to 19')
+    add('--settings', nargs='+', metavar='NAME', help="only these of the study's settings, and those that they need")
+    add('--redo', action='store_true', help='make runs again whose configs have changed')
+    add('--table', action='store_true', help='make no runs: compare those that are there, and say what is missing')
+    add('--debug', action='store_true', help='show the traceback of errors')
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -25,7 +25,6 @@ from mm_sharp.compat import enable_for_all_runs
 from mm_sharp.config import preflight
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp.errors import UsageError
 
 _FORMATS = ('.json', '.yaml', '.yml', '.pkl', '.pickle')
 
@@ -50,8 +49,7 @@ def configure(args: argparse.Namespace) -> Config:
         UsageError: Something is missing or does not fit.
     """
     cfg = cli.load_config(args)
-    if cfg.get('test_dataloader') is None or not cfg.get('test_evaluator'):
-        raise UsageError(f"'{args.config}' has no test_dataloader or no test_evaluator: there is nothing to test")
+    cli.require(cfg, args.config, 'there is nothing to test', 'test_dataloader', 'test_evaluator')
     cli.show_predictions(cfg, args)
     if args.dump is not None:
         evaluators = cfg.test_evaluator

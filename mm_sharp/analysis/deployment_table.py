@@ -23,7 +23,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mm_sharp.analysis.prepare import prepared
-from mm_sharp.cli.options import OneLineParser, run_tool
+from mm_sharp.cli.options import OneLineParser, run_tool, whole
 from mm_sharp.errors import UsageError
 
 # Name, target, bits of weights, and whether they are packed. Activations have 8 bits.
@@ -109,10 +109,8 @@ def main(arguments: Sequence[str]) -> None:
     """Measure each config's model, and print its rows as soon as they are there."""
     parser = OneLineParser(prog='python -m mm_sharp.analysis.deployment_table', description=__doc__)
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help="of float models: files, or a package's with ::")
-    parser.add_argument('--rounds', type=int, default=20, help='in which the files take turns (default: 20)')
+    parser.add_argument('--rounds', type=whole(1), default=20, help='in which the files take turns (default: 20)')
     args = parser.parse_args(arguments)
-    if args.rounds < 1:
-        parser.error(f'--rounds {args.rounds}: it must be at least 1')
     configs = {Path(name.rpartition('::')[2]).stem: read_config(name) for name in args.configs}
     torch.set_num_threads(1)
     for lines in chain([header()], (rows(title, cfg, args.rounds) for title, cfg in configs.items())):
