@@ -2,9 +2,9 @@
 """Measure what a training step costs with each method, side by side, or what parts of it cost alone.
 
 python tools/benchmark.py configs/demo/simcc_res18-half_demo-128x96.py --batch-size 32 64 --rounds 60 --threads 1 \\
-    --methods base sam esam esam-history ausam ausam-0.5 --out table.json --plot table.png
+    --methods base sam esam esam-history ausam ausam-0.5 --out table.json
 python tools/benchmark.py CONFIG --amp             all methods under autocast to bfloat16, or --amp float16
-python tools/benchmark.py CONFIG --peers           also SAM as it is written by hand, and pytorch_optimizer's
+python tools/benchmark.py CONFIG --peers           also SAM as it is written by hand
 python tools/benchmark.py CONFIG --floors          also each method's passes alone: what its own work comes to
 python tools/benchmark.py --parameters 25M 100M    perturbation and restoration alone, against the copy bandwidth
 python tools/benchmark.py --host                   steps of a model of 3,164 weights, a batch of 16, one thread: the
@@ -51,14 +51,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if sum(map(bool, (args.config, args.parameters, args.host))) != 1:
         parser.error('give one of a CONFIG, --parameters COUNT and --host')
-    for option, suffix in (('out', '.json'), ('plot', '.png')):
-        name = getattr(args, option)
-        if name is not None and Path(name).suffix != suffix:
-            parser.error(f"--{option} '{name}': the name must end in {suffix}")
+    if args.out is not None and Path(args.out).suffix != '.json':
+        parser.error(f"--out '{args.out}': the name must end in .json")
     if args.amp == 'float16' and get_device() == 'cpu':
         parser.error("--amp float16: MMEngine's AmpOptimWrapper takes no CPU: give --amp bfloat16")
-    if args.plot and not args.config:
-        parser.error('--plot draws the table of a CONFIG')
     return args
 
 
@@ -68,7 +64,7 @@ def _parser() -> cli.OneLineParser:
     add, whole = parser.add_argument, cli.whole
     some = f'of {", ".join(names)} (default: all), or with another setting: ausam-0.5, esam-history'
     add('--methods', nargs='+', default=names, metavar='METHOD', help=some)
-    add('--peers', action='store_true', help="also SAM by hand, and pytorch_optimizer's if installed")
+    add('--peers', action='store_true', help='also SAM by hand')
     add('--floors', action='store_true', help="also each method's passes alone, without its own work")
     add(
         '--batch-size',
@@ -85,7 +81,6 @@ def _parser() -> cli.OneLineParser:
     add('--parameters', nargs='+', metavar='COUNT', help='measure perturbation and restoration alone: 25M 100M 1B')
     add('--host', action='store_true', help="measure the host's own time, on a model of 3,164 weights")
     add('--out', metavar='FILE', help='write the figures to a file (.json)')
-    add('--plot', metavar='FILE', help='draw the tables as bars (.png)')
     return parser
 
 
@@ -119,10 +114,8 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
     settings = {name: candidates.wrapper_settings(cfg, method, args.amp) for name, method in chosen.items()}
     if args.peers:
         sam = candidates.wrapper_settings(cfg, {'type': 'SAMOptimWrapper'}, args.amp)
-        names, missing = candidates.check_baselines(sam)
-        settings.update(dict.fromkeys(names, sam))
-        if missing:
-            print(missing)
+        candidates.check_by_hand(sam)
+        settings[candidates.BY_HAND] = sam
     return cfg, settings
 
 
@@ -139,9 +132,6 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         tables.append(found)
         if found.rounds != args.rounds:
             print(f'--rounds {args.rounds} becomes {found.rounds}: whole cycles')
-    if args.plot is not None:
-        of = ', '.join(filter(None, (cli.machine()['device'], f'{torch.get_num_threads()} threads', args.amp)))
-        table.draw_chart(tables, Path(args.plot), f'{Path(args.config).stem}\n{of}')
     figures = {'config': args.config, 'amp': args.amp, 'warmup': args.warmup, 'keeps_freed_memory': keeps}
     text = '\n\n'.join(found.text() for found in tables)
     return text, {**figures, **cli.machine(), 'tables': [found.figures() for found in tables]}

@@ -109,8 +109,6 @@ def test_passes_alone_are_rows_of_the_table_and_have_no_phases(tmp_path: Path) -
     figures = found.figures()
     assert list(figures['own_work']) == ['sam', 'esam-history']
     assert set(figures['own_work']['sam']) == {'low', 'median', 'high'}
-    table.draw_chart([found], tmp_path / 'chart.png', 'toy')
-    assert (tmp_path / 'chart.png').stat().st_size > 1000
 
 
 @pytest.mark.parametrize('options', [[], ['--floors']])

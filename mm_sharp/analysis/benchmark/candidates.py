@@ -1,12 +1,12 @@
-"""What is compared: methods, SAMs without this package, and a method's passes alone.
+"""What is compared: methods, SAM without this package, and a method's passes alone.
 
 Methods are the base optimizer and every sharpness-aware wrapper in MMEngine's registry. A method's name is its
 wrapper's without ``OptimWrapper``, in small letters: ``sam`` for ``SAMOptimWrapper``. ``NAME-VALUE`` sets the first
 argument of its own that has such a default: ``ausam-0.5`` is AUSAM with ``sampling_ratio=0.5``, ``esam-history`` ESAM
 with ``selection='history'``.
 
-The SAMs that others write leave out work: the second pass moves BatchNorm's statistics a second time, dropout draws
-other masks in it, and neither asks whether values are finite. The passes alone are the same inputs with the same
+SAM by hand leaves out work: the second pass moves BatchNorm's statistics a second time, dropout draws other masks in
+it, and nothing asks whether values are finite. The passes alone are the same inputs with the same
 gradients left out, and the base optimizer's step: where a machine's passes take other times than theory says, no code
 can bring a step below them, and what a method's step takes more is the method's own work.
 """
@@ -14,12 +14,10 @@ can bring a step below them, and what a method's step takes more is the method's
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -28,7 +26,6 @@ from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from mm_sharp.config.preflight import check_wrappers, wrapper_class, wrapper_configs
 from mm_sharp.errors import UsageError, arguments_of, closest, is_number
@@ -110,7 +107,7 @@ def whole_cycles(rounds: int, costs: Mapping[str, Cost]) -> int:
     return -(-rounds // cycles) * cycles
 
 
-BASELINES = BY_HAND, LIBRARY = 'sam by hand', 'pytorch_optimizer.SAM'
+BY_HAND = 'sam by hand'
 SUFFIX = ', passes alone'  # after a method's name
 
 
@@ -153,34 +150,14 @@ def loss_of(model: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
     return loss, dict(log)
 
 
-class HandWrittenSAM:
-    """SAM as many write it: a loop over the parameters, and a clone of each, made anew in every step."""
-
-    def __init__(self, optimizer: Optimizer, rho: float) -> None:
-        self.optimizer, self.rho = optimizer, rho
-        self._weights: list[tuple[Tensor, Tensor]] = []
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        """Perturb by the gradients."""
-        parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
-        norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
-        for parameter in parameters:
-            self._weights.append((parameter, parameter.clone()))
-            parameter.add_(parameter.grad * (self.rho / (norm + 1e-12)))
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        """Go back, and step by the gradients."""
-        for parameter, weight in self._weights:
-            parameter.copy_(weight)
-        self._weights = []
-        self.optimizer.step()
-
-
 @dataclass(frozen=True)
-class Baseline(Candidate):
-    """A step with an optimizer, in place of the wrapper, that is stepped twice, after a backward pass each."""
+class HandWrittenSAM(Candidate):
+    """SAM as many write it: a loop over the parameters, and a clone of each, made anew in every step.
+
+    The optimizer wrapper's place is the base optimizer's.
+    """
+
+    rho: float
 
     def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
         """The restoration and the base optimizer's step are one phase."""
@@ -194,35 +171,36 @@ class Baseline(Candidate):
         loss, log = loss_of(self.model, batch)
         loss.backward()
         mark('pass1')
-        self.optim_wrapper.first_step()
-        self.model.zero_grad()
+        before = self._perturb()
         mark('perturb')
         loss_of(self.model, batch)[0].backward()
         mark('pass2')
-        self.optim_wrapper.second_step()
+        with torch.no_grad():
+            for parameter, weight in before:
+                parameter.copy_(weight)
+        self.optim_wrapper.step()
         self.model.zero_grad()
         mark('step')
         return log
 
+    @torch.no_grad()
+    def _perturb(self) -> list[tuple[Tensor, Tensor]]:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
+        before = []
+        for parameter in parameters:
+            before.append((parameter, parameter.clone()))
+            parameter.add_(parameter.grad * (self.rho / (norm + 1e-12)))
+        self.model.zero_grad()
+        return before
 
-def check_baselines(settings: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Which baselines can be measured, and what is missing; a UsageError if they do not know what SAM's config asks."""
+
+def check_by_hand(settings: Mapping[str, Any]) -> None:
+    """Refuse what SAM's config asks and :class:`HandWrittenSAM` does not know."""
     for key, known in (('dtype', (None, 'bfloat16')), ('clip_grad', (None,)), ('adaptive', (None, False))):
         if settings.get(key) not in known:
             hint = f'leave --peers out, or set --cfg-options optim_wrapper.{key}={known[-1]}'
-            raise UsageError(f'--peers: they know no optim_wrapper.{key}={settings[key]!r}: {hint}')
-    if find_spec('pytorch_optimizer') is not None:
-        return [*BASELINES], ''
-    return [BY_HAND], f'{LIBRARY} is left out: pytorch_optimizer is not installed (pip install pytorch_optimizer)'
-
-
-def make_baseline(name: str, model: Any, optimizer: Optimizer, rho: float) -> Baseline:
-    """A baseline of :data:`BASELINES`, ready to step, from the base optimizer of its model's parameters."""
-    if name == BY_HAND:
-        return Baseline(name, model, HandWrittenSAM(optimizer, rho))
-    # It builds a base optimizer of its own, out of the groups with all their values.
-    sam = importlib.import_module('pytorch_optimizer').SAM
-    return Baseline(name, model, sam(optimizer.param_groups, type(optimizer), rho=rho))
+            raise UsageError(f'--peers: SAM by hand knows no optim_wrapper.{key}={settings[key]!r}: {hint}')
 
 
 class Pass(NamedTuple):

@@ -1,4 +1,4 @@
-"""What was measured of the methods, as paired ratios with quartiles: as text, for files and as a bar chart.
+"""What was measured of the methods, as paired ratios with quartiles: as text and for files.
 
 Phases: ``pass1`` and ``pass2`` (forward and backward; ESAM's forward for the selection is in the second), ``perturb``
 (copy of the weights, gradient norm, perturbation), ``restore`` (weights, buffers, random state), ``step`` (clipping,
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,8 +125,6 @@ def run_costs(costs: Mapping[str, Cost | None]) -> str:
 
 
 NAMES = (*PHASES, *EXCLUDED)
-# Paul Tol's muted colours, which colour-blind people can tell apart: the passes dark, the wrapper's own work light.
-_COLOURS = dict(zip(NAMES, ('#332288', '#DDCC77', '#117733', '#CC6677', '#88CCEE', '#AA4499', '#BBBBBB'), strict=True))
 
 
 class Table(NamedTuple):
@@ -210,53 +207,6 @@ def phase_table(phases: Mapping[str, Phases]) -> str:
         total = sum(seconds.values())
         lines.append([name, *(f'{100 * seconds[phase] / total:.1f}' for phase in NAMES)])
     return columns(lines)
-
-
-def draw_chart(tables: Sequence[Table], path: Path, title: str) -> None:
-    """Write a PNG: for each batch size the ratios, their quartiles and theoretical costs, and the phases of a step."""
-    from matplotlib.figure import Figure  # half a second that no other run of the tool needs
-
-    height = sum(1.9 + 0.42 * len(table.rows) for table in tables)
-    figure = Figure(figsize=(12, height + 0.8), layout='constrained')
-    figure.suptitle(title)
-    ratios = {'height_ratios': [2.0 + len(table.rows) for table in tables]}
-    panels = figure.subplots(len(tables), 2, squeeze=False, gridspec_kw=ratios)
-    for table, (left, right) in zip(tables, panels, strict=True):
-        _draw_ratios(left, table)
-        _draw_phases(right, table)
-        for axes in (left, right):
-            axes.invert_yaxis()
-            # Below the axis' label, whatever the panel's height: about 0.6 inches, in panels.
-            below = (0.5, -0.6 / (0.42 * len(table.rows) + 0.5))
-            axes.legend(fontsize='small', ncols=4, loc='upper center', handlelength=1, bbox_to_anchor=below)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def _draw_ratios(axes: Any, table: Table) -> None:
-    """Bars from 0, with the quartiles as whiskers and a line at each theoretical cost."""
-    ratios = [row.ratio for row in table.rows]
-    medians = [ratio.median for ratio in ratios]
-    spread = [[ratio.median - ratio.low for ratio in ratios], [ratio.high - ratio.median for ratio in ratios]]
-    bars = dict(height=0.6, color='#88CCEE', capsize=3, label='median, quartiles')
-    axes.barh(range(len(ratios)), medians, xerr=spread, **bars)
-    places = [place for place, row in enumerate(table.rows) if row.theoretical is not None]
-    costs = [table.rows[place].theoretical for place in places]
-    ends = ([place - 0.4 for place in places], [place + 0.4 for place in places])
-    axes.vlines(costs, *ends, color='#332288', linewidth=2, label='theoretical cost')
-    axes.set_yticks(range(len(ratios)), [row.label for row in table.rows])
-    axes.set(xlabel='step time over the base optimizer', title=f'batch size {table.batch_size}')
-
-
-def _draw_phases(axes: Any, table: Table) -> None:
-    """One bar a method, stacked; the length is the step's, in steps of the base optimizer."""
-    unit = sum(table.phases['base'].values())
-    ends = dict.fromkeys(table.phases, 0.0)
-    for phase in NAMES:
-        lengths = [seconds[phase] / unit for seconds in table.phases.values()]
-        axes.barh(list(table.phases), lengths, left=list(ends.values()), height=0.6, color=_COLOURS[phase], label=phase)
-        ends = {name: end + length for (name, end), length in zip(ends.items(), lengths, strict=True)}
-    axes.set(xlabel='time of a phase, base step = 1', title='phases of most steps')
 
 
 def own_work(times: Mapping[str, Sequence[float]]) -> dict[str, Quartiles]:

@@ -75,10 +75,10 @@ class Workload:
         return measure_rounds(groups, self.batches, rounds, warmup, torch.device(get_device()), measure)
 
     def candidate(self, name: str, settings: Mapping[str, Any]) -> Candidate:
-        """A method, or one of :data:`candidates.BASELINES`, with a copy of the model."""
-        if name in candidates.BASELINES:
+        """A method, or SAM by hand, with a copy of the model."""
+        if name == candidates.BY_HAND:
             model, wrapper = self._build(name, _base(settings))
-            return candidates.make_baseline(name, model, wrapper.optimizer, settings.get('rho', 0.05))
+            return candidates.HandWrittenSAM(name, model, wrapper.optimizer, settings.get('rho', 0.05))
         return Candidate(name, *self._build(name, settings))
 
     def _build(self, name: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
