@@ -24,7 +24,8 @@ from mmengine.config import Config
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.sharpness.loading import SPLITS, Samples, dataset_config, load_model, load_samples
 from mm_sharp.analysis.sharpness.measure import Settings, measure
-from mm_sharp.analysis.sharpness.report import Entry, draw, table, write_csv, write_json
+from mm_sharp.analysis.sharpness.report import Entry, content, draw, row, table
+from mm_sharp.analysis.tables import csv_text, write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
@@ -150,8 +151,8 @@ def main(arguments: Sequence[str]) -> None:
     entries: list[Entry] = []
     for entry in analyze(args):
         entries.append(entry)
-        write_csv(folder / 'sharpness.csv', entries)
-        write_json(folder / 'sharpness.json', entries, settings, cli.machine())
+        (folder / 'sharpness.csv').write_text(csv_text([*map(row, entries)]), encoding='utf-8')
+        write_json(folder / 'sharpness.json', content(entries, settings, cli.machine()))
         draw(folder / 'landscape.png', entries, settings)
         seconds = sum(entry.findings.seconds.values())
         print(f'{entry.name}: measured in {seconds:.0f} s ({len(entries)} of {len(args.checkpoints)})', flush=True)

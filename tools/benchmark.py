@@ -23,7 +23,6 @@ on the methods by chance.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from mm_sharp.analysis.benchmark import candidates, perturbing, steps, table, workload
+from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str]) -> None:
     print(text)
     print(f'{figures["device"]}, {figures["cores"]} cores, {figures["threads"]} threads, torch {figures["torch"]}')
     if args.out is not None:
-        Path(args.out).write_text(json.dumps(figures, indent=2, default=str) + '\n')
+        write_json(Path(args.out), figures)
 
 
 if __name__ == '__main__':

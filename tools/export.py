@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from mm_sharp.analysis.sharpness import loading
+from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
@@ -140,9 +140,7 @@ def benchmark(cfg: Config, model: nn.Module, args: argparse.Namespace, report: A
     for name, made in (('float', beside), ('qcdq', report)):
         metrics = ', '.join(f'{metric} {value:.4f}' for metric, (_, value) in made.metrics.items() if ' ' not in metric)
         print(f'{name}: {files[name].stat().st_size / 1e6:.2f} MB, {metrics}')
-    Path(report.file).with_suffix('.latency.json').write_text(
-        json.dumps([asdict(row) for row in found], indent=2) + '\n', encoding='utf-8'
-    )
+    write_json(Path(report.file).with_suffix('.latency.json'), [asdict(row) for row in found])
 
 
 def first_samples(dataset: Mapping[str, Any], count: int, batch_size: int) -> tuple[Any, DataLoader[Any]]:
@@ -188,7 +186,7 @@ def main(arguments: Sequence[str]) -> None:
     report = export(cfg, model, args)
     print(report.table())
     file = results(Path(report.file))
-    file.write_text(json.dumps(report.as_dict(), indent=2) + '\n', encoding='utf-8')
+    write_json(file, report.as_dict())
     print(f'\nAll layers: {file}')
     for warning in report.warnings():
         sys.stderr.write(f'{Path(sys.argv[0]).name}: warning: {warning}\n')

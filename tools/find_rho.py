@@ -23,6 +23,7 @@ from mmengine.config import Config
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
 from mm_sharp.analysis.find_rho import measure, report
+from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         perturbation.own,
         perturbation.remark,
     )
-    report.write_json(folder / 'find_rho.json', found)
+    write_json(folder / 'find_rho.json', report.content(found))
     report.draw(folder / 'find_rho.png', found, Path(args.config).stem)
     print(report.text(found))
     print(f'Written in {time.perf_counter() - begin:.0f} s: {folder}/find_rho.json, find_rho.png')

@@ -7,7 +7,6 @@ python tools/ptq.py CONFIG CHECKPOINT --policy w8a8 w4a8 w4a4 --bias-correction
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmengine.config import Config
 
+from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
         rows.append(row)
         sys.stderr.write(f'{table([row])}\n\n')
         content = {'options': {**options, 'batches': args.batches, 'seed': args.seed}, 'rows': [*map(asdict, rows)]}
-        (folder / 'ptq.json').write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+        write_json(folder / 'ptq.json', content)
     print(f'\n{table(rows)}\n')
     for row in rows[1:]:
         print(f'{row.name}: test, export or fine-tune {row.checkpoint} with {row.config}')

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mm_sharp.analysis import study
+from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.process import INTERRUPTED, StoppedError
 from mm_sharp.errors import UsageError
@@ -76,7 +77,7 @@ def report(whole: study.Study, plan: study.Plan, rows: study.Rows) -> None:
     (plan.folder / 'table.md').write_text(text + '\n')
     files = 'results.csv, table.md'
     if found.comparisons:
-        (plan.folder / 'comparisons.json').write_text(study.as_json(whole, found.comparisons, found.notes))
+        write_json(plan.folder / 'comparisons.json', study.content(whole, found.comparisons, found.notes))
         study.plot(whole, found.comparisons, plan.folder / 'differences.png')
         files += ', differences.png'
         text += '\n\nBold: the 95 % interval leaves out 0.'

@@ -8,7 +8,6 @@ little: the linearity is within a tolerance of 1, and R within the same toleranc
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -143,13 +142,11 @@ def text(found: Findings) -> str:
     return '\n'.join([columns(lines), '', *notes])
 
 
-def write_json(file: Path, found: Findings) -> None:
-    """Everything; null in place of numbers that are not finite."""
+def content(found: Findings) -> dict[str, Any]:
+    """Everything."""
     proposal, reason = propose(found.points, found.tolerance)
     points = [{**asdict(point), 'linearity': point.linearity, 'share': point.share} for point in found.points]
-    content = {'proposed': proposal, 'reason': reason, **asdict(found), 'points': points}
-    plain = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
-    file.write_text(json.dumps(plain, indent=2) + '\n', encoding='utf-8')
+    return {'proposed': proposal, 'reason': reason, **asdict(found), 'points': points}
 
 
 def draw(file: Path, found: Findings, title: str) -> None:
