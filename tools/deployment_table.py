@@ -1,6 +1,7 @@
-"""The table of docs/deployment.md: how large models' files are, and how fast in each runtime, float and quantized.
+#!/usr/bin/env python
+"""Measure how large models' files are, and how fast in each runtime, float and quantized: a table in Markdown.
 
-python -m mm_sharp.analysis.deployment_table configs/demo/simcc_res18-half_demo-128x96.py mmpose::RECIPE.py …
+python tools/deployment_table.py configs/demo/simcc_res18-half_demo-128x96.py mmpose::RECIPE.py …
 
 Weights are untrained, which changes no time and no size, and calibration is on noise. So there are no metrics in it:
 ``tools/export.py CONFIG CHECKPOINT --benchmark`` has those of a checkpoint, and measures in the same way.
@@ -16,6 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+# The package beside this file is used, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -24,7 +28,7 @@ from torch import nn
 
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.tables import markdown_row, markdown_table
-from mm_sharp.cli.options import OneLineParser, run_tool, whole
+from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError
 
 # Name, target, bits of weights, and whether they are packed. Activations have 8 bits.
@@ -88,9 +92,9 @@ def rows(title: str, cfg: Config, rounds: int) -> Iterator[list[str]]:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each config's model, and print its rows as soon as they are there."""
-    parser = OneLineParser(prog='python -m mm_sharp.analysis.deployment_table', description=__doc__)
+    parser = cli.OneLineParser(description='Measure the files and the speed of models, float and quantized')
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help="of float models: files, or a package's with ::")
-    parser.add_argument('--rounds', type=whole(1), default=20, help='in which the files take turns (default: 20)')
+    parser.add_argument('--rounds', type=cli.whole(1), default=20, help='in which the files take turns (default: 20)')
     args = parser.parse_args(arguments)
     configs = {Path(name.rpartition('::')[2]).stem: read_config(name) for name in args.configs}
     from mm_sharp.quantization import latency
@@ -104,4 +108,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(run_tool(main))
+    sys.exit(cli.run_tool(main))
