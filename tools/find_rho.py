@@ -70,17 +70,10 @@ def main(arguments: Sequence[str]) -> None:
     folder = cli.output_folder(args.out_dir)
     perturbation = measure.perturbation_of(cfg)
     rhos = sorted(args.rho or perturbation.rhos())
-    measured = measure.measure(cfg, perturbation, rhos, args.steps, args.batches, args.trust_checkpoint)
-    found = report.Findings(
-        report.points_of(rhos, measured.batches),
-        report.shares_of(measured.batches),
-        measured.steps,
-        len(measured.batches),
-        args.tolerance,
-        perturbation.arguments,
-        perturbation.own,
-        perturbation.remark,
-    )
+    batches, steps = measure.measure(cfg, perturbation, rhos, args.steps, args.batches, args.trust_checkpoint)
+    points, shares = report.points_of(rhos, batches), report.shares_of(batches)
+    measured = perturbation.arguments, perturbation.own, perturbation.remark
+    found = report.Findings(points, shares, steps, len(batches), args.tolerance, *measured)
     write_json(folder / 'find_rho.json', report.content(found))
     report.draw(folder / 'find_rho.png', found, Path(args.config).stem)
     print(report.text(found))

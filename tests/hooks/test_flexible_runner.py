@@ -137,4 +137,4 @@ def test_a_folder_of_parts_is_complete_with_all_of_them(tmp_path: Path, monkeypa
 def test_parts_of_other_processes_are_refused() -> None:
     part = {TAG: 'ShardedTensor', 'size': [4], 'processes': 2, 'pieces': [torch.ones(2)], 'offsets': [[0]]}
     with pytest.raises(ValueError, match=r"saved by 2 processes under FSDP.*by 1: start as many, .*'full'"):
-        from_plain({'weight': part}, 'checkpoint')
+        from_plain({'weight': part})

@@ -171,14 +171,6 @@ def _of_quantizers(cfg: Config) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was found on each batch, after so many steps of training."""
-
-    batches: list[BatchRises]
-    steps: int
-
-
 def measure(
     cfg: Config,
     perturbation: Perturbation,
@@ -186,8 +178,10 @@ def measure(
     steps: int | None = None,
     batches: int = 16,
     trust: bool = False,
-) -> Measured:
+) -> tuple[list[BatchRises], int]:
     """Train for ``steps`` steps, by default 200 or half of the training, and measure ``batches`` training batches.
+
+    Returns what was found on each batch whose gradient is finite and not zero, and the number of steps.
 
     Raises:
         UsageError: No batch has a finite gradient that is not zero; the training has no more than ``steps`` steps.
@@ -201,7 +195,7 @@ def measure(
                 runner.train()
     if not hook.found:
         raise UsageError(f'in none of {batches} batches the gradient is finite and not 0: there is no perturbation')
-    return Measured(hook.found, hook.steps)
+    return hook.found, hook.steps
 
 
 def training_config(cfg: Config, folder: str) -> Config:
