@@ -72,11 +72,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def checkpoints(args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Name, config file and checkpoint file of each checkpoint.
-
-    Raises:
-        UsageError: Names are missing or the same.
-    """
+    """Name, config file and checkpoint file of each checkpoint; a UsageError for names that are missing or the same."""
     pairs = []
     for given in args.checkpoints:
         own = None if Path(given).exists() or '://' in given else _OWN_CONFIG.fullmatch(given)
@@ -100,14 +96,7 @@ def _names(checkpoints: Sequence[str]) -> list[str]:
 
 
 def configure(args: argparse.Namespace) -> list[tuple[str, str, str, Config]]:
-    """Read the configs and check them and the files that they need.
-
-    Returns:
-        Name, config file, checkpoint file and config of each checkpoint.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """Name, config file, checkpoint file and config of each checkpoint; a UsageError for what does not fit."""
     configs: dict[str, Config] = {}
     found = []
     for name, config, checkpoint in checkpoints(args):

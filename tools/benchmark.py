@@ -85,11 +85,7 @@ def _parser() -> cli.OneLineParser:
 
 
 def parse_count(text: str) -> int:
-    """A number like 20000, 500k, 10M or 1B.
-
-    Raises:
-        UsageError: It is none.
-    """
+    """A number like 20000, 500k, 10M or 1B; a UsageError for another."""
     match = re.fullmatch(r'(\d+(?:\.\d+)?)([kMB]?)', text)
     count = float(match[1]) * _FACTORS[match[2]] if match else 0.0
     if count < 1 or count != int(count):
@@ -98,14 +94,7 @@ def parse_count(text: str) -> int:
 
 
 def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]]]:
-    """Read the config and check it.
-
-    Returns:
-        The config, and the optimizer wrapper's config of each method by name.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """The config, and the optimizer wrapper's config of each method by name; a UsageError for what does not fit."""
     chosen = candidates.parse_methods(args.methods)
     cfg = cli.load_config(args)
     preflight.check_wrappers(cfg)

@@ -37,11 +37,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def read_runs(args: argparse.Namespace) -> list[TrainedRun]:
-    """Read the work directories.
-
-    Raises:
-        UsageError: One is none, or names are missing or the same.
-    """
+    """Read the work directories; a UsageError: one is none, or names are missing or the same."""
     pairs = [given.partition('=') for given in args.runs]
     names = [name for name, _, _ in pairs]
     if not all(name and folder for name, _, folder in pairs) or len({*names}) < len(names):

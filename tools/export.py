@@ -73,11 +73,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """Read the config, apply the options and check the outcome.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """Read the config, apply the options and check the outcome; what does not fit is a UsageError."""
     cfg = cli.load_config(args)
     cli.require(cfg, args.config, 'there is nothing to check the export on', 'test_dataloader', 'test_evaluator')
     preflight.check_data(cfg, 'test')
@@ -151,11 +147,7 @@ def first_samples(dataset: Mapping[str, Any], count: int, batch_size: int) -> tu
 
 
 def check_packages(file_format: str) -> None:
-    """Name a package that exporting needs, and training does not, before anything is built.
-
-    Raises:
-        UsageError: It cannot be imported.
-    """
+    """A UsageError for a package that exporting needs, training does not, and cannot be imported."""
     for package in ('onnx', 'onnxoptimizer', _RUNTIMES[file_format]):
         try:
             importlib.import_module(package)

@@ -43,11 +43,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]]]:
-    """Read the config and the policies, and check the files that they need.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """Read the config and the policies, and check the files that they need; a UsageError for what does not fit."""
     from mm_sharp.analysis.post_training.policies import own_policy, read_policy
 
     cfg = cli.load_config(args)

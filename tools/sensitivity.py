@@ -55,11 +55,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]]]:
-    """Read the config and the policies, float left out, and check the files that they need.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """Read the config and the policies, float left out; a UsageError for what is missing or does not fit."""
     from mm_sharp.analysis.post_training.policies import read_policy
     from mm_sharp.analysis.post_training.proposal import same_everywhere
 

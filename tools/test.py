@@ -43,11 +43,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """Read the config, apply the options and check the outcome.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """Read the config, apply the options and check the outcome; what does not fit is a UsageError."""
     cfg = cli.load_config(args)
     cli.require(cfg, args.config, 'there is nothing to test', 'test_dataloader', 'test_evaluator')
     cli.show_predictions(cfg, args)

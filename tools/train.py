@@ -54,11 +54,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """Read the config, apply the options and check the outcome.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """Read the config, apply the options and check the outcome; what does not fit is a UsageError."""
     cfg = cli.load_config(args)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None

@@ -30,6 +30,11 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return '\n'.join(map(markdown_row, (head, ['---'] * len(head), *rows)))
 
 
+def markdown_columns(table: Mapping[str, Sequence[str]]) -> str:
+    """The same of a table by columns."""
+    return markdown_table([[*table], *zip(*table.values(), strict=True)])
+
+
 def csv_text(rows: Collection[Mapping[str, Any]]) -> str:
     """Rows by column as CSV; an empty cell for what a row does not have."""
     text = io.StringIO()

@@ -35,12 +35,9 @@ class Person(NamedTuple):
 
 
 def find_people(runs: Sequence[TrainedRun], count: int, threshold: float) -> list[Person]:
-    """So many people of the test data, evenly spaced, with what the runs' last checkpoints predict.
+    """``count`` people of the test data, evenly spaced, with what the runs' last checkpoints predict.
 
-    Args:
-        runs: The runs; their test data are the same.
-        count: Number of people.
-        threshold: Predicted keypoints with lower scores are not drawn.
+    The runs' test data are the same. Predicted keypoints with scores below the threshold are not drawn.
     """
     predicted = [_predictions(run, count) for run in runs]
     people = []
@@ -83,14 +80,10 @@ def _in_this_process(cfg: Config) -> dict[str, Any]:
 def draw_people(
     people: Sequence[Person], titles: Sequence[str], links: Sequence[tuple[int, int]], file: Path, scale: int = 3
 ) -> None:
-    """Draw the contact sheet.
+    """Draw the contact sheet, whose rows are people, with ``scale`` of its pixels for one of the pictures.
 
-    Args:
-        people: Its rows.
-        titles: Of its columns: that of the annotation, then those of the runs.
-        links: Pairs of keypoints that are joined by a line.
-        file: The picture to write.
-        scale: Pixels of the sheet for one of the pictures.
+    ``titles`` are of its columns: that of the annotation, then those of the runs; ``links`` are pairs of keypoints that
+    are joined by a line.
     """
     from matplotlib.figure import Figure
 

@@ -16,7 +16,7 @@ from mmengine.config import Config
 
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.sharpness.loading import load_model, load_samples
-from mm_sharp.analysis.tables import markdown_table
+from mm_sharp.analysis.tables import markdown_columns
 from mm_sharp.errors import UsageError
 from mm_sharp.methods.sam import SAMOptimWrapper
 
@@ -64,8 +64,7 @@ class TrainedRun:
 def read_run(name: str, folder: Path) -> TrainedRun:
     """Read a work directory; a run that was interrupted and resumed has several logs, which are joined.
 
-    Raises:
-        UsageError: There is no log, no config or no checkpoint of a whole epoch in it.
+    A UsageError: there is no log, no config or no checkpoint of a whole epoch in it.
     """
     logs = sorted(folder.glob('*/vis_data/scalars.json'))
     files = sorted(folder.glob('epoch_*.pth'), key=_epoch)
@@ -94,24 +93,15 @@ def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve]) ->
     """
     metrics = {key: title for key, title in _METRICS.items() if any(run.held_out(key) for run in runs)}
     before = any(run.held_out(f'post_training/{key}') for run in runs for key in metrics)
-    head = [
-        'run',
-        *metrics.values(),
-        *(['AP before'] if before else []),
-        'epochs',
-        'time',
-        *(['sharpness'] if sharpness else []),
-    ]
-    lines = [head]
-    for run in runs:
-        cells = [run.name, *(_number(run.final(key)) for key in metrics)]
-        if before:
-            cells.append(_number(run.final('post_training/coco/AP')))
-        cells += [str(run.cfg.train_cfg.max_epochs), f'{run.seconds() / runs[0].seconds():.2f}']
-        if sharpness:
-            cells.append(f'{sharpness[run.name][-1][1]:.2g}')
-        lines.append(cells)
-    return markdown_table(lines)
+    table = {'run': [run.name for run in runs]}
+    table |= {title: [_number(run.final(key)) for run in runs] for key, title in metrics.items()}
+    if before:
+        table['AP before'] = [_number(run.final('post_training/coco/AP')) for run in runs]
+    table['epochs'] = [str(run.cfg.train_cfg.max_epochs) for run in runs]
+    table['time'] = [f'{run.seconds() / runs[0].seconds():.2f}' for run in runs]
+    if sharpness:
+        table['sharpness'] = [f'{sharpness[run.name][-1][1]:.2g}' for run in runs]
+    return markdown_columns(table)
 
 
 def _number(value: float | None) -> str:
@@ -119,13 +109,10 @@ def _number(value: float | None) -> str:
 
 
 def draw_curves(runs: Sequence[TrainedRun], metric: str, sharpness: Mapping[str, Curve], file: Path) -> None:
-    """Draw three panels with a line for each run.
+    """Draw three panels with a line for each run: the training loss, a held-out metric, and the sharpness.
 
-    Args:
-        runs: The runs.
-        metric: Key of the held-out metric in their logs, as ``coco/AP``.
-        sharpness: By run, epochs and L(w + e) - L(w); without any, the panel is left out.
-        file: The picture to write.
+    ``metric`` is its key in the logs, as ``coco/AP``; ``sharpness`` has epochs and L(w + e) - L(w) by run; without any,
+    the panel is left out.
     """
     from matplotlib.figure import Figure  # only here: nothing else needs it
     from matplotlib.ticker import NullFormatter
@@ -165,10 +152,7 @@ def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -
     """L(w + e) - L(w) at each checkpoint, on so many training samples, with BatchNorm's running statistics.
 
     e is SAM's perturbation with ``adaptive='tensor'`` and ``perturb='weights'``, whatever the run was trained with, so
-    that runs can be compared.
-
-    Returns:
-        Epochs, and the mean over the batches, in units of the loss.
+    that runs can be compared. Returns epochs, and the mean over the batches, in units of the loss.
     """
     with prepared(run.cfg):
         samples = load_samples(run.cfg, 'train', count, seed=0)

@@ -11,7 +11,7 @@ from typing import Any
 from mm_sharp.analysis.study.plan import Plan
 from mm_sharp.analysis.study.results import Comparison, Interval, Rows, trials
 from mm_sharp.analysis.study.spec import BASE, Study
-from mm_sharp.analysis.tables import markdown_table
+from mm_sharp.analysis.tables import markdown_columns, markdown_table
 
 _COLOURS = {1: 'tab:green', 0: '0.35', -1: 'tab:red'}
 _LEGEND = {1: 'better', 0: 'the interval contains 0', -1: 'worse'}
@@ -42,9 +42,8 @@ def markdown(study: Study, found: Sequence[Comparison]) -> str:
         }
         left_out = {'seeds': whole, 'over ': True, 'time': not any(table['time'])}
         shown = {name: cells for name, cells in table.items() if not left_out.get(name)}
-        lines = [[*shown], *zip(*shown.values(), strict=True)]
         seeds = f'{len(study.seeds)} seeds' if whole else 'unfinished'
-        parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{markdown_table(lines)}')
+        parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{markdown_columns(shown)}')
     return '\n\n'.join(parts)
 
 

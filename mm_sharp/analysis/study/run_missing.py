@@ -6,6 +6,7 @@ file of its own how far it is.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import io
 import json
@@ -170,13 +171,11 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 def locked(folder: Path) -> Iterator[None]:
     """Within, no other process makes runs in ``folder``: two would write over each other's rows.
 
-    The file ``.lock`` says which. Where there are no locks (Windows, some network drives), a line says so.
+    The file ``.lock`` says which. Where there are no locks (some network drives), a line says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / '.lock').open('a+') as stream:
         try:
-            import fcntl  # only here: Windows has none
-
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             stream.seek(0)
@@ -184,7 +183,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{stream.read() or 'another process'} makes runs in '{folder}': wait for it or stop it, give another "
                 '--out-dir, or see with --table what is there'
             ) from error
-        except (ImportError, OSError) as error:
+        except OSError as error:
             sys.stderr.write(f"'{folder}' cannot be locked ({error}): start no second study in it\n")
         stream.truncate(0)
         stream.write(f'process {os.getpid()} on {socket.gethostname()}')
