@@ -14,7 +14,7 @@ from typing import Any
 _MOVED = {
     '': 'diagnosis:doctor validation:errors',
     'analysis': 'benchmark sharpness study',
-    'cli': 'careful_loading:loading endings:process launcher_watch:process runners',
+    'cli': 'careful_loading:loading endings:process launcher_watch:process runners:process',
     'config': (
         'build_errors:preflight config_types:fragments fragments preflight quantized_config:fragments '
         'training_checks:preflight wrapper_checks:preflight'

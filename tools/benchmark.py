@@ -36,7 +36,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mm_sharp.analysis.benchmark import candidates, perturbing, steps, table, workload
+from mm_sharp.analysis.benchmark import candidates, steps, table, workload
 from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.config import preflight
@@ -129,9 +129,9 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def measure_perturbing(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Measure perturbation and restoration; returns the table and the figures."""
     counts, device = [parse_count(text) for text in args.parameters], torch.device(get_device())
-    costs = [perturbing.measure_perturbing(count, args.rounds, device) for count in counts]
-    plain = [{key: q._asdict() if isinstance(q, table.Quartiles) else q for key, q in cost.items()} for cost in costs]
-    return perturbing.perturbing_table(costs), {**cli.machine(), 'parameters': plain}
+    costs = [steps.measure_perturbing(count, args.rounds, device) for count in counts]
+    plain = [{key: q._asdict() if isinstance(q, steps.Quartiles) else q for key, q in cost.items()} for cost in costs]
+    return steps.perturbing_table(costs), {**cli.machine(), 'parameters': plain}
 
 
 def measure_host(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,8 +18,8 @@ import mmengine
 from mmengine.config import Config
 
 from mm_sharp.cli import options as cli
-from mm_sharp.cli import runners
 from mm_sharp.cli.loading import careful_loading, check_checkpoint
+from mm_sharp.cli.process import build_runner
 from mm_sharp.compat import enable_for_all_runs
 from mm_sharp.config import preflight
 
@@ -65,18 +64,14 @@ def report(metrics: Mapping[str, float]) -> str:
     return '\n'.join(f'{name:<{width}}  {value:.4f}' for name, value in metrics.items())
 
 
-def _test(cfg: Config) -> tuple[Any, dict[str, float]]:
-    runner = runners.build_runner(cfg)
-    return runner, runner.test()
-
-
 def main(arguments: Sequence[str]) -> None:
     """Evaluate."""
     args = parse_arguments(arguments)
     enable_for_all_runs()
     cfg = configure(args)
     with careful_loading(args.trust_checkpoint):
-        runner, metrics = _test(cfg)
+        runner = build_runner(cfg)
+        metrics = runner.test()
     if runner.rank != 0:
         return
     if args.out is not None:

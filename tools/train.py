@@ -18,9 +18,8 @@ from mmengine.config import Config
 from mmengine.dist import get_rank
 
 from mm_sharp.cli import options as cli
-from mm_sharp.cli import runners
 from mm_sharp.cli.loading import careful_loading, check_checkpoint, last_checkpoint
-from mm_sharp.cli.process import say_how_to_go_on
+from mm_sharp.cli.process import build_runner, say_how_to_go_on
 from mm_sharp.compat import enable_for_all_runs
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
@@ -109,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
         preflight.friendly_build_errors(cfg),
         careful_loading(args.trust_checkpoint),
     ):
-        runners.build_runner(cfg).train()
+        build_runner(cfg).train()
     if get_rank() == 0:
         print(f'Done. Checkpoints and logs: {cfg.work_dir}')
 

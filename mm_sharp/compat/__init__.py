@@ -23,9 +23,9 @@ from .checkpoint_hook import register_default_hook as register_default_hook
 from .checkpoint_hook import uses_mm_sharp as uses_mm_sharp
 from .fix import Fix as Fix
 from .mmpose_imports import MissingOperatorError as MissingOperatorError
-from .trust import explain_load_error as explain_load_error
-from .trust import only_weights as only_weights
-from .trust import trust_checkpoints as trust_checkpoints
+from .plain_checkpoint import explain_load_error as explain_load_error
+from .plain_checkpoint import only_weights as only_weights
+from .plain_checkpoint import trust_checkpoints as trust_checkpoints
 
 _FIXES = (
     *(yapf_grammar.fix_grammars, mmpose_imports.fix_torchvision, mmpose_imports.fix_mmcv),

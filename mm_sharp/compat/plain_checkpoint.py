@@ -1,16 +1,24 @@
-"""Checkpoints that load with ``torch.load(weights_only=True)``, which builds only plain types and tensors.
+"""Checkpoints that load with ``torch.load(weights_only=True)``, which builds only plain types and tensors; and others.
 
 MMEngine's hold more: the log's ``HistoryBuffer`` objects, numpy arrays and numbers, dict subclasses, paths, and under
 FSDP ``ShardedTensor`` objects. (To allow these types would be to allow ``getattr``.) ``to_plain`` makes marked dicts of
 the arrays, buffers and shards, and plain values of the rest; ``from_plain`` rebuilds what was marked. Bytes are a uint8
 tensor, which every device can hold: MPS has no float64, and a checkpoint is mapped to a device as a whole.
+
+Others are loaded on the user's word alone: unpickling can run any code that a file's author chose. ``torch.load``
+refuses that by default from torch 2.6 on, but not before, nor in ``torch.hub``, by which MMEngine loads URLs:
+:func:`only_weights` overrules both.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
+import os
+import pickle
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader
 
 # Marks a dict that stands for something else.
 TAG = '__mm_sharp__'
@@ -163,3 +172,60 @@ def _rebuild_shards(value: dict[str, Any]) -> Any:
     pairs = zip(value['pieces'], value['offsets'], strict=True)
     shards = [Shard.from_tensor_and_offsets(piece, offsets, dist.get_rank()) for piece, offsets in pairs]
     return init_from_local_shards(shards, *torch.Size(value['size']))
+
+
+# torch's own switches; it knows the first since 1.13, the second since 2.6, and refuses both at once.
+ALWAYS, NEVER = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+
+
+@contextmanager
+def only_weights() -> Iterator[None]:
+    """Within, ``torch.load`` builds plain types and tensors only, unless the user's environment says otherwise."""
+    if is_set(NEVER):
+        yield
+        return
+    before = os.environ.get(ALWAYS)
+    os.environ[ALWAYS] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[ALWAYS]
+        if before is not None:
+            os.environ[ALWAYS] = before
+
+
+def is_set(switch: str) -> bool:
+    """Whether one of torch's switches is set, as torch understands it."""
+    return os.environ.get(switch, '0').lower() in ('1', 'y', 'yes', 'true')
+
+
+def trust_checkpoints() -> ExitStack:
+    """From now on, or within ``with``, MMEngine loads checkpoint files of this machine with ``weights_only=False``."""
+    original = CheckpointLoader._get_checkpoint_loader('')
+
+    @functools.wraps(original)  # MMEngine logs the loader's name
+    def load_from_local(filename: str, map_location: Any = None) -> Any:
+        path = os.path.expanduser(filename)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f'the checkpoint {filename} can not be found')
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    trust = ExitStack()
+    trust.callback(CheckpointLoader.register_scheme, '', original, force=True)
+    return trust
+
+
+def explain_load_error(error: BaseException) -> str | None:
+    """What to tell the user of an error that a checkpoint caused which is not plain; None for other errors."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, pickle.UnpicklingError) and 'weights_only' in str(seen):
+            return (
+                'the checkpoint holds more than weights and plain values, as those written by MMEngine '
+                'without mm_sharp do, or is damaged. If you know who made it, repeat the command with '
+                '--trust-checkpoint: loading such a file can run any code that its author put into it. (In a tool '
+                f'without this option: {NEVER}=1, at the same risk.)'
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None

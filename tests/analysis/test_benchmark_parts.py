@@ -15,7 +15,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from mm_sharp import SAMOptimWrapper
-from mm_sharp.analysis.benchmark import perturbing
+from mm_sharp.analysis.benchmark import steps
 from mm_sharp.analysis.benchmark.candidates import (
     BY_HAND,
     Candidate,
@@ -288,10 +288,10 @@ def test_peak_memory_of_a_step(kind: type[OptimWrapper], matrices: int, monkeypa
 
 # -------------------------------------------------------------------- perturbation and restoration
 def test_the_tensors_are_those_of_a_resnet_50() -> None:
-    shapes = perturbing.resnet_shapes(25_557_032)
+    shapes = steps.resnet_shapes(25_557_032)
     assert (len(shapes), shapes[-1], shapes[-2]) == (161, (1000,), (1000, 2048))
     for count in (1, 9408, 30_000_000):
-        assert sum(torch.Size(shape).numel() for shape in perturbing.resnet_shapes(count)) == count
+        assert sum(torch.Size(shape).numel() for shape in steps.resnet_shapes(count)) == count
 
 
 def test_perturbation_and_restoration_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,8 +302,8 @@ def test_perturbation_and_restoration_are_measured(monkeypatch: pytest.MonkeyPat
         call()
         return {'copy': 1.0, 'perturb': 4.0, 'restore': 2.0}[calls[-1]]
 
-    monkeypatch.setattr(perturbing, 'seconds_of', seconds_of)
-    cost = perturbing.measure_perturbing(10_000, rounds=2, device=CPU)
+    monkeypatch.setattr(steps, 'seconds_of', seconds_of)
+    cost = steps.measure_perturbing(10_000, rounds=2, device=CPU)
     assert calls == ['copy', 'perturb', 'restore'] * 3
     assert (cost['parameters'], cost['tensors']) == (10_000, 4)
     assert cost['climb_rate'] == Quartiles(*[4 * 8 * 10_000 / 4] * 3)
@@ -311,4 +311,4 @@ def test_perturbation_and_restoration_are_measured(monkeypatch: pytest.MonkeyPat
     copied = cost['copy_rate'].median
     assert copied == pytest.approx(4 * 2 * 10_000, rel=0.05)  # what lies between the tensors too
     assert cost['share_of_copy'] == pytest.approx(40 * 10_000 / 6 / copied)
-    assert f'{100 * cost["share_of_copy"]:.0f} %' in perturbing.perturbing_table([cost])
+    assert f'{100 * cost["share_of_copy"]:.0f} %' in steps.perturbing_table([cost])

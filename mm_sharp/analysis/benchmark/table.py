@@ -16,30 +16,12 @@ from mmengine.config import Config
 from numpy.typing import NDArray
 
 from mm_sharp.analysis.benchmark.candidates import SUFFIX, theoretical_cost, whole_cycles
-from mm_sharp.analysis.benchmark.steps import Phases, peak_memory, phase_seconds, step_seconds
+from mm_sharp.analysis.benchmark.steps import Phases, Quartiles, peak_memory, phase_seconds, quartiles, step_seconds
 from mm_sharp.analysis.benchmark.workload import BATCH_SIZE, FLOAT, Settings, load_workload, small_workload
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.tables import columns
 from mm_sharp.step.method import Cost
 from mm_sharp.step.timing import EXCLUDED, PHASES
-
-
-class Quartiles(NamedTuple):
-    """Lower quartile, median and upper quartile."""
-
-    low: float
-    median: float
-    high: float
-
-    def text(self, unit: float = 1.0, form: str = '.2f') -> str:
-        """In units of ``unit``."""
-        low, median, high = (format(value / unit, form) for value in self)
-        return f'{median} ({low} to {high})'
-
-
-def quartiles(values: Sequence[float] | NDArray[np.float64]) -> Quartiles:
-    """Of at least one number, interpolated between neighbours."""
-    return Quartiles(*np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75)).tolist())
 
 
 class Row(NamedTuple):

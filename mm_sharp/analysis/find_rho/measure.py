@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.cli.loading import careful_loading
-from mm_sharp.cli.runners import build_runner
+from mm_sharp.cli.process import build_runner
 from mm_sharp.config.preflight import type_name, wrapper_class, wrapper_configs
 from mm_sharp.errors import UsageError, arguments_of
 from mm_sharp.hooks.scale import Scale, scale_of

@@ -35,8 +35,7 @@ from tqdm import tqdm
 from mm_sharp.analysis.study.corruption import corrupt_file
 from mm_sharp.analysis.study.plan import Plan, Run
 from mm_sharp.analysis.study.results import Rows, choose_rho, timed_runs
-from mm_sharp.cli.process import end_with_parent
-from mm_sharp.cli.runners import build_runner
+from mm_sharp.cli.process import build_runner, end_with_parent
 from mm_sharp.compat import enable_for_all_runs
 from mm_sharp.errors import UsageError
 
