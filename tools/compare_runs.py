@@ -51,16 +51,16 @@ def main(arguments: Sequence[str]) -> None:
     runs = read_runs(args)
     cli.output_folder(args.out_dir)
     # Only now: MMPose, which these import, takes seconds.
-    from mm_sharp.analysis.runs.people import draw_people, find_people, links_of
+    from mm_sharp.analysis.runs.people import draw_people, find_people
     from mm_sharp.analysis.runs.trained_run import draw_curves, rises
 
     sharpness = {run.name: rises(run, args.samples) for run in runs} if args.samples else {}
     draw_curves(runs, args.metric, sharpness, args.out_dir / 'curves.png')
     files = ['table.md', 'curves.png']
     if args.people:
-        people = find_people(runs, args.people, args.threshold)
+        people, links = find_people(runs, args.people, args.threshold)
         titles = ['annotated', *(run.name for run in runs)]
-        draw_people(people, titles, links_of(runs[0]), args.out_dir / 'people.png')
+        draw_people(people, titles, links, args.out_dir / 'people.png')
         files.append('people.png')
     table = metrics_table(runs, sharpness)
     (args.out_dir / 'table.md').write_text(table + '\n')

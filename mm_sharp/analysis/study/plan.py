@@ -54,8 +54,7 @@ class Plan:
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
         self._configs = {name: _read(setting) for name, setting in study.settings.items()}
-        # Theoretical cost of a step in steps of the base optimizer, by setting and method: of most, and of all.
-        self.cost: dict[tuple[str, str], float] = {}
+        # Theoretical, of a step in steps of the base optimizer, by setting and method.
         self._costs: dict[tuple[str, str], Cost] = {}
         self.tuned: set[str] = set()  # methods whose rho is to be chosen
         for setting in study.settings.values():
@@ -183,7 +182,7 @@ class Plan:
             cost = kind.theoretical_cost(cfg.train_dataloader.batch_size, **cfg.optim_wrapper)
             if self.study.selection is not None and 'rho' not in self.study.methods[method]:
                 self.tuned.add(method)
-        self._costs[setting.name, method], self.cost[setting.name, method] = cost, cost.cycle
+        self._costs[setting.name, method] = cost
 
 
 def _name_schedule(wrapper: dict[str, Any]) -> None:
