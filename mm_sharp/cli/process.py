@@ -28,6 +28,11 @@ from mm_sharp.errors import UsageError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED, NOT_WRITTEN = 130, 1  # 128 + SIGINT, as shells have it
+# What the strategies' model wrappers need on the CPU: by default MMEngine puts the model on a GPU.
+_ON_CPU: dict[str, dict[str, Any]] = {
+    'FSDPStrategy': {'type': 'MMFullyShardedDataParallel', 'device_id': 'cpu'},
+    'DDPStrategy': {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False},
+}
 
 
 class StoppedError(Exception):
@@ -93,13 +98,6 @@ def _interrupted(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-# What the strategies' model wrappers need on the CPU: by default MMEngine puts the model on a GPU.
-_ON_CPU: dict[str, dict[str, Any]] = {
-    'FSDPStrategy': {'type': 'MMFullyShardedDataParallel', 'device_id': 'cpu'},
-    'DDPStrategy': {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False},
-}
 
 
 def build_runner(cfg: Config) -> Any:

@@ -31,6 +31,12 @@ _library: torch.library.Library | None = None
 _REGISTRATIONS = 'torchvision._autograd_registrations', 'torchvision._meta_registrations'
 # mmcv.utils.collect_env calls these two as soon as mmcv.ops imports: they report, they don't compute.
 _REPORTS = ('get_compiler_version', 'get_compiling_cuda_version')
+_PACKAGE = 'xtcocotools'
+# Whose names each module has; the package itself has none.
+_COCO = 'mm_sharp.compat.coco_stand_in'
+_SOURCES = {'coco': _COCO, 'cocoeval': _COCO, 'mask': 'faster_coco_eval.core.mask'}
+_NAMES = _PACKAGE, *(f'{_PACKAGE}.{part}' for part in _SOURCES)
+_VISUALIZER = 'mmpose.visualization.local_visualizer_3d'
 
 
 class MissingOperatorError(RuntimeError):
@@ -94,13 +100,6 @@ def _missing_in_mmcv(operator: str, cause: str) -> Callable[..., NoReturn]:
     return missing
 
 
-_PACKAGE = 'xtcocotools'
-# Whose names each module has; the package itself has none.
-_COCO = 'mm_sharp.compat.coco_stand_in'
-_SOURCES = {'coco': _COCO, 'cocoeval': _COCO, 'mask': 'faster_coco_eval.core.mask'}
-_NAMES = _PACKAGE, *(f'{_PACKAGE}.{part}' for part in _SOURCES)
-
-
 class _StandIn(Loader):
     """Fills a module named ``xtcocotools.*``."""
 
@@ -132,9 +131,6 @@ def fix_xtcocotools(module: str) -> str | None:
             name=_PACKAGE,
         )
     return f'{cause}; faster-coco-eval stands in'
-
-
-_VISUALIZER = 'mmpose.visualization.local_visualizer_3d'
 
 
 @partial(Fix, 'bfloat16 arrays', 'an mmpose whose to_numpy takes it (none as of 1.3.2)', before=('mmpose.models',))

@@ -38,6 +38,8 @@ _ATOMS = (
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 # Numbers, text, bytes and dates: kinds of numpy types whose bytes are their value. Not 'O', objects.
 _BYTE_KINDS = 'biufcSUmM'
+# torch's own switches; it knows the first since 1.13, the second since 2.6, and refuses both at once.
+ALWAYS, NEVER = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 
 
 def to_plain(value: Any, left: list[str]) -> Any:
@@ -172,10 +174,6 @@ def _rebuild_shards(value: dict[str, Any]) -> Any:
     pairs = zip(value['pieces'], value['offsets'], strict=True)
     shards = [Shard.from_tensor_and_offsets(piece, offsets, dist.get_rank()) for piece, offsets in pairs]
     return init_from_local_shards(shards, *torch.Size(value['size']))
-
-
-# torch's own switches; it knows the first since 1.13, the second since 2.6, and refuses both at once.
-ALWAYS, NEVER = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 
 
 @contextmanager

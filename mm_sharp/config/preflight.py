@@ -35,6 +35,38 @@ from mm_sharp.config.fragments import imports_of
 from mm_sharp.errors import UsageError, arguments_of, check_arguments, closest, did_you_mean, is_number
 from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
 
+_OPTIMIZER = "optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"
+_WRAPPER = f"optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, {_OPTIMIZER})"
+_PARAMWISE = (
+    "optimizer=dict(type='SGD', lr=0.01, weight_decay=1e-4), "
+    'paramwise_cfg=dict(norm_decay_mult=0.0, bias_lr_mult=2.0, custom_keys=dict(backbone=dict(lr_mult=0.1)))'
+)
+# MMEngine's default constructor passes over all others without a word.
+_PARAMWISE_KEYS = (
+    *('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult'),
+    *('dcn_offset_lr_mult', 'bypass_duplicate', 'custom_keys'),
+)
+_CONSTRUCTOR = DefaultOptimWrapperConstructor.__name__
+_NONE = type(None)
+_SLOWER = '15 to 23 times slower in'
+# Key, what it must be (a kind, or an integer of at least a number), and an example.
+_FORMS: tuple[tuple[str, str, Any, str], ...] = (
+    ('model', 'a dict', Mapping, "model = dict(type='TopdownPoseEstimator', …)"),
+    ('train_dataloader', 'a dict', Mapping, "train_dataloader = dict(sampler=dict(type='DefaultSampler'), …)"),
+    ('train_cfg', 'a dict', Mapping, 'train_cfg = dict(by_epoch=True, max_epochs=10)'),
+    ('train_dataloader.batch_size', 'an integer above 0', 1, 'train_dataloader = dict(batch_size=32)'),
+    ('train_dataloader.num_workers', 'an integer from 0 on', 0, 'train_dataloader = dict(num_workers=4)'),
+    ('train_dataloader.sampler', 'a dict', (Mapping, _NONE), "dict(sampler=dict(type='DefaultSampler'))"),
+    ('train_dataloader.batch_sampler', 'a dict', (Mapping, _NONE), "dict(batch_sampler=dict(type='AUSAMSampler'))"),
+    ('load_from', 'a path', (str, _NONE), "load_from = 'work_dirs/mine/epoch_1.pth'"),
+    ('work_dir', 'a path', (str, _NONE), "work_dir = 'work_dirs/mine'"),
+    ('randomness.seed', 'an integer from 0 on', 0, 'randomness = dict(seed=0)'),
+    ('auto_scale_lr.base_batch_size', 'an integer above 0', 1, 'auto_scale_lr = dict(base_batch_size=512)'),
+    ('compile', 'True, False or a dict', (bool, Mapping, _NONE), "compile = dict(backend='inductor')"),
+    ('default_hooks', 'a dict', (Mapping, _NONE), "default_hooks = dict(logger=dict(type='LoggerHook', interval=50))"),
+    ('custom_hooks', 'a list', (list, tuple, _NONE), "custom_hooks = [dict(type='SharpnessHook')]"),
+)
+
 
 @contextmanager
 def friendly_build_errors(cfg: Config) -> Iterator[None]:
@@ -94,22 +126,6 @@ def _typed(config: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield key, config
     for name, value in items:
         yield from _typed(value, f'{key}.{name}' if key else str(name))
-
-
-_OPTIMIZER = "optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"
-_WRAPPER = f"optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, {_OPTIMIZER})"
-_PARAMWISE = (
-    "optimizer=dict(type='SGD', lr=0.01, weight_decay=1e-4), "
-    'paramwise_cfg=dict(norm_decay_mult=0.0, bias_lr_mult=2.0, custom_keys=dict(backbone=dict(lr_mult=0.1)))'
-)
-# MMEngine's default constructor passes over all others without a word.
-_PARAMWISE_KEYS = (
-    *('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult'),
-    *('dcn_offset_lr_mult', 'bypass_duplicate', 'custom_keys'),
-)
-_CONSTRUCTOR = DefaultOptimWrapperConstructor.__name__
-_NONE = type(None)
-_SLOWER = '15 to 23 times slower in'
 
 
 def check_wrappers(cfg: Config) -> None:
@@ -227,25 +243,6 @@ def _check_paramwise(key: str, cls: type[OptimWrapper], wrapper: Mapping[str, An
             for name, value in rules.items():
                 if name.endswith('_mult') and not is_number(value):
                     raise ValueError(f'{place}{place and "."}{name}={value!r} must be a number')
-
-
-# Key, what it must be (a kind, or an integer of at least a number), and an example.
-_FORMS: tuple[tuple[str, str, Any, str], ...] = (
-    ('model', 'a dict', Mapping, "model = dict(type='TopdownPoseEstimator', …)"),
-    ('train_dataloader', 'a dict', Mapping, "train_dataloader = dict(sampler=dict(type='DefaultSampler'), …)"),
-    ('train_cfg', 'a dict', Mapping, 'train_cfg = dict(by_epoch=True, max_epochs=10)'),
-    ('train_dataloader.batch_size', 'an integer above 0', 1, 'train_dataloader = dict(batch_size=32)'),
-    ('train_dataloader.num_workers', 'an integer from 0 on', 0, 'train_dataloader = dict(num_workers=4)'),
-    ('train_dataloader.sampler', 'a dict', (Mapping, _NONE), "dict(sampler=dict(type='DefaultSampler'))"),
-    ('train_dataloader.batch_sampler', 'a dict', (Mapping, _NONE), "dict(batch_sampler=dict(type='AUSAMSampler'))"),
-    ('load_from', 'a path', (str, _NONE), "load_from = 'work_dirs/mine/epoch_1.pth'"),
-    ('work_dir', 'a path', (str, _NONE), "work_dir = 'work_dirs/mine'"),
-    ('randomness.seed', 'an integer from 0 on', 0, 'randomness = dict(seed=0)'),
-    ('auto_scale_lr.base_batch_size', 'an integer above 0', 1, 'auto_scale_lr = dict(base_batch_size=512)'),
-    ('compile', 'True, False or a dict', (bool, Mapping, _NONE), "compile = dict(backend='inductor')"),
-    ('default_hooks', 'a dict', (Mapping, _NONE), "default_hooks = dict(logger=dict(type='LoggerHook', interval=50))"),
-    ('custom_hooks', 'a list', (list, tuple, _NONE), "custom_hooks = [dict(type='SharpnessHook')]"),
-)
 
 
 def check_training(cfg: Config) -> None:

@@ -33,6 +33,14 @@ DEGREES_OF_FREEDOM = {
     **{dof: dof for dof in TABLES['central']},
     **{f'{side}_{dof}': dof for side in SIDES for dof in TABLES['sided']},
 }
+SKIN_TONES: tuple[Colour, ...] = (
+    (243, 205, 178), (226, 178, 144), (198, 145, 108), (160, 108, 76), (115, 74, 52), (84, 56, 42),
+)  # fmt: skip
+HAIR_COLOURS: tuple[Colour, ...] = (
+    (30, 24, 22), (70, 45, 30), (120, 76, 40), (186, 148, 88), (150, 66, 34), (150, 150, 150),
+)  # fmt: skip
+_ROWS: list[tuple[str, str, str, float, float, str]] = TABLES['capsules']
+PARTS: dict[str, int] = {name: number for number, name in enumerate(dict.fromkeys(row[0] for row in _ROWS))}
 
 
 def family_ranges(family: str) -> Ranges:
@@ -146,17 +154,6 @@ def _add_limb(
     points[first], points[second] = start, add(start, rotate(upper, (0.0, -lengths[0], 0.0)))
     points[third] = add(points[second], rotate(lower, (0.0, -lengths[1], 0.0)))
     return lower
-
-
-SKIN_TONES: tuple[Colour, ...] = (
-    (243, 205, 178), (226, 178, 144), (198, 145, 108), (160, 108, 76), (115, 74, 52), (84, 56, 42),
-)  # fmt: skip
-HAIR_COLOURS: tuple[Colour, ...] = (
-    (30, 24, 22), (70, 45, 30), (120, 76, 40), (186, 148, 88), (150, 66, 34), (150, 150, 150),
-)  # fmt: skip
-
-_ROWS: list[tuple[str, str, str, float, float, str]] = TABLES['capsules']
-PARTS: dict[str, int] = {name: number for number, name in enumerate(dict.fromkeys(row[0] for row in _ROWS))}
 
 
 def own_parts(keypoint: str) -> tuple[frozenset[int], float]:

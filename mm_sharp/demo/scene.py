@@ -33,6 +33,9 @@ Pixel = tuple[int, int]
 _FAR, _WALL, _NEAR = 50.0, 60.0, 0.5
 #: Backdrop and occluders are placed in pixels: X = u Z / focal.
 _FLAT = Camera(azimuth=0, elevation=0, roll=0, distance=_FAR, focal=300.0)
+#: A person counts if at least this many keypoints are seen and pixels are left; else the scene is redrawn.
+MIN_SEEN_KEYPOINTS, MIN_AREA = 5, 400
+_ATTEMPTS = 200
 
 
 def upsample(grid: Floats, height: int, width: int) -> Floats:
@@ -111,11 +114,6 @@ def _draw_rod(
     scale = depth / _FLAT.focal
     first, second = ((u * scale, v * scale, depth) for u, v in ends)
     draw_capsule(layer, Capsule(first, second, (radii[0] * scale, radii[1] * scale), 0, paint), _FLAT, light)
-
-
-#: A person counts if at least this many keypoints are seen and pixels are left; else the scene is redrawn.
-MIN_SEEN_KEYPOINTS, MIN_AREA = 5, 400
-_ATTEMPTS = 200
 
 
 class Person(NamedTuple):

@@ -35,6 +35,8 @@ from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
 
 # What every wrapper keeps of a config's; a step is a whole one, so accumulative_counts is not among them.
 SHARED = ('optimizer', 'constructor', 'paramwise_cfg')
+BY_HAND = 'sam by hand'
+SUFFIX = ', passes alone'  # after a method's name
 
 
 def all_methods() -> dict[str, str]:
@@ -105,10 +107,6 @@ def whole_cycles(rounds: int, costs: Mapping[str, Cost]) -> int:
     """At least so many rounds, in which every method's cycles are whole."""
     cycles = math.lcm(*(cost.length for cost in costs.values()))
     return -(-rounds // cycles) * cycles
-
-
-BY_HAND = 'sam by hand'
-SUFFIX = ', passes alone'  # after a method's name
 
 
 @dataclass(frozen=True)

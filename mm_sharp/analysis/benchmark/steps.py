@@ -39,6 +39,10 @@ from mm_sharp.step.timing import StepTimer
 
 T = TypeVar('T')
 Phases = dict[str, float]
+# Numbers read and written for each weight; perturbation: copy; norm; gradients times the step; weights plus that.
+_COPY, _PERTURB, _RESTORE = 1 + 1, (1 + 1) + 1 + (1 + 1) + (2 + 1), 1 + 1
+_FLOAT = torch.float32.itemsize
+_RATES = ('copy_rate', 'climb_rate', 'restore_rate')
 
 
 class Quartiles(NamedTuple):
@@ -204,12 +208,6 @@ def peak_memory(make: Callable[[], Candidate], batch: Any, steps: int) -> int | 
         for _ in range(steps):
             candidate.step(batch)
     return int(alive.peak)
-
-
-# Numbers read and written for each weight; perturbation: copy; norm; gradients times the step; weights plus that.
-_COPY, _PERTURB, _RESTORE = 1 + 1, (1 + 1) + 1 + (1 + 1) + (2 + 1), 1 + 1
-_FLOAT = torch.float32.itemsize
-_RATES = ('copy_rate', 'climb_rate', 'restore_rate')
 
 
 def measure_perturbing(parameters: int, rounds: int, device: torch.device) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from mm_sharp.analysis.tables import columns
 from mm_sharp.step.method import Cost
 from mm_sharp.step.timing import EXCLUDED, PHASES
 
+NAMES = (*PHASES, *EXCLUDED)
+
 
 class Row(NamedTuple):
     """What was found about one method: times of a step, and ratios to the base optimizer's in the same round."""
@@ -104,9 +106,6 @@ def run_costs(costs: Mapping[str, Cost | None]) -> str:
         if cost is not None and cost.first_epoch is not None
     ]
     return '\n'.join(lines)
-
-
-NAMES = (*PHASES, *EXCLUDED)
 
 
 class Table(NamedTuple):

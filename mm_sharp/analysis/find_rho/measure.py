@@ -32,6 +32,14 @@ from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.step.method import Method
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
+# For configs without a sharpness-aware wrapper: the scale of docs/scale.md, around its rho.
+RECOMMENDED: dict[str, Any] = {'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights'}
+# From a tenth of the config's rho to ten times it.
+FACTORS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0)
+_STEPS = 200  # of training, or half of all, if that is less
+# What chooses the perturbation of a step; other answers than SAM's are not measured.
+_CHOICES = ('select_parameters', 'direction', 'perturbation_gradient', 'perturb_along')
+
 
 @dataclass(frozen=True)
 class BatchRises:
@@ -114,15 +122,6 @@ class RhoProbe(TwoPassOptimWrapper):
         products = [torch.sum(p.grad * g) for p, g in self._gradients if p.grad is not None]
         inverse = self.precision.inverse_scale()
         return sum(map(float, products)) * (1.0 if inverse is None else float(inverse))
-
-
-# For configs without a sharpness-aware wrapper: the scale of docs/scale.md, around its rho.
-RECOMMENDED: dict[str, Any] = {'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights'}
-# From a tenth of the config's rho to ten times it.
-FACTORS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0)
-_STEPS = 200  # of training, or half of all, if that is less
-# What chooses the perturbation of a step; other answers than SAM's are not measured.
-_CHOICES = ('select_parameters', 'direction', 'perturbation_gradient', 'perturb_along')
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ Curve = Sequence[tuple[int, float]]  # iterations or epochs, and values
 
 # As the validation loop's entries of the log are known: training's have a learning rate.
 _TRAINING = 'lr'
+_METRICS = {'coco/AP': 'AP', 'PCK': 'PCK'}
+# The radius of configs/_base_/sam.py, relative to the weights.
+RHO = 0.02
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,6 @@ def _epoch(file: Path) -> int:
     return int(number)
 
 
-_METRICS = {'coco/AP': 'AP', 'PCK': 'PCK'}
-
-
 def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve]) -> str:
     """A row for each run, in Markdown: held-out metrics, epochs, time over the first run's, and sharpness at the end.
 
@@ -142,10 +142,6 @@ def _smoothed(curve: Curve, window: int = 5) -> Curve:
     values = [value for _, value in curve]
     means = [sum(part) / len(part) for part in (values[max(0, i - window + 1) : i + 1] for i in range(len(values)))]
     return [(step, mean) for (step, _), mean in zip(curve, means, strict=True)]
-
-
-# The radius of configs/_base_/sam.py, relative to the weights.
-RHO = 0.02
 
 
 def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -> Curve:
