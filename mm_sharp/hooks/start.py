@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from torch import nn
 
-from mm_sharp.hooks.draw_schedule import batch_size_of, training_length
+from mm_sharp.hooks.history import batch_size_of, training_length
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.samples.schedule import TrainingLength
 from mm_sharp.step.method import Cost

@@ -16,11 +16,10 @@ from torch.optim import Optimizer
 from mm_sharp.errors import check_number, some
 from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.ops.model_call import ModelCall, unwrap
-from mm_sharp.ops.parameters import parameters_of
 from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
 from mm_sharp.samples.history import Keys, PendingUpdates, SampleHistory
 from mm_sharp.samples.keys import keys_of
-from mm_sharp.samples.seeds import Member, RngStream, make_generator, shared_seed
+from mm_sharp.samples.seeds import RngStream, make_generator, shared_seed
 from mm_sharp.step.checks import check_compiled
 from mm_sharp.step.nonfinite_log import offending_samples
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -39,7 +38,8 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         history: Average loss difference of every sample seen.
         pending_updates: The last step's loss differences, on their way into the history.
         steps: Steps (micro-batches) taken so far.
-        member: Which of several wrappers it is, each of which draws independently.
+        number: Which of several wrappers it is, each of which draws independently: its place in a Runner's
+            ``OptimWrapperDict``, which a hook sets. In a loop of your own with several wrappers, set it yourself.
         rank_states: Each rank's :meth:`rank_state` when the history was exchanged last; empty in a single process.
         dataset_size: Samples in the training set, where known: for the log.
     """
@@ -54,7 +54,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         self.steps = 0
         self.rank_states: list[Any] = []
         self.dataset_size: int | None = None
-        self.member = Member(partial(parameters_of, optimizer))
+        self.number = 0
         self._seed: int | None = None
         self._per_sample: PerSampleLoss | None = None
         self._record: LossRecord | None = None
@@ -75,8 +75,8 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     def generator(self, kind: RngStream, *, shared: bool = False) -> torch.Generator:
         """A generator for a draw of this step; with ``shared`` all ranks draw the same."""
-        rank = () if shared else (get_rank(),)
-        return make_generator(self.seed, kind, *rank, self.steps, *self.member.place(self.seed))
+        rank, number = () if shared else (get_rank(),), (self.number,) if self.number else ()
+        return make_generator(self.seed, kind, *rank, self.steps, *number)
 
     def keys(self, call: ModelCall, size: int) -> Keys:
         """The keys of the ``size`` samples in a call; a SampleIdError if they have none."""
@@ -146,7 +146,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         """Seed and number of the draws, the history, and the last step's differences on their way into it."""
         return {
             'seed': self._seed,
-            'member': self.member.state(self._seed),
+            'member': {'number': self.number},
             'steps': self.steps,
             'history': self.history.state_dict(),
             'visits': self.pending_updates.state_dict(),
@@ -157,7 +157,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         # Rank 0's, as far as they were not exchanged: on every rank they would count as often.
         self.pending_updates.load_state_dict(state.get('visits', {}) if get_rank() == 0 else {})
         self._seed, self.steps = state.get('seed'), state.get('steps', 0)
-        self.member.load(state.get('member', {}), self._seed)
+        self.number = state.get('member', {}).get('number') or 0
         empty = SampleHistory(self.history.momentum).state_dict()
         self.history.load_state_dict(state.get('history', empty))
 
@@ -165,7 +165,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         """``share_seen``: share of the training set's samples in the history, where the set's size is known."""
         if not self.uses_history or self.dataset_size is None:
             return {}
-        return {'share_seen': len(self.history) / self.dataset_size}
+        return {'share_seen': min(1.0, len(self.history) / self.dataset_size)}
 
     # ---------------------------------------------------------------- ranks
     def exchange_history(self) -> None:

@@ -100,18 +100,6 @@ class SampleHistory:
                 shared.add(ids, sums / counts, counts, self.momentum)
         self._own = {}
 
-    def reconcile(self, known: Mapping[str, npt.ArrayLike]) -> tuple[int, int, int]:
-        """Drop what is not in the data set, given all its ids by name; how many are kept, dropped, and not yet seen."""
-        data_sets = {name: np.unique(np.asarray(ids, np.int64)) for name, ids in known.items()}
-        before = len(self)
-        for tables in (self._shared, self._own):
-            for name in list(tables):
-                tables[name].keep(data_sets.get(name, np.empty(0, np.int64)))
-                if not len(tables[name]):
-                    del tables[name]
-        kept = len(self)
-        return kept, before - kept, sum(map(len, data_sets.values())) - kept
-
     def __len__(self) -> int:
         """Samples seen."""
         shared = sum(map(len, self._shared.values()))

@@ -74,12 +74,6 @@ class Table:
         if len(self._recent.ids) > max(4096, len(self._main.ids) // 64):
             self._compact()
 
-    def keep(self, ids: IntArray) -> None:
-        """Drop the samples that are not among ``ids`` (increasing)."""
-        columns = self.columns()
-        _, kept = Columns(ids, ids, ids).find(columns.ids)
-        self._main = Columns(*(column[kept] for column in columns))
-
     def columns(self) -> Columns:
         """All samples: the table's own arrays."""
         self._compact()
