@@ -49,7 +49,7 @@ class Preference(NamedTuple):
     quantile: float = 1.0  # scores above this quantile of the seen ones in the mini-batch, in (0, 1], count as equal
 
 
-_LARGE = Preference()
+LARGE = Preference()
 
 
 def sample_count(ratio: float, total: int, fewest: int = 1) -> int:
@@ -70,7 +70,7 @@ def top_k(increases: Tensor, k: int) -> Tensor:
 
 
 def inclusion_probabilities(
-    scores: npt.ArrayLike, k: int, s_min: float = 0.3, s_max: float = 1.0, preference: Preference = _LARGE
+    scores: npt.ArrayLike, k: int, s_min: float = 0.3, s_max: float = 1.0, preference: Preference = LARGE
 ) -> FloatArray:
     """The probability of each sample to be among the ``k`` that are drawn (AUSAM).
 
@@ -97,7 +97,7 @@ def inclusion_probabilities(
     return pi
 
 
-def draw_sizes(scores: npt.ArrayLike, s_min: float, s_max: float, preference: Preference = _LARGE) -> FloatArray:
+def draw_sizes(scores: npt.ArrayLike, s_min: float, s_max: float, preference: Preference = LARGE) -> FloatArray:
     """``s_i`` in parts of the largest that there can be, ``s_max``: (N,), float64, in (0, 1].
 
     The arguments are :func:`inclusion_probabilities`'.
@@ -108,7 +108,7 @@ def draw_sizes(scores: npt.ArrayLike, s_min: float, s_max: float, preference: Pr
     return sizes
 
 
-def normalised_scores(scores: FloatArray, preference: Preference = _LARGE) -> FloatArray:
+def normalised_scores(scores: FloatArray, preference: Preference = LARGE) -> FloatArray:
     """``z`` in [0, 1], (N,): 0 for the smallest score, 1 for the largest, the unseen (NaN), and where all are equal.
 
     With ``preference.small``, 1 is for the smallest and 0 for the largest.
