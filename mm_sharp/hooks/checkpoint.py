@@ -20,7 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from mm_sharp.errors import UserError, some
-from mm_sharp.ops.optimizer_state import OTHERWISE, check_base_optimizer
+from mm_sharp.step.checkpoint import OTHERWISE, check_base_optimizer
 from mm_sharp.step.optim_wrappers import optim_wrappers
 
 # Quantized models have rules of their own about their quantizers, which may be missing (mm_sharp.quantization.record).

@@ -71,16 +71,3 @@ def _only(hub: MessageHub, shown: Mapping[str, str]) -> Iterator[None]:
     finally:
         scalars.clear()
         scalars.update(whole)
-
-
-def rename_old_scalars(hub: MessageHub, wrappers: Sequence[str]) -> None:
-    """Put what a checkpoint of before version 0.2 has logged, without ``sharpness/``, under the names of today."""
-    scalars = hub.log_scalars
-    for wrapper in wrappers:
-        if f'train/{wrapper}L_w' not in scalars:
-            continue
-        names = ('L_w', 'L_w_e', *STEERING, 'pass2_share', 'mean_difference', 'sampling_entropy', 'large_scores', 'rho')
-        for key in list(scalars):
-            name = key.removeprefix('train/').removeprefix(wrapper)
-            if key == f'train/{wrapper}{name}' and (name in names or name.startswith('share_')):
-                scalars[f'{PREFIX}{wrapper}{name}'] = scalars.pop(key)

@@ -9,7 +9,7 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS
 
 from mm_sharp.errors import HOOK, UserError, check_positive_int
-from mm_sharp.hooks.console import PREFIX, rename_old_scalars, shorten_console_line
+from mm_sharp.hooks.console import PREFIX, shorten_console_line
 from mm_sharp.hooks.scale_report import ScaleReport
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.step.method import Passes
@@ -92,7 +92,6 @@ class SharpnessHook(Hook):  # type: ignore[misc]
             )
         model = unwrap(runner.model)
         self._reports = {prefix: ScaleReport(wrapper, model) for prefix, wrapper in self._wrappers.items()}
-        rename_old_scalars(runner.message_hub, list(self._wrappers))
         self._written = shorten_console_line(runner.log_processor, runner.message_hub, list(self._wrappers))
         self._written.clear()
         self._pending.clear()

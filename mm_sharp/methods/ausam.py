@@ -188,14 +188,10 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
     def recording(self, model: nn.Module) -> Iterator[None]:
         """See :meth:`PerSampleOptimWrapper.recording`; of a uniform draw the losses of samples are not recorded."""
         self._draw = None
-
-        def counts() -> tuple[int, int]:
-            return (0, 0) if self._draw is None else (len(self._draw.chosen), self._draw.size)
-
-        drop = 'drop_last=True'
+        owner, drop = type(self).__name__, 'drop_last=True'
         leave_out = drop if self.sampler is None else f"batch_sampler=dict(type='AUSAMSampler', {drop})"
         with (
-            one_is_enough(type(self).__name__, 'sampling_ratio', counts, leave_out),
+            one_is_enough(owner, 'sampling_ratio', lambda: self._draw.counts if self._draw else None, leave_out),
             super().recording(model) if self.uses_history else self._scale.applied(model),
         ):
             yield
@@ -206,17 +202,13 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         self.attach_model(call.model)
         size = call_size(type(self).__name__, call)
         needs_keys = self.uses_history or self.sampler is not None
-        keys = self.keys(call, size) if needs_keys else []
+        keys: Keys = self.keys(call, size) if needs_keys else [('', 0)] * size
         if self.sampler is not None:
             draw = self.sampler.take(keys)
         else:
-            generator, place = self.generator(RngStream.SAMPLES), self._place_now()
-            if self.uses_history:
-                draw = self.drawer.draw(keys, generator, place)
-            else:
-                draw = self.drawer.draw_uniformly(size, generator, place)
+            draw = self.drawer.draw(keys, self.generator(RngStream.SAMPLES), self._place_now())
             if len(draw.chosen) < size:
-                keys = [keys[row] for row in draw.chosen] if needs_keys else []
+                keys = [keys[row] for row in draw.chosen]
                 call = subset(call, draw.chosen, size)
         self._draw, self._keys = draw, keys
         if self.uses_history:  # the loss modules of both passes are to scale, or weight, their samples

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mm_sharp.ops.module_attributes import Attributes, ModuleAttributes
-from mm_sharp.ops.module_tree import ModuleTree, is_compiled
+from mm_sharp.ops.module_tree import Attributes, ModuleAttributes, ModuleTree, is_compiled
 from mm_sharp.ops.norm_statistics import BATCH_NORMS
 from mm_sharp.ops.rare_changes import is_ordinary
 from mm_sharp.ops.tensor_backup import TensorBackup

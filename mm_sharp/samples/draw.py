@@ -57,6 +57,11 @@ class BatchDraw:
         return len(self.pi)
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """K and N."""
+        return len(self.chosen), self.size
+
+    @property
     def weights(self) -> FloatArray:
         """Horvitz-Thompson weights 1 / (N * pi_i) of the drawn samples, (K,), float64."""
         return horvitz_thompson_weights(self.pi, self.chosen)
@@ -88,21 +93,19 @@ class BatchDrawer:
     fewest: int = 1
 
     def draw(self, keys: Keys, generator: torch.Generator, place: TrainingPlace = AFTER_RAMP) -> BatchDraw:
-        """Draw from the batch of ``keys``, N pairs of a data set's name and a sample's id, in a step at ``place``."""
+        """Draw from the batch of ``keys``, N pairs of a data set's name and a sample's id, in a step at ``place``.
+
+        A uniform draw does not look at the keys.
+        """
+        size, k = len(keys), self._count(len(keys), place)
         if self.kind == 'uniform':
-            return self.draw_uniformly(len(keys), generator, place)
-        scores, k = self.history.scores(keys), self._count(len(keys), place)
-        s_min, s_max = self.schedule.s_min, self.schedule.s_max_at(place)
-        if self.kind == 'systematic' or k == len(keys):
+            return BatchDraw(uniform_sample(size, k, generator), np.full(size, k / size), np.full(size, math.nan))
+        scores, s_min, s_max = self.history.scores(keys), self.schedule.s_min, self.schedule.s_max_at(place)
+        if self.kind == 'systematic' or k == size:
             pi = inclusion_probabilities(scores, k, s_min, s_max, self.preference)
             return BatchDraw(systematic_sample(pi, generator), pi, scores)
         sizes = draw_sizes(scores, s_min, s_max, self.preference)
         return BatchDraw(sequential_sample(sizes, k, generator), k * sizes / sizes.sum(), scores)
-
-    def draw_uniformly(self, size: int, generator: torch.Generator, place: TrainingPlace = AFTER_RAMP) -> BatchDraw:
-        """Draw from a batch of ``size`` samples, whatever they are."""
-        k = self._count(size, place)
-        return BatchDraw(uniform_sample(size, k, generator), np.full(size, k / size), np.full(size, math.nan))
 
     def _count(self, size: int, place: TrainingPlace) -> int:
         return sample_count(self.schedule.ratio_at(place), size, self.fewest)

@@ -42,17 +42,17 @@ def fewest_samples(model: nn.Module) -> int:
 
 @contextmanager
 def one_is_enough(
-    owner: str, ratio: str, counts: Callable[[], tuple[int, int]], leave_out: str = 'drop_last=True'
+    owner: str, ratio: str, counts: Callable[[], tuple[int, int] | None], leave_out: str = 'drop_last=True'
 ) -> Iterator[None]:
     """A context of a forward on K of N samples, in which torch's error at a single one shows the way out.
 
-    For the message: ``owner`` has an argument ``ratio`` that K follows from, ``counts`` gives K and N, and
+    For the message: ``owner`` has an argument ``ratio`` that K follows from, ``counts`` gives K and N, if known, and
     ``leave_out`` in ``train_dataloader`` leaves out incomplete batches.
     """
     try:
         yield
     except ValueError as error:
-        kept, of = counts()
+        kept, of = counts() or (0, 0)
         if kept != 1 or of == 1 or 'more than 1 value per channel' not in str(error):
             raise
         raise UserError(

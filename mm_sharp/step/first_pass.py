@@ -18,7 +18,6 @@ from mm_sharp.ops.parameters import ParameterSelector, devices_of, parameters_of
 from mm_sharp.ops.perturbation import BY_TENSOR
 from mm_sharp.ops.precision import Precision
 from mm_sharp.samples.keys import without_keys
-from mm_sharp.step.ahead import PerturbationAhead
 from mm_sharp.step.ascent import Ascent
 from mm_sharp.step.checks import check_model, require_call
 from mm_sharp.step.method import Method, Passes
@@ -57,7 +56,6 @@ class FirstPass:
         self.state = ForwardState(self._weights)
         self.recorder = CallRecorder()
         self.ascent = Ascent(settings, precision, self.parallel)
-        self.ahead = PerturbationAhead(settings, self.parallel)
         self.parameters: list[nn.Parameter] = []
         self.trained: list[nn.Parameter] = []
         self.devices: tuple[torch.device, ...] = ()
@@ -74,7 +72,7 @@ class FirstPass:
         self.parameters = parameters_of(self._optimizer)
         self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._attach(method, model)
-        self.ahead.restore()  # an earlier forward may have been left without the rest of its step
+        self.ascent.restore()  # an earlier forward may have been left without the rest of its step
         self.timer = StepTimer(self._precision.device) if timed else NO_TIMER
         both, parallel = self.passes is Passes.BOTH, self.parallel
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
@@ -88,10 +86,11 @@ class FirstPass:
                 method.recording(model) if both else _NOTHING,
             ):
                 yield
-            self.ahead.set_aside()
+            if self.passes is Passes.PERTURBED:
+                self.ascent.set_aside()
         except BaseException:
             parallel.reshard(interrupted=True)
-            self.ahead.restore()
+            self.ascent.restore()
             self.state.undo()
             raise
         finally:
@@ -119,7 +118,8 @@ class FirstPass:
     def _on_call(self, method: Method, call: ModelCall) -> ModelCall:
         """Runs just before the model's forward."""
         self.timer.mark('start')
-        self.ahead.restore()  # a model may catch the error of a call, and call itself again
+        if self.passes is Passes.PERTURBED:
+            self.ascent.restore()  # a model may catch the error of a call, and call itself again
         if self.passes is Passes.BOTH:
             with self.timer.exclude('recording'):
                 call = method.first_batch(call)
@@ -127,11 +127,10 @@ class FirstPass:
             call.args, call.kwargs = without_keys(call.model, call.args, call.kwargs)
             if self.passes is not Passes.FIRST:
                 perturbed = method.select_parameters(self._selector.select(self.parallel.module, self.trained))
-                self.ahead.choose(perturbed)
-            if self.passes is Passes.BOTH:
+                skips = method.skips_gradients and self.passes is Passes.BOTH
                 # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
-                skip = self.trained if method.skips_gradients and self.parallel.shards is None else ()
-                by_hand = self._settings.sync_perturbation and method.skips_gradients
+                skip = self.trained if skips and self.parallel.shards is None else ()
+                by_hand = self._settings.sync_perturbation and skips
                 self.ascent.choose(perturbed, skip, average_by_hand=by_hand)
         if not self.parallel.is_ddp:
             self._snapshot(method)
@@ -143,7 +142,7 @@ class FirstPass:
             sharded = self.parallel.shards is not None
             self.state.snapshot(self.parallel.tree, sharded=sharded, broadcast=self.parallel.broadcasts)
         if self.passes is Passes.PERTURBED:
-            self.ahead.perturb(method, self._precision.device)
+            self.ascent.perturb_ahead(method, self._precision.device)
 
     def _weights(self) -> list[Tensor]:
         """What the step moves, as memory of this process."""

@@ -44,7 +44,7 @@ class TwoPassStep:
         self.precision = precision
         self.first = first
         self.parallel, self.state = first.parallel, first.state
-        self.ascent, self.ahead = first.ascent, first.ahead
+        self.ascent = first.ascent
         self.second_pass = SecondPass(self.parallel, precision, self.state, settings.replay_rng)
         self.guard = NonFiniteGuard(settings.owner, precision.device, self.parallel, self.state)
         self.first_gradients = FirstGradients()
@@ -103,12 +103,12 @@ class TwoPassStep:
         batch.gradients.unstash()
         interrupted = True
         try:
-            self.ahead.take_up()
+            self.ascent.take_up()
             self._backward(batch.loss, batch.micro_batches)
             self.first.timer.mark('pass1')
             interrupted = False
         finally:
-            in_order(lambda: self.parallel.reshard(interrupted), self.ahead.restore)
+            in_order(lambda: self.parallel.reshard(interrupted), self.ascent.restore)
             self.first.timer.mark('restore')
         return StepRecord(batch.loss.detach())
 
@@ -157,7 +157,6 @@ class TwoPassStep:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""
         in_order(
             lambda: self.parallel.reshard(interrupted=True),
-            self.ahead.restore,
             self.ascent.restore,
             self.ascent.unfreeze,
             self.first_gradients.forget_pending,
@@ -174,7 +173,6 @@ class TwoPassStep:
             lambda: self.parallel.reshard(interrupted),  # before anything is written to the weights
             self.ascent.restore,
             self.state.restore,
-            torch.clear_autocast_cache,
             *(() if drawn is None else (drawn.restore,)),
         )
 

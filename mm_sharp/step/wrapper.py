@@ -173,7 +173,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             record.metrics = self._metrics
             self._inner_count = number
             due = self.should_update()
-            finite = self._step_if_finite(step_kwargs or {}) if due else None
+            finite = two_pass.verdict() if due else None
+            if due and (finite is None or not two_pass.guard.host_knows or finite):
+                self.step(**(step_kwargs or {}))
         except BaseException:
             self._inner_count, self.last_step, self.kept = number - 1, last_step, kept
             two_pass.undo(batch)
@@ -247,13 +249,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         return offending_samples(type(self).__name__, call)
 
     # ---------------------------------------------------------------- parts of a step
-    def _step_if_finite(self, step_kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Step, unless the final gradient is known not to be finite; see :meth:`TwoPassStep.verdict`."""
-        finite = self._two_pass.verdict()
-        if finite is None or not self._two_pass.guard.host_knows or finite:
-            self.step(**step_kwargs)
-        return finite
-
     def _clip_grad(self) -> None:
         """Clip the gradients; under FSDP by the norm of the whole gradient, and not of this rank's piece."""
         shards = self._first_pass.parallel.shards

@@ -72,9 +72,8 @@ def make(
     """An attached sampler; a number stands for a DefaultSampler over so many samples."""
     source = DefaultSampler(range(source), seed=3) if isinstance(source, int) else source
     sampler = AUSAMSampler(source, batch_size, **kwargs)
-    sampler.attach(
-        BatchDrawer(SampleHistory() if history is None else history, Schedule(ratio, 0.3, 1.0)), Shelf(), seed, rank
-    )
+    drawer = BatchDrawer(SampleHistory() if history is None else history, Schedule(ratio, 0.3, 1.0))
+    sampler.attach(drawer, Shelf(), seed, rank)
     return sampler
 
 
