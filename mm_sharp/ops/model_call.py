@@ -38,9 +38,6 @@ class ModelCall:
         return self.model(*args, **kwargs)
 
 
-ChooseBatch = Callable[[ModelCall], ModelCall]
-
-
 class CallRecorder:
     """Records the one call of a model within a context; ``call`` is None if there was none, or it has failed."""
 
@@ -59,7 +56,9 @@ class CallRecorder:
         return state
 
     @contextmanager
-    def record(self, model: nn.Module, devices: tuple[torch.device, ...], on_call: ChooseBatch) -> Iterator[None]:
+    def record(
+        self, model: nn.Module, devices: tuple[torch.device, ...], on_call: Callable[[ModelCall], ModelCall]
+    ) -> Iterator[None]:
         """Record the call of ``model`` in this context, which may call itself but must not be called twice.
 
         ``on_call`` sees the call before it runs, with the random state of ``devices``, and returns the call that runs

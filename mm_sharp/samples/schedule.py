@@ -142,7 +142,10 @@ def checked_schedule(owner: str, settings: Mapping[str, Any]) -> Schedule:
         wrong = {name: given[name] for name in ('ramp', 'whole_first_epoch') if given.get(name)}
         _refuse(owner, wrong, "schedule='constant' is without it", f"schedule='authors', {_written(wrong)}")
     plan = schedule_of(settings)
-    check_number(owner, 's_max', plan.s_max, low=plan.s_min, example=repr(max(1.0, plan.s_min)))
+    if plan.s_max < plan.s_min:
+        low = given.get('s_min', plan.s_min)
+        why = f'it must be a finite number in [{low:g}, inf), with s_min={low!r}'
+        _refuse(owner, {'s_max': plan.s_max}, why, f's_max={max(1.0, low)!r}')
     return plan
 
 

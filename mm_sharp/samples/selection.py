@@ -1,28 +1,19 @@
 """Which samples of a mini-batch take part, as pure functions.
 
-ESAM (Du et al. 2022, arXiv 2110.03141) differentiates, in its second pass, the samples whose loss the perturbation
-raises most (:func:`top_k`)::
+ESAM (Du et al. 2022, arXiv 2110.03141) differentiates, in its second pass, the ceil(gamma * N) samples whose loss the
+perturbation raises most (:func:`top_k`).
 
-    chosen = the ceil(gamma * N) samples with the largest l_i(w + e) - l_i(w)
-
-AUSAM (Deng et al., AAAI 2025, arXiv 2406.08001) draws samples by their scores, which are normalised within the
-mini-batch (:func:`draw_sizes`)::
-
-    z_i  = (score_i - min) / (max - min)
-    s_i  = s_min + (s_max - s_min) * z_i
-
-Its authors' code draws one sample after the other (:func:`sequential_sample`), each time with probabilities
-proportional to s among those that are left. A sample's probability to be among the K is then no simple function of s,
-and it differs less from the others' than s does: at K = N / 2 and s from 0.1 to 0.5, about 3.3 times, not 5. Ours is
-:func:`systematic_sample` in random order, which draws exactly K samples with exactly these probabilities
-(:func:`inclusion_probabilities`)::
+AUSAM (Deng et al., AAAI 2025, arXiv 2406.08001) draws samples by their scores, normalised within the mini-batch
+(:func:`draw_sizes`; :mod:`mm_sharp.methods.ausam` has the equations). Its authors' code draws one after the other
+(:func:`sequential_sample`), each time with probabilities proportional to s among those that are left. A sample's
+probability to be among the K is then no simple function of s, and it differs less from the others' than s does: at
+K = N / 2 and s from 0.1 to 0.5, about 3.3 times, not 5. Ours is :func:`systematic_sample` in random order, which draws
+exactly K samples with exactly these probabilities (:func:`inclusion_probabilities`)::
 
     pi_i = K * s_i / sum(s),  capped at 1 and the excess redistributed
 
 Ours as well: K = ceil(sampling_ratio * N), where the authors' code rounds down, and so has no sample of a batch of one;
-samples never seen take ``s_max``; equal scores give equal probabilities, where theirs divides 0 by 0; the
-Horvitz-Thompson weights ``1 / (N * pi_i)``; and :class:`Preference`, with which small scores are drawn more often, and
-outliers do not stretch the scale.
+samples never seen take ``s_max``; equal scores give equal probabilities, where theirs divides 0 by 0.
 
 Draws run on the host in numpy's float64: some thousand scores are too few for a device. :func:`top_k` stays on the
 device on which loss differences are computed.
@@ -130,7 +121,7 @@ def normalised_scores(scores: FloatArray, preference: Preference = LARGE) -> Flo
 def sequential_sample(sizes: FloatArray, k: int, generator: torch.Generator) -> IntArray:
     """Draw ``k`` samples one after the other, with probabilities proportional to ``sizes``, (N,), among those left.
 
-    The same as ``torch.multinomial`` without replacement, which the code of AUSAM's authors calls. Increasing indices.
+    The code of AUSAM's authors calls ``torch.multinomial``, too. Increasing indices, (k,).
     """
     chosen: IntArray = torch.multinomial(torch.from_numpy(sizes), k, generator=generator).sort().values.numpy()
     return chosen

@@ -137,9 +137,7 @@ def offending_samples(owner: str, call: ModelCall, rows: list[int] | None = None
 
 def _rows_not_finite(call: ModelCall, size: int) -> list[int]:
     """Rows of the call's arguments, tensors and data samples, in which a number is not finite."""
-    layout = Layout(size, lists_of_samples=True)
-    for number, value in enumerate((*call.args, *call.kwargs.values())):
-        layout.split(value, str(number))
+    layout = Layout(size, lists_of_samples=True).split_call(call.args, call.kwargs)
     return [row for row in range(size) if not all(map(_finite, layout.sample(row)))]
 
 
