@@ -47,14 +47,9 @@ _MEASURED = "adaptive='tensor', rho=0.02, perturb='weights' (rho as a share of e
 
 
 class ScaleReport:
-    """Tells what a wrapper perturbs: once at the start, in the log's scalars, and in warnings, each once.
+    """Tells what a wrapper perturbs in the user's own ``model``: at the start, in the log's scalars, and in warnings.
 
-    Args:
-        wrapper: The wrapper.
-        model: The user's own model.
-
-    Attributes:
-        introduced: Whether it was said what is perturbed.
+    Each warning comes once. ``introduced``: whether it was said what is perturbed.
     """
 
     def __init__(self, wrapper: TwoPassOptimWrapper, model: nn.Module) -> None:
@@ -183,7 +178,9 @@ class ScaleReport:
         loss, rise = median(loss for loss, _ in last), median(rise for _, rise in last)
         expected = median(self._expected)
         steep = rise > (_TIMES - 1) * abs(loss) and rise > _OF_THE_FIRST * abs(self._first)
-        flat = not self._rounds() and rise < _OF_THE_GRADIENT * expected and expected > _NOTICEABLE * abs(loss)
+        quantized = any(map(quantizes_weights, self._model.modules()))
+        rounds = quantized and not self._wrapper.settings.perturb_quantized
+        flat = not rounds and rise < _OF_THE_GRADIENT * expected and expected > _NOTICEABLE * abs(loss)
         if len(last) == _FEW and (steep or flat):
             instead = f', and not to the {loss + expected:.2g} that the gradient says' if flat else ''
             self._say(
@@ -193,17 +190,10 @@ class ScaleReport:
                 f'last {_FEW} logged steps). Write {self._way_out("smaller", 0.2)}',
             )
 
-    def _rounds(self) -> bool:
-        """Whether the perturbation goes through quantizers of weights."""
-        quantized = any(map(quantizes_weights, self._model.modules()))
-        return quantized and not self._wrapper.settings.perturb_quantized
-
     def _way_out(self, which: str, factor: float) -> str:
         """What to write in place of the present scale."""
         other = f'a {which} rho, such as rho={self._wrapper.rho * factor:.2g}'
-        if self._wrapper.settings.adaptive == 'tensor':
-            return other
-        return f'{_MEASURED}, or {other}'
+        return other if self._wrapper.settings.adaptive == 'tensor' else f'{_MEASURED}, or {other}'
 
     def _say(self, kind: str, message: str) -> None:
         if kind not in self._said:

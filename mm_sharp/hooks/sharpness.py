@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from mmengine.hooks import Hook, LoggerHook
@@ -58,9 +57,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     optimizer wrappers the names are ``sharpness/WRAPPER.…``; the console's four are shared out.
 
     After the first step one line says how far the weights are moved, and where. Three warnings, each at most once and
-    only in logged steps, say what to write: nearly all of the perturbation is in one small part of the model; the loss
-    does not rise noticeably; it rises to several times what it was. See ``docs/scale.md`` and
-    :mod:`mm_sharp.hooks.scale_report`.
+    only in logged steps, say what to write: ``docs/scale.md`` has them.
 
     Args:
         interval: Iterations between two entries; by default the ``LoggerHook``'s.
@@ -126,13 +123,9 @@ class SharpnessHook(Hook):  # type: ignore[misc]
                 if logged is None and f'{PREFIX}{prefix}L_w_e' not in self._written:
                     logged = step
                 ours = {} if logged is None else {**_scalars(logged), **report.log_scalars(logged)}
-                self._write(runner, prefix, {**ours, **wrapper.log_scalars()})
-
-    def _write(self, runner: Any, prefix: str, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            key = f'{PREFIX}{prefix}{name}'
-            runner.message_hub.update_scalar(key, value)
-            self._written.add(key)
+                for name, value in {**ours, **wrapper.log_scalars()}.items():
+                    runner.message_hub.update_scalar(f'{PREFIX}{prefix}{name}', value)
+                    self._written.add(f'{PREFIX}{prefix}{name}')
 
     def _is_due(self, runner: Any, batch_idx: int) -> bool:
         # LoggerHook may log the last iteration of an epoch too: values must be there, and of that iteration.

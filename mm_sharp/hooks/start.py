@@ -56,14 +56,7 @@ class StartHook(Hook):  # type: ignore[misc]
 def in_words(
     wrapper: TwoPassOptimWrapper, batch_size: int, length: TrainingLength, model: nn.Module | None
 ) -> dict[str, str]:
-    """What a wrapper does in a training, by what it is about.
-
-    Args:
-        wrapper: The wrapper.
-        batch_size: N, of a process.
-        length: How long the training is.
-        model: What the wrapper trains, where that is known.
-    """
+    """What a wrapper does in a training, by what it is about, given N of a process and, where known, its ``model``."""
     settings = wrapper.settings
     quantized = '; in quantized layers the quantized weights' if settings.perturb_quantized else ''
     return {

@@ -8,15 +8,13 @@ difference of its loss before and after the perturbation estimates at no further
     z_i     = (score_i - min) / (max - min)                       within the mini-batch
     s_i     = s_min + (s_max - s_min) * z_i                       the likelier to be among the K
 
-The paper's abstract and the code of its first author for CIFAR (github.com/ajiaaa/AUSAM, commit 13ee7bf) were at hand.
-The defaults are that code's: K is half of N, the first epoch uses whole batches, s_min is 0.1, and s_max rises from
-there to 0.5 over the first 15 % of the training (:mod:`mm_sharp.samples.schedule`). Its settings for pose estimation
-are not known. Ours is what the arguments say is ours, and what :mod:`mm_sharp.samples.selection` says; drawing in the
-data loader; and that K rounds up (theirs down).
+The defaults are those of its first author's code for CIFAR (github.com/ajiaaa/AUSAM, commit 13ee7bf): K is half of N,
+the first epoch uses whole batches, s_min is 0.1, and s_max rises from there to 0.5 over the first 15 % of the training
+(:mod:`mm_sharp.samples.schedule`). The paper's settings for pose estimation are not known. Ours is what the arguments
+and :mod:`mm_sharp.samples.selection` say is ours, and drawing in the data loader. docs/sampling_study.md has what our
+additions gave.
 
-Large scores are those of hard samples and of wrongly labelled ones, which the authors' draw therefore prefers; so there
-is ``prefer='small'``. docs/sampling_study.md has what our additions gave. A loss that is the sum of its samples' is
-scaled by N / K, so that a step is as long as on the whole batch.
+A loss that is the sum of its samples' is scaled by N / K, so that a step is as long as on the whole batch.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from mmengine.dist import get_world_size
-from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -73,9 +70,9 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             depends on the draw. A uniform draw's is one as it is.
         history_momentum: Weight of the past in an exponential average of the loss differences, in [0, 1); by default
             the average over all visits (ours).
-        prefer: Which average loss differences make a sample likelier to be drawn: ``'large'``, the authors', or
-            ``'small'`` (ours), with which ``s_min`` is the largest's and ``s_max`` the smallest's. ``reweight`` takes
-            back what the preference does to the gradient.
+        prefer: Which average loss differences make a sample likelier to be drawn: ``'large'``, the authors', which
+            prefers wrongly labelled samples, too; or ``'small'`` (ours), with which ``s_min`` is the largest's and
+            ``s_max`` the smallest's. ``reweight`` takes back what the preference does to the gradient.
         clip_quantile: Scores above this quantile of the mini-batch's, in (0, 1], count as equal to it (ours), so that
             one outlier does not make all others the same; 1 clips nothing.
         draw: ``'systematic'``, exact inclusion probabilities (ours); ``'sequential'``, one sample after the other as in
@@ -83,8 +80,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             whose batch can be cut.
         schedule: What the arguments that are not given are: ``'authors'``, or ``'constant'``, which was this package's
             before it had the authors': ``sampling_ratio=0.6, s_min=0.3, s_max=1.0, ramp=0, whole_first_epoch=False``.
-            By default the authors', but for configs of that time: one that gives ``s_min`` or ``s_max``, other than
-            the authors' both, and neither ``schedule`` nor ``ramp`` nor ``whole_first_epoch``, keeps ``'constant'``.
+            By default the authors', but for configs of that time: see
+            :func:`mm_sharp.samples.schedule.schedule_name`.
         ramp: Share of the training, by epochs, over which ``s_max`` rises from ``s_min``, in [0, 1]; 0.15 is the
             authors'. With 0 it does not change.
         whole_first_epoch: Use the batches of the first epoch whole, so that every sample is measured once; by default
@@ -101,12 +98,6 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
-
-    Example:
-        In a config, with everything else as it was::
-
-            custom_imports = dict(imports=['mm_sharp'])
-            optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, optimizer=dict(type='Adam', lr=5e-4))
     """
 
     choices: ClassVar[dict[str, tuple[str, ...]]] = CHOICES
@@ -146,7 +137,6 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         self._keys: Keys = []
         self._attached: nn.Module | None = None
         self._scale = LossScale()
-        self._has_said_length = False
 
     @classmethod
     def theoretical_cost(cls, batch_size: int, **settings: Any) -> Cost:
@@ -264,15 +254,6 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             return self.place
         if self._max_counts > 0:  # initialize_count_status was called: how long the training is, but not its epochs
             return TrainingLength(self._max_counts, None).place(0, self._inner_count)
-        plan = self.drawer.schedule
-        if (plan.ramp > 0 or plan.whole_first_epoch) and not self._has_said_length:
-            self._has_said_length = True
-            print_log(
-                f'{type(self).__name__}: nobody has said how long this training is, so s_max is {plan.s_max:g} from '
-                'the first step on, and no epoch is used whole. In a loop of your own write, when an epoch begins: '
-                'optim_wrapper.place = mm_sharp.samples.schedule.TrainingLength(epochs, len(loader)).place(epoch)',
-                logger='current',
-            )
         return AFTER_RAMP
 
 

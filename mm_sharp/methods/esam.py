@@ -8,8 +8,7 @@ gradients:
 - *Sharpness-sensitive data selection* (SDS): the second pass differentiates the ``ceil(gamma * N)`` samples whose loss
   the perturbation raises most, ``l_i(w + e) - l_i(w)``, for which a forward without gradients runs on the whole batch.
 
-A step costs (3 + beta + 3 * gamma) / 3 of the base optimizer's: 1.70 at (0.6, 0.5). (The paper reports
-1.40, which this arithmetic does not give: without the selection's forward it is 1.37.)
+A step costs (3 + beta + 3 * gamma) / 3 of the base optimizer's: 1.70 at (0.6, 0.5). (The paper reports 1.40.)
 
 Ours: ``selection='history'`` takes the samples with the largest *average* loss difference instead, which needs no extra
 forward: (2 + beta + 3 * gamma) / 3, 1.37. Since BatchNorm makes losses on different sets of samples incomparable, the
@@ -70,13 +69,6 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
-
-    Example:
-        In a config, with everything else as it was::
-
-            custom_imports = dict(imports=['mm_sharp'])
-            optim_wrapper = dict(type='ESAMOptimWrapper', rho=0.05, beta=0.6, gamma=0.5,
-                                 optimizer=dict(type='Adam', lr=5e-4))
     """
 
     # Under FSDP all the same, of all.
@@ -247,11 +239,10 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
 
 def _metrics_of(scores: FloatArray) -> dict[str, float]:
-    """Figures for the log, of loss differences (N,), NaN where unknown.
+    """Figures for the log, of loss differences (N,), NaN where unknown: :class:`mm_sharp.hooks.SharpnessHook` has them.
 
-    ``mean_difference`` in units of the loss; ``sampling_entropy``, that of each sample's share of the sum of absolute
-    differences, over log N: 1 where all are alike, so that the selection is arbitrary; ``large_scores``, the share of
-    samples above the middle between the smallest and the largest.
+    The entropy is that of each sample's share of the sum of absolute differences: 1 where all are alike, so that the
+    selection is arbitrary.
     """
     known = scores[np.isfinite(scores)]
     if not len(known):

@@ -85,7 +85,7 @@ class CallRecorder:
             self._depth -= 1
             if self._depth == 0 and self.call is not None:
                 self._inputs.check()
-                self.call.output = _copy_containers(output)
+                self.call.output = fresh(output, copies=False)
                 if output is None:  # the call has failed, and may be tried again
                     self.call = None
 
@@ -163,11 +163,3 @@ def loss_of(call: ModelCall, output: Any) -> Tensor:
         "that can be computed again. Return a dict of losses (mode='loss') from a model that derives from "
         'mmengine.model.BaseModel, or the loss itself as a tensor.'
     )
-
-
-def _copy_containers(value: Any) -> Any:
-    if type(value) is dict:
-        return {key: _copy_containers(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copy_containers(item) for item in value)
-    return value

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -141,9 +142,7 @@ class LoaderDraw:
 
     def agreement(self, received: Keys) -> int:
         """How many of the keys are equal, row by row; -1 if there are not as many."""
-        if len(self.keys) != len(received):
-            return -1
-        return sum(a == b for a, b in zip(self.keys, received, strict=True))
+        return sum(map(eq, self.keys, received)) if len(self.keys) == len(received) else -1
 
     def state_dict(self) -> dict[str, Any]:
         """The same in plain types and tensors."""

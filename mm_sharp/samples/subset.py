@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
@@ -74,19 +72,16 @@ def subset(call: ModelCall, rows: IntArray | Tensor, size: int) -> ModelCall:
     # Beside a list of data samples, a list of N tensors holds the pictures (of different sizes, say); elsewhere it may
     # hold N inputs of N samples each, which the tensors' shapes tell.
     beside = any(type(v) in (list, tuple) and v and isinstance(v[0], BaseDataElement) for v in _values(call))
-
-    @cache
-    def on(device: torch.device) -> Tensor:
-        return to_device(rows, device) if isinstance(rows, np.ndarray) else rows.to(device)
-
-    @cache
-    def listed() -> list[int]:
-        return rows.tolist()
+    on: dict[object, Any] = {}  # the rows, by device, and as a list
 
     def take(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.index_select(0, on(value.device))
-        return value[listed()] if isinstance(value, np.ndarray) else type(value)([value[row] for row in listed()])
+            device = value.device
+            if device not in on:
+                on[device] = to_device(rows, device) if isinstance(rows, np.ndarray) else rows.to(device)
+            return value.index_select(0, on[device])
+        listed = on.get(list) or on.setdefault(list, rows.tolist())
+        return value[listed] if isinstance(value, np.ndarray) else type(value)([value[row] for row in listed])
 
     layout = Layout(size, lists_of_samples=beside, of_model=True).split_call(call.args, call.kwargs)
     args, kwargs = fill(layout.template, [take(value) for value in layout.rows])

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.perturbation import perturb_
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.quantized_perturbation import QuantizedPerturbation
@@ -107,7 +106,8 @@ class Ascent:
         check_perturbed(self._settings, self._parallel.module, perturbed)
         if not perturbed and self._parallel.shards is None:
             return torch.zeros((), device=device)
-        gradients, inverse = self._gradients(perturbed), self._inverse_grad_scale()
+        gradients = self._parallel.pieces([parameter.grad for parameter in perturbed if parameter.grad is not None])
+        inverse = self._inverse_grad_scale()
         method.perturbation_gradient(perturbed, gradients, inverse)
         norm = self._move(method, perturbed, gradients, device, inverse)
         if self._settings.perturb_quantized:
@@ -131,7 +131,7 @@ class Ascent:
         device: torch.device,
         inverse: Tensor | None = None,
     ) -> Tensor:
-        weights = [local_shard(parameter) for parameter in parameters]
+        weights = self._parallel.pieces(parameters)
         self._weights.save(weights)
         direction, eps = method.direction(weights, gradients), self._settings.eps
         norms = self._parallel.norms(parameters, device, self._perturbed)
@@ -148,14 +148,10 @@ class Ascent:
         if not perturbed and not sharded:
             return None
         copies = [copy for _, copy in self._weights.pairs]
-        norms = self._parallel.norms(perturbed, device, self._perturbed)
-        of_weights, of_moves = norms.of_each(copies, self._gradients(perturbed))  # their memory holds e
+        # The gradients' memory holds e.
+        moves = self._parallel.pieces([parameter.grad for parameter in perturbed if parameter.grad is not None])
+        of_weights, of_moves = self._parallel.norms(perturbed, device, self._perturbed).of_each(copies, moves)
         return PerturbationSizes(self._perturbed if sharded else perturbed, of_moves, of_weights)
-
-    @staticmethod
-    def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """What this process holds of the gradients; all have one."""
-        return [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
     def _inverse_grad_scale(self) -> Tensor | None:
         """What undoes, in the first gradient, the loss scale and the division by the micro-batches."""
@@ -188,6 +184,6 @@ class Ascent:
             if self._moved.saved:
                 self._weights.discard()
                 self._moved.discard()
-            elif self._weights.saved:
+            else:
                 self._weights.restore()
                 torch.clear_autocast_cache()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mm_sharp.ops.forward_state import ForwardState
-from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.gradients import GradientStash
 from mm_sharp.ops.model_call import CallRecorder, ModelCall
 from mm_sharp.ops.parameters import ParameterSelector, devices_of, parameters_of
@@ -68,11 +67,12 @@ class FirstPass:
 
         ``synchronise``: whether DDP averages the gradients that the optimizer gets of this micro-batch.
         """
-        self.passes = method.passes()
+        was_perturbed, self.passes = self.passes is Passes.PERTURBED, method.passes()
         self.parameters = parameters_of(self._optimizer)
         self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._attach(method, model)
-        self.ascent.restore()  # an earlier forward may have been left without the rest of its step
+        if was_perturbed:
+            self.ascent.restore()  # an earlier forward may have been left without the rest of its step
         self.timer = StepTimer(self._precision.device) if timed else NO_TIMER
         both, parallel = self.passes is Passes.BOTH, self.parallel
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
@@ -146,7 +146,7 @@ class FirstPass:
 
     def _weights(self) -> list[Tensor]:
         """What the step moves, as memory of this process."""
-        return list(self.trained if self.parallel.shards is None else map(local_shard, self.trained))
+        return self.parallel.pieces(self.trained)
 
     def take(self, loss: Tensor, micro_batches: int) -> MicroBatch:
         """The micro-batch whose forward was captured, with its loss; a RuntimeError if there is none, or it is open."""

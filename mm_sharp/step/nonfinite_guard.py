@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mm_sharp.ops.finite import TRUE, all_finite, quickly_finite, zero_unless
 from mm_sharp.ops.forward_state import ForwardState
-from mm_sharp.ops.fsdp import any_rank, local_shard
+from mm_sharp.ops.fsdp import any_rank
 from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.step.nonfinite_log import NonFiniteLog
 from mm_sharp.step.parallel import ParallelModel
@@ -65,16 +65,13 @@ class NonFiniteGuard:
 
         On an accelerator the gradients of the optimizer's ``parameters`` are zero afterwards unless it is.
         """
-        sharded = self._parallel.shards is not None
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if sharded:
-            gradients = list(map(local_shard, gradients))
+        gradients = self._parallel.pieces([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.host_knows and quickly_finite([*gradients, *self._state.statistics]):
             self._has_begun = False
             finite = TRUE
         else:
             finite = all_finite(gradients)
-        if sharded:
+        if self._parallel.shards is not None:
             finite = ~any_rank(~finite.to(self._device))
         if not self.host_knows:
             zero_unless(finite, gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from mmengine.model import MMSeparateDistributedDataParallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mm_sharp.ops.fsdp import Shards, shards_of
+from mm_sharp.ops.fsdp import Shards, local_shard, shards_of
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.perturbation import Norms
@@ -97,6 +97,10 @@ class ParallelModel:
     def is_synchronised(self) -> bool:
         """Whether :meth:`average` does anything."""
         return bool(self._synchronised)
+
+    def pieces(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """What this process holds of parameters or gradients."""
+        return list(tensors if self.shards is None else map(local_shard, tensors))
 
     def total(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Tensor:
         """The sum over all parameters of a number that each piece of them has; scalar."""
