@@ -60,7 +60,6 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         self._record: LossRecord | None = None
         self._measured: tuple[Keys, HostCopy] | None = None
 
-    # ---------------------------------------------------------------- what a method uses
     @property
     def uses_history(self) -> bool:
         """Whether the method keeps a history at all."""
@@ -113,7 +112,6 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         perturbed = (torch.isfinite(norm) & (norm > 0)).to(before.device)
         return torch.where(perturbed, after - before, torch.nan)
 
-    # ---------------------------------------------------------------- TwoPassOptimWrapper's interface
     def offending_samples(self, call: ModelCall) -> str:
         """The samples of ``call`` in which, or else in whose loss or loss difference, something is not finite."""
         losses = None if self._record is None else self._record.values()
@@ -167,7 +165,6 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
             return {}
         return {'share_seen': min(1.0, len(self.history) / self.dataset_size)}
 
-    # ---------------------------------------------------------------- ranks
     def exchange_history(self) -> None:
         """Bring the history up to date and, with several ranks, to the same state on all: all of them must call it."""
         self.pending_updates.flush()

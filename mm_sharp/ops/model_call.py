@@ -20,6 +20,11 @@ from mm_sharp.ops.fsdp import is_flat_wrapper
 from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.ops.rng import RandomState
 
+RIGHT_FORM = (
+    "    with optim_wrapper.optim_context(model):\n        losses = model(inputs, data_samples, mode='loss')\n"
+    '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+)
+
 
 @dataclass
 class ModelCall:
@@ -117,9 +122,7 @@ def _called_twice(model: nn.Module) -> str:
     return (
         f'{type(unwrap(model)).__name__} was called twice in one optim_context: a second pass could not tell which '
         'call the loss comes from. Put everything that the loss needs into one forward (model(..., mode="loss")), or '
-        'use one optim_context and update_params for each call:\n'
-        "    with optim_wrapper.optim_context(model):\n        losses = model(inputs, data_samples, mode='loss')\n"
-        '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+        f'use one optim_context and update_params for each call:\n{RIGHT_FORM}'
     )
 
 

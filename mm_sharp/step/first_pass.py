@@ -109,7 +109,7 @@ class FirstPass:
         try:
             check_model(self._settings, model, shards, can_sync=not skips, by_name=by_name)
         except Exception:
-            self.parallel.detach()  # so that it is refused again
+            self.parallel.model = None  # so that it is refused again
             raise
         if shards is not None:
             # In a pass, the parameters that have the names may be others.

@@ -23,16 +23,11 @@ from mm_sharp.step.timing import StepRecord
 
 
 class NonFiniteGuard:
-    """Keeps values that are not finite out of the weights and of the model's ``state``; ``owner`` is for messages.
-
-    Attributes:
-        host_knows: Whether the host knows at once what is finite. Elsewhere than on the CPU it would have to wait.
-        unknown: What :meth:`verdict` has found last, scalar of bool, where the host does not know it.
-    """
+    """Keeps values that are not finite out of the weights and of the model's ``state``; ``owner`` is for messages."""
 
     def __init__(self, owner: str, device: torch.device, parallel: ParallelModel, state: ForwardState) -> None:
-        self.host_knows = device.type == 'cpu'
-        self.unknown: Tensor | None = None
+        self.host_knows = device.type == 'cpu'  # at once what is finite; elsewhere it would have to wait
+        self.unknown: Tensor | None = None  # what verdict() has found last, where the host does not know it
         self._device = device
         self._parallel = parallel
         self._log = NonFiniteLog(owner)

@@ -111,7 +111,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._metrics: Callable[[], dict[str, float]] | None = None
         self._within_update = False
 
-    # ---------------------------------------------------------------- settings
     @property
     def rho(self) -> float:
         """Radius of the perturbation; it may be set between two steps."""
@@ -121,7 +120,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     def rho(self, value: float) -> None:
         self.settings = replace(self.settings, rho=value)
 
-    # ---------------------------------------------------------------- MMEngine's interface
     def optim_context(self, model: nn.Module) -> AbstractContextManager[None]:
         """The context of a training forward: autocast, gradient synchronisation, and capture of the model call.
 
@@ -239,7 +237,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         rest, self.kept = without_kept(rest, self.optimizer)
         super().load_state_dict(rest)
 
-    # ---------------------------------------------------------------- what methods use
     def exclude_from_timing(self, name: str) -> AbstractContextManager[None]:
         """A context whose time is not the phase's that it lies in; see :class:`mm_sharp.step.timing.StepTimer`."""
         return self._first_pass.timer.exclude(name)
@@ -248,7 +245,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         """The samples of ``call`` that may have brought in what is not finite, for the log."""
         return offending_samples(type(self).__name__, call)
 
-    # ---------------------------------------------------------------- parts of a step
     def _clip_grad(self) -> None:
         """Clip the gradients; under FSDP by the norm of the whole gradient, and not of this rank's piece."""
         shards = self._first_pass.parallel.shards
