@@ -30,10 +30,14 @@ class ModuleTree:
         self._parameters: list[Any] = [each for each in held if each]
         self._parameters_then = [parameter for each in self._parameters for parameter in each.values()]
 
+    def same_modules(self) -> bool:
+        """Whether every module has the children that it had; fast, for every step asks."""
+        return all(map(eq, self._children, self._children_then))
+
     def unchanged(self) -> bool:
-        """Whether every module has the children and the parameters that it had; fast, for every step asks."""
+        """The same, and the parameters."""
         now, then = [parameter for each in self._parameters for parameter in each.values()], self._parameters_then
-        return all(map(eq, self._children, self._children_then)) and len(now) == len(then) and all(map(is_, now, then))
+        return self.same_modules() and len(now) == len(then) and all(map(is_, now, then))
 
 
 def submodules(module: nn.Module) -> Iterator[nn.Module]:
