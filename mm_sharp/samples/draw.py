@@ -68,11 +68,9 @@ class BatchDraw:
         return horvitz_thompson_weights(self.pi, self.chosen)
 
     def scalars(self) -> dict[str, float]:
-        """Figures for the log.
+        """Figures for the log: :class:`mm_sharp.hooks.SharpnessHook` has them.
 
-        ``sampling_entropy``: entropy of the shares pi_i / K over log N, from 0 to 1, where 1 is a uniform draw;
-        ``large_scores``: share of the batch's samples whose score is above the middle between the smallest and the
-        largest, those never seen among them.
+        The entropy is that of the shares pi_i / K; a score never seen is a large one.
         """
         shares = self.pi / self.pi.sum()
         entropy = -float((shares * np.log(shares)).sum()) / math.log(self.size) if self.size > 1 else 1.0

@@ -151,7 +151,7 @@ class PendingUpdates:
         self._in_flight: tuple[Keys, HostCopy] | None = None
 
     def add(self, keys: Keys, differences: torch.Tensor | HostCopy) -> None:
-        """Record a step's visits of K samples, with ``l_i(w + e) - l_i(w)``, (K,); not finite ones are ignored."""
+        """Record a step's visits: see :meth:`SampleHistory.update`."""
         self.flush()
         self._in_flight = (keys, differences if isinstance(differences, HostCopy) else HostCopy(differences))
 
