@@ -23,11 +23,9 @@ from mm_sharp.ops.quantized_perturbation import quantizes_weights
 from mm_sharp.step.timing import StepRecord
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
-# In the log, so that it stays readable; what is left is put together.
-_MOST_PARTS = 5
+_MOST_PARTS = 5  # in the log, so that it stays readable; what is left is put together
 # Nearly all of the perturbation is in a part with little of the weights: with three quarters of its squared norm there,
 # all the rest of the model moves by half of rho, and that part by 8 times as much of itself as the whole does.
-# In each of the last steps: in the very first ones nearly all of the gradient is in a head that knows nothing.
 _NEARLY_ALL, _LITTLE = 0.75, 0.1
 # The loss rises by less than a tenth of what it differs by from one batch to the next, and by hardly anything of itself
 # (with small batches it differs by much).
@@ -39,8 +37,9 @@ _TIMES, _OF_THE_FIRST = 3.0, 0.5
 # what the gradient at w knows. So it is with losses that cannot rise by much, such as those of heatmaps. (Under
 # quantizers, a small perturbation may change no integer.)
 _OF_THE_GRADIENT, _NOTICEABLE = 0.25, 0.02
-# Logged steps that a warning looks back on: what is seen at once, and what needs a mean. As many again come before that
-# mean: while a learning rate warms up, hardly any perturbation raises the loss.
+# Logged steps that a warning looks back on: what is seen at once (in the very first ones nearly all of the gradient is
+# in a head that knows nothing), and what needs a mean. As many again come before that mean: while a learning rate warms
+# up, hardly any perturbation raises the loss.
 _FEW, _MANY = 5, 20
 
 _MEASURED = "adaptive='tensor', rho=0.02, perturb='weights' (rho as a share of each tensor's norm)"

@@ -42,7 +42,7 @@ from mm_sharp.per_sample_loss import Reduction
 from mm_sharp.samples.history import Keys
 from mm_sharp.samples.schedule import TrainingLength
 from mm_sharp.samples.seeds import RngStream
-from mm_sharp.samples.selection import FloatArray, IntArray, normalised_scores, sample_count, top_k
+from mm_sharp.samples.selection import FloatArray, IntArray, batch_figures, sample_count, top_k
 from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
 from mm_sharp.step.checks import check_compiled
 from mm_sharp.step.method import Cost
@@ -198,11 +198,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         return self.selection == 'exact' or self.steps % self.refresh == 0
 
     def _measure(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A forward without gradients.
-
-        Gives the loss difference of every sample for the history and the log, (N,), NaN where there was no
-        perturbation; the loss increase to select by, (N,); the batch's L(w + e).
-        """
+        """A forward without gradients: the loss differences, (N,); the increases to select by, (N,); L(w + e)."""
         with self.exclude_from_timing('recording'):
             before = self.record().losses(loss)
         with self.losses_of(call.model).record() as record:
@@ -239,21 +235,6 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
 
 def _metrics_of(scores: FloatArray) -> dict[str, float]:
-    """Figures for the log, of loss differences (N,), NaN where unknown: :class:`mm_sharp.hooks.SharpnessHook` has them.
-
-    The entropy is that of each sample's share of the sum of absolute differences: 1 where all are alike, so that the
-    selection is arbitrary.
-    """
+    """Figures for the log, of loss differences (N,), NaN where unknown."""
     known = scores[np.isfinite(scores)]
-    if not len(known):
-        return {}
-    sizes = np.abs(known)
-    total = sizes.sum()
-    # 0 * log 0 counts as 0.
-    shares = sizes[sizes > 0] / total if total > 0 else np.full(len(known), 1 / len(known))
-    entropy = -(shares * np.log(shares)).sum() / np.log(len(known)) if len(known) > 1 else 1.0
-    return {
-        'mean_difference': float(known.mean()),
-        'sampling_entropy': float(entropy),
-        'large_scores': float((normalised_scores(known) > 0.5).mean()),
-    }
+    return {'mean_difference': float(known.mean()), **batch_figures(np.abs(known), known)} if len(known) else {}

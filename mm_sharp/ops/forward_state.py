@@ -101,17 +101,11 @@ class ForwardState:
         others = self._before.backup.pairs
         return [*self._norms.floats, *(buffer for buffer, _ in others if buffer.dtype in _FLOATS and buffer.numel())]
 
-    def restore_all(self) -> None:
-        """Put back what was before the step, which has been made or undone, apart from the weights."""
-        weights = self._trained()
+    def undo(self, *, apart_from_weights: bool = False) -> None:
+        """Put back what was before the step: of one that failed, or, without the weights, of one that was made."""
+        weights = self._trained() if apart_from_weights else ()
         self._norms.write_back(weights)
         self._before.write_back(weights)
-        self.discard()
-
-    def undo(self) -> None:
-        """Put back what was before a step that failed, with the weights as they were before it."""
-        self._norms.write_back()
-        self._before.restore()
         self.discard()
 
     def discard(self) -> None:

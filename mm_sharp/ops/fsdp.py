@@ -58,10 +58,7 @@ def shards_of(model: nn.Module) -> Shards | None:
 
 
 class Shards:
-    """A sharded model's pieces in this process.
-
-    Args:
-        model: The model as ``optim_context`` gets it. All processes must take part in all steps.
+    """The pieces in this process of a model, as ``optim_context`` gets it. All processes must take part in all steps.
 
     Attributes:
         parameters: All of the model's parameters, as pieces.

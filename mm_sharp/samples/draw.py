@@ -24,10 +24,10 @@ from mm_sharp.samples.selection import (
     FloatArray,
     IntArray,
     Preference,
+    batch_figures,
     draw_sizes,
     horvitz_thompson_weights,
     inclusion_probabilities,
-    normalised_scores,
     sample_count,
     sequential_sample,
     systematic_sample,
@@ -68,13 +68,8 @@ class BatchDraw:
         return horvitz_thompson_weights(self.pi, self.chosen)
 
     def scalars(self) -> dict[str, float]:
-        """Figures for the log: :class:`mm_sharp.hooks.SharpnessHook` has them.
-
-        The entropy is that of the shares pi_i / K; a score never seen is a large one.
-        """
-        shares = self.pi / self.pi.sum()
-        entropy = -float((shares * np.log(shares)).sum()) / math.log(self.size) if self.size > 1 else 1.0
-        return {'sampling_entropy': entropy, 'large_scores': float((normalised_scores(self.scores) > 0.5).mean())}
+        """Figures for the log."""
+        return batch_figures(self.pi, self.scores)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from mm_sharp.samples.table import FloatArray, IntArray, Table, blend
 Keys = Sequence[tuple[str, int]]
 
 _VERSION = 1
+_NOTHING = Table()
 _EXCHANGED_AT_ONCE = 1 << 20
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -102,8 +103,8 @@ class SampleHistory:
 
     def __len__(self) -> int:
         """Samples seen."""
-        shared = sum(map(len, self._shared.values()))
-        return shared + sum(int((self._shared_part(n, t.columns().ids)[1] == 0).sum()) for n, t in self._own.items())
+        own = [self._shared.get(name, _NOTHING).look_up(t.columns().ids)[1] for name, t in self._own.items()]
+        return sum(map(len, self._shared.values())) + sum(int((visits == 0).sum()) for visits in own)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole history in plain types and tensors (a copy); exchange a distributed one before."""
@@ -122,7 +123,7 @@ class SampleHistory:
 
     def _look_up(self, name: str, ids: IntArray) -> tuple[FloatArray, IntArray]:
         """Averages and visits; both 0 where there are none."""
-        averages, visits = self._shared_part(name, ids)
+        averages, visits = self._shared.get(name, _NOTHING).look_up(ids)
         if name in self._own:
             means, new = self._own[name].look_up(ids)
             seen = new > 0
@@ -130,9 +131,6 @@ class SampleHistory:
             averages[seen] = blended.astype(np.float32)  # as a table rounds: a checkpoint gives the same scores
             visits += new
         return averages, visits
-
-    def _shared_part(self, name: str, ids: IntArray) -> tuple[FloatArray, IntArray]:
-        return self._shared[name].look_up(ids) if name in self._shared else Table().look_up(ids)
 
     def _export(self, name: str) -> dict[str, torch.Tensor]:
         """The shared samples with this process's own added."""

@@ -118,6 +118,19 @@ def normalised_scores(scores: FloatArray, preference: Preference = LARGE) -> Flo
     return z
 
 
+def batch_figures(sizes: FloatArray, scores: FloatArray) -> dict[str, float]:
+    """Figures for the log of a mini-batch: :class:`mm_sharp.hooks.SharpnessHook` has them.
+
+    The entropy is that of each sample's share of ``sizes``, (N,): 1 where all are alike. ``scores``, (N,), are NaN where
+    never seen, which counts as large.
+    """
+    total, count = sizes.sum(), len(sizes)
+    # 0 * log 0 counts as 0.
+    shares = sizes[sizes > 0] / total if total > 0 else np.full(count, 1 / count)
+    entropy = -float((shares * np.log(shares)).sum()) / math.log(count) if count > 1 else 1.0
+    return {'sampling_entropy': entropy, 'large_scores': float((normalised_scores(scores) > 0.5).mean())}
+
+
 def sequential_sample(sizes: FloatArray, k: int, generator: torch.Generator) -> IntArray:
     """Draw ``k`` samples one after the other, with probabilities proportional to ``sizes``, (N,), among those left.
 

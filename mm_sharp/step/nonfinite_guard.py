@@ -88,6 +88,6 @@ class NonFiniteGuard:
         if self._has_begun:
             corrupted, self._has_begun = bool(self._state.newly_not_finite()), False
         if corrupted.numpy() if isinstance(corrupted, HostCopy) else corrupted:
-            self._state.restore_all()
+            self._state.undo(apart_from_weights=True)
         else:
             self._state.discard()
