@@ -71,8 +71,7 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
             wrapper.dataset_size = keys.count()
         if isinstance(sampler, AUSAMSampler):
             (drawer,) = self._drawing
-            drawer.attach_model(runner.model)
-            drawer.attach_sampler(sampler, keys, get_rank())
+            drawer.attach_sampler(sampler, keys, get_rank(), runner.model)
             sampler.follow(runner.train_loop)
 
     def _check_sampler(self, loader: Any, wrappers: list[Any]) -> None:

@@ -33,6 +33,7 @@ from mm_sharp.methods.per_sample import PerSampleOptimWrapper
 from mm_sharp.ops.host_copy import to_device
 from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.samples.ausam_sampler import AUSAMSampler
+from mm_sharp.samples.dataset_keys import DatasetKeys
 from mm_sharp.samples.draw import BatchDraw, BatchDrawer
 from mm_sharp.samples.history import Keys
 from mm_sharp.samples.loss_scale import LossScale
@@ -48,7 +49,7 @@ from mm_sharp.samples.schedule import (
 )
 from mm_sharp.samples.seeds import RngStream
 from mm_sharp.samples.selection import Preference, sample_count
-from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
+from mm_sharp.samples.subset import call_size, one_is_enough, subset
 from mm_sharp.step.method import Cost
 
 
@@ -65,9 +66,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         s_min: Normalised score of the smallest, > 0. ``s_max / s_min`` bounds how much likelier one sample is drawn
             than another; with ``s_min == s_max`` the draw is uniform.
         s_max: Normalised score of the largest, >= ``s_min``.
-        reweight: Weight the samples by 1 / (N * pi_i) (Horvitz-Thompson), which makes the gradient at given weights an
-            unbiased estimate of the whole batch's (ours): the first pass's, for the second's is taken at a point that
-            depends on the draw. A uniform draw's is one as it is.
+        reweight: Weight the samples by 1 / (N * pi_i) (Horvitz-Thompson), which makes the first pass's gradient an
+            unbiased estimate of the whole batch's (ours). A uniform draw's is one as it is.
         history_momentum: Weight of the past in an exponential average of the loss differences, in [0, 1); by default
             the average over all visits (ours).
         prefer: Which average loss differences make a sample likelier to be drawn: ``'large'``, the authors', which
@@ -135,7 +135,6 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         self._sampler_states: list[Any] = []
         self._draw: BatchDraw | None = None
         self._keys: Keys = []
-        self._attached: nn.Module | None = None
         self._scale = LossScale()
 
     @classmethod
@@ -152,22 +151,14 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         losses = self.losses_in_words(model) if self.uses_history else {}
         return {'samples': self.drawer.in_words(batch_size, length), **losses}
 
-    def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: Any, rank: int) -> None:
-        """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already.
-
-        ``dataset_keys`` gives it the keys of its samples: :class:`mm_sharp.samples.dataset_keys.DatasetKeys`.
-        """
+    def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: DatasetKeys, rank: int, model: nn.Module) -> None:
+        """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already."""
+        self.drawer.fewest = self.fewest(model)
         sampler.attach(self.drawer, dataset_keys, self.seed, rank, self.length)
         # With another number of ranks the batches are others.
         if len(self._sampler_states) == get_world_size() and self._sampler_states[rank] is not None:
             sampler.load_state_dict(self._sampler_states[rank])
         self.sampler, self._sampler_states = sampler, []
-
-    def attach_model(self, model: nn.Module) -> None:
-        """Fit the draws to what ``model`` can be trained on."""
-        if self._attached is not model:
-            self.drawer.fewest = fewest_samples(model)
-            self._attached = model
 
     @property
     def uses_history(self) -> bool:
@@ -189,7 +180,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
     def first_batch(self, call: ModelCall) -> ModelCall:
         """The call on the samples that are drawn; they must have ids, but for a uniform draw."""
         self.pending_updates.flush()
-        self.attach_model(call.model)
+        self.drawer.fewest = self.fewest(call.model)
         size = call_size(type(self).__name__, call)
         needs_keys = self.uses_history or self.sampler is not None
         keys: Keys = self.keys(call, size) if needs_keys else [('', 0)] * size

@@ -43,7 +43,7 @@ from mm_sharp.samples.history import Keys
 from mm_sharp.samples.schedule import TrainingLength
 from mm_sharp.samples.seeds import RngStream
 from mm_sharp.samples.selection import FloatArray, IntArray, batch_figures, sample_count, top_k
-from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
+from mm_sharp.samples.subset import call_size, one_is_enough, subset
 from mm_sharp.step.checks import check_compiled
 from mm_sharp.step.method import Cost
 
@@ -91,7 +91,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         self.selection = selection
         self.refresh = check_positive_int(name, 'refresh', refresh, example='10')
         super().__init__(optimizer, rho=rho, **kwargs)
-        self._size, self._fewest = 0, 1
+        self._size = 0
         self._checked: nn.Module | None = None  # the model that was found not to be compiled, or not in the way
         self._keys: Keys = []
         # What decides the factor on a subset's loss; any recorded step shows it.
@@ -120,7 +120,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         lines = {'perturbed': f'{self.selector.in_words}{chance}'}
         if self.gamma == 1.0:
             return lines
-        k = sample_count(self.gamma, batch_size, self._fewest)
+        k = sample_count(self.gamma, batch_size, self._fewest[1])
         how = f'by their history, measured in one step of {self.refresh}' if self.uses_history else 'measured each step'
         samples = f'all {batch_size} in the first pass; in the second the {k} whose loss rises most, {how}'
         return {**lines, 'samples': samples, **self.losses_in_words(model)}
@@ -157,7 +157,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         """Record the losses of the first pass, where this step needs them."""
         if self._checked is not model:
             check_compiled(type(self).__name__, model, sees_losses=self.gamma < 1.0, switches=self.beta < 1.0)
-            self._checked, self._fewest = model, fewest_samples(model)
+            self._checked = model
         if self.gamma < 1.0 and self.losses_of(model).look_again():
             self._reductions = set()
         if self.gamma == 1.0 or (not self._measures and self._reductions):
@@ -171,7 +171,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     def perturbed_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward, on the samples that are selected."""
-        count = sample_count(self.gamma, self._size, self._fewest)
+        count = sample_count(self.gamma, self._size, self.fewest(call.model))
         # Other ranks may have more samples and select: a forward that communicates (SyncBatchNorm) needs all of them.
         if count == self._size and (self.gamma == 1.0 or get_world_size() == 1):
             return super().perturbed_loss(call, loss, norm)

@@ -20,6 +20,7 @@ from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
 from mm_sharp.samples.history import Keys, PendingUpdates, SampleHistory
 from mm_sharp.samples.keys import keys_of
 from mm_sharp.samples.seeds import RngStream, make_generator, shared_seed
+from mm_sharp.samples.subset import fewest_samples
 from mm_sharp.step.checks import check_compiled
 from mm_sharp.step.nonfinite_log import offending_samples
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -56,6 +57,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         self.dataset_size: int | None = None
         self.number = 0
         self._seed: int | None = None
+        self._fewest: tuple[nn.Module | None, int] = (None, 1)
         self._per_sample: PerSampleLoss | None = None
         self._record: LossRecord | None = None
         self._measured: tuple[Keys, HostCopy] | None = None
@@ -80,6 +82,12 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
     def keys(self, call: ModelCall, size: int) -> Keys:
         """The keys of the ``size`` samples in a call; a SampleIdError if they have none."""
         return keys_of(call.args, call.kwargs, size, type(self).__name__)
+
+    def fewest(self, model: nn.Module) -> int:
+        """The fewest samples of a batch that ``model`` can be trained on."""
+        if self._fewest[0] is not model:
+            self._fewest = model, fewest_samples(model)
+        return self._fewest[1]
 
     def record(self) -> LossRecord:
         """What was recorded of the first pass."""

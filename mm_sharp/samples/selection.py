@@ -121,8 +121,8 @@ def normalised_scores(scores: FloatArray, preference: Preference = LARGE) -> Flo
 def batch_figures(sizes: FloatArray, scores: FloatArray) -> dict[str, float]:
     """Figures for the log of a mini-batch: :class:`mm_sharp.hooks.SharpnessHook` has them.
 
-    The entropy is that of each sample's share of ``sizes``, (N,): 1 where all are alike. ``scores``, (N,), are NaN where
-    never seen, which counts as large.
+    The entropy is that of each sample's share of ``sizes``, (N,): 1 where all are alike. ``scores``, (N,), are NaN
+    where never seen, which counts as large.
     """
     total, count = sizes.sum(), len(sizes)
     # 0 * log 0 counts as 0.
