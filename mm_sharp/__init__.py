@@ -42,7 +42,6 @@ if not _is_light:
     from mm_sharp.config import preflight as _preflight
     from mm_sharp.hooks.checkpoint import CheckpointCheckHook as _CheckpointCheckHook
     from mm_sharp.hooks.compile import CompileHook as _CompileHook
-    from mm_sharp.hooks.draw_schedule import DrawScheduleHook as _DrawScheduleHook
     from mm_sharp.hooks.history import SampleHistoryHook as _SampleHistoryHook
     from mm_sharp.hooks.resumed_draws import ResumedDrawsHook as _ResumedDrawsHook
     from mm_sharp.hooks.sharpness import SharpnessHook
@@ -59,7 +58,6 @@ if not _is_light:
     from mm_sharp.samples.indexed_dataset import IndexedDataset
 
     _preflight.install()
-    _compat.register_default_hook(_DrawScheduleHook)
     _compat.register_default_hook(_SampleHistoryHook)
     _compat.register_default_hook(_ResumedDrawsHook)
     _compat.register_default_hook(_CompileHook)

@@ -22,7 +22,7 @@ _MOVED = {
     'hooks': 'checkpoint_check:checkpoint compilation:compile history_hook:history resumed_draws',
     'methods': 'ausam esam per_sample_pass:per_sample sam',
     'ops': (
-        'call_inputs finite forward_state grad_switch:frozen_params gradients module_state parameters '
+        'call_inputs finite forward_state gradients module_state parameters '
         'perturbation precision quantized_perturbation random_state:rng rare_changes '
         'replay:model_call shards:fsdp transfer:host_copy'
     ),

@@ -11,7 +11,7 @@ from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import DataLoader, IterableDataset
 
 from mm_sharp import AUSAMOptimWrapper, AUSAMSampler
-from mm_sharp.hooks.draw_schedule import training_length
+from mm_sharp.hooks.history import training_length
 from mm_sharp.hooks.start import in_words
 from mm_sharp.samples.schedule import AFTER_RAMP, SCHEDULES, TrainingLength, Unset, schedule_of
 from mm_sharp.step.method import Cost
@@ -124,7 +124,7 @@ def loop(max_iters: int) -> Any:
 def test_an_epoch_of_an_infinite_sampler_is_one_pass_of_all_ranks(
     ranks: int, drawn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('mm_sharp.hooks.draw_schedule.get_world_size', lambda: ranks)
+    monkeypatch.setattr('mm_sharp.hooks.history.get_world_size', lambda: ranks)
     data = list(range(22))
     source = InfiniteSampler(data, seed=0)
     loader = DataLoader(
