@@ -75,12 +75,12 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
             ``s_max`` the smallest's. ``reweight`` takes back what the preference does to the gradient.
         clip_quantile: Scores above this quantile of the mini-batch's, in (0, 1], count as equal to it (ours), so that
             one outlier does not make all others the same; 1 clips nothing.
-        draw: ``'systematic'``, exact inclusion probabilities (ours); ``'sequential'``, one sample after the other as in
-            the authors' code; or ``'uniform'``, whatever the samples are (ours): without scores, and so for every model
-            whose batch can be cut.
+        draw: ``'sequential'``, one sample after the other as in the authors' code; ``'systematic'``, exact inclusion
+            probabilities (ours), the default with ``reweight``; or ``'uniform'``, whatever the samples are (ours):
+            without scores, and so for every model whose batch can be cut.
         schedule: What the arguments that are not given are: ``'authors'``, or ``'constant'``, which was this package's
-            before it had the authors': ``sampling_ratio=0.6, s_min=0.3, s_max=1.0, ramp=0, whole_first_epoch=False``.
-            By default the authors', but for configs of that time: see
+            before it had the authors': ``sampling_ratio=0.6, s_min=0.3, s_max=1.0, ramp=0, whole_first_epoch=False,
+            draw='systematic'``. By default the authors', but for configs of that time: see
             :func:`mm_sharp.samples.schedule.schedule_name`.
         ramp: Share of the training, by epochs, over which ``s_max`` rises from ``s_min``, in [0, 1]; 0.15 is the
             authors'. With 0 it does not change.
@@ -113,7 +113,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         history_momentum: float | None = None,
         prefer: str = 'large',
         clip_quantile: float = 1.0,
-        draw: str = 'systematic',
+        draw: str | None = None,
         schedule: str | None = None,
         ramp: float = Unset(0.15),
         whole_first_epoch: bool | None = None,
@@ -128,7 +128,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         super().__init__(optimizer, history_momentum=history_momentum, rho=rho, **kwargs)
         self.reweight = reweight and draw != 'uniform'
         preference = Preference(prefer == 'small', float(clip_quantile))
-        self.drawer = BatchDrawer(self.history, plan, preference, draw)
+        self.drawer = BatchDrawer(self.history, plan, preference)
         self.length: TrainingLength | None = None
         self.place: TrainingPlace | None = None
         self.sampler: AUSAMSampler | None = None
@@ -163,7 +163,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
     @property
     def uses_history(self) -> bool:
         """A uniform draw has none."""
-        return self.drawer.kind != 'uniform'
+        return self.drawer.schedule.draw != 'uniform'
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:

@@ -76,14 +76,12 @@ class BatchDraw:
 class BatchDrawer:
     """Draws K = ceil(sampling_ratio * N) samples of each batch by their scores in ``history``.
 
-    K is at least ``fewest``: what :func:`mm_sharp.samples.subset.fewest_samples` says of the model. What ``kind`` may
-    be is in :mod:`mm_sharp.samples.selection`.
+    K is at least ``fewest``: what :func:`mm_sharp.samples.subset.fewest_samples` says of the model.
     """
 
     history: SampleHistory
     schedule: Schedule
     preference: Preference = LARGE
-    kind: str = 'systematic'
     fewest: int = 1
 
     def draw(self, keys: Keys, generator: torch.Generator, place: TrainingPlace = AFTER_RAMP) -> BatchDraw:
@@ -92,10 +90,10 @@ class BatchDrawer:
         A uniform draw does not look at the keys.
         """
         size, k = len(keys), self._count(len(keys), place)
-        if self.kind == 'uniform':
+        if self.schedule.draw == 'uniform':
             return BatchDraw(uniform_sample(size, k, generator), np.full(size, k / size), np.full(size, math.nan))
         scores, s_min, s_max = self.history.scores(keys), self.schedule.s_min, self.schedule.s_max_at(place)
-        if self.kind == 'systematic' or k == size:
+        if self.schedule.draw == 'systematic' or k == size:
             pi = inclusion_probabilities(scores, k, s_min, s_max, self.preference)
             return BatchDraw(systematic_sample(pi, generator), pi, scores)
         sizes = draw_sizes(scores, s_min, s_max, self.preference)
@@ -110,10 +108,10 @@ class BatchDrawer:
         parts = [f'{sample_count(plan.sampling_ratio, batch_size, self.fewest)} of {batch_size} in both passes']
         if plan.whole_first_epoch:
             parts.append('all in the first epoch' if by_epochs else 'no whole first epoch: the data set has no length')
-        if self.kind == 'uniform':
+        if plan.draw == 'uniform':
             return '; '.join([*parts, 'drawn uniformly'])
         which = 'smaller' if self.preference.small else 'larger'
-        parts.append(f'the {which} the loss difference, the likelier ({self.kind} draw)')
+        parts.append(f'the {which} the loss difference, the likelier ({plan.draw} draw)')
         over = f'{plan.ramp * length.epochs:g} {"epochs" if by_epochs else "iterations"}'
         rising = f's_max {plan.s_min:g} to {plan.s_max:g} over the first {over}'
         parts.append(rising if plan.ramp > 0 else f's from {plan.s_min:g} to {plan.s_max:g}')

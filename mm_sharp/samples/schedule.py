@@ -61,6 +61,7 @@ class Schedule:
     s_max: float  # normalised score of the largest, at the end of the ramp
     ramp: float = 0.0  # share of the training over which ``s_max`` rises from ``s_min``, in [0, 1]; 0: it is constant
     whole_first_epoch: bool = False  # whether the batches of the first epoch are used whole
+    draw: str = 'systematic'  # how: see :mod:`mm_sharp.samples.selection`
 
     def s_max_at(self, place: TrainingPlace) -> float:
         """Normalised score of the largest in a step."""
@@ -75,13 +76,13 @@ class Schedule:
 
 # By name: the authors', and what this package did before it had theirs.
 SCHEDULES = {
-    'authors': Schedule(0.5, 0.1, 0.5, ramp=0.15, whole_first_epoch=True),
+    'authors': Schedule(0.5, 0.1, 0.5, ramp=0.15, whole_first_epoch=True, draw='sequential'),
     'constant': Schedule(0.6, 0.3, 1.0),
 }
 # What the arguments of the draws may be.
 CHOICES = {
     'prefer': ('large', 'small'),
-    'draw': ('systematic', 'sequential', 'uniform'),
+    'draw': ('sequential', 'systematic', 'uniform'),
     'schedule': tuple(SCHEDULES),
 }
 _NUMBERS: dict[str, dict[str, Any]] = {
@@ -100,12 +101,15 @@ _OF_SCORES = {**dict.fromkeys((*_RANGE, 'schedule', 'ramp', 'history_momentum'))
 def schedule_of(settings: Mapping[str, Any]) -> Schedule:
     """The schedule that a wrapper's arguments, by name, ask for.
 
-    Those that are missing, None or :class:`Unset` were not given: they are the named schedule's. ``draw='uniform'`` has
-    no scores, and so neither a range nor a reason for whole batches.
+    Those that are missing, None or :class:`Unset` were not given: they are the named schedule's, but for the draw with
+    ``reweight``, which needs exact probabilities. ``draw='uniform'`` has no scores, and so neither a range nor a reason
+    for whole batches.
     """
     given, base = _given(settings), SCHEDULES[schedule_name(settings)]
-    if settings.get('draw') == 'uniform':
+    if given.get('draw') == 'uniform':
         base = Schedule(SCHEDULES['authors'].sampling_ratio, 1.0, 1.0)
+    elif given.get('reweight'):
+        base = replace(base, draw='systematic')
     return replace(base, **{name: type(usual)(given[name]) for name, usual in vars(base).items() if name in given})
 
 
@@ -127,15 +131,15 @@ def checked_schedule(owner: str, settings: Mapping[str, Any]) -> Schedule:
     for name, limits in _NUMBERS.items():
         check_number(owner, name, settings[name], **limits)
     for name, choices in CHOICES.items():
-        check_choice(owner, name, settings[name], (*choices, None) if name == 'schedule' else choices)
+        check_choice(owner, name, settings[name], choices if name == 'prefer' else (*choices, None))
     check_bool(owner, 'reweight', settings['reweight'])
     if settings['whole_first_epoch'] is not None:
         check_bool(owner, 'whole_first_epoch', settings['whole_first_epoch'])
     given = _given(settings)
-    if given['draw'] == 'uniform':
+    if given.get('draw') == 'uniform':
         wrong = {name: given[name] for name, usual in _OF_SCORES.items() if name in given and given[name] != usual}
         _refuse(owner, wrong, "draw='uniform' keeps no scores", "draw='uniform'")
-    if given['draw'] == 'sequential' and given['reweight']:
+    if given.get('draw') == 'sequential' and given['reweight']:
         why = "it needs exact inclusion probabilities, which draw='sequential' has no formula for"
         _refuse(owner, {'reweight': True}, why, "reweight=True, draw='systematic'")
     if given.get('schedule') == 'constant':

@@ -85,7 +85,7 @@ def test_drawn_one_after_the_other_samples_differ_less() -> None:
 
 @pytest.mark.parametrize('kind', CHOICES['draw'])
 def test_the_drawer_draws_what_its_kind_says(kind: str) -> None:
-    drawer, draws = BatchDrawer(history(), Schedule(0.4, 0.1, 0.5), kind=kind), 4000
+    drawer, draws = BatchDrawer(history(), Schedule(0.4, 0.1, 0.5, draw=kind)), 4000
     generator, counts = torch.Generator().manual_seed(1), np.zeros(5)
     for _ in range(draws):
         draw = drawer.draw(keys(5), generator)
@@ -104,7 +104,7 @@ def test_the_drawer_draws_what_its_kind_says(kind: str) -> None:
 @pytest.mark.parametrize('kind', ['systematic', 'sequential'])
 def test_frequencies_follow_the_ramp_over_the_epochs(kind: str) -> None:
     """Whole at first; then nearly uniform; then by the scores, as far as they are let."""
-    drawer = BatchDrawer(history(), Schedule(0.4, 0.1, 0.5, ramp=0.5, whole_first_epoch=True), kind=kind)
+    drawer = BatchDrawer(history(), Schedule(0.4, 0.1, 0.5, ramp=0.5, whole_first_epoch=True, draw=kind))
     length, draws = TrainingLength(8, 3), 3000
     generator = torch.Generator().manual_seed(2)
     for epoch in (0, 1, 3, 4, 7):
@@ -123,6 +123,6 @@ def test_frequencies_follow_the_ramp_over_the_epochs(kind: str) -> None:
 @pytest.mark.parametrize('kind', CHOICES['draw'])
 @pytest.mark.parametrize('size', [1, 2, 5])
 def test_a_batch_that_is_taken_whole(kind: str, size: int) -> None:
-    draw = BatchDrawer(history(), Schedule(1.0, 0.1, 0.5), kind=kind).draw(keys(size), torch.Generator())
+    draw = BatchDrawer(history(), Schedule(1.0, 0.1, 0.5, draw=kind)).draw(keys(size), torch.Generator())
     assert draw.chosen.tolist() == list(range(size))
     assert draw.pi.tolist() == [1.0] * size
