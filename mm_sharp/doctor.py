@@ -47,6 +47,7 @@ _BROKEN = (
         f'pip install "{name}>=2.0.0,<2.2.0"') for name in ('mmcv', 'mmcv-lite')),
     *((f'{name}>=4.12 numpy<2', f'{name} {{{name}}} needs numpy 2 and numpy is {{numpy}}',
         f'pip install "{name}<4.12"') for name in OPENCV),
+    ('torch<2.3 numpy>=2', 'torch {torch} is compiled against numpy 1 and numpy is {numpy}', 'pip install "numpy<2"'),
     *((f'mmpose !xtcocotools !faster-coco-eval python{which}3.12',
         'neither xtcocotools nor faster-coco-eval is installed, and MMPose needs one of them',
         f'pip install {package}') for which, package in (('<', 'xtcocotools'), ('>=', 'faster-coco-eval'))),
@@ -81,13 +82,15 @@ def diagnose(versions: Versions) -> list[Problem]:
         for when, text, command in rules
         if all(_holds(term, versions) for term in when.split())
     ]
-    builds = ' '.join(name for name in OPENCV if versions.get(name))
-    if ' ' in builds:
-        text = f'several builds of OpenCV are installed and overwrite each other: {builds}'
+    # Of one version they hold the same files: mmcv and albumentations ask for one each.
+    if len({versions.get(name) for name in OPENCV} - {None}) > 1:
+        builds = ' '.join(name for name in OPENCV if versions.get(name))
+        text = f'several versions of OpenCV are installed and overwrite each other: {builds}'
         found.append(Problem(text, f'pip uninstall -y {builds} && pip install {_INSTALLED_AS["cv2"]}', False))
     torch, vision = parse(versions.get('torch')), parse(versions.get('torchvision'))
-    # torchvision 0.15 belongs to torch 2.0, and so on.
-    if torch[:1] == (2,) and vision[:1] == (0,) and vision[1] != torch[1] + 15:
+    # torchvision 0.15 belongs to torch 2.0, and so on; 0.29.2 and later take every torch from 2.14 on.
+    any_newer = vision >= (0, 29, 2) and torch >= (2, 14)
+    if torch[:1] == (2,) and vision[:1] == (0,) and vision[1] != torch[1] + 15 and not any_newer:
         text = f'torchvision {versions["torchvision"]} belongs to another torch than {versions["torch"]}'
         found.append(Problem(text, f'pip install "torchvision==0.{torch[1] + 15}.*"', False))
     return found

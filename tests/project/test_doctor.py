@@ -38,6 +38,8 @@ def test_nothing_wrong() -> None:
     assert diagnose({**GOOD, 'numpy': '2.2.0'}) == [], 'faster-coco-eval stands in'
     assert diagnose({**GOOD, 'python': '3.12.1', 'xtcocotools': None}) == []
     assert diagnose({**GOOD, 'mmcv-lite': None, 'mmcv': '2.1.0'}) == []
+    assert diagnose({**GOOD, 'opencv-python': GOOD['opencv-python-headless']}) == []
+    assert diagnose({**GOOD, 'torch': '2.15.0', 'torchvision': '0.29.2'}) == []
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,8 @@ def test_nothing_wrong() -> None:
         ({'mmdet': None}, False, 'mmdet is missing', '"mmdet>=3.0.0,<3.4.0"'),
         ({'opencv-python-headless': None}, True, 'OpenCV is missing', '"opencv-python-headless<4.12"'),
         ({'opencv-python-headless': '4.12.0.88'}, True, 'needs numpy 2', '"opencv-python-headless<4.12"'),
-        ({'opencv-python': '4.11.0.86'}, False, 'several builds of OpenCV', 'pip uninstall -y opencv-python opencv'),
+        ({'opencv-python': '4.10.0.84'}, False, 'several versions of OpenCV', 'pip uninstall -y opencv-python opencv'),
+        ({'numpy': '2.2.0', 'torch': '2.2.2'}, True, 'torch 2.2.2 is compiled against numpy 1', '"numpy<2"'),
         ({'numpy': '2.2.0', 'faster-coco-eval': None}, True, 'compiled against numpy 1', 'faster-coco-eval'),
         ({'xtcocotools': None, 'faster-coco-eval': None}, True, 'neither xtcocotools nor', 'pip install xtcocotools'),
     ],
