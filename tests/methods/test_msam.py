@@ -147,12 +147,11 @@ def test_an_enclosing_autocast_region_keeps_no_stale_casts(dtype: str) -> None:
     wrappers = [build('msam', model, dtype=dtype) for model in (inside, outside)]
     for batch in batches(4):
         with torch.autocast('cpu', dtype=getattr(torch, dtype)):
-            with torch.no_grad():
-                inside(**batch, mode='tensor')  # fills the cache with casts of w
+            inside(**batch, mode='tensor')  # fills the cache with casts of w
             with wrappers[0].optim_context(inside):
                 losses = inside(**batch)
             wrappers[0].update_params(inside.parse_losses(losses)[0])
-        with torch.autocast('cpu', dtype=getattr(torch, dtype)), torch.no_grad():
+        with torch.autocast('cpu', dtype=getattr(torch, dtype)):
             outside(**batch, mode='tensor')
         outside.train_step(batch, wrappers[1])
     assert same_state(inside, outside)

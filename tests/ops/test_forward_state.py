@@ -411,7 +411,7 @@ ODD = {
     'expanded': lambda: torch.zeros(1).expand(5),
     'float8': lambda: torch.ones(3).to(torch.float8_e4m3fn),
     'complex': lambda: torch.ones(3, dtype=torch.complex64),
-    'uint16': lambda: torch.ones(3, dtype=torch.uint16),
+    **({'uint16': lambda: torch.ones(3, dtype=torch.uint16)} if hasattr(torch, 'uint16') else {}),  # from torch 2.3 on
     'meta': lambda: torch.empty(3, device='meta'),
 }
 
