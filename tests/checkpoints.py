@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+TORCH_REFUSES_CODE = torch.__version__ >= (2, 6)
+
 
 def through_disk(state: Any) -> Any:
-    """``state`` saved, and loaded as torch does it from 2.6 on: what would run code is refused."""
+    """``state`` saved, and loaded as this torch does it: from 2.6 on, what would run code is refused."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    return torch.load(file, weights_only=TORCH_REFUSES_CODE)
 
 
 def final_state(work_dir: Path) -> dict[str, Any]:

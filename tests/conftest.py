@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import mm_sharp  # noqa: F401  # before any test file imports MMEngine: see mm_sharp.compat.yapf_grammar
-from mm_sharp.errors import UserError
+from mm_sharp.errors import UsageError, UserError
 from tests.reliability import holds, pytest_addoption
 
 __all__ = ['ROOT', 'holds', 'pytest_addoption']
@@ -48,7 +48,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Skip what trains in float16 on the CPU where torch cannot."""
     try:
         return (yield)
-    except UserError as error:
+    except (UserError, UsageError) as error:
         if 'on the CPU needs torch 2.3' in str(error):
             pytest.skip(str(error))
         raise

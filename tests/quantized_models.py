@@ -111,8 +111,8 @@ def draw_batchnorms(model: nn.Module, seed: int) -> nn.Module:
             norm.running_mean.normal_(0, 0.3, generator=generator)
             norm.running_var.uniform_(0.3, 2, generator=generator)
             if norm.affine:
-                nn.init.uniform_(norm.weight, -0.5, 1.5, generator=generator)
-                nn.init.normal_(norm.bias, 0, 0.3, generator=generator)
+                norm.weight.data.uniform_(-0.5, 1.5, generator=generator)
+                norm.bias.data.normal_(0, 0.3, generator=generator)
     return model
 
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -36,6 +37,8 @@ from .record import check_calibrated, quantized_record
 FORMATS = ('qcdq', 'qonnx', 'float')
 OPSET = 17
 METADATA_KEY = 'mm_sharp'  # of the constants, as JSON
+# torch's newer exporter cannot store integer weights; before torch 2.5 there is none to choose.
+_OLDER_EXPORTER = {'dynamo': False} if 'dynamo' in signature(torch.onnx.export).parameters else {}
 
 
 class Network(nn.Module):
@@ -129,7 +132,7 @@ def warn_of_export(model: nn.Module) -> None:
             output_names(network(inputs))
             with exporting():
                 file = str(Path(folder, 'float.onnx'))
-                torch.onnx.export(network, (inputs,), file, opset_version=OPSET, dynamo=False)
+                torch.onnx.export(network, (inputs,), file, opset_version=OPSET, **_OLDER_EXPORTER)
     except UserError as error:
         message = f'This model can be trained and tested, but tools/export.py will refuse it: {error}'
         print_log(message, 'current', logging.WARNING)
@@ -179,8 +182,8 @@ def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int
             output_names=list(names),
             dynamic_axes={name: {0: 'batch'} for name in ('input', *names)},
             opset_version=OPSET,
-            dynamo=False,  # torch's newer exporter cannot store integer weights
             keep_initializers_as_inputs=True,  # else equal ones are stored once, and reach the others by Identity
+            **_OLDER_EXPORTER,
         )
     return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
 
@@ -204,7 +207,7 @@ def _write_float(network: nn.Module, inputs: Tensor, file: Path) -> dict[str, li
         axes = {name: {0: 'batch'} for name in ('input', *names)}
         options: dict[str, Any] = dict(input_names=['input'], output_names=list(names), dynamic_axes=axes)
         with exporting():
-            torch.onnx.export(network, (inputs,), str(file), opset_version=OPSET, dynamo=False, **options)
+            torch.onnx.export(network, (inputs,), str(file), opset_version=OPSET, **_OLDER_EXPORTER, **options)
     return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
 
 

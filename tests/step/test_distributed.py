@@ -71,6 +71,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'uneven': dict(uneven=True, model=dict(kind=SyncedNet)),
     'uneven synced': dict(uneven=True, model=dict(kind=SyncedNet), sync_perturbation=True, accumulative_counts=2),
 }
+if torch.__version__ < (2, 3):  # no float16 on its CPU
+    del OPTIONS['fp16']
 SAID = {
     'unused': 'find_unused_parameters, sync_perturbation',
     'buckets': 'broadcast_buffers, gradients as bucket views, accumulation',
