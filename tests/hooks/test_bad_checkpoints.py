@@ -343,6 +343,7 @@ def test_a_config_inside_a_checkpoint_is_not_run(
     holds(SECTION, 'hostile, by a config in it', 'tools, --resume', 'nothing executed')
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason='torch has these switches from 2.6 on')
 def test_torchs_switches_are_respected(
     tmp_path: Path, tools: Tools, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,7 +115,7 @@ def draw_curves(runs: Sequence[TrainedRun], metric: str, sharpness: Mapping[str,
     the panel is left out.
     """
     from matplotlib.figure import Figure  # only here: nothing else needs it
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     panels = [
         ('training loss', 'iteration', {run.name: _smoothed(run.training('loss')) for run in runs}),
@@ -133,6 +133,8 @@ def draw_curves(runs: Sequence[TrainedRun], metric: str, sharpness: Mapping[str,
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
     axes[0].set_yscale('log')
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter('{x:g}')
     axes[0].yaxis.set_minor_formatter(NullFormatter())  # all of them would lie over each other
     figure.savefig(file)
 

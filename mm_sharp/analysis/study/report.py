@@ -74,8 +74,9 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
     methods = [method for method in study.methods if method != BASE]
     names = [study.labels.get(method, method) for method in methods]
     margin = 0.3 + 0.07 * max(map(len, names), default=0)
-    height = (0.28 * len(methods) + 0.6) * len(settings) + 0.6
-    figure = Figure(figsize=(4.2 * len(budgets) + margin, height), dpi=110, layout='constrained')
+    width, line = (4.2, ', ') if len(budgets) == 1 else (2.9, '\n')  # of each: a page shows about 900 dots
+    height = (0.28 * len(methods) + (0.6 if line == ', ' else 0.8)) * len(settings) + 0.6
+    figure = Figure(figsize=(width * len(budgets) + margin, height), dpi=110, layout='constrained')
     axes: Any = figure.subplots(len(settings), len(budgets), squeeze=False, sharex='row', sharey=True)
     for axis, (setting, budget) in zip(axes.flat, product(settings, budgets), strict=True):
         axis.axvline(0, color='0.6', linewidth=1)
@@ -88,8 +89,10 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
         axis.set_yticks(range(len(methods)), names, fontsize=9)
         axis.set_ylim(len(methods) - 0.5, -0.5)
         axis.tick_params(axis='x', labelsize=8)
-        axis.set_title(f'{study.labels.get(setting, setting)}, {_TITLES[budget]}', fontsize=9)
-    figure.supxlabel(f'{study.metric.name}: difference from the base optimizer, 95 % interval', fontsize=9)
+        axis.locator_params(axis='x', nbins=6)
+        axis.set_title(f'{study.labels.get(setting, setting)}{line}{_TITLES[budget]}', fontsize=9)
+    metric = study.metric.name.rpartition('/')[2]
+    figure.supxlabel(f'{metric}: difference from the base optimizer, 95 % interval', fontsize=9)
     dots = [
         Line2D([], [], color=_COLOURS[good], marker='o', markersize=4, label=text) for good, text in _LEGEND.items()
     ]
