@@ -38,7 +38,7 @@ FORMATS = ('qcdq', 'qonnx', 'float')
 OPSET = 17
 METADATA_KEY = 'mm_sharp'  # of the constants, as JSON
 # torch's newer exporter cannot store integer weights; before torch 2.5 there is none to choose.
-_OLDER_EXPORTER = {'dynamo': False} if 'dynamo' in signature(torch.onnx.export).parameters else {}
+_OLDER_EXPORTER: dict[str, Any] = {'dynamo': False} if 'dynamo' in signature(torch.onnx.export).parameters else {}
 
 
 class Network(nn.Module):
