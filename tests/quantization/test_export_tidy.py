@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mm_sharp.quantization import export
 from mm_sharp.quantization.onnx_graph import tidy
 
 Forward = Callable[[Tensor], Tensor]
@@ -43,7 +44,7 @@ def graph_of(module: nn.Module) -> onnx.ModelProto:
             output_names=['output'],
             dynamic_axes={'input': {0: 'batch'}},
             opset_version=17,
-            dynamo=False,
+            **export._OLDER_EXPORTER,
             keep_initializers_as_inputs=True,
         )
     return onnxoptimizer.optimize(onnx.load_from_string(file.getvalue()), ['extract_constant_to_initializer'])
