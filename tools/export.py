@@ -7,12 +7,12 @@ python tools/export.py CONFIG CHECKPOINT --format qcdq --benchmark
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,45 +85,56 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """Read the config, apply the options and check the outcome.
+    """Read the config, apply the options, and check what can be checked before a model is built.
 
     Raises:
         UsageError: Something is missing or does not fit.
+        UserError: The test pipeline is not a top-down one.
     """
     cfg = cli.load_config(args)
+    cli.check_packages(f'exporting to {args.format}', 'onnx', 'onnxoptimizer', _RUNTIMES[args.format], 'brevitas')
+    from mm_sharp.quantization.deployment import crop_constants
+
     if cfg.get('test_dataloader') is None or not cfg.get('test_evaluator'):
         raise UsageError(
             f"'{args.config}' has no test_dataloader or no test_evaluator: there is nothing to check the export on"
         )
+    crop_constants(cfg.test_dataloader.dataset.get('pipeline') or [])
     preflight.check_data(cfg, 'test')
     check_checkpoint(args.checkpoint, 'checkpoint')
+    cli.output_folder(Path(args.out).parent if args.out else cfg.work_dir)
     return cfg
 
 
-def load_model(cfg: Config, checkpoint: str, trust: bool, may_be_float: bool = False) -> nn.Module:
+def load_model(
+    cfg: Config, checkpoint: str, trust: bool, file_format: str = 'qcdq', packed: bool = False
+) -> nn.Module:
     """Build the config's model, in evaluation mode, and load its weights and scales.
 
     Args:
         cfg: The config.
         checkpoint: The file.
         trust: Load it even if it is more than plain data.
-        may_be_float: Take a model that is not quantized, too.
+        file_format: What it is to be exported as; only ``'float'`` takes models that are not quantized.
+        packed: Whether its weights are to be packed.
 
     Raises:
-        UserError: The model is not quantized, or the checkpoint is of another, or is not plain.
+        UserError: The model cannot be exported so, or the checkpoint is of another, or is not plain.
         UsageError: The checkpoint is not calibrated, or has not all weights.
     """
     from mm_sharp.quantization import check_calibrated
+    from mm_sharp.quantization.export import check_exportable
     from mm_sharp.quantization.record import record_of
 
     init_default_scope(cfg.get('default_scope') or 'mmpose')
     with careful_loading(trust):
         model: nn.Module = MODELS.build(cfg.model)
-        if not may_be_float and record_of(model) is None:
+        if file_format != 'float' and record_of(model) is None:
             raise UsageError(
                 f'model={type(model).__name__} is a float model: write --format float, or quantize it by a fragment, '
                 "as _base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py']"
             )
+        check_exportable(model, file_format, packed=packed)
         content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
     try:
         keys = model.load_state_dict(content.get('state_dict', content), strict=False)
@@ -186,22 +197,6 @@ def first_samples(dataset: Mapping[str, Any], count: int, batch_size: int) -> tu
     return built, DataLoader(part, batch_size=batch_size, collate_fn=pseudo_collate)
 
 
-def check_packages(file_format: str) -> None:
-    """Name a package that exporting needs, and training does not, before anything is built.
-
-    Raises:
-        UsageError: It cannot be imported.
-    """
-    for package in ('onnx', 'onnxoptimizer', _RUNTIMES[file_format]):
-        try:
-            importlib.import_module(package)
-        except Exception as error:  # onnx raises AttributeError where ml_dtypes is too old, for one
-            raise UsageError(
-                f'exporting to {file_format} needs {package}, which cannot be imported '
-                f'({type(error).__name__}: {error}): pip install mm_sharp[quant]'
-            ) from error
-
-
 def results(file: Path) -> Path:
     """Where the comparison of an exported file is written."""
     return file.with_suffix('.check.json')
@@ -217,8 +212,9 @@ def main(arguments: Sequence[str]) -> None:
     """
     args = parse_arguments(arguments)
     cfg = configure(args)
-    check_packages(args.format)
-    model = load_model(cfg, args.checkpoint, args.trust_checkpoint, may_be_float=args.format == 'float')
+    if args.benchmark and find_spec('openvino') is None:
+        sys.stderr.write('OpenVINO is not installed, and not measured: pip install mm_sharp[openvino]\n')
+    model = load_model(cfg, args.checkpoint, args.trust_checkpoint, args.format, args.packed)
     report = export(cfg, model, args)
     print(report.table())
     file = results(Path(report.file))

@@ -14,7 +14,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from traceback import walk_tb
@@ -31,7 +31,7 @@ from mm_sharp.errors import UnsupportedError, UserError
 
 from .deployment import codec_constants
 from .flow import evaluation, without_quantizers
-from .record import check_calibrated, quantized_record
+from .record import check_calibrated, quantized_record, record_of
 
 FORMATS = ('qcdq', 'qonnx', 'float')
 OPSET = 17
@@ -69,22 +69,14 @@ def export_onnx(
         UserError: The model is float or not calibrated, its outputs are not known, ONNX has no form of an operator, or
             there is nothing to pack.
     """
-    if file_format not in FORMATS:
-        raise ValueError(f"format={file_format!r} is not allowed: one of {', '.join(FORMATS)}, as format='qcdq'")
-    if packed and file_format != 'qcdq':
-        raise ValueError(f"packed=True is not allowed with format={file_format!r}: take format='qcdq'")
+    check_exportable(model, file_format, packed=packed)
     if file_format != 'float':
         check_calibrated(model)
-    if file_format == 'qcdq':
-        _check_bits(model)
     import onnx
 
     from .onnx_graph import tidy
     from .onnx_runtime import for_onnxruntime
-    from .packing import check_packable, pack_weights
-
-    if packed:
-        check_packable(model)
+    from .packing import pack_weights
 
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +99,27 @@ def export_onnx(
     return file
 
 
+def check_exportable(model: nn.Module, file_format: str, *, packed: bool = False) -> None:
+    """Refuse what cannot be exported whatever the weights are, which need not be loaded; see :func:`export_onnx`.
+
+    What ONNX has no form of only the export itself finds.
+    """
+    if file_format not in FORMATS:
+        raise ValueError(f"format={file_format!r} is not allowed: one of {', '.join(FORMATS)}, as format='qcdq'")
+    if packed and file_format != 'qcdq':
+        raise ValueError(f"packed=True is not allowed with format={file_format!r}: take format='qcdq'")
+    record = record_of(model) if file_format == 'float' else quantized_record(model)
+    if file_format == 'qcdq':
+        _check_bits(model)
+    if packed:
+        from .packing import check_packable  # which needs onnx
+
+        check_packable(model)
+    uncalibrated = patch.object(record, 'calibrating', True) if record else nullcontext()
+    with evaluation(model), without_quantizers(model), torch.no_grad(), uncalibrated:
+        output_names(Network(model)(_zeros(model).to(next(model.parameters()).device)))
+
+
 def output_names(outputs: Sequence[Tensor]) -> tuple[str, ...]:
     """Names of a head's outputs; a UserError if they are not SimCC's, heatmaps or coordinates."""
     dimensions = tuple(output.ndim if isinstance(output, Tensor) else 0 for output in outputs)
@@ -124,12 +137,9 @@ def warn_of_export(model: nn.Module) -> None:
     """Warn in one line, before a calibrated model is trained, that it cannot be exported afterwards, and why."""
     try:
         _check_bits(model)
-        inputs, network = _zeros(model).to(next(model.parameters()).device), Network(model)
-        with evaluation(model), without_quantizers(model), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-            output_names(network(inputs))
-            with exporting():
-                file = str(Path(folder, 'float.onnx'))
-                torch.onnx.export(network, (inputs,), file, opset_version=OPSET, dynamo=False)
+        with tempfile.TemporaryDirectory() as folder:
+            inputs = _zeros(model).to(next(model.parameters()).device)
+            _write_float(Network(model), inputs, Path(folder, 'float.onnx'))
     except UserError as error:
         message = f'This model can be trained and tested, but tools/export.py will refuse it: {error}'
         print_log(message, 'current', logging.WARNING)
