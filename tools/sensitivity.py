@@ -83,6 +83,8 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
     Raises:
         UsageError: Something is missing or does not fit.
     """
+    onnx = ['onnx', 'onnxoptimizer'] if args.metric or args.in_time else []
+    cli.check_packages('measuring sensitivities', 'brevitas', *onnx)
     from mm_sharp.analysis.post_training.policies import read_policy
     from mm_sharp.analysis.post_training.proposal import same_everywhere
 
@@ -97,6 +99,7 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
         from mm_sharp.analysis.post_training.latency_budget import target_of
 
         args.target = target_of(args.runtime, policies.values())
+        cli.check_packages(f'timing for {args.target}', args.target)
         policies = {name: {**policy, 'target': 'generic'} for name, policy in policies.items()}
     preflight.check_data(cfg, 'train', 'val')
     check_checkpoint(args.checkpoint, 'checkpoint')
@@ -110,11 +113,14 @@ def main(arguments: Sequence[str]) -> None:
     from mm_sharp.analysis.post_training import report
     from mm_sharp.analysis.post_training.proposal import config_text, propose
     from mm_sharp.analysis.post_training.sensitivity import FLOAT, MixedModel, measure
-    from mm_sharp.analysis.post_training.subject import Subject
+    from mm_sharp.analysis.post_training.subject import Subject, check_policies
 
     folder = cli.output_folder(cfg.work_dir)
+    check_policies(cfg, policies, exported=args.in_time)
     subject = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed)
     judge = subject.metric(args.metric, args.people) if args.metric else subject.loss(args.people)
+    if args.metric:
+        judge(subject.float_model)  # is there such a metric?
     measured = f'-{args.metric}' if args.metric else 'validation loss'
     others = args.names[0] if args.spared else FLOAT
     # What is proposed in time may leave layers in float.

@@ -38,6 +38,12 @@ OPSET = 17
 METADATA_KEY = 'mm_sharp'  # of the constants, as JSON
 
 
+def has_stages(model: nn.Module) -> bool:
+    """Whether a model's head puts out the heatmaps of several stages, of which MMPose predicts by the last (CPM, MSPN,
+    RSN)."""
+    return any(base.__name__ in ('CPMHead', 'MSPNHead') for base in type(getattr(model, 'head', None)).__mro__)
+
+
 class Network(nn.Module):
     """What is exported: from the normalised picture to the outputs of the head of MMPose's top-down estimator."""
 
@@ -48,6 +54,7 @@ class Network(nn.Module):
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """(N, 3, H, W) float to the head's outputs."""
         outputs = self.model(inputs, None, mode='tensor')
+        outputs = outputs[-1] if has_stages(self.model) else outputs
         return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
 

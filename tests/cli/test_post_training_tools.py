@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import set_random_seed
+from mmengine.runner import CheckpointLoader, set_random_seed
 
 from mm_sharp.analysis.post_training.policies import float_config, own_policy, quantized_config, read_policy
 from mm_sharp.analysis.post_training.subject import Subject
@@ -158,6 +159,60 @@ def test_float_and_quantized_configs_are_made_of_each_other(folder: Path) -> Non
     lazy = float_config(plain)
     lazy.model = dict(type='QuantizedModel', model=plain.model, policy=dict(weight_bit_width=4))
     assert float_config(lazy).model == plain.model
+
+
+EARLY = [
+    ('ptq', ['--policy', 'targets.py'], r"--policy targets\.py: QuantizedModel: target='onnx' is not allowed"),
+    ('ptq', ['--policy', 'w8a8', 'unused.py'], r"--policy unused: .*patterns \['nowhere'\] match no layer"),
+    ('ptq', ['--policy', 'moving.py', '--learned-rounding'], 'moving: learned rounding needs scales that stay'),
+    ('ptq', ['--work-dir', 'f.pth/out'], "the folder 'f.pth/out' cannot be made"),
+    ('sensitivity', ['--policy', 'unused.py'], r"--policy unused: .*patterns \['nowhere'\] match no layer"),
+    ('sensitivity', ['--policy', 'w8a16', '--times-float', '2'], 'inputs of 16 bits cannot be exported'),
+    ('sensitivity', ['--work-dir', 'f.pth/out'], "the folder 'f.pth/out' cannot be made"),
+]
+
+
+@pytest.mark.parametrize(('name', 'arguments', 'message'), EARLY, ids=[' '.join([n, *a]) for n, a, _ in EARLY])
+def test_what_needs_no_checkpoint_is_said_before_one_is_loaded(
+    name: str, arguments: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = {'targets': dict(target='onnx'), 'unused': dict(skip=['nowhere'])}
+    policies['moving'] = dict(weight_scales='statistics', scale_init='max')
+    for file, policy in policies.items():
+        (folder / f'{file}.py').write_text(f'sharp_quantization = dict(policy={policy})\n')
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', lambda *args: pytest.fail('a checkpoint is loaded'))
+    with pytest.raises(UsageError, match=message) as caught:
+        run(name, folder, monkeypatch, 'float.py', 'f.pth', *arguments)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_network_that_cannot_be_traced_is_refused_before_its_checkpoint_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, root: Any) -> None:
+        raise TypeError('no proxy')
+
+    monkeypatch.setattr('mm_sharp.quantization.equalization._Tracer.trace', fail)
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', lambda *args: pytest.fail('a checkpoint is loaded'))
+    with pytest.raises(UsageError, match='--policy w8a8: TopdownPoseEstimator cannot be equalized: .*no proxy'):
+        run('ptq', folder, monkeypatch, 'float.py', 'f.pth', '--equalize')
+
+
+@pytest.mark.parametrize(
+    ('name', 'package', 'arguments'),
+    [
+        ('ptq', 'brevitas', []),
+        ('sensitivity', 'brevitas', []),
+        ('sensitivity', 'onnxoptimizer', ['--metric', 'PCK']),
+        ('sensitivity', 'onnxruntime', ['--policy', 'w8a8', '--times-float', '2']),
+    ],
+)
+def test_a_missing_package_is_named_first(
+    name: str, package: str, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf'needs {package}, which cannot be imported.*mm_sharp\[quant\]'):
+        run(name, folder, monkeypatch, 'float.py', 'f.pth', *arguments)
 
 
 BAD = [

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mm_sharp.analysis.post_training.proposal import Candidate, Proposal, bits_a_weight, mixed_policy, weight_bits
@@ -23,6 +24,7 @@ from mm_sharp.quantization import latency
 from mm_sharp.quantization.export import export_onnx
 from mm_sharp.quantization.record import quantized_record, size_in_bytes
 
+_SESSIONS = 3  # of which the worst counts: two of one model differ by more than the rounds in them
 RUNTIMES = {'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}  # by the target that is made for it
 
 
@@ -66,6 +68,7 @@ class Search:
         self._runtime, self._folder = RUNTIMES[target], folder
         self._float = export_onnx(subject.float_model, folder / 'float.onnx', 'float', {})
         self._uniform: list[Candidate] = []
+        self._milliseconds = 0.0  # of the float model
 
     def start(self) -> None:
         """Time the float model and each policy in all layers: before single layers are measured.
@@ -118,8 +121,12 @@ class Search:
         return self._timed(Candidate(name, quantized_record(model).bytes(), bits, self._judge(model)), file)
 
     def _timed(self, candidate: Candidate, file: Path) -> Candidate:
-        found = latency.compare({FLOAT: self._float, candidate.name: file}, only=[self._runtime])[-1]
-        made = replace(candidate, milliseconds=found.milliseconds, times_float=found.ratio)
+        files = {FLOAT: self._float, candidate.name: file}
+        sessions = [latency.compare(files, only=[self._runtime]) for _ in range(_SESSIONS)]
+        # Of one moment for all, since the machine may do other things at another.
+        self._milliseconds = self._milliseconds or median(found[0].milliseconds for found in sessions)
+        ratio = min(found[-1].ratio for found in sessions)
+        made = replace(candidate, milliseconds=self._milliseconds / ratio, times_float=ratio)
         sys.stderr.write(f'{made.name}: {_speed(made)}\n')
         return made
 
