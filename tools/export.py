@@ -106,9 +106,7 @@ def configure(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def load_model(
-    cfg: Config, checkpoint: str, trust: bool, file_format: str = 'qcdq', packed: bool = False
-) -> nn.Module:
+def load_model(cfg: Config, checkpoint: str, trust: bool, file_format: str = 'qcdq', packed: bool = False) -> nn.Module:
     """Build the config's model, in evaluation mode, and load its weights and scales.
 
     Args:

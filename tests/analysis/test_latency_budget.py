@@ -103,7 +103,10 @@ def test_one_layer_at_least_stays_quantized() -> None:
 
 @pytest.mark.parametrize(
     ('milliseconds', 'message'),
-    [(2.0, r'no policy fits: the fastest is w8 in all layers, 4\.00 ms, 3\.00 times'), (12.0, r'the float model keeps to the budget \(12\.00 ms\)')],
+    [
+        (2.0, r'no policy fits: the fastest is w8 in all layers, 4\.00 ms, 3\.00 times'),
+        (12.0, r'the float model keeps to the budget \(12\.00 ms\)'),
+    ],
 )
 def test_a_budget_that_nothing_or_all_keeps_to_is_refused_at_the_start(
     milliseconds: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -468,5 +468,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path, monkeypa
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr(cli, 'TemporaryFile', refuse)
-    with pytest.raises(UsageError, match=r"the folder '.*' cannot be written to \(Permission denied\): give another one"):
+    with pytest.raises(
+        UsageError, match=r"the folder '.*' cannot be written to \(Permission denied\): give another one"
+    ):
         cli.output_folder(tmp_path)
