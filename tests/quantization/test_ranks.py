@@ -1,4 +1,4 @@
-"""Distillation and weight freezing in two processes: equal on both, equal to one process with whole batches, resumed."""
+"""Distillation and weight freezing in two processes: equal on both, as in one with whole batches, and resumed."""
 
 from __future__ import annotations
 
