@@ -49,9 +49,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     budgets.add_argument('--size-mb', type=float, help='propose a policy with which the model takes at most so many MB')
     budgets.add_argument('--mean-bits', type=float, help='propose one with at most so many bits a weight')
     budgets.add_argument('--latency-ms', type=float, help='propose one with which a picture takes at most so long here')
-    budgets.add_argument(
-        '--times-float', type=float, help='propose one at least so many times as fast as float'
-    )
+    budgets.add_argument('--times-float', type=float, help='propose one at least so many times as fast as float')
     timed = 'what the two are measured in, on one thread, and the target of the proposed policy'
     default = "default: the policies' target, else onnxruntime"
     add('--runtime', choices=['onnxruntime', 'openvino'], help=f'{timed} ({default})')

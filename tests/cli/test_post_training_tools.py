@@ -194,7 +194,7 @@ def test_a_network_that_cannot_be_traced_is_refused_before_its_checkpoint_is_loa
 
     monkeypatch.setattr('mm_sharp.quantization.equalization._Tracer.trace', fail)
     monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', lambda *args: pytest.fail('a checkpoint is loaded'))
-    with pytest.raises(UsageError, match='--policy w8a8: TopdownPoseEstimator cannot be equalized: .*no proxy'):
+    with pytest.raises(UsageError, match=r'--policy w8a8: TopdownPoseEstimator cannot be equalized: .*no proxy'):
         run('ptq', folder, monkeypatch, 'float.py', 'f.pth', '--equalize')
 
 

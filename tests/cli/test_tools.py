@@ -468,7 +468,5 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path, monkeypa
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr(cli, 'TemporaryFile', refuse)
-    with pytest.raises(
-        UsageError, match=r"the folder '.*' cannot be written to \(Permission denied\)"
-    ):
+    with pytest.raises(UsageError, match=r"the folder '.*' cannot be written to \(Permission denied\)"):
         cli.output_folder(tmp_path)
