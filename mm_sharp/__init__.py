@@ -39,10 +39,9 @@ if not _is_light:
     _fragments.install()
     _moved.install()
 
-    from mm_sharp.config import any_tool as _any_tool
+    from mm_sharp.config import preflight as _preflight
     from mm_sharp.hooks.checkpoint import CheckpointCheckHook as _CheckpointCheckHook
     from mm_sharp.hooks.compile import CompileHook as _CompileHook
-    from mm_sharp.hooks.draw_schedule import DrawScheduleHook as _DrawScheduleHook
     from mm_sharp.hooks.history import SampleHistoryHook as _SampleHistoryHook
     from mm_sharp.hooks.resumed_draws import ResumedDrawsHook as _ResumedDrawsHook
     from mm_sharp.hooks.sharpness import SharpnessHook
@@ -58,8 +57,7 @@ if not _is_light:
     from mm_sharp.samples.ausam_sampler import AUSAMSampler
     from mm_sharp.samples.indexed_dataset import IndexedDataset
 
-    _any_tool.install()
-    _compat.register_default_hook(_DrawScheduleHook)
+    _preflight.install()
     _compat.register_default_hook(_SampleHistoryHook)
     _compat.register_default_hook(_ResumedDrawsHook)
     _compat.register_default_hook(_CompileHook)

@@ -56,17 +56,10 @@ _BROKEN = (
         'pip install "setuptools<81"'),
 )
 _NOTES = (
-    ('python>=3.13', 'Python {python} is untested (3.10 to 3.12 are)', 'python3.12 -m venv .venv'),
     ('!mmpose', 'mmpose is missing: SAM works with other MMEngine models, the pose configs do not',
         'pip install "mm_sharp[pose]" && pip install --no-deps mmpose==1.3.2'),
     ('mmpose !mmdet', 'mmdet is missing: RTMO, EDPose and detection before pose do not work',
         'pip install "mmdet>=3.0.0,<3.4.0"'),
-    ('mmpose numpy>=2 xtcocotools<1.15 faster-coco-eval', 'xtcocotools {xtcocotools} is compiled against numpy 1 and '
-        'numpy is {numpy}; faster-coco-eval stands in', 'pip install "numpy<2"'),
-    ('setuptools>=81', 'setuptools {setuptools} no longer has pkg_resources, which MMEngine uses to inherit configs; '
-        'mm_sharp does without', 'pip install "setuptools<81"'),
-    ('!setuptools python<3.12', 'setuptools is missing, and so is pkg_resources, which MMEngine uses to inherit '
-        'configs; mm_sharp does without', 'pip install "setuptools<81"'),
 )
 # fmt: on
 Versions = Mapping[str, 'str | None']
@@ -146,8 +139,7 @@ def describe_devices() -> str:
         import torch
 
         if not torch.cuda.is_available():
-            built = f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'
-            return f'CPU, {torch.get_num_threads()} threads (torch is built {built})'
+            return f'CPU, {torch.get_num_threads()} threads (torch is built for CUDA {torch.version.cuda})'
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return f'CUDA {torch.version.cuda}: {", ".join(names)}'
     except Exception as error:  # a torch that is missing or broken is reported as a problem

@@ -14,15 +14,15 @@ from typing import Any
 _MOVED = {
     '': 'diagnosis:doctor validation:errors',
     'analysis': 'benchmark sharpness study',
-    'cli': 'careful_loading:loading endings:process launcher_watch:process runners',
+    'cli': 'careful_loading:loading endings:process launcher_watch:process runners:process',
     'config': (
-        'build_errors config_types:fragments fragments preflight quantized_config:fragments '
+        'build_errors:preflight config_types:fragments fragments preflight quantized_config:fragments '
         'training_checks:preflight wrapper_checks:preflight'
     ),
     'hooks': 'checkpoint_check:checkpoint compilation:compile history_hook:history resumed_draws',
     'methods': 'ausam esam per_sample_pass:per_sample sam',
     'ops': (
-        'call_inputs finite forward_state grad_switch:frozen_params gradients module_state parameters '
+        'call_inputs finite forward_state gradients module_state parameters '
         'perturbation precision quantized_perturbation random_state:rng rare_changes '
         'replay:model_call shards:fsdp transfer:host_copy'
     ),

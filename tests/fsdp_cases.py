@@ -215,7 +215,9 @@ def overflow_of_one(rank: int, processes: int, kind: str, dtype: str | None) -> 
         if parameter.grad is not None and rank == processes - 1:
             local_shard(parameter.grad).fill_(float('inf'))
     wrapper._within_update = True
-    wrapper._step_if_finite({})
+    finite = wrapper._two_pass.verdict()
+    if finite is None or finite:
+        wrapper.step()
     return {'kept': before == pieces(net), 'halved': None if scale is None else scaler.get_scale() == scale / 2}
 
 

@@ -108,18 +108,6 @@ class PlainTensorInPlace(Memory):
         return centre.view(6, 1, 1)
 
 
-class Sparse(Memory):
-    """A sparse buffer that is written in place."""
-
-    def remember(self) -> None:
-        self.register_buffer('table', torch.diag(torch.arange(1.0, 7.0)).to_sparse(), persistent=False)
-
-    def recall(self, features: Tensor) -> Tensor:
-        row = self.table.to_dense().sum(0)
-        self.table.mul_(0.9)
-        return row.view(6, 1, 1) / 10
-
-
 class Teacher(Memory):
     """A momentum teacher of MMEngine's, moved in every second forward."""
 
@@ -207,7 +195,7 @@ class Flat(Codebook):
 MEMORIES: dict[str, type[Memory]] = {
     kind.__name__: kind
     for kind in (
-        *(Counter, Queue, Centre, PlainTensor, PlainTensorInPlace, Sparse, Teacher, HandTeacher, NewData),
+        *(Counter, Queue, Centre, PlainTensor, PlainTensorInPlace, Teacher, HandTeacher, NewData),
         *(Spectral, NewSpectral, Codebook, Flat),
     )
 }

@@ -10,25 +10,22 @@ A checkpoint is of the first config, unless its own is written before it, with a
 from __future__ import annotations
 
 import argparse
-import platform
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from mmengine.config import Config
-from mmengine.device import get_device
 
 # Importing the package mends the stack; MMPose is first imported after it, when a model is built.
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.sharpness.loading import SPLITS, Samples, dataset_config, load_model, load_samples
 from mm_sharp.analysis.sharpness.measure import Settings, measure
-from mm_sharp.analysis.sharpness.report import Entry, draw, table, write_csv, write_json
+from mm_sharp.analysis.sharpness.report import Entry, content, draw, row, table
+from mm_sharp.analysis.tables import csv_text, write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
@@ -40,71 +37,30 @@ _OWN_CONFIG = re.compile(r'(.+\.(?:py|json|ya?ml)):(.+)')
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     defaults = Settings()
-    parser = cli.OneLineParser(description='Measure how sharp the minima are at which checkpoints lie')
-    add = parser.add_argument
-    add('config', help='config file of a training run')
-    add(
-        'checkpoints',
-        nargs='+',
-        metavar='checkpoint',
-        help='checkpoint file, or CONFIG.py:FILE with a config of its own',
-    )
+    parser = cli.config_parser('Measure how sharp the minima are at which checkpoints lie')
+    add, whole, positive = parser.add_argument, cli.whole, cli.positive
+    file = 'checkpoint file, or CONFIG.py:FILE with a config of its own'
+    add('checkpoints', nargs='+', metavar='checkpoint', help=file)
     add('--names', nargs='+', help='what tables and figures call them (default: from folders and files)')
     add('--split', choices=SPLITS, default='train', help='data to take the loss over (default: train)')
-    add('--samples', type=int, default=256, help='the first so many after a seeded shuffle (default: 256)')
-    add('--batch-size', type=int, default=32, help='samples at once: memory and time, not results (default: 32)')
-    add('--rho', type=float, nargs='+', default=[*defaults.rhos], help='radii of balls (default: 0.01 0.05 0.1)')
-    add('--ascent-steps', type=int, default=5, help='of projected gradient ascent in each ball (default: 5)')
-    add('--eigenvalues', type=int, default=1, help='how many of the largest of the Hessian; 0: none (default: 1)')
-    add('--tolerance', type=float, default=defaults.tolerance, help='of the eigenvalues, relative (default: 0.001)')
-    add('--trace-draws', type=int, default=30, help="for the Hessian's trace, at least 2; 0: no trace (default: 30)")
+    add('--samples', type=whole(1), default=256, help='the first so many after a seeded shuffle (default: 256)')
+    add('--batch-size', type=whole(1), default=32, help='samples at once: memory and time, not results (default: 32)')
+    add('--rho', type=positive, nargs='+', default=[*defaults.rhos], help='radii of balls (default: 0.01 0.05 0.1)')
+    add('--ascent-steps', type=whole(0), default=5, help='of projected gradient ascent in each ball (default: 5)')
+    add('--eigenvalues', type=whole(0), default=1, help='how many of the largest of the Hessian; 0: none (default: 1)')
+    add('--tolerance', type=positive, default=defaults.tolerance, help='of the eigenvalues, relative (default: 0.001)')
+    add('--trace-draws', type=whole(0), default=30, help="for the Hessian's trace; 0: no trace (default: 30)")
     add('--landscape', nargs='+', choices=['1d', '2d', 'none'], default=['1d'], help='(default: 1d)')
-    add('--radius', type=float, default=defaults.radius, help="of the landscape, in filters' norms (default: 1)")
-    add('--points', type=int, default=defaults.points, help='of the landscape along each axis (default: 21)')
+    add('--radius', type=positive, default=defaults.radius, help="of the landscape, in filters' norms (default: 1)")
+    add('--points', type=whole(2), default=defaults.points, help='of the landscape along each axis (default: 21)')
     add('--perturb', choices=['auto', 'all', 'weights'], default='auto', help='parameters that move (default: auto)')
     add('--dtype', choices=['float32', 'float64'], default='float32', help="of the models' arithmetic")
-    add('--seed', type=int, default=0, help='of the samples, draws and directions (default: 0)')
+    add('--seed', type=whole(0, 2**32 - 1), default=0, help='of the samples, draws and directions (default: 0)')
     add('--out-dir', default='work_dirs/sharpness', help='folder for the results (default: work_dirs/sharpness)')
-    add('--cfg-options', nargs='+', action=cli.CfgOptions, default={}, metavar='KEY=VALUE', help='change all configs')
-    add(
-        '--trust-checkpoint',
-        action='store_true',
-        help='load checkpoints that can run code while loading; only for files whose source you trust',
-    )
-    add('--debug', action='store_true', help='show the traceback of usage errors')
-    # What cli.load_config reads besides.
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    cli.add_trust(parser)
     args = parser.parse_args(arguments)
-    _check(parser, args)
-    return args
-
-
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse values out of range.
-
-    Raises:
-        UsageError: One is.
-    """
-    least = {
-        'samples': 1,
-        'batch_size': 1,
-        'ascent_steps': 0,
-        'eigenvalues': 0,
-        'trace_draws': 0,
-        'points': 2,
-        'seed': 0,
-    }
-    for option, low in least.items():
-        if getattr(args, option) < low:
-            parser.error(f'--{option.replace("_", "-")} {getattr(args, option)}: it must be at least {low}')
     if args.trace_draws == 1:
         parser.error('--trace-draws 1: one draw has no standard error; give at least 2, or 0 for no trace')
-    if args.seed >= 2**32:
-        parser.error(f'--seed {args.seed}: it must be below 2**32')
-    for option, values in (('rho', args.rho), ('radius', [args.radius]), ('tolerance', [args.tolerance])):
-        for value in values:
-            if not 0 < value < float('inf'):
-                parser.error(f'--{option} {value:g}: it must be a finite number above 0')
     finest = {'float32': 1e-5, 'float64': 1e-10}[args.dtype]
     if args.tolerance < finest:
         parser.error(f'--tolerance {args.tolerance:g}: with --dtype {args.dtype} it must be at least {finest:g}')
@@ -112,14 +68,11 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f'--rho {" ".join(f"{rho:g}" for rho in args.rho)}: the same value twice')
     if 'none' in args.landscape and len({*args.landscape}) > 1:
         parser.error('--landscape: none does not go with others')
+    return args
 
 
 def checkpoints(args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Name, config file and checkpoint file of each checkpoint.
-
-    Raises:
-        UsageError: Names are missing or the same.
-    """
+    """Name, config file and checkpoint file of each checkpoint; a UsageError for names that are missing or the same."""
     pairs = []
     for given in args.checkpoints:
         own = None if Path(given).exists() or '://' in given else _OWN_CONFIG.fullmatch(given)
@@ -143,14 +96,7 @@ def _names(checkpoints: Sequence[str]) -> list[str]:
 
 
 def configure(args: argparse.Namespace) -> list[tuple[str, str, str, Config]]:
-    """Read the configs and check them and the files that they need.
-
-    Returns:
-        Name, config file, checkpoint file and config of each checkpoint.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """Name, config file, checkpoint file and config of each checkpoint; a UsageError for what does not fit."""
     configs: dict[str, Config] = {}
     found = []
     for name, config, checkpoint in checkpoints(args):
@@ -187,12 +133,6 @@ def analyze(args: argparse.Namespace) -> Iterator[Entry]:
         yield Entry(name, config, checkpoint, epoch, data, found)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were computed on."""
-    device = torch.cuda.get_device_name() if get_device() == 'cuda' else f'{get_device()} ({platform.machine()})'
-    return {'device': device, 'threads': torch.get_num_threads(), 'torch': torch.__version__}
-
-
 def main(arguments: Sequence[str]) -> None:
     """Measure, write the files, after each checkpoint again, and print the table."""
     args = parse_arguments(arguments)
@@ -200,8 +140,8 @@ def main(arguments: Sequence[str]) -> None:
     entries: list[Entry] = []
     for entry in analyze(args):
         entries.append(entry)
-        write_csv(folder / 'sharpness.csv', entries)
-        write_json(folder / 'sharpness.json', entries, settings, machine())
+        (folder / 'sharpness.csv').write_text(csv_text([*map(row, entries)]), encoding='utf-8')
+        write_json(folder / 'sharpness.json', content(entries, settings, cli.machine()))
         draw(folder / 'landscape.png', entries, settings)
         seconds = sum(entry.findings.seconds.values())
         print(f'{entry.name}: measured in {seconds:.0f} s ({len(entries)} of {len(args.checkpoints)})', flush=True)

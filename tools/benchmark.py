@@ -2,9 +2,9 @@
 """Measure what a training step costs with each method, side by side, or what parts of it cost alone.
 
 python tools/benchmark.py configs/demo/simcc_res18-half_demo-128x96.py --batch-size 32 64 --rounds 60 --threads 1 \\
-    --methods base sam esam esam-history ausam ausam-0.5 --out table.json --plot table.png
+    --methods base sam esam esam-history ausam ausam-0.5 --out table.json
 python tools/benchmark.py CONFIG --amp             all methods under autocast to bfloat16, or --amp float16
-python tools/benchmark.py CONFIG --peers           also SAM as it is written by hand, and pytorch_optimizer's
+python tools/benchmark.py CONFIG --peers           also SAM as it is written by hand
 python tools/benchmark.py CONFIG --floors          also each method's passes alone: what its own work comes to
 python tools/benchmark.py --parameters 25M 100M    perturbation and restoration alone, against the copy bandwidth
 python tools/benchmark.py --host                   steps of a model of 3,164 weights, a batch of 16, one thread: the
@@ -23,9 +23,6 @@ on the methods by chance.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import re
 import sys
 from collections.abc import Sequence
@@ -39,7 +36,8 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mm_sharp.analysis.benchmark import candidates, compare, methods, perturbing, steps, table, workload
+from mm_sharp.analysis.benchmark import candidates, steps, table, workload
+from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
@@ -53,66 +51,41 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if sum(map(bool, (args.config, args.parameters, args.host))) != 1:
         parser.error('give one of a CONFIG, --parameters COUNT and --host')
-    for option in ('batch_size', 'rounds', 'warmup', 'threads'):
-        given = getattr(args, option)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value < 1:
-                parser.error(f'--{option.replace("_", "-")} {value}: it must be at least 1')
-    for option, suffix in (('out', '.json'), ('plot', '.png')):
-        name = getattr(args, option)
-        if name is not None and Path(name).suffix != suffix:
-            parser.error(f"--{option} '{name}': the name must end in {suffix}")
+    if args.out is not None and Path(args.out).suffix != '.json':
+        parser.error(f"--out '{args.out}': the name must end in .json")
     if args.amp == 'float16' and get_device() == 'cpu':
-        parser.error(
-            "--amp float16: MMEngine's AmpOptimWrapper, the base optimizer's, takes no CPU: give --amp bfloat16"
-        )
-    if args.plot and not args.config:
-        parser.error('--plot draws the table of a CONFIG')
+        parser.error("--amp float16: MMEngine's AmpOptimWrapper takes no CPU: give --amp bfloat16")
     return args
 
 
 def _parser() -> cli.OneLineParser:
-    names = list(methods.all_methods())
-    parser = cli.OneLineParser(description='Measure the cost of a training step, or of parts of it')
-    add = parser.add_argument
-    add('config', nargs='?', help='config file of a training run')
-    add(
-        '--methods',
-        nargs='+',
-        default=names,
-        metavar='METHOD',
-        help=f'of {", ".join(names)} (default: all), or with another setting: ausam-0.5, esam-history',
-    )
-    add('--peers', action='store_true', help="also SAM by hand, and pytorch_optimizer's if installed")
+    names = list(candidates.all_methods())
+    parser = cli.config_parser('Measure the cost of a training step, or of parts of it', nargs='?')
+    add, whole = parser.add_argument, cli.whole
+    some = f'of {", ".join(names)} (default: all), or with another setting: ausam-0.5, esam-history'
+    add('--methods', nargs='+', default=names, metavar='METHOD', help=some)
+    add('--peers', action='store_true', help='also SAM by hand')
     add('--floors', action='store_true', help="also each method's passes alone, without its own work")
-    add('--batch-size', type=int, nargs='+', metavar='N', help="samples a step; several, several tables (the config's)")
     add(
-        '--amp',
-        nargs='?',
-        const='bfloat16',
-        choices=['bfloat16', 'float16'],
-        help="autocast for all methods (default: the config's precision; without a value: bfloat16)",
+        '--batch-size',
+        type=whole(1),
+        nargs='+',
+        metavar='N',
+        help="samples a step; several: a table each (the config's)",
     )
-    add('--rounds', type=int, default=20, help='timed steps of each method; whole cycles if any (default: 20)')
-    add('--warmup', type=int, default=3, help='steps of each method before them (default: 3)')
-    add('--threads', type=int, help='threads of torch on the CPU (default: all; with --host 1)')
+    precision = "autocast for all methods (default: the config's precision; without a value: bfloat16)"
+    add('--amp', nargs='?', const='bfloat16', choices=['bfloat16', 'float16'], help=precision)
+    add('--rounds', type=whole(1), default=20, help='timed steps of each method; whole cycles if any (default: 20)')
+    add('--warmup', type=whole(1), default=3, help='steps of each method before them (default: 3)')
+    add('--threads', type=whole(1), help='threads of torch on the CPU (default: all; with --host 1)')
     add('--parameters', nargs='+', metavar='COUNT', help='measure perturbation and restoration alone: 25M 100M 1B')
     add('--host', action='store_true', help="measure the host's own time, on a model of 3,164 weights")
     add('--out', metavar='FILE', help='write the figures to a file (.json)')
-    add('--plot', metavar='FILE', help='draw the tables as bars (.png)')
-    add('--cfg-options', nargs='+', action=cli.CfgOptions, default={}, metavar='KEY=VALUE', help='change the config')
-    add('--debug', action='store_true', help='show the traceback of usage errors')
-    # What cli.load_config reads besides; it knows another --amp.
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return parser
 
 
 def parse_count(text: str) -> int:
-    """A number like 20000, 500k, 10M or 1B.
-
-    Raises:
-        UsageError: It is none.
-    """
+    """A number like 20000, 500k, 10M or 1B; a UsageError for another."""
     match = re.fullmatch(r'(\d+(?:\.\d+)?)([kMB]?)', text)
     count = float(match[1]) * _FACTORS[match[2]] if match else 0.0
     if count < 1 or count != int(count):
@@ -121,27 +94,17 @@ def parse_count(text: str) -> int:
 
 
 def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]]]:
-    """Read the config and check it.
-
-    Returns:
-        The config, and the optimizer wrapper's config of each method by name.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
-    chosen = methods.parse_methods(args.methods)
+    """The config, and the optimizer wrapper's config of each method by name; a UsageError for what does not fit."""
+    chosen = candidates.parse_methods(args.methods)
     cfg = cli.load_config(args)
     preflight.check_wrappers(cfg)
-    if not cfg.get('train_dataloader'):
-        raise UsageError(f"'{args.config}' has no train_dataloader: there is nothing to train on")
+    cli.require(cfg, args.config, 'there is nothing to train on', 'train_dataloader')
     preflight.check_data(cfg, 'train')
-    settings = {name: methods.wrapper_settings(cfg, method, args.amp) for name, method in chosen.items()}
+    settings = {name: candidates.wrapper_settings(cfg, method, args.amp) for name, method in chosen.items()}
     if args.peers:
-        sam = methods.wrapper_settings(cfg, {'type': 'SAMOptimWrapper'}, args.amp)
-        names, missing = candidates.check_baselines(sam)
-        settings.update(dict.fromkeys(names, sam))
-        if missing:
-            print(missing)
+        sam = candidates.wrapper_settings(cfg, {'type': 'SAMOptimWrapper'}, args.amp)
+        candidates.check_by_hand(sam)
+        settings[candidates.BY_HAND] = sam
     return cfg, settings
 
 
@@ -158,34 +121,24 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         tables.append(found)
         if found.rounds != args.rounds:
             print(f'--rounds {args.rounds} becomes {found.rounds}: whole cycles')
-    if args.plot is not None:
-        of = ', '.join(filter(None, (machine()['device'], f'{torch.get_num_threads()} threads', args.amp)))
-        table.draw_chart(tables, Path(args.plot), f'{Path(args.config).stem}\n{of}')
-    figures = {'config': args.config, 'amp': args.amp, 'warmup': args.warmup, 'keeps_freed_memory': keeps, **machine()}
+    figures = {'config': args.config, 'amp': args.amp, 'warmup': args.warmup, 'keeps_freed_memory': keeps}
     text = '\n\n'.join(found.text() for found in tables)
-    return text, {**figures, 'tables': [found.figures() for found in tables]}
+    return text, {**figures, **cli.machine(), 'tables': [found.figures() for found in tables]}
 
 
 def measure_perturbing(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Measure perturbation and restoration; returns the table and the figures."""
     counts, device = [parse_count(text) for text in args.parameters], torch.device(get_device())
-    costs = [perturbing.measure_perturbing(count, args.rounds, device) for count in counts]
-    plain = [{key: q._asdict() if isinstance(q, compare.Quartiles) else q for key, q in cost.items()} for cost in costs]
-    return perturbing.perturbing_table(costs), {**machine(), 'parameters': plain}
+    costs = [steps.measure_perturbing(count, args.rounds, device) for count in counts]
+    plain = [{key: q._asdict() if isinstance(q, steps.Quartiles) else q for key, q in cost.items()} for cost in costs]
+    return steps.perturbing_table(costs), {**cli.machine(), 'parameters': plain}
 
 
 def measure_host(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Measure the host's own time of a step; returns the table and the figures."""
-    rows = workload.measure_host(methods.parse_methods(args.methods), args.rounds, args.warmup)
+    rows = table.measure_host(candidates.parse_methods(args.methods), args.rounds, args.warmup)
     head = f"the host's time of a step, and its ratio to the base optimizer's; a batch of {workload.BATCH_SIZE}"
-    return f'{head}\n{compare.step_table(rows)}', {**machine(), 'host': [row.figures() for row in rows]}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    device = torch.cuda.get_device_name() if get_device() == 'cuda' else f'{get_device()} ({platform.machine()})'
-    versions = {'python': platform.python_version(), 'torch': torch.__version__}
-    return {'device': device, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(), **versions}
+    return f'{head}\n{table.step_table(rows)}', {**cli.machine(), 'host': [row.figures() for row in rows]}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -201,7 +154,7 @@ def main(arguments: Sequence[str]) -> None:
     print(text)
     print(f'{figures["device"]}, {figures["cores"]} cores, {figures["threads"]} threads, torch {figures["torch"]}')
     if args.out is not None:
-        Path(args.out).write_text(json.dumps(figures, indent=2, default=str) + '\n')
+        write_json(Path(args.out), figures)
 
 
 if __name__ == '__main__':

@@ -16,8 +16,7 @@ from pathlib import Path
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mm_sharp.analysis.runs.table import metrics_table
-from mm_sharp.analysis.runs.trained_run import TrainedRun, read_run
+from mm_sharp.analysis.runs.trained_run import TrainedRun, metrics_table, read_run
 from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError
 
@@ -25,27 +24,20 @@ from mm_sharp.errors import UsageError
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.OneLineParser(description='Compare trained runs')
-    add = parser.add_argument
+    add, whole = parser.add_argument, cli.whole
     add('runs', nargs='+', metavar='NAME=FOLDER', help='what tables call a run, and its work directory')
     add('--out-dir', type=Path, required=True, help='folder for table.md, curves.png and people.png')
     add('--metric', default='coco/AP', help='of the curves: a key of the log (default: coco/AP)')
-    add('--people', type=int, default=6, help='on the contact sheet; 0: none (default: 6)')
+    add('--people', type=whole(0), default=6, help='on the contact sheet; 0: none (default: 6)')
     add('--threshold', type=float, default=0.3, help='keypoints with lower scores are not drawn (default: 0.3)')
-    add('--samples', type=int, default=64, help='training samples to measure the sharpness on; 0: none (default: 64)')
+    sharpness = 'training samples to measure the sharpness on; 0: none (default: 64)'
+    add('--samples', type=whole(0), default=64, help=sharpness)
     add('--debug', action='store_true', help='show the traceback of usage errors')
-    args = parser.parse_args(arguments)
-    for option in ('people', 'samples'):
-        if getattr(args, option) < 0:
-            parser.error(f'--{option} {getattr(args, option)}: it must be at least 0')
-    return args
+    return parser.parse_args(arguments)
 
 
 def read_runs(args: argparse.Namespace) -> list[TrainedRun]:
-    """Read the work directories.
-
-    Raises:
-        UsageError: One is none, or names are missing or the same.
-    """
+    """Read the work directories; a UsageError: one is none, or names are missing or the same."""
     pairs = [given.partition('=') for given in args.runs]
     names = [name for name, _, _ in pairs]
     if not all(name and folder for name, _, folder in pairs) or len({*names}) < len(names):
@@ -59,17 +51,16 @@ def main(arguments: Sequence[str]) -> None:
     runs = read_runs(args)
     cli.output_folder(args.out_dir)
     # Only now: MMPose, which these import, takes seconds.
-    from mm_sharp.analysis.runs.curves import draw_curves
-    from mm_sharp.analysis.runs.people import draw_people, find_people, links_of
-    from mm_sharp.analysis.runs.sharpness import rises
+    from mm_sharp.analysis.runs.people import draw_people, find_people
+    from mm_sharp.analysis.runs.trained_run import draw_curves, rises
 
     sharpness = {run.name: rises(run, args.samples) for run in runs} if args.samples else {}
     draw_curves(runs, args.metric, sharpness, args.out_dir / 'curves.png')
     files = ['table.md', 'curves.png']
     if args.people:
-        people = find_people(runs, args.people, args.threshold)
+        people, links = find_people(runs, args.people, args.threshold)
         titles = ['annotated', *(run.name for run in runs)]
-        draw_people(people, titles, links_of(runs[0]), args.out_dir / 'people.png')
+        draw_people(people, titles, links, args.out_dir / 'people.png')
         files.append('people.png')
     table = metrics_table(runs, sharpness)
     (args.out_dir / 'table.md').write_text(table + '\n')

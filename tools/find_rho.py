@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mmengine.config import Config
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp.analysis.find_rho import report, rule, train
+from mm_sharp.analysis.find_rho import measure, report
+from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
@@ -30,32 +31,19 @@ from mm_sharp.config import preflight
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; a UsageError for what is out of range."""
-    parser = cli.OneLineParser(description='Find a rho for a config')
+    parser = cli.config_parser('Find a rho for a config')
     add = parser.add_argument
-    add('config', help='config file of a training run')
     add('--load-from', metavar='CHECKPOINT', help="start from these weights (default: the config's load_from)")
-    add('--rho', type=float, nargs='+', help="radii to measure (default: a tenth to ten times the config's)")
-    add('--steps', type=int, help='of training before (default: 200, or half of the training if that is less)')
-    add('--batches', type=int, default=16, help='to measure on, at least 2 (default: 16)')
+    add('--rho', type=cli.positive, nargs='+', help="radii to measure (default: a tenth to ten times the config's)")
+    steps = 'of training before (default: 200, or half of the training if that is less)'
+    add('--steps', type=cli.whole(0), help=steps)
+    add('--batches', type=cli.whole(2), default=16, help='to measure on, at least 2 (default: 16)')
     near = 'how far the linearity may be from 1, and how much of the loss the rise may be (default: 0.1)'
-    add('--tolerance', type=float, default=0.1, help=near)
-    add('--seed', type=int, help="of the training (default: the config's randomness.seed, or 0)")
+    add('--tolerance', type=cli.positive, default=0.1, help=near)
+    add('--seed', type=cli.whole(0), help="of the training (default: the config's randomness.seed, or 0)")
     add('--out-dir', default='work_dirs/find_rho', help='folder for the results (default: work_dirs/find_rho)')
-    add('--cfg-options', nargs='+', action=cli.CfgOptions, default={}, metavar='KEY=VALUE', help='change the config')
-    trust = 'load checkpoints that can run code while loading; only for files whose source you trust'
-    add('--trust-checkpoint', action='store_true', help=trust)
-    add('--debug', action='store_true', help='show the traceback of usage errors')
-    # What cli.load_config reads besides.
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    cli.add_trust(parser)
     args = parser.parse_args(arguments)
-    for option, low in {'steps': 0, 'batches': 2, 'seed': 0}.items():
-        value = getattr(args, option)
-        if value is not None and not low <= value < 2**31:
-            parser.error(f'--{option} {value}: it must be at least {low}, and below 2**31')
-    for option, values in (('rho', args.rho or []), ('tolerance', [args.tolerance])):
-        for value in values:
-            if not 0 < value < float('inf'):
-                parser.error(f'--{option} {value:g}: it must be a finite number above 0')
     if args.rho and len({*args.rho}) < len(args.rho):
         parser.error(f'--rho {" ".join(f"{rho:g}" for rho in args.rho)}: the same value twice')
     return args
@@ -80,20 +68,13 @@ def main(arguments: Sequence[str]) -> None:
     args, begin = parse_arguments(arguments), time.perf_counter()
     cfg = configure(args)
     folder = cli.output_folder(args.out_dir)
-    perturbation = train.perturbation_of(cfg)
+    perturbation = measure.perturbation_of(cfg)
     rhos = sorted(args.rho or perturbation.rhos())
-    measured = train.measure(cfg, perturbation, rhos, args.steps, args.batches, args.trust_checkpoint)
-    found = report.Findings(
-        rule.points_of(rhos, measured.batches),
-        rule.shares_of(measured.batches),
-        measured.steps,
-        len(measured.batches),
-        args.tolerance,
-        perturbation.arguments,
-        perturbation.own,
-        perturbation.remark,
-    )
-    report.write_json(folder / 'find_rho.json', found)
+    batches, steps = measure.measure(cfg, perturbation, rhos, args.steps, args.batches, args.trust_checkpoint)
+    points, shares = report.points_of(rhos, batches), report.shares_of(batches)
+    measured = perturbation.arguments, perturbation.own, perturbation.remark
+    found = report.Findings(points, shares, steps, len(batches), args.tolerance, *measured)
+    write_json(folder / 'find_rho.json', report.content(found))
     report.draw(folder / 'find_rho.png', found, Path(args.config).stem)
     print(report.text(found))
     print(f'Written in {time.perf_counter() - begin:.0f} s: {folder}/find_rho.json, find_rho.png')

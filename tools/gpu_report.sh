@@ -61,7 +61,7 @@ part doctor 60 $python -m mm_sharp.doctor
 part tests 150 $python -m pytest -q -p no:cacheprovider tests/step/test_device.py
 part data 60 $python tools/make_demo_data.py --out "$out/demo" --train $people --val 4 --seed 0
 part simcc 150 $python tools/benchmark.py $simcc --methods "${methods[@]}" --floors --amp --batch-size "${batches[@]}" \
-    "${rounds[@]}" --out "$out/simcc.json" --plot "$out/simcc.png" --cfg-options "${data[@]}"
+    "${rounds[@]}" --out "$out/simcc.json" --cfg-options "${data[@]}"
 part host 60 $python tools/benchmark.py --host "${rounds[@]}" --methods base sam ausam-0.5 --out "$out/host.json"
 part bandwidth 60 $python tools/benchmark.py --parameters "${weights[@]}" "${rounds[@]}" --out "$out/bandwidth.json"
 if [ -d data/lsp ] && [ -z "$small" ]; then

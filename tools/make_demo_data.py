@@ -1,4 +1,4 @@
-"""Draws the demo data set: articulated people with keypoints, in COCO and in MPII format.
+"""Draws the demo data set: articulated people with keypoints, in COCO's format.
 
     python tools/make_demo_data.py --out data/demo --train 2048 --val 256 --seed 0
 
@@ -18,7 +18,7 @@ from mm_sharp.demo import make_dataset
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description='Draw the demo data set (COCO keypoints and MPII format).',
+        description="Draw the demo data set, in COCO's keypoint format.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('--out', type=Path, default=Path('data/demo'), help='folder to write')

@@ -7,7 +7,6 @@ python tools/ptq.py CONFIG CHECKPOINT --policy w8a8 w4a8 w4a4 --bias-correction
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmengine.config import Config
 
+from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
@@ -33,33 +33,23 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     policies = 'fragments of configs/_base_/quantization, or files like them (default: what CONFIG has, else w8a8)'
     add('--policy', nargs='+', metavar='NAME', help=policies)
-    add('--batches', type=int, default=16, help='training batches to calibrate with (default: 16)')
+    add('--batches', type=cli.whole(1), default=16, help='training batches to calibrate with (default: 16)')
     add('--equalize', action='store_true', help='first equalize the ranges of channels across layers')
     add('--bias-correction', action='store_true', help="finally correct biases by the outputs' mean error")
     steps = 'learn which weights to round up, in so many steps for each layer (default: 500): minutes'
-    add('--learned-rounding', type=int, nargs='?', const=500, default=0, metavar='STEPS', help=steps)
-    add('--seed', type=int, default=0, help='of the choice of training samples (default: 0)')
-    args = parser.parse_args(arguments)
-    given = '--learned-rounding' in arguments
-    for option, low in (('batches', 1), ('seed', 0), ('learned_rounding', int(given))):
-        if getattr(args, option) < low:
-            parser.error(f'--{option.replace("_", "-")} {getattr(args, option)}: it must be at least {low}')
-    return args
+    add('--learned-rounding', type=cli.whole(1), nargs='?', const=500, default=0, metavar='STEPS', help=steps)
+    add('--seed', type=cli.whole(0), default=0, help='of the choice of training samples (default: 0)')
+    return parser.parse_args(arguments)
 
 
 def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]]]:
-    """Read the config and the policies, and check the files that they need.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """Read the config and the policies, and check the files that they need; a UsageError for what does not fit."""
     cli.check_packages('quantizing', 'brevitas')
     from mm_sharp.analysis.post_training.policies import own_policy, read_policy
 
     cfg = cli.load_config(args)
-    for key in ('train_dataloader', 'test_dataloader', 'test_evaluator'):
-        if not cfg.get(key):
-            raise UsageError(f"'{args.config}' has no {key}: it calibrates on training data, and tests")
+    needed = ('train_dataloader', 'test_dataloader', 'test_evaluator')
+    cli.require(cfg, args.config, 'it calibrates on training data, and tests', *needed)
     own = own_policy(cfg)
     if args.policy is None and own is not None:
         policies = {'own': own}
@@ -88,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
         rows.append(row)
         sys.stderr.write(f'{table([row])}\n\n')
         content = {'options': {**options, 'batches': args.batches, 'seed': args.seed}, 'rows': [*map(asdict, rows)]}
-        (folder / 'ptq.json').write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+        write_json(folder / 'ptq.json', content)
     print(f'\n{table(rows)}\n')
     for row in rows[1:]:
         print(f'{row.name}: test, export or fine-tune {row.checkpoint} with {row.config}')

@@ -26,7 +26,6 @@ from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
 
 # Importing the package mends the stack; MMPose is first imported after it, when the model is built.
-from mm_sharp.errors import UsageError
 
 _BUDGETS = {'size_mb': 0, 'mean_bits': 0, 'latency_ms': 0, 'times_float': 1}  # what they must be above
 
@@ -34,7 +33,7 @@ _BUDGETS = {'size_mb': 0, 'mean_bits': 0, 'latency_ms': 0, 'times_float': 1}  # 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.checkpoint_parser('Find which layers of a trained model bear few bits')
-    add = parser.add_argument
+    add, whole = parser.add_argument, cli.whole
     policies = 'what layers may be quantized by: fragments of configs/_base_/quantization, or files like them, or float'
     add('--policy', nargs='+', default=['w4a4', 'w8a8'], metavar='NAME', help=f'{policies} (default: w4a4 w8a8)')
     modes = parser.add_mutually_exclusive_group()
@@ -42,9 +41,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     spared = 'one layer as the other policies say, or float if there is none; all others as the first policy says'
     modes.add_argument('--spared', action='store_true', help=spared)
     add('--metric', help='judge by this metric of val_evaluator (default: by the validation loss)')
-    add('--people', type=int, default=128, help='judge on so many of the validation set (default: 128)')
-    add('--batches', type=int, default=16, help='training batches to calibrate with (default: 16)')
-    add('--seed', type=int, default=0, help='of the choice of samples (default: 0)')
+    add('--people', type=whole(1), default=128, help='judge on so many of the validation set (default: 128)')
+    add('--batches', type=whole(1), default=16, help='training batches to calibrate with (default: 16)')
+    add('--seed', type=whole(0), default=0, help='of the choice of samples (default: 0)')
     budgets = parser.add_mutually_exclusive_group()
     budgets.add_argument('--size-mb', type=float, help='propose a policy with which the model takes at most so many MB')
     budgets.add_argument('--mean-bits', type=float, help='propose one with at most so many bits a weight')
@@ -54,9 +53,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     default = "default: the policies' target, else onnxruntime"
     add('--runtime', choices=['onnxruntime', 'openvino'], help=f'{timed} ({default})')
     args = parser.parse_args(arguments)
-    for option, low in (('people', 1), ('batches', 1), ('seed', 0)):
-        if getattr(args, option) < low:
-            parser.error(f'--{option} {getattr(args, option)}: it must be at least {low}')
     args.budget = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
     for name, value in args.budget.items():
         if not _BUDGETS[name] < value < math.inf:
@@ -79,9 +75,6 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
 
     For a budget of time, the policies are without their target, which is kept in ``args.target``: what activations
     between layers cost is not a layer's, and is measured with the proposal.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
     """
     onnx = ['onnx', 'onnxoptimizer'] if args.metric or args.in_time else []
     cli.check_packages('measuring sensitivities', 'brevitas', *onnx)
@@ -90,9 +83,7 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
 
     cfg = cli.load_config(args)
     needed = ('train_dataloader', 'val_dataloader', *(['val_evaluator'] if args.metric else []))
-    for key in needed:
-        if not cfg.get(key):
-            raise UsageError(f"'{args.config}' has no {key}: it calibrates on training and judges on validation data")
+    cli.require(cfg, args.config, 'it calibrates on training and judges on validation data', *needed)
     names = [name for name in args.policy if name != 'float']
     policies = {Path(name).stem: same_everywhere(read_policy(name)) for name in names}
     if args.in_time:

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mm_sharp.analysis import study
+from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.process import INTERRUPTED, StoppedError
 from mm_sharp.errors import UsageError
@@ -28,26 +29,17 @@ from mm_sharp.errors import UsageError
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = cli.OneLineParser(description='Compare methods over settings and seeds')
-    parser.add_argument(
-        'study', type=Path, metavar='STUDY.yaml', help='what is compared (see mm_sharp/analysis/study/spec.py)'
-    )
-    parser.add_argument('--out-dir', type=Path, help='folder of the results (default: work_dirs/study/<name>)')
-    parser.add_argument('--jobs', type=int, default=1, help='runs at a time, each in a process (default: 1)')
-    parser.add_argument('--threads', type=int, default=1, help='threads of torch in each (default: 1)')
-    parser.add_argument('--nice', type=int, default=0, help='give way to other programs: 1 to 19')
-    parser.add_argument(
-        '--settings', nargs='+', metavar='NAME', help="only these of the study's settings, and those that they need"
-    )
-    parser.add_argument('--redo', action='store_true', help='make runs again whose configs have changed')
-    parser.add_argument(
-        '--table', action='store_true', help='make no runs: compare those that are there, and say what is missing'
-    )
-    parser.add_argument('--debug', action='store_true', help='show the traceback of errors')
-    args = parser.parse_args(arguments)
-    for option, low, high in (('jobs', 1, 1024), ('threads', 1, 1024), ('nice', 0, 19)):
-        if not low <= getattr(args, option) <= high:
-            parser.error(f'--{option} {getattr(args, option)}: it must be an integer from {low} to {high}')
-    return args
+    add, whole = parser.add_argument, cli.whole
+    add('study', type=Path, metavar='STUDY.yaml', help='what is compared (see mm_sharp/analysis/study/spec.py)')
+    add('--out-dir', type=Path, help='folder of the results (default: work_dirs/study/<name>)')
+    add('--jobs', type=whole(1, 1024), default=1, help='runs at a time, each in a process (default: 1)')
+    add('--threads', type=whole(1, 1024), default=1, help='threads of torch in each (default: 1)')
+    add('--nice', type=whole(0, 19), default=0, help='give way to other programs: 1 to 19')
+    add('--settings', nargs='+', metavar='NAME', help="only these of the study's settings, and those that they need")
+    add('--redo', action='store_true', help='make runs again whose configs have changed')
+    add('--table', action='store_true', help='make no runs: compare those that are there, and say what is missing')
+    add('--debug', action='store_true', help='show the traceback of errors')
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -85,7 +77,7 @@ def report(whole: study.Study, plan: study.Plan, rows: study.Rows) -> None:
     (plan.folder / 'table.md').write_text(text + '\n')
     files = 'results.csv, table.md'
     if found.comparisons:
-        (plan.folder / 'comparisons.json').write_text(study.as_json(whole, found.comparisons, found.notes))
+        write_json(plan.folder / 'comparisons.json', study.content(whole, found.comparisons, found.notes))
         study.plot(whole, found.comparisons, plan.folder / 'differences.png')
         files += ', differences.png'
         text += '\n\nBold: the 95 % interval leaves out 0.'

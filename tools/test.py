@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,13 +18,12 @@ import mmengine
 from mmengine.config import Config
 
 from mm_sharp.cli import options as cli
-from mm_sharp.cli import runners
 from mm_sharp.cli.loading import careful_loading, check_checkpoint
+from mm_sharp.cli.process import build_runner
 from mm_sharp.compat import enable_for_all_runs
 from mm_sharp.config import preflight
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp.errors import UsageError
 
 _FORMATS = ('.json', '.yaml', '.yml', '.pkl', '.pickle')
 
@@ -44,14 +42,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """Read the config, apply the options and check the outcome.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """Read the config, apply the options and check the outcome; what does not fit is a UsageError."""
     cfg = cli.load_config(args)
-    if cfg.get('test_dataloader') is None or not cfg.get('test_evaluator'):
-        raise UsageError(f"'{args.config}' has no test_dataloader or no test_evaluator: there is nothing to test")
+    cli.require(cfg, args.config, 'there is nothing to test', 'test_dataloader', 'test_evaluator')
     cli.show_predictions(cfg, args)
     if args.dump is not None:
         evaluators = cfg.test_evaluator
@@ -71,18 +64,14 @@ def report(metrics: Mapping[str, float]) -> str:
     return '\n'.join(f'{name:<{width}}  {value:.4f}' for name, value in metrics.items())
 
 
-def _test(cfg: Config) -> tuple[Any, dict[str, float]]:
-    runner = runners.build_runner(cfg)
-    return runner, runner.test()
-
-
 def main(arguments: Sequence[str]) -> None:
     """Evaluate."""
     args = parse_arguments(arguments)
     enable_for_all_runs()
     cfg = configure(args)
     with careful_loading(args.trust_checkpoint):
-        runner, metrics = _test(cfg)
+        runner = build_runner(cfg)
+        metrics = runner.test()
     if runner.rank != 0:
         return
     if args.out is not None:

@@ -18,13 +18,12 @@ from mmengine.config import Config
 from mmengine.dist import get_rank
 
 from mm_sharp.cli import options as cli
-from mm_sharp.cli import runners
 from mm_sharp.cli.loading import careful_loading, check_checkpoint, last_checkpoint
-from mm_sharp.cli.process import say_how_to_go_on
+from mm_sharp.cli.process import build_runner, say_how_to_go_on
 from mm_sharp.compat import enable_for_all_runs
 
 # Importing the package mends the stack; MMPose is first imported after it, when the runner is built.
-from mm_sharp.config import build_errors, preflight
+from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
 
 
@@ -54,11 +53,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """Read the config, apply the options and check the outcome.
-
-    Raises:
-        UsageError: Something is missing or does not fit.
-    """
+    """Read the config, apply the options and check the outcome; what does not fit is a UsageError."""
     cfg = cli.load_config(args)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
@@ -110,10 +105,10 @@ def main(arguments: Sequence[str]) -> None:
     cfg = configure(args)
     with (
         say_how_to_go_on(lambda: last_checkpoint(cfg.work_dir)),
-        build_errors.friendly_build_errors(cfg),
+        preflight.friendly_build_errors(cfg),
         careful_loading(args.trust_checkpoint),
     ):
-        runners.build_runner(cfg).train()
+        build_runner(cfg).train()
     if get_rank() == 0:
         print(f'Done. Checkpoints and logs: {cfg.work_dir}')
 

@@ -12,7 +12,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
-from mm_sharp.config.build_errors import friendly_build_errors
+from mm_sharp.config.preflight import friendly_build_errors
 
 # Options of a training loader that say what to load; the others say how.
 _KEPT = ('batch_size', 'collate_fn', 'dataset')

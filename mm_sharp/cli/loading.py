@@ -13,7 +13,7 @@ from typing import Any
 from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
 
 from mm_sharp.compat import explain_load_error, only_weights, trust_checkpoints
-from mm_sharp.compat.trust import ALWAYS, is_set
+from mm_sharp.compat.plain_checkpoint import ALWAYS, is_set
 from mm_sharp.errors import UsageError, UserError
 
 

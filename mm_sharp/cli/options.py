@@ -7,7 +7,10 @@ is a bug and keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -42,6 +45,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`UsageError` instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r'^argument (\S+): (.*: it must)', r'\1 \2', message)
         of_the_call = message.startswith(('the following arguments are required', 'unrecognized arguments'))
         call = f'; write {self._shortest_call()}' if of_the_call else ''
         raise UsageError(f'{message}{call} (all options: {self.prog} --help)')
@@ -126,40 +130,82 @@ def run_tool(tool: Callable[[Sequence[str]], None]) -> int:
     return 0
 
 
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The ``type`` of an option: a whole number from ``low`` to ``high``, by default as large as torch takes it."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if not low <= value <= (2**31 - 1 if high is None else high):
+            allowed = f'at least {low}' if high is None else f'an integer from {low} to {high}'
+            raise argparse.ArgumentTypeError(f'{value}: it must be {allowed}')
+        return value
+
+    read.__name__ = 'int'  # argparse's own message shows it
+    return read
+
+
+def positive(text: str) -> float:
+    """The ``type`` of an option: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f'{value:g}: it must be a finite number above 0')
+    return value
+
+
+def config_parser(description: str, **of_config: Any) -> OneLineParser:
+    """A parser with what every tool takes that reads a config; ``of_config`` says more of that argument."""
+    parser = OneLineParser(description=description)
+    parser.add_argument('config', **{'help': 'config file of a training run', **of_config})
+    change = 'change the config: optim_wrapper.rho=0.1, or a list without blanks: key="[a,b]"'
+    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, default={}, metavar='KEY=VALUE', help=change)
+    parser.add_argument('--debug', action='store_true', help='show the traceback of usage errors')
+    # What load_config reads besides.
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    return parser
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the option of tools that load checkpoints."""
+    trust = 'load checkpoints that can run code while loading; only for files whose source you trust'
+    parser.add_argument('--trust-checkpoint', action='store_true', help=trust)
+
+
 def common_parser(description: str) -> OneLineParser:
     """A parser with the options that training and testing share."""
-    parser = OneLineParser(description=description)
+    parser = config_parser(description, help='config file')
     add = parser.add_argument
-    add('config', help='config file')
     add('--work-dir', help='folder for logs and results (default: ./work_dirs/<name of the config>)')
-    change = 'change the config: optim_wrapper.rho=0.1, or a list without blanks: key="[a,b]"'
-    add('--cfg-options', nargs='+', action=CfgOptions, default={}, metavar='KEY=VALUE', help=change)
     add('--show', action='store_true', help='show predictions in a window')
     add('--show-dir', help='save predictions as pictures; a relative folder is made inside WORK_DIR/<time>/')
     add('--wait-time', type=float, default=1.0, help='seconds that --show leaves a picture open')
     add('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torchrun sets LOCAL_RANK in the environment; older launchers pass one of these.
     add('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    trust = 'load checkpoints that can run code while loading; only for files whose source you trust'
-    add('--trust-checkpoint', action='store_true', help=trust)
-    add('--debug', action='store_true', help='show the traceback of usage errors')
+    add_trust(parser)
     return parser
 
 
 def checkpoint_parser(description: str) -> OneLineParser:
     """A parser with the options of tools that look at one checkpoint in this process."""
-    parser = OneLineParser(description=description)
-    add = parser.add_argument
-    add('config', help='config file')
-    add('checkpoint', help='checkpoint file')
-    add('--work-dir', help='folder for the results (default: ./work_dirs/<name of the config>)')
-    add('--cfg-options', nargs='+', action=CfgOptions, default={}, metavar='KEY=VALUE', help='change the config')
-    trust = 'load checkpoints that can run code while loading; only for files whose source you trust'
-    add('--trust-checkpoint', action='store_true', help=trust)
-    add('--debug', action='store_true', help='show the traceback of usage errors')
-    # What load_config reads besides.
-    parser.set_defaults(launcher='none', local_rank=0)
+    parser = config_parser(description, help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--work-dir', help='folder for the results (default: ./work_dirs/<name of the config>)')
+    add_trust(parser)
     return parser
+
+
+def require(cfg: Config, file: str, why: str, *keys: str) -> None:
+    """Refuse a config that lacks one of some keys; ``why`` says what it needs them for."""
+    for key in keys:
+        if not cfg.get(key):
+            raise UsageError(f"'{file}' has no {key}: {why}")
+
+
+def machine() -> dict[str, Any]:
+    """What figures were measured on."""
+    device = torch.cuda.get_device_name() if get_device() == 'cuda' else f'{get_device()} ({platform.machine()})'
+    cores = {'cores': os.cpu_count(), 'threads': torch.get_num_threads()}
+    return {'device': device, **cores, 'python': platform.python_version(), 'torch': torch.__version__}
 
 
 def load_config(args: argparse.Namespace) -> Config:

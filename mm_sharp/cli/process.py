@@ -1,4 +1,4 @@
-"""How the process of a command line ends: after Ctrl-C or on a full disk, with the one that started it, with its group.
+"""How a command line's run is built, and how its process ends: after Ctrl-C, on a full disk, with its parent or group.
 
 SIGTERM ends a training run at once: a checkpoint is whole at any time (:mod:`mm_sharp.compat.atomic_writes`), and the
 run goes on with ``--resume``.
@@ -14,13 +14,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import FlexibleRunner, Runner
 
 from mm_sharp.compat import CheckpointWriteError
+from mm_sharp.errors import UsageError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED, NOT_WRITTEN = 130, 1  # 128 + SIGINT, as shells have it
+# What the strategies' model wrappers need on the CPU: by default MMEngine puts the model on a GPU.
+_ON_CPU: dict[str, dict[str, Any]] = {
+    'FSDPStrategy': {'type': 'MMFullyShardedDataParallel', 'device_id': 'cpu'},
+    'DDPStrategy': {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False},
+}
 
 
 class StoppedError(Exception):
@@ -86,3 +98,27 @@ def _interrupted(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def build_runner(cfg: Config) -> Any:
+    """MMEngine's ``Runner``, or what ``runner_type`` names, with what the config's ``strategy`` needs on the CPU."""
+    kind = cfg.get('runner_type', 'Runner')
+    found = RUNNERS.get(kind) if isinstance(kind, str) else kind
+    if found is None:
+        raise UsageError(f"runner_type={kind!r} is not registered: write runner_type='FlexibleRunner', or take it out")
+    if not issubclass(found, FlexibleRunner):
+        if cfg.get('strategy'):
+            raise UsageError("strategy is for MMEngine's FlexibleRunner alone: write runner_type = 'FlexibleRunner'")
+        if cfg.get('load_from') and Path(cfg.load_from).is_dir():
+            raise UsageError(
+                f"'{cfg.load_from}' is a folder of parts, saved under FSDP: load it with the runner_type and strategy "
+                "that saved it, or save whole weights, by strategy=dict(state_dict_cfg='full')"
+            )
+        return Runner.from_cfg(cfg) if found is Runner else RUNNERS.build(cfg)
+    strategy = cfg.get('strategy') or {}
+    name = strategy.get('type')
+    if name in _ON_CPU and get_device() == 'cpu':
+        cfg.strategy = {**strategy, 'model_wrapper': {**_ON_CPU[name], **(strategy.get('model_wrapper') or {})}}
+    if cfg.get('env_cfg') is None:  # FlexibleRunner takes what Runner has a default for
+        cfg.env_cfg = {'dist_cfg': {'backend': 'gloo' if get_device() == 'cpu' else 'nccl'}}
+    return RUNNERS.build(cfg)

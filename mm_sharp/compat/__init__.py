@@ -14,7 +14,7 @@ from contextlib import suppress
 from . import yapf_grammar  # installs itself: what comes next imports MMEngine, and that imports yapf
 
 # isort: split
-from . import atomic_writes, checkpoint_hook, config_names, flexible_runner, mmpose_arrays, operators, xtcocotools_names
+from . import atomic_writes, checkpoint_hook, config_names, flexible_runner, mmpose_imports
 from .atomic_writes import CheckpointWriteError as CheckpointWriteError
 from .checkpoint_hook import PlainCheckpointHook as PlainCheckpointHook
 from .checkpoint_hook import enable_for_all_runs as enable_for_all_runs
@@ -22,14 +22,15 @@ from .checkpoint_hook import is_ours as is_ours
 from .checkpoint_hook import register_default_hook as register_default_hook
 from .checkpoint_hook import uses_mm_sharp as uses_mm_sharp
 from .fix import Fix as Fix
-from .operators import MissingOperatorError as MissingOperatorError
-from .trust import explain_load_error as explain_load_error
-from .trust import only_weights as only_weights
-from .trust import trust_checkpoints as trust_checkpoints
+from .mmpose_imports import MissingOperatorError as MissingOperatorError
+from .plain_checkpoint import explain_load_error as explain_load_error
+from .plain_checkpoint import only_weights as only_weights
+from .plain_checkpoint import trust_checkpoints as trust_checkpoints
 
 _FIXES = (
-    *(yapf_grammar.fix_grammars, operators.fix_torchvision, operators.fix_mmcv, xtcocotools_names.fix_xtcocotools),
-    *(mmpose_arrays.fix_bfloat16, mmpose_arrays.fix_canvas, config_names.fix_lookup, config_names.fix_scope),
+    *(yapf_grammar.fix_grammars, mmpose_imports.fix_torchvision, mmpose_imports.fix_mmcv),
+    *(mmpose_imports.fix_xtcocotools, mmpose_imports.fix_bfloat16, mmpose_imports.fix_canvas),
+    *(config_names.fix_lookup, config_names.fix_scope),
     *(checkpoint_hook.fix_checkpoints, atomic_writes.fix_writes, flexible_runner.fix_resume),
 )
 

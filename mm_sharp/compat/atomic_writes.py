@@ -12,10 +12,11 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from mmengine.dist import barrier, is_main_process
 from mmengine.fileio import LocalBackend
@@ -88,11 +89,8 @@ def atomic_writes() -> Iterator[None]:
     def remove(self: LocalBackend, path: str | Path) -> None:
         removed.add(str(path))
 
-    changes = (LocalBackend, 'put', put), (LocalBackend, 'remove', remove), (LocalBackend, 'rmtree', remove)
-    with ExitStack() as stack:
-        for owner, name, function in (*changes, (checkpoint_hook, 'open', _open_atomically)):
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, function)
+    opens = patch.object(checkpoint_hook, 'open', _open_atomically, create=True)
+    with patch.multiple(LocalBackend, put=put, remove=remove, rmtree=remove), opens:
         _active = True
         try:
             yield
@@ -135,5 +133,4 @@ def fix_writes(module: str) -> str:
     for kind, name in _METHODS:
         if hasattr(kind, name):
             setattr(kind, name, _atomic(getattr(kind, name)))
-    checkpoint_hook.open = open  # the same, but replaceable
     return 'runs that use mm_sharp write a checkpoint as a whole before they remove an old one'

@@ -46,19 +46,19 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
         self._told: set[str] = set()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Rewrite every entry of ``checkpoint``; warn once of each object that has no plain form."""
+        """Rewrite every entry of ``checkpoint``; warn once of each type that has no plain form."""
         meta = checkpoint.get('meta')
         if isinstance(meta, dict) and _DESCRIPTION in meta:
             lists = arrays_as_lists(meta[_DESCRIPTION])
             checkpoint['meta'] = {**meta, _DESCRIPTION: lists, _EXACT: meta[_DESCRIPTION]}
-        left: list[str] = []
         for key in list(checkpoint):
-            checkpoint[key] = to_plain(checkpoint[key], f'checkpoint[{key!r}]', left)
-        for line in sorted({*left} - self._told):
-            way = 'not load with torch.load(weights_only=True), but only with --trust-checkpoint'
-            text = f'{line} has no plain form and is saved as it is: this checkpoint will {way}'
-            print_log(text, logger='current', level=logging.WARNING)
-        self._told.update(left)
+            left: list[str] = []
+            checkpoint[key] = to_plain(checkpoint[key], left)
+            for line in sorted({f'checkpoint[{key!r}] holds a {kind}, which' for kind in left} - self._told):
+                self._told.add(line)
+                way = 'not load with torch.load(weights_only=True), but only with --trust-checkpoint'
+                text = f'{line} has no plain form and is saved as it is: this checkpoint will {way}'
+                print_log(text, logger='current', level=logging.WARNING)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Rebuild what ``before_save_checkpoint`` rewrote."""
@@ -66,7 +66,7 @@ class PlainCheckpointHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
         if isinstance(meta, dict) and _EXACT in meta:
             meta[_DESCRIPTION] = meta.pop(_EXACT)
         for key in list(checkpoint):
-            checkpoint[key] = from_plain(checkpoint[key], f'checkpoint[{key!r}]')
+            checkpoint[key] = from_plain(checkpoint[key])
 
 
 class RestoreCheckpointHook(PlainCheckpointHook):
@@ -136,7 +136,7 @@ def _with_dataset_meta(load_checkpoint: Callable[..., Any]) -> Callable[..., Any
         checkpoint = load_checkpoint(*args, **kwargs)
         meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
         if isinstance(meta, dict) and _DESCRIPTION in meta:
-            meta[_DESCRIPTION] = from_plain(meta[_DESCRIPTION], f"checkpoint['meta'][{_DESCRIPTION!r}]")
+            meta[_DESCRIPTION] = from_plain(meta[_DESCRIPTION])
         return checkpoint
 
     return wrapper

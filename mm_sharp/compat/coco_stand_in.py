@@ -1,4 +1,4 @@
-"""``xtcocotools.coco`` and ``xtcocotools.cocoeval`` for keypoints, by faster-coco-eval; when: ``xtcocotools_names``.
+"""``xtcocotools.coco`` and ``xtcocotools.cocoeval`` for keypoints, by faster-coco-eval; when: ``mmpose_imports``.
 
 What it does otherwise than xtcocotools is settled by the annotations that it gets: people without a visible keypoint
 (CrowdPose: by ``num_keypoints``) and detections whose keypoint scores are all zero don't count; ids begin at 1, since 0
@@ -30,12 +30,6 @@ _PARTS = {
     'keypoints_wholebody': (_WHOLEBODY, 'wholebody_score'),
 }
 _AREA_OF_BOX = 0.53  # of its person, about, where annotations have none
-# (precision or recall, IoU threshold or all, sizes), in the order of ``stats``.
-_SUMMARY = [
-    (kind, iou, size)
-    for kind in ('precision', 'recall')
-    for iou, size in ((None, 'all'), (0.5, 'all'), (0.75, 'all'), (None, 'medium'), (None, 'large'))
-]
 
 
 class COCO(FasterCOCO):  # type: ignore[misc]
@@ -113,24 +107,15 @@ class COCOeval:
 
     def summarize(self) -> None:
         """Log the summary and keep it in ``stats``."""
-        crowd = self.params.iouType == 'keypoints_crowd'
-        rows = [row for row in _SUMMARY if row[2] == 'all' or not crowd]
-        stats = [self._mean(*row) for row in rows]
-        names = [f'{kind:<9} @[ OKS={iou or "0.50:0.95":<9} | area={size:>6} ]' for kind, iou, size in rows]
-        if crowd:
-            stats += self._precision_by_crowd()
-            names += [f'precision @[ OKS=0.50:0.95 | crowd={name:>6} ]' for name in ('easy', 'medium', 'hard')]
-        lines = (f'\n Average {name} = {value:.3f}' for name, value in zip(names, stats, strict=True))
-        print_log(''.join(lines), logger='current')
-        self.stats = np.array(stats)
-
-    def _mean(self, kind: str, iou: float | None, size: str) -> float:
-        """The mean over thresholds, recalls and categories of those entries that exist; -1 if none do."""
-        values = self.eval[kind][..., self.params.areaRngLbl.index(size), self.params.maxDets.index(20)]
-        if iou is not None:
-            values = values[self.params.iouThrs == iou]
-        values = values[values > -1]
-        return float(np.mean(values)) if values.size else -1.0
+        lines: list[str] = []
+        self._engine.print_function = lines.append
+        self._engine.summarize()
+        self.stats = np.array(self._engine.stats)
+        if self.params.iouType == 'keypoints_crowd':  # sizes are not told apart
+            by_crowd = self._precision_by_crowd()
+            self.stats = np.array([*self.stats[[0, 1, 2, 5, 6, 7]], *by_crowd])
+            lines.append(' AP easy {:.3f}, medium {:.3f}, hard {:.3f}'.format(*by_crowd))
+        print_log('\n'.join(['', *lines]), logger='current')
 
     def _precision_by_crowd(self) -> list[float]:
         """AP of easy, medium and hard images (CrowdPose), rounded and with -1 for nobody, as the benchmark has it."""

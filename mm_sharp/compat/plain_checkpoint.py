@@ -1,16 +1,24 @@
-"""Checkpoints that load with ``torch.load(weights_only=True)``, which builds only plain types and tensors.
+"""Checkpoints that load with ``torch.load(weights_only=True)``, which builds only plain types and tensors; and others.
 
 MMEngine's hold more: the log's ``HistoryBuffer`` objects, numpy arrays and numbers, dict subclasses, paths, and under
 FSDP ``ShardedTensor`` objects. (To allow these types would be to allow ``getattr``.) ``to_plain`` makes marked dicts of
 the arrays, buffers and shards, and plain values of the rest; ``from_plain`` rebuilds what was marked. Bytes are a uint8
 tensor, which every device can hold: MPS has no float64, and a checkpoint is mapped to a device as a whole.
+
+Others are loaded on the user's word alone: unpickling can run any code that a file's author chose. ``torch.load``
+refuses that by default from torch 2.6 on, but not before, nor in ``torch.hub``, by which MMEngine loads URLs:
+:func:`only_weights` overrules both.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
+import os
+import pickle
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader
 
 # Marks a dict that stands for something else.
 TAG = '__mm_sharp__'
@@ -29,59 +38,55 @@ _ATOMS = (
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 # Numbers, text, bytes and dates: kinds of numpy types whose bytes are their value. Not 'O', objects.
 _BYTE_KINDS = 'biufcSUmM'
+# torch's own switches; it knows the first since 1.13, the second since 2.6, and refuses both at once.
+ALWAYS, NEVER = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 
 
-def to_plain(value: Any, path: str, left: list[str]) -> Any:
+def to_plain(value: Any, left: list[str]) -> Any:
     """``value`` with everything that ``weights_only=True`` refuses rewritten; itself if it holds nothing such.
 
-    ``path`` says where it was found, as ``"checkpoint['meta']"``; ``left`` gets a line for each object that is kept.
+    ``left`` gets the type of each object that has no plain form, and is kept.
     """
     if _is_sharded_tensor(value):
         return _plain_shards(value)
     if type(value) in _ATOMS or isinstance(value, torch.Tensor):
         return value
     if isinstance(value, (Mapping, list, tuple, set, frozenset)):
-        return _each(value, path, lambda item, place: to_plain(item, place, left))
+        return _each(value, lambda item: to_plain(item, left))
     if type(value) is HistoryBuffer:
         values, counts = map(_plain_array, value.data)
         return {TAG: _HISTORY, 'values': values, 'counts': counts, 'max_length': int(value.max_length)}
     if isinstance(value, np.ndarray) and value.dtype.kind in _BYTE_KINDS and value.dtype.names is None:
         return _plain_array(value)
     if isinstance(value, np.ndarray) and value.dtype.kind == 'O':
-        return to_plain(value.tolist(), path, left)
-    return _plain_scalar(value, path, left)
+        return to_plain(value.tolist(), left)
+    return _plain_scalar(value, left)
 
 
-def from_plain(value: Any, path: str) -> Any:
+def from_plain(value: Any) -> Any:
     """The inverse of ``to_plain``; a ValueError for a marked dict that it doesn't write."""
     if type(value) is dict and TAG in value:
-        return _rebuild(value, path)
-    return _each(value, path, from_plain) if type(value) in _CONTAINERS else value
+        return _rebuild(value)
+    return _each(value, from_plain) if type(value) in _CONTAINERS else value
 
 
-def arrays_as_lists(value: Any, path: str = '') -> Any:
+def arrays_as_lists(value: Any) -> Any:
     """``value`` with lists for numpy arrays; itself if it is of plain containers and holds none."""
     if isinstance(value, np.ndarray):
         return value.tolist()
-    return _each(value, path, arrays_as_lists) if isinstance(value, (Mapping, list, tuple)) else value
+    return _each(value, arrays_as_lists) if isinstance(value, (Mapping, list, tuple)) else value
 
 
-def _each(value: Any, path: str, change: Callable[[Any, str], Any]) -> Any:
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
     """A container of a plain type with every item changed; ``value`` itself if it is one and no item was changed."""
-    if isinstance(value, Mapping):
-        old = [part for item in value.items() for part in item]
-        places = [place for key in value for place in (f'{path} key {key!r}', f'{path}[{key!r}]')]
-    else:
-        old = list(value)
-        places = [f'{path}[{i}]' for i in range(len(old))]
-    new = list(map(change, old, places))
-    plain = type(value) in _CONTAINERS
+    is_mapping, plain = isinstance(value, Mapping), type(value) in _CONTAINERS
+    old = [part for item in value.items() for part in item] if is_mapping else list(value)
+    new = list(map(change, old))
     if plain and all(map(operator.is_, new, old)):
         return value
-    if isinstance(value, Mapping):
-        pairs: Any = dict(zip(new[::2], new[1::2], strict=True))
+    if is_mapping:
         kind: Any = type(value) if plain else dict
-        return kind(pairs)
+        return kind(dict(zip(new[::2], new[1::2], strict=True)))
     return next((kind for kind in (list, tuple) if isinstance(value, kind)), set)(new)
 
 
@@ -91,7 +96,7 @@ def _plain_array(value: np.ndarray[Any, Any]) -> dict[str, Any]:
     return {TAG: _ARRAY, 'dtype': value.dtype.str, 'shape': list(value.shape), 'data': torch.from_numpy(data.copy())}
 
 
-def _plain_scalar(value: Any, path: str, left: list[str]) -> Any:
+def _plain_scalar(value: Any, left: list[str]) -> Any:
     if isinstance(value, np.generic) and type(value.item()) in _ATOMS:
         return value.item()
     if isinstance(value, (PurePath, str)):  # the latter a subclass, such as a member of an Enum of strings
@@ -100,21 +105,21 @@ def _plain_scalar(value: Any, path: str, left: list[str]) -> Any:
     for kind in kinds:
         if isinstance(value, kind):
             return kind(value)
-    left.append(f'{path} of type {type(value).__module__}.{type(value).__qualname__}')
+    left.append(f'{type(value).__module__}.{type(value).__qualname__}')
     return value
 
 
-def _rebuild(value: dict[str, Any], path: str) -> Any:
+def _rebuild(value: dict[str, Any]) -> Any:
     kinds: dict[str, Any] = {_ARRAY: _rebuild_array, _HISTORY: _rebuild_history, _SHARDED: _rebuild_shards}
     if value[TAG] not in kinds:
         raise ValueError(
-            f'{path} stands for {value[TAG]!r}, which this version of mm_sharp does not know '
-            f'(it knows {sorted(kinds)}): was it saved by a newer one?'
+            f'an entry stands for {value[TAG]!r}, which this version of mm_sharp does not know '
+            f'(it knows {sorted(kinds)}): was the checkpoint saved by a newer one?'
         )
     try:
         return kinds[value[TAG]](value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f'{path} is damaged: it stands for a {value[TAG]}, but {error!r}') from error
+        raise ValueError(f'an entry is damaged: it stands for a {value[TAG]}, but {error!r}') from error
 
 
 def _rebuild_array(value: dict[str, Any]) -> np.ndarray[Any, Any]:
@@ -169,3 +174,56 @@ def _rebuild_shards(value: dict[str, Any]) -> Any:
     pairs = zip(value['pieces'], value['offsets'], strict=True)
     shards = [Shard.from_tensor_and_offsets(piece, offsets, dist.get_rank()) for piece, offsets in pairs]
     return init_from_local_shards(shards, *torch.Size(value['size']))
+
+
+@contextmanager
+def only_weights() -> Iterator[None]:
+    """Within, ``torch.load`` builds plain types and tensors only, unless the user's environment says otherwise."""
+    if is_set(NEVER):
+        yield
+        return
+    before = os.environ.get(ALWAYS)
+    os.environ[ALWAYS] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[ALWAYS]
+        if before is not None:
+            os.environ[ALWAYS] = before
+
+
+def is_set(switch: str) -> bool:
+    """Whether one of torch's switches is set, as torch understands it."""
+    return os.environ.get(switch, '0').lower() in ('1', 'y', 'yes', 'true')
+
+
+def trust_checkpoints() -> ExitStack:
+    """From now on, or within ``with``, MMEngine loads checkpoint files of this machine with ``weights_only=False``."""
+    original = CheckpointLoader._get_checkpoint_loader('')
+
+    @functools.wraps(original)  # MMEngine logs the loader's name
+    def load_from_local(filename: str, map_location: Any = None) -> Any:
+        path = os.path.expanduser(filename)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f'the checkpoint {filename} can not be found')
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    trust = ExitStack()
+    trust.callback(CheckpointLoader.register_scheme, '', original, force=True)
+    return trust
+
+
+def explain_load_error(error: BaseException) -> str | None:
+    """What to tell the user of an error that a checkpoint caused which is not plain; None for other errors."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, pickle.UnpicklingError) and 'weights_only' in str(seen):
+            return (
+                'the checkpoint holds more than weights and plain values, as those written by MMEngine '
+                'without mm_sharp do, or is damaged. If you know who made it, repeat the command with '
+                '--trust-checkpoint: loading such a file can run any code that its author put into it. (In a tool '
+                f'without this option: {NEVER}=1, at the same risk.)'
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,19 +1,23 @@
-"""Checks of a config before anything is built: what only the whole config shows, and the files that it names.
+"""Checks of a config: what only the whole config shows, the files that it names, and what MMEngine cannot build of it.
 
-An optimizer wrapper's constructor checks its arguments: here it is built once around a single number, so that the user
-need not wait for the model. What MMEngine passes over in silence is refused for our wrappers alone.
+An optimizer wrapper's constructor checks its arguments: it is built once around a single number, so that the user need
+not wait for the model. What MMEngine passes over in silence is refused for our wrappers alone. Its own errors name no
+key of the config: :func:`friendly_build_errors` searches for it. :func:`install` has the same said by every other tool,
+such as MMPose's own ``tools/train.py``, when a Runner begins to train by a config that uses this package.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import mmengine.registry
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -22,11 +26,13 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.optim import Optimizer
 
-from mm_sharp.config.build_errors import not_registered, type_name
-from mm_sharp.errors import UsageError, arguments_of, check_arguments, did_you_mean, is_number
+from mm_sharp.compat import uses_mm_sharp
+from mm_sharp.config.fragments import imports_of
+from mm_sharp.errors import UsageError, arguments_of, check_arguments, closest, did_you_mean, is_number
 from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
 
 _OPTIMIZER = "optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"
@@ -43,6 +49,83 @@ _PARAMWISE_KEYS = (
 _CONSTRUCTOR = DefaultOptimWrapperConstructor.__name__
 _NONE = type(None)
 _SLOWER = '15 to 23 times slower in'
+# Key, what it must be (a kind, or an integer of at least a number), and an example.
+_FORMS: tuple[tuple[str, str, Any, str], ...] = (
+    ('model', 'a dict', Mapping, "model = dict(type='TopdownPoseEstimator', …)"),
+    ('train_dataloader', 'a dict', Mapping, "train_dataloader = dict(sampler=dict(type='DefaultSampler'), …)"),
+    ('train_cfg', 'a dict', Mapping, 'train_cfg = dict(by_epoch=True, max_epochs=10)'),
+    ('train_dataloader.batch_size', 'an integer above 0', 1, 'train_dataloader = dict(batch_size=32)'),
+    ('train_dataloader.num_workers', 'an integer from 0 on', 0, 'train_dataloader = dict(num_workers=4)'),
+    ('train_dataloader.sampler', 'a dict', (Mapping, _NONE), "dict(sampler=dict(type='DefaultSampler'))"),
+    ('train_dataloader.batch_sampler', 'a dict', (Mapping, _NONE), "dict(batch_sampler=dict(type='AUSAMSampler'))"),
+    ('load_from', 'a path', (str, _NONE), "load_from = 'work_dirs/mine/epoch_1.pth'"),
+    ('work_dir', 'a path', (str, _NONE), "work_dir = 'work_dirs/mine'"),
+    ('randomness.seed', 'an integer from 0 on', 0, 'randomness = dict(seed=0)'),
+    ('auto_scale_lr.base_batch_size', 'an integer above 0', 1, 'auto_scale_lr = dict(base_batch_size=512)'),
+    ('compile', 'True, False or a dict', (bool, Mapping, _NONE), "compile = dict(backend='inductor')"),
+    ('default_hooks', 'a dict', (Mapping, _NONE), "default_hooks = dict(logger=dict(type='LoggerHook', interval=50))"),
+    ('custom_hooks', 'a list', (list, tuple, _NONE), "custom_hooks = [dict(type='SharpnessHook')]"),
+)
+
+
+@contextmanager
+def friendly_build_errors(cfg: Config) -> Iterator[None]:
+    """Within, ``cfg`` is built and used; an error that :func:`explain` explains becomes a UsageError."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        message = explain(cfg, error)
+        if message is None:
+            raise
+        raise UsageError(message) from error
+
+
+def explain(cfg: Config, error: Exception) -> str | None:
+    """The mistake in ``cfg`` that an error speaks of, by its key; None where the error comes from elsewhere."""
+    text = str(error)
+    roots = [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)]
+    registries = [*roots, *(child for root in roots for child in root.children.values())]
+    for key, config in _typed(cfg._cfg_dict, ''):
+        name = type_name(config['type'])
+        kinds = [registry.module_dict[name] for registry in registries if name in registry.module_dict]
+        if isinstance(error, KeyError) and not kinds and f'{name} is not in' in text:
+            return not_registered(f'{key}.type', name, {one for registry in registries for one in registry.module_dict})
+        takes = {n: p for kind in kinds if isinstance(kind, type) for n, p in arguments_of(kind).items()}
+        for argument in config:
+            if argument not in {*takes, 'type', '_scope_'} and f"'{argument}'" in text:
+                hint = f'; {did_you_mean(argument, takes)}' if takes else ''
+                written = f'{key} = dict(type={name!r}, …)'
+                return f'{key}.{argument}: {name} has no such argument{hint}. Take it out of {written}'
+        for argument, parameter in takes.items():
+            if parameter.default is parameter.empty and argument not in config and f"'{argument}'" in text:
+                written = f'{key} = dict(type={name!r}, {argument}=…)'
+                return f'{key}: {name} needs {argument!r}. Write for example: {written}'
+    return None
+
+
+def not_registered(key: str, name: str, names: Collection[str]) -> str:
+    """What to do about the ``type`` at a key; MMPose registers so many that a list of them would hide the rest."""
+    close = closest(name, names)
+    listed = f'there are {", ".join(sorted(names))}. Else ' if len(names) < 40 else ''
+    hint = f'did you mean {close!r}? Else ' if close else listed
+    imports = "custom_imports = dict(imports=['my_module'])"
+    return f'{key}: {name!r} is not registered; {hint}import the module that registers it: {imports}'
+
+
+def type_name(kind: Any) -> str:
+    """A ``type`` as the name that it is registered by."""
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
+
+
+def _typed(config: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Dotted key and content of every dict with a ``type``."""
+    items: Any = enumerate(config) if isinstance(config, (list, tuple)) else ()
+    if isinstance(config, Mapping):
+        items = config.items()
+        if config.get('type') is not None:
+            yield key, config
+    for name, value in items:
+        yield from _typed(value, f'{key}.{name}' if key else str(name))
 
 
 def check_wrappers(cfg: Config) -> None:
@@ -162,25 +245,6 @@ def _check_paramwise(key: str, cls: type[OptimWrapper], wrapper: Mapping[str, An
                     raise ValueError(f'{place}{place and "."}{name}={value!r} must be a number')
 
 
-# Key, what it must be (a kind, or an integer of at least a number), and an example.
-_FORMS: tuple[tuple[str, str, Any, str], ...] = (
-    ('model', 'a dict', Mapping, "model = dict(type='TopdownPoseEstimator', …)"),
-    ('train_dataloader', 'a dict', Mapping, "train_dataloader = dict(sampler=dict(type='DefaultSampler'), …)"),
-    ('train_cfg', 'a dict', Mapping, 'train_cfg = dict(by_epoch=True, max_epochs=10)'),
-    ('train_dataloader.batch_size', 'an integer above 0', 1, 'train_dataloader = dict(batch_size=32)'),
-    ('train_dataloader.num_workers', 'an integer from 0 on', 0, 'train_dataloader = dict(num_workers=4)'),
-    ('train_dataloader.sampler', 'a dict', (Mapping, _NONE), "dict(sampler=dict(type='DefaultSampler'))"),
-    ('train_dataloader.batch_sampler', 'a dict', (Mapping, _NONE), "dict(batch_sampler=dict(type='AUSAMSampler'))"),
-    ('load_from', 'a path', (str, _NONE), "load_from = 'work_dirs/mine/epoch_1.pth'"),
-    ('work_dir', 'a path', (str, _NONE), "work_dir = 'work_dirs/mine'"),
-    ('randomness.seed', 'an integer from 0 on', 0, 'randomness = dict(seed=0)'),
-    ('auto_scale_lr.base_batch_size', 'an integer above 0', 1, 'auto_scale_lr = dict(base_batch_size=512)'),
-    ('compile', 'True, False or a dict', (bool, Mapping, _NONE), "compile = dict(backend='inductor')"),
-    ('default_hooks', 'a dict', (Mapping, _NONE), "default_hooks = dict(logger=dict(type='LoggerHook', interval=50))"),
-    ('custom_hooks', 'a list', (list, tuple, _NONE), "custom_hooks = [dict(type='SharpnessHook')]"),
-)
-
-
 def check_training(cfg: Config) -> None:
     """Check all that a training run needs, its data and checkpoints apart; what is wrong is a UsageError."""
     for key, allowed, kind, example in _FORMS:
@@ -290,3 +354,35 @@ def _say(line: str) -> None:
     """Print a line, once a run."""
     if is_main_process():
         print_log(line)
+
+
+def install() -> None:
+    """From now on configs of runs that use this package are checked; a second call changes nothing."""
+    for kind in (Runner, FlexibleRunner):
+        if not hasattr(kind.train, '_is_checked'):
+            kind.train = _checked(kind.train)
+
+
+def _checked(train: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @wraps(train)
+    def wrapper(self: Any) -> Any:
+        # A misspelt wrapper is nobody's: what tells is that the config imports this package.
+        if not (uses_mm_sharp(self) or any(str(name).startswith('mm_sharp') for name in imports_of(self.cfg))):
+            return train(self)
+        with friendly_build_errors(self.cfg):
+            _check(self)
+            return train(self)
+
+    wrapper._is_checked = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _check(runner: Any) -> None:
+    """Check what is not built yet; a UsageError says what to write."""
+    optim_wrapper, loader = runner.optim_wrapper, runner._train_dataloader
+    built = (Optimizer, OptimWrapper)
+    if isinstance(optim_wrapper, dict) and not any(isinstance(part, built) for part in optim_wrapper.values()):
+        scope = runner.cfg.get('default_scope', 'mmengine')
+        check_wrappers(Config({'optim_wrapper': optim_wrapper, 'default_scope': scope}))
+    if isinstance(loader, dict):
+        check_sampler(loader)

@@ -1,6 +1,6 @@
 """A keypoint data set that draws itself: people with annotations, from nothing but a seed.
 
-Read ``settings``, ``exact``, ``skeleton``, ``render``, ``body``, ``backdrop``, ``scene``, ``dataset``.
+Read ``settings``, ``exact``, ``render``, ``body``, ``scene``, ``dataset``.
 """
 
 from mm_sharp.demo.dataset import make_dataset

@@ -1,16 +1,13 @@
-"""Draws the whole data set into a folder, with annotations in COCO's keypoint format and as MMPose reads MPII.
+"""Draws the whole data set into a folder, with annotations in COCO's keypoint format.
 
 Each image depends on the seed, its split and its number alone: neither the number of processes that draw nor the number
-of images changes any of them. In COCO, coordinates count from 0 at the centre of the top left pixel. In MPII they count
-from 1; ``center`` is 15 * scale pixels above the middle of the box, since MMPose's reader moves it down by that much; a
-joint outside of the image is (-1, -1) with ``joints_vis`` 0, and a hidden one inside counts as annotated, 1.
+of images changes any of them. Coordinates count from 0 at the centre of the top left pixel.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -26,32 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
-import numpy.typing as npt
-from scipy.io import savemat
 from tqdm import tqdm
 
 from mm_sharp.compat.atomic_writes import write_atomically
-from mm_sharp.demo.scene import Person, draw_scene, is_inside
+from mm_sharp.demo.body import COCO_KEYPOINTS
+from mm_sharp.demo.scene import Person, draw_scene
 from mm_sharp.demo.settings import GENERATOR_VERSION, HEIGHT, SETTINGS, SPLITS, WIDTH, Settings
-from mm_sharp.demo.skeleton import COCO_KEYPOINTS, MPII_JOINTS
 
 Task = tuple[str, int]  # the split and the number, from 0, of an image to draw
 Drawn = tuple[tuple[Person, ...], str]  # the people in an image, and the SHA-256 of its pixels
 _GENERATOR, _VERSION = 'mm_sharp.demo', 'generator_version'
-_GROUND_TRUTH = 'mpii/mpii_gt_val.mat'
-_COCO, _MPII = 'annotations/person_keypoints_{}.json', 'mpii/mpii_{}.json'
-_FILES = (*(name.format(split) for split in SPLITS for name in (_COCO, _MPII)), _GROUND_TRUTH)
+_FILES = {split: f'annotations/person_keypoints_{split}.json' for split in SPLITS}
 #: Pairs of keypoints, counted from 1, that are joined by a line; those of COCO.
 SKELETON = [
     [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9], [8, 10], [9, 11],
     [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
 ]  # fmt: skip
-
-_HEAD = ('head_top', 'upper_neck', 'left_ear', 'right_ear', 'nose')
-#: MATLAB's header begins with 116 bytes of free text; scipy writes the time of day there.
-_MAT_TEXT = b'MATLAB 5.0 MAT-file, mm_sharp demo people'.ljust(116)
-HeadBox = tuple[float, float, float, float]
 
 
 def make_dataset(
@@ -83,16 +70,15 @@ def make_dataset(
     if _is_there(out, meta, force):
         return False
     _write_json(out / 'meta.json', meta)
-    for file in (*out.glob(f'*/{"[0-9]" * 6}.png'), *map(out.joinpath, _FILES)):
+    for file in (*out.glob(f'*/{"[0-9]" * 6}.png'), *map(out.joinpath, _FILES.values())):
         file.unlink(missing_ok=True)
-    for folder in (*SPLITS, 'annotations', 'mpii'):
+    for folder in (*SPLITS, 'annotations'):
         (out / folder).mkdir(exist_ok=True)
     tasks = [(split, index) for split in SPLITS for index in range(arguments[split])]
     with _mapped(functools.partial(_draw_image, out, seed, settings), tasks, workers) as results:
         drawn = list(tqdm(results, 'drawing people', len(tasks), unit='image', disable=not progress, mininterval=0.5))
-    contents = [*_write_split(out, 'train', drawn[:train]), *_write_split(out, 'val', drawn[train:])]
-    digest = hashlib.sha256(''.join(json.dumps(content, separators=(',', ':')) for content in contents).encode())
-    _write_json(out / 'meta.json', {**meta, 'sha256': digest.hexdigest()})
+    contents = [_write_split(out, 'train', drawn[:train]), _write_split(out, 'val', drawn[train:])]
+    _write_json(out / 'meta.json', {**meta, 'sha256': hashlib.sha256(json.dumps(contents).encode()).hexdigest()})
     return True
 
 
@@ -118,7 +104,9 @@ def _is_there(out: Path, meta: dict[str, Any], force: bool) -> bool:
         hint = 'pass --force to replace it, or choose another folder with --out'
         raise FileExistsError(f'{out} holds a demo data set made with {was}, not {asked}: {hint}')
     images = (f'{split}/{i + 1:06d}.png' for split in SPLITS for i in range(meta['arguments'][split]))
-    return found == {**meta, 'sha256': found['sha256']} and all((out / name).is_file() for name in (*_FILES, *images))
+    return found == {**meta, 'sha256': found['sha256']} and all(
+        (out / name).is_file() for name in (*_FILES.values(), *images)
+    )
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -157,15 +145,8 @@ def _write_split(out: Path, split: str, drawn: list[Drawn]) -> list[object]:
     images = [coco_image(number) for number in range(1, len(drawn) + 1)]
     people = [(image, *item) for image, (found, _) in zip(images, drawn, strict=True) for item in enumerate(found)]
     coco = coco_file(images, [coco_annotation(person, image['id'], number) for image, number, person in people])
-    mpii = [mpii_record(person, image['file_name']) for image, _, person in people]
-    heads = [head_box(person) for _, _, person in people]
-    _write_json(out / _COCO.format(split), coco)
-    _write_json(out / _MPII.format(split), mpii)
-    content = [[pixels for _, pixels in drawn], coco, mpii]
-    if split == 'train':
-        return [content]
-    (out / _GROUND_TRUTH).write_bytes(mat_file(mpii, heads))
-    return [content, heads]
+    _write_json(out / _FILES[split], coco)
+    return [[pixels for _, pixels in drawn], coco]
 
 
 def coco_image(image_id: int) -> dict[str, Any]:
@@ -188,42 +169,3 @@ def coco_file(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -
     head = {'info': {'description': 'mm_sharp demo people', 'version': '1.0'}, 'licenses': []}
     categories = [{**names, 'keypoints': list(COCO_KEYPOINTS), 'skeleton': SKELETON}]
     return {**head, 'images': images, 'annotations': annotations, 'categories': categories}
-
-
-def mpii_record(person: Person, file_name: str) -> dict[str, Any]:
-    """The MPII record of one person; ``scale`` is the longer side of the box over 200 pixels."""
-    left, top, width, height = person.box
-    scale = max(width, height) / 200.0
-    # MMPose takes left + width as the right edge of a box; so does this middle.
-    centre = [left + width / 2 + 1, top + height / 2 + 1 - 15.0 * scale]
-    points = [person.points[name] for name in MPII_JOINTS]
-    return {
-        'image': file_name,
-        'center': [round(value, 4) for value in centre],
-        'scale': scale,
-        'joints': [[round(u + 1, 2), round(v + 1, 2)] if is_inside(u, v) else [-1.0, -1.0] for u, v in points],
-        'joints_vis': [int(is_inside(u, v)) for u, v in points],
-    }
-
-
-def head_box(person: Person) -> HeadBox:
-    """Left, top, right, bottom of the head, pixels counted from 1, also outside of the image."""
-    across, down = zip(*(person.points[name] for name in _HEAD), strict=True)
-    left, top, right, bottom = (round(end(axis) + 1, 2) for end in (min, max) for axis in (across, down))
-    return (left, top, right, bottom)
-
-
-def mat_file(records: list[dict[str, Any]], heads: list[HeadBox]) -> bytes:
-    """The ground truth of n people, in the order of ``records``, as MATLAB data, the same bytes at any time."""
-    corners: npt.NDArray[np.float64] = np.array(heads, np.float64).reshape(-1, 2, 2)
-    joints = np.array([record['joints'] for record in records], np.float64)
-    missing = 1.0 - np.array([record['joints_vis'] for record in records], np.float64)
-    content = {
-        'headboxes_src': np.transpose(corners, (1, 2, 0)),  # (2, 2, n): corner, then x and y
-        'pos_gt_src': np.transpose(joints, (1, 2, 0)),  # (16, 2, n)
-        'jnt_missing': missing.T,  # (16, n)
-        'dataset_joints': np.array(MPII_JOINTS, dtype=object),
-    }
-    buffer = io.BytesIO()
-    savemat(buffer, content)
-    return _MAT_TEXT + buffer.getvalue()[len(_MAT_TEXT) :]

@@ -20,7 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from mm_sharp.errors import UserError, some
-from mm_sharp.ops.optimizer_state import OTHERWISE, check_base_optimizer
+from mm_sharp.step.checkpoint import OTHERWISE, check_base_optimizer
 from mm_sharp.step.optim_wrappers import optim_wrappers
 
 # Quantized models have rules of their own about their quantizers, which may be missing (mm_sharp.quantization.record).
@@ -55,12 +55,10 @@ class CheckpointCheckHook(Hook):  # type: ignore[misc]  # MMEngine ships no type
 
 
 def check_next_load(model: nn.Module, purpose: str = 'test') -> None:
-    """Have a model raise UserError at the next state dict that it loads, if that does not fit.
+    """Have a model raise UserError at the next state dict that it loads, if that does not fit a ``purpose``.
 
-    Args:
-        model: The model.
-        purpose: ``'resume'``: keys and shapes must be equal; ``'test'``: nothing may be missing or of another shape;
-            ``'train'``: something must fit.
+    ``'resume'``: keys and shapes must be equal; ``'test'``: nothing may be missing or of another shape; ``'train'``:
+    something must fit.
     """
     errors: list[list[str]] = []  # into which the modules write what does not fit
 

@@ -2,10 +2,7 @@
 
 MMEngine compiles the model's ``train_step``, and with it the optimizer wrapper's hooks, which change from step to step.
 Instead, the parts of the model that hold no loss are compiled, each by itself, for both passes and for evaluation: the
-backbone and the neck, which take the time.
-
-ESAM freezes other tensors in each step, for which code would be compiled anew in every step:
-:func:`mm_sharp.step.checks.check_compiled` refuses it.
+backbone and the neck, which take the time. (ESAM is refused: :func:`mm_sharp.step.checks.check_compiled`.)
 """
 
 from __future__ import annotations

@@ -23,16 +23,11 @@ STEERING = ('sharpness', 'rho_relative', 'linearity', 'g_norm')
 
 
 def shorten_console_line(processor: Any, hub: MessageHub, wrappers: Sequence[str]) -> set[str]:
-    """Have ``processor`` log what is new of our scalars, and print at most four, without ``sharpness/``.
+    """Have a runner's log ``processor`` log what is new of our scalars, and print at most four, without ``sharpness/``.
 
-    Args:
-        processor: The runner's log processor.
-        hub: The runner's message hub.
-        wrappers: What the names of each optimizer wrapper begin with: ``''`` for a single one.
-
-    Returns:
-        The hub's names of our scalars that the next log shows, for the hook to add to; each log empties it. A second
-        call changes nothing, and returns the same set.
+    ``wrappers`` are what the names of each optimizer wrapper begin with: ``''`` for a single one. Returns the hub's
+    names of our scalars that the next log shows, for the hook to add to; each log empties it. A second call changes
+    nothing, and returns the same set.
     """
     get_log = processor.get_log_after_iter
     if hasattr(get_log, 'written'):
@@ -71,16 +66,3 @@ def _only(hub: MessageHub, shown: Mapping[str, str]) -> Iterator[None]:
     finally:
         scalars.clear()
         scalars.update(whole)
-
-
-def rename_old_scalars(hub: MessageHub, wrappers: Sequence[str]) -> None:
-    """Put what a checkpoint of before version 0.2 has logged, without ``sharpness/``, under the names of today."""
-    scalars = hub.log_scalars
-    for wrapper in wrappers:
-        if f'train/{wrapper}L_w' not in scalars:
-            continue
-        names = ('L_w', 'L_w_e', *STEERING, 'pass2_share', 'mean_difference', 'sampling_entropy', 'large_scores', 'rho')
-        for key in list(scalars):
-            name = key.removeprefix('train/').removeprefix(wrapper)
-            if key == f'train/{wrapper}{name}' and (name in names or name.startswith('share_')):
-                scalars[f'{PREFIX}{wrapper}{name}'] = scalars.pop(key)

@@ -1,101 +1,101 @@
-"""What the sample history needs of a Runner: the data set, the ranks, the data loader."""
+"""What the sample history, and AUSAM's draws by it, need of a Runner."""
 
 from __future__ import annotations
 
-import logging
-from typing import Any, Protocol, runtime_checkable
+import math
+from typing import Any
 
-from mmengine.dist import get_rank
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
-from torch import nn
 
 from mm_sharp.errors import UserError
 from mm_sharp.samples.ausam_sampler import AUSAMSampler
 from mm_sharp.samples.dataset_keys import DatasetKeys
-from mm_sharp.samples.history import SampleHistory
-from mm_sharp.samples.keys import SampleIdError
-from mm_sharp.samples.seeds import Member
+from mm_sharp.samples.schedule import TrainingLength
 from mm_sharp.step.optim_wrappers import optim_wrappers
-
-
-@runtime_checkable
-class KeepsHistory(Protocol):
-    """An optimizer wrapper that keeps a history of its samples' loss differences."""
-
-    history: SampleHistory
-    member: Member
-    dataset_size: int | None
-
-    @property
-    def uses_history(self) -> bool:
-        """Whether it does so with its present arguments."""
-
-    def exchange_history(self) -> None:
-        """Bring the histories of all ranks to the same state."""
-
-
-@runtime_checkable
-class DrawsInLoader(KeepsHistory, Protocol):
-    """One that can take the batches which an ``AUSAMSampler`` has drawn."""
-
-    def attach_model(self, model: nn.Module) -> None:
-        """Fit the draws to what the model can be trained on."""
-
-    def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: DatasetKeys, rank: int) -> None:
-        """Take the sampler's batches."""
 
 
 @HOOKS.register_module()
 class SampleHistoryHook(Hook):  # type: ignore[misc]
-    """Keep the history of loss differences in step with data set, ranks and data loader.
+    """Keep the history of loss differences, and AUSAM's draws, in step with data set, data loader, ranks and training.
 
-    - Before training: the wrappers of an ``OptimWrapperDict`` are numbered, so that they draw independently. A loaded
-      history is fitted to the data set, and the log says how. An ``AUSAMSampler`` gets the wrapper that it draws for.
+    - Before training: the wrappers of an ``OptimWrapperDict`` are numbered, so that they draw independently. An
+      ``AUSAMSampler`` gets the wrapper that it draws for.
+    - Before each step: AUSAM's schedule learns the place in the training. In iteration-based training an epoch is one
+      pass over the data set's batches; where the data set has no length, a schedule goes by iterations.
     - With several ranks, the histories are exchanged at the end of every epoch (in iteration-based training, after as
       many iterations as an epoch has), before validation and before a checkpoint.
 
-    Added by itself to every Runner that uses this package; it does nothing where no wrapper keeps a history.
+    Added by itself to every Runner that uses this package; it does nothing for other optimizer wrappers.
     """
 
     priority = 'LOW'  # before CheckpointHook
 
     def __init__(self) -> None:
-        self._wrappers: list[KeepsHistory] = []
+        # Methods are told by what they have: they lie above the hooks.
+        self._keeping: list[Any] = []
+        self._drawing: list[Any] = []
+        self._length: TrainingLength | None = None
         self._epoch_length = 1
         self._exchanged = True
 
     def before_train(self, runner: Any) -> None:
         """Bring together wrapper, data set and data loader."""
-        loader = runner.train_dataloader
+        loader, wrappers = runner.train_dataloader, list(optim_wrappers(runner.optim_wrapper).values())
         try:
             self._epoch_length = max(1, len(loader))
         except TypeError:  # a sampler without end
             self._epoch_length = 1000
-        wrappers = optim_wrappers(runner.optim_wrapper).values()
+        self._keeping = [wrapper for wrapper in wrappers if getattr(wrapper, 'uses_history', False)]
+        self._drawing = [wrapper for wrapper in wrappers if hasattr(wrapper, 'attach_sampler')]
         for number, wrapper in enumerate(wrappers):
-            if isinstance(wrapper, KeepsHistory):
-                wrapper.member.number = number
-        self._wrappers = [wrapper for wrapper in wrappers if isinstance(wrapper, KeepsHistory) and wrapper.uses_history]
+            if hasattr(wrapper, 'history'):
+                wrapper.number = number
+        if self._drawing:
+            self._length = training_length(runner.train_loop, loader)
+        for wrapper in self._drawing:
+            wrapper.length = self._length
         sampler = getattr(loader, 'batch_sampler', None)
         if isinstance(sampler, AUSAMSampler):
-            _check_sampler(loader, runner.optim_wrapper)
-        drawing = [w for w in wrappers if isinstance(w, DrawsInLoader)] if isinstance(sampler, AUSAMSampler) else []
-        if not (self._wrappers or drawing) or not hasattr(loader.dataset, '__len__'):
+            self._check_sampler(loader, wrappers)
+        elif not self._keeping:
+            return
+        if not hasattr(loader.dataset, '__len__'):
             return  # a data set that only iterates: its samples are known when they arrive
         keys = DatasetKeys(loader.dataset)
-        for wrapper in self._wrappers:
+        for wrapper in self._keeping:
             keys.check_collisions()
             wrapper.dataset_size = keys.count()
-            if len(wrapper.history):
-                _reconcile(wrapper, keys)
-        for drawer in drawing:
-            assert sampler is not None
-            drawer.attach_model(runner.model)
-            drawer.attach_sampler(sampler, keys, get_rank())
+        if isinstance(sampler, AUSAMSampler):
+            (drawer,) = self._drawing
+            drawer.attach_sampler(sampler, keys, get_rank(), runner.model)
             sampler.follow(runner.train_loop)
+
+    def _check_sampler(self, loader: Any, wrappers: list[Any]) -> None:
+        # Another wrapper of an OptimWrapperDict would train on the samples drawn without knowing of it.
+        if len(wrappers) > 1 or not self._drawing:
+            uses = ', '.join(type(wrapper).__name__ for wrapper in wrappers)
+            raise UserError(
+                f'AUSAMSampler draws the batches for one AUSAMOptimWrapper, but the config uses {uses}: write '
+                "optim_wrapper = dict(type='AUSAMOptimWrapper', ...), or take batch_sampler=dict(type='AUSAMSampler') "
+                'out of train_dataloader'
+            )
+        if not getattr(loader, 'in_order', True):
+            raise UserError(
+                'train_dataloader.in_order=False is not allowed: AUSAMSampler must know which draw a batch is from. '
+                'Take it out of train_dataloader'
+            )
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Say where in the training the step is."""
+        if self._length is not None:
+            by_iterations = isinstance(runner.train_loop, IterBasedTrainLoop)
+            place = self._length.place(0, runner.iter) if by_iterations else self._length.place(runner.epoch)
+            for wrapper in self._drawing:
+                wrapper.place = place
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """In iteration-based training: exchange as often as an epoch is long, and before checkpoints."""
@@ -113,43 +113,29 @@ class SampleHistoryHook(Hook):  # type: ignore[misc]
     def _exchange(self) -> None:
         # Ranks go through the same hooks, so that all of them come here or none.
         if not self._exchanged:
-            for wrapper in self._wrappers:
+            for wrapper in self._keeping:
                 wrapper.exchange_history()
         self._exchanged = True
 
 
-def _check_sampler(loader: Any, optim_wrapper: Any) -> None:
-    wrappers = optim_wrappers(optim_wrapper).values()
-    found = sum(isinstance(wrapper, DrawsInLoader) for wrapper in wrappers)
-    # Another wrapper of an OptimWrapperDict would train on the samples drawn without knowing of it.
-    if found != 1 or len(wrappers) > 1:
-        uses = f'{found} of them' if found > 1 else type(optim_wrapper).__name__
-        raise UserError(
-            f'AUSAMSampler draws the batches for one AUSAMOptimWrapper, but the config uses {uses}: write '
-            "optim_wrapper = dict(type='AUSAMOptimWrapper', ...), or take batch_sampler=dict(type='AUSAMSampler') out "
-            'of train_dataloader'
-        )
-    if not getattr(loader, 'in_order', True):
-        raise UserError(
-            'train_dataloader.in_order=False is not allowed: AUSAMSampler must know which draw a batch is from. Take '
-            'it out of train_dataloader'
-        )
-
-
-def _reconcile(wrapper: KeepsHistory, keys: DatasetKeys) -> None:
-    """Drop samples of a loaded history that are not in the data set any more, and log it."""
-    dropped = 0
+def training_length(loop: Any, loader: Any) -> TrainingLength:
+    """How long a Runner's training is."""
+    if not isinstance(loop, IterBasedTrainLoop):
+        return TrainingLength(loop.max_epochs, max(1, len(loader)))
     try:
-        kept, dropped, unseen = wrapper.history.reconcile(keys.ids_by_name())
-        message = f'{kept} samples of the data set have been seen, {unseen} not yet'
-        message += f'; {dropped} that are not in the data set any more were dropped' if dropped else ''
-    except SampleIdError:
-        message = (
-            f'{len(wrapper.history)} samples have been seen; the data set cannot tell the ids of its samples '
-            'beforehand, so that it is not known whether all of them are still in it'
-        )
-    level = logging.WARNING if dropped else logging.INFO
-    print_log(f'Sample history: {message}', logger='current', level=level)
+        epoch_length = max(1, len(loader))
+    except TypeError:  # a data set or a sampler without end
+        return TrainingLength(loop.max_iters, None)
+    sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
+    sampler = getattr(sampler, 'sampler', sampler)  # AUSAMSampler's, which counts epochs
+    if isinstance(sampler, InfiniteSampler):  # its length is that of all ranks together
+        epoch_length = max(1, math.ceil(len(sampler) / (batch_size_of(loader) * get_world_size())))
+    return TrainingLength(loop.max_iters / epoch_length, epoch_length)
+
+
+def batch_size_of(loader: Any) -> int:
+    """How many samples a process loads at once, before any draw; 1 where that cannot be told."""
+    return getattr(loader, 'batch_size', None) or getattr(loader.batch_sampler, 'batch_size', None) or 1
 
 
 def _checkpoint_is_due(runner: Any) -> bool:

@@ -14,36 +14,22 @@ from mm_sharp.step.timing import PerturbationSizes
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model.
+    """A part of the model."""
 
-    Args:
-        name: Its name in the model.
-        perturbation: ||e|| over its tensors.
-        weights: ||w|| over the same.
-    """
-
-    name: str
-    perturbation: float
-    weights: float
+    name: str  # in the model
+    perturbation: float  # ||e|| over its tensors
+    weights: float  # ||w|| over the same
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of one step's perturbation, on the host.
+    """The sizes of one step's perturbation, on the host."""
 
-    Args:
-        whole: All that is perturbed.
-        layers: By the module that a tensor belongs to itself, such as ``head.final_layer``.
-        parts: By the model's top-level parts, such as ``head``, those of which nothing is perturbed too.
-        tensors: How many are perturbed.
-        by_tensor: The norm of the relative changes ||e_t|| / ||w_t|| of all tensors.
-    """
-
-    whole: Part
-    layers: list[Part]
-    parts: list[Part]
-    tensors: int
-    by_tensor: float
+    whole: Part  # all that is perturbed
+    layers: list[Part]  # by the module that a tensor belongs to itself, such as ``head.final_layer``
+    parts: list[Part]  # by the model's top-level parts, such as ``head``, those of which nothing is perturbed too
+    tensors: int  # how many are perturbed
+    by_tensor: float  # the norm of the relative changes ||e_t|| / ||w_t|| of all tensors
 
     @property
     def relative(self) -> float:

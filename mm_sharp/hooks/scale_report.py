@@ -23,11 +23,9 @@ from mm_sharp.ops.quantized_perturbation import quantizes_weights
 from mm_sharp.step.timing import StepRecord
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
-# In the log, so that it stays readable; what is left is put together.
-_MOST_PARTS = 5
+_MOST_PARTS = 5  # in the log, so that it stays readable; what is left is put together
 # Nearly all of the perturbation is in a part with little of the weights: with three quarters of its squared norm there,
 # all the rest of the model moves by half of rho, and that part by 8 times as much of itself as the whole does.
-# In each of the last steps: in the very first ones nearly all of the gradient is in a head that knows nothing.
 _NEARLY_ALL, _LITTLE = 0.75, 0.1
 # The loss rises by less than a tenth of what it differs by from one batch to the next, and by hardly anything of itself
 # (with small batches it differs by much).
@@ -39,22 +37,18 @@ _TIMES, _OF_THE_FIRST = 3.0, 0.5
 # what the gradient at w knows. So it is with losses that cannot rise by much, such as those of heatmaps. (Under
 # quantizers, a small perturbation may change no integer.)
 _OF_THE_GRADIENT, _NOTICEABLE = 0.25, 0.02
-# Logged steps that a warning looks back on: what is seen at once, and what needs a mean. As many again come before that
-# mean: while a learning rate warms up, hardly any perturbation raises the loss.
+# Logged steps that a warning looks back on: what is seen at once (in the very first ones nearly all of the gradient is
+# in a head that knows nothing), and what needs a mean. As many again come before that mean: while a learning rate warms
+# up, hardly any perturbation raises the loss.
 _FEW, _MANY = 5, 20
 
 _MEASURED = "adaptive='tensor', rho=0.02, perturb='weights' (rho as a share of each tensor's norm)"
 
 
 class ScaleReport:
-    """Tells what a wrapper perturbs: once at the start, in the log's scalars, and in warnings, each once.
+    """Tells what a wrapper perturbs in the user's own ``model``: at the start, in the log's scalars, and in warnings.
 
-    Args:
-        wrapper: The wrapper.
-        model: The user's own model.
-
-    Attributes:
-        introduced: Whether it was said what is perturbed.
+    Each warning comes once. ``introduced``: whether it was said what is perturbed.
     """
 
     def __init__(self, wrapper: TwoPassOptimWrapper, model: nn.Module) -> None:
@@ -183,7 +177,9 @@ class ScaleReport:
         loss, rise = median(loss for loss, _ in last), median(rise for _, rise in last)
         expected = median(self._expected)
         steep = rise > (_TIMES - 1) * abs(loss) and rise > _OF_THE_FIRST * abs(self._first)
-        flat = not self._rounds() and rise < _OF_THE_GRADIENT * expected and expected > _NOTICEABLE * abs(loss)
+        quantized = any(map(quantizes_weights, self._model.modules()))
+        rounds = quantized and not self._wrapper.settings.perturb_quantized
+        flat = not rounds and rise < _OF_THE_GRADIENT * expected and expected > _NOTICEABLE * abs(loss)
         if len(last) == _FEW and (steep or flat):
             instead = f', and not to the {loss + expected:.2g} that the gradient says' if flat else ''
             self._say(
@@ -193,17 +189,10 @@ class ScaleReport:
                 f'last {_FEW} logged steps). Write {self._way_out("smaller", 0.2)}',
             )
 
-    def _rounds(self) -> bool:
-        """Whether the perturbation goes through quantizers of weights."""
-        quantized = any(map(quantizes_weights, self._model.modules()))
-        return quantized and not self._wrapper.settings.perturb_quantized
-
     def _way_out(self, which: str, factor: float) -> str:
         """What to write in place of the present scale."""
         other = f'a {which} rho, such as rho={self._wrapper.rho * factor:.2g}'
-        if self._wrapper.settings.adaptive == 'tensor':
-            return other
-        return f'{_MEASURED}, or {other}'
+        return other if self._wrapper.settings.adaptive == 'tensor' else f'{_MEASURED}, or {other}'
 
     def _say(self, kind: str, message: str) -> None:
         if kind not in self._said:

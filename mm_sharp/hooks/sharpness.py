@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS
 
 from mm_sharp.errors import HOOK, UserError, check_positive_int
-from mm_sharp.hooks.console import PREFIX, rename_old_scalars, shorten_console_line
+from mm_sharp.hooks.console import PREFIX, shorten_console_line
 from mm_sharp.hooks.scale_report import ScaleReport
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.step.method import Passes
@@ -58,9 +57,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     optimizer wrappers the names are ``sharpness/WRAPPER.…``; the console's four are shared out.
 
     After the first step one line says how far the weights are moved, and where. Three warnings, each at most once and
-    only in logged steps, say what to write: nearly all of the perturbation is in one small part of the model; the loss
-    does not rise noticeably; it rises to several times what it was. See ``docs/scale.md`` and
-    :mod:`mm_sharp.hooks.scale_report`.
+    only in logged steps, say what to write: ``docs/scale.md`` has them.
 
     Args:
         interval: Iterations between two entries; by default the ``LoggerHook``'s.
@@ -92,7 +89,6 @@ class SharpnessHook(Hook):  # type: ignore[misc]
             )
         model = unwrap(runner.model)
         self._reports = {prefix: ScaleReport(wrapper, model) for prefix, wrapper in self._wrappers.items()}
-        rename_old_scalars(runner.message_hub, list(self._wrappers))
         self._written = shorten_console_line(runner.log_processor, runner.message_hub, list(self._wrappers))
         self._written.clear()
         self._pending.clear()
@@ -127,13 +123,9 @@ class SharpnessHook(Hook):  # type: ignore[misc]
                 if logged is None and f'{PREFIX}{prefix}L_w_e' not in self._written:
                     logged = step
                 ours = {} if logged is None else {**_scalars(logged), **report.log_scalars(logged)}
-                self._write(runner, prefix, {**ours, **wrapper.log_scalars()})
-
-    def _write(self, runner: Any, prefix: str, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            key = f'{PREFIX}{prefix}{name}'
-            runner.message_hub.update_scalar(key, value)
-            self._written.add(key)
+                for name, value in {**ours, **wrapper.log_scalars()}.items():
+                    runner.message_hub.update_scalar(f'{PREFIX}{prefix}{name}', value)
+                    self._written.add(f'{PREFIX}{prefix}{name}')
 
     def _is_due(self, runner: Any, batch_idx: int) -> bool:
         # LoggerHook may log the last iteration of an epoch too: values must be there, and of that iteration.

@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from torch import nn
 
-from mm_sharp.hooks.draw_schedule import batch_size_of, training_length
+from mm_sharp.hooks.history import batch_size_of, training_length
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.samples.schedule import TrainingLength
 from mm_sharp.step.method import Cost
@@ -56,14 +56,7 @@ class StartHook(Hook):  # type: ignore[misc]
 def in_words(
     wrapper: TwoPassOptimWrapper, batch_size: int, length: TrainingLength, model: nn.Module | None
 ) -> dict[str, str]:
-    """What a wrapper does in a training, by what it is about.
-
-    Args:
-        wrapper: The wrapper.
-        batch_size: N, of a process.
-        length: How long the training is.
-        model: What the wrapper trains, where that is known.
-    """
+    """What a wrapper does in a training, by what it is about, given N of a process and, where known, its ``model``."""
     settings = wrapper.settings
     quantized = '; in quantized layers the quantized weights' if settings.perturb_quantized else ''
     return {

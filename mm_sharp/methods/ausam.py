@@ -8,64 +8,49 @@ difference of its loss before and after the perturbation estimates at no further
     z_i     = (score_i - min) / (max - min)                       within the mini-batch
     s_i     = s_min + (s_max - s_min) * z_i                       the likelier to be among the K
 
-The paper's abstract and the code of its first author for CIFAR (github.com/ajiaaa/AUSAM, commit 13ee7bf) were at hand.
-The defaults are that code's: K is half of N, the first epoch uses whole batches, s_min is 0.1, and s_max rises from
-there to 0.5 over the first 15 % of the training (:mod:`mm_sharp.samples.schedule`). Its settings for pose estimation
-are not known.
-
-Ours: K rounds up (theirs down); systematic sampling, which gives exact inclusion probabilities, with theirs as
-``draw='sequential'`` (:mod:`mm_sharp.samples.selection`); samples never seen take ``s_max``; ``draw='uniform'``, which
-keeps no scores; ``history_momentum``; drawing in the data loader; and ``reweight``, which weights sample i by
-1 / (N * pi_i) (Horvitz-Thompson), so that at fixed weights the drawn samples' gradient is an unbiased estimate of the
-whole batch's. The first pass's is; the second's is taken at a point that depends on the draw.
-
-Large scores are those of hard samples and of wrongly labelled ones, which the authors' draw therefore prefers.
-``prefer='small'`` (ours) turns the preference round, ``1 - z_i`` in place of ``z_i``: for training sets with wrong
-labels. ``clip_quantile`` (ours) sets all scores above a quantile of the mini-batch's equal to it before the
-normalisation, so that one outlier does not make all others the same. docs/sampling_study.md has what they gave.
+The defaults are those of its first author's code for CIFAR (github.com/ajiaaa/AUSAM, commit 13ee7bf): K is half of N,
+the first epoch uses whole batches, s_min is 0.1, and s_max rises from there to 0.5 over the first 15 % of the training
+(:mod:`mm_sharp.samples.schedule`). The paper's settings for pose estimation are not known. Ours is what the arguments
+and :mod:`mm_sharp.samples.selection` say is ours, and drawing in the data loader. docs/sampling_study.md has what our
+additions gave.
 
 A loss that is the sum of its samples' is scaled by N / K, so that a step is as long as on the whole batch.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from mmengine.dist import get_world_size
-from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mm_sharp.errors import UserError, check_bool, check_choice, check_number
 from mm_sharp.methods.per_sample import PerSampleOptimWrapper
-from mm_sharp.ops.fsdp import any_rank
 from mm_sharp.ops.host_copy import to_device
 from mm_sharp.ops.model_call import ModelCall
-from mm_sharp.samples.draw import DRAWS, BatchDraw, BatchDrawer
+from mm_sharp.samples.ausam_sampler import AUSAMSampler
+from mm_sharp.samples.dataset_keys import DatasetKeys
+from mm_sharp.samples.draw import BatchDraw, BatchDrawer
 from mm_sharp.samples.history import Keys
 from mm_sharp.samples.loss_scale import LossScale
 from mm_sharp.samples.schedule import (
     AFTER_RAMP,
-    SCHEDULES,
+    CHOICES,
+    Schedule,
     TrainingLength,
     TrainingPlace,
     Unset,
-    check_combination,
+    checked_schedule,
     schedule_of,
 )
 from mm_sharp.samples.seeds import RngStream
 from mm_sharp.samples.selection import Preference, sample_count
-from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
+from mm_sharp.samples.subset import call_size, one_is_enough, subset
 from mm_sharp.step.method import Cost
-
-if TYPE_CHECKING:
-    from mm_sharp.samples.ausam_sampler import AUSAMSampler
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -81,22 +66,22 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         s_min: Normalised score of the smallest, > 0. ``s_max / s_min`` bounds how much likelier one sample is drawn
             than another; with ``s_min == s_max`` the draw is uniform.
         s_max: Normalised score of the largest, >= ``s_min``.
-        reweight: Weight the samples by 1 / (N * pi_i), which makes their gradient at given weights an unbiased estimate
-            of the whole batch's (ours). A uniform draw's is one as it is.
+        reweight: Weight the samples by 1 / (N * pi_i) (Horvitz-Thompson), which makes the first pass's gradient an
+            unbiased estimate of the whole batch's (ours). A uniform draw's is one as it is.
         history_momentum: Weight of the past in an exponential average of the loss differences, in [0, 1); by default
             the average over all visits (ours).
-        prefer: Which average loss differences make a sample likelier to be drawn: ``'large'``, the authors', or
-            ``'small'`` (ours), with which ``s_min`` is the largest's and ``s_max`` the smallest's. ``reweight`` takes
-            back what the preference does to the gradient.
-        clip_quantile: Scores above this quantile of the mini-batch's, in (0, 1], count as equal to it (ours); 1 clips
-            nothing.
-        draw: ``'systematic'``, exact inclusion probabilities (ours); ``'sequential'``, one sample after the other as in
-            the authors' code; or ``'uniform'``, whatever the samples are (ours): without scores, and so for every model
-            whose batch can be cut.
+        prefer: Which average loss differences make a sample likelier to be drawn: ``'large'``, the authors', which
+            prefers wrongly labelled samples, too; or ``'small'`` (ours), with which ``s_min`` is the largest's and
+            ``s_max`` the smallest's. ``reweight`` takes back what the preference does to the gradient.
+        clip_quantile: Scores above this quantile of the mini-batch's, in (0, 1], count as equal to it (ours), so that
+            one outlier does not make all others the same; 1 clips nothing.
+        draw: ``'sequential'``, one sample after the other as in the authors' code; ``'systematic'``, exact inclusion
+            probabilities (ours), the default with ``reweight``; or ``'uniform'``, whatever the samples are (ours):
+            without scores, and so for every model whose batch can be cut.
         schedule: What the arguments that are not given are: ``'authors'``, or ``'constant'``, which was this package's
-            before it had the authors': ``sampling_ratio=0.6, s_min=0.3, s_max=1.0, ramp=0, whole_first_epoch=False``.
-            By default the authors', but for configs of that time: one that gives ``s_min`` or ``s_max``, other than
-            the authors' both, and neither ``schedule`` nor ``ramp`` nor ``whole_first_epoch``, keeps ``'constant'``.
+            before it had the authors': ``sampling_ratio=0.6, s_min=0.3, s_max=1.0, ramp=0, whole_first_epoch=False,
+            draw='systematic'``. By default the authors', but for configs of that time: see
+            :func:`mm_sharp.samples.schedule.schedule_name`.
         ramp: Share of the training, by epochs, over which ``s_max`` rises from ``s_min``, in [0, 1]; 0.15 is the
             authors'. With 0 it does not change.
         whole_first_epoch: Use the batches of the first epoch whole, so that every sample is measured once; by default
@@ -113,19 +98,9 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
-
-    Example:
-        In a config, with everything else as it was::
-
-            custom_imports = dict(imports=['mm_sharp'])
-            optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, optimizer=dict(type='Adam', lr=5e-4))
     """
 
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        'prefer': ('large', 'small'),
-        'draw': DRAWS,
-        'schedule': tuple(SCHEDULES),
-    }
+    choices: ClassVar[dict[str, tuple[str, ...]]] = CHOICES
 
     def __init__(
         self,
@@ -138,166 +113,102 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         history_momentum: float | None = None,
         prefer: str = 'large',
         clip_quantile: float = 1.0,
-        draw: str = 'systematic',
+        draw: str | None = None,
         schedule: str | None = None,
         ramp: float = Unset(0.15),
         whole_first_epoch: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        name = type(self).__name__
-        check_number(name, 'sampling_ratio', sampling_ratio, high=1.0, low_open=True, example='0.5')
-        check_number(name, 's_min', s_min, low_open=True, example='0.1')
-        check_number(name, 's_max', s_max, low_open=True, example='0.5')
-        check_choice(name, 'prefer', prefer, self.choices['prefer'])
-        check_number(name, 'clip_quantile', clip_quantile, high=1.0, low_open=True, example='0.9')
-        check_choice(name, 'draw', draw, self.choices['draw'])
-        check_choice(name, 'schedule', schedule, (*self.choices['schedule'], None))
-        check_number(name, 'ramp', ramp, high=1.0, example='0.15')
-        if whole_first_epoch is not None:
-            check_bool(name, 'whole_first_epoch', whole_first_epoch)
-        planned: dict[str, Any] = dict(
-            sampling_ratio=sampling_ratio, s_min=s_min, s_max=s_max, ramp=ramp, whole_first_epoch=whole_first_epoch
-        )
-        drawn = dict(schedule=schedule, draw=draw, prefer=prefer, clip_quantile=clip_quantile, reweight=reweight)
-        settings = {**planned, **drawn, 'history_momentum': history_momentum}
-        self.reweight = check_bool(name, 'reweight', reweight) and draw != 'uniform'
-        check_combination(name, settings)
-        plan = schedule_of(settings)
-        if plan.s_max < plan.s_min:
-            raise UserError(
-                f'{name}: s_max={plan.s_max!r} is not allowed: it must be a finite number in [{plan.s_min:g}, inf), '
-                f"with s_min={plan.s_min!r}. Write for example: optim_wrapper = dict(type='{name}', "
-                f's_max={max(1.0, plan.s_min)!r}, ...)'
-            )
+        settings: dict[str, Any] = dict(
+            sampling_ratio=sampling_ratio, s_min=s_min, s_max=s_max, reweight=reweight, prefer=prefer, draw=draw,
+            history_momentum=history_momentum, clip_quantile=clip_quantile, schedule=schedule, ramp=ramp,
+            whole_first_epoch=whole_first_epoch,
+        )  # fmt: skip
+        plan = checked_schedule(type(self).__name__, settings)
         super().__init__(optimizer, history_momentum=history_momentum, rho=rho, **kwargs)
-        self.drawer = BatchDrawer(
-            self.history,
-            *(float(plan.sampling_ratio), float(plan.s_min), float(plan.s_max)),
-            Preference(prefer == 'small', float(clip_quantile)),
-            kind=draw,
-            ramp=float(plan.ramp),
-            whole_first_epoch=plan.whole_first_epoch,
-        )
+        self.reweight = reweight and draw != 'uniform'
+        preference = Preference(prefer == 'small', float(clip_quantile))
+        self.drawer = BatchDrawer(self.history, plan, preference)
         self.length: TrainingLength | None = None
         self.place: TrainingPlace | None = None
         self.sampler: AUSAMSampler | None = None
         self._sampler_states: list[Any] = []
         self._draw: BatchDraw | None = None
         self._keys: Keys = []
-        self._attached: nn.Module | None = None
         self._scale = LossScale()
-        self._sizes = {'kept': 1, 'of': 1}
-        self._has_said: set[str] = set()
 
     @classmethod
     def theoretical_cost(cls, batch_size: int, **settings: Any) -> Cost:
         """Twice the share that is drawn, and SAM's in a whole first epoch."""
-        plan = schedule_of(settings)
-        return _cost(sample_count(plan.sampling_ratio, batch_size), batch_size, plan.whole_first_epoch)
+        return _cost(schedule_of(settings), batch_size)
 
     def cost(self, batch_size: int) -> Cost:
         """What the drawer's settings cost."""
-        plan = self.drawer.schedule
-        k = sample_count(plan.sampling_ratio, batch_size, self.drawer.fewest)
-        return _cost(k, batch_size, plan.whole_first_epoch)
+        return _cost(self.drawer.schedule, batch_size, self.drawer.fewest)
 
     def in_words(self, batch_size: int, length: TrainingLength, model: nn.Module | None) -> dict[str, str]:
         """See :meth:`mm_sharp.step.method.Method.in_words`."""
-        drawer, plan = self.drawer, self.drawer.schedule
-        by_epochs = length.epoch_length is not None
-        parts = [f'{sample_count(plan.sampling_ratio, batch_size, drawer.fewest)} of {batch_size} in both passes']
-        if plan.whole_first_epoch:
-            parts.append('all in the first epoch' if by_epochs else 'no whole first epoch: the data set has no length')
-        if not self.uses_history:
-            return {'samples': '; '.join([*parts, 'drawn uniformly'])}
-        which = 'smaller' if drawer.preference.small else 'larger'
-        parts.append(f'the {which} the loss difference, the likelier ({drawer.kind} draw)')
-        over = f'{plan.ramp * length.epochs:g} {"epochs" if by_epochs else "iterations"}'
-        rising = f's_max {plan.s_min:g} to {plan.s_max:g} over the first {over}'
-        parts.append(rising if plan.ramp > 0 else f's from {plan.s_min:g} to {plan.s_max:g}')
-        return {'samples': '; '.join(parts), **self.losses_in_words(model)}
+        losses = self.losses_in_words(model) if self.uses_history else {}
+        return {'samples': self.drawer.in_words(batch_size, length), **losses}
 
-    def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: Any, rank: int) -> None:
-        """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already.
-
-        ``dataset_keys`` gives it the keys of its samples: :class:`mm_sharp.samples.dataset_keys.DatasetKeys`.
-        """
+    def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: DatasetKeys, rank: int, model: nn.Module) -> None:
+        """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already."""
+        self.drawer.fewest = self.fewest(model)
         sampler.attach(self.drawer, dataset_keys, self.seed, rank, self.length)
         # With another number of ranks the batches are others.
         if len(self._sampler_states) == get_world_size() and self._sampler_states[rank] is not None:
             sampler.load_state_dict(self._sampler_states[rank])
         self.sampler, self._sampler_states = sampler, []
 
-    def attach_model(self, model: nn.Module) -> None:
-        """Fit the draws to what ``model`` can be trained on."""
-        if self._attached is not model:
-            self.drawer.fewest = fewest_samples(model)
-            self._attached = model
-
     @property
     def uses_history(self) -> bool:
         """A uniform draw has none."""
-        return self.drawer.kind != 'uniform'
+        return self.drawer.schedule.draw != 'uniform'
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """See :meth:`PerSampleOptimWrapper.recording`; of a uniform draw the losses of samples are not recorded."""
         self._draw = None
-
-        def counts() -> tuple[int, int]:
-            return (0, 0) if self._draw is None else (len(self._draw.chosen), self._draw.size)
-
-        uniform = not self.uses_history
+        owner, drop = type(self).__name__, 'drop_last=True'
+        leave_out = drop if self.sampler is None else f"batch_sampler=dict(type='AUSAMSampler', {drop})"
         with (
-            one_is_enough(type(self).__name__, 'sampling_ratio', counts, self._leave_out),
-            self._scale.applied(model, self._sizes) if uniform else super().recording(model),
+            one_is_enough(owner, 'sampling_ratio', lambda: self._draw.counts if self._draw else None, leave_out),
+            super().recording(model) if self.uses_history else self._scale.applied(model),
         ):
             yield
 
     def first_batch(self, call: ModelCall) -> ModelCall:
         """The call on the samples that are drawn; they must have ids, but for a uniform draw."""
         self.pending_updates.flush()
-        self.attach_model(call.model)
+        self.drawer.fewest = self.fewest(call.model)
         size = call_size(type(self).__name__, call)
         needs_keys = self.uses_history or self.sampler is not None
-        keys = self.keys(call, size) if needs_keys else []
+        keys: Keys = self.keys(call, size) if needs_keys else [('', 0)] * size
         if self.sampler is not None:
             draw = self.sampler.take(keys)
         else:
-            generator, place = self.generator(RngStream.SAMPLES), self._place_now()
-            if self.uses_history:
-                draw = self.drawer.draw(keys, generator, place)
-            else:
-                draw = self.drawer.draw_uniformly(size, generator, place)
+            draw = self.drawer.draw(keys, self.generator(RngStream.SAMPLES), self._place_now())
             if len(draw.chosen) < size:
-                keys = [keys[row] for row in draw.chosen] if needs_keys else []
+                keys = [keys[row] for row in draw.chosen]
                 call = subset(call, draw.chosen, size)
         self._draw, self._keys = draw, keys
-        self._say_what_it_costs(draw)
         if self.uses_history:  # the loss modules of both passes are to scale, or weight, their samples
             record = self.record()
             record.full_size = draw.size
             if self.reweight:
                 record.weights = to_device(draw.weights.astype(np.float32), self.device)
         else:
-            self._sizes.update(kept=len(draw.chosen), of=draw.size)
-            self._tell_sums(call)
+            kept = len(draw.chosen)
+            self._scale.next_step(kept, draw.size)
+            if self.drawer.schedule.sampling_ratio < 1.0 and self._scale.is_to_try(self.device):
+                twice = subset(call, np.tile(np.arange(kept), 2), kept)
+                self._scale.expect(self.second_pass.try_forward(twice))
         return call
-
-    def _tell_sums(self, call: ModelCall) -> None:
-        """Find out which of the model's losses are sums, if that is not known yet and ever matters."""
-        if self.drawer.sampling_ratio < 1.0 and self._scale.next_step(self._any_rank):
-            kept = self._sizes['kept']
-            rows = np.arange(kept)
-            self._scale.expect(self.second_pass.try_forward(subset(call, np.concatenate([rows, rows]), kept)))
-
-    def _any_rank(self, flag: bool) -> bool:
-        return flag if get_world_size() == 1 else bool(any_rank(torch.tensor(flag, device=self.device)))
 
     def perturbed_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward on the same samples; their loss differences go to the history."""
         if not self.uses_history:
-            with self._scale.applied(call.model, self._sizes):
+            with self._scale.applied(call.model):
                 return super().perturbed_loss(call, loss, norm)
         first, draw = self.record(), self._draw
         assert draw is not None
@@ -328,46 +239,16 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         self._sampler_states = state.get('samplers', [])
         self._scale.load_state_dict(state.get('reductions', {}))
 
-    @property
-    def _leave_out(self) -> str:
-        """What leaves the last, incomplete batch of an epoch out, in ``train_dataloader``."""
-        drop = 'drop_last=True'
-        return drop if self.sampler is None else f"batch_sampler=dict(type='AUSAMSampler', {drop})"
-
     def _place_now(self) -> TrainingPlace:
         """Where in the training this step is."""
         if self.place is not None:
             return self.place
         if self._max_counts > 0:  # initialize_count_status was called: how long the training is, but not its epochs
             return TrainingLength(self._max_counts, None).place(0, self._inner_count)
-        plan = self.drawer.schedule
-        if (plan.ramp > 0 or plan.whole_first_epoch) and 'length' not in self._has_said:
-            self._has_said.add('length')
-            print_log(
-                f'{type(self).__name__}: nobody has said how long this training is, so s_max is {plan.s_max:g} from '
-                'the first step on, and no epoch is used whole. A Runner says it by itself; in a loop of your own '
-                'write, when an epoch begins, optim_wrapper.place = TrainingLength(epochs, len(loader)).place(epoch), '
-                'with mm_sharp.samples.schedule.TrainingLength',
-                logger='current',
-            )
         return AFTER_RAMP
 
-    def _say_what_it_costs(self, draw: BatchDraw) -> None:
-        if len(draw.chosen) < draw.size or 'cost' in self._has_said:
-            return
-        if self.drawer.schedule.ratio_at(self._place_now()) == 1.0:  # it is meant
-            return
-        self._has_said.add('cost')
-        print_log(
-            f'{type(self).__name__}: a batch of {draw.size} is used whole, so its step costs what a step of SAM '
-            "costs, twice the base optimizer's. Take larger batches, train_dataloader = dict(batch_size=..., ...), or, "
-            f'if only the last one of an epoch is that small, leave it out, train_dataloader = dict({self._leave_out}, '
-            '...)',
-            logger='current',
-            level=logging.WARNING,
-        )
 
-
-def _cost(k: int, batch_size: int, whole_first_epoch: bool) -> Cost:
+def _cost(plan: Schedule, batch_size: int, fewest: int = 1) -> Cost:
+    k = sample_count(plan.sampling_ratio, batch_size, fewest)
     step = 2 * k / batch_size
-    return Cost(step, step, first_epoch=2.0 if whole_first_epoch and k < batch_size else None)
+    return Cost(step, step, first_epoch=2.0 if plan.whole_first_epoch and k < batch_size else None)

@@ -8,8 +8,7 @@ gradients:
 - *Sharpness-sensitive data selection* (SDS): the second pass differentiates the ``ceil(gamma * N)`` samples whose loss
   the perturbation raises most, ``l_i(w + e) - l_i(w)``, for which a forward without gradients runs on the whole batch.
 
-A step costs (3 + beta + 3 * gamma) / 3 of the base optimizer's: 1.70 at (0.6, 0.5). (The paper reports
-1.40, which this arithmetic does not give: without the selection's forward it is 1.37.)
+A step costs (3 + beta + 3 * gamma) / 3 of the base optimizer's: 1.70 at (0.6, 0.5). (The paper reports 1.40.)
 
 Ours: ``selection='history'`` takes the samples with the largest *average* loss difference instead, which needs no extra
 forward: (2 + beta + 3 * gamma) / 3, 1.37. Since BatchNorm makes losses on different sets of samples incomparable, the
@@ -43,8 +42,8 @@ from mm_sharp.per_sample_loss import Reduction
 from mm_sharp.samples.history import Keys
 from mm_sharp.samples.schedule import TrainingLength
 from mm_sharp.samples.seeds import RngStream
-from mm_sharp.samples.selection import FloatArray, IntArray, normalised_scores, sample_count, top_k
-from mm_sharp.samples.subset import call_size, fewest_samples, one_is_enough, subset
+from mm_sharp.samples.selection import FloatArray, IntArray, batch_figures, sample_count, top_k
+from mm_sharp.samples.subset import call_size, one_is_enough, subset
 from mm_sharp.step.checks import check_compiled
 from mm_sharp.step.method import Cost
 
@@ -70,13 +69,6 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
-
-    Example:
-        In a config, with everything else as it was::
-
-            custom_imports = dict(imports=['mm_sharp'])
-            optim_wrapper = dict(type='ESAMOptimWrapper', rho=0.05, beta=0.6, gamma=0.5,
-                                 optimizer=dict(type='Adam', lr=5e-4))
     """
 
     # Under FSDP all the same, of all.
@@ -99,7 +91,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         self.selection = selection
         self.refresh = check_positive_int(name, 'refresh', refresh, example='10')
         super().__init__(optimizer, rho=rho, **kwargs)
-        self._size, self._fewest = 0, 1
+        self._size = 0
         self._checked: nn.Module | None = None  # the model that was found not to be compiled, or not in the way
         self._keys: Keys = []
         # What decides the factor on a subset's loss; any recorded step shows it.
@@ -128,7 +120,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         lines = {'perturbed': f'{self.selector.in_words}{chance}'}
         if self.gamma == 1.0:
             return lines
-        k = sample_count(self.gamma, batch_size, self._fewest)
+        k = sample_count(self.gamma, batch_size, self._fewest[1])
         how = f'by their history, measured in one step of {self.refresh}' if self.uses_history else 'measured each step'
         samples = f'all {batch_size} in the first pass; in the second the {k} whose loss rises most, {how}'
         return {**lines, 'samples': samples, **self.losses_in_words(model)}
@@ -165,7 +157,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         """Record the losses of the first pass, where this step needs them."""
         if self._checked is not model:
             check_compiled(type(self).__name__, model, sees_losses=self.gamma < 1.0, switches=self.beta < 1.0)
-            self._checked, self._fewest = model, fewest_samples(model)
+            self._checked = model
         if self.gamma < 1.0 and self.losses_of(model).look_again():
             self._reductions = set()
         if self.gamma == 1.0 or (not self._measures and self._reductions):
@@ -179,7 +171,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
     def perturbed_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """The second forward, on the samples that are selected."""
-        count = sample_count(self.gamma, self._size, self._fewest)
+        count = sample_count(self.gamma, self._size, self.fewest(call.model))
         # Other ranks may have more samples and select: a forward that communicates (SyncBatchNorm) needs all of them.
         if count == self._size and (self.gamma == 1.0 or get_world_size() == 1):
             return super().perturbed_loss(call, loss, norm)
@@ -206,11 +198,7 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
         return self.selection == 'exact' or self.steps % self.refresh == 0
 
     def _measure(self, call: ModelCall, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A forward without gradients.
-
-        Gives the loss difference of every sample for the history and the log, (N,), NaN where there was no
-        perturbation; the loss increase to select by, (N,); the batch's L(w + e).
-        """
+        """A forward without gradients: the loss differences, (N,); the increases to select by, (N,); L(w + e)."""
         with self.exclude_from_timing('recording'):
             before = self.record().losses(loss)
         with self.losses_of(call.model).record() as record:
@@ -247,22 +235,6 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
 
 
 def _metrics_of(scores: FloatArray) -> dict[str, float]:
-    """Figures for the log, of loss differences (N,), NaN where unknown.
-
-    ``mean_difference`` in units of the loss; ``sampling_entropy``, that of each sample's share of the sum of absolute
-    differences, over log N: 1 where all are alike, so that the selection is arbitrary; ``large_scores``, the share of
-    samples above the middle between the smallest and the largest.
-    """
+    """Figures for the log, of loss differences (N,), NaN where unknown."""
     known = scores[np.isfinite(scores)]
-    if not len(known):
-        return {}
-    sizes = np.abs(known)
-    total = sizes.sum()
-    # 0 * log 0 counts as 0.
-    shares = sizes[sizes > 0] / total if total > 0 else np.full(len(known), 1 / len(known))
-    entropy = -(shares * np.log(shares)).sum() / np.log(len(known)) if len(known) > 1 else 1.0
-    return {
-        'mean_difference': float(known.mean()),
-        'sampling_entropy': float(entropy),
-        'large_scores': float((normalised_scores(known) > 0.5).mean()),
-    }
+    return {'mean_difference': float(known.mean()), **batch_figures(np.abs(known), known)} if len(known) else {}

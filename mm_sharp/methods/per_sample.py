@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from mm_sharp.errors import check_number, some
 from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.ops.model_call import ModelCall, unwrap
-from mm_sharp.ops.parameters import parameters_of
 from mm_sharp.per_sample_loss import LossRecord, PerSampleLoss
 from mm_sharp.samples.history import Keys, PendingUpdates, SampleHistory
 from mm_sharp.samples.keys import keys_of
-from mm_sharp.samples.seeds import Member, RngStream, make_generator, shared_seed
+from mm_sharp.samples.seeds import RngStream, make_generator, shared_seed
+from mm_sharp.samples.subset import fewest_samples
 from mm_sharp.step.checks import check_compiled
 from mm_sharp.step.nonfinite_log import offending_samples
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -39,7 +39,8 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         history: Average loss difference of every sample seen.
         pending_updates: The last step's loss differences, on their way into the history.
         steps: Steps (micro-batches) taken so far.
-        member: Which of several wrappers it is, each of which draws independently.
+        number: Which of several wrappers it is, each of which draws independently: its place in a Runner's
+            ``OptimWrapperDict``, which a hook sets. In a loop of your own with several wrappers, set it yourself.
         rank_states: Each rank's :meth:`rank_state` when the history was exchanged last; empty in a single process.
         dataset_size: Samples in the training set, where known: for the log.
     """
@@ -54,13 +55,13 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         self.steps = 0
         self.rank_states: list[Any] = []
         self.dataset_size: int | None = None
-        self.member = Member(partial(parameters_of, optimizer))
+        self.number = 0
         self._seed: int | None = None
+        self._fewest: tuple[nn.Module | None, int] = (None, 1)
         self._per_sample: PerSampleLoss | None = None
         self._record: LossRecord | None = None
         self._measured: tuple[Keys, HostCopy] | None = None
 
-    # ---------------------------------------------------------------- what a method uses
     @property
     def uses_history(self) -> bool:
         """Whether the method keeps a history at all."""
@@ -75,12 +76,18 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
 
     def generator(self, kind: RngStream, *, shared: bool = False) -> torch.Generator:
         """A generator for a draw of this step; with ``shared`` all ranks draw the same."""
-        rank = () if shared else (get_rank(),)
-        return make_generator(self.seed, kind, *rank, self.steps, *self.member.place(self.seed))
+        rank, number = () if shared else (get_rank(),), (self.number,) if self.number else ()
+        return make_generator(self.seed, kind, *rank, self.steps, *number)
 
     def keys(self, call: ModelCall, size: int) -> Keys:
         """The keys of the ``size`` samples in a call; a SampleIdError if they have none."""
         return keys_of(call.args, call.kwargs, size, type(self).__name__)
+
+    def fewest(self, model: nn.Module) -> int:
+        """The fewest samples of a batch that ``model`` can be trained on."""
+        if self._fewest[0] is not model:
+            self._fewest = model, fewest_samples(model)
+        return self._fewest[1]
 
     def record(self) -> LossRecord:
         """What was recorded of the first pass."""
@@ -113,7 +120,6 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         perturbed = (torch.isfinite(norm) & (norm > 0)).to(before.device)
         return torch.where(perturbed, after - before, torch.nan)
 
-    # ---------------------------------------------------------------- TwoPassOptimWrapper's interface
     def offending_samples(self, call: ModelCall) -> str:
         """The samples of ``call`` in which, or else in whose loss or loss difference, something is not finite."""
         losses = None if self._record is None else self._record.values()
@@ -146,7 +152,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         """Seed and number of the draws, the history, and the last step's differences on their way into it."""
         return {
             'seed': self._seed,
-            'member': self.member.state(self._seed),
+            'member': {'number': self.number},
             'steps': self.steps,
             'history': self.history.state_dict(),
             'visits': self.pending_updates.state_dict(),
@@ -157,7 +163,7 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         # Rank 0's, as far as they were not exchanged: on every rank they would count as often.
         self.pending_updates.load_state_dict(state.get('visits', {}) if get_rank() == 0 else {})
         self._seed, self.steps = state.get('seed'), state.get('steps', 0)
-        self.member.load(state.get('member', {}), self._seed)
+        self.number = state.get('member', {}).get('number') or 0
         empty = SampleHistory(self.history.momentum).state_dict()
         self.history.load_state_dict(state.get('history', empty))
 
@@ -165,9 +171,8 @@ class PerSampleOptimWrapper(TwoPassOptimWrapper):
         """``share_seen``: share of the training set's samples in the history, where the set's size is known."""
         if not self.uses_history or self.dataset_size is None:
             return {}
-        return {'share_seen': len(self.history) / self.dataset_size}
+        return {'share_seen': min(1.0, len(self.history) / self.dataset_size)}
 
-    # ---------------------------------------------------------------- ranks
     def exchange_history(self) -> None:
         """Bring the history up to date and, with several ranks, to the same state on all: all of them must call it."""
         self.pending_updates.flush()

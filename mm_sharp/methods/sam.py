@@ -1,21 +1,12 @@
-"""SAM and ASAM.
+"""SAM (Foret et al. 2021, arXiv 2010.01412) and ASAM (Kwon et al. 2021, arXiv 2102.11600).
 
-SAM (Foret et al. 2021, arXiv 2010.01412) minimises the largest loss within a ball of radius ``rho`` around the weights,
-to first order::
+SAM minimises the largest loss within a ball of radius ``rho`` around the weights, to first order; ASAM measures the
+ball in units of each weight's own size: :mod:`mm_sharp.ops.perturbation` has the equations. ASAM's radius is larger
+than SAM's by a factor of about 10 (its paper, section 5: 0.5 to 2 against 0.05 to 0.1).
 
-    g  = grad L(w)
-    e  = rho * g / (||g|| + eps)
-    w <- base optimizer's step on grad L(w + e), taken at w
-
-ASAM (Kwon et al. 2021, arXiv 2102.11600) measures the ball in units of each weight's own size, ``T = |w| + eta``::
-
-    e  = rho * T^2 g / (||T g|| + eps)
-
-ASAM's radius is larger than SAM's by a factor of about 10 (its paper, section 5: 0.5 to 2 against 0.05 to 0.1).
-
-With ``interval=n``, one optimizer step in n is a step of SAM (or ASAM), and the others are the base optimizer's. That
-costs 1 + 1/n of the base optimizer. It is a practice of libraries (Composer's SAM has an argument of this name), and in
-neither paper. With accumulated gradients, all micro-batches of an optimizer step are of one kind.
+With ``interval=n``, one optimizer step in n is a step of SAM (or ASAM), and the others are the base optimizer's. It is
+a practice of libraries (Composer's SAM has an argument of this name), and in neither paper. With accumulated gradients,
+all micro-batches of an optimizer step are of one kind.
 """
 
 from __future__ import annotations

@@ -52,21 +52,18 @@ class ForwardState:
         further forward.
         """
         self.discard()
-        plan = self._planned(tree)
+        trained = frozenset(map(id, self._trained()))
+        if self._plan is None or tree is not self._plan.tree or trained != self._plan.trained:
+            self._plan = StatePlan(tree, trained)
+            if any(isinstance(module, _AVERAGED) for module in tree.modules):
+                self._rare.seen()  # it moves its weights through `.data`, at intervals
+        plan = self._plan
         self._keeps_rare = not sharded and self._rare.next_step()
         self._other_norms = plan.norms if broadcast else self._norms.save(plan.norms)
         self._before.save(plan, self._other_norms, rare=self._keeps_rare)
         rare = [] if sharded else self._before.rare
         self._rare.watch(rare, [copy for _, copy in self._before.rare_backup.pairs] if self._keeps_rare else None)
         self._model = tree.model
-
-    def _planned(self, tree: ModuleTree) -> StatePlan:
-        trained = frozenset(map(id, self._trained()))
-        if self._plan is None or tree is not self._plan.tree or trained != self._plan.trained:
-            self._plan = StatePlan(tree, trained)
-            if any(isinstance(module, _AVERAGED) for module in self._plan.tree.modules):
-                self._rare.seen()  # it moves its weights through `.data`, at intervals
-        return self._plan
 
     def rewind(self) -> None:
         """Copy what the first pass has made of it, and put back what was before."""
@@ -104,17 +101,11 @@ class ForwardState:
         others = self._before.backup.pairs
         return [*self._norms.floats, *(buffer for buffer, _ in others if buffer.dtype in _FLOATS and buffer.numel())]
 
-    def restore_all(self) -> None:
-        """Put back what was before the step, which has been made or undone, apart from the weights."""
-        weights = self._trained()
+    def undo(self, *, apart_from_weights: bool = False) -> None:
+        """Put back what was before the step: of one that failed, or, without the weights, of one that was made."""
+        weights = self._trained() if apart_from_weights else ()
         self._norms.write_back(weights)
         self._before.write_back(weights)
-        self.discard()
-
-    def undo(self) -> None:
-        """Put back what was before a step that failed, with the weights as they were before it."""
-        self._norms.write_back()
-        self._before.restore()
         self.discard()
 
     def discard(self) -> None:

@@ -20,6 +20,11 @@ from mm_sharp.ops.fsdp import is_flat_wrapper
 from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.ops.rng import RandomState
 
+RIGHT_FORM = (
+    "    with optim_wrapper.optim_context(model):\n        losses = model(inputs, data_samples, mode='loss')\n"
+    '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+)
+
 
 @dataclass
 class ModelCall:
@@ -36,9 +41,6 @@ class ModelCall:
         """Call the model again; it gets containers of its own, and tensors of its own where it may write to them."""
         args, kwargs = fresh((self.args, self.kwargs), self.may_write)
         return self.model(*args, **kwargs)
-
-
-ChooseBatch = Callable[[ModelCall], ModelCall]
 
 
 class CallRecorder:
@@ -59,7 +61,9 @@ class CallRecorder:
         return state
 
     @contextmanager
-    def record(self, model: nn.Module, devices: tuple[torch.device, ...], on_call: ChooseBatch) -> Iterator[None]:
+    def record(
+        self, model: nn.Module, devices: tuple[torch.device, ...], on_call: Callable[[ModelCall], ModelCall]
+    ) -> Iterator[None]:
         """Record the call of ``model`` in this context, which may call itself but must not be called twice.
 
         ``on_call`` sees the call before it runs, with the random state of ``devices``, and returns the call that runs
@@ -86,7 +90,7 @@ class CallRecorder:
             self._depth -= 1
             if self._depth == 0 and self.call is not None:
                 self._inputs.check()
-                self.call.output = _copy_containers(output)
+                self.call.output = fresh(output, copies=False)
                 if output is None:  # the call has failed, and may be tried again
                     self.call = None
 
@@ -118,9 +122,7 @@ def _called_twice(model: nn.Module) -> str:
     return (
         f'{type(unwrap(model)).__name__} was called twice in one optim_context: a second pass could not tell which '
         'call the loss comes from. Put everything that the loss needs into one forward (model(..., mode="loss")), or '
-        'use one optim_context and update_params for each call:\n'
-        "    with optim_wrapper.optim_context(model):\n        losses = model(inputs, data_samples, mode='loss')\n"
-        '    optim_wrapper.update_params(model.parse_losses(losses)[0])'
+        f'use one optim_context and update_params for each call:\n{RIGHT_FORM}'
     )
 
 
@@ -164,11 +166,3 @@ def loss_of(call: ModelCall, output: Any) -> Tensor:
         "that can be computed again. Return a dict of losses (mode='loss') from a model that derives from "
         'mmengine.model.BaseModel, or the loss itself as a tensor.'
     )
-
-
-def _copy_containers(value: Any) -> Any:
-    if type(value) is dict:
-        return {key: _copy_containers(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copy_containers(item) for item in value)
-    return value

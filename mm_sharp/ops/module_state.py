@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mm_sharp.ops.module_attributes import Attributes, ModuleAttributes
-from mm_sharp.ops.module_tree import ModuleTree, is_compiled
+from mm_sharp.ops.module_tree import Attributes, ModuleAttributes, ModuleTree, is_compiled
 from mm_sharp.ops.norm_statistics import BATCH_NORMS
 from mm_sharp.ops.rare_changes import is_ordinary
 from mm_sharp.ops.tensor_backup import TensorBackup
@@ -79,7 +78,6 @@ class ModuleStateBackup:
         # Buffers as a module has them, and a copy of that dict; and those of modules that have none so far.
         self._buffers: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._without: list[dict[str, Any]] = []
-        self._odd: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         self._attributes: tuple[ModuleAttributes, Attributes] | None = None
         self._contents: list[tuple[Any, Any]] = []
         self._generators: list[Callable[[], None]] = []
@@ -102,23 +100,14 @@ class ModuleStateBackup:
         self.rare_backup.save(self.rare if rare else [])
 
     def _ordinary(self, plan: StatePlan) -> list[Tensor]:
-        """The buffers that can be written to; those of other kinds are copied here."""
-        held = [*(held for held, _ in self._buffers), *plan.fixed]
-        tensors = list(_all_values(held))
-        self._odd, (known, ordinary) = [], plan.known
+        """The buffers that can be written to, apart from sparse tensors and other rare kinds."""
+        tensors = list(_all_values([*(held for held, _ in self._buffers), *plan.fixed]))
+        known, ordinary = plan.known
         if len(tensors) == len(known) and all(map(is_, tensors, known)):
             return ordinary
-        ordinary, whole = [], True
-        for owner, name, tensor in [(each, name, tensor) for each in held for name, tensor in each.items()]:
-            if tensor is None:
-                continue
-            if is_lazy(tensor) or tensor.is_meta:
-                whole = False
-            elif not is_ordinary(tensor):
-                whole = False
-                self._odd.append((owner, name, tensor, tensor.clone()))
-            elif _writable(tensor):
-                ordinary.append(tensor)
+        there = [tensor for tensor in tensors if tensor is not None and not is_lazy(tensor)]
+        ordinary = [tensor for tensor in there if is_ordinary(tensor) and _writable(tensor)]
+        whole = not any(is_lazy(tensor) or tensor.is_meta for tensor in tensors if tensor is not None)
         plan.known = (tensors, ordinary) if whole else ([], [])
         return ordinary
 
@@ -146,12 +135,6 @@ class ModuleStateBackup:
                 held.clear()
         self.backup.write_back(apart_from)
         self.rare_backup.write_back(apart_from)
-        for held, name, buffer, copy in self._odd:
-            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                try:
-                    buffer.copy_(copy)
-                except RuntimeError:  # such as a sparse tensor that has another number of elements by now
-                    held[name] = copy.clone()
         if self._attributes is not None:
             attributes, were_values = self._attributes
             attributes.put_back(were_values)
@@ -169,7 +152,7 @@ class ModuleStateBackup:
         """Forget what was kept; with ``release_rare`` the memory for :attr:`rare` is given back."""
         self.backup.discard()
         self.rare_backup.discard(release=release_rare)
-        self._buffers, self._without, self._odd, self._attributes = [], [], [], None
+        self._buffers, self._without, self._attributes = [], [], None
         self._contents, self._generators, self.rare = [], [], []
 
 

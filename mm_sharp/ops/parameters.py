@@ -6,7 +6,7 @@ What is left out is still trained, but stays where it is during the second pass.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,7 +110,8 @@ class ParameterSelector:
             switched_off = kind is not None and not self._switches[kind]
             if switched_off or (spared and (kind == 'quantizer_scale' or _is_bias(name))):
                 continue
-            if (not self._include or _matches(self._include, name)) and not _matches(self._exclude, name):
+            included = not self._include or any(pattern.search(name) for pattern in self._include)
+            if included and not any(pattern.search(name) for pattern in self._exclude):
                 selected.append(parameter)
         if not selected:
             raise self._error('it leaves no parameter to perturb')
@@ -129,10 +130,6 @@ class ParameterSelector:
 
     def _error(self, reason: str) -> UserError:
         return UserError(f'{self._owner}: perturb={self._perturb!r} is not allowed: {reason}. Write {_EXAMPLE}')
-
-
-def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
-    return any(pattern.search(name) for pattern in patterns)
 
 
 def plain_name(name: str) -> str:

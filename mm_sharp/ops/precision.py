@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +52,19 @@ class Precision:
         self.share_overflow: Callable[[Any, Optimizer], None] | None = None
         self._fixed_scale: float | None = None
         arguments = self._scaler_arguments(owner, loss_scale)
-        _check_device(owner, self.dtype, device)
-        self.scaler = _grad_scaler(device, arguments) if self.dtype is torch.float16 else None
+        is_old = digit_version(torch.__version__) < digit_version('2.3.0')
+        if self.dtype is torch.float16 and device.type == 'cpu' and is_old:
+            raise UserError(
+                f"{owner}: dtype='float16' on the CPU needs torch 2.3 or newer (found {torch.__version__}): "
+                "use dtype='bfloat16', or train on a GPU"
+            )
+        if self.dtype is torch.bfloat16 and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
+            name = torch.cuda.get_device_name(device)
+            raise UserError(f"{owner}: dtype='bfloat16' is not supported by {name}: use dtype='float16'")
+        self.scaler: Any = None
+        if self.dtype is torch.float16:
+            kind = torch.cuda.amp.GradScaler if is_old else partial(torch.amp.GradScaler, device.type)
+            self.scaler = kind(**arguments)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context for a forward pass."""
@@ -86,8 +98,8 @@ class Precision:
             optimizer.step(**kwargs)
             return
         if self.share_overflow is not None and self.scaler.is_enabled():
-            scaler: Any = self.scaler
-            if not scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device']:  # not unscaled in this step
+            is_unscaled = self.scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device']
+            if not is_unscaled:
                 self.unscale(optimizer)
         self.scaler.step(optimizer, **kwargs)
         self.scaler.update(self._fixed_scale)
@@ -101,24 +113,21 @@ class Precision:
         if self.scaler is not None:
             self.scaler._per_optimizer_states.clear()
 
-    def _scaler_arguments(self, owner: str, loss_scale: object) -> dict[str, Any]:
+    def _scaler_arguments(self, owner: str, loss_scale: Any) -> dict[str, Any]:
         if isinstance(loss_scale, str) and loss_scale == 'dynamic':
             return {}
-        if isinstance(loss_scale, Mapping):
-            wrong = [f'{key}={value!r}' for key, value in loss_scale.items() if not _fits_scaler(key, value)]
-            if not wrong:
-                return dict(loss_scale)
-            reason = f'{", ".join(wrong)} is none of these ({_ARGUMENTS})'
-        elif _fits_scaler('init_scale', loss_scale):
-            self._fixed_scale = float(loss_scale)  # type: ignore[arg-type]
-            return {'init_scale': self._fixed_scale}
-        else:
-            reason = "it must be 'dynamic', a finite number above 1.2e-38 or a dict of GradScaler's arguments"
-        raise UserError(
-            f'{owner}: loss_scale={loss_scale!r} is not allowed: {reason}. Write for example: '
-            f"optim_wrapper = dict(type='{owner}', dtype='float16', loss_scale=512.0, ...) or "
-            'loss_scale=dict(init_scale=512.0, growth_interval=1000)'
-        )
+        arguments = dict(loss_scale) if isinstance(loss_scale, Mapping) else {'init_scale': loss_scale}
+        wrong = [f'{key}={value!r}' for key, value in arguments.items() if not _fits_scaler(key, value)]
+        if wrong:
+            raise UserError(
+                f"{owner}: loss_scale={loss_scale!r} is not allowed: it must be 'dynamic', a finite number above "
+                f"1.2e-38 or a dict of GradScaler's arguments; {', '.join(wrong)} is none of these ({_ARGUMENTS}). "
+                f"Write for example: optim_wrapper = dict(type='{owner}', dtype='float16', loss_scale=512.0, ...) or "
+                'loss_scale=dict(init_scale=512.0, growth_interval=1000)'
+            )
+        if not isinstance(loss_scale, Mapping):
+            self._fixed_scale = float(arguments['init_scale'])
+        return arguments
 
 
 def _fits_scaler(name: object, value: Any) -> bool:
@@ -129,21 +138,3 @@ def _fits_scaler(name: object, value: Any) -> bool:
         return isinstance(value, int) and is_number(value) and 1 <= value < 2**31
     low, high = _RANGES.get(str(name), (0.0, 0.0))
     return is_number(value) and low < value < high
-
-
-def _check_device(owner: str, dtype: torch.dtype | None, device: torch.device) -> None:
-    if dtype is torch.float16 and device.type == 'cpu' and digit_version(torch.__version__) < digit_version('2.3.0'):
-        raise UserError(
-            f"{owner}: dtype='float16' on the CPU needs torch 2.3 or newer (found {torch.__version__}): "
-            "use dtype='bfloat16', or train on a GPU"
-        )
-    if dtype is torch.bfloat16 and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
-        raise UserError(
-            f"{owner}: dtype='bfloat16' is not supported by {torch.cuda.get_device_name(device)}: use dtype='float16'"
-        )
-
-
-def _grad_scaler(device: torch.device, arguments: dict[str, Any]) -> Any:
-    if digit_version(torch.__version__) >= digit_version('2.3.0'):
-        return torch.amp.GradScaler(device.type, **arguments)
-    return torch.cuda.amp.GradScaler(**arguments)

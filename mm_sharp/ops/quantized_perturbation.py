@@ -3,10 +3,8 @@
 Under a quantizer ``Q``, SAM's second pass is at ``Q(w + e)``: where ``e`` is small against a step, few integers change,
 and those by whole steps. "Sharpness-aware Quantization for Deep Neural Networks" (arXiv 2111.12273) perturbs what the
 network computes with: ``Q(w) + e``. Here ``e`` is SAM's, of the gradient that the straight-through estimator gives the
-float weight. The paper's further choices were not compared.
-
-The float weights do not move, so the integers of the first pass hold in the second: weights are rounded once a step,
-unless their scales are perturbed. That costs memory for them, 5 bytes a weight.
+float weight. The float weights do not move, so the integers of the first pass hold in the second: weights are rounded
+once a step, unless their scales are perturbed. That costs memory for them, 5 bytes a weight.
 
 Quantized layers are those with a ``weight_quant``, as Brevitas has them; nothing of Brevitas is imported.
 """

@@ -112,13 +112,7 @@ class Evaluator:
             average = kwargs.get('avg_factor')
             if average is not None and float(average) != size:
                 raise ValueError(f'avg_factor={float(average):g} is not the number of samples, {size}')
-        layout = Layout(size, self._shared, self._by_sample)
-        # Each argument by itself: as many arguments as samples are no list of samples.
-        layout.template = (
-            tuple(layout.split(value, f'args.{number}') for number, value in enumerate(args)),
-            {name: layout.split(value, f'kwargs.{name}') for name, value in kwargs.items()},
-        )
-        return layout
+        return Layout(size, self._shared, self._by_sample).split_call(args, kwargs)
 
     def _confirm_form(self, values: Tensor, module: nn.Module, layout: Layout) -> bool:
         # On the first samples: in another version the module may compute something else.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
-from operator import methodcaller
 from typing import Any
 
 from mmengine.logging import MessageHub
@@ -99,20 +97,6 @@ def is_neither(loss: nn.Module) -> bool:
     return False
 
 
-def structure_of(model: nn.Module, losses: Iterable[LossModule]) -> Callable[[], list[Any]]:
-    """What lists the modules among which ``losses`` were found, in microseconds, so that every step can compare."""
-    # Only torch's own modules that have no children are sure not to be given a loss.
-    holders = [m._modules for m in model.modules() if m._modules or not type(m).__module__.startswith('torch.nn.')]
-    owners = {id(loss.owner): loss.owner for loss in losses}.values()
-    plain = [(vars(owner), name) for owner in owners for name, value in _plain_containers(owner) if _modules_in(value)]
-    values = methodcaller('values')
-    return lambda: [
-        *map(len, holders),
-        *chain.from_iterable(map(values, holders)),
-        *[_modules_in(attributes.get(name)) for attributes, name in plain],
-    ]
-
-
 def _has_a_losses_name(name: str) -> bool:
     return 'loss' in name.lower() or 'criterion' in name.lower()
 
@@ -144,12 +128,6 @@ def _parts(value: Any) -> dict[str, Any]:
     if isinstance(value, (list, tuple)):
         return {str(i): item for i, item in enumerate(value)}
     return value if isinstance(value, dict) else {}
-
-
-def _modules_in(value: Any) -> list[nn.Module]:
-    if isinstance(value, nn.Module):
-        return [value]
-    return [module for part in _parts(value).values() for module in _modules_in(part)]
 
 
 def _losses_in(value: Any, owner: nn.Module, path: str) -> Iterator[LossModule]:

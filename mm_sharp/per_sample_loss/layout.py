@@ -1,14 +1,16 @@
-"""Which arguments of a loss have a row for every sample, and the arguments of one sample."""
+"""Which arguments of a loss, or of a model, have a row for every sample, and the arguments of one sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from mm_sharp.errors import KindError
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,16 @@ class Slot:
 
 @dataclass
 class Layout:
-    """The arguments of one call of a loss, taken apart into rows and the rest."""
+    """The arguments of one call, taken apart into rows and the rest."""
 
     size: int  # samples in the batch, N
     # Paths of tensors known to have no row for every sample, as a vector over 17 keypoints in a batch of 17.
     shared: set[str] = field(default_factory=set)
     # Whether every list of N items holds one for each sample, also of tensors with N rows, such as SimCC's x and y.
     lists_of_samples: bool = False
-    plain_values: bool = False  # whether a list of N numbers or strings, or an array of N rows, holds one for each
+    # Whether it is a model's call: a list of N numbers or strings, or an array of N rows, holds one for each, and N
+    # things of a kind that is not known here are refused.
+    of_model: bool = False
     template: Any = None
     rows: list[Tensor | Sequence[Any]] = field(default_factory=list)
 
@@ -38,7 +42,7 @@ class Layout:
             if self.size > 1 and not batched:
                 self.shared.add(path)  # a single sample shows nothing: its masks may have one row for all
             return self._slot(value) if batched and path not in self.shared else value
-        if self.plain_values and isinstance(value, np.ndarray):
+        if self.of_model and isinstance(value, np.ndarray):
             return self._slot(value) if value.ndim > 0 and len(value) == self.size else value
         if type(value) in (list, tuple):
             if self._is_list_of_samples(value):
@@ -46,7 +50,17 @@ class Layout:
             return type(value)(self.split(item, f'{path}.{i}') for i, item in enumerate(value))
         if isinstance(value, dict):
             return {key: self.split(item, f'{path}.{key}') for key, item in value.items()}
+        if self.of_model and not isinstance(value, (str, bytes)):
+            self._check_kind(value)
         return value
+
+    def split_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
+        """Take each argument apart by itself: as many arguments as samples are no list of samples; gives the layout."""
+        self.template = (
+            tuple(self.split(value, f'args.{number}') for number, value in enumerate(args)),
+            {name: self.split(value, f'kwargs.{name}') for name, value in kwargs.items()},
+        )
+        return self
 
     def sample(self, number: int) -> list[Any]:
         """The rows of sample ``number`` as a batch of one."""
@@ -60,13 +74,26 @@ class Layout:
         if len(value) != self.size:
             return False
         if any(item is None or isinstance(item, (Number, str)) for item in value):
-            return self.plain_values
+            return self.of_model
         return self.lists_of_samples or not any(self._has_batch(item) for item in value)
 
     def _has_batch(self, value: Any) -> bool:
         if isinstance(value, Tensor):
             return value.ndim > 0 and value.shape[0] == self.size
         return type(value) in (list, tuple) and any(self._has_batch(item) for item in value)
+
+    def _check_kind(self, value: Any) -> None:
+        """Refuse what would silently keep N rows beside K."""
+        if isinstance(value, tuple):  # a named one; torch.Size and the like hold plain numbers
+            parts = [part for part in value if isinstance(part, (Tensor, np.ndarray)) and part.ndim > 0]
+            unknown = any(len(part) == self.size for part in parts)
+        else:
+            unknown = hasattr(value, '__len__') and len(value) == self.size
+        if unknown:
+            raise KindError(
+                f'ESAM and AUSAM do not know how to take samples out of a {type(value).__name__} of {self.size}: call '
+                'the model with tensors, arrays, lists, tuples or dicts of them'
+            )
 
 
 def map_all(kind: type, function: Callable[[Any], Any], value: Any) -> Any:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mm_sharp.ops.host_copy import HostCopy, host_waits
 from mm_sharp.ops.model_call import unwrap
+from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.per_sample_loss.evaluate import Evaluator, shadow
-from mm_sharp.per_sample_loss.find import LossModule, PerSampleLossError, find_losses, structure_of
+from mm_sharp.per_sample_loss.find import LossModule, PerSampleLossError, find_losses
 from mm_sharp.per_sample_loss.layout import batch_size, fill, tensors_of
 from mm_sharp.per_sample_loss.record import LossRecord, LossTerm, Reduction
 
@@ -24,6 +25,8 @@ STRICT, LOOSE, HALF = 1e-5, 1e-3, 2e-2
 
 class PerSampleLoss:
     """Records the loss of every sample of a model's batches; losses may be replaced or added between two forwards.
+
+    (Not in plain lists and dicts, which are looked through only once.)
 
     Args:
         model: Any model; a DDP wrapper is looked through.
@@ -41,7 +44,7 @@ class PerSampleLoss:
 
     def look_again(self) -> bool:
         """Find the losses anew if modules of the model were replaced, added or taken away; whether they were."""
-        changed = self._structure() != self._seen
+        changed = not self._tree.same_modules()
         if changed:
             self._find()
         return changed
@@ -93,8 +96,7 @@ class PerSampleLoss:
 
     def _find(self) -> None:
         self.losses = find_losses(self.model)
-        self._structure = structure_of(self.model, self.losses)
-        self._seen = self._structure()
+        self._tree = ModuleTree(self.model)
         self.evaluators = {id(loss.module): Evaluator(loss.module) for loss in self.losses}
         self._has_passed = False  # a comparison with the total loss; those in flight stay
 

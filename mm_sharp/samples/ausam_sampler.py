@@ -1,12 +1,9 @@
 """AUSAM's draws made in the data loader, so that samples which are not drawn are never read (ours).
 
 By itself :class:`mm_sharp.methods.ausam.AUSAMOptimWrapper` draws K of the N samples of a mini-batch when all N are
-loaded, decoded and augmented. ``AUSAMSampler`` groups the data set's indices into the same mini-batches, draws from
-each with the same probabilities and the same history, and has the workers load the K that were drawn.
-
-The wrapper must know how a batch was drawn: it weights samples by their inclusion probabilities and scales a summed
-loss by N / K. So draws wait in a queue until the wrapper receives their batches. A checkpoint holds this queue: the
-history has changed since those draws were made, so a resumed run could not make them again.
+loaded, decoded and augmented. It must know how a batch was drawn: it weights samples by their inclusion probabilities
+and scales a summed loss by N / K. So draws wait in a queue until the wrapper receives their batches. A checkpoint holds
+this queue: the history has changed since those draws were made, so a resumed run could not make them again.
 """
 
 from __future__ import annotations
@@ -34,8 +31,8 @@ class AUSAMSampler(BatchSampler):
     """Batch sampler that yields, of every N indices, the K = ceil(sampling_ratio * N) that AUSAM draws.
 
     Mini-batches, their number and their order are those of :class:`torch.utils.data.BatchSampler`; only the samples
-    that are not drawn are missing. ``sampling_ratio``, the schedule and the scores are the wrapper's: the
-    batches of the first epoch are whole where that says so::
+    that are not drawn are missing, and no worker loads them. ``sampling_ratio``, the schedule and the scores are the
+    wrapper's: the batches of the first epoch are whole where that says so::
 
         optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, optimizer=dict(type='Adam'))
         train_dataloader = dict(batch_sampler=dict(type='AUSAMSampler'))

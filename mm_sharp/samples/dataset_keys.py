@@ -56,14 +56,6 @@ class DatasetKeys:
         """How many different samples can be loaded, by objects, annotation files and what is selected from them."""
         return sum(len(places) for _, places in self._members())
 
-    def ids_by_name(self) -> dict[str, IntArray]:
-        """For each data set by name, the ids of all its samples, increasing, each once; reads all annotations."""
-        parts: dict[str, list[IntArray]] = {}
-        for leaf, places in self._members():
-            for name, ids in leaf.ids_by_name(places).items():
-                parts.setdefault(name, []).append(ids)
-        return {name: np.unique(np.concatenate(ids)) for name, ids in parts.items()}
-
     def check_collisions(self) -> None:
         """Refuse combined data sets of which different samples have the same key, with a ``SampleIdError``.
 

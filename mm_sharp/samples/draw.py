@@ -10,29 +10,29 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import eq
 from typing import Any
 
 import numpy as np
 import torch
 
 from mm_sharp.samples.history import Keys, SampleHistory
-from mm_sharp.samples.schedule import AFTER_RAMP, Schedule, TrainingPlace
+from mm_sharp.samples.schedule import AFTER_RAMP, Schedule, TrainingLength, TrainingPlace
 from mm_sharp.samples.selection import (
+    LARGE,
     FloatArray,
     IntArray,
     Preference,
+    batch_figures,
     draw_sizes,
     horvitz_thompson_weights,
     inclusion_probabilities,
-    normalised_scores,
     sample_count,
     sequential_sample,
     systematic_sample,
     uniform_sample,
 )
-
-DRAWS = ('systematic', 'sequential', 'uniform')
 
 # Far more than workers load ahead: it bounds what piles up where batches are loaded that nobody takes.
 _MOST_IN_FLIGHT = 1024
@@ -58,64 +58,64 @@ class BatchDraw:
         return len(self.pi)
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """K and N."""
+        return len(self.chosen), self.size
+
+    @property
     def weights(self) -> FloatArray:
         """Horvitz-Thompson weights 1 / (N * pi_i) of the drawn samples, (K,), float64."""
         return horvitz_thompson_weights(self.pi, self.chosen)
 
     def scalars(self) -> dict[str, float]:
-        """Figures for the log.
-
-        ``sampling_entropy``: entropy of the shares pi_i / K over log N, from 0 to 1, where 1 is a uniform draw;
-        ``large_scores``: share of the batch's samples whose score is above the middle between the smallest and the
-        largest, those never seen among them.
-        """
-        shares = self.pi / self.pi.sum()
-        entropy = -float((shares * np.log(shares)).sum()) / math.log(self.size) if self.size > 1 else 1.0
-        return {'sampling_entropy': entropy, 'large_scores': float((normalised_scores(self.scores) > 0.5).mean())}
+        """Figures for the log."""
+        return batch_figures(self.pi, self.scores)
 
 
 @dataclass
 class BatchDrawer:
     """Draws K = ceil(sampling_ratio * N) samples of each batch by their scores in ``history``.
 
-    K is at least ``fewest``: what :func:`mm_sharp.samples.subset.fewest_samples` says of the model. What ``kind`` may
-    be is in :mod:`mm_sharp.samples.selection`, what the numbers mean in :class:`mm_sharp.samples.schedule.Schedule`.
+    K is at least ``fewest``: what :func:`mm_sharp.samples.subset.fewest_samples` says of the model.
     """
 
     history: SampleHistory
-    sampling_ratio: float
-    s_min: float
-    s_max: float
-    preference: Preference = field(default_factory=Preference)
-    kind: str = 'systematic'
-    ramp: float = 0.0
-    whole_first_epoch: bool = False
-    fewest: int = field(default=1, init=False)
-
-    @property
-    def schedule(self) -> Schedule:
-        """Ratio and range of scores over the training."""
-        return Schedule(self.sampling_ratio, self.s_min, self.s_max, self.ramp, self.whole_first_epoch)
+    schedule: Schedule
+    preference: Preference = LARGE
+    fewest: int = 1
 
     def draw(self, keys: Keys, generator: torch.Generator, place: TrainingPlace = AFTER_RAMP) -> BatchDraw:
-        """Draw from the batch of ``keys``, N pairs of a data set's name and a sample's id, in a step at ``place``."""
-        if self.kind == 'uniform':
-            return self.draw_uniformly(len(keys), generator, place)
-        schedule, scores = self.schedule, self.history.scores(keys)
-        k, s_max = self._count(schedule, len(keys), place), schedule.s_max_at(place)
-        if self.kind == 'systematic' or k == len(keys):
-            pi = inclusion_probabilities(scores, k, self.s_min, s_max, self.preference)
+        """Draw from the batch of ``keys``, N pairs of a data set's name and a sample's id, in a step at ``place``.
+
+        A uniform draw does not look at the keys.
+        """
+        size, k = len(keys), self._count(len(keys), place)
+        if self.schedule.draw == 'uniform':
+            return BatchDraw(uniform_sample(size, k, generator), np.full(size, k / size), np.full(size, math.nan))
+        scores, s_min, s_max = self.history.scores(keys), self.schedule.s_min, self.schedule.s_max_at(place)
+        if self.schedule.draw == 'systematic' or k == size:
+            pi = inclusion_probabilities(scores, k, s_min, s_max, self.preference)
             return BatchDraw(systematic_sample(pi, generator), pi, scores)
-        sizes = draw_sizes(scores, self.s_min, s_max, self.preference)
+        sizes = draw_sizes(scores, s_min, s_max, self.preference)
         return BatchDraw(sequential_sample(sizes, k, generator), k * sizes / sizes.sum(), scores)
 
-    def draw_uniformly(self, size: int, generator: torch.Generator, place: TrainingPlace = AFTER_RAMP) -> BatchDraw:
-        """Draw from a batch of ``size`` samples, whatever they are."""
-        k = self._count(self.schedule, size, place)
-        return BatchDraw(uniform_sample(size, k, generator), np.full(size, k / size), np.full(size, math.nan))
+    def _count(self, size: int, place: TrainingPlace) -> int:
+        return sample_count(self.schedule.ratio_at(place), size, self.fewest)
 
-    def _count(self, schedule: Schedule, size: int, place: TrainingPlace) -> int:
-        return sample_count(schedule.ratio_at(place), size, self.fewest)
+    def in_words(self, batch_size: int, length: TrainingLength) -> str:
+        """What is drawn in a training of this length, for the log."""
+        plan, by_epochs = self.schedule, length.epoch_length is not None
+        parts = [f'{sample_count(plan.sampling_ratio, batch_size, self.fewest)} of {batch_size} in both passes']
+        if plan.whole_first_epoch:
+            parts.append('all in the first epoch' if by_epochs else 'no whole first epoch: the data set has no length')
+        if plan.draw == 'uniform':
+            return '; '.join([*parts, 'drawn uniformly'])
+        which = 'smaller' if self.preference.small else 'larger'
+        parts.append(f'the {which} the loss difference, the likelier ({plan.draw} draw)')
+        over = f'{plan.ramp * length.epochs:g} {"epochs" if by_epochs else "iterations"}'
+        rising = f's_max {plan.s_min:g} to {plan.s_max:g} over the first {over}'
+        parts.append(rising if plan.ramp > 0 else f's from {plan.s_min:g} to {plan.s_max:g}')
+        return '; '.join(parts)
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,7 @@ class LoaderDraw:
 
     def agreement(self, received: Keys) -> int:
         """How many of the keys are equal, row by row; -1 if there are not as many."""
-        if len(self.keys) != len(received):
-            return -1
-        return sum(a == b for a, b in zip(self.keys, received, strict=True))
+        return sum(map(eq, self.keys, received)) if len(self.keys) == len(received) else -1
 
     def state_dict(self) -> dict[str, Any]:
         """The same in plain types and tensors."""

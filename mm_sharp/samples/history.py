@@ -23,6 +23,7 @@ from mm_sharp.samples.table import FloatArray, IntArray, Table, blend
 Keys = Sequence[tuple[str, int]]
 
 _VERSION = 1
+_NOTHING = Table()
 _EXCHANGED_AT_ONCE = 1 << 20
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -100,22 +101,10 @@ class SampleHistory:
                 shared.add(ids, sums / counts, counts, self.momentum)
         self._own = {}
 
-    def reconcile(self, known: Mapping[str, npt.ArrayLike]) -> tuple[int, int, int]:
-        """Drop what is not in the data set, given all its ids by name; how many are kept, dropped, and not yet seen."""
-        data_sets = {name: np.unique(np.asarray(ids, np.int64)) for name, ids in known.items()}
-        before = len(self)
-        for tables in (self._shared, self._own):
-            for name in list(tables):
-                tables[name].keep(data_sets.get(name, np.empty(0, np.int64)))
-                if not len(tables[name]):
-                    del tables[name]
-        kept = len(self)
-        return kept, before - kept, sum(map(len, data_sets.values())) - kept
-
     def __len__(self) -> int:
         """Samples seen."""
-        shared = sum(map(len, self._shared.values()))
-        return shared + sum(int((self._shared_part(n, t.columns().ids)[1] == 0).sum()) for n, t in self._own.items())
+        own = [self._shared.get(name, _NOTHING).look_up(t.columns().ids)[1] for name, t in self._own.items()]
+        return sum(map(len, self._shared.values())) + sum(int((visits == 0).sum()) for visits in own)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole history in plain types and tensors (a copy); exchange a distributed one before."""
@@ -134,7 +123,7 @@ class SampleHistory:
 
     def _look_up(self, name: str, ids: IntArray) -> tuple[FloatArray, IntArray]:
         """Averages and visits; both 0 where there are none."""
-        averages, visits = self._shared_part(name, ids)
+        averages, visits = self._shared.get(name, _NOTHING).look_up(ids)
         if name in self._own:
             means, new = self._own[name].look_up(ids)
             seen = new > 0
@@ -142,9 +131,6 @@ class SampleHistory:
             averages[seen] = blended.astype(np.float32)  # as a table rounds: a checkpoint gives the same scores
             visits += new
         return averages, visits
-
-    def _shared_part(self, name: str, ids: IntArray) -> tuple[FloatArray, IntArray]:
-        return self._shared[name].look_up(ids) if name in self._shared else Table().look_up(ids)
 
     def _export(self, name: str) -> dict[str, torch.Tensor]:
         """The shared samples with this process's own added."""
@@ -163,7 +149,7 @@ class PendingUpdates:
         self._in_flight: tuple[Keys, HostCopy] | None = None
 
     def add(self, keys: Keys, differences: torch.Tensor | HostCopy) -> None:
-        """Record a step's visits of K samples, with ``l_i(w + e) - l_i(w)``, (K,); not finite ones are ignored."""
+        """Record a step's visits: see :meth:`SampleHistory.update`."""
         self.flush()
         self._in_flight = (keys, differences if isinstance(differences, HostCopy) else HostCopy(differences))
 

@@ -81,8 +81,8 @@ def key_of(fields: Mapping[str, Any]) -> Key:
 
 
 def id_field(fields: Mapping[str, Any]) -> str:
-    """Where the id is without a ``sample_key``: ``'id'``; ``'img_id'`` where there is none, or one for each instance of
-    the picture; ``'sample_idx'`` where that is missing, too, or no number.
+    """Where the id is without a ``sample_key``: ``'id'``, unless it is missing or one for each instance; ``'img_id'``,
+    unless it is missing or no number; ``'sample_idx'``.
     """
     number = fields.get('id')
     if number is None or isinstance(number, (list, tuple)) or (isinstance(number, np.ndarray) and number.ndim):

@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
+from mm_sharp.ops.fsdp import any_rank
 from mm_sharp.per_sample_loss import Reduction
 
 
@@ -30,24 +33,31 @@ class LossScale:
         self._twice: dict[str, float] | None = None
         self._unknown: set[str] = set()
         self._steps = 0
+        self._kept = self._of = 1
 
-    def next_step(self, shared: Callable[[bool], bool] = bool) -> bool:
-        """Whether the model is to be tried before this step's forward; ``shared`` gives whether any process says so.
+    def next_step(self, kept: int, of: int) -> None:
+        """Begin a step on ``kept``, K, ``of`` N samples."""
+        self._twice, self._kept, self._of = None, kept, of
 
-        A forward may talk to the other processes, so all of them try or none: they ask each other in the same steps,
-        fewer and fewer.
+    def is_to_try(self, device: torch.device) -> bool:
+        """Whether the model is to be tried before this step's forward.
+
+        A forward may talk to the other processes, so all of them try or none: they ask each other, on the ``device`` of
+        communication, in the same steps, fewer and fewer.
         """
-        self._twice = None
         self._steps += 1
-        return self._steps.bit_count() == 1 and shared(not self.reductions or bool(self._unknown))
+        if self._steps.bit_count() > 1:
+            return False
+        wanted = not self.reductions or bool(self._unknown)
+        return wanted if get_world_size() == 1 else bool(any_rank(torch.tensor(wanted, device=device)))
 
     def expect(self, output: Any) -> None:
         """Take up what the model returned for the samples of the next forward, each of them twice."""
         self._twice = {name: float(value.detach().mean()) for name, value in _losses_in(output).items()}
 
     @contextmanager
-    def applied(self, model: nn.Module, sizes: Mapping[str, int]) -> Iterator[None]:
-        """Scale what ``model`` returns in this context, by ``sizes`` as they are then: ``kept``, K, and ``of``, N."""
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Scale what ``model`` returns in this context, by the step's N / K."""
         depth = 0
 
         def before(*_: Any) -> None:
@@ -59,7 +69,7 @@ class LossScale:
             depth -= 1
             if depth or output is None:  # a call within the model's own, or one that has failed
                 return None
-            return self._scaled(output, sizes['kept'], sizes['of'])
+            return self._scaled(output)
 
         handles = [
             model.register_forward_pre_hook(before, prepend=True),
@@ -81,7 +91,7 @@ class LossScale:
         self.reductions = {name: Reduction(value) for name, value in state.items()}
         self._unknown, self._steps = set(), 0
 
-    def _scaled(self, output: Any, kept: int, of: int) -> Any:
+    def _scaled(self, output: Any) -> Any:
         losses = _losses_in(output)
         if self._twice is not None:
             self._learn(losses, self._twice)
@@ -89,7 +99,7 @@ class LossScale:
         self._unknown |= losses.keys() - self.reductions.keys()
         others = set(self.reductions.values())
         usual = others.pop() if len(others) == 1 else Reduction.MEAN
-        factors = {name: self.reductions.get(name, usual).subset_factor(kept, of) for name in losses}
+        factors = {name: self.reductions.get(name, usual).subset_factor(self._kept, self._of) for name in losses}
         if all(factor == 1.0 for factor in factors.values()):
             return None
         return _mapped(output, lambda name, loss: loss * factors[name])

@@ -1,28 +1,19 @@
 """Which samples of a mini-batch take part, as pure functions.
 
-ESAM (Du et al. 2022, arXiv 2110.03141) differentiates, in its second pass, the samples whose loss the perturbation
-raises most (:func:`top_k`)::
+ESAM (Du et al. 2022, arXiv 2110.03141) differentiates, in its second pass, the ceil(gamma * N) samples whose loss the
+perturbation raises most (:func:`top_k`).
 
-    chosen = the ceil(gamma * N) samples with the largest l_i(w + e) - l_i(w)
-
-AUSAM (Deng et al., AAAI 2025, arXiv 2406.08001) draws samples by their scores, which are normalised within the
-mini-batch (:func:`draw_sizes`)::
-
-    z_i  = (score_i - min) / (max - min)
-    s_i  = s_min + (s_max - s_min) * z_i
-
-Its authors' code draws one sample after the other (:func:`sequential_sample`), each time with probabilities
-proportional to s among those that are left. A sample's probability to be among the K is then no simple function of s,
-and it differs less from the others' than s does: at K = N / 2 and s from 0.1 to 0.5, about 3.3 times, not 5. Ours is
-:func:`systematic_sample` in random order, which draws exactly K samples with exactly these probabilities
-(:func:`inclusion_probabilities`)::
+AUSAM (Deng et al., AAAI 2025, arXiv 2406.08001) draws samples by their scores, normalised within the mini-batch
+(:func:`draw_sizes`; :mod:`mm_sharp.methods.ausam` has the equations). Its authors' code draws one after the other
+(:func:`sequential_sample`), each time with probabilities proportional to s among those that are left. A sample's
+probability to be among the K is then no simple function of s, and it differs less from the others' than s does: at
+K = N / 2 and s from 0.1 to 0.5, about 3.3 times, not 5. Ours is :func:`systematic_sample` in random order, which draws
+exactly K samples with exactly these probabilities (:func:`inclusion_probabilities`)::
 
     pi_i = K * s_i / sum(s),  capped at 1 and the excess redistributed
 
 Ours as well: K = ceil(sampling_ratio * N), where the authors' code rounds down, and so has no sample of a batch of one;
-samples never seen take ``s_max``; equal scores give equal probabilities, where theirs divides 0 by 0; the
-Horvitz-Thompson weights ``1 / (N * pi_i)``; and :class:`Preference`, with which small scores are drawn more often, and
-outliers do not stretch the scale.
+samples never seen take ``s_max``; equal scores give equal probabilities, where theirs divides 0 by 0.
 
 Draws run on the host in numpy's float64: some thousand scores are too few for a device. :func:`top_k` stays on the
 device on which loss differences are computed.
@@ -49,7 +40,7 @@ class Preference(NamedTuple):
     quantile: float = 1.0  # scores above this quantile of the seen ones in the mini-batch, in (0, 1], count as equal
 
 
-_LARGE = Preference()
+LARGE = Preference()
 
 
 def sample_count(ratio: float, total: int, fewest: int = 1) -> int:
@@ -70,7 +61,7 @@ def top_k(increases: Tensor, k: int) -> Tensor:
 
 
 def inclusion_probabilities(
-    scores: npt.ArrayLike, k: int, s_min: float = 0.3, s_max: float = 1.0, preference: Preference = _LARGE
+    scores: npt.ArrayLike, k: int, s_min: float = 0.3, s_max: float = 1.0, preference: Preference = LARGE
 ) -> FloatArray:
     """The probability of each sample to be among the ``k`` that are drawn (AUSAM).
 
@@ -97,7 +88,7 @@ def inclusion_probabilities(
     return pi
 
 
-def draw_sizes(scores: npt.ArrayLike, s_min: float, s_max: float, preference: Preference = _LARGE) -> FloatArray:
+def draw_sizes(scores: npt.ArrayLike, s_min: float, s_max: float, preference: Preference = LARGE) -> FloatArray:
     """``s_i`` in parts of the largest that there can be, ``s_max``: (N,), float64, in (0, 1].
 
     The arguments are :func:`inclusion_probabilities`'.
@@ -108,7 +99,7 @@ def draw_sizes(scores: npt.ArrayLike, s_min: float, s_max: float, preference: Pr
     return sizes
 
 
-def normalised_scores(scores: FloatArray, preference: Preference = _LARGE) -> FloatArray:
+def normalised_scores(scores: FloatArray, preference: Preference = LARGE) -> FloatArray:
     """``z`` in [0, 1], (N,): 0 for the smallest score, 1 for the largest, the unseen (NaN), and where all are equal.
 
     With ``preference.small``, 1 is for the smallest and 0 for the largest.
@@ -127,10 +118,23 @@ def normalised_scores(scores: FloatArray, preference: Preference = _LARGE) -> Fl
     return z
 
 
+def batch_figures(sizes: FloatArray, scores: FloatArray) -> dict[str, float]:
+    """Figures for the log of a mini-batch: :class:`mm_sharp.hooks.SharpnessHook` has them.
+
+    The entropy is that of each sample's share of ``sizes``, (N,): 1 where all are alike. ``scores``, (N,), are NaN
+    where never seen, which counts as large.
+    """
+    total, count = sizes.sum(), len(sizes)
+    # 0 * log 0 counts as 0.
+    shares = sizes[sizes > 0] / total if total > 0 else np.full(count, 1 / count)
+    entropy = -float((shares * np.log(shares)).sum()) / math.log(count) if count > 1 else 1.0
+    return {'sampling_entropy': entropy, 'large_scores': float((normalised_scores(scores) > 0.5).mean())}
+
+
 def sequential_sample(sizes: FloatArray, k: int, generator: torch.Generator) -> IntArray:
     """Draw ``k`` samples one after the other, with probabilities proportional to ``sizes``, (N,), among those left.
 
-    The same as ``torch.multinomial`` without replacement, which the code of AUSAM's authors calls. Increasing indices.
+    The code of AUSAM's authors calls ``torch.multinomial``, too. Increasing indices, (k,).
     """
     chosen: IntArray = torch.multinomial(torch.from_numpy(sizes), k, generator=generator).sort().values.numpy()
     return chosen

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from mm_sharp.errors import KindError, UserError
+from mm_sharp.errors import UserError
 from mm_sharp.ops.host_copy import to_device
 from mm_sharp.ops.model_call import ModelCall, unwrap
-from mm_sharp.per_sample_loss.layout import batch_size
+from mm_sharp.per_sample_loss.layout import Layout, batch_size, fill
 from mm_sharp.samples.selection import IntArray
 
 
@@ -23,7 +22,7 @@ def call_size(owner: str, call: ModelCall) -> int:
     """The number of samples in a call, N; an error, which names ``owner``, if there is no batch, or nothing in it."""
     size = batch_size(call.args, call.kwargs)
     if not size:
-        found = [type(value).__name__ for value in (*call.args, *call.kwargs.values())]
+        found = [type(value).__name__ for value in _values(call)]
         raise UserError(
             f'{owner} found no batch among the arguments ({", ".join(found)}) that {type(unwrap(call.model)).__name__} '
             'was called with: one must be a tensor or a list with a row for every sample, at least one'
@@ -42,17 +41,17 @@ def fewest_samples(model: nn.Module) -> int:
 
 @contextmanager
 def one_is_enough(
-    owner: str, ratio: str, counts: Callable[[], tuple[int, int]], leave_out: str = 'drop_last=True'
+    owner: str, ratio: str, counts: Callable[[], tuple[int, int] | None], leave_out: str = 'drop_last=True'
 ) -> Iterator[None]:
     """A context of a forward on K of N samples, in which torch's error at a single one shows the way out.
 
-    For the message: ``owner`` has an argument ``ratio`` that K follows from, ``counts`` gives K and N, and
+    For the message: ``owner`` has an argument ``ratio`` that K follows from, ``counts`` gives K and N, if known, and
     ``leave_out`` in ``train_dataloader`` leaves out incomplete batches.
     """
     try:
         yield
     except ValueError as error:
-        kept, of = counts()
+        kept, of = counts() or (0, 0)
         if kept != 1 or of == 1 or 'more than 1 value per channel' not in str(error):
             raise
         raise UserError(
@@ -72,70 +71,22 @@ def subset(call: ModelCall, rows: IntArray | Tensor, size: int) -> ModelCall:
     """
     # Beside a list of data samples, a list of N tensors holds the pictures (of different sizes, say); elsewhere it may
     # hold N inputs of N samples each, which the tensors' shapes tell.
-    values = (*call.args, *call.kwargs.values())
-    picker = _Picker(
-        rows, size, any(type(v) in (list, tuple) and v and isinstance(v[0], BaseDataElement) for v in values)
-    )
-    args = tuple(picker.pick(value) for value in call.args)
-    return replace(call, args=args, kwargs=picker.pick(call.kwargs), output=None)
+    beside = any(type(v) in (list, tuple) and v and isinstance(v[0], BaseDataElement) for v in _values(call))
+    on: dict[object, Any] = {}  # the rows, by device, and as a list
 
-
-class _Picker:
-    """Takes the chosen rows out of everything in a call that has a row for every sample."""
-
-    def __init__(self, rows: IntArray | Tensor, size: int, lists_hold_samples: bool) -> None:
-        self._rows = rows
-        self._size = size
-        self._lists_hold_samples = lists_hold_samples
-        self._on: dict[torch.device, Tensor] = {}
-        self._listed: list[int] | None = None
-
-    def pick(self, value: Any) -> Any:
-        if isinstance(value, (str, bytes)):
-            return value
+    def take(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.index_select(0, self._rows_on(value.device)) if self._has_rows(value) else value
-        if isinstance(value, np.ndarray):
-            return value[self._list()] if self._has_rows(value) else value
-        if isinstance(value, dict):
-            return {key: self.pick(item) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            if self._holds_samples(value):
-                return type(value)([value[row] for row in self._list()])
-            return type(value)([self.pick(item) for item in value])
-        self._check_kind(value)
-        return value
+            device = value.device
+            if device not in on:
+                on[device] = to_device(rows, device) if isinstance(rows, np.ndarray) else rows.to(device)
+            return value.index_select(0, on[device])
+        listed = on.get(list) or on.setdefault(list, rows.tolist())
+        return value[listed] if isinstance(value, np.ndarray) else type(value)([value[row] for row in listed])
 
-    def _has_rows(self, value: Tensor | np.ndarray[Any, Any]) -> bool:
-        return value.ndim > 0 and len(value) == self._size
+    layout = Layout(size, lists_of_samples=beside, of_model=True).split_call(call.args, call.kwargs)
+    args, kwargs = fill(layout.template, [take(value) for value in layout.rows])
+    return replace(call, args=args, kwargs=kwargs, output=None)
 
-    def _holds_samples(self, value: Sequence[Any]) -> bool:
-        return len(value) == self._size and (self._lists_hold_samples or not any(map(self._is_batch, value)))
 
-    def _is_batch(self, value: Any) -> bool:
-        if type(value) in (list, tuple):
-            return any(map(self._is_batch, value))
-        return isinstance(value, Tensor) and self._has_rows(value)
-
-    def _rows_on(self, device: torch.device) -> Tensor:
-        if device not in self._on:
-            rows = self._rows
-            self._on[device] = to_device(rows, device) if isinstance(rows, np.ndarray) else rows.to(device)
-        return self._on[device]
-
-    def _list(self) -> list[int]:
-        if self._listed is None:
-            self._listed = self._rows.tolist()
-        return self._listed
-
-    def _check_kind(self, value: Any) -> None:
-        """Refuse what would silently keep N rows beside K."""
-        if isinstance(value, tuple):  # a named one; torch.Size and the like hold plain numbers
-            unknown = any(isinstance(part, (Tensor, np.ndarray)) and self._has_rows(part) for part in value)
-        else:
-            unknown = hasattr(value, '__len__') and len(value) == self._size
-        if unknown:
-            raise KindError(
-                f'ESAM and AUSAM do not know how to take samples out of a {type(value).__name__} of {self._size}: call '
-                'the model with tensors, arrays, lists, tuples or dicts of them'
-            )
+def _values(call: ModelCall) -> tuple[Any, ...]:
+    return (*call.args, *call.kwargs.values())

@@ -72,17 +72,12 @@ class Table:
         visits = np.minimum(visits, _MOST_VISITS).astype(np.uint16)
         self._recent = self._recent.merged(Columns(ids, means.astype(np.float32), visits))
         if len(self._recent.ids) > max(4096, len(self._main.ids) // 64):
-            self._compact()
-
-    def keep(self, ids: IntArray) -> None:
-        """Drop the samples that are not among ``ids`` (increasing)."""
-        columns = self.columns()
-        _, kept = Columns(ids, ids, ids).find(columns.ids)
-        self._main = Columns(*(column[kept] for column in columns))
+            self.columns()
 
     def columns(self) -> Columns:
-        """All samples: the table's own arrays."""
-        self._compact()
+        """All samples, the recent ones sorted in among the others: the table's own arrays."""
+        if len(self._recent.ids):
+            self._main, self._recent = self._main.merged(self._recent), _empty()
         return self._main
 
     def export(self) -> dict[str, torch.Tensor]:
@@ -96,11 +91,6 @@ class Table:
         """A table of copies of what :meth:`export` gave."""
         ids, averages, visits = (fields[field].cpu().numpy().copy() for field in Columns._fields)
         return cls(Columns(ids, averages, visits.view(np.uint16)))
-
-    def _compact(self) -> None:
-        """Sort the recent samples in among the others."""
-        if len(self._recent.ids):
-            self._main, self._recent = self._main.merged(self._recent), _empty()
 
 
 def _empty() -> Columns:

@@ -1,7 +1,10 @@
 """The way from w to w + e, and the exact way back.
 
 :func:`mm_sharp.ops.perturbation.perturb_` has the mathematics; here is what a step keeps in order to call it and to
-undo it.
+undo it. Of two passes the second is at ``w + e``. Where there is one alone, ``e`` comes before it: the weights are
+``w + e`` in its forward and its backward pass, and ``w`` in between, so that a forward that is never followed by its
+update leaves nothing perturbed. Under FSDP, whose forward may leave whole weights gathered for the backward pass, they
+stay ``w + e``, and such a forward is undone when the next step begins.
 """
 
 from __future__ import annotations
@@ -10,9 +13,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from mm_sharp.ops.frozen_params import FrozenParams
-from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.perturbation import perturb_
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.quantized_perturbation import QuantizedPerturbation
@@ -27,9 +29,10 @@ from mm_sharp.step.timing import PerturbationSizes
 class Ascent:
     """Moves the perturbed parameters from ``w`` to ``w + e``, and back.
 
-    In the order of a step: :meth:`choose`, the first forward, :meth:`unfreeze`, :meth:`first_backward`,
-    :meth:`perturb`, the second pass, :meth:`restore`. :meth:`unfreeze` and :meth:`restore` do nothing where there is
-    nothing to undo. ``rho``, which may change between steps, is the method's to apply.
+    In the order of a step of two passes: :meth:`choose`, the first forward, :meth:`unfreeze`, :meth:`first_backward`,
+    :meth:`perturb`, the second pass, :meth:`restore`. Of one pass: :meth:`choose`, :meth:`perturb_ahead`, the forward,
+    :meth:`set_aside`, :meth:`take_up`, the backward pass, :meth:`restore`. :meth:`unfreeze` and :meth:`restore` do
+    nothing where there is nothing to undo. ``rho``, which may change between steps, is the method's to apply.
     """
 
     def __init__(self, settings: StepSettings, precision: Precision, parallel: ParallelModel) -> None:
@@ -38,10 +41,10 @@ class Ascent:
         self._parallel = parallel
         self._perturbed: Sequence[nn.Parameter] = ()
         self._skipped: list[nn.Parameter] = []
+        self._frozen: list[nn.Parameter] = []
         self._average_by_hand = False
         self._parts = 1
-        self._frozen = FrozenParams()
-        self._weights = TensorBackup()
+        self._weights, self._moved = TensorBackup(), TensorBackup()
         self._quantized = QuantizedPerturbation()
 
     def choose(
@@ -56,13 +59,22 @@ class Ascent:
         if skip:
             kept = set(map(id, perturbed))
             self._skipped = [parameter for parameter in skip if id(parameter) not in kept]
-            self._frozen.freeze(self._skipped)
+            self._freeze()
         if self._settings.perturb_quantized:
             self._quantized.keep_integers(self._parallel.tree.modules)
 
+    def _freeze(self) -> None:
+        """Have autograd compute no gradients of what is skipped; of lazy parameters only once they have a shape."""
+        for parameter in self._skipped:
+            if parameter.requires_grad and not is_lazy(parameter):
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+
     def unfreeze(self) -> None:
         """Have all parameters get gradients again."""
-        self._frozen.unfreeze()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
 
     def first_backward(self, loss: Tensor, micro_batches: int, *, mean: bool = False) -> None:
         """Compute the gradients that the perturbation needs.
@@ -75,11 +87,11 @@ class Ascent:
             loss = loss / self._parts
         scaled = self._precision.scale(loss)
         # Checkpointed layers run again in the backward pass.
-        self._frozen.freeze(self._skipped)
+        self._freeze()
         # With frozen parameters, nothing may be left that the loss depends on.
-        if scaled.requires_grad or not self._frozen.active:
+        if scaled.requires_grad or not self._frozen:
             scaled.backward()
-        self._frozen.unfreeze()
+        self.unfreeze()
         if self._average_by_hand:
             self._parallel.average_gradients(self._perturbed)
 
@@ -92,24 +104,38 @@ class Ascent:
         """
         perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
         check_perturbed(self._settings, self._parallel.module, perturbed)
-        shards = self._parallel.shards
-        if not perturbed and shards is None:
+        if not perturbed and self._parallel.shards is None:
             return torch.zeros((), device=device)
-        weights, gradients = self._pieces(perturbed)
+        gradients = self._parallel.pieces([parameter.grad for parameter in perturbed if parameter.grad is not None])
         inverse = self._inverse_grad_scale()
         method.perturbation_gradient(perturbed, gradients, inverse)
-        self._weights.save(weights)
-        norm = perturb_(
-            weights,
-            gradients,
-            method.direction(weights, gradients),
-            eps=self._settings.eps,
-            inverse_grad_scale=inverse,
-            norms=self._parallel.norms(perturbed, device, self._perturbed),
-        )
+        norm = self._move(method, perturbed, gradients, device, inverse)
         if self._settings.perturb_quantized:
             self._quantized.apply(perturbed, dict(self._weights.pairs))
         return norm
+
+    @torch.no_grad()
+    def perturb_ahead(self, method: Method, device: torch.device) -> None:
+        """The same before the only pass, along what ``method`` gives for each parameter."""
+        pairs = zip(self._perturbed, method.perturb_along(self._perturbed), strict=True)
+        known = [(parameter, vector) for parameter, vector in pairs if vector is not None]
+        if known or self._parallel.shards is not None:
+            self._move(method, [parameter for parameter, _ in known], [vector for _, vector in known], device)
+            torch.clear_autocast_cache()
+
+    def _move(
+        self,
+        method: Method,
+        parameters: Sequence[nn.Parameter],
+        gradients: Sequence[Tensor],
+        device: torch.device,
+        inverse: Tensor | None = None,
+    ) -> Tensor:
+        weights = self._parallel.pieces(parameters)
+        self._weights.save(weights)
+        direction, eps = method.direction(weights, gradients), self._settings.eps
+        norms = self._parallel.norms(parameters, device, self._perturbed)
+        return perturb_(weights, gradients, direction, eps=eps, inverse_grad_scale=inverse, norms=norms)
 
     def sizes(self, device: torch.device) -> PerturbationSizes | None:
         """How far :meth:`perturb`, which must have come just before, has moved each tensor; the host does not wait.
@@ -121,19 +147,11 @@ class Ascent:
         sharded = self._parallel.shards is not None
         if not perturbed and not sharded:
             return None
-        # The gradients' memory holds e.
-        _, moves = self._pieces(perturbed)
         copies = [copy for _, copy in self._weights.pairs]
+        # The gradients' memory holds e.
+        moves = self._parallel.pieces([parameter.grad for parameter in perturbed if parameter.grad is not None])
         of_weights, of_moves = self._parallel.norms(perturbed, device, self._perturbed).of_each(copies, moves)
         return PerturbationSizes(self._perturbed if sharded else perturbed, of_moves, of_weights)
-
-    def _pieces(self, parameters: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
-        """What this process holds of the parameters, which all have a gradient, and of their gradients."""
-        weights: list[Tensor] = list(parameters)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if self._parallel.shards is not None:
-            weights, gradients = list(map(local_shard, weights)), list(map(local_shard, gradients))
-        return weights, gradients
 
     def _inverse_grad_scale(self) -> Tensor | None:
         """What undoes, in the first gradient, the loss scale and the division by the micro-batches."""
@@ -142,9 +160,30 @@ class Ascent:
             return torch.tensor(float(self._parts)) if self._parts > 1 else None
         return inverse / (1.0 / self._parts)
 
+    def set_aside(self) -> None:
+        """Have the weights be w until the backward pass of the only pass."""
+        if self._weights.saved and self._parallel.shards is None:
+            self._moved.save([weight for weight, _ in self._weights.pairs])
+            self._weights.write_back(unseen=True)
+            torch.clear_autocast_cache()
+
+    def take_up(self) -> None:
+        """Have them be what the forward has seen, bit for bit."""
+        self._moved.write_back(unseen=True)
+        self._moved.discard()
+
     def restore(self) -> None:
-        """Put the weights back, bit for bit, and take off the quantizers what was added to them."""
+        """Put the weights back, bit for bit, and take off the quantizers what was added to them.
+
+        What was set aside is w already, and whoever has written to it since was right.
+        """
         try:
-            self._quantized.remove()
+            if self._settings.perturb_quantized:
+                self._quantized.remove()
         finally:
-            self._weights.restore()
+            if self._moved.saved:
+                self._weights.discard()
+                self._moved.discard()
+            else:
+                self._weights.restore()
+                torch.clear_autocast_cache()

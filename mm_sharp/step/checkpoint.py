@@ -1,4 +1,4 @@
-"""A wrapper's part of a checkpoint: plain types and tensors only."""
+"""A wrapper's part of a checkpoint: plain types and tensors only; and whether one is of the optimizer that loads it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mm_sharp.errors import UserError
-from mm_sharp.ops.optimizer_state import check_base_optimizer
+from mm_sharp.errors import UserError, some
 from mm_sharp.ops.parameters import devices_of
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.rng import RandomState
@@ -20,6 +19,7 @@ from mm_sharp.ops.rng import RandomState
 _KEY = 'mm_sharp'
 _KEPT = 'mm_sharp_kept'
 _VERSION = 1
+OTHERWISE = 'use the config that it was trained with, or start from its weights: load_from=…, without --resume'
 
 
 def pack_state(
@@ -55,11 +55,13 @@ def unpack_state(
     _check(owner, own)
     check_base_optimizer(optimizer, state)
     if own is None:
-        _say(f'The checkpoint holds no state of mm_sharp: {owner} starts with its own anew')
+        message = f'The checkpoint holds no state of mm_sharp: {owner} starts with its own anew'
+        print_log(message, logger='current', level=logging.WARNING)
     if precision.scaler is not None and scaler_state:
         precision.scaler.load_state_dict(scaler_state)
     elif precision.scaler is not None:
-        _say('The checkpoint holds no loss scale: dynamic scaling starts anew')
+        message = 'The checkpoint holds no loss scale: dynamic scaling starts anew'
+        print_log(message, logger='current', level=logging.WARNING)
     if own is not None and 'random_state' in own and get_world_size() == 1:
         RandomState.from_state_dict(own['random_state']).restore()
     return rest, own or {}
@@ -92,6 +94,30 @@ def _in_order(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group['params']]
 
 
+def check_base_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise unless the state of an ``OptimWrapper`` is of the same kind of optimizer and of as many parameters.
+
+    Ours names the base optimizer; in MMEngine's it shows in the hyperparameters.
+    """
+    name = type(optimizer).__name__
+    groups = state.get('param_groups')
+    if not isinstance(groups, list) or not isinstance(state.get('state'), Mapping):
+        raise UserError(f"the checkpoint's optimizer state is damaged: it lacks state or param_groups. {OTHERWISE}")
+    saved = (state.get('mm_sharp') or {}).get('base_optimizer', name)
+    # Flags are left out: newer versions of torch add some, and do without.
+    needed = {key for key, value in optimizer.defaults.items() if value is not None and not isinstance(value, bool)}
+    lacking = sorted({key for group in groups for key in needed - group.keys()})
+    if saved != name or lacking:
+        found = f'of {saved}' if saved != name else f'of another optimizer (it has no {some(lacking)})'
+        raise UserError(f"the checkpoint's optimizer state is {found}, and the config has {name}: {OTHERWISE}")
+    sizes = [[len(group['params']) for group in side] for side in (groups, optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"the checkpoint's optimizer state is of {sum(sizes[0])} parameters in {len(sizes[0])} groups, and the "
+            f'config makes {sum(sizes[1])} in {len(sizes[1])} (model, paramwise_cfg): {OTHERWISE}'
+        )
+
+
 def _check(name: str, own: Any) -> None:
     """Refuse the state of another wrapper or of a newer version."""
     if own is None:
@@ -111,7 +137,3 @@ def _check(name: str, own: Any) -> None:
             f"optim_wrapper = dict(type='{own['wrapper']}', …); to start from its weights with {name}, write "
             'load_from=… and leave out --resume'
         )
-
-
-def _say(message: str) -> None:
-    print_log(message, logger='current', level=logging.WARNING)

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from mm_sharp.errors import UnsupportedError, UserError
 from mm_sharp.ops.fsdp import Shards
-from mm_sharp.ops.model_call import ModelCall, has_own_parse_losses, loss_of, unwrap
+from mm_sharp.ops.model_call import RIGHT_FORM, ModelCall, has_own_parse_losses, loss_of, unwrap
 from mm_sharp.ops.module_tree import is_compiled
 from mm_sharp.ops.quantized_perturbation import quantizes_weights
 from mm_sharp.step.settings import StepSettings
 
 _RIGHT_FORM = (
-    '    with optim_wrapper.optim_context(model):\n'
-    "        losses = model(inputs, data_samples, mode='loss')\n"
-    '    optim_wrapper.update_params(model.parse_losses(losses)[0])\n'
+    f'{RIGHT_FORM}\n'
     'For a model that returns the loss as a tensor, the last line is: optim_wrapper.update_params(losses)'
 )
 
@@ -28,12 +26,8 @@ def check_model(
 ) -> None:
     """Refuse models under which a step would be wrong or fail, with a NotImplementedError or a ValueError.
 
-    Args:
-        settings: The wrapper's.
-        model: As ``optim_context`` gets it.
-        shards: Its pieces, where it is sharded.
-        can_sync: Whether the first pass's gradients can be averaged by DDP.
-        by_name: Whether parameters are told apart.
+    ``can_sync``: whether the first pass's gradients can be averaged by DDP. ``by_name``: whether parameters are told
+    apart.
     """
     owner = settings.owner
     check_step_is_not_compiled(owner, model)

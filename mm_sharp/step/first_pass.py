@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mm_sharp.ops.forward_state import ForwardState
-from mm_sharp.ops.fsdp import local_shard
 from mm_sharp.ops.gradients import GradientStash
 from mm_sharp.ops.model_call import CallRecorder, ModelCall
 from mm_sharp.ops.parameters import ParameterSelector, devices_of, parameters_of
 from mm_sharp.ops.perturbation import BY_TENSOR
 from mm_sharp.ops.precision import Precision
 from mm_sharp.samples.keys import without_keys
-from mm_sharp.step.ahead import PerturbationAhead
 from mm_sharp.step.ascent import Ascent
 from mm_sharp.step.checks import check_model, require_call
 from mm_sharp.step.method import Method, Passes
@@ -57,7 +55,6 @@ class FirstPass:
         self.state = ForwardState(self._weights)
         self.recorder = CallRecorder()
         self.ascent = Ascent(settings, precision, self.parallel)
-        self.ahead = PerturbationAhead(settings, self.parallel)
         self.parameters: list[nn.Parameter] = []
         self.trained: list[nn.Parameter] = []
         self.devices: tuple[torch.device, ...] = ()
@@ -70,11 +67,12 @@ class FirstPass:
 
         ``synchronise``: whether DDP averages the gradients that the optimizer gets of this micro-batch.
         """
-        self.passes = method.passes()
+        was_perturbed, self.passes = self.passes is Passes.PERTURBED, method.passes()
         self.parameters = parameters_of(self._optimizer)
         self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._attach(method, model)
-        self.ahead.restore()  # an earlier forward may have been left without the rest of its step
+        if was_perturbed:
+            self.ascent.restore()  # an earlier forward may have been left without the rest of its step
         self.timer = StepTimer(self._precision.device) if timed else NO_TIMER
         both, parallel = self.passes is Passes.BOTH, self.parallel
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
@@ -88,10 +86,11 @@ class FirstPass:
                 method.recording(model) if both else _NOTHING,
             ):
                 yield
-            self.ahead.set_aside()
+            if self.passes is Passes.PERTURBED:
+                self.ascent.set_aside()
         except BaseException:
             parallel.reshard(interrupted=True)
-            self.ahead.restore()
+            self.ascent.restore()
             self.state.undo()
             raise
         finally:
@@ -110,7 +109,7 @@ class FirstPass:
         try:
             check_model(self._settings, model, shards, can_sync=not skips, by_name=by_name)
         except Exception:
-            self.parallel.detach()  # so that it is refused again
+            self.parallel.model = None  # so that it is refused again
             raise
         if shards is not None:
             # In a pass, the parameters that have the names may be others.
@@ -119,7 +118,8 @@ class FirstPass:
     def _on_call(self, method: Method, call: ModelCall) -> ModelCall:
         """Runs just before the model's forward."""
         self.timer.mark('start')
-        self.ahead.restore()  # a model may catch the error of a call, and call itself again
+        if self.passes is Passes.PERTURBED:
+            self.ascent.restore()  # a model may catch the error of a call, and call itself again
         if self.passes is Passes.BOTH:
             with self.timer.exclude('recording'):
                 call = method.first_batch(call)
@@ -127,11 +127,10 @@ class FirstPass:
             call.args, call.kwargs = without_keys(call.model, call.args, call.kwargs)
             if self.passes is not Passes.FIRST:
                 perturbed = method.select_parameters(self._selector.select(self.parallel.module, self.trained))
-                self.ahead.choose(perturbed)
-            if self.passes is Passes.BOTH:
+                skips = method.skips_gradients and self.passes is Passes.BOTH
                 # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
-                skip = self.trained if method.skips_gradients and self.parallel.shards is None else ()
-                by_hand = self._settings.sync_perturbation and method.skips_gradients
+                skip = self.trained if skips and self.parallel.shards is None else ()
+                by_hand = self._settings.sync_perturbation and skips
                 self.ascent.choose(perturbed, skip, average_by_hand=by_hand)
         if not self.parallel.is_ddp:
             self._snapshot(method)
@@ -143,11 +142,11 @@ class FirstPass:
             sharded = self.parallel.shards is not None
             self.state.snapshot(self.parallel.tree, sharded=sharded, broadcast=self.parallel.broadcasts)
         if self.passes is Passes.PERTURBED:
-            self.ahead.perturb(method, self._precision.device)
+            self.ascent.perturb_ahead(method, self._precision.device)
 
     def _weights(self) -> list[Tensor]:
         """What the step moves, as memory of this process."""
-        return list(self.trained if self.parallel.shards is None else map(local_shard, self.trained))
+        return self.parallel.pieces(self.trained)
 
     def take(self, loss: Tensor, micro_batches: int) -> MicroBatch:
         """The micro-batch whose forward was captured, with its loss; a RuntimeError if there is none, or it is open."""

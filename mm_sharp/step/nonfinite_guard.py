@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mm_sharp.ops.finite import TRUE, all_finite, quickly_finite, zero_unless
 from mm_sharp.ops.forward_state import ForwardState
-from mm_sharp.ops.fsdp import any_rank, local_shard
+from mm_sharp.ops.fsdp import any_rank
 from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.step.nonfinite_log import NonFiniteLog
 from mm_sharp.step.parallel import ParallelModel
@@ -23,16 +23,11 @@ from mm_sharp.step.timing import StepRecord
 
 
 class NonFiniteGuard:
-    """Keeps values that are not finite out of the weights and of the model's ``state``; ``owner`` is for messages.
-
-    Attributes:
-        host_knows: Whether the host knows at once what is finite. Elsewhere than on the CPU it would have to wait.
-        unknown: What :meth:`verdict` has found last, scalar of bool, where the host does not know it.
-    """
+    """Keeps values that are not finite out of the weights and of the model's ``state``; ``owner`` is for messages."""
 
     def __init__(self, owner: str, device: torch.device, parallel: ParallelModel, state: ForwardState) -> None:
-        self.host_knows = device.type == 'cpu'
-        self.unknown: Tensor | None = None
+        self.host_knows = device.type == 'cpu'  # at once what is finite; elsewhere it would have to wait
+        self.unknown: Tensor | None = None  # what verdict() has found last, where the host does not know it
         self._device = device
         self._parallel = parallel
         self._log = NonFiniteLog(owner)
@@ -65,16 +60,13 @@ class NonFiniteGuard:
 
         On an accelerator the gradients of the optimizer's ``parameters`` are zero afterwards unless it is.
         """
-        sharded = self._parallel.shards is not None
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if sharded:
-            gradients = list(map(local_shard, gradients))
+        gradients = self._parallel.pieces([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.host_knows and quickly_finite([*gradients, *self._state.statistics]):
             self._has_begun = False
             finite = TRUE
         else:
             finite = all_finite(gradients)
-        if sharded:
+        if self._parallel.shards is not None:
             finite = ~any_rank(~finite.to(self._device))
         if not self.host_knows:
             zero_unless(finite, gradients)
@@ -96,6 +88,6 @@ class NonFiniteGuard:
         if self._has_begun:
             corrupted, self._has_begun = bool(self._state.newly_not_finite()), False
         if corrupted.numpy() if isinstance(corrupted, HostCopy) else corrupted:
-            self._state.restore_all()
+            self._state.undo(apart_from_weights=True)
         else:
             self._state.discard()

@@ -15,10 +15,10 @@ from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
+from mm_sharp.errors import some
 from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.per_sample_loss.layout import Layout, batch_size
-from mm_sharp.samples.history import Keys
 from mm_sharp.samples.keys import SampleIdError, keys_of
 from mm_sharp.step.timing import StepRecord
 
@@ -112,13 +112,6 @@ def _consequence(noted: _Noted, norm: float, steps: bool | None) -> str:
     return 'the loss scaler decides on the step' if noted.scaled else 'its gradient is part of an accumulated one'
 
 
-def names_of(keys: Keys) -> str:
-    """Samples' keys as text: ``name:id``, or the id alone where the data set has no name."""
-    shown = ', '.join(f'{name}:{number}' if name else str(number) for name, number in keys[:_MOST_NAMES])
-    more = len(keys) - _MOST_NAMES
-    return f'{shown} and {more} more' if more > 0 else shown
-
-
 def offending_samples(owner: str, call: ModelCall, rows: list[int] | None = None) -> str:
     """The samples of a call that may be the cause, as text, for the class ``owner``.
 
@@ -132,14 +125,13 @@ def offending_samples(owner: str, call: ModelCall, rows: list[int] | None = None
         keys = keys_of(call.args, call.kwargs, size, owner)
     except SampleIdError:
         return f'rows {rows[:_MOST_NAMES]} of a batch of {size}, which have no ids'
-    return names_of([keys[row] for row in rows])
+    named = [f'{name}:{number}' if name else str(number) for name, number in (keys[row] for row in rows)]
+    return some(named, _MOST_NAMES)
 
 
 def _rows_not_finite(call: ModelCall, size: int) -> list[int]:
     """Rows of the call's arguments, tensors and data samples, in which a number is not finite."""
-    layout = Layout(size, lists_of_samples=True)
-    for number, value in enumerate((*call.args, *call.kwargs.values())):
-        layout.split(value, str(number))
+    layout = Layout(size, lists_of_samples=True).split_call(call.args, call.kwargs)
     return [row for row in range(size) if not all(map(_finite, layout.sample(row)))]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from mmengine.model import MMSeparateDistributedDataParallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mm_sharp.ops.fsdp import Shards, shards_of
+from mm_sharp.ops.fsdp import Shards, local_shard, shards_of
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.perturbation import Norms
@@ -29,16 +29,16 @@ class ParallelModel:
         self.in_buckets = False  # whether gradients lie in the buckets that DDP averages
         self.is_ddp = False  # whether the model is wrapped by DDP as a whole, or by MMEngine's that is of its class
         self.broadcasts = False  # whether DDP sends the first rank's buffers to the others
-        self._model: nn.Module | None = None
+        self.model: nn.Module | None = None  # as optim_context gets it
         self.tree = ModuleTree(self.module)
-        self._synchronised: list[Any] = []
+        self.synchronised: list[Any] = []  # what averages gradients over the processes
 
     def attach(self, model: nn.Module) -> bool:
         """Find out how ``model``, as ``optim_context`` gets it, is parallel; returns whether it is another than before.
 
         Where it is sharded, its parameters are pieces afterwards.
         """
-        if model is self._model:
+        if model is self.model:
             self.reshard()
             if not self.tree.unchanged():
                 self.tree = ModuleTree(self.module)
@@ -46,16 +46,12 @@ class ParallelModel:
         self.shards = shards_of(model)
         self.module = unwrap(model)
         self.tree = ModuleTree(self.module)
-        self._synchronised = [] if self.shards is not None else _synchronised(model)
-        self.in_buckets = any(getattr(part, 'gradient_as_bucket_view', False) for part in self._synchronised)
-        self.broadcasts = any(getattr(part, 'broadcast_buffers', False) for part in self._synchronised)
+        self.synchronised = [] if self.shards is not None else _synchronised(model)
+        self.in_buckets = any(getattr(part, 'gradient_as_bucket_view', False) for part in self.synchronised)
+        self.broadcasts = any(getattr(part, 'broadcast_buffers', False) for part in self.synchronised)
         self.is_ddp = isinstance(model, DistributedDataParallel)
-        self._model = model
+        self.model = model
         return True
-
-    def detach(self) -> None:
-        """Forget the model: one of its arguments is refused, and is to be refused again."""
-        self._model = None
 
     def reshard(self, interrupted: bool = False) -> None:
         """Have the parameters be pieces, as they are between passes; ``interrupted``: one may have been broken off."""
@@ -68,10 +64,10 @@ class ParallelModel:
         DDP decides in the forward whether the backward that follows is synchronised. Under FSDP every pass is: whole
         gradients, as it keeps them otherwise, are no pieces.
         """
-        if not active or not self._synchronised:
+        if not active or not self.synchronised:
             return _NOTHING
         contexts = ExitStack()
-        for part in self._synchronised:
+        for part in self.synchronised:
             contexts.enter_context(part.no_sync())
         return contexts
 
@@ -86,17 +82,16 @@ class ParallelModel:
             handle.remove()
             call()
 
-        assert isinstance(self._model, DistributedDataParallel)
-        handle = self._model.module.register_forward_pre_hook(once, prepend=True)
+        assert isinstance(self.model, DistributedDataParallel)
+        handle = self.model.module.register_forward_pre_hook(once, prepend=True)
         try:
             yield
         finally:
             handle.remove()
 
-    @property
-    def is_synchronised(self) -> bool:
-        """Whether :meth:`average` does anything."""
-        return bool(self._synchronised)
+    def pieces(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """What this process holds of parameters or gradients."""
+        return list(tensors if self.shards is None else map(local_shard, tensors))
 
     def total(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Tensor:
         """The sum over all parameters of a number that each piece of them has; scalar."""
@@ -115,14 +110,14 @@ class ParallelModel:
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average their gradients, of which a missing one counts as zero."""
-        for parameter in parameters if self._synchronised else ():
+        for parameter in parameters if self.synchronised else ():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.average([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over the processes in place, as DDP does gradients; FSDP has done so already."""
-        if self._synchronised and tensors:
+        if self.synchronised and tensors:
             all_reduce_params(list(tensors), coalesce=True, op='mean')  # one all-reduce a dtype
 
     def parameters(self, others: Sequence[nn.Parameter]) -> list[nn.Parameter]:

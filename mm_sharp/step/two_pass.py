@@ -44,7 +44,7 @@ class TwoPassStep:
         self.precision = precision
         self.first = first
         self.parallel, self.state = first.parallel, first.state
-        self.ascent, self.ahead = first.ascent, first.ahead
+        self.ascent = first.ascent
         self.second_pass = SecondPass(self.parallel, precision, self.state, settings.replay_rng)
         self.guard = NonFiniteGuard(settings.owner, precision.device, self.parallel, self.state)
         self.first_gradients = FirstGradients()
@@ -52,7 +52,7 @@ class TwoPassStep:
         self._has_run = False
 
     def run(self, method: Method, batch: MicroBatch, *, measures: bool = False) -> StepRecord:
-        """Both passes: from w to w + e, its gradient, and back to w, whatever happens on the way.
+        """From w to w + e, its gradient, and back to w, whatever happens on the way.
 
         ``measures``: whether to record how far each tensor is moved. A ValueError if the loss is not what the captured
         forward's output gives.
@@ -61,10 +61,8 @@ class TwoPassStep:
         with timer.exclude('host'):
             self._check_loss(batch)
             self.guard.begin()
-        if self.first.passes is Passes.FIRST:
-            return self._run_first_alone(batch)
-        if self.first.passes is Passes.PERTURBED:
-            return self._run_perturbed(batch)
+        if self.first.passes is not Passes.BOTH:
+            return self._run_one_pass(batch)
         batch.gradients.stash()
         self.ascent.first_backward(batch.loss, batch.micro_batches, mean=method.changes_gradient)  # g
         timer.mark('pass1')
@@ -91,25 +89,20 @@ class TwoPassStep:
             timer.mark('restore')
         return StepRecord(batch.loss.detach(), perturbed_loss, norm, sizes=sizes)
 
-    def _run_first_alone(self, batch: MicroBatch) -> StepRecord:
-        """The base optimizer's pass: its gradient is the one that counts."""
+    def _run_one_pass(self, batch: MicroBatch) -> StepRecord:
+        """The only pass of its step, at the weights that its forward has seen: w, or w + e; then back to w."""
         batch.gradients.unstash()
-        self._backward(batch.loss, batch.micro_batches)
-        self.first.timer.mark('pass1')
-        return StepRecord(batch.loss.detach())
-
-    def _run_perturbed(self, batch: MicroBatch) -> StepRecord:
-        """The only pass of its step, at the perturbed weights that its forward has seen; then back to w."""
-        batch.gradients.unstash()
-        interrupted = True
+        interrupted, perturbed = True, self.first.passes is Passes.PERTURBED
         try:
-            self.ahead.take_up()
+            if perturbed:
+                self.ascent.take_up()
             self._backward(batch.loss, batch.micro_batches)
             self.first.timer.mark('pass1')
             interrupted = False
         finally:
-            in_order(lambda: self.parallel.reshard(interrupted), self.ahead.restore)
-            self.first.timer.mark('restore')
+            if perturbed:
+                in_order(lambda: self.parallel.reshard(interrupted), self.ascent.restore)
+                self.first.timer.mark('restore')
         return StepRecord(batch.loss.detach())
 
     def _check_loss(self, batch: MicroBatch) -> None:
@@ -121,7 +114,7 @@ class TwoPassStep:
     def final_gradient(self) -> FinalGradient:
         """The gradients of an optimizer step, for the method to change; without the loss scale."""
         inverse = self.precision.inverse_scale()
-        first = self.first_gradients.take(copies=inverse is not None or self.parallel.is_synchronised)
+        first = self.first_gradients.take(copies=inverse is not None or bool(self.parallel.synchronised))
         if first and inverse is not None:
             torch._foreach_mul_(list(first.values()), inverse)
         if not self.settings.sync_perturbation:  # they are each process's own so far
@@ -157,7 +150,6 @@ class TwoPassStep:
         """Everything as before the forward, after a step that failed; what has been put back already stays as it is."""
         in_order(
             lambda: self.parallel.reshard(interrupted=True),
-            self.ahead.restore,
             self.ascent.restore,
             self.ascent.unfreeze,
             self.first_gradients.forget_pending,
@@ -174,7 +166,6 @@ class TwoPassStep:
             lambda: self.parallel.reshard(interrupted),  # before anything is written to the weights
             self.ascent.restore,
             self.state.restore,
-            torch.clear_autocast_cache,
             *(() if drawn is None else (drawn.restore,)),
         )
 

@@ -111,7 +111,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         self._metrics: Callable[[], dict[str, float]] | None = None
         self._within_update = False
 
-    # ---------------------------------------------------------------- settings
     @property
     def rho(self) -> float:
         """Radius of the perturbation; it may be set between two steps."""
@@ -121,7 +120,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     def rho(self, value: float) -> None:
         self.settings = replace(self.settings, rho=value)
 
-    # ---------------------------------------------------------------- MMEngine's interface
     def optim_context(self, model: nn.Module) -> AbstractContextManager[None]:
         """The context of a training forward: autocast, gradient synchronisation, and capture of the model call.
 
@@ -173,7 +171,9 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
             record.metrics = self._metrics
             self._inner_count = number
             due = self.should_update()
-            finite = self._step_if_finite(step_kwargs or {}) if due else None
+            finite = two_pass.verdict() if due else None
+            if due and (finite is None or not two_pass.guard.host_knows or finite):
+                self.step(**(step_kwargs or {}))
         except BaseException:
             self._inner_count, self.last_step, self.kept = number - 1, last_step, kept
             two_pass.undo(batch)
@@ -237,7 +237,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
         rest, self.kept = without_kept(rest, self.optimizer)
         super().load_state_dict(rest)
 
-    # ---------------------------------------------------------------- what methods use
     def exclude_from_timing(self, name: str) -> AbstractContextManager[None]:
         """A context whose time is not the phase's that it lies in; see :class:`mm_sharp.step.timing.StepTimer`."""
         return self._first_pass.timer.exclude(name)
@@ -245,14 +244,6 @@ class TwoPassOptimWrapper(Method, OptimWrapper):  # type: ignore[misc]
     def offending_samples(self, call: ModelCall) -> str:
         """The samples of ``call`` that may have brought in what is not finite, for the log."""
         return offending_samples(type(self).__name__, call)
-
-    # ---------------------------------------------------------------- parts of a step
-    def _step_if_finite(self, step_kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Step, unless the final gradient is known not to be finite; see :meth:`TwoPassStep.verdict`."""
-        finite = self._two_pass.verdict()
-        if finite is None or not self._two_pass.guard.host_knows or finite:
-            self.step(**step_kwargs)
-        return finite
 
     def _clip_grad(self) -> None:
         """Clip the gradients; under FSDP by the norm of the whole gradient, and not of this rank's piece."""

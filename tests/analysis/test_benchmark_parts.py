@@ -5,12 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import cv2
 import pytest
 import torch
 from mmengine.config import Config
@@ -18,19 +15,17 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from mm_sharp import SAMOptimWrapper
-from mm_sharp.analysis.benchmark import perturbing, table
+from mm_sharp.analysis.benchmark import steps
 from mm_sharp.analysis.benchmark.candidates import (
     BY_HAND,
-    LIBRARY,
     Candidate,
     HandWrittenSAM,
-    check_baselines,
-    make_baseline,
+    check_by_hand,
+    parse_methods,
+    wrapper_settings,
 )  # fmt: skip
-from mm_sharp.analysis.benchmark.compare import Quartiles, compare
-from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
 from mm_sharp.analysis.benchmark.steps import TensorsAlive, peak_memory, phase_seconds
-from mm_sharp.analysis.benchmark.table import NAMES, Table, phase_table, typical
+from mm_sharp.analysis.benchmark.table import NAMES, Quartiles, phase_table, typical
 from mm_sharp.analysis.benchmark.workload import Ready, Workload
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.errors import UsageError
@@ -85,7 +80,7 @@ def test_precision_holds_for_the_base_optimizer(tmp_path: Path, monkeypatch: pyt
 
     assert found('base') == ('OptimWrapper', 'bfloat16')
     assert found('sam', 'float16') == ('SAMOptimWrapper', 'float16')
-    monkeypatch.setattr('mm_sharp.analysis.benchmark.methods.check_wrappers', lambda cfg: None)
+    monkeypatch.setattr('mm_sharp.analysis.benchmark.candidates.check_wrappers', lambda cfg: None)
     assert found('base', 'float16') == ('AmpOptimWrapper', 'float16')
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     del cfg.optim_wrapper['dtype']
@@ -96,11 +91,11 @@ def test_precision_holds_for_the_base_optimizer(tmp_path: Path, monkeypatch: pyt
     assert found('base') == ('OptimWrapper', None)
 
 
-# -------------------------------------------------------------------- baselines
+# -------------------------------------------------------------------- SAM by hand
 def test_sam_by_hand_is_sam_but_for_batchnorms_statistics() -> None:
     ours, theirs = (without_preprocessor(make()) for _ in range(2))
     wrapper = SAMOptimWrapper(sgd(ours), rho=0.05)
-    baseline = make_baseline(BY_HAND, theirs, sgd(theirs), 0.05)
+    baseline = HandWrittenSAM(BY_HAND, theirs, sgd(theirs), 0.05)
     for batch in batches(3):
         log = baseline.step(batch)
         own = ours.train_step(batch, wrapper)
@@ -111,61 +106,17 @@ def test_sam_by_hand_is_sam_but_for_batchnorms_statistics() -> None:
 
 
 def test_sam_by_hand_goes_back_to_its_copies() -> None:
-    model = make()
-    sam = HandWrittenSAM(sgd(model, lr=0.0), rho=0.5)
-    before = [parameter.clone() for parameter in model.parameters()]
-    model(**batches(1)[0])['loss_square'].backward()
-    sam.first_step()
-    steps = [now - then for now, then in zip(model.parameters(), before, strict=True)]
-    model(**batches(1)[0])['loss_square'].backward()
-    sam.second_step()
-    assert torch.cat([step.flatten() for step in steps]).norm().item() == pytest.approx(0.5, rel=1e-4)
-    assert all(map(torch.equal, model.parameters(), before))
-
-
-class Fake(HandWrittenSAM):
-    """In the place of the other package's class, with its signature."""
-
-    def __init__(self, groups: Any, base: type[torch.optim.Optimizer], rho: float) -> None:
-        super().__init__(base(groups, lr=1.0), rho)
-
-
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for pytorch_optimizer."""
-    module: Any = ModuleType('pytorch_optimizer')
-    module.SAM, module.__spec__ = Fake, ModuleSpec('pytorch_optimizer', None)
-    monkeypatch.setitem(sys.modules, 'pytorch_optimizer', module)
-
-
-@pytest.mark.usefixtures('library')
-def test_the_other_packages_sam_gets_the_same_groups() -> None:
     model = without_preprocessor(make())
-    optimizer = torch.optim.SGD([{'params': [p], 'lr': 0.01 * i} for i, p in enumerate(model.parameters())], lr=1.0)
-    sam = make_baseline(LIBRARY, model, optimizer, 0.2).optim_wrapper
-    assert isinstance(sam, Fake)
-    assert sam.rho == 0.2
-    assert [group['lr'] for group in sam.optimizer.param_groups] == [0.01 * i for i in range(6)]
-    assert check_baselines({}) == ([BY_HAND, LIBRARY], '')
+    before = [parameter.clone() for parameter in model.parameters()]
+    steps: list[torch.Tensor] = []
 
+    def mark(phase: str) -> None:
+        if phase == 'perturb':
+            steps.extend((now - then).flatten() for now, then in zip(model.parameters(), before, strict=True))
 
-def test_the_real_other_package() -> None:
-    pytest.importorskip('pytorch_optimizer')
-    ours, theirs = (without_preprocessor(make(norm=False)) for _ in range(2))
-    wrapper = SAMOptimWrapper(sgd(ours), rho=0.05)
-    baseline = make_baseline(LIBRARY, theirs, sgd(theirs), 0.05)
-    for batch in batches(3):
-        baseline.step(batch)
-        ours.train_step(batch, wrapper)
-    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
-
-
-def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, 'pytorch_optimizer', None)  # type: ignore[arg-type]
-    found, missing = check_baselines({'rho': 0.1, 'dtype': 'bfloat16'})
-    assert found == [BY_HAND]
-    assert 'pip install pytorch_optimizer' in missing
+    HandWrittenSAM(BY_HAND, model, sgd(model, lr=0.0), 0.5).step(batches(1)[0], mark)
+    assert torch.cat(steps).norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 @pytest.mark.parametrize(
@@ -176,9 +127,9 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ({'adaptive': True}, 'adaptive=True.*optim_wrapper.adaptive=False'),
     ],
 )
-def test_what_baselines_do_not_know_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_what_sam_by_hand_does_not_know_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_baselines(settings)
+        check_by_hand(settings)
 
 
 # -------------------------------------------------------------------- phases
@@ -337,10 +288,10 @@ def test_peak_memory_of_a_step(kind: type[OptimWrapper], matrices: int, monkeypa
 
 # -------------------------------------------------------------------- perturbation and restoration
 def test_the_tensors_are_those_of_a_resnet_50() -> None:
-    shapes = perturbing.resnet_shapes(25_557_032)
+    shapes = steps.resnet_shapes(25_557_032)
     assert (len(shapes), shapes[-1], shapes[-2]) == (161, (1000,), (1000, 2048))
     for count in (1, 9408, 30_000_000):
-        assert sum(torch.Size(shape).numel() for shape in perturbing.resnet_shapes(count)) == count
+        assert sum(torch.Size(shape).numel() for shape in steps.resnet_shapes(count)) == count
 
 
 def test_perturbation_and_restoration_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,8 +302,8 @@ def test_perturbation_and_restoration_are_measured(monkeypatch: pytest.MonkeyPat
         call()
         return {'copy': 1.0, 'perturb': 4.0, 'restore': 2.0}[calls[-1]]
 
-    monkeypatch.setattr(perturbing, 'seconds_of', seconds_of)
-    cost = perturbing.measure_perturbing(10_000, rounds=2, device=CPU)
+    monkeypatch.setattr(steps, 'seconds_of', seconds_of)
+    cost = steps.measure_perturbing(10_000, rounds=2, device=CPU)
     assert calls == ['copy', 'perturb', 'restore'] * 3
     assert (cost['parameters'], cost['tensors']) == (10_000, 4)
     assert cost['climb_rate'] == Quartiles(*[4 * 8 * 10_000 / 4] * 3)
@@ -360,18 +311,4 @@ def test_perturbation_and_restoration_are_measured(monkeypatch: pytest.MonkeyPat
     copied = cost['copy_rate'].median
     assert copied == pytest.approx(4 * 2 * 10_000, rel=0.05)  # what lies between the tensors too
     assert cost['share_of_copy'] == pytest.approx(40 * 10_000 / 6 / copied)
-    assert f'{100 * cost["share_of_copy"]:.0f} %' in perturbing.perturbing_table([cost])
-
-
-# -------------------------------------------------------------------- the chart
-def test_the_chart_shows_each_bar(tmp_path: Path) -> None:
-    phases = {'base': dict.fromkeys(NAMES, 1.0), 'sam': dict.fromkeys(NAMES, 2.0)}
-    times = {'base': [0.1, 0.1], 'sam': [0.2, 0.3]}
-    rows = compare(times, {'base': None, 'sam': Cost(2, 2)}, 8)
-    tables = [Table(size, 2, rows, phases, {'base': {}, 'sam': {}}, times) for size in (8, 16)]
-    table.draw_chart(tables, tmp_path / 'new' / 'chart.png', 'a title')
-    picture = cv2.imread(str(tmp_path / 'new' / 'chart.png'))
-    # Width of the bars in the first panel, by their colour: SAM's is 2.5 times as long as the base optimizer's.
-    left = (picture[: picture.shape[0] // 2, : picture.shape[1] // 2] == (0xEE, 0xCC, 0x88)).all(2)
-    lengths = sorted({int(count) for count in left.sum(1) if count > 100})
-    assert lengths[-1] / lengths[0] == pytest.approx(2.5, abs=0.2)
+    assert f'{100 * cost["share_of_copy"]:.0f} %' in steps.perturbing_table([cost])

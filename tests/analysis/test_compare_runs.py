@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from mm_sharp.analysis.runs.people import Keypoints, Person, draw_people, find_people, links_of
-from mm_sharp.analysis.runs.sharpness import rises
-from mm_sharp.analysis.runs.table import metrics_table
-from mm_sharp.analysis.runs.trained_run import TrainedRun, read_run
+from mm_sharp.analysis.runs.people import Keypoints, Person, draw_people, find_people
+from mm_sharp.analysis.runs.trained_run import TrainedRun, metrics_table, read_run, rises
 from mm_sharp.errors import UsageError
 from tests.recipe_runs import QUIET
 from tests.tiny_data import NARROW_RECIPE, draw_coco
@@ -76,7 +74,7 @@ def _check_predictions(runs: list[TrainedRun], folder: Path) -> None:
     from mmpose.apis import inference_topdown, init_model
 
     annotations = json.loads((folder / 'people/annotations/person_keypoints_val.json').read_text())['annotations']
-    people = find_people(runs, 2, threshold=0.0)
+    people, links = find_people(runs, 2, threshold=0.0)
     models = [init_model(str(folder / f'{run.name}.py'), str(run.last), device='cpu') for run in runs]
     for person, own in zip(people, (annotations[0], annotations[-1]), strict=True):
         assert np.allclose(person.columns[0].points, np.reshape(own['keypoints'], (-1, 3))[:, :2])
@@ -86,9 +84,9 @@ def _check_predictions(runs: list[TrainedRun], folder: Path) -> None:
         for model, found in zip(models, person.columns[1:], strict=True):
             (alone,) = inference_topdown(model, file, [[x, y, x + width, y + height]])
             assert np.allclose(found.points, alone.pred_instances.keypoints[0], atol=1e-3)
-    none = find_people(runs, 1, threshold=2.0)
+    none, _ = find_people(runs, 1, threshold=2.0)
     assert not any(column.drawn.any() for column in none[0].columns[1:])
-    assert (15, 13) in links_of(runs[0])
+    assert (15, 13) in links
 
 
 def _check_sharpness(run: TrainedRun) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_sharp.analysis.study.worker import new_runner
+from mm_sharp.analysis.study.run_missing import new_runner
 from mm_sharp.methods.ausam import AUSAMOptimWrapper
 from tests.conftest import ROOT
 from tests.recipe_runs import QUIET, name, read

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mm_sharp import SAMOptimWrapper
-from mm_sharp.analysis.find_rho.probe import BatchRises, RhoProbe
-from mm_sharp.analysis.find_rho.rule import Point, points_of, propose, shares_of
-from mm_sharp.analysis.find_rho.train import RECOMMENDED, perturbation_of, training_config
+from mm_sharp.analysis.find_rho.measure import RECOMMENDED, BatchRises, RhoProbe, perturbation_of, training_config
+from mm_sharp.analysis.find_rho.report import Point, points_of, propose, shares_of
 from mm_sharp.config.preflight import check_wrappers
 from mm_sharp.hooks.scale import Part, Scale
 from tests import quantized_toys

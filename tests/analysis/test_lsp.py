@@ -17,7 +17,7 @@ from mmpose.datasets.transforms import LoadImage
 from mmpose.registry import DATASETS
 
 import mm_sharp.analysis.study.cached  # noqa: F401  (registers the data set)
-from mm_sharp.analysis.study.worker import new_runner
+from mm_sharp.analysis.study.run_missing import new_runner
 from mm_sharp.config import fragments, preflight
 from mm_sharp.errors import UsageError
 from tests.conftest import ROOT

@@ -14,10 +14,12 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from mm_sharp.analysis.prepare import prepared
+from mm_sharp.analysis.sharpness import report
 from mm_sharp.analysis.sharpness.loading import Samples, load_samples
 from mm_sharp.analysis.sharpness.measure import Findings, Settings
 from mm_sharp.analysis.sharpness.measures import BallSharpness, Eigenvalues, Trace
-from mm_sharp.analysis.sharpness.report import Entry, draw, row, table, write_csv, write_json
+from mm_sharp.analysis.sharpness.report import Entry, draw, row, table
+from mm_sharp.analysis.tables import csv_text, write_json
 from mm_sharp.errors import UsageError
 from tests.mmpose_cases import QUIET
 from tests.sharpness import OPTIONS
@@ -151,12 +153,12 @@ def test_tables_say_what_is_missing_and_what_differs(tmp_path: Path) -> None:
     assert error.split()[-1] == '1'
     assert any('NOT the same samples' in line for line in lines)
     assert 'x: slow' in lines
-    write_json(tmp_path / 'x.json', entries, settings, {})
+    write_json(tmp_path / 'x.json', report.content(entries, settings, {}))
     content = json.loads((tmp_path / 'x.json').read_text())
     assert content['checkpoints'][1]['plane'] == [[1.0, None], [1.0, 1.0]]
     assert content['checkpoints'][1]['differences'] == [{'rho': 0.1, 'curvature': 2.5}]
     assert content['checkpoints'][0]['trace'] is None
-    write_csv(tmp_path / 'x.csv', entries)
+    (tmp_path / 'x.csv').write_text(csv_text([*map(row, entries)]))
     with (tmp_path / 'x.csv').open() as stream:
         first, second = csv.DictReader(stream)
     assert (first['trace'], second['trace'], second['derivatives']) == ('', '7.0', 'straight-through surrogate')

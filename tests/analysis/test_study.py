@@ -151,7 +151,7 @@ def test_every_study_of_the_project_can_be_read(file: Path, monkeypatch: pytest.
 # ---------------------------------------------------------------- runs
 def test_equal_compute_divides_the_epochs_by_the_cost_and_equal_runs_are_made_once(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    assert [plan.cost['clean', name] for name in ('base', 'sam', 'half')] == [1, 2, 1]
+    assert [plan._costs['clean', name].cycle for name in ('base', 'sam', 'half')] == [1, 2, 1]
     assert [plan.epochs('clean', name, 'compute') for name in ('base', 'sam', 'half')] == [6, 3, 6]
     runs = plan.report_runs('clean', {'base': None, 'sam': 0.1, 'half': 0.05})
     # Of six combinations of method and budget only SAM's two differ.
@@ -307,7 +307,7 @@ def test_a_method_may_change_the_whole_config(tmp_path: Path) -> None:
         assert cfg.optim_wrapper.type == METHODS[method].get('type', 'OptimWrapper')
     assert sizes == {'base': 40, 'base-16': 16, 'sam': 40, 'half-16': 16}
     # A competitor without a rho is not tuned, and costs what the base optimizer costs.
-    assert plan.cost['clean', 'base-16'] == 1
+    assert plan._costs['clean', 'base-16'].cycle == 1
     assert {run.method for run in plan.selection_runs('clean')} == {'base', 'sam', 'half-16'}
 
 

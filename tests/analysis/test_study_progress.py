@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -11,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mm_sharp.analysis.study import Run, progress
-from mm_sharp.analysis.study.progress import ProgressHook, watch
-from mm_sharp.analysis.study.worker import make_run
+from mm_sharp.analysis.study import Run
+from mm_sharp.analysis.study.run_missing import ProgressHook, make_run, watch
 from tests.studies import plan_of, tiny
 
 
@@ -34,7 +34,7 @@ def test_a_run_writes_every_step_and_the_evaluation(tmp_path: Path, monkeypatch:
         seen.append(json.loads((tmp_path / 'progress.json').read_text()))
 
     monkeypatch.setattr(ProgressHook, '_write', spy)
-    monkeypatch.setattr(progress, '_LOOK', 0.0)
+    monkeypatch.setattr(sys.modules[ProgressHook.__module__], '_LOOK', 0.0)
     make_run(plan_of(tmp_path, tiny()), Run('report', 'clean', 'sam', 0.1, 2, 1), tmp_path / 'progress.json')
     assert seen[0] == [0, 'starting']
     assert seen[-1] == [1, 'evaluating']
@@ -52,8 +52,8 @@ def test_what_is_in_flight_is_shown_before_anything_ends(
     stream = screen()
     monkeypatch.setattr('sys.stderr', stream)
     monkeypatch.setenv('COLUMNS', '200')
-    monkeypatch.setattr(progress, '_LOOK', 0.01)
-    monkeypatch.setattr(progress, '_LINE', 0.0)
+    monkeypatch.setattr(sys.modules[ProgressHook.__module__], '_LOOK', 0.01)
+    monkeypatch.setattr(sys.modules[ProgressHook.__module__], '_LINE', 0.0)
     futures = {Future[int](): ('first', tmp_path / '1.json'), Future[int](): ('second', tmp_path / '2.json')}
     (tmp_path / '2.json').write_text('[0.5, "epoch 1 of 2, step 30 of 60"]')
 

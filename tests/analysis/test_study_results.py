@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from mm_sharp.analysis.study import (
     Plan,
     Rows,
     Run,
-    as_json,
     choose_rho,
     compare,
+    content,
     markdown,
     markdown_trials,
     plot,
@@ -140,7 +139,7 @@ def test_comparisons_pair_the_seeds_and_scale(tmp_path: Path) -> None:
     assert '**clean, equal epochs** (digits/accuracy, 3 seeds)' in table
     assert '| sam | 0.1 | 6 | 2.00 | 62.00 ± ' in table
     assert '**+2.00 ± 0.25**' in table
-    assert json.loads(as_json(plan.study, found))['comparisons'][1]['method'] == 'sam'
+    assert content(plan.study, found)['comparisons'][1]['method'] == 'sam'
     plot(plan.study, found, tmp_path / 'plots' / 'differences.png')
     assert (tmp_path / 'plots' / 'differences.png').read_bytes().startswith(b'\x89PNG')
 
@@ -175,7 +174,7 @@ def test_an_unfinished_study_compares_the_seeds_that_are_there(tmp_path: Path) -
     assert '**clean, equal epochs** (digits/accuracy, unfinished)' in table
     assert '| method | rho | epochs | compute | mean | over base | over half | seeds |' in table
     assert '| +2.00 | +1.00 | 2 of 3 |' in table
-    assert json.loads(as_json(plan.study, found.comparisons, found.notes))['notes'] == found.notes
+    assert content(plan.study, found.comparisons, found.notes)['notes'] == found.notes
 
 
 def test_an_unfinished_choice_of_rho_is_shown_as_such(tmp_path: Path) -> None:

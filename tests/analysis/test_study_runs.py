@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 
 from mm_sharp.analysis.study import Plan, Rows, Run, locked, run_missing
 from mm_sharp.analysis.study.results import timed_runs
-from mm_sharp.analysis.study.worker import make_run, numbers
+from mm_sharp.analysis.study.run_missing import make_run, numbers
 from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError
 from tests.conftest import ROOT

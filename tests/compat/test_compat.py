@@ -19,7 +19,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from mmengine.utils.dl_utils import mmcv_full_available
 
 from mm_sharp import compat
-from mm_sharp.compat import Fix, MissingOperatorError, operators
+from mm_sharp.compat import Fix, MissingOperatorError, mmpose_imports
 from mm_sharp.compat.fix import is_present
 from tests.conftest import ROOT
 
@@ -171,12 +171,12 @@ def test_operators_are_defined_only_where_needed(
     monkeypatch.setattr(torch.library, 'Library', Library)
     monkeypatch.setattr(torch.version, 'cuda', cuda)
     monkeypatch.setattr(torch.version, 'hip', hip)
-    monkeypatch.setattr(operators, '_library', None)
+    monkeypatch.setattr(mmpose_imports, '_library', None)
     extension = SimpleNamespace(_has_ops=lambda: has_operators)
     monkeypatch.setitem(sys.modules, 'torchvision.extension', extension)  # type: ignore[arg-type]
-    found = operators.fix_torchvision.patch('torchvision._meta_registrations')
+    found = mmpose_imports.fix_torchvision.patch('torchvision._meta_registrations')
     assert len(made) == int(defined)
-    assert (found is not None) is (operators._library is not None) is defined
+    assert (found is not None) is (mmpose_imports._library is not None) is defined
 
 
 # torchvision of another build than torch, and a package that imports it.
@@ -194,7 +194,7 @@ try:
 except RuntimeError as error:
     print(error)
 import mm_sharp, timm
-print(mm_sharp.compat.operators.fix_torchvision.reason)
+print(mm_sharp.compat.mmpose_imports.fix_torchvision.reason)
 """
 
 
@@ -269,8 +269,8 @@ def test_load_ext_is_replaced_only_where_needed(
             raise error
         return loader
 
-    monkeypatch.setattr(operators, 'importlib', SimpleNamespace(import_module=load))
-    found = operators.fix_mmcv.patch('mmcv.ops')
+    monkeypatch.setattr(mmpose_imports, 'importlib', SimpleNamespace(import_module=load))
+    found = mmpose_imports.fix_mmcv.patch('mmcv.ops')
     if cause is None:
         assert found is None
         assert loader.load_ext is original

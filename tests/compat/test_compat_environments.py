@@ -100,8 +100,8 @@ def test_broken_xtcocotools(tmp_path: Path) -> None:
         'import mm_sharp\nfrom xtcocotools.coco import COCO\nimport xtcocotools\n'
         'assert COCO.__module__ == "mm_sharp.compat.coco_stand_in"\n'
         'assert xtcocotools.__file__, "the package itself is the real one"\n'
-        'from mm_sharp.compat import xtcocotools_names\n'
-        'print(json.dumps([xtcocotools_names.fix_xtcocotools.reason]))'
+        'from mm_sharp.compat import mmpose_imports\n'
+        'print(json.dumps([mmpose_imports.fix_xtcocotools.reason]))'
     )
     (reason,) = last_line(environment, 'import json\n' + script)
     assert 'numpy.dtype size changed' in reason

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.registry import Registry, init_default_scope
 
-from mm_sharp.compat import mmpose_arrays
+from mm_sharp.compat import mmpose_imports
 from tests.coco_evaluation import coco_description, evaluate_coco
 
 
@@ -101,8 +101,8 @@ def test_canvas_is_changed_only_where_needed(monkeypatch: pytest.MonkeyPatch, mi
     if not missing:
         Canvas.tostring_rgb = 'original'  # type: ignore[attr-defined]
     backend = SimpleNamespace(FigureCanvasAgg=Canvas)
-    monkeypatch.setattr(mmpose_arrays, 'importlib', SimpleNamespace(import_module=lambda name: backend))
-    found = mmpose_arrays.fix_canvas.patch('mmpose.visualization.local_visualizer_3d')
+    monkeypatch.setattr(mmpose_imports, 'importlib', SimpleNamespace(import_module=lambda name: backend))
+    found = mmpose_imports.fix_canvas.patch('mmpose.visualization.local_visualizer_3d')
     assert (Canvas.tostring_rgb != 'original') is missing  # type: ignore[attr-defined]
     assert (found is not None) is missing
 
@@ -128,8 +128,8 @@ def test_to_numpy_is_replaced_only_where_it_fails(monkeypatch: pytest.MonkeyPatc
         return (x.float() if works else x).numpy()
 
     module = SimpleNamespace(to_numpy=to_numpy)
-    monkeypatch.setattr(mmpose_arrays, 'importlib', SimpleNamespace(import_module=lambda name: module))
-    found = mmpose_arrays.fix_bfloat16.patch('mmpose.models')
+    monkeypatch.setattr(mmpose_imports, 'importlib', SimpleNamespace(import_module=lambda name: module))
+    found = mmpose_imports.fix_bfloat16.patch('mmpose.models')
     assert (module.to_numpy is to_numpy) is works
     assert (found is None) is works
     assert module.to_numpy(torch.ones(1, dtype=torch.bfloat16)).tolist() == [1.0]

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 import mm_sharp
 from mm_sharp.cli import options as cli
-from mm_sharp.config import any_tool
+from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError, UserError
 from tests.bad_configs import Bad, loader, wrapper
 from tests.tool_runs import tool
@@ -110,7 +110,7 @@ def test_amp(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_amp_of_another_program_is_its_own(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, 'argv', ['mine.py', '--amp'])
     config = write('AUSAM', '')
-    assert any_tool.Config.fromfile(config).optim_wrapper.type == 'AUSAMOptimWrapper'
+    assert preflight.Config.fromfile(config).optim_wrapper.type == 'AUSAMOptimWrapper'
 
 
 def test_what_is_no_optimizer_is_refused_by_the_constructor_too() -> None:
@@ -127,7 +127,7 @@ def test_built_parts_and_runs_without_us_are_left_alone(tmp_path: Path, monkeypa
     ]
     for number, parts in enumerate(built):
         Runner.from_cfg(toy_config(tmp_path / f'run{number}', **parts)).train()
-    monkeypatch.setattr(any_tool, '_check', lambda runner: pytest.fail('not a run of ours'))
+    monkeypatch.setattr(preflight, '_check', lambda runner: pytest.fail('not a run of ours'))
     plain = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
     Runner.from_cfg(toy_config(tmp_path / 'plain', optim_wrapper=plain, custom_hooks=[])).train()
     misspelt = dict(type='OptimWraper', optimizer=dict(type='SGD', lr=0.01))

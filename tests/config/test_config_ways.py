@@ -20,6 +20,7 @@ from mm_sharp.errors import UsageError
 from mm_sharp.samples.dataset_keys import DatasetKeys
 from mm_sharp.samples.draw import BatchDrawer
 from mm_sharp.samples.history import SampleHistory
+from mm_sharp.samples.schedule import Schedule
 from tests.conftest import ROOT
 from tests.tiny_data import draw_coco
 
@@ -189,7 +190,7 @@ def test_drop_last_moves_into_the_batch_sampler(tmp_path: Path, line: str, batch
         built = Runner.build_dataloader(loader)
     sampler = built.batch_sampler
     if line:
-        drawer = BatchDrawer(SampleHistory(), sampling_ratio=0.6, s_min=0.3, s_max=1.0)
+        drawer = BatchDrawer(SampleHistory(), Schedule(0.6, 0.3, 1.0))
         sampler.attach(drawer, DatasetKeys(built.dataset), seed=0, rank=0)
     assert [len(batch) for batch in sampler] == batches
     assert len(built) == len(batches)

@@ -23,7 +23,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.runner import Runner
 
 from mm_sharp import SAMOptimWrapper, SharpnessHook
-from mm_sharp.analysis.benchmark.methods import parse_methods, wrapper_settings
+from mm_sharp.analysis.benchmark.candidates import parse_methods, wrapper_settings
 from mm_sharp.cli import options as cli
 from mm_sharp.config import fragments
 from mm_sharp.config.fragments import apply_fragments, as_written

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mm_sharp.demo.backdrop import upsample
 from mm_sharp.demo.render import EMPTY, Camera, Capsule, Layer, Light, Paint, draw_capsule, draw_card
+from mm_sharp.demo.scene import upsample
 
 SIZE = 48
 CAMERA = Camera(0, 0, 0, 4.0, focal=100.0, centre=(24.0, 24.0))

@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_sharp.demo import SETTINGS, Scene, draw_scene
-from mm_sharp.demo.body import own_parts
+from mm_sharp.demo.body import COCO_KEYPOINTS, DEGREES_OF_FREEDOM, Proportions, body_points, own_parts
 from mm_sharp.demo.exact import Draws, angle_units
 from mm_sharp.demo.render import Camera, Light
 from mm_sharp.demo.scene import MIN_AREA, MIN_SEEN_KEYPOINTS, Figure, Person, draw_figure, judge
 from mm_sharp.demo.settings import HEIGHT, WIDTH
-from mm_sharp.demo.skeleton import COCO_KEYPOINTS, DEGREES_OF_FREEDOM, Proportions, body_points
 from tests.conftest import ROOT
 
 #: SHA-256 over pixels and annotations of images 0 to 3 of both splits at seed 0, first 16 digits.

@@ -14,7 +14,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch.utils.data import DataLoader
 
 from mm_sharp.cli.loading import check_checkpoint, last_checkpoint
-from mm_sharp.cli.runners import build_runner
+from mm_sharp.cli.process import build_runner
 from mm_sharp.compat.plain_checkpoint import TAG, from_plain
 from mm_sharp.errors import UsageError
 from tests.tiny_runs import PLAIN, SAM, Mean, Net, Points
@@ -98,8 +98,8 @@ def test_the_tools_build_what_runner_type_names(tmp_path: Path) -> None:
 
 def test_on_the_cpu_strategies_stay_off_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Config] = []
-    monkeypatch.setattr('mm_sharp.cli.runners.RUNNERS.build', built.append)
-    monkeypatch.setattr('mm_sharp.cli.runners.get_device', lambda: 'cpu')
+    monkeypatch.setattr('mm_sharp.cli.process.RUNNERS.build', built.append)
+    monkeypatch.setattr('mm_sharp.cli.process.get_device', lambda: 'cpu')
     strategy = dict(type='FSDPStrategy', model_wrapper=dict(use_orig_params=False))
     build_runner(Config(toy_config(tmp_path, runner_type='FlexibleRunner', strategy=strategy)))
     assert built[0].strategy.model_wrapper == dict(
@@ -137,4 +137,4 @@ def test_a_folder_of_parts_is_complete_with_all_of_them(tmp_path: Path, monkeypa
 def test_parts_of_other_processes_are_refused() -> None:
     part = {TAG: 'ShardedTensor', 'size': [4], 'processes': 2, 'pieces': [torch.ones(2)], 'offsets': [[0]]}
     with pytest.raises(ValueError, match=r"saved by 2 processes under FSDP.*by 1: start as many, .*'full'"):
-        from_plain({'weight': part}, 'checkpoint')
+        from_plain({'weight': part})

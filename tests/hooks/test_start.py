@@ -9,7 +9,7 @@ import pytest
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.runner import LogProcessor, Runner
 
-from mm_sharp.hooks.console import rename_old_scalars, shorten_console_line
+from mm_sharp.hooks.console import shorten_console_line
 from mm_sharp.hooks.start import in_words
 from mm_sharp.samples.schedule import TrainingLength
 from tests.toys import make, toy_config
@@ -123,20 +123,3 @@ def test_several_wrappers_share_the_four() -> None:
         'train/loss train/a.sharpness train/b.sharpness train/c.sharpness'
     )
     assert list(hub.log_scalars.items()) == list(before.items())
-
-
-def test_scalars_of_an_old_checkpoint_get_the_names_of_today() -> None:
-    old = ('train/loss', 'train/L_w', 'train/sharpness', 'train/share_head', 'train/time', 'val/sharpness')
-    hub = hub_of(*old)
-    rename_old_scalars(hub, [''])
-    assert {key: buffer.current() for key, buffer in hub.log_scalars.items()} == {
-        'train/loss': 0.0,
-        'train/sharpness/L_w': 1.0,
-        'train/sharpness/sharpness': 2.0,
-        'train/sharpness/share_head': 3.0,
-        'train/time': 4.0,
-        'val/sharpness': 5.0,
-    }
-    theirs = hub_of('train/sharpness', 'train/share_head')  # without an L_w they are not ours
-    rename_old_scalars(theirs, [''])
-    assert set(theirs.log_scalars) == {'train/sharpness', 'train/share_head'}

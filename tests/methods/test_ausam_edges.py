@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_a_sample_that_is_several_times_in_a_batch(name: str, monkeypatch: pytes
     assert visits_of(wrapper) == {0: 1, 1: 2, 2: 1, 3: 3, 4: 1}
     assert seen(wrapper)[3] == pytest.approx(values[:3].abs().mean().item(), rel=1e-6)
     assert seen(wrapper)[1] == pytest.approx(values[3:5].abs().mean().item(), rel=1e-6)
-    wrapper.drawer.sampling_ratio = 0.3
+    wrapper.drawer.schedule = replace(wrapper.drawer.schedule, sampling_ratio=0.3)
     model.train_step(batch, wrapper)
     assert len(set(wrapper._draw.pi[:3])) == len(set(wrapper._draw.pi[3:5])) == 1
     assert len(set(wrapper._draw.pi)) == 5

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from mm_sharp.errors import UserError
 from mm_sharp.samples.draw import BatchDrawer
 from mm_sharp.samples.history import SampleHistory
+from mm_sharp.samples.schedule import Schedule
 from mm_sharp.samples.seeds import RngStream, make_generator
 from mm_sharp.samples.selection import sample_count
 from mm_sharp.samples.subset import fewest_samples
@@ -119,7 +119,7 @@ def test_probabilities_stay_exact() -> None:
     history = SampleHistory()
     keys = [('toys', number) for number in range(5)]
     history.update(keys, [0.0, 0.1, 0.4, 0.9, 1.0])
-    drawer = BatchDrawer(history, 0.2, 0.3, 1.0)
+    drawer = BatchDrawer(history, Schedule(0.2, 0.3, 1.0))
     drawer.fewest = 2
     counts, draws = np.zeros(5), 1000
     for step in range(draws):
@@ -141,34 +141,3 @@ def test_the_data_loader_draws_as_many(tmp_path: Path) -> None:
     runner = Runner.from_cfg(config)
     runner.train()
     assert runner.model.sizes == [2] * 12  # 3 batches, 2 passes, 2 epochs
-
-
-# -------------------------------------------------------------------- what a whole batch costs
-@pytest.mark.parametrize(
-    ('sizes', 'options', 'said'),
-    [
-        ((8, 1, 1), {}, ['a batch of 1 ']),
-        ((2, 1), {'sampling_ratio': 0.9}, ['a batch of 2 ']),
-        ((8, 2), {}, []),
-        ((1,), {'sampling_ratio': 1.0}, []),
-    ],
-)
-@pytest.mark.parametrize('name', ['ausam', 'ausam-loader'])
-def test_a_batch_that_is_drawn_whole_pays_for_sam(
-    name: str, sizes: Any, options: dict[str, float], said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr('mm_sharp.methods.ausam.print_log', lambda message, **_: lines.append(message))
-    model = make()
-    wrapper = build(name, model, **{'sampling_ratio': 0.5, **options})
-    if name == 'ausam-loader':
-        drawer = BatchDrawer(SampleHistory(), wrapper.drawer.sampling_ratio, 0.3, 1.0)
-        monkeypatch.setattr(wrapper.sampler, 'take', lambda keys: drawer.draw(keys, torch.Generator()))
-        sizes = [size for size in sizes if size == 1]
-        said = ['a batch of 1 '] if said else []
-    for size in sizes:
-        model.train_step(of_size(size), wrapper)
-    assert len(lines) == len(said)
-    leave_out = "dict(type='AUSAMSampler', drop_last=True)" if name == 'ausam-loader' else 'dict(drop_last=True'
-    for part, line in zip(said, lines, strict=True):
-        assert all(piece in line for piece in (part, 'costs', 'batch_size', leave_out))

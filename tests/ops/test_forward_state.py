@@ -16,7 +16,6 @@ from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mm_sharp.methods.per_sample import PerSampleOptimWrapper
 from mm_sharp.ops.call_inputs import InputSnapshot
 from mm_sharp.ops.call_inputs import fresh as own_containers
 from mm_sharp.ops.forward_state import ForwardState
@@ -351,9 +350,6 @@ def test_a_model_may_call_itself(name: str) -> None:
 
     ours, base = make(Nested, norm=False), make(ToyNet, norm=False)
     wrapper, plain = build(name, ours, rho=0.1), build(name, base, rho=0.1)
-    for each in (wrapper, plain):
-        if isinstance(each, PerSampleOptimWrapper):
-            each.member.number = 0  # both draw the same
     train_both(ours, wrapper, base, plain, batches(3))
     assert same_weights('sam', ours, base)
 

@@ -34,6 +34,8 @@ GOOD = {
 def test_nothing_wrong() -> None:
     assert diagnose(GOOD) == []
     assert diagnose({**GOOD, 'brevitas': None}) == []
+    assert diagnose({**GOOD, 'setuptools': None}) == [], 'mm_sharp does without'
+    assert diagnose({**GOOD, 'numpy': '2.2.0'}) == [], 'faster-coco-eval stands in'
     assert diagnose({**GOOD, 'python': '3.12.1', 'xtcocotools': None}) == []
     assert diagnose({**GOOD, 'mmcv-lite': None, 'mmcv': '2.1.0'}) == []
 
@@ -42,7 +44,6 @@ def test_nothing_wrong() -> None:
     ('change', 'essential', 'text', 'command'),
     [
         ({'python': '3.9.18'}, True, 'Python 3.9.18 is too old', 'python3.11 -m venv'),
-        ({'python': '3.13.0'}, False, '3.13.0 is untested', 'python3.12 -m venv'),
         ({'torch': None, 'torchvision': None, 'mmpose': None}, True, 'torch is missing', 'pip install "torch>=2.1"'),
         ({'torch': '2.0.1', 'torchvision': '0.15.2'}, True, 'torch 2.0.1 is too old', 'pip install --upgrade "torch'),
         ({'mmengine': None}, True, 'mmengine is missing', 'pip install "mmengine>=0.10"'),
@@ -58,11 +59,8 @@ def test_nothing_wrong() -> None:
         ({'opencv-python-headless': None}, True, 'OpenCV is missing', '"opencv-python-headless<4.12"'),
         ({'opencv-python-headless': '4.12.0.88'}, True, 'needs numpy 2', '"opencv-python-headless<4.12"'),
         ({'opencv-python': '4.11.0.86'}, False, 'several builds of OpenCV', 'pip uninstall -y opencv-python opencv'),
-        ({'numpy': '2.2.0'}, False, 'compiled against numpy 1.*stands in', '"numpy<2"'),
         ({'numpy': '2.2.0', 'faster-coco-eval': None}, True, 'compiled against numpy 1', 'faster-coco-eval'),
         ({'xtcocotools': None, 'faster-coco-eval': None}, True, 'neither xtcocotools nor', 'pip install xtcocotools'),
-        ({'setuptools': '81.0.0'}, False, 'setuptools 81.0.0 no longer has pkg_resources', '"setuptools<81"'),
-        ({'setuptools': None}, False, 'setuptools is missing, and so is pkg_resources', '"setuptools<81"'),
     ],
     ids=str,
 )

@@ -319,7 +319,10 @@ def test_metrics_judge_only_the_pictures_that_were_looked_at(folder: Path, model
         (['w4a4.py', 'model.pth', '--format', 'onnx'], "invalid choice: 'onnx'"),
         (['w4a4.py', 'model.pth', '--format', 'float', '--benchmark'], '--benchmark compares qcdq with float'),
         (['w4a4.py', 'model.pth', '--format', 'qonnx', '--packed'], '--packed is of qcdq'),
-        (['float.py', 'empty.pth', '--format', 'float'], "'empty.pth' lacks weights of the config's model"),
+        (
+            ['float.py', 'empty.pth', '--format', 'float'],
+            "'empty.pth': the checkpoint is not of this model",
+        ),
         (['w4a4.py', 'model.pth', '--images', '0'], '--images 0: it must be at least 1'),
         (['w4a4.py', 'model.pth', '--out', 'model.pth'], "--out 'model.pth': the name must end in .onnx"),
         (['none.py', 'model.pth'], "no config file 'none.py'"),

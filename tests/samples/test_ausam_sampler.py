@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 from mm_sharp.samples.ausam_sampler import AUSAMSampler
 from mm_sharp.samples.draw import BatchDrawer, DrawQueue
 from mm_sharp.samples.history import SampleHistory
+from mm_sharp.samples.schedule import Schedule
 from mm_sharp.samples.selection import Preference, inclusion_probabilities, sample_count
 from tests.checkpoints import through_disk
 from tests.tiny_runs import PLAIN, Points, make_runner
@@ -71,7 +72,8 @@ def make(
     """An attached sampler; a number stands for a DefaultSampler over so many samples."""
     source = DefaultSampler(range(source), seed=3) if isinstance(source, int) else source
     sampler = AUSAMSampler(source, batch_size, **kwargs)
-    sampler.attach(BatchDrawer(SampleHistory() if history is None else history, ratio, 0.3, 1.0), Shelf(), seed, rank)
+    drawer = BatchDrawer(SampleHistory() if history is None else history, Schedule(ratio, 0.3, 1.0))
+    sampler.attach(drawer, Shelf(), seed, rank)
     return sampler
 
 
@@ -145,7 +147,7 @@ def test_inclusion_frequencies(scores: list[float]) -> None:
 def test_it_draws_by_the_wrappers_preference() -> None:
     scores, preference = [0.1, 0.2, 0.3, 0.4, 2.0], Preference(small=True, quantile=0.75)
     sampler = AUSAMSampler(DefaultSampler(range(5), shuffle=False, seed=0), 5)
-    sampler.attach(BatchDrawer(scored(scores), 0.6, 0.3, 1.0, preference), Shelf(), seed=0, rank=0)
+    sampler.attach(BatchDrawer(scored(scores), Schedule(0.6, 0.3, 1.0), preference), Shelf(), seed=0, rank=0)
     (batch,) = sampler
     pi = sampler.take(key_list(batch)).pi
     assert pi == pytest.approx(inclusion_probabilities(np.array(scores), 3, 0.3, 1.0, preference), rel=1e-6)
@@ -251,7 +253,7 @@ def test_from_a_config(sampler_type: str) -> None:
     sampler = loader.batch_sampler
     assert isinstance(sampler, AUSAMSampler)
     assert (sampler.batch_size, sampler.drop_last, len(loader)) == (6, True, 3)
-    sampler.attach(BatchDrawer(SampleHistory(), 0.5, 0.3, 1.0), Shelf(), seed=0, rank=0)
+    sampler.attach(BatchDrawer(SampleHistory(), Schedule(0.5, 0.3, 1.0)), Shelf(), seed=0, rank=0)
     batches = iter(loader)
     reads = loader.dataset.reads
     for number in range(3):
@@ -526,7 +528,7 @@ class Wrapper(Hook):
 
     def before_train(self, runner: Runner) -> None:
         sampler = runner.train_dataloader.batch_sampler
-        sampler.attach(BatchDrawer(self.history, 0.5, 0.3, 1.0), Shelf(), 0, 0)
+        sampler.attach(BatchDrawer(self.history, Schedule(0.5, 0.3, 1.0)), Shelf(), 0, 0)
         if self.state is not None:
             self.history.load_state_dict(self.state['history'])
             sampler.load_state_dict(self.state['sampler'])

@@ -17,7 +17,6 @@ from mmengine.structures import BaseDataElement
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from mm_sharp.samples.dataset_keys import DatasetKeys
-from mm_sharp.samples.history import SampleHistory
 from mm_sharp.samples.indexed_dataset import IndexedDataset
 from mm_sharp.samples.keys import SampleIdError, keys_of
 from tests.tiny_data import draw_coco, draw_mpii
@@ -242,15 +241,8 @@ def test_num_batch_per_epoch(dataset: dict[str, Any], batch_size: int, expected:
     shown = [key for batch in loader for key in keys_of((), batch, batch_size, 'test')]
     assert len(shown) == 5 * batch_size
     assert keys.keys(order) == shown
-    assert keys.count() == count == sum(map(len, keys.ids_by_name().values()))
+    assert keys.count() == count
     assert sorted(shown) == sorted(expected)
-
-
-def test_a_resumed_history_survives_num_batch_per_epoch() -> None:
-    keys = DatasetKeys(sliced(INDEXED, batch_size=1).dataset)
-    history = SampleHistory()
-    history.update(PLACES[:3], [1.0, 2.0, 3.0])
-    assert history.reconcile(keys.ids_by_name()) == (3, 0, 2)
 
 
 class Unknown(Dataset[Any]):
@@ -273,8 +265,6 @@ def test_no_key_is_guessed_of_unknown_wrappers(place: str) -> None:
     assert keys.keys([1]) == [('', 1)]
     with pytest.raises(SampleIdError, match=r'Unknown.*of its own(.|\n)*IndexedDataset'):
         keys.keys([SIZE])
-    with pytest.raises(SampleIdError):
-        keys.ids_by_name()
     assert keys.count() == 2 * SIZE
     assert DatasetKeys(IndexedDataset(around, 'out')).keys([2]) == [('out', 2)]
 
@@ -332,7 +322,7 @@ def test_nothing_is_loaded_and_annotations_are_read_once(monkeypatch: pytest.Mon
     assert keys.keys([3, 3, 1]) == [('', 30), ('', 30), ('', 10)]
     assert keys.keys(np.array([1, 2])) == [('', 10), ('', 20)]
     assert sorted(read) == [1, 2, 3]
-    keys.ids_by_name()
+    assert keys.keys(range(SIZE))[1] == ('', 10)
     assert sorted(read) == list(range(SIZE))
     assert keys.keys([]) == []
 
@@ -349,18 +339,6 @@ def test_a_data_set_that_is_not_read_yet(pictures: Path) -> None:
     assert DatasetKeys(data).keys([0])[0][0] == 'coco'
 
 
-def test_ids_by_name_tells_the_history_what_is_left(pictures: Path) -> None:
-    repeated = {'type': 'RepeatDataset', 'times': 3, 'dataset': mpii(pictures)}
-    data = ConcatDataset([DATASETS.build(repeated), Subset(DATASETS.build(coco(pictures)), [0, 2, 2])])
-    ids = DatasetKeys(data).ids_by_name()
-    kept = [key for _, key in DatasetKeys(data).keys([15, 16])]
-    assert {name: list(numbers) for name, numbers in ids.items()} == {'mpii': list(range(5)), 'coco': sorted(kept)}
-    assert all(numbers.dtype == np.int64 for numbers in ids.values())
-    history = SampleHistory()
-    history.update([('mpii', 4), ('mpii', 5), ('old', 1), ('coco', kept[0])], [1.0, 2.0, 3.0, 4.0])
-    assert history.reconcile(ids) == (2, 2, 5)
-
-
 # ---------------------------------------------------------------- no key
 def test_a_data_set_without_annotations() -> None:
     class Bare(Dataset[int]):
@@ -374,8 +352,6 @@ def test_a_data_set_without_annotations() -> None:
     keys.check_collisions()
     with pytest.raises(SampleIdError, match=r"Bare: it has no get_data_info\(index\).*[\s\S]*type='IndexedDataset'"):
         keys.keys([0])
-    with pytest.raises(SampleIdError):
-        keys.ids_by_name()
     assert DatasetKeys(IndexedDataset(Bare())).keys([2]) == [('dataset', 2)]
 
 
@@ -399,7 +375,7 @@ def test_samples_that_are_drawn_while_loading(pictures: Path) -> None:
     with pytest.raises(SampleIdError, match=r'sample_ratio_factor(.|\n)*RepeatDataset'):
         keys.keys([0])
     # All of them may come.
-    assert {name: len(ids) for name, ids in keys.ids_by_name().items()} == {'mpii': 5, 'coco': 7}
+    assert keys.count() == 5 + 7
     keys.check_collisions()
 
 

@@ -11,6 +11,7 @@ import torch
 from mm_sharp.ops.host_copy import HostCopy, to_device
 from mm_sharp.samples.draw import BatchDraw, BatchDrawer
 from mm_sharp.samples.history import Keys, PendingUpdates, SampleHistory
+from mm_sharp.samples.schedule import Schedule
 from mm_sharp.samples.seeds import RngStream, make_generator, shared_seed
 from tests.checkpoints import through_disk
 
@@ -74,7 +75,7 @@ HISTORIES = {
 @pytest.mark.parametrize(('ratio', 'k'), [(0.5, 4), (0.6, 5)])
 @pytest.mark.slow
 def test_frequencies_of_drawn_batches_match_pi(scores: list[float], ratio: float, k: int) -> None:
-    drawer = BatchDrawer(history_with(scores), ratio, 0.3, 1.0)
+    drawer = BatchDrawer(history_with(scores), Schedule(ratio, 0.3, 1.0))
     counts, draws = np.zeros(8), 1000
     for step in range(draws):
         draw = drawer.draw(keys(8), make_generator(1, RngStream.SAMPLES, 0, step))
@@ -87,7 +88,7 @@ def test_frequencies_of_drawn_batches_match_pi(scores: list[float], ratio: float
 
 def test_a_draw_knows_the_scores_it_was_made_of() -> None:
     scores = HISTORIES['spread']
-    draw = BatchDrawer(history_with(scores), 0.25, 0.5, 2.0).draw(keys(10), torch.Generator())
+    draw = BatchDrawer(history_with(scores), Schedule(0.25, 0.5, 2.0)).draw(keys(10), torch.Generator())
     assert draw.size == 10
     assert draw.scores[:8].tolist() == pytest.approx(scores, rel=1e-6)
     assert np.isnan(draw.scores[8:]).all()
@@ -98,13 +99,13 @@ def test_a_draw_knows_the_scores_it_was_made_of() -> None:
 
 @pytest.mark.parametrize(('ratio', 'size', 'k'), [(0.6, 1, 1), (1e-9, 32, 1), (1.0, 7, 7), (0.6, 5, 3), (0.07, 100, 7)])
 def test_counts(ratio: float, size: int, k: int) -> None:
-    draw = BatchDrawer(SampleHistory(), ratio, 0.3, 1.0).draw(keys(size), torch.Generator())
+    draw = BatchDrawer(SampleHistory(), Schedule(ratio, 0.3, 1.0)).draw(keys(size), torch.Generator())
     assert (len(draw.chosen), draw.size) == (k, size)
     assert draw.pi == pytest.approx([k / size] * size)
 
 
 def test_equal_bounds_are_the_uniform_control() -> None:
-    draw = BatchDrawer(history_with(HISTORIES['spread']), 0.5, 0.7, 0.7).draw(keys(8), torch.Generator())
+    draw = BatchDrawer(history_with(HISTORIES['spread']), Schedule(0.5, 0.7, 0.7)).draw(keys(8), torch.Generator())
     assert draw.pi.tolist() == [0.5] * 8
     assert draw.weights.tolist() == [0.25] * 4
     assert draw.scalars()['sampling_entropy'] == pytest.approx(1.0, abs=1e-15)
@@ -112,7 +113,7 @@ def test_equal_bounds_are_the_uniform_control() -> None:
 
 def test_the_draw_follows_the_history_as_it_is() -> None:
     history = history_with([1.0, 1.0, 1.0, 1.0])
-    drawer = BatchDrawer(history, 0.25, 0.1, 1.0)
+    drawer = BatchDrawer(history, Schedule(0.25, 0.1, 1.0))
     assert drawer.draw(keys(4), torch.Generator()).pi.tolist() == [0.25] * 4
     history.update(keys(1), [5.0])
     assert drawer.draw(keys(4), torch.Generator()).pi == pytest.approx([1 / 1.3, *[0.1 / 1.3] * 3])

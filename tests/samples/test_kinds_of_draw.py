@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mm_sharp.samples.draw import DRAWS, BatchDrawer
+from mm_sharp.samples.draw import BatchDrawer
 from mm_sharp.samples.history import SampleHistory
-from mm_sharp.samples.schedule import TrainingLength
+from mm_sharp.samples.schedule import CHOICES, Schedule, TrainingLength
 from mm_sharp.samples.selection import inclusion_probabilities, sequential_sample, uniform_sample
 
 SCORES = [0.0, 0.2, 0.5, 0.7, 1.0]
@@ -83,9 +83,9 @@ def test_drawn_one_after_the_other_samples_differ_less() -> None:
     assert 1 < max(sequential) / min(sequential) < 4.2
 
 
-@pytest.mark.parametrize('kind', DRAWS)
+@pytest.mark.parametrize('kind', CHOICES['draw'])
 def test_the_drawer_draws_what_its_kind_says(kind: str) -> None:
-    drawer, draws = BatchDrawer(history(), 0.4, 0.1, 0.5, kind=kind), 4000
+    drawer, draws = BatchDrawer(history(), Schedule(0.4, 0.1, 0.5, draw=kind)), 4000
     generator, counts = torch.Generator().manual_seed(1), np.zeros(5)
     for _ in range(draws):
         draw = drawer.draw(keys(5), generator)
@@ -104,7 +104,7 @@ def test_the_drawer_draws_what_its_kind_says(kind: str) -> None:
 @pytest.mark.parametrize('kind', ['systematic', 'sequential'])
 def test_frequencies_follow_the_ramp_over_the_epochs(kind: str) -> None:
     """Whole at first; then nearly uniform; then by the scores, as far as they are let."""
-    drawer = BatchDrawer(history(), 0.4, 0.1, 0.5, kind=kind, ramp=0.5, whole_first_epoch=True)
+    drawer = BatchDrawer(history(), Schedule(0.4, 0.1, 0.5, ramp=0.5, whole_first_epoch=True, draw=kind))
     length, draws = TrainingLength(8, 3), 3000
     generator = torch.Generator().manual_seed(2)
     for epoch in (0, 1, 3, 4, 7):
@@ -120,9 +120,9 @@ def test_frequencies_follow_the_ramp_over_the_epochs(kind: str) -> None:
         assert (np.abs(counts / draws - p) <= 4.5 * np.sqrt(p * (1 - p) / draws)).all()
 
 
-@pytest.mark.parametrize('kind', DRAWS)
+@pytest.mark.parametrize('kind', CHOICES['draw'])
 @pytest.mark.parametrize('size', [1, 2, 5])
 def test_a_batch_that_is_taken_whole(kind: str, size: int) -> None:
-    draw = BatchDrawer(history(), 1.0, 0.1, 0.5, kind=kind).draw(keys(size), torch.Generator())
+    draw = BatchDrawer(history(), Schedule(1.0, 0.1, 0.5, draw=kind)).draw(keys(size), torch.Generator())
     assert draw.chosen.tolist() == list(range(size))
     assert draw.pi.tolist() == [1.0] * size

@@ -269,30 +269,6 @@ def test_an_exchange_empties_what_is_pending() -> None:
 
 
 # -------------------------------------------------------------------- changed data sets, figures
-@pytest.mark.parametrize('distributed', [False, True])
-def test_reconcile_drops_the_lost_and_leaves_the_new_unseen(distributed: bool) -> None:
-    history = SampleHistory(distributed=distributed)
-    history.update([('a', 1), ('a', 2), ('b', 1), ('c', 9)], [1.0, 2.0, 3.0, 4.0])
-    if distributed:
-        exchange([history])
-        history.update([('a', 2), ('a', 4), ('d', 1)], [4.0, 5.0, 6.0])
-    result = history.reconcile({'a': [2, 3, 4, 4], 'b': [2], 'e': np.arange(3)})
-    assert result == (1 + distributed, 3 + distributed, 6 - distributed)
-    expected = [math.nan, 3.0 if distributed else 2.0, math.nan, math.nan, math.nan]
-    scores = history.scores([('a', 1), ('a', 2), ('a', 3), ('b', 1), ('c', 9)])
-    assert scores == pytest.approx(expected, nan_ok=True)
-
-
-def test_reconcile_with_the_same_data_set_changes_nothing() -> None:
-    history = SampleHistory()
-    history.update_of('a', np.arange(0, 9999, 3), np.ones(3333))
-    before = through_disk(history.state_dict())
-    assert history.reconcile({'a': np.arange(9999)}) == (3333, 0, 6666)
-    again = SampleHistory()
-    again.load_state_dict(before)
-    assert_same_bits(history, again)
-
-
 # -------------------------------------------------------------------- checkpoints
 def test_a_saved_history_shares_no_memory_with_the_running_one() -> None:
     history = SampleHistory()

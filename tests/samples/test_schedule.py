@@ -11,7 +11,7 @@ from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import DataLoader, IterableDataset
 
 from mm_sharp import AUSAMOptimWrapper, AUSAMSampler
-from mm_sharp.hooks.draw_schedule import training_length
+from mm_sharp.hooks.history import training_length
 from mm_sharp.hooks.start import in_words
 from mm_sharp.samples.schedule import AFTER_RAMP, SCHEDULES, TrainingLength, Unset, schedule_of
 from mm_sharp.step.method import Cost
@@ -29,24 +29,28 @@ def built(**options: Any) -> Any:
 @pytest.mark.parametrize(
     ('options', 'expected'),
     [
-        ({}, (0.5, 0.1, 0.5, 0.15, True)),
-        ({'sampling_ratio': 0.6}, (0.6, 0.1, 0.5, 0.15, True)),
-        ({'s_min': 0.1, 's_max': 0.5}, (0.5, 0.1, 0.5, 0.15, True)),
-        ({'prefer': 'small', 'clip_quantile': 0.9}, (0.5, 0.1, 0.5, 0.15, True)),
+        ({}, (0.5, 0.1, 0.5, 0.15, True, 'sequential')),
+        ({'sampling_ratio': 0.6}, (0.6, 0.1, 0.5, 0.15, True, 'sequential')),
+        ({'s_min': 0.1, 's_max': 0.5}, (0.5, 0.1, 0.5, 0.15, True, 'sequential')),
+        ({'prefer': 'small', 'clip_quantile': 0.9}, (0.5, 0.1, 0.5, 0.15, True, 'sequential')),
+        # Exact probabilities where they are needed, or asked for.
+        ({'reweight': True}, (0.5, 0.1, 0.5, 0.15, True, 'systematic')),
+        ({'draw': 'systematic'}, (0.5, 0.1, 0.5, 0.15, True, 'systematic')),
+        ({'schedule': 'constant', 'draw': 'sequential'}, (0.6, 0.3, 1.0, 0.0, False, 'sequential')),
         # As configs had it before there was a schedule: all that they leave out is what it was.
-        ({'s_min': 0.3, 's_max': 1.0, 'sampling_ratio': 0.5}, (0.5, 0.3, 1.0, 0.0, False)),
-        ({'s_min': 0.3}, (0.6, 0.3, 1.0, 0.0, False)),
-        ({'s_min': 0.1}, (0.6, 0.1, 1.0, 0.0, False)),
-        ({'s_min': 1.0}, (0.6, 1.0, 1.0, 0.0, False)),
-        ({'s_max': 0.5}, (0.6, 0.3, 0.5, 0.0, False)),
-        ({'schedule': 'constant'}, (0.6, 0.3, 1.0, 0.0, False)),
-        ({'schedule': 'constant', 's_min': 0.1, 's_max': 0.5}, (0.6, 0.1, 0.5, 0.0, False)),
+        ({'s_min': 0.3, 's_max': 1.0, 'sampling_ratio': 0.5}, (0.5, 0.3, 1.0, 0.0, False, 'systematic')),
+        ({'s_min': 0.3}, (0.6, 0.3, 1.0, 0.0, False, 'systematic')),
+        ({'s_min': 0.1}, (0.6, 0.1, 1.0, 0.0, False, 'systematic')),
+        ({'s_min': 1.0}, (0.6, 1.0, 1.0, 0.0, False, 'systematic')),
+        ({'s_max': 0.5}, (0.6, 0.3, 0.5, 0.0, False, 'systematic')),
+        ({'schedule': 'constant'}, (0.6, 0.3, 1.0, 0.0, False, 'systematic')),
+        ({'schedule': 'constant', 's_min': 0.1, 's_max': 0.5}, (0.6, 0.1, 0.5, 0.0, False, 'systematic')),
         # What knows of schedules means the authors'.
-        ({'s_min': 0.2, 'schedule': 'authors'}, (0.5, 0.2, 0.5, 0.15, True)),
-        ({'s_min': 0.2, 'ramp': 0.3}, (0.5, 0.2, 0.5, 0.3, True)),
-        ({'ramp': 0, 'whole_first_epoch': False}, (0.5, 0.1, 0.5, 0.0, False)),
-        ({'draw': 'uniform'}, (0.5, 1.0, 1.0, 0.0, False)),
-        ({'draw': 'uniform', 'sampling_ratio': 0.3, 'whole_first_epoch': True}, (0.3, 1.0, 1.0, 0.0, True)),
+        ({'s_min': 0.2, 'schedule': 'authors'}, (0.5, 0.2, 0.5, 0.15, True, 'sequential')),
+        ({'s_min': 0.2, 'ramp': 0.3}, (0.5, 0.2, 0.5, 0.3, True, 'sequential')),
+        ({'ramp': 0, 'whole_first_epoch': False}, (0.5, 0.1, 0.5, 0.0, False, 'sequential')),
+        ({'draw': 'uniform'}, (0.5, 1.0, 1.0, 0.0, False, 'uniform')),
+        ({'draw': 'uniform', 'sampling_ratio': 0.3, 'whole_first_epoch': True}, (0.3, 1.0, 1.0, 0.0, True, 'uniform')),
     ],
 )
 def test_what_arguments_ask_for(options: dict[str, Any], expected: tuple[Any, ...]) -> None:
@@ -71,7 +75,7 @@ def test_defaults_are_the_authors_numbers() -> None:
         ({'ramp': 1.5}, r'ramp=1.5 is not allowed: it must be a finite number in \[0, 1\]'),
         ({'whole_first_epoch': 1}, r'whole_first_epoch=1 is not allowed: it must be True or False'),
         ({'schedule': 'linear'}, r"schedule='linear' is not allowed: it must be one of 'authors', 'constant'"),
-        ({'draw': 'multinomial'}, r"draw='multinomial' is not allowed: it must be one of 'systematic', 'sequential'"),
+        ({'draw': 'multinomial'}, r"draw='multinomial' is not allowed: it must be one of 'sequential', 'systematic'"),
     ],
     ids=str,
 )
@@ -124,7 +128,7 @@ def loop(max_iters: int) -> Any:
 def test_an_epoch_of_an_infinite_sampler_is_one_pass_of_all_ranks(
     ranks: int, drawn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('mm_sharp.hooks.draw_schedule.get_world_size', lambda: ranks)
+    monkeypatch.setattr('mm_sharp.hooks.history.get_world_size', lambda: ranks)
     data = list(range(22))
     source = InfiniteSampler(data, seed=0)
     loader = DataLoader(

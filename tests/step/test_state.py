@@ -13,7 +13,7 @@ from mmengine.optim import OptimWrapper
 
 from mm_sharp.errors import UserError
 from mm_sharp.ops.module_state import ModuleStateBackup, StatePlan
-from mm_sharp.ops.module_tree import ModuleTree, submodules
+from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.rng import RandomState
 from tests.checkpoints import through_disk
 from tests.reliability import Holds
@@ -266,15 +266,6 @@ def test_attributes_come_back_whatever_they_are_called() -> None:
         assert first.z == 12
         del first.z
         first.a = 1
-
-
-def test_submodules_are_those_that_torch_finds() -> None:
-    model = make(CountingNet)
-    model.again = model.head
-    model.register_module('none', None)
-    model.head.loop = torch.nn.ModuleList([model.conv])
-    assert set(submodules(model)) == set(model.modules())
-    assert len(list(submodules(model))) == len(list(model.modules()))
 
 
 def test_checkpoint_files_load_without_unpickling_code(tmp_path: Path) -> None:

@@ -69,25 +69,16 @@ _CITE = 'Leeds Sports Pose Extended (Johnson and Everingham, CVPR 2011), picture
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line. The defaults give the data of ``configs/study/lsp.yaml``."""
     parser = cli.OneLineParser(description='Convert Leeds Sports Pose Extended to COCO keypoint files')
-    parser.add_argument(
-        'source', type=Path, metavar='ARCHIVE', help='lspet_dataset.zip, or the folder with its content'
-    )
-    parser.add_argument('--out', type=Path, default=Path('data/lsp'), help='folder to write (default: data/lsp)')
-    parser.add_argument(
-        '--people', type=int, default=4000, help='as many, evenly spread over all (default: 4000 of 10000)'
-    )
-    parser.add_argument('--select', type=int, default=500, help='people of select.json (default: 500)')
-    parser.add_argument('--val', type=int, default=1200, help='people of val.json (default: 1200)')
-    parser.add_argument('--side', type=int, default=160, help='longer side of the pictures at most (default: 160)')
-    parser.add_argument('--quality', type=int, default=85, help='of the JPEG files, 1 to 100 (default: 85)')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of errors')
-    args = parser.parse_args(arguments)
-    for option, low, high in (('people', 3, 10**6), ('select', 1, 10**6), ('val', 1, 10**6), ('side', 8, 10**4)):
-        if not low <= getattr(args, option) <= high:
-            parser.error(f'--{option} {getattr(args, option)}: it must be an integer from {low} to {high}')
-    if not 1 <= args.quality <= 100:
-        parser.error(f'--quality {args.quality}: it must be an integer from 1 to 100')
-    return args
+    add, whole = parser.add_argument, cli.whole
+    add('source', type=Path, metavar='ARCHIVE', help='lspet_dataset.zip, or the folder with its content')
+    add('--out', type=Path, default=Path('data/lsp'), help='folder to write (default: data/lsp)')
+    add('--people', type=whole(3, 10**6), default=4000, help='as many, evenly spread (default: 4000 of 10000)')
+    add('--select', type=whole(1, 10**6), default=500, help='people of select.json (default: 500)')
+    add('--val', type=whole(1, 10**6), default=1200, help='people of val.json (default: 1200)')
+    add('--side', type=whole(8, 10**4), default=160, help='longer side of the pictures at most (default: 160)')
+    add('--quality', type=whole(1, 100), default=85, help='of the JPEG files, 1 to 100 (default: 85)')
+    add('--debug', action='store_true', help='show the traceback of errors')
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:

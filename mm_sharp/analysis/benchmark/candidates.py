@@ -1,31 +1,112 @@
-"""What makes the steps that are measured: a method, a SAM without this package, or a method's passes alone.
+"""What is compared: methods, SAM without this package, and a method's passes alone.
 
-The SAMs that others write leave out work: the second pass moves BatchNorm's statistics a second time, dropout draws
-other masks in it, and neither asks whether values are finite. The passes alone are the same inputs with the same
+Methods are the base optimizer and every sharpness-aware wrapper in MMEngine's registry. A method's name is its
+wrapper's without ``OptimWrapper``, in small letters: ``sam`` for ``SAMOptimWrapper``. ``NAME-VALUE`` sets the first
+argument of its own that has such a default: ``ausam-0.5`` is AUSAM with ``sampling_ratio=0.5``, ``esam-history`` ESAM
+with ``selection='history'``.
+
+SAM by hand leaves out work: the second pass moves BatchNorm's statistics a second time, dropout draws other masks in
+it, and nothing asks whether values are finite. The passes alone are the same inputs with the same
 gradients left out, and the base optimizer's step: where a machine's passes take other times than theory says, no code
 can bring a step below them, and what a method's step takes more is the method's own work.
 """
 
 from __future__ import annotations
 
-import importlib
+import copy
+import math
+from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from inspect import signature
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from mm_sharp.analysis.benchmark.compare import Quartiles, quartiles
-from mm_sharp.errors import UsageError
+from mm_sharp.config.preflight import check_wrappers, wrapper_class, wrapper_configs
+from mm_sharp.errors import UsageError, arguments_of, closest, is_number
+from mm_sharp.step.method import Cost
 from mm_sharp.step.timing import StepTimer
-from mm_sharp.step.wrapper import TwoPassOptimWrapper
+from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
 
-BASELINES = BY_HAND, LIBRARY = 'sam by hand', 'pytorch_optimizer.SAM'
+# What every wrapper keeps of a config's; a step is a whole one, so accumulative_counts is not among them.
+SHARED = ('optimizer', 'constructor', 'paramwise_cfg')
+BY_HAND = 'sam by hand'
 SUFFIX = ', passes alone'  # after a method's name
+
+
+def all_methods() -> dict[str, str]:
+    """The wrapper of the base optimizer and every registered sharpness-aware one, by name; the costliest first."""
+    kinds = registered_methods()
+    ordered = sorted(kinds, key=lambda name: -kinds[name].theoretical_cost(32).cycle)
+    return {'base': 'OptimWrapper', **{kind.removesuffix('OptimWrapper').lower(): kind for kind in ordered}}
+
+
+def parse_methods(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Type and arguments of each method's wrapper, by name, the base optimizer's first; a UsageError for others."""
+    return {name: _parse_method(name) for name in ('base', *names)}
+
+
+def _parse_method(name: str) -> dict[str, Any]:
+    kinds = all_methods()
+    if name in kinds:
+        return {'type': kinds[name]}
+    stem, _, text = name.partition('-')
+    if stem in kinds and text:
+        try:
+            value = literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        kind = OPTIM_WRAPPERS.get(kinds[stem])
+        choices = getattr(kind, 'choices', {})
+        for argument, parameter in signature(kind).parameters.items():
+            own, default = argument not in arguments_of(TwoPassOptimWrapper), parameter.default
+            fits = type(default) is str if isinstance(value, str) else is_number(default)
+            if own and fits and value in choices.get(argument, (value,)):
+                return {'type': kinds[stem], argument: value}
+    hint = f'; did you mean {close!r}?' if (close := closest(name, kinds)) else ''
+    raise UsageError(f'--methods {name}: there are {", ".join(kinds)}, and NAME-VALUE, as ausam-0.5{hint}')
+
+
+def wrapper_settings(cfg: Config, method: Mapping[str, Any], amp: str | None = None) -> dict[str, Any]:
+    """The config of a method's optimizer wrapper.
+
+    The whole config's own arguments are kept as far as the method has them and does not set them, so the ``rho`` of a
+    config for SAM reaches every sharpness-aware method. Its precision, or ``amp``, holds for the base optimizer too: in
+    float16 by ``AmpOptimWrapper``, in bfloat16, which needs no loss scaling, by ``dtype`` of a plain ``OptimWrapper``.
+
+    Raises UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
+    """
+    if list(wrapper_configs(cfg)) != ['optim_wrapper']:
+        raise UsageError(f'a step of several optimizer wrappers cannot be measured: {", ".join(wrapper_configs(cfg))}')
+    given, kind = dict(cfg.optim_wrapper), method['type']
+    dtype = amp or given.get('dtype')
+    if dtype is None and issubclass(wrapper_class(cfg, 'optim_wrapper', given), AmpOptimWrapper):
+        dtype = 'float16'
+    if dtype is not None:
+        given['dtype'] = dtype = str(dtype).removeprefix('torch.')
+        kind = 'AmpOptimWrapper' if (kind, dtype) == ('OptimWrapper', 'float16') else kind
+    known = {*arguments_of(OPTIM_WRAPPERS.get(kind)), *SHARED} - {'accumulative_counts'}
+    kept = {key: value for key, value in given.items() if key in known}
+    settings = copy.deepcopy({**kept, **method, 'type': kind})
+    check_wrappers(Config({'default_scope': cfg.get('default_scope'), 'optim_wrapper': settings}))
+    return settings if dtype is None else {**settings, 'dtype': dtype}
+
+
+def theoretical_cost(settings: Mapping[str, Any], batch_size: int) -> Cost:
+    """What a step costs in theory, given its wrapper's config, in steps of the base optimizer."""
+    kind = OPTIM_WRAPPERS.get(settings['type'])
+    return kind.theoretical_cost(batch_size, **settings) if issubclass(kind, TwoPassOptimWrapper) else Cost(1.0, 1.0)
+
+
+def whole_cycles(rounds: int, costs: Mapping[str, Cost]) -> int:
+    """At least so many rounds, in which every method's cycles are whole."""
+    cycles = math.lcm(*(cost.length for cost in costs.values()))
+    return -(-rounds // cycles) * cycles
 
 
 @dataclass(frozen=True)
@@ -67,34 +148,14 @@ def loss_of(model: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
     return loss, dict(log)
 
 
-class HandWrittenSAM:
-    """SAM as many write it: a loop over the parameters, and a clone of each, made anew in every step."""
-
-    def __init__(self, optimizer: Optimizer, rho: float) -> None:
-        self.optimizer, self.rho = optimizer, rho
-        self._weights: list[tuple[Tensor, Tensor]] = []
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        """Perturb by the gradients."""
-        parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
-        norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
-        for parameter in parameters:
-            self._weights.append((parameter, parameter.clone()))
-            parameter.add_(parameter.grad * (self.rho / (norm + 1e-12)))
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        """Go back, and step by the gradients."""
-        for parameter, weight in self._weights:
-            parameter.copy_(weight)
-        self._weights = []
-        self.optimizer.step()
-
-
 @dataclass(frozen=True)
-class Baseline(Candidate):
-    """A step with an optimizer, in place of the wrapper, that is stepped twice, after a backward pass each."""
+class HandWrittenSAM(Candidate):
+    """SAM as many write it: a loop over the parameters, and a clone of each, made anew in every step.
+
+    The optimizer wrapper's place is the base optimizer's.
+    """
+
+    rho: float
 
     def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
         """The restoration and the base optimizer's step are one phase."""
@@ -108,35 +169,36 @@ class Baseline(Candidate):
         loss, log = loss_of(self.model, batch)
         loss.backward()
         mark('pass1')
-        self.optim_wrapper.first_step()
-        self.model.zero_grad()
+        before = self._perturb()
         mark('perturb')
         loss_of(self.model, batch)[0].backward()
         mark('pass2')
-        self.optim_wrapper.second_step()
+        with torch.no_grad():
+            for parameter, weight in before:
+                parameter.copy_(weight)
+        self.optim_wrapper.step()
         self.model.zero_grad()
         mark('step')
         return log
 
+    @torch.no_grad()
+    def _perturb(self) -> list[tuple[Tensor, Tensor]]:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
+        before = []
+        for parameter in parameters:
+            before.append((parameter, parameter.clone()))
+            parameter.add_(parameter.grad * (self.rho / (norm + 1e-12)))
+        self.model.zero_grad()
+        return before
 
-def check_baselines(settings: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Which baselines can be measured, and what is missing; a UsageError if they do not know what SAM's config asks."""
+
+def check_by_hand(settings: Mapping[str, Any]) -> None:
+    """Refuse what SAM's config asks and :class:`HandWrittenSAM` does not know."""
     for key, known in (('dtype', (None, 'bfloat16')), ('clip_grad', (None,)), ('adaptive', (None, False))):
         if settings.get(key) not in known:
             hint = f'leave --peers out, or set --cfg-options optim_wrapper.{key}={known[-1]}'
-            raise UsageError(f'--peers: they know no optim_wrapper.{key}={settings[key]!r}: {hint}')
-    if find_spec('pytorch_optimizer') is not None:
-        return [*BASELINES], ''
-    return [BY_HAND], f'{LIBRARY} is left out: pytorch_optimizer is not installed (pip install pytorch_optimizer)'
-
-
-def make_baseline(name: str, model: Any, optimizer: Optimizer, rho: float) -> Baseline:
-    """A baseline of :data:`BASELINES`, ready to step, from the base optimizer of its model's parameters."""
-    if name == BY_HAND:
-        return Baseline(name, model, HandWrittenSAM(optimizer, rho))
-    # It builds a base optimizer of its own, out of the groups with all their values.
-    sam = importlib.import_module('pytorch_optimizer').SAM
-    return Baseline(name, model, sam(optimizer.param_groups, type(optimizer), rho=rho))
+            raise UsageError(f'--peers: SAM by hand knows no optim_wrapper.{key}={settings[key]!r}: {hint}')
 
 
 class Pass(NamedTuple):
@@ -181,10 +243,3 @@ class PassesOnly(Candidate):
         self.optim_wrapper.optimizer.step()
         self.optim_wrapper.zero_grad()
         return dict(log)
-
-
-def own_work(times: Mapping[str, Sequence[float]]) -> dict[str, Quartiles]:
-    """What each method's step takes more than its passes alone in the same round, in base steps, by method."""
-    seconds = {name: np.asarray(steps) for name, steps in times.items()}
-    methods = [name for name in seconds if name + SUFFIX in seconds]
-    return {name: quartiles((seconds[name] - seconds[name + SUFFIX]) / seconds['base']) for name in methods}

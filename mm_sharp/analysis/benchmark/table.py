@@ -1,4 +1,4 @@
-"""All that is measured of the methods at one batch size, as text, for files and as a bar chart.
+"""What was measured of the methods, as paired ratios with quartiles: as text and for files.
 
 Phases: ``pass1`` and ``pass2`` (forward and backward; ESAM's forward for the selection is in the second), ``perturb``
 (copy of the weights, gradient norm, perturbation), ``restore`` (weights, buffers, random state), ``step`` (clipping,
@@ -9,25 +9,103 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from mmengine.config import Config
+from numpy.typing import NDArray
 
-from mm_sharp.analysis.benchmark.candidates import SUFFIX, own_work
-from mm_sharp.analysis.benchmark.compare import Row, compare, costlier, quartiles, run_costs, step_table
-from mm_sharp.analysis.benchmark.methods import theoretical_cost, whole_cycles
-from mm_sharp.analysis.benchmark.steps import Phases, peak_memory, phase_seconds, step_seconds
-from mm_sharp.analysis.benchmark.workload import FLOAT, Settings, load_workload
+from mm_sharp.analysis.benchmark.candidates import SUFFIX, theoretical_cost, whole_cycles
+from mm_sharp.analysis.benchmark.steps import Phases, Quartiles, peak_memory, phase_seconds, quartiles, step_seconds
+from mm_sharp.analysis.benchmark.workload import BATCH_SIZE, FLOAT, Settings, load_workload, small_workload
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.tables import columns
 from mm_sharp.step.method import Cost
 from mm_sharp.step.timing import EXCLUDED, PHASES
 
 NAMES = (*PHASES, *EXCLUDED)
-# Paul Tol's muted colours, which colour-blind people can tell apart: the passes dark, the wrapper's own work light.
-_COLOURS = dict(zip(NAMES, ('#332288', '#DDCC77', '#117733', '#CC6677', '#88CCEE', '#AA4499', '#BBBBBB'), strict=True))
+
+
+class Row(NamedTuple):
+    """What was found about one method: times of a step, and ratios to the base optimizer's in the same round."""
+
+    label: str
+    steps: int
+    seconds: Quartiles
+    ratio: Quartiles
+    theoretical: float | None  # what the ratio is in theory
+    images_per_second: float
+    peak_bytes: int | None = None  # most memory at once
+
+    @property
+    def distance(self) -> float | None:
+        """How far the ratio is above the theoretical cost, in percent of that."""
+        return None if self.theoretical is None else 100 * (self.ratio.median / self.theoretical - 1)
+
+    def figures(self) -> dict[str, Any]:
+        """The row under the names that it has in files."""
+        figures = {'limit' if key == 'theoretical' else key: value for key, value in self._asdict().items()}
+        times = {'seconds': self.seconds._asdict(), 'ratio': self.ratio._asdict()}
+        return {**figures, **times, 'distance_percent': self.distance}
+
+
+def compare(
+    times: Mapping[str, Sequence[float]],
+    costs: Mapping[str, Cost | None],
+    batch_size: int,
+    steps_before: int = 0,
+    peaks: Mapping[str, int | None] | None = None,
+) -> list[Row]:
+    """One row a method; two for one that makes costlier steps at intervals: its other steps, and whole cycles.
+
+    A cycle's quartiles are means over its steps: those of the other steps and of the costlier one. (A median of few
+    whole cycles would take in every disturbance.) All are by method: ``times``, the seconds of each round's step, after
+    ``steps_before`` others, in whole cycles; ``costs`` in theory, None where it says nothing; ``peaks``, most bytes.
+    """
+    rows, base = [], np.asarray(times['base'])
+    for name, steps in times.items():
+        cost, seconds, peak = costs[name], np.asarray(steps), (peaks or {}).get(name)
+        costly = costlier(cost, len(steps), steps_before)
+        both = seconds, seconds / base
+        most = [quartiles(values[~costly]) for values in both]
+        found = [(name, int((~costly).sum()), most, None if cost is None else cost.step)]
+        if cost is not None and costly.any():
+            pairs = zip(most, (quartiles(values[costly]) for values in both), strict=True)
+            mean = [Quartiles(*np.average(pair, 0, [cost.length - 1, 1]).tolist()) for pair in pairs]
+            found = [(f'{name}, most steps', *found[0][1:])]
+            found.append((f'{name}, cycle of {cost.length}', len(steps), mean, cost.cycle))
+        for label, count, (time, ratio), theoretical in found:
+            rows.append(Row(label, count, time, ratio, theoretical, batch_size / time.median, peak))
+    return rows
+
+
+def costlier(cost: Cost | None, steps: int, before: int) -> NDArray[np.bool_]:
+    """Which of so many steps cost more than most, (steps,): the first of every cycle, given those made before them."""
+    length = 1 if cost is None else cost.length
+    return np.array([length > 1 and (before + number) % length == 0 for number in range(steps)])
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    head = ('method', 'step, ms (quartiles)', 'ratio (quartiles)', 'theory', 'distance', 'images/s', 'peak, MB')
+    lines = [head]
+    for row in rows:
+        theory = ('', '') if row.theoretical is None else (f'{row.theoretical:.3f}', f'{row.distance:+.1f} %')
+        peak = 'n/a' if row.peak_bytes is None else f'{row.peak_bytes / 1e6:.1f}'
+        times = row.seconds.text(1e-3), row.ratio.text(form='.3f')
+        lines.append((row.label, *times, *theory, f'{row.images_per_second:.1f}', peak))
+    return columns(lines)
+
+
+def run_costs(costs: Mapping[str, Cost | None]) -> str:
+    """What whole trainings cost, as text, where the first epoch costs more than the others: else empty."""
+    lines = [
+        f'{name}: {cost.cycle:.2f} + {cost.first_epoch - cost.cycle:.2f} / epochs over a training: the first epoch '
+        f'costs {cost.first_epoch:.2f}'
+        for name, cost in costs.items()
+        if cost is not None and cost.first_epoch is not None
+    ]
+    return '\n'.join(lines)
 
 
 class Table(NamedTuple):
@@ -112,48 +190,22 @@ def phase_table(phases: Mapping[str, Phases]) -> str:
     return columns(lines)
 
 
-def draw_chart(tables: Sequence[Table], path: Path, title: str) -> None:
-    """Write a PNG: for each batch size the ratios, their quartiles and theoretical costs, and the phases of a step."""
-    from matplotlib.figure import Figure  # half a second that no other run of the tool needs
-
-    height = sum(1.9 + 0.42 * len(table.rows) for table in tables)
-    figure = Figure(figsize=(12, height + 0.8), layout='constrained')
-    figure.suptitle(title)
-    ratios = {'height_ratios': [2.0 + len(table.rows) for table in tables]}
-    panels = figure.subplots(len(tables), 2, squeeze=False, gridspec_kw=ratios)
-    for table, (left, right) in zip(tables, panels, strict=True):
-        _draw_ratios(left, table)
-        _draw_phases(right, table)
-        for axes in (left, right):
-            axes.invert_yaxis()
-            # Below the axis' label, whatever the panel's height: about 0.6 inches, in panels.
-            below = (0.5, -0.6 / (0.42 * len(table.rows) + 0.5))
-            axes.legend(fontsize='small', ncols=4, loc='upper center', handlelength=1, bbox_to_anchor=below)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def own_work(times: Mapping[str, Sequence[float]]) -> dict[str, Quartiles]:
+    """What each method's step takes more than its passes alone in the same round, in base steps, by method."""
+    seconds = {name: np.asarray(steps) for name, steps in times.items()}
+    methods = [name for name in seconds if name + SUFFIX in seconds]
+    return {name: quartiles((seconds[name] - seconds[name + SUFFIX]) / seconds['base']) for name in methods}
 
 
-def _draw_ratios(axes: Any, table: Table) -> None:
-    """Bars from 0, with the quartiles as whiskers and a line at each theoretical cost."""
-    ratios = [row.ratio for row in table.rows]
-    medians = [ratio.median for ratio in ratios]
-    spread = [[ratio.median - ratio.low for ratio in ratios], [ratio.high - ratio.median for ratio in ratios]]
-    bars = dict(height=0.6, color='#88CCEE', capsize=3, label='median, quartiles')
-    axes.barh(range(len(ratios)), medians, xerr=spread, **bars)
-    places = [place for place, row in enumerate(table.rows) if row.theoretical is not None]
-    costs = [table.rows[place].theoretical for place in places]
-    ends = ([place - 0.4 for place in places], [place + 0.4 for place in places])
-    axes.vlines(costs, *ends, color='#332288', linewidth=2, label='theoretical cost')
-    axes.set_yticks(range(len(ratios)), [row.label for row in table.rows])
-    axes.set(xlabel='step time over the base optimizer', title=f'batch size {table.batch_size}')
+def measure_host(methods: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int) -> list[Row]:
+    """The host's own time of a step, which users of small models pay: on :class:`SmallModel` a step is little else.
 
-
-def _draw_phases(axes: Any, table: Table) -> None:
-    """One bar a method, stacked; the length is the step's, in steps of the base optimizer."""
-    unit = sum(table.phases['base'].values())
-    ends = dict.fromkeys(table.phases, 0.0)
-    for phase in NAMES:
-        lengths = [seconds[phase] / unit for seconds in table.phases.values()]
-        axes.barh(list(table.phases), lengths, left=list(ends.values()), height=0.6, color=_COLOURS[phase], label=phase)
-        ends = {name: end + length for (name, end), length in zip(ends.items(), lengths, strict=True)}
-    axes.set(xlabel='time of a phase, base step = 1', title='phases of most steps')
+    At least so many whole steps of all methods in turn, the base optimizer first.
+    """
+    optimizer = {'type': 'SGD', 'lr': 0.0, 'momentum': 0.9}
+    settings = {name: {**method, 'optimizer': optimizer} for name, method in methods.items()}
+    costs = {name: theoretical_cost(own, BATCH_SIZE) for name, own in settings.items()}
+    workload = small_workload()
+    with prepared(Config()):
+        times = workload.measure(settings, whole_cycles(rounds, costs), warmup, step_seconds)
+    return compare(times, costs, BATCH_SIZE, warmup)

@@ -23,11 +23,9 @@ from mmengine.runner import set_random_seed
 from torch import Tensor, nn
 
 from mm_sharp.analysis.benchmark import candidates
-from mm_sharp.analysis.benchmark.candidates import Candidate
-from mm_sharp.analysis.benchmark.compare import Row, compare
-from mm_sharp.analysis.benchmark.methods import SHARED, theoretical_cost, whole_cycles
-from mm_sharp.analysis.benchmark.steps import measure_rounds, step_seconds
-from mm_sharp.analysis.prepare import build_loader, prepared
+from mm_sharp.analysis.benchmark.candidates import SHARED, Candidate
+from mm_sharp.analysis.benchmark.steps import measure_rounds
+from mm_sharp.analysis.prepare import build_loader
 from mm_sharp.errors import UsageError
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -77,10 +75,10 @@ class Workload:
         return measure_rounds(groups, self.batches, rounds, warmup, torch.device(get_device()), measure)
 
     def candidate(self, name: str, settings: Mapping[str, Any]) -> Candidate:
-        """A method, or one of :data:`candidates.BASELINES`, with a copy of the model."""
-        if name in candidates.BASELINES:
+        """A method, or SAM by hand, with a copy of the model."""
+        if name == candidates.BY_HAND:
             model, wrapper = self._build(name, _base(settings))
-            return candidates.make_baseline(name, model, wrapper.optimizer, settings.get('rho', 0.05))
+            return candidates.HandWrittenSAM(name, model, wrapper.optimizer, settings.get('rho', 0.05))
         return Candidate(name, *self._build(name, settings))
 
     def _build(self, name: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -155,21 +153,12 @@ class SmallModel(BaseModel):  # type: ignore[misc]
         return {'loss': self.loss_module(self.layers(inputs), labels)}
 
 
-def measure_host(methods: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int) -> list[Row]:
-    """The host's own time of a step, which users of small models pay: on :class:`SmallModel` a step is little else.
-
-    At least so many whole steps of all methods in turn, the base optimizer first.
-    """
-    optimizer = {'type': 'SGD', 'lr': 0.0, 'momentum': 0.9}
-    settings = {name: {**method, 'optimizer': optimizer} for name, method in methods.items()}
-    costs = {name: theoretical_cost(own, BATCH_SIZE) for name, own in settings.items()}
+def small_workload() -> Workload:
+    """:class:`SmallModel` and 8 batches, on which a step is little else than the host's own time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, batches = SmallModel().to(get_device()).train(), []
         for ids in torch.arange(8 * BATCH_SIZE).split(BATCH_SIZE):  # they stay on the host, as in data samples
             inputs, labels = torch.randn(BATCH_SIZE, 3, 8, 8), torch.randint(10, (BATCH_SIZE,))
             batches.append({'inputs': inputs.to(get_device()), 'labels': labels.to(get_device()), 'sample_idx': ids})
-        workload = Workload(model, batches)
-    with prepared(Config()):
-        times = workload.measure(settings, whole_cycles(rounds, costs), warmup, step_seconds)
-    return compare(times, costs, BATCH_SIZE, warmup)
+    return Workload(model, batches)

@@ -1,5 +1,4 @@
-"""Which ``rho`` fits a config; ``tools/find_rho.py`` runs it.
+"""Which ``rho`` fits a config; ``tools/find_rho.py`` runs it, ``docs/scale.md`` says how to read it.
 
-``docs/scale.md`` says how to read it. ``train`` trains the config's model for a short while; ``probe`` measures one
-batch at a grid of radii; ``rule`` makes figures and a proposal of the batches, ``report`` shows them.
+``measure`` trains the config's model for a short while and measures at a grid of radii; ``report`` makes a proposal.
 """

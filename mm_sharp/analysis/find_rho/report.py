@@ -1,40 +1,119 @@
-"""What was found, as text, JSON and a picture."""
+"""Figures over the batches, the rule that proposes ``rho``, and both as text, JSON and a picture.
+
+Of each radius: the mean rise of the loss over the batches, R; its standard error, the noise; and the linearity
+``R / (rho * slope)``, which is 1 where the loss is linear along the perturbation. The rule (ours): the proposal is the
+largest radius up to which, from the first one that is out of the noise, the gradient explains the rise, and the rise is
+little: the linearity is within a tolerance of 1, and R within the same tolerance of the loss.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import dropwhile, takewhile
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from mm_sharp.analysis.find_rho.rule import ERRORS, Point, percent, propose
+from mm_sharp.analysis.find_rho.measure import BatchRises
 from mm_sharp.analysis.tables import columns
+
+# A rise is out of the noise if it is so many standard errors.
+ERRORS = 2.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was found at one radius, over all batches."""
+
+    rho: float
+    rise: float  # mean of L(w + e) - L(w)
+    noise: float  # its standard error over the batches; infinite with one batch
+    expected: float  # rho times the mean slope: the rise, were the loss linear
+    loss: float  # mean of L(w)
+    relative: float  # ||e|| / ||w||, mean
+
+    @property
+    def linearity(self) -> float:
+        """The rise over what is expected."""
+        return self.rise / self.expected
+
+    @property
+    def share(self) -> float:
+        """The rise as a share of the loss."""
+        return self.rise / abs(self.loss) if self.loss else math.inf
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the rise may be nothing."""
+        return not self.rise > ERRORS * self.noise
+
+    def is_near(self, tolerance: float) -> bool:
+        """Whether w + e is in the neighbourhood of w: out of the noise, as the gradient says, and with a small rise."""
+        return not self.is_noise and abs(self.linearity - 1) <= tolerance and self.share <= tolerance
+
+
+def points_of(rhos: Sequence[float], batches: Sequence[BatchRises]) -> list[Point]:
+    """The figures of each radius, in ascending order."""
+    loss, slope = mean(b.loss for b in batches), mean(b.slope for b in batches)
+    relative = mean(b.scale.relative for b in batches) / rhos[0]
+    points = []
+    for number, rho in enumerate(rhos):
+        rises = [batch.rises[number] for batch in batches]
+        finite = all(map(math.isfinite, rises))
+        noise = stdev(rises) / math.sqrt(len(rises)) if finite and len(rises) > 1 else math.inf
+        points.append(Point(rho, mean(rises) if finite else math.nan, noise, rho * slope, loss, rho * relative))
+    return sorted(points, key=lambda point: point.rho)
+
+
+def shares_of(batches: Sequence[BatchRises]) -> dict[str, float]:
+    """The share of the perturbation's squared norm in each top-level part of the model, mean; the largest first."""
+    names = dict.fromkeys(part.name for batch in batches for part in batch.scale.parts)
+    found = [{part.name: batch.scale.share(part) for part in batch.scale.parts} for batch in batches]
+    shares = {name: mean(each.get(name, 0.0) for each in found) for name in names}
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def propose(points: Sequence[Point], tolerance: float) -> tuple[float | None, str]:
+    """The proposed radius, or None; and why it is that one, or what to do.
+
+    Args:
+        points: In ascending order of rho.
+        tolerance: How far the linearity may be from 1, and how much of the loss the rise may be.
+    """
+    clear = list(dropwhile(lambda point: point.is_noise, points))
+    if not clear:
+        return None, 'no rise is out of the noise: give more --batches, or larger values of --rho'
+    near = list(takewhile(lambda point: point.is_near(tolerance), clear))
+    if not near:
+        return None, f'already {_said(clear[0])}: give smaller values of --rho'
+    if len(near) == len(clear):
+        return near[-1].rho, 'the largest of the grid, so the limit lies above it: give larger values of --rho'
+    return near[-1].rho, _said(clear[len(near)])
+
+
+def percent(share: float) -> str:
+    """A share in percent."""
+    return f'{100 * share:.0f} %' if abs(share) > 0.095 else f'{100 * share:.2g} %'
+
+
+def _said(point: Point) -> str:
+    return f'{point.rho:g} has a linearity of {point.linearity:.2f} and raises the loss by {percent(point.share)}'
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All that was found of one config.
+    """All that was found of one config."""
 
-    Args:
-        points: In ascending order of rho.
-        shares: Of the perturbation, by part of the model; the largest first.
-        steps: Of training before.
-        batches: That were measured.
-        tolerance: Of linearity and rise.
-        arguments: Of the wrapper whose perturbation was measured.
-        own: The config's rho, or None.
-        remark: What is to be said besides, or ''.
-    """
-
-    points: Sequence[Point]
-    shares: Mapping[str, float]
-    steps: int
-    batches: int
-    tolerance: float
-    arguments: Mapping[str, Any]
-    own: float | None
-    remark: str
+    points: Sequence[Point]  # in ascending order of rho
+    shares: Mapping[str, float]  # of the perturbation, by part of the model; the largest first
+    steps: int  # of training before
+    batches: int  # that were measured
+    tolerance: float  # of linearity and rise
+    arguments: Mapping[str, Any]  # of the wrapper whose perturbation was measured
+    own: float | None  # the config's rho
+    remark: str  # what is to be said besides, or ''
 
     @property
     def measure(self) -> str:
@@ -63,13 +142,11 @@ def text(found: Findings) -> str:
     return '\n'.join([columns(lines), '', *notes])
 
 
-def write_json(file: Path, found: Findings) -> None:
-    """Everything; null in place of numbers that are not finite."""
+def content(found: Findings) -> dict[str, Any]:
+    """Everything."""
     proposal, reason = propose(found.points, found.tolerance)
     points = [{**asdict(point), 'linearity': point.linearity, 'share': point.share} for point in found.points]
-    content = {'proposed': proposal, 'reason': reason, **asdict(found), 'points': points}
-    plain = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
-    file.write_text(json.dumps(plain, indent=2) + '\n', encoding='utf-8')
+    return {'proposed': proposal, 'reason': reason, **asdict(found), 'points': points}
 
 
 def draw(file: Path, found: Findings, title: str) -> None:

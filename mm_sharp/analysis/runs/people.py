@@ -18,6 +18,7 @@ from mm_sharp.analysis.runs.trained_run import TrainedRun
 from mm_sharp.analysis.sharpness.loading import load_model
 
 Array = NDArray[Any]
+Link = tuple[int, int]  # two keypoints that are joined by a line
 
 
 class Keypoints(NamedTuple):
@@ -34,15 +35,12 @@ class Person(NamedTuple):
     columns: list[Keypoints]  # as annotated, then as each run predicts
 
 
-def find_people(runs: Sequence[TrainedRun], count: int, threshold: float) -> list[Person]:
-    """So many people of the test data, evenly spaced, with what the runs' last checkpoints predict.
+def find_people(runs: Sequence[TrainedRun], count: int, threshold: float) -> tuple[list[Person], list[Link]]:
+    """``count`` people of the test data, evenly spaced, with what the runs' last checkpoints predict; and their links.
 
-    Args:
-        runs: The runs; their test data are the same.
-        count: Number of people.
-        threshold: Predicted keypoints with lower scores are not drawn.
+    The runs' test data are the same. Predicted keypoints with scores below the threshold are not drawn.
     """
-    predicted = [_predictions(run, count) for run in runs]
+    predicted, links = zip(*(_predictions(run, count) for run in runs), strict=True)
     people = []
     for samples in zip(*predicted, strict=True):
         truth = samples[0].gt_instances
@@ -51,24 +49,18 @@ def find_people(runs: Sequence[TrainedRun], count: int, threshold: float) -> lis
             found = sample.pred_instances
             columns.append(Keypoints(found.keypoints[0], found.keypoint_scores[0] >= threshold))
         people.append(Person(cv2.imread(samples[0].img_path)[:, :, ::-1], columns))
-    return people
+    return people, links[0]
 
 
-def links_of(run: TrainedRun) -> list[tuple[int, int]]:
-    """Pairs of keypoints that are joined by a line, as the test data set has them."""
-    with prepared(run.cfg):
-        dataset = Runner.build_dataloader(_in_this_process(run.cfg)).dataset
-    return [(int(a), int(b)) for a, b in dataset.metainfo['skeleton_links']]
-
-
-def _predictions(run: TrainedRun, count: int) -> list[Any]:
+def _predictions(run: TrainedRun, count: int) -> tuple[list[Any], list[Link]]:
     model: Any = load_model(run.cfg, str(run.last))[0]
     model.eval()
     with prepared(run.cfg), torch.no_grad():
         loader = Runner.build_dataloader(_in_this_process(run.cfg))
         dataset = loader.dataset
         chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int)
-        return list(model.test_step(loader.collate_fn([dataset[int(index)] for index in chosen])))
+        found = model.test_step(loader.collate_fn([dataset[int(index)] for index in chosen]))
+    return found, [(int(a), int(b)) for a, b in dataset.metainfo['skeleton_links']]
 
 
 def _in_this_process(cfg: Config) -> dict[str, Any]:
@@ -81,16 +73,12 @@ def _in_this_process(cfg: Config) -> dict[str, Any]:
 
 
 def draw_people(
-    people: Sequence[Person], titles: Sequence[str], links: Sequence[tuple[int, int]], file: Path, scale: int = 3
+    people: Sequence[Person], titles: Sequence[str], links: Sequence[Link], file: Path, scale: int = 3
 ) -> None:
-    """Draw the contact sheet.
+    """Draw the contact sheet, whose rows are people, with ``scale`` of its pixels for one of the pictures.
 
-    Args:
-        people: Its rows.
-        titles: Of its columns: that of the annotation, then those of the runs.
-        links: Pairs of keypoints that are joined by a line.
-        file: The picture to write.
-        scale: Pixels of the sheet for one of the pictures.
+    ``titles`` are of its columns: that of the annotation, then those of the runs; ``links`` are pairs of keypoints that
+    are joined by a line.
     """
     from matplotlib.figure import Figure
 
@@ -110,7 +98,7 @@ def draw_people(
     figure.savefig(file)
 
 
-def _draw_keypoints(axis: Any, found: Keypoints, links: Sequence[tuple[int, int]]) -> None:
+def _draw_keypoints(axis: Any, found: Keypoints, links: Sequence[Link]) -> None:
     """Draw one person's keypoints: small dots and thin lines, so that faces stay readable; left green, right orange."""
     for a, b in links:
         if found.drawn[a] and found.drawn[b]:

@@ -1,23 +1,32 @@
-"""What a training run has left in its work directory."""
+"""What training runs have left in their work directories: a table, the curves of their logs, and their sharpness."""
 
 from __future__ import annotations
 
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import torch
 from mmengine.config import Config
 
+from mm_sharp.analysis.prepare import prepared
+from mm_sharp.analysis.sharpness.loading import load_model, load_samples
+from mm_sharp.analysis.tables import markdown_columns
 from mm_sharp.errors import UsageError
+from mm_sharp.methods.sam import SAMOptimWrapper
 
 Curve = Sequence[tuple[int, float]]  # iterations or epochs, and values
 
 # As the validation loop's entries of the log are known: training's have a learning rate.
 _TRAINING = 'lr'
+_METRICS = {'coco/AP': 'AP', 'PCK': 'PCK'}
+# The radius of configs/_base_/sam.py, relative to the weights.
+RHO = 0.02
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,7 @@ class TrainedRun:
 def read_run(name: str, folder: Path) -> TrainedRun:
     """Read a work directory; a run that was interrupted and resumed has several logs, which are joined.
 
-    Raises:
-        UsageError: There is no log, no config or no checkpoint of a whole epoch in it.
+    A UsageError: there is no log, no config or no checkpoint of a whole epoch in it.
     """
     logs = sorted(folder.glob('*/vis_data/scalars.json'))
     files = sorted(folder.glob('epoch_*.pth'), key=_epoch)
@@ -76,3 +84,92 @@ def read_run(name: str, folder: Path) -> TrainedRun:
 def _epoch(file: Path) -> int:
     (number,) = re.findall(r'\d+', file.stem) or ['0']
     return int(number)
+
+
+def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve]) -> str:
+    """A row for each run, in Markdown: held-out metrics, epochs, time over the first run's, and sharpness at the end.
+
+    A column says what post-training quantization gave, where runs were of quantized models.
+    """
+    metrics = {key: title for key, title in _METRICS.items() if any(run.held_out(key) for run in runs)}
+    before = any(run.held_out(f'post_training/{key}') for run in runs for key in metrics)
+    table = {'run': [run.name for run in runs]}
+    table |= {title: [_number(run.final(key)) for run in runs] for key, title in metrics.items()}
+    if before:
+        table['AP before'] = [_number(run.final('post_training/coco/AP')) for run in runs]
+    table['epochs'] = [str(run.cfg.train_cfg.max_epochs) for run in runs]
+    table['time'] = [f'{run.seconds() / runs[0].seconds():.2f}' for run in runs]
+    if sharpness:
+        table['sharpness'] = [f'{sharpness[run.name][-1][1]:.2g}' for run in runs]
+    return markdown_columns(table)
+
+
+def _number(value: float | None) -> str:
+    return '' if value is None else f'{value:.3f}'
+
+
+def draw_curves(runs: Sequence[TrainedRun], metric: str, sharpness: Mapping[str, Curve], file: Path) -> None:
+    """Draw three panels with a line for each run: the training loss, a held-out metric, and the sharpness.
+
+    ``metric`` is its key in the logs, as ``coco/AP``; ``sharpness`` has epochs and L(w + e) - L(w) by run; without any,
+    the panel is left out.
+    """
+    from matplotlib.figure import Figure  # only here: nothing else needs it
+    from matplotlib.ticker import NullFormatter
+
+    panels = [
+        ('training loss', 'iteration', {run.name: _smoothed(run.training('loss')) for run in runs}),
+        (f'held-out {metric.rpartition("/")[2]}', 'epoch', {run.name: run.held_out(metric) for run in runs}),
+        *([('sharpness, training people', 'epoch', sharpness)] if sharpness else []),
+    ]
+    figure = Figure(figsize=(3.3 * len(panels), 3.1), dpi=110, layout='constrained')
+    axes: Any = figure.subplots(1, len(panels))
+    for axis, (title, label, curves) in zip(axes, panels, strict=True):
+        for name, curve in curves.items():
+            if curve:
+                axis.plot(*zip(*curve, strict=True), label=name, marker='o' if label == 'epoch' else '', markersize=4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(label, fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=9)
+    axes[0].set_yscale('log')
+    axes[0].yaxis.set_minor_formatter(NullFormatter())  # all of them would lie over each other
+    figure.savefig(file)
+
+
+def _smoothed(curve: Curve, window: int = 5) -> Curve:
+    """Means over so many entries of the log, which are of single steps and scatter."""
+    values = [value for _, value in curve]
+    means = [sum(part) / len(part) for part in (values[max(0, i - window + 1) : i + 1] for i in range(len(values)))]
+    return [(step, mean) for (step, _), mean in zip(curve, means, strict=True)]
+
+
+def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -> Curve:
+    """L(w + e) - L(w) at each checkpoint, on so many training samples, with BatchNorm's running statistics.
+
+    e is SAM's perturbation with ``adaptive='tensor'`` and ``perturb='weights'``, whatever the run was trained with, so
+    that runs can be compared. Returns epochs, and the mean over the batches, in units of the loss.
+    """
+    with prepared(run.cfg):
+        samples = load_samples(run.cfg, 'train', count, seed=0)
+    found = []
+    for epoch, file in run.checkpoints.items():
+        model, _, _ = load_model(run.cfg, str(file))
+        # No step is made: only the two passes count.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        wrapper = SAMOptimWrapper(optimizer, rho=rho, adaptive='tensor', perturb='weights')
+        model.eval()
+        differences = []
+        with prepared(run.cfg, epoch):
+            for _, batch in samples.batches(batch_size):
+                differences.append(_rise(model, batch, wrapper))
+        found.append((epoch, fmean(differences)))
+    return found
+
+
+def _rise(model: Any, batch: Any, wrapper: SAMOptimWrapper) -> float:
+    model.train_step(batch, wrapper)
+    step = wrapper.last_step
+    assert step is not None
+    assert step.perturbed_loss is not None
+    return float(step.perturbed_loss - step.loss)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,22 +84,11 @@ def table(entries: Sequence[Entry]) -> str:
     return '\n'.join([columns(lines), '', *notes])
 
 
-def write_csv(file: Path, entries: Sequence[Entry]) -> None:
-    """A line for each checkpoint; an empty cell for what was not measured."""
-    rows = [row(entry) for entry in entries]
-    with file.open('w', newline='', encoding='utf-8') as stream:
-        writer = csv.DictWriter(stream, list(dict.fromkeys(chain(*rows))), restval='')
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_json(file: Path, entries: Sequence[Entry], settings: Settings, machine: Mapping[str, Any]) -> None:
-    """Everything, landscapes too; null in place of numbers that are not finite."""
+def content(entries: Sequence[Entry], settings: Settings, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything, landscapes too."""
     places = settings.places if settings.landscape else []
-    content = {'settings': asdict(settings), 'machine': dict(machine), 'landscape_places': places}
-    content['checkpoints'] = [_complete(entry) for entry in entries]
-    plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    file.write_text(json.dumps(plain, indent=2) + '\n', encoding='utf-8')
+    measured = [_complete(entry) for entry in entries]
+    return {'settings': asdict(settings), 'machine': machine, 'landscape_places': places, 'checkpoints': measured}
 
 
 def _complete(entry: Entry) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mm_sharp.analysis.study.spec import BASE, Selection, Setting, Study
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.preflight import wrapper_class
 from mm_sharp.errors import UsageError
-from mm_sharp.samples.schedule import schedule_name
+from mm_sharp.samples.schedule import schedule_name, schedule_of
 from mm_sharp.step.method import Cost
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -54,8 +54,7 @@ class Plan:
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
         self._configs = {name: _read(setting) for name, setting in study.settings.items()}
-        # Theoretical cost of a step in steps of the base optimizer, by setting and method: of most, and of all.
-        self.cost: dict[tuple[str, str], float] = {}
+        # Theoretical, of a step in steps of the base optimizer, by setting and method.
         self._costs: dict[tuple[str, str], Cost] = {}
         self.tuned: set[str] = set()  # methods whose rho is to be chosen
         for setting in study.settings.values():
@@ -183,16 +182,17 @@ class Plan:
             cost = kind.theoretical_cost(cfg.train_dataloader.batch_size, **cfg.optim_wrapper)
             if self.study.selection is not None and 'rho' not in self.study.methods[method]:
                 self.tuned.add(method)
-        self._costs[setting.name, method], self.cost[setting.name, method] = cost, cost.cycle
+        self._costs[setting.name, method] = cost
 
 
 def _name_schedule(wrapper: dict[str, Any]) -> None:
-    """Write AUSAM's schedule as configs had it when ``'constant'`` was the only one, and had no name."""
+    """Write AUSAM's schedule and draw as configs had them when there were no others, and they had no names."""
     if str(wrapper.get('type')).endswith('AUSAMOptimWrapper') and wrapper.get('draw') != 'uniform':
-        name = schedule_name(wrapper)
-        wrapper.pop('schedule', None)
-        if name != 'constant':
-            wrapper['schedule'] = name
+        names = {'schedule': schedule_name(wrapper), 'draw': schedule_of(wrapper).draw}
+        for key, former in (('schedule', 'constant'), ('draw', 'systematic')):
+            wrapper.pop(key, None)
+            if names[key] != former:
+                wrapper[key] = names[key]
 
 
 def _read(setting: Setting) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
@@ -12,7 +11,7 @@ from typing import Any
 from mm_sharp.analysis.study.plan import Plan
 from mm_sharp.analysis.study.results import Comparison, Interval, Rows, trials
 from mm_sharp.analysis.study.spec import BASE, Study
-from mm_sharp.analysis.tables import markdown_table
+from mm_sharp.analysis.tables import markdown_columns, markdown_table
 
 _COLOURS = {1: 'tab:green', 0: '0.35', -1: 'tab:red'}
 _LEGEND = {1: 'better', 0: 'the interval contains 0', -1: 'worse'}
@@ -30,22 +29,21 @@ def markdown(study: Study, found: Sequence[Comparison]) -> str:
         whole = {entry.method: entry.mean.count for entry in rows} == dict.fromkeys(
             study.methods_in(setting), len(study.seeds)
         )
-        over = [f'over {study.control}'] if study.control else []
-        timed = any(entry.time is not None for entry in rows)
-        head = ['method', 'rho', 'epochs', 'compute', *(['time'] if timed else []), 'mean', 'over base', *over]
-        lines = [head if whole else [*head, 'seeds']]
-        for entry in rows:
-            cells = [entry.method, _rho(entry.rho), str(entry.epochs), f'{entry.compute:.2f}']
-            if timed:
-                cells.append('' if entry.time is None else f'{entry.time:.2f}')
-            cells += [
-                _text(entry.mean),
-                _difference(entry.over_base),
-                *([_difference(entry.over_control)] if study.control else []),
-            ]
-            lines.append(cells if whole else [*cells, f'{entry.mean.count} of {len(study.seeds)}'])
+        table = {
+            'method': [entry.method for entry in rows],
+            'rho': [_rho(entry.rho) for entry in rows],
+            'epochs': [str(entry.epochs) for entry in rows],
+            'compute': [f'{entry.compute:.2f}' for entry in rows],
+            'time': ['' if entry.time is None else f'{entry.time:.2f}' for entry in rows],
+            'mean': [_text(entry.mean) for entry in rows],
+            'over base': [_difference(entry.over_base) for entry in rows],
+            f'over {study.control}': [_difference(entry.over_control) for entry in rows],
+            'seeds': [f'{entry.mean.count} of {len(study.seeds)}' for entry in rows],
+        }
+        left_out = {'seeds': whole, 'over ': True, 'time': not any(table['time'])}
+        shown = {name: cells for name, cells in table.items() if not left_out.get(name)}
         seeds = f'{len(study.seeds)} seeds' if whole else 'unfinished'
-        parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{markdown_table(lines)}')
+        parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{markdown_columns(shown)}')
     return '\n\n'.join(parts)
 
 
@@ -60,10 +58,10 @@ def markdown_trials(plan: Plan, rows: Rows, settings: Sequence[str]) -> str:
     return f'{title}\n\n{markdown_table(lines)}'
 
 
-def as_json(study: Study, found: Sequence[Comparison], notes: Sequence[str] = ()) -> str:
+def content(study: Study, found: Sequence[Comparison], notes: Sequence[str] = ()) -> dict[str, Any]:
     """All comparisons, with numbers as they are, and what is to be said of them."""
-    content = {'study': asdict(study), 'comparisons': [asdict(entry) for entry in found]}
-    return json.dumps({**content, **({'notes': list(notes)} if notes else {})}, indent=2) + '\n'
+    comparisons = [asdict(entry) for entry in found]
+    return {'study': asdict(study), 'comparisons': comparisons, **({'notes': notes} if notes else {})}
 
 
 def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:

@@ -8,12 +8,11 @@ it is significant at 5 %, for one comparison: of twenty, one is by chance.
 from __future__ import annotations
 
 import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from scipy import special
 
 from mm_sharp.analysis.study.plan import Plan, Run
 from mm_sharp.analysis.study.spec import BASE
+from mm_sharp.analysis.tables import csv_text
 from mm_sharp.compat.atomic_writes import write_atomically
 from mm_sharp.errors import UsageError, some
 
@@ -47,11 +47,7 @@ class Rows:
         row = {'id': run.id, **run._asdict(), 'config': config, **metrics}
         self.by_id[run.id] = {name: '' if value is None else str(value) for name, value in row.items()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, dict.fromkeys(chain(*self.by_id.values())), restval='', lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(self.by_id.values())
-        write_atomically(text.getvalue().encode(), self.file)
+        write_atomically(csv_text(self.by_id.values()).encode(), self.file)
 
     def value(self, run: Run, metric: str) -> float:
         """A metric of a run that has been made."""
@@ -154,23 +150,26 @@ def trials(plan: Plan, settings: Sequence[str]) -> dict[tuple[str, float | None]
 
 def timed_runs(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float | None]) -> list[Run]:
     """The runs that are reported at equal time, of the methods whose time has been measured at equal epochs."""
-    study, most = plan.study, plan.study.settings[setting].epochs
-    if 'time' not in study.budgets:
+    if 'time' not in plan.study.budgets:
         return []
-    ratios = _time_ratios(plan, rows, setting, chosen)
-    return [
-        Run('report', setting, method, chosen[method], _at_equal_time(most, ratio), seed)
-        for seed in study.seeds
-        for method, ratio in ratios.items()
-    ]
+    planned = _planned(plan, rows, setting, chosen, 'time')
+    order = product(plan.study.seeds, planned.items())
+    return [Run('report', setting, method, chosen[method], epochs, seed) for seed, (method, (epochs, _)) in order]
 
 
-def _time_ratios(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float | None]) -> dict[str, float]:
-    """:func:`time_ratio` of the methods that have one."""
-    found = {
-        method: time_ratio(plan, rows, setting, method, chosen[method]) for method in plan.study.methods_in(setting)
-    }
-    return {method: ratio for method, ratio in found.items() if ratio is not None}
+def _planned(
+    plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float | None], budget: str
+) -> dict[str, tuple[int, float]]:
+    """Epochs and compute of the methods whose epochs are known under a budget."""
+    most, found = plan.study.settings[setting].epochs, {}
+    for method in plan.study.methods_in(setting):
+        if budget != 'time':
+            epochs = plan.epochs(setting, method, budget)
+            found[method] = epochs, plan.compute(setting, method, epochs)
+        elif (ratio := time_ratio(plan, rows, setting, method, chosen[method])) is not None:
+            epochs = max(1, round(most / ratio))
+            found[method] = epochs, epochs * ratio / most
+    return found
 
 
 def time_ratio(plan: Plan, rows: Rows, setting: str, method: str, rho: float | None) -> float | None:
@@ -188,23 +187,14 @@ def time_ratio(plan: Plan, rows: Rows, setting: str, method: str, rho: float | N
     return _median_ratio(*({run.seed: rows.value(run, 'cost_seconds') for run in runs} for runs in (own, base)))
 
 
-def _at_equal_time(most: int, ratio: float) -> int:
-    return max(1, round(most / ratio))
-
-
 def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float | None]) -> list[Comparison]:
-    study, most, found = plan.study, plan.study.settings[setting].epochs, []
+    study, found = plan.study, []
     for budget in study.budgets:
-        epochs = {method: plan.epochs(setting, method, budget) for method in study.methods_in(setting)}
-        compute = {method: plan.compute(setting, method, own) for method, own in epochs.items()}
-        if budget == 'time':
-            ratios = _time_ratios(plan, rows, setting, chosen)
-            epochs = {method: _at_equal_time(most, ratio) for method, ratio in ratios.items()}
-            compute = {method: epochs[method] * ratio / most for method, ratio in ratios.items()}
+        planned = _planned(plan, rows, setting, chosen, budget)
         values: dict[str, dict[int, float]] = {}
         costs: dict[str, dict[int, float]] = {}
-        for method in epochs:
-            runs = [Run('report', setting, method, chosen[method], epochs[method], seed) for seed in study.seeds]
+        for method, (epochs, _) in planned.items():
+            runs = [Run('report', setting, method, chosen[method], epochs, seed) for seed in study.seeds]
             made = [run for run in runs if run.id in rows.by_id]
             of_seed = {run.seed: rows.value(run, study.metric.name) for run in made}
             values[method] = {seed: study.metric.scale * v for seed, v in of_seed.items() if math.isfinite(v)}
@@ -213,7 +203,7 @@ def _comparisons(plan: Plan, rows: Rows, setting: str, chosen: dict[str, float |
             base = None if method == BASE else _difference(own, values.get(BASE, {}))
             controlled = study.control and method not in (BASE, study.control)
             control = _difference(own, values.get(study.control, {})) if controlled else None
-            setup = setting, budget, method, chosen[method], epochs[method], compute[method]
+            setup = setting, budget, method, chosen[method], *planned[method]
             time = _median_ratio(costs[method], costs.get(BASE, {}))
             found.append(Comparison(*setup, interval(list(own.values())), base, control, time))
     return found

@@ -1,36 +1,180 @@
-"""Makes the runs of a study that are missing, several at a time."""
+"""Makes the runs of a study that are missing, several at a time, and shows how far they are.
+
+A process makes many runs: importing MMPose takes longer than training a small model. Each run in flight writes to a
+file of its own how far it is.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import gc
+import io
+import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+from mmengine.utils import ManagerMixin, import_modules_from_strings
+from tqdm import tqdm
 
 from mm_sharp.analysis.study.corruption import corrupt_file
 from mm_sharp.analysis.study.plan import Plan, Run
-from mm_sharp.analysis.study.progress import watch
 from mm_sharp.analysis.study.results import Rows, choose_rho, timed_runs
-from mm_sharp.analysis.study.worker import make_run, prepare_process
+from mm_sharp.cli.process import build_runner, end_with_parent
+from mm_sharp.compat import enable_for_all_runs
 from mm_sharp.errors import UsageError
+
+_Result = TypeVar('_Result')
+
+_LOOK, _LINE = 1.0, 60.0  # seconds between two looks; and between two lines where they are kept, as in a file
+
+
+class ProgressHook(Hook):  # type: ignore[misc]
+    """Writes to a file how far its run is: the share of its steps, and a text for people."""
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._begun, self._written = file, time.time(), 0.0
+        self._write(0, 'starting')
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Write the step, and the time that is left."""
+        now, step, steps = time.time(), runner.iter + 1, runner.max_iters
+        if now >= self._written + _LOOK:
+            left = (now - self._begun) * (steps - step) / step
+            text = f'epoch {runner.epoch + 1} of {runner.max_epochs}, step {step} of {steps}'
+            self._write(step / steps, f'{text}, {_clock(now - self._begun)} elapsed, {_clock(left)} left')
+
+    def before_test(self, runner: Any) -> None:
+        """Write that all steps are made."""
+        self._write(1, 'evaluating')
+
+    def _write(self, share: float, text: str) -> None:
+        self._written, draft = time.time(), self._file.with_suffix('.tmp')
+        draft.write_text(json.dumps([share, text]))
+        draft.replace(self._file)
+
+
+def watch(title: str, futures: Mapping[Future[_Result], tuple[str, Path]], total: int) -> Iterator[Future[_Result]]:
+    """Futures as they end; meanwhile stderr shows how far they are, on a terminal each second, elsewhere each minute.
+
+    Each has a name and the file of its :class:`ProgressHook`; ``total`` is with those that have been made before.
+    """
+    waiting, form = set(futures), '{desc}: {n:.1f} of {total}, {elapsed} elapsed, {remaining} left{postfix}'
+    how: Any = {'mininterval': _LOOK if sys.stderr.isatty() else _LINE, 'disable': not futures, 'dynamic_ncols': True}
+    with tqdm(desc=title, total=total, initial=total - len(futures), bar_format=form, **how) as bar:
+        while waiting:
+            ended, waiting = wait(waiting, _LOOK, FIRST_COMPLETED)
+            files = {name: file for future, (name, file) in futures.items() if future in waiting and file.exists()}
+            in_flight = {name: json.loads(file.read_text()) for name, file in files.items()}
+            bar.set_postfix_str('; '.join(f'{name}: {text}' for name, (_, text) in in_flight.items()), refresh=False)
+            bar.update(total - len(waiting) + sum(share for share, _ in in_flight.values()) - bar.n)
+            yield from (future for future in futures if future in ended)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))
+
+
+def prepare_process(threads: int, niceness: int) -> None:
+    """Set up a process for runs: torch's threads on the CPU, and what is added to its niceness."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+    torch.set_num_threads(threads)
+    os.nice(niceness)
+    end_with_parent()
+    warnings.filterwarnings('ignore')  # what training scripts print once would be printed hundreds of times
+    sys.stdout = io.StringIO()
+    enable_for_all_runs()
+
+
+def make_run(plan: Plan, run: Run, progress: Path) -> dict[str, float]:
+    """Train, evaluate on the test data, and note in a file how far it is.
+
+    Returns:
+        The evaluators' metrics by name, those that are numbers; ``train_loss``, the mean of the last 50 steps;
+        ``steps``; ``train_seconds``, which say little where other programs share the machine; and ``cost_seconds``,
+        what training has cost: on a CPU the seconds that this process had a processor, on a GPU those on the clock.
+    """
+    hook = ProgressHook(progress)
+    runner = new_runner(plan.config(run))
+    runner.register_hook(hook)
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    begin, busy = time.perf_counter(), clock()
+    runner.train()
+    seconds, cost = time.perf_counter() - begin, clock() - busy
+    metrics = runner.test()
+    if plan.keeps_weights(run):
+        file = plan.weights(run)
+        runner.save_checkpoint(str(file.parent), file.name, save_optimizer=False, save_param_scheduler=False)
+    loss = runner.message_hub.get_scalar('train/loss').mean(50)
+    times = {'train_seconds': seconds, 'cost_seconds': cost}
+    return numbers({**metrics, 'train_loss': loss, 'steps': runner.iter, **times})
+
+
+def new_runner(cfg: Config) -> Any:
+    """The runner of a config without validation, in a process that has made other runs."""
+    _forget_runs()
+    if cfg.get('custom_imports'):  # which MMEngine obeys when it reads a file, in another process
+        import_modules_from_strings(**cfg.custom_imports)
+    # Six times in a run, MMEngine would have the config's text formatted as code, which takes longer than many epochs.
+    cfg = Config(cfg.to_dict(), format_python_code=False)
+    cfg.log_level = 'WARNING'
+    # A run that is broken off is made again: nothing goes on from a checkpoint.
+    cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': None}
+    return build_runner(cfg)
+
+
+def _forget_runs() -> None:
+    """Remove what MMEngine keeps of earlier runs by name, such as loggers and visualizers.
+
+    Runs that begin in the same second share names: one would get the loss of another that failed, or its folder.
+    """
+    kinds: list[type[ManagerMixin]] = [ManagerMixin]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        for handler in [
+            h for kept in kind._instance_dict.values() if isinstance(kept, MMLogger) for h in kept.handlers
+        ]:
+            handler.close()
+        kind._instance_dict.clear()
+    gc.collect()
+    gc.freeze()  # the next collection passes over what is imported by now: that would take longer than small runs
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Those of an evaluation's metrics that are single numbers: some evaluators also give tables."""
+    found = {}
+    for name, value in metrics.items():
+        with suppress(TypeError, ValueError, RuntimeError):
+            found[name] = float(value)
+    return found
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Within, no other process makes runs in ``folder``: two would write over each other's rows.
 
-    The file ``.lock`` says which. Where there are no locks (Windows, some network drives), a line says so.
+    The file ``.lock`` says which. Where there are no locks (some network drives), a line says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / '.lock').open('a+') as stream:
         try:
-            import fcntl  # only here: Windows has none
-
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             stream.seek(0)
@@ -38,7 +182,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{stream.read() or 'another process'} makes runs in '{folder}': wait for it or stop it, give another "
                 '--out-dir, or see with --table what is there'
             ) from error
-        except (ImportError, OSError) as error:
+        except OSError as error:
             sys.stderr.write(f"'{folder}' cannot be locked ({error}): start no second study in it\n")
         stream.truncate(0)
         stream.write(f'process {os.getpid()} on {socket.gethostname()}')

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mm_sharp.analysis import deployment_table
 from mm_sharp.errors import UsageError
 from mm_sharp.quantization import latency
 from tests.mmpose_cases import QUIET
 from tests.quantized_models import SIMCC
+from tools import deployment_table
 
 pytestmark = QUIET
 

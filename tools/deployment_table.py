@@ -1,6 +1,7 @@
-"""The table of docs/deployment.md: how large models' files are, and how fast in each runtime, float and quantized.
+#!/usr/bin/env python
+"""Measure how large models' files are, and how fast in each runtime, float and quantized: a table in Markdown.
 
-python -m mm_sharp.analysis.deployment_table configs/demo/simcc_res18-half_demo-128x96.py mmpose::RECIPE.py …
+python tools/deployment_table.py configs/demo/simcc_res18-half_demo-128x96.py mmpose::RECIPE.py …
 
 Weights are untrained, which changes no time and no size, and calibration is on noise. So there are no metrics in it:
 ``tools/export.py CONFIG CHECKPOINT --benchmark`` has those of a checkpoint, and measures in the same way.
@@ -9,12 +10,15 @@ Weights are untrained, which changes no time and no size, and calibration is on 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+# The package beside this file is used, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from mmengine.config import Config
@@ -23,7 +27,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mm_sharp.analysis.prepare import prepared
-from mm_sharp.cli.options import OneLineParser, run_tool
+from mm_sharp.analysis.tables import markdown_row, markdown_table
+from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError
 
 # Name, target, bits of weights, and whether they are packed. Activations have 8 bits.
@@ -36,11 +41,7 @@ _PICTURES = 4
 
 
 def read_config(name: str) -> Config:
-    """A config file, or with ``::`` one of a package's: ``mmpose::body_2d_keypoint/…``.
-
-    Raises:
-        UsageError: There is none of that name.
-    """
+    """A config file, or with ``::`` one of a package's: ``mmpose::body_2d_keypoint/…``; a UsageError for no such."""
     try:
         return get_config(name) if '::' in name else Config.fromfile(name)
     except (OSError, ValueError) as error:
@@ -75,50 +76,36 @@ def _noise(model: nn.Module) -> dict[str, Any]:
     return {'inputs': list(pictures), 'data_samples': [PoseDataSample() for _ in pictures]}
 
 
-def rows(title: str, cfg: Config, rounds: int) -> list[str]:
+def rows(title: str, cfg: Config, rounds: int) -> Iterator[list[str]]:
     """A model's rows of the table: one for each file."""
     from mm_sharp.quantization import latency
 
     with TemporaryDirectory() as folder:
         files = export_all(cfg, Path(folder))
-        sizes = {name: file.stat().st_size / 1e6 for name, file in files.items()}
         found = latency.compare(files, rounds)
-    made = []
-    for name, size in sizes.items():
-        cells = [
-            cell
-            for row in found
-            if row.name == name
-            for cell in (f'{row.milliseconds:.2f}', f'{row.ratio:.2f}', f'{row.integers} of {row.convolutions}')
-        ]
-        made.append(f'| {" | ".join([title if name == "float" else "", name, f"{size:.2f}", *cells])} |')
-    return made
-
-
-def header() -> list[str]:
-    """The table's first two lines, for the runtimes that are installed."""
-    from mm_sharp.quantization import latency
-
-    cells = ['model', 'file', 'MB']
-    for runtime in latency.runtimes():
-        cells += [f'{runtime}, ms', 'times float', 'in integers']
-    return [f'| {" | ".join(cells)} |', '|---' * len(cells) + '|']
+        for name, file in files.items():
+            cells = [title if name == 'float' else '', name, f'{file.stat().st_size / 1e6:.2f}']
+            for row in (row for row in found if row.name == name):
+                cells += [f'{row.milliseconds:.2f}', f'{row.ratio:.2f}', f'{row.integers} of {row.convolutions}']
+            yield cells
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure each config's model, and print its rows as soon as they are there."""
-    parser = OneLineParser(prog='python -m mm_sharp.analysis.deployment_table', description=__doc__)
+    parser = cli.OneLineParser(description='Measure the files and the speed of models, float and quantized')
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help="of float models: files, or a package's with ::")
-    parser.add_argument('--rounds', type=int, default=20, help='in which the files take turns (default: 20)')
+    parser.add_argument('--rounds', type=cli.whole(1), default=20, help='in which the files take turns (default: 20)')
     args = parser.parse_args(arguments)
-    if args.rounds < 1:
-        parser.error(f'--rounds {args.rounds}: it must be at least 1')
     configs = {Path(name.rpartition('::')[2]).stem: read_config(name) for name in args.configs}
+    from mm_sharp.quantization import latency
+
     torch.set_num_threads(1)
-    for lines in chain([header()], (rows(title, cfg, args.rounds) for title, cfg in configs.items())):
-        sys.stdout.write('\n'.join(lines) + '\n')
+    columns = chain(*([f'{runtime}, ms', 'times float', 'in integers'] for runtime in latency.runtimes()))
+    sys.stdout.write(markdown_table([['model', 'file', 'MB', *columns]]) + '\n')
+    for cells in chain(*(rows(title, cfg, args.rounds) for title, cfg in configs.items())):
+        sys.stdout.write(markdown_row(cells) + '\n')
         sys.stdout.flush()
 
 
 if __name__ == '__main__':
-    sys.exit(run_tool(main))
+    sys.exit(cli.run_tool(main))

@@ -1,4 +1,4 @@
-"""A short training of a config's model, and the measurement that ends it.
+"""A short training of a config's model, and the rises of its batches' losses at several radii.
 
 The training is the config's own, with its optimizer, schedule, data and hooks, but with the base optimizer's steps: so
 the outcome does not depend on the ``rho`` that is written there, and half of the time is saved. Nothing of it is kept.
@@ -12,21 +12,23 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from mm_sharp.analysis.find_rho.probe import BatchRises, RhoProbe
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.cli.loading import careful_loading
-from mm_sharp.cli.runners import build_runner
-from mm_sharp.config.build_errors import type_name
-from mm_sharp.config.preflight import wrapper_class, wrapper_configs
+from mm_sharp.cli.process import build_runner
+from mm_sharp.config.preflight import type_name, wrapper_class, wrapper_configs
 from mm_sharp.errors import UsageError, arguments_of
+from mm_sharp.hooks.scale import Scale, scale_of
+from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.step.method import Method
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -40,18 +42,95 @@ _CHOICES = ('select_parameters', 'direction', 'perturbation_gradient', 'perturb_
 
 
 @dataclass(frozen=True)
-class Perturbation:
-    """The perturbation that is measured.
+class BatchRises:
+    """What was found on one batch."""
+
+    loss: float  # L(w)
+    slope: float  # inner product of e and g over rho: the rise for each unit of rho, were the loss linear
+    rises: list[float]  # L(w + e) - L(w) at each radius
+    scale: Scale  # of the perturbation at the first radius, by part of the model; at the others in proportion
+
+
+class _MeasuredError(Exception):
+    """Ends a step in which all was measured; the step then puts everything back, as after any error."""
+
+    def __init__(self, rises: BatchRises | None) -> None:
+        self.rises = rises
+
+
+class RhoProbe(TwoPassOptimWrapper):
+    """An optimizer wrapper that measures SAM's perturbation at a grid of radii, and never steps.
 
     Args:
-        arguments: Of the wrapper, ``rho`` apart.
-        own: The config's ``rho``; None if it has no sharpness-aware wrapper.
-        remark: What the config's method does otherwise, and what quantizers do to the linearity; or ''.
+        optimizer: Of the model; it is not stepped.
+        rhos: The radii, each above 0.
+        kwargs: The other arguments of :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`.
     """
 
-    arguments: dict[str, Any]
-    own: float | None
-    remark: str = ''
+    def __init__(self, optimizer: Optimizer, rhos: Sequence[float], **kwargs: Any) -> None:
+        super().__init__(optimizer, rho=rhos[0], **kwargs)
+        self._rhos = rhos
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+
+    def measure(self, model: Any, batch: Any) -> BatchRises | None:
+        """Measure one batch as it comes from the loader. The model is afterwards as it was, bit for bit.
+
+        Returns:
+            None if the gradient is not finite, or zero.
+
+        Raises:
+            UsageError: The model's ``train_step`` makes no step with the wrapper that it is given.
+        """
+        try:
+            model.train_step(batch, self)
+        except _MeasuredError as measured:
+            return measured.rises
+        finally:
+            self._gradients = []
+        raise UsageError(f'{type(model).__name__}: its train_step makes no step that could be measured')
+
+    def perturbation_gradient(
+        self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], inverse_scale: Tensor | None
+    ) -> None:
+        """Keep the gradient, which the perturbation at the first radius is going to overwrite."""
+        if not self._gradients:
+            self._gradients = [(p, g.clone()) for p, g in zip(parameters, gradients, strict=True)]
+
+    def perturbed_loss(self, call: ModelCall, loss: Tensor, norm: Tensor) -> NoReturn:
+        """L(w + e) at each radius; ends the step."""
+        if not self._gradients or not torch.isfinite(norm) or not norm:
+            raise _MeasuredError(None)
+        ascent, before, rises = self._two_pass.ascent, float(loss.detach()), []
+        slope, scale = 0.0, None
+        for rho in self._rhos:
+            self.rho = rho
+            for parameter, gradient in self._gradients:
+                parameter.grad = gradient.clone()
+            ascent.restore()
+            ascent.perturb(self, loss.device)
+            if scale is None:
+                slope = self._inner_product() / rho
+                sizes = ascent.sizes(loss.device)
+                assert sizes is not None
+                scale = scale_of(sizes, self._two_pass.parallel.module)
+            rises.append(float(self.second_pass.loss_without_gradient(call)) - before)
+        assert scale is not None
+        raise _MeasuredError(BatchRises(before, slope, rises, scale))
+
+    def _inner_product(self) -> float:
+        """Of e, which :meth:`Ascent.perturb` leaves in the gradients' memory, and the gradient without loss scale."""
+        products = [torch.sum(p.grad * g) for p, g in self._gradients if p.grad is not None]
+        inverse = self.precision.inverse_scale()
+        return sum(map(float, products)) * (1.0 if inverse is None else float(inverse))
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """The perturbation that is measured."""
+
+    arguments: dict[str, Any]  # of the wrapper, ``rho`` apart
+    own: float | None  # the config's ``rho``; None if it has no sharpness-aware wrapper
+    remark: str = ''  # what the config's method does otherwise, and what quantizers do to the linearity
 
     def rhos(self) -> list[float]:
         """The grid, if none is asked for."""
@@ -91,14 +170,6 @@ def _of_quantizers(cfg: Config) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was found on each batch, after so many steps of training."""
-
-    batches: list[BatchRises]
-    steps: int
-
-
 def measure(
     cfg: Config,
     perturbation: Perturbation,
@@ -106,8 +177,10 @@ def measure(
     steps: int | None = None,
     batches: int = 16,
     trust: bool = False,
-) -> Measured:
+) -> tuple[list[BatchRises], int]:
     """Train for ``steps`` steps, by default 200 or half of the training, and measure ``batches`` training batches.
+
+    Returns what was found on each batch whose gradient is finite and not zero, and the number of steps.
 
     Raises:
         UsageError: No batch has a finite gradient that is not zero; the training has no more than ``steps`` steps.
@@ -121,7 +194,7 @@ def measure(
                 runner.train()
     if not hook.found:
         raise UsageError(f'in none of {batches} batches the gradient is finite and not 0: there is no perturbation')
-    return Measured(hook.found, hook.steps)
+    return hook.found, hook.steps
 
 
 def training_config(cfg: Config, folder: str) -> Config:
