@@ -7,11 +7,11 @@ python tools/export.py CONFIG CHECKPOINT --format qcdq --benchmark
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.utils import ProgressBar
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -73,28 +73,36 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace) -> Config:
-    """Read the config, apply the options and check the outcome; what does not fit is a UsageError."""
+    """Read the config, apply the options, and check what can be before a model is built; a UserError if it is amiss."""
     cfg = cli.load_config(args)
+    cli.check_packages(f'exporting to {args.format}', 'onnx', 'onnxoptimizer', _RUNTIMES[args.format], 'brevitas')
+    from mm_sharp.quantization.deployment import crop_constants
+
     cli.require(cfg, args.config, 'there is nothing to check the export on', 'test_dataloader', 'test_evaluator')
+    crop_constants(cfg.test_dataloader.dataset.get('pipeline') or [])
     preflight.check_data(cfg, 'test')
     check_checkpoint(args.checkpoint, 'checkpoint')
+    cli.output_folder(Path(args.out).parent if args.out else cfg.work_dir)
     return cfg
 
 
-def load_model(cfg: Config, checkpoint: str, trust: bool, may_be_float: bool = False) -> nn.Module:
+def load_model(cfg: Config, checkpoint: str, trust: bool, file_format: str = 'qcdq', packed: bool = False) -> nn.Module:
     """The config's model with a checkpoint's weights and scales, in evaluation mode.
 
     Raises:
         UserError: The checkpoint is not calibrated, has not all weights, is of another model, or is not plain.
-        UsageError: The model is not quantized, and ``may_be_float`` is not set.
+        UsageError: The model is not quantized, and the format is not ``'float'``.
     """
+    from mm_sharp.quantization.export import check_exportable
+
     kind = preflight.type_name(cfg.model.type)
-    if not may_be_float and kind != 'QuantizedModel':
+    if file_format != 'float' and kind != 'QuantizedModel':
         raise UsageError(
             f'model={kind} is a float model: write --format float, or quantize it by a fragment, '
             "as _base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py']"
         )
     init_default_scope(cfg.get('default_scope') or 'mmpose')  # of the data set and its evaluators, too
+    check_exportable(MODELS.build(cfg.model), file_format, packed=packed)  # before the checkpoint is loaded
     return loading.load_model(cfg, checkpoint, trust)[0].cpu().eval()
 
 
@@ -146,18 +154,6 @@ def first_samples(dataset: Mapping[str, Any], count: int, batch_size: int) -> tu
     return built, DataLoader(part, batch_size=batch_size, collate_fn=pseudo_collate)
 
 
-def check_packages(file_format: str) -> None:
-    """A UsageError for a package that exporting needs, training does not, and cannot be imported."""
-    for package in ('onnx', 'onnxoptimizer', _RUNTIMES[file_format]):
-        try:
-            importlib.import_module(package)
-        except Exception as error:  # onnx raises AttributeError where ml_dtypes is too old, for one
-            raise UsageError(
-                f'exporting to {file_format} needs {package}, which cannot be imported '
-                f'({type(error).__name__}: {error}): pip install mm_sharp[quant]'
-            ) from error
-
-
 def results(file: Path) -> Path:
     """Where the comparison of an exported file is written."""
     return file.with_suffix('.check.json')
@@ -173,8 +169,9 @@ def main(arguments: Sequence[str]) -> None:
     """
     args = parse_arguments(arguments)
     cfg = configure(args)
-    check_packages(args.format)
-    model = load_model(cfg, args.checkpoint, args.trust_checkpoint, may_be_float=args.format == 'float')
+    if args.benchmark and find_spec('openvino') is None:
+        sys.stderr.write('OpenVINO is not installed, and not measured: pip install mm_sharp[openvino]\n')
+    model = load_model(cfg, args.checkpoint, args.trust_checkpoint, args.format, args.packed)
     report = export(cfg, model, args)
     print(report.table())
     file = results(Path(report.file))

@@ -44,6 +44,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]]]:
     """Read the config and the policies, and check the files that they need; a UsageError for what does not fit."""
+    cli.check_packages('quantizing', 'brevitas')
     from mm_sharp.analysis.post_training.policies import own_policy, read_policy
 
     cfg = cli.load_config(args)
@@ -66,11 +67,12 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     cfg, policies = configure(args)
     from mm_sharp.analysis.post_training.ptq import post_train, table
-    from mm_sharp.analysis.post_training.subject import Subject
+    from mm_sharp.analysis.post_training.subject import Subject, check_policies
 
     folder = cli.output_folder(cfg.work_dir)
-    subject = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed)
     options = {name: getattr(args, name) for name in ('equalize', 'learned_rounding', 'bias_correction')}
+    check_policies(cfg, policies, **options)
+    subject = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed)
     rows = []
     for row in post_train(subject, policies, folder, **options):
         rows.append(row)

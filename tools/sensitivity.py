@@ -2,14 +2,18 @@
 """Find which layers of a trained model bear few bits, and propose bits for each within a budget.
 
 python tools/sensitivity.py CONFIG CHECKPOINT --policy w4a4 w8a8 --mean-bits 6
+python tools/sensitivity.py CONFIG CHECKPOINT --policy w8a8 --times-float 1.6
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # The package beside this file is used, installed or not.
@@ -22,6 +26,8 @@ from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
 
 # Importing the package mends the stack; MMPose is first imported after it, when the model is built.
+
+_BUDGETS = {'size_mb': 0, 'mean_bits': 0, 'latency_ms': 0, 'times_float': 1}  # what they must be above
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -39,11 +45,21 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add('--batches', type=whole(1), default=16, help='training batches to calibrate with (default: 16)')
     add('--seed', type=whole(0), default=0, help='of the choice of samples (default: 0)')
     budgets = parser.add_mutually_exclusive_group()
-    budgets.add_argument(
-        '--size-mb', type=cli.positive, help='propose a policy with which the model takes at most so many MB'
-    )
-    budgets.add_argument('--mean-bits', type=cli.positive, help='propose one with at most so many bits a weight')
+    budgets.add_argument('--size-mb', type=float, help='propose a policy with which the model takes at most so many MB')
+    budgets.add_argument('--mean-bits', type=float, help='propose one with at most so many bits a weight')
+    budgets.add_argument('--latency-ms', type=float, help='propose one with which a picture takes at most so long here')
+    budgets.add_argument('--times-float', type=float, help='propose one at least so many times as fast as float')
+    timed = 'what the two are measured in, on one thread, and the target of the proposed policy'
+    default = "default: the policies' target, else onnxruntime"
+    add('--runtime', choices=['onnxruntime', 'openvino'], help=f'{timed} ({default})')
     args = parser.parse_args(arguments)
+    args.budget = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
+    for name, value in args.budget.items():
+        if not _BUDGETS[name] < value < math.inf:
+            parser.error(f'--{name.replace("_", "-")} {value:g}: it must be a finite number above {_BUDGETS[name]}')
+    args.in_time = bool(args.budget.keys() & {'latency_ms', 'times_float'})
+    if args.runtime and not args.in_time:
+        parser.error(f'--runtime {args.runtime}: nothing is timed without --latency-ms or --times-float')
     names = args.names = [Path(name).stem for name in args.policy]
     if len({*names}) < len(names):
         parser.error(f'--policy {" ".join(args.policy)}: two of them have the same name')
@@ -55,7 +71,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]]]:
-    """Read the config and the policies, float left out; a UsageError for what is missing or does not fit."""
+    """Read the config and the policies, float left out, and check the files that they need.
+
+    For a budget of time, the policies are without their target, which is kept in ``args.target``: what activations
+    between layers cost is not a layer's, and is measured with the proposal.
+    """
+    onnx = ['onnx', 'onnxoptimizer'] if args.metric or args.in_time else []
+    cli.check_packages('measuring sensitivities', 'brevitas', *onnx)
     from mm_sharp.analysis.post_training.policies import read_policy
     from mm_sharp.analysis.post_training.proposal import same_everywhere
 
@@ -64,6 +86,12 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
     cli.require(cfg, args.config, 'it calibrates on training and judges on validation data', *needed)
     names = [name for name in args.policy if name != 'float']
     policies = {Path(name).stem: same_everywhere(read_policy(name)) for name in names}
+    if args.in_time:
+        from mm_sharp.analysis.post_training.latency_budget import target_of
+
+        args.target = target_of(args.runtime, policies.values())
+        cli.check_packages(f'timing for {args.target}', args.target)
+        policies = {name: {**policy, 'target': 'generic'} for name, policy in policies.items()}
     preflight.check_data(cfg, 'train', 'val')
     check_checkpoint(args.checkpoint, 'checkpoint')
     return cfg, policies
@@ -76,30 +104,52 @@ def main(arguments: Sequence[str]) -> None:
     from mm_sharp.analysis.post_training import report
     from mm_sharp.analysis.post_training.proposal import config_text, propose
     from mm_sharp.analysis.post_training.sensitivity import FLOAT, MixedModel, measure
-    from mm_sharp.analysis.post_training.subject import Subject
+    from mm_sharp.analysis.post_training.subject import Subject, check_policies
 
     folder = cli.output_folder(cfg.work_dir)
+    check_policies(cfg, policies, exported=args.in_time)
     subject = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed)
     judge = subject.metric(args.metric, args.people) if args.metric else subject.loss(args.people)
+    if args.metric:
+        judge(subject.float_model)  # is there such a metric?
     measured = f'-{args.metric}' if args.metric else 'validation loss'
-    mixed = MixedModel({name: subject.quantized(policy) for name, policy in policies.items()})
     others = args.names[0] if args.spared else FLOAT
-    tried = args.names if len(args.names) > 1 or not args.spared else [*args.names, FLOAT]
-    found = measure(mixed, tried, others, judge)
-    report.write_json(folder / 'sensitivity.json', found, mixed.weights, {**vars(args), 'measured': measured})
-    report.draw(folder / 'sensitivity.png', found, measured)
-    budget = {'size_mb': args.size_mb, 'mean_bits': args.mean_bits}
-    proposal = None
-    if any(value is not None for value in budget.values()):
-        proposal = propose(subject, mixed, found, policies, tried, judge, **budget)
+    # What is proposed in time may leave layers in float.
+    tried = [*args.names, *([FLOAT] if args.spared and (len(args.names) == 1 or args.in_time) else [])]
+    with begun_search(args, subject, policies, judge) as search:
+        mixed = MixedModel({name: subject.quantized(policy) for name, policy in policies.items()})
+        found = measure(mixed, list(dict.fromkeys(tried)), others, judge)
+        report.write_json(folder / 'sensitivity.json', found, mixed.weights, {**vars(args), 'measured': measured})
+        report.draw(folder / 'sensitivity.png', found, measured)
+        proposal = None
+        if search is not None:
+            proposal = search.propose(found, mixed.weights)
+        elif args.budget:
+            proposal = propose(subject, mixed, found, policies, tried, judge, **args.budget)
     print(f'\n{report.table(found, mixed.weights, proposal.choice if proposal else None)}')
     print(f'\n{measured} with all layers {found.others}: {found.value:.5g}')
     if proposal:
-        given = ' '.join(f'--{name.replace("_", "-")} {v:g}' for name, v in budget.items() if v is not None)
+        ((name, value),) = args.budget.items()
+        given = f'--{name.replace("_", "-")} {value:g}{f" --runtime {args.target}" if args.in_time else ""}'
         text = config_text(proposal.policy, f'Proposed by tools/sensitivity.py for {given}.')
         (folder / 'mixed.py').write_text(text, encoding='utf-8')
         print(f'\n{report.candidates(proposal, measured)}\n\n{text}\nWritten: {folder}/mixed.py')
     print(f'Written: {folder}/sensitivity.json, sensitivity.png')
+
+
+@contextmanager
+def begun_search(args: argparse.Namespace, subject: Any, policies: Any, judge: Any) -> Iterator[Any]:
+    """A search for a policy within a budget of time, or None; its files are gone afterwards."""
+    if not args.in_time:
+        yield None
+        return
+    from mm_sharp.analysis.post_training.latency_budget import LatencyBudget, Search
+
+    budget = LatencyBudget(args.latency_ms, args.times_float)
+    with TemporaryDirectory() as folder:
+        search = Search(subject, policies, budget, args.target, judge, Path(folder))
+        search.start()
+        yield search
 
 
 if __name__ == '__main__':

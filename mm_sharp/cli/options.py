@@ -15,8 +15,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 import torch
@@ -58,13 +61,31 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def output_folder(path: str | Path) -> Path:
-    """Make a folder for results, before anything is computed; a UsageError if that cannot be."""
+    """Make a folder for results, before anything is computed; a UsageError if it cannot be made or written to."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise UsageError(f"the folder '{folder}' cannot be made ({error.strerror}): give another one") from error
+        what = 'written to' if folder.is_dir() else 'made'
+        raise UsageError(f"the folder '{folder}' cannot be {what} ({error.strerror}): give another one") from error
     return folder
+
+
+def check_packages(purpose: str, *packages: str) -> None:
+    """Name a package of an extra that a tool needs, before anything is built; a UsageError if it cannot be imported."""
+    for package in packages:
+        extra = 'openvino' if package == 'openvino' else 'quant'
+        try:
+            # OpenVINO is imported in processes of its own.
+            found = find_spec(package) if package == 'openvino' else import_module(package)
+            fault = '' if found else 'it is not installed'
+        except Exception as error:  # onnx raises AttributeError where ml_dtypes is too old, for one
+            fault = f'{type(error).__name__}: {error}'
+        if fault:
+            message = f'{purpose} needs {package}, which cannot be imported ({fault}): pip install mm_sharp[{extra}]'
+            raise UsageError(message)
 
 
 class CfgOptions(DictAction):  # type: ignore[misc]

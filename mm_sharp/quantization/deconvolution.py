@@ -25,10 +25,12 @@ def replace_deconvolutions(graph: onnx.GraphProto, shapes: Mapping[str, Sequence
     stored = {item.name: item for item in graph.initializer}
     made = {node.output[0]: node for node in graph.node}
     for node in [node for node in graph.node if node.op_type == 'ConvTranspose' and _doubles(node)]:
-        weights, quantize = made[node.input[1]], _quantizer(graph, node)
+        weights, quantize = made.get(node.input[1]), _quantizer(graph, node)
         shape = list(shapes[node.output[0]])
+        if weights is None or weights.op_type != 'DequantizeLinear':
+            continue  # left in float by the policy
         # Behind ShuffleNetV2's reshaping ONNX does not know the picture's size: then the deconvolution stays.
-        if quantize is None or weights.op_type != 'DequantizeLinear' or not all(shape[1:]):
+        if quantize is None or not all(shape[1:]):
             continue
         _convolve(graph, node, weights, stored)
         _interleave(graph, quantize, shape)

@@ -37,7 +37,7 @@ def deployment_constants(
         'version': VERSION,
         'name': name,
         'input': {'name': 'input', **_normalisation(model, codec)},
-        'crop': _crop(pipeline),
+        'crop': crop_constants(pipeline),
         'codec': codec,
         'head': type(model.head).__name__,
         'keypoints': _keypoints(dataset_meta),
@@ -95,8 +95,8 @@ def _normalisation(model: Any, codec: Mapping[str, Any]) -> dict[str, Any]:
     return {**size, 'channels': channels, **found}
 
 
-def _crop(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How a person's box becomes the input's picture."""
+def crop_constants(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How a person's box becomes the input's picture; a UserError if the test pipeline is not a top-down one."""
     # In new-style configs a type is a class.
     kinds = [getattr(step['type'], '__name__', str(step['type']).rpartition('.')[2]) for step in pipeline]
     steps = dict(zip(kinds, pipeline, strict=True))

@@ -14,7 +14,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
@@ -32,13 +32,19 @@ from mm_sharp.errors import UnsupportedError, UserError
 
 from .deployment import codec_constants
 from .flow import evaluation, without_quantizers
-from .record import check_calibrated, quantized_record
+from .record import check_calibrated, quantized_record, record_of
 
 FORMATS = ('qcdq', 'qonnx', 'float')
 OPSET = 17
 METADATA_KEY = 'mm_sharp'  # of the constants, as JSON
 # torch's newer exporter cannot store integer weights; before torch 2.5 there is none to choose.
 _OLDER_EXPORTER: dict[str, Any] = {'dynamo': False} if 'dynamo' in signature(torch.onnx.export).parameters else {}
+
+
+def has_stages(model: nn.Module) -> bool:
+    """Whether a model's head puts out the heatmaps of several stages, of which MMPose predicts by the last (CPM, MSPN,
+    RSN)."""
+    return any(base.__name__ in ('CPMHead', 'MSPNHead') for base in type(getattr(model, 'head', None)).__mro__)
 
 
 class Network(nn.Module):
@@ -51,6 +57,7 @@ class Network(nn.Module):
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """(N, 3, H, W) float to the head's outputs."""
         outputs = self.model(inputs, None, mode='tensor')
+        outputs = outputs[-1] if has_stages(self.model) else outputs
         return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
 
@@ -72,22 +79,14 @@ def export_onnx(
         UserError: The model is float or not calibrated, its outputs are not known, ONNX has no form of an operator, or
             there is nothing to pack.
     """
-    if file_format not in FORMATS:
-        raise ValueError(f"format={file_format!r} is not allowed: one of {', '.join(FORMATS)}, as format='qcdq'")
-    if packed and file_format != 'qcdq':
-        raise ValueError(f"packed=True is not allowed with format={file_format!r}: take format='qcdq'")
+    check_exportable(model, file_format, packed=packed)
     if file_format != 'float':
         check_calibrated(model)
-    if file_format == 'qcdq':
-        _check_bits(model)
     import onnx
 
     from .onnx_graph import tidy
     from .onnx_runtime import for_onnxruntime
-    from .packing import check_packable, pack_weights
-
-    if packed:
-        check_packable(model)
+    from .packing import pack_weights
 
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +109,27 @@ def export_onnx(
     return file
 
 
+def check_exportable(model: nn.Module, file_format: str, *, packed: bool = False) -> None:
+    """Refuse what cannot be exported whatever the weights are, which need not be loaded; see :func:`export_onnx`.
+
+    What ONNX has no form of only the export itself finds.
+    """
+    if file_format not in FORMATS:
+        raise ValueError(f"format={file_format!r} is not allowed: one of {', '.join(FORMATS)}, as format='qcdq'")
+    if packed and file_format != 'qcdq':
+        raise ValueError(f"packed=True is not allowed with format={file_format!r}: take format='qcdq'")
+    record = record_of(model) if file_format == 'float' else quantized_record(model)
+    if file_format == 'qcdq':
+        _check_bits(model)
+    if packed:
+        from .packing import check_packable  # which needs onnx
+
+        check_packable(model)
+    uncalibrated = patch.object(record, 'calibrating', True) if record else nullcontext()
+    with evaluation(model), without_quantizers(model), torch.no_grad(), uncalibrated:
+        output_names(Network(model)(_zeros(model).to(next(model.parameters()).device)))
+
+
 def output_names(outputs: Sequence[Tensor]) -> tuple[str, ...]:
     """Names of a head's outputs; a UserError if they are not SimCC's, heatmaps or coordinates."""
     dimensions = tuple(output.ndim if isinstance(output, Tensor) else 0 for output in outputs)
@@ -127,12 +147,9 @@ def warn_of_export(model: nn.Module) -> None:
     """Warn in one line, before a calibrated model is trained, that it cannot be exported afterwards, and why."""
     try:
         _check_bits(model)
-        inputs, network = _zeros(model).to(next(model.parameters()).device), Network(model)
-        with evaluation(model), without_quantizers(model), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-            output_names(network(inputs))
-            with exporting():
-                file = str(Path(folder, 'float.onnx'))
-                torch.onnx.export(network, (inputs,), file, opset_version=OPSET, **_OLDER_EXPORTER)
+        with tempfile.TemporaryDirectory() as folder:
+            inputs = _zeros(model).to(next(model.parameters()).device)
+            _write_float(Network(model), inputs, Path(folder, 'float.onnx'))
     except UserError as error:
         message = f'This model can be trained and tested, but tools/export.py will refuse it: {error}'
         print_log(message, 'current', logging.WARNING)
@@ -216,16 +233,22 @@ def _set_biases_apart(model: nn.Module) -> None:
 
     ONNX Runtime rounds the bias of a convolution in integers to a multiple of input scale times weight scale: coarse at
     4 bits, where it moved 14 % of the demo's keypoints by more than a pixel (0.1 % without); at 8 bits 2.6 % (0.6 %),
-    for 1.7 to 3 times the speed.
+    for 1.7 to 3 times the speed. For its own target, biases stay where inputs have 8 bits, since with few bits of
+    weights alone the layer is computed in integers, too.
     """
-    for record in quantized_record(model).quantized:
-        layer: Any = model.get_submodule(record.name)
-        policy = record.policy
-        if layer.bias is not None and policy and min(policy.weight_bit_width, policy.act_bit_width) < 8:
+    record = quantized_record(model)
+    for found in record.quantized:
+        layer: Any = model.get_submodule(found.name)
+        policy = found.policy
+        if layer.bias is None or policy is None:
+            continue
+        bits = policy.act_bit_width, *([] if record.policy.target == 'onnxruntime' else [policy.weight_bit_width])
+        if min(bits) < 8:
             # (C,) behind fully connected layers, (C, 1, 1) behind convolutions of pictures
             bias = layer.bias.detach().reshape(-1, *[1] * (layer.weight.ndim - 2))
             layer.bias = None
-            layer.register_forward_hook(lambda _, args, products, bias=bias: products + bias)
+            # Before the hook that quantizes what the layer puts out.
+            layer.register_forward_hook(lambda _, args, products, bias=bias: products + bias, prepend=True)
 
 
 def _zeros(model: nn.Module) -> Tensor:

@@ -28,7 +28,7 @@ from mmengine.logging import MMLogger
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .export import METADATA_KEY, Network
+from .export import METADATA_KEY, Network, has_stages
 from .export_report import ExportReport, LayerAgreement, OutputAgreement
 from .flow import forward_hooks
 from .onnx_graph import FORCED, Arrays, Run, activation_points, runner, with_inputs
@@ -183,9 +183,10 @@ def predict(model: Any, outputs: Sequence[Outputs], inputs: Tensor, samples: Seq
     """
     # Heads decode in place, so they are given copies.
     remaining = iter([tuple(torch.from_numpy(np.array(array)) for array in batch) for batch in outputs])
+    bare = len(outputs[0]) == 1 and not has_stages(model)
     with (
         patch.object(model, 'extract_feat', lambda _: next(remaining)),
-        patch.object(model.head, 'forward', lambda made: made[0] if len(made) == 1 else made),
+        patch.object(model.head, 'forward', lambda made: made[0] if bare else made),
     ):
         return list(model.predict(inputs, deepcopy(list(samples))))
 

@@ -42,13 +42,15 @@ class Latency:
     convolutions: int
 
 
-def compare(files: Mapping[str, Path], rounds: int = _ROUNDS) -> list[Latency]:
-    """Measure files, by name; ratios are the first one's time by theirs.
-
-    OpenVINO is left out if it is not installed.
+def compare(files: Mapping[str, Path], rounds: int = _ROUNDS, only: Sequence[str] = ()) -> list[Latency]:
+    """Measure files, by name, in the runtimes that are installed, or in those of ``only``; ratios are the first one's
+    time by theirs.
     """
-    found = _measure('ONNX Runtime', files, rounds)
-    return [*found, *_apart(_measure, 'OpenVINO', dict(files), rounds)] if 'OpenVINO' in runtimes() else found
+    found = []
+    for runtime in only or runtimes():
+        arguments = runtime, dict(files), rounds
+        found += _apart(_measure, *arguments) if runtime == 'OpenVINO' else _measure(*arguments)
+    return found
 
 
 def runtimes() -> list[str]:

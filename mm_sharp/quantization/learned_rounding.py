@@ -51,11 +51,7 @@ def learn_rounding(model: nn.Module, batches: Sequence[Any], steps: int) -> dict
     Raises:
         UserError: Scales follow the weights: they would change with the rounding.
     """
-    record = quantized_record(model)
-    if any(layer.policy and layer.policy.weight_scales == 'statistics' for layer in record.quantized):
-        raise UserError(
-            "learned rounding needs scales that stay: write policy=dict(weight_scales='learned', …), or leave it out"
-        )
+    check_scales_stay(model)
     found: dict[str, float] = {}
     source = deepcopy(model)  # keeps the float weights
     without_quantizers(source).__enter__()
@@ -67,6 +63,14 @@ def learn_rounding(model: nn.Module, batches: Sequence[Any], steps: int) -> dict
         if progress:
             progress.update()
     return found
+
+
+def check_scales_stay(model: nn.Module) -> None:
+    """Refuse, with a UserError, a model whose weights' rounding cannot be learned."""
+    if any(layer.policy and layer.policy.weight_scales == 'statistics' for layer in quantized_record(model).quantized):
+        raise UserError(
+            "learned rounding needs scales that stay: write policy=dict(weight_scales='learned', …), or leave it out"
+        )
 
 
 def _order(model: nn.Module, batch: Any) -> list[str]:

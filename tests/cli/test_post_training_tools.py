@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import set_random_seed
+from mmengine.runner import CheckpointLoader, set_random_seed
 
 from mm_sharp.analysis.post_training.policies import float_config, own_policy, quantized_config, read_policy
 from mm_sharp.analysis.post_training.subject import Subject
 from mm_sharp.cli.options import load_config
 from mm_sharp.errors import UsageError, UserError
-from mm_sharp.quantization import calibrate
+from mm_sharp.quantization import calibrate, latency
+from mm_sharp.quantization.latency import Latency
 from tests.mmpose_cases import QUIET
 from tests.tiny_data import write_float_and_w4a4
 from tests.tool_runs import PLAIN, tool
@@ -107,6 +110,36 @@ def test_sensitivity_writes_a_policy_within_the_budget(
     assert all(layer['layer'] in printed for layer in found['layers'])
 
 
+@pytest.mark.slow  # seven models are exported
+def test_sensitivity_writes_a_policy_within_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compare(files: dict[str, Path], only: list[str]) -> list[Latency]:
+        """A millisecond for the weights of a layer in integers, 2 for those in float, read off the files."""
+        times = {}
+        for name, file in files.items():
+            weights = [item for item in onnx.load(file).graph.initializer if len(item.dims) in (2, 4)]
+            times[name] = sum(1.0 if item.data_type == onnx.TensorProto.INT8 else 2.0 for item in weights)
+        return [Latency(only[0], name, t, times['float'] / t, 0, 0) for name, t in times.items()]
+
+    monkeypatch.setattr(latency, 'compare', compare)
+    options = ['--policy', 'low.py', '--people', '4', '--batches', '1', '--work-dir', 'time', '--times-float', '1.6']
+    run('sensitivity', folder, monkeypatch, 'float.py', 'f.pth', *options, '--runtime', 'openvino', *FLIP)
+    printed = capsys.readouterr().out
+    found = json.loads((folder / 'time' / 'sensitivity.json').read_text())
+    policy = read_policy('time/mixed.py')
+    spared = [layer['layer'] for layer in found['layers'] if layer['costs']['low'] > 0]
+    count = len(policy.get('skip', ()))
+    assert policy['target'] == 'openvino'
+    assert {*map(re.escape, spared[:count])} == {pattern[1:-1] for pattern in policy['skip']}
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if re.match('mixed|low|float', line)}
+    assert 1.6 <= float(rows['mixed'][4]) < float(rows['low'][4])
+    assert float(rows['mixed'][3]) == float(rows['low'][3]) + count
+    one_more = float(rows['float'][3]) / (float(rows['mixed'][3]) + 1)
+    assert one_more < 1.6 or count == len(spared)
+    assert sorted(path.suffix for path in (folder / 'time').iterdir()) == ['.json', '.png', '.py']
+
+
 def test_a_metric_of_the_config_can_be_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     subject = Subject(Config.fromfile(folder / 'float.py'), 'f.pth', batches=1)
@@ -128,6 +161,60 @@ def test_float_and_quantized_configs_are_made_of_each_other(folder: Path) -> Non
     assert float_config(lazy).model == plain.model
 
 
+EARLY = [
+    ('ptq', ['--policy', 'targets.py'], r"--policy targets\.py: QuantizedModel: target='onnx' is not allowed"),
+    ('ptq', ['--policy', 'w8a8', 'unused.py'], r"--policy unused: .*patterns \['nowhere'\] match no layer"),
+    ('ptq', ['--policy', 'moving.py', '--learned-rounding'], 'moving: learned rounding needs scales that stay'),
+    ('ptq', ['--work-dir', 'f.pth/out'], "the folder 'f.pth/out' cannot be made"),
+    ('sensitivity', ['--policy', 'unused.py'], r"--policy unused: .*patterns \['nowhere'\] match no layer"),
+    ('sensitivity', ['--policy', 'w8a16', '--times-float', '2'], 'inputs of 16 bits cannot be exported'),
+    ('sensitivity', ['--work-dir', 'f.pth/out'], "the folder 'f.pth/out' cannot be made"),
+]
+
+
+@pytest.mark.parametrize(('name', 'arguments', 'message'), EARLY, ids=[' '.join([n, *a]) for n, a, _ in EARLY])
+def test_what_needs_no_checkpoint_is_said_before_one_is_loaded(
+    name: str, arguments: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = {'targets': dict(target='onnx'), 'unused': dict(skip=['nowhere'])}
+    policies['moving'] = dict(weight_scales='statistics', scale_init='max')
+    for file, policy in policies.items():
+        (folder / f'{file}.py').write_text(f'sharp_quantization = dict(policy={policy})\n')
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', lambda *args: pytest.fail('a checkpoint is loaded'))
+    with pytest.raises(UsageError, match=message) as caught:
+        run(name, folder, monkeypatch, 'float.py', 'f.pth', *arguments)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_network_that_cannot_be_traced_is_refused_before_its_checkpoint_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, root: Any) -> None:
+        raise TypeError('no proxy')
+
+    monkeypatch.setattr('mm_sharp.quantization.equalization._Tracer.trace', fail)
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', lambda *args: pytest.fail('a checkpoint is loaded'))
+    with pytest.raises(UsageError, match=r'--policy w8a8: TopdownPoseEstimator cannot be equalized: .*no proxy'):
+        run('ptq', folder, monkeypatch, 'float.py', 'f.pth', '--equalize')
+
+
+@pytest.mark.parametrize(
+    ('name', 'package', 'arguments'),
+    [
+        ('ptq', 'brevitas', []),
+        ('sensitivity', 'brevitas', []),
+        ('sensitivity', 'onnxoptimizer', ['--metric', 'PCK']),
+        ('sensitivity', 'onnxruntime', ['--policy', 'w8a8', '--times-float', '2']),
+    ],
+)
+def test_a_missing_package_is_named_first(
+    name: str, package: str, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf'needs {package}, which cannot be imported.*mm_sharp\[quant\]'):
+        run(name, folder, monkeypatch, 'float.py', 'f.pth', *arguments)
+
+
 BAD = [
     ('ptq', ['f.pth', '--policy', 'w9'], r'--policy w9: no such policy'),
     ('ptq', ['f.pth', '--batches', '0'], '--batches 0: it must be at least 1'),
@@ -138,6 +225,11 @@ BAD = [
     ('sensitivity', ['f.pth', '--people', '0'], '--people 0: it must be at least 1'),
     ('sensitivity', ['f.pth', '--mean-bits', '-1'], '--mean-bits -1: it must be a finite number above 0'),
     ('sensitivity', ['f.pth', '--size-mb', '1', '--mean-bits', '4'], 'not allowed with argument'),
+    ('sensitivity', ['f.pth', '--times-float', '1'], '--times-float 1: it must be a finite number above 1'),
+    ('sensitivity', ['f.pth', '--latency-ms', '0'], '--latency-ms 0: it must be a finite number above 0'),
+    ('sensitivity', ['f.pth', '--latency-ms', '5', '--times-float', '2'], 'not allowed with argument'),
+    ('sensitivity', ['f.pth', '--runtime', 'openvino'], 'nothing is timed without --latency-ms or --times-float'),
+    ('sensitivity', ['f.pth', '--times-float', '2', '--policy', 'w8a8_tensorrt'], "'tensorrt' cannot be timed here"),
     ('sensitivity', ['f.pth', '--policy', 'float'], '--policy float: give at least one that quantizes'),
     ('sensitivity', ['f.pth', '--spared', '--policy', 'float', 'w4a4'], 'cannot be float'),
     ('sensitivity', ['f.pth', '--cfg-options', 'val_dataloader=None'], 'has no val_dataloader'),

@@ -460,3 +460,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"the folder '.*file/results' cannot be made \(.*\): give another one"):
         cli.output_folder(tmp_path / 'file' / 'results')
     assert cli.output_folder(tmp_path / 'a' / 'b').is_dir()
+    assert not list((tmp_path / 'a' / 'b').iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(dir: Path) -> None:  # root, whom tests may run as, can write everywhere
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(cli, 'TemporaryFile', refuse)
+    with pytest.raises(UsageError, match=r"the folder '.*' cannot be written to \(Permission denied\)"):
+        cli.output_folder(tmp_path)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
+import torch
+from mmengine.registry import init_default_scope
 from mmpose.registry import MODELS
 
-import mm_sharp  # noqa: F401
-from tests.mmpose_cases import QUIET
+from mm_sharp.quantization import QuantizationPolicy, calibrate, quantize
+from mm_sharp.quantization.export import Network, export_onnx
+from mm_sharp.quantization.export_check import keypoint_distances, predict
+from tests.mmpose_cases import QUIET, Case
 
 pytestmark = [
     pytest.mark.skipif(
@@ -92,3 +100,38 @@ def test_the_page_has_every_kind_of_row() -> None:
     assert 'Not tried yet: AlexNet, ' in text
     assert '## Faults\n\n- RSN: KeyError: 1\n' in text
     assert '- VGG: not called in inference\n' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['CPM', 'MSPN'])
+def test_of_several_stages_the_last_is_exported_as_mmpose_predicts_by_it(name: str, tmp_path: Path) -> None:
+    from tests.sweep.quantized_backbones import SIZE, config
+    from tests.sweep.quantized_trial import POLICIES
+    from tests.sweep.recipes import made_shallow
+
+    cfg = config(name)
+    init_default_scope('mmpose')
+    with made_shallow(cfg.model), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = quantize(MODELS.build(cfg.model), QuantizationPolicy.from_config(POLICIES['W8A8'])).eval()
+    with torch.no_grad():
+        stages = model.head.forward(model.extract_feat(torch.zeros(1, 3, *SIZE)))
+    data = Case('', '', SIZE, SIZE[0] // stages[-1].shape[-1], 17).batch(cfg)
+    calibrate(model, [data])
+    file = export_onnx(model, tmp_path / 'model.onnx', 'qcdq', {})
+    session = onnxruntime.InferenceSession(file)
+    assert [output.name for output in session.get_outputs()] == ['heatmaps']
+    data = model.data_preprocessor(data, False)
+    inputs, samples = data['inputs'], data['data_samples']
+    for sample in samples:
+        sample.set_metainfo(dict(flip_indices=list(range(17))))
+    both = (inputs, inputs.flip(-1)) if model.test_cfg.flip_test else (inputs,)
+    outputs = [session.run(None, {'input': pictures.numpy()}) for pictures in both]
+    with torch.no_grad():
+        own = model.predict(inputs, deepcopy(samples))
+        expected = model.head.forward(model.extract_feat(inputs))[-1].numpy()
+    theirs = predict(model, outputs, inputs, samples)
+    assert np.abs(outputs[0][0] - expected).max() < 0.1 * np.ptp(expected)
+    assert np.mean(keypoint_distances(own, theirs) <= 1) > 0.9
+    exact = [[heatmaps.numpy()] for heatmaps in (Network(model)(pictures)[0].detach() for pictures in both)]
+    assert keypoint_distances(own, predict(model, exact, inputs, samples)).max() == 0

@@ -71,6 +71,15 @@ def test_the_convolution_gives_the_deconvolutions_integers(batch: int) -> None:
     assert (after == before).mean() > 0.99
 
 
+def test_a_deconvolution_with_weights_in_float_stays() -> None:
+    model = graph()
+    del model.graph.node[0]
+    model.graph.node[0].input[1] = 'integers'
+    before = onnx.ModelProto.FromString(model.SerializeToString())
+    replace_deconvolutions(model.graph, {'y': (1, OUTPUTS, 2 * HEIGHT, 2 * WIDTH)})
+    assert model == before
+
+
 def test_a_deconvolution_of_unknown_size_stays() -> None:
     model = graph()
     replace_deconvolutions(model.graph, {'y': (0, OUTPUTS, 0, 0)})

@@ -18,6 +18,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader
 from onnx import numpy_helper
 
 from mm_sharp.cli import options as cli
@@ -350,6 +351,27 @@ def test_a_missing_runtime_is_named_before_anything_is_built(folder: Path, monke
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(UsageError, match=r'onnxruntime, which cannot be imported.*pip install mm_sharp\[quant\]'):
         tool('export').main(['w4a4.py', 'model.pth'])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--packed', '--cfg-options', 'sharp_quantization.policy.weight_bit_width=8'], 'packed=True changes nothing'),
+        (['--cfg-options', 'sharp_quantization.policy.act_bit_width=16'], 'have inputs of 16 bits, which QCDQ cannot'),
+        (['--cfg-options', 'sharp_quantization.policy.target=onnx'], "target='onnx' is not allowed"),
+        (['--cfg-options', 'test_dataloader.dataset.pipeline=[]'], 'the test pipeline has no GetBBoxCenterScale'),
+        (['--out', 'model.pth/x.onnx'], "the folder 'model.pth' cannot be made"),
+    ],
+)
+def test_what_needs_no_checkpoint_is_said_before_one_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', lambda *args: pytest.fail('a checkpoint is loaded'))
+    with pytest.raises((UsageError, UserError)) as caught:
+        tool('export').main(['w4a4.py', 'model.pth', *arguments])
+    assert message in str(caught.value)
+    assert '\n' not in str(caught.value)
 
 
 def test_usage_errors_end_with_exit_code_2(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mm_sharp.errors import UserError
 from mm_sharp.quantization import CheckpointMismatchError, QuantizationPolicy, calibrate, quantized_model
-from mm_sharp.quantization.export import Network, export_onnx
+from mm_sharp.quantization.export import Network, _set_biases_apart, export_onnx
 from mm_sharp.quantization.export_check import IntegerCheck, recording
 from mm_sharp.quantization.latency import interleaved, onnxruntime_convolutions, openvino_convolutions
 from mm_sharp.quantization.onnx_runtime import for_onnxruntime
@@ -249,6 +249,33 @@ def test_the_file_has_the_models_integers(case: Case, target: str, tmp_path: Pat
     assert {layer.layer for layer in check.layers} >= {f'{name}.act_quant' for name in points(model)}
     assert max(layer.alone.largest for layer in check.layers) <= 1
     assert min(layer.alone.share for layer in check.layers) > 0.998
+
+
+@pytest.mark.parametrize('target', ['generic', 'onnxruntime', 'openvino'])
+@pytest.mark.parametrize('act', [4, 8])
+def test_biases_of_layers_of_few_bits(target: str, act: int) -> None:
+    """Set apart they are added before the output is quantized; they stay where ONNX Runtime computes in integers."""
+    model = net(target, weight_bit_width=4, act_bit_width=act)
+    inputs, copy = images(2, 7, SIZE), deepcopy(model)
+    _set_biases_apart(copy)
+    assert torch.allclose(output(copy, inputs), output(model, inputs), atol=1e-5)
+    few = {layer.name for layer in model.quantization.quantized if layer.policy.weight_bit_width == 4}
+    apart = {name for name in few if copy.get_submodule(name).bias is None}
+    assert len(few) > 3
+    assert apart == (set() if (target, act) == ('onnxruntime', 8) else few)
+
+
+def test_weights_of_few_bits_are_computed_in_integers(tmp_path: Path) -> None:
+    model = calibrated(SIMCC, weight=4, act=8, target='onnxruntime').eval()
+    file = export_onnx(model, tmp_path / 'w4a8.onnx', 'qcdq', {})
+    fused, of = onnxruntime_convolutions(file)
+    assert fused == of > 20
+    check = IntegerCheck(onnx.load(file), 'qcdq')
+    inputs = images(2, 3)
+    with torch.no_grad(), recording(model) as records:
+        Network(model)(inputs)
+    check.add(inputs.numpy(), records)
+    assert all(layer.alone.largest <= 1 and layer.alone.share > 0.99 for layer in check.layers)
 
 
 def test_tensorrt_gets_int8_without_zero_points_and_nothing_between(tmp_path: Path) -> None:

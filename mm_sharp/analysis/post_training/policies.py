@@ -11,7 +11,8 @@ from mmengine.config import Config
 
 import mm_sharp
 from mm_sharp.config import fragments
-from mm_sharp.errors import UsageError, did_you_mean
+from mm_sharp.errors import UsageError, UserError, did_you_mean
+from mm_sharp.quantization import QuantizationPolicy
 
 _FRAGMENTS = Path(mm_sharp.__file__).parent / '.mim' / 'configs' / '_base_' / 'quantization'
 
@@ -20,7 +21,7 @@ def read_policy(name: str) -> dict[str, Any]:
     """The ``policy`` of a fragment in ``configs/_base_/quantization``, by its name, or of a config file like one.
 
     Raises:
-        UsageError: There is no such fragment or file, or it sets no policy.
+        UsageError: There is no such fragment or file, or it sets no policy, or one that is not allowed.
     """
     known = sorted(path.stem for path in _FRAGMENTS.glob('*.py'))
     path = _FRAGMENTS / f'{name}.py' if name in known else Path(name)
@@ -30,13 +31,21 @@ def read_policy(name: str) -> dict[str, Any]:
         settings: Any = Config.fromfile(path).get('sharp_quantization') or {}
     if not isinstance(settings.get('policy'), Mapping):
         raise UsageError(f"--policy {name}: '{path}' has no sharp_quantization = dict(policy=dict(…))")
-    policy: dict[str, Any] = settings.policy.to_dict()
-    return policy
+    try:
+        return _checked(settings.policy)
+    except UserError as error:
+        raise UsageError(f'--policy {name}: {error}') from error
 
 
 def own_policy(cfg: Config) -> dict[str, Any] | None:
-    """The policy of a config whose model is quantized, or None."""
-    return cfg.model.policy.to_dict() if cfg.model.get('type') == 'QuantizedModel' and 'policy' in cfg.model else None
+    """The policy of a config whose model is quantized, or None; a UserError if it is not allowed."""
+    return _checked(cfg.model.policy) if cfg.model.get('type') == 'QuantizedModel' and 'policy' in cfg.model else None
+
+
+def _checked(policy: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = policy.to_dict()
+    QuantizationPolicy.from_config(plain)
+    return plain
 
 
 def float_config(cfg: Config) -> Config:

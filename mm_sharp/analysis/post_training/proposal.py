@@ -24,6 +24,8 @@ class Candidate:
     bytes: int
     mean_bits: float
     value: float
+    milliseconds: float | None = None  # if it was timed
+    times_float: float | None = None  # as fast, in turns with the float model
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Proposal:
 
     policy: dict[str, Any]
     choice: Choice
-    candidates: list[Candidate]  # the smallest first
+    candidates: list[Candidate]  # the smallest first, or the fastest
 
 
 def propose(
@@ -69,15 +71,12 @@ def propose(
     choice = assign(mixed.weights, costs, bits, budget)
     policy = mixed_policy(choice, mixed.weights, policies)
     proposed = subject.quantized(policy)
-
-    def taken(chosen: Choice) -> int:
-        return sum(mixed.weights[name] * bits[p] for name, p in chosen.items())
-
-    candidates = [Candidate('mixed', quantized_record(proposed).bytes(), taken(choice) / total, judge(proposed))]
+    mean = bits_a_weight(choice, mixed.weights, policies)
+    candidates = [Candidate('mixed', quantized_record(proposed).bytes(), mean, judge(proposed))]
     for name in policies:
-        same = dict.fromkeys(mixed.weights, name)
-        mixed.choose(same)
-        candidates.append(Candidate(name, taken(same) // 8 + rest, taken(same) / total, judge(mixed.model)))
+        mixed.choose(dict.fromkeys(mixed.weights, name))
+        size = total * bits[name] // 8 + rest
+        candidates.append(Candidate(name, size, float(bits[name]), judge(mixed.model)))
     return Proposal(policy, choice, sorted(candidates, key=lambda candidate: candidate.bytes))
 
 
@@ -90,6 +89,12 @@ def same_everywhere(policy: Mapping[str, Any]) -> dict[str, Any]:
 def weight_bits(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Bits of a weight by policy's name; 32 in float."""
     return {name: _layer_policy(policy)['weight_bit_width'] for name, policy in policies.items()} | {FLOAT: 32}
+
+
+def bits_a_weight(choice: Choice, weights: Mapping[str, int], policies: Mapping[str, Mapping[str, Any]]) -> float:
+    """Bits of a weight, in the mean over the layers."""
+    bits = weight_bits(policies)
+    return sum(weights[name] * bits[policy] for name, policy in choice.items()) / sum(weights.values())
 
 
 def mixed_policy(

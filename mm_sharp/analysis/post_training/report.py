@@ -26,9 +26,11 @@ def table(found: Sensitivity, weights: Mapping[str, int], choice: Choice | None 
 
 def candidates(proposal: Proposal, measured: str) -> str:
     """A line for the proposal, and for each policy in all layers."""
-    lines = [['', 'MB', 'bits a weight', measured]]
+    timed = proposal.candidates[0].milliseconds is not None
+    lines = [['', 'MB', 'bits a weight', *(['ms', 'times float'] if timed else []), measured]]
     for one in proposal.candidates:
-        lines.append([one.name, f'{one.bytes / 1e6:.3f}', f'{one.mean_bits:.2f}', f'{one.value:.5g}'])
+        times = [f'{one.milliseconds:.2f}', f'{one.times_float:.2f}'] if timed else []
+        lines.append([one.name, f'{one.bytes / 1e6:.3f}', f'{one.mean_bits:.2f}', *times, f'{one.value:.5g}'])
     return columns(lines)
 
 

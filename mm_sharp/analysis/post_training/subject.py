@@ -34,7 +34,9 @@ from mm_sharp.ops.rng import RandomState
 from mm_sharp.quantization import calibrate
 from mm_sharp.quantization.calibration import is_error
 from mm_sharp.quantization.calibration_hook import some_batches
-from mm_sharp.quantization.record import LAYOUT
+from mm_sharp.quantization.equalization import equalize
+from mm_sharp.quantization.learned_rounding import check_scales_stay
+from mm_sharp.quantization.record import LAYOUT, quantized_record
 
 Judge = Callable[[nn.Module], float]  # the lower the better
 
@@ -82,15 +84,8 @@ class Subject:
 
     def quantized(self, policy: Mapping[str, Any], **options: Any) -> nn.Module:
         """The model in evaluation mode, calibrated by a policy; ``options`` are those of ``calibrate``."""
-        cfg = quantized_config(self.cfg, policy)
-        with prepared(cfg):
-            config = dict(cfg.model)
-            if cfg.get('data_preprocessor'):
-                config.setdefault('data_preprocessor', cfg.data_preprocessor)
-            with patch.object(MMLogger.get_current_instance(), 'disabled', True):  # its table of all layers
-                model: nn.Module = MODELS.build(config)
-                model.load_state_dict(self._state, strict=False)
-            model.to(get_device()).eval()
+        with prepared(self.cfg):
+            model = _build(self.cfg, policy, self._state).to(get_device())
             calibrate(model, with_bar(self.batches, 'Calibrating'), **options)
         return model
 
@@ -138,6 +133,50 @@ class Subject:
             return values[name] if is_error(name) else -values[name]
 
         return judge
+
+
+def check_policies(
+    cfg: Config, policies: Mapping[str, Mapping[str, Any]], *, exported: bool = False, **options: Any
+) -> None:
+    """Refuse policies that do not fit a config's model, before a checkpoint is loaded.
+
+    Args:
+        cfg: The recipe, quantized or not.
+        policies: By name.
+        exported: Whether the models are going to be exported.
+        **options: Those of :func:`mm_sharp.quantization.calibrate`.
+
+    Raises:
+        UsageError: The model cannot be quantized by one of them, or that exported, equalized or rounded.
+    """
+    for name, policy in policies.items():
+        try:
+            with prepared(cfg):
+                model = _build(cfg, policy)
+            if exported:
+                from mm_sharp.quantization.export import check_exportable
+
+                check_exportable(model, 'qcdq')
+            if options.get('learned_rounding'):
+                check_scales_stay(model)
+            if options.get('equalize'):
+                quantized_record(model).calibrating = True  # it may run without scales
+                equalize(model)
+        except UserError as error:
+            raise UsageError(f'--policy {name}: {error}') from error
+
+
+def _build(cfg: Config, policy: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> nn.Module:
+    """A config's model quantized by a policy, in evaluation mode, with a float state's weights if there is one."""
+    cfg = quantized_config(cfg, policy)
+    config = dict(cfg.model)
+    if cfg.get('data_preprocessor'):
+        config.setdefault('data_preprocessor', cfg.data_preprocessor)
+    with patch.object(MMLogger.get_current_instance(), 'disabled', True):  # its table of all layers
+        model: nn.Module = MODELS.build(config)
+        if state is not None:
+            model.load_state_dict(state, strict=False)
+    return model.eval()
 
 
 def _judged(metrics: Mapping[str, Any]) -> dict[str, float]:
