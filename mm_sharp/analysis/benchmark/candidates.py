@@ -65,7 +65,7 @@ def _parse_method(name: str) -> dict[str, Any]:
         choices = getattr(kind, 'choices', {})
         for argument, parameter in signature(kind).parameters.items():
             own, default = argument not in arguments_of(TwoPassOptimWrapper), parameter.default
-            fits = type(default) is str if isinstance(value, str) else is_number(default)
+            fits = type(default) is str or argument in choices if isinstance(value, str) else is_number(default)
             if own and fits and value in choices.get(argument, (value,)):
                 return {'type': kinds[stem], argument: value}
     hint = f'; did you mean {close!r}?' if (close := closest(name, kinds)) else ''
