@@ -72,7 +72,8 @@ def check_choice(owner: str, name: str, value: object, choices: Collection[objec
     """Raise unless ``value`` is one of ``choices``."""
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         allowed = 'one of ' + ', '.join(repr(choice) for choice in choices)
-        raise UserError(_message(owner, name, value, allowed, repr(next(iter(choices))), form))
+        close = closest(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else None
+        raise UserError(_message(owner, name, value, allowed, repr(close or next(iter(choices))), form))
 
 
 def check_positive_int(owner: str, name: str, value: object, *, example: str, form: str = WRAPPER) -> int:

@@ -3,7 +3,8 @@
 An optimizer wrapper's constructor checks its arguments: it is built once around a single number, so that the user need
 not wait for the model. What MMEngine passes over in silence is refused for our wrappers alone. Its own errors name no
 key of the config: :func:`friendly_build_errors` searches for it. :func:`install` has the same said by every other tool,
-such as MMPose's own ``tools/train.py``, when a Runner begins to train by a config that uses this package.
+such as MMPose's own ``tools/train.py``, when a Runner registers its hooks and begins to train by a config that uses this
+package.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.optim import Optimizer
 
-from mm_sharp.compat import uses_mm_sharp
+from mm_sharp.compat import is_ours, uses_mm_sharp
 from mm_sharp.config.fragments import imports_of
 from mm_sharp.errors import UsageError, arguments_of, check_arguments, closest, did_you_mean, is_number
 from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
@@ -360,14 +361,29 @@ def install() -> None:
     """From now on configs of runs that use this package are checked; a second call changes nothing."""
     for kind in (Runner, FlexibleRunner):
         if not hasattr(kind.train, '_is_checked'):
-            kind.train = _checked(kind.train)
+            kind.train, kind.register_hooks = _checked(kind.train), _explained(kind.register_hooks)
+
+
+def _explained(register_hooks: Callable[..., None]) -> Callable[..., None]:
+    @wraps(register_hooks)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not (is_ours(self.optim_wrapper) or _imports_us(self)):
+            return register_hooks(self, *args, **kwargs)
+        with friendly_build_errors(self.cfg):
+            return register_hooks(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _imports_us(runner: Any) -> bool:
+    # A misspelt wrapper is nobody's: what tells is that the config imports this package.
+    return any(str(name).startswith('mm_sharp') for name in imports_of(runner.cfg))
 
 
 def _checked(train: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @wraps(train)
     def wrapper(self: Any) -> Any:
-        # A misspelt wrapper is nobody's: what tells is that the config imports this package.
-        if not (uses_mm_sharp(self) or any(str(name).startswith('mm_sharp') for name in imports_of(self.cfg))):
+        if not (uses_mm_sharp(self) or _imports_us(self)):
             return train(self)
         with friendly_build_errors(self.cfg):
             _check(self)

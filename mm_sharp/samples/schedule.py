@@ -138,7 +138,7 @@ def checked_schedule(owner: str, settings: Mapping[str, Any]) -> Schedule:
     given = _given(settings)
     if given.get('draw') == 'uniform':
         wrong = {name: given[name] for name, usual in _OF_SCORES.items() if name in given and given[name] != usual}
-        _refuse(owner, wrong, "draw='uniform' keeps no scores", "draw='uniform'")
+        _refuse(owner, wrong, "draw='uniform' keeps no scores, so leave it out", "draw='uniform'")
     if given.get('draw') == 'sequential' and given['reweight']:
         why = "it needs exact inclusion probabilities, which draw='sequential' has no formula for"
         _refuse(owner, {'reweight': True}, why, "reweight=True, draw='systematic'")

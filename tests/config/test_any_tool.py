@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -33,6 +34,10 @@ MISTAKES = (
         shows="dict(type='AUSAMOptimWrapper', sampling_ratio=0.5, ...)"),
     wrapper('rho as text', 'SAM', "rho='0.05'", '', shows='a finite number in [0, inf). Write for example: '),
     wrapper('rho below 0', 'AUSAM', 'rho=-0.05', '', shows="dict(type='AUSAMOptimWrapper', rho=0.05, ...)"),
+    wrapper("a choice with a typing error: the nearest one, and not the first", 'AUSAM', "draw='systematc'", '',
+        shows="dict(type='AUSAMOptimWrapper', draw='systematic', ...)"),
+    wrapper('what a uniform draw has no use for', 'AUSAM', "draw='uniform', prefer='small'", '',
+        key="prefer='small' is not allowed", shows="draw='uniform' keeps no scores, so leave it out"),
     wrapper("a dtype's short name", 'SAM', "dtype='fp16'", '', shows="'float16'"),
     wrapper('clip_grad as a number', 'ESAM', 'clip_grad=1.0', '', shows='clip_grad=dict(max_norm=1.0)'),
     wrapper('ours in the place of the optimizer', 'SAM',
@@ -96,6 +101,16 @@ def test_the_same_line(
     capsys.readouterr()
     assert cli.run_tool(tool('train').main) == 2
     assert capsys.readouterr().err == f'train.py: error: {line}\n'
+
+
+@pytest.mark.parametrize(
+    ('hook', 'says'),
+    [("type='SharpnesHook'", "custom_hooks.0.type: 'SharpnesHook' is not registered; did you mean 'SharpnessHook'?"),
+     ("type='SharpnessHook', intervals=5", 'custom_hooks.0.intervals: SharpnessHook has no such argument')],
+)  # fmt: skip
+def test_hooks(hook: str, says: str, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=re.escape(says)):
+        mmposes_tool(monkeypatch, write('AUSAM', f'custom_hooks = [dict({hook})]'))
 
 
 def test_amp(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
