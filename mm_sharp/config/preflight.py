@@ -3,8 +3,8 @@
 An optimizer wrapper's constructor checks its arguments: it is built once around a single number, so that the user need
 not wait for the model. What MMEngine passes over in silence is refused for our wrappers alone. Its own errors name no
 key of the config: :func:`friendly_build_errors` searches for it. :func:`install` has the same said by every other tool,
-such as MMPose's own ``tools/train.py``, when a Runner registers its hooks and begins to train by a config that uses this
-package.
+such as MMPose's own ``tools/train.py``, when a Runner by a config that uses this package registers its hooks, and when
+it begins to train.
 """
 
 from __future__ import annotations
