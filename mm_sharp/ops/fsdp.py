@@ -239,7 +239,18 @@ def _reshard_flat(wrapper: Any, interrupted: bool) -> None:
 
 def _reshard_module(module: Any, interrupted: bool) -> None:
     """Reshard one of FSDP2's modules."""
-    if not interrupted or not hasattr(module, 'reset_iter_state'):  # which came with torch 2.13
-        module.reshard()
-    elif module._get_fsdp_state()._is_root:
-        module.reset_iter_state()
+    state = module._get_fsdp_state()
+    if interrupted and hasattr(module, 'reset_iter_state'):
+        if state._is_root:
+            module.reset_iter_state()
+        return
+    if interrupted:  # before torch 2.13
+        group, idle = state._fsdp_param_group, type(state._training_state).IDLE
+        state._training_state = idle
+        state._state_ctx.iter_forward_root, state._state_ctx.post_backward_final_callback_queued = None, False
+        if group is not None:
+            group.wait_for_unshard()  # weights fetched ahead would be taken for the next pass's
+            group._training_state = idle
+            group._post_forward_indices.clear()
+            group.comm_ctx.post_forward_order.clear()
+    module.reshard()
