@@ -50,6 +50,14 @@ WRONG: dict[str, tuple[Any, str]] = {
         small(methods={'base': {}, 'half': {'options': 16}}),
         'methods.half.options: 16 is not allowed: it must be a mapping of dotted keys',
     ),
+    'epochs of a method': (
+        small(methods={'base': {}, 'long': {'epochs': 0}}, control=''),
+        'methods.long.epochs: 0 is not allowed: it must be an integer of at least 1',
+    ),
+    'epochs of a method where time is a budget': (
+        small(methods={'base': {}, 'long': {'epochs': 8}}, budgets=['epochs', 'time'], control=''),
+        'methods.long.epochs: 8 is not allowed: it must be left out where time is a budget',
+    ),
     'budget': (small(budgets=['money']), "budgets: ['money'] is not allowed"),
     'time alone': (small(budgets=['time']), "budgets: ['time'] is not allowed: it must be with epochs, too"),
     'control': (small(control='uniform'), "control: 'uniform' is not allowed: it must be one of base, sam, half"),
@@ -309,6 +317,18 @@ def test_a_method_may_change_the_whole_config(tmp_path: Path) -> None:
     # A competitor without a rho is not tuned, and costs what the base optimizer costs.
     assert plan._costs['clean', 'base-16'].cycle == 1
     assert {run.method for run in plan.selection_runs('clean')} == {'base', 'sam', 'half-16'}
+
+
+def test_a_method_may_have_epochs_of_its_own_at_every_budget(tmp_path: Path) -> None:
+    methods = {'base': {}, 'base-2e': {'epochs': 2}, 'sam-2e': {'type': 'SAMOptimWrapper', 'rho': 0.1, 'epochs': 2}}
+    plan = plan_of(tmp_path, methods=methods, control='', selection=None)
+    for budget in ('epochs', 'compute'):
+        assert [plan.epochs('clean', name, budget) for name in methods] == [6, 2, 2]
+    runs = plan.report_runs('clean', dict.fromkeys(methods))
+    assert {(run.method, run.epochs) for run in runs} == {('base', 6), ('base-2e', 2), ('sam-2e', 2)}
+    assert plan.compute('clean', 'base-2e', 2) == pytest.approx(1 / 3)
+    cfg = plan.config(Run('report', 'clean', 'base-2e', None, 2, 0))
+    assert cfg.train_cfg.max_epochs == 2 and 'epochs' not in cfg.optim_wrapper
 
 
 def test_a_method_may_have_candidates_of_its_own(tmp_path: Path) -> None:

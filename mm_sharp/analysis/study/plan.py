@@ -74,8 +74,10 @@ class Plan:
         return [list(pools.values()) for pools in waves if pools]
 
     def epochs(self, setting: str, method: str, budget: str) -> int:
-        """Epochs of a method: at equal compute the base optimizer's over the method's cost, rounded."""
-        most = self.study.settings[setting].epochs
+        """Epochs of a method: its own, or at equal compute the base optimizer's over the method's cost, rounded."""
+        most, own = self.study.settings[setting].epochs, self.study.methods[method].get('epochs')
+        if own is not None:
+            return int(own)
         return most if budget == 'epochs' else max(1, round(self._costs[setting, method].epochs_for(most)))
 
     def compute(self, setting: str, method: str, epochs: int) -> float:
@@ -164,7 +166,7 @@ class Plan:
     def _wrapper(self, cfg: Config, setting: Setting, method: str, rho: float | None) -> dict[str, Any]:
         if setting.load_own:
             return {**cfg.optim_wrapper}
-        changes = {key: value for key, value in self.study.methods[method].items() if key != 'options'}
+        changes = {key: value for key, value in self.study.methods[method].items() if key not in ('options', 'epochs')}
         own = {} if rho is None else {'rho': rho}
         return {**cfg.optim_wrapper, **changes, **own}
 

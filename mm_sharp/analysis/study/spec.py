@@ -65,6 +65,7 @@ class Study:
     name: str  # of the folder of the results, work_dirs/study/<name>
     metric: Metric
     # Changes of the config's optim_wrapper, and as 'options' of the whole config; 'base' is among them, without any.
+    # 'epochs' are a method's own, whatever the budget.
     methods: dict[str, dict[str, Any]]
     settings: dict[str, Setting]
     seeds: list[int]  # of the runs that are reported
@@ -165,6 +166,10 @@ def _check(study: Study) -> None:
     for name, method in study.methods.items():
         options = method.get('options', {})
         _require(isinstance(options, dict), f'methods.{name}.options', options, 'a mapping of dotted keys')
+        if 'epochs' in method:
+            where, epochs = f'methods.{name}.epochs', method['epochs']
+            _require(type(epochs) is int and epochs >= 1, where, epochs, 'an integer of at least 1')
+            _require('time' not in budgets, where, epochs, 'left out where time is a budget')
 
 
 def _check_setting(study: Study, where: str, setting: Setting) -> None:
