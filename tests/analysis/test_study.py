@@ -328,7 +328,8 @@ def test_a_method_may_have_epochs_of_its_own_at_every_budget(tmp_path: Path) -> 
     assert {(run.method, run.epochs) for run in runs} == {('base', 6), ('base-2e', 2), ('sam-2e', 2)}
     assert plan.compute('clean', 'base-2e', 2) == pytest.approx(1 / 3)
     cfg = plan.config(Run('report', 'clean', 'base-2e', None, 2, 0))
-    assert cfg.train_cfg.max_epochs == 2 and 'epochs' not in cfg.optim_wrapper
+    assert cfg.train_cfg.max_epochs == 2
+    assert 'epochs' not in cfg.optim_wrapper
 
 
 def test_a_method_may_have_candidates_of_its_own(tmp_path: Path) -> None:
