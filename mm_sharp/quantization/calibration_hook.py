@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Subset
 from mm_sharp.errors import HOOK, check_bool, check_positive_int
 from mm_sharp.ops.rng import RandomState
 from mm_sharp.step.optim_wrappers import optim_wrappers
+from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 from .calibration import calibrate, collapse_warning
 from .export import warn_of_export
@@ -33,6 +34,8 @@ from .record import NotCalibratedError, is_calibrated, record_of
 from .scale_decay import fit_groups
 
 CHECKPOINT = 'post_training.pth'
+# Shares of each tensor's norm: what was found right for quantized models (docs/results.md), and what is warned of.
+_RHO, _LARGE_RHO = 0.005, 0.01
 
 
 @HOOKS.register_module()
@@ -70,10 +73,12 @@ class CalibrationHook(Hook):  # type: ignore[misc]
                 fit_groups(member.optimizer, saved.get(name, {}) if name else saved)
 
     def before_train(self, runner: Any) -> None:
-        """Calibrate, if the model is quantized and has not been calibrated."""
+        """Calibrate, if the model is quantized and has not been calibrated; warn of the ``rho`` of a float model."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if record_of(model) is None:
             return
+        for wrapper in optim_wrappers(runner.optim_wrapper).values():
+            _warn_of_large_rho(wrapper)
         if is_calibrated(model):
             print_log('The quantizers have their scales from the checkpoint: nothing to calibrate', 'current')
             return
@@ -127,6 +132,20 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         warning = collapse_warning(model, next(iter(loader)), metrics, evaluate_float)
         if warning:
             print_log(warning, 'current', logging.WARNING)
+
+
+def _warn_of_large_rho(wrapper: Any) -> None:
+    """Where a config adds quantization to a method's fragment, ``rho`` is still what serves float models."""
+    if not isinstance(wrapper, TwoPassOptimWrapper) or wrapper.settings.adaptive != 'tensor':
+        return
+    if wrapper.rho > _LARGE_RHO:
+        print_log(
+            f"{type(wrapper).__name__}: rho={wrapper.rho:g} of each tensor's norm is large for a quantized model: "
+            f'{_RHO} was found right. Unless you chose it for this model, write optim_wrapper = dict(rho={_RHO}). '
+            'See docs/quantize_and_deploy.md',
+            'current',
+            logging.WARNING,
+        )
 
 
 @torch.no_grad()

@@ -288,6 +288,34 @@ def test_float_runs_have_nothing_to_calibrate(tmp_path: Path) -> None:
     assert runner.iter == 10
 
 
+@pytest.mark.parametrize(
+    ('rho', 'adaptive', 'model', 'told'),
+    [
+        (0.02, 'tensor', 'quantized', True),
+        (0.005, 'tensor', 'quantized', False),
+        (0.05, False, 'quantized', False),  # a length: what is right depends on the model
+        (0.02, 'tensor', 'float', False),
+    ],
+)
+def test_a_float_models_rho_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], rho: float, adaptive: bool | str, model: str, told: bool
+) -> None:
+    own = dict(first_layers='same', last_layers='same', input_size=(6, 6))
+    quantized = dict(type='QuantizedModel', model='ResidualToy', policy={**POLICY, **own})
+    config = toy_config(
+        tmp_path / 'toy',
+        model=quantized if model == 'quantized' else dict(type='ResidualToy'),
+        custom_hooks=[],
+        optim_wrapper=dict(type='SAMOptimWrapper', rho=rho, adaptive=adaptive, optimizer=dict(type='SGD', lr=0.1)),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+    )
+    config['train_dataloader']['dataset'] = dict(type='ResidualSamples', count=8)
+    log = trained_by(Runner.from_cfg(config))
+    line = "rho=0.02 of each tensor's norm is large for a quantized model: 0.005 was found right."
+    assert log.count(line) == told
+    assert log.count('write optim_wrapper = dict(rho=0.005)') == told
+
+
 def test_resuming_what_has_no_scales_is_refused(folder: Path) -> None:
     runner = build(folder)
     runner.train_loop._iter = 5
