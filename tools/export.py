@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -101,9 +102,9 @@ def load_model(cfg: Config, checkpoint: str, trust: bool, file_format: str = 'qc
             f'model={kind} is a float model: write --format float, or quantize it by a fragment, '
             "as _base_ = [RECIPE, 'mm_sharp::_base_/quantization/w8a8.py']"
         )
-    init_default_scope(cfg.get('default_scope') or 'mmpose')  # of the data set and its evaluators, too
-    check_exportable(MODELS.build(cfg.model), file_format, packed=packed)  # before the checkpoint is loaded
-    return loading.load_model(cfg, checkpoint, trust)[0].cpu().eval()
+    init_default_scope(cfg.get('default_scope') or 'mmpose')  # of the data set and its evaluators
+    check = partial(check_exportable, file_format=file_format, packed=packed)
+    return loading.load_model(cfg, checkpoint, trust, check)[0].cpu().eval()
 
 
 def export(cfg: Config, model: nn.Module, args: argparse.Namespace, file_format: str = '') -> Any:

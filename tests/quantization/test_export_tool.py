@@ -367,7 +367,8 @@ def test_what_needs_no_checkpoint_is_said_before_one_is_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', lambda *args: pytest.fail('a checkpoint is loaded'))
+    refuse = classmethod(lambda *args, **kwargs: pytest.fail('a checkpoint is loaded'))
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', refuse)
     with pytest.raises((UsageError, UserError)) as caught:
         tool('export').main(['w4a4.py', 'model.pth', *arguments])
     assert message in str(caught.value)

@@ -30,11 +30,14 @@ from mm_sharp.ops.rng import RandomState
 SPLITS = ('train', 'val')
 
 
-def load_model(cfg: Config, checkpoint: str, trust: bool = False) -> tuple[nn.Module, int, bool]:
+def load_model(
+    cfg: Config, checkpoint: str, trust: bool = False, check: Callable[[nn.Module], object] | None = None
+) -> tuple[nn.Module, int, bool]:
     """A config's model with a checkpoint's weights, the epochs of its training (0: unknown), whether it is quantized.
 
     The checkpoint is loaded by the rules of ``tools/test.py``; ``trust`` is for one that may run code, a UserError says
-    that it is not plain, damaged, of another model, or of an uncalibrated quantized one.
+    that it is not plain, damaged, of another model, or of an uncalibrated quantized one. ``check`` is given the
+    model before that.
     """
     config = dict(cfg.model)
     if cfg.get('data_preprocessor'):
@@ -42,6 +45,8 @@ def load_model(cfg: Config, checkpoint: str, trust: bool = False) -> tuple[nn.Mo
     quantized = config.get('type') == 'QuantizedModel'
     with careful_loading(trust), prepared(cfg):
         model = revert_sync_batchnorm(MODELS.build(config))
+        if check is not None:
+            check(model)
         check_next_load(model)
         try:
             content = load_checkpoint(model, checkpoint, map_location='cpu', logger='current')
