@@ -100,7 +100,8 @@ def main(arguments: Sequence[str]) -> None:
     from mm_sharp.quantization import latency
 
     torch.set_num_threads(1)
-    columns = chain(*([f'{runtime}, ms', 'times float', 'in integers'] for runtime in latency.runtimes()))
+    names = [latency.RUNTIMES[package].name for package in latency.installed()]
+    columns = chain(*([f'{name}, ms', 'times float', 'in integers'] for name in names))
     sys.stdout.write(markdown_table([['model', 'file', 'MB', *columns]]) + '\n')
     for cells in chain(*(rows(title, cfg, args.rounds) for title, cfg in configs.items())):
         sys.stdout.write(markdown_row(cells) + '\n')

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import onnx
@@ -43,23 +43,23 @@ class Latency:
 
 
 def compare(files: Mapping[str, Path], rounds: int = _ROUNDS, only: Sequence[str] = ()) -> list[Latency]:
-    """Measure files, by name, in the runtimes that are installed, or in those of ``only``; ratios are the first one's
-    time by theirs.
+    """Measure files, by name, in the runtimes that are installed, or in the packages of ``only``; ratios are the first
+    one's time by theirs.
     """
     found = []
-    for runtime in only or runtimes():
-        arguments = runtime, dict(files), rounds
-        found += _apart(_measure, *arguments) if runtime == 'OpenVINO' else _measure(*arguments)
+    for package in only or installed():
+        arguments = package, dict(files), rounds
+        found += _apart(_measure, *arguments) if package == 'openvino' else _measure(*arguments)
     return found
 
 
-def runtimes() -> list[str]:
-    """Names of those that are measured: that are installed."""
-    return ['ONNX Runtime', *(['OpenVINO'] if find_spec('openvino') else [])]
+def installed() -> list[str]:
+    """The packages of :data:`RUNTIMES` that are installed."""
+    return [package for package in RUNTIMES if find_spec(package)]
 
 
-def _measure(runtime: str, files: Mapping[str, Path], rounds: int) -> list[Latency]:
-    prepare, count = _RUNTIMES[runtime]
+def _measure(package: str, files: Mapping[str, Path], rounds: int) -> list[Latency]:
+    runtime, prepare, count = RUNTIMES[package]
     shape = [dim.dim_value for dim in onnx.load(next(iter(files.values()))).graph.input[0].type.tensor_type.shape.dim]
     picture = np.random.default_rng(0).standard_normal([1, *shape[1:]]).astype(np.float32)
     times = interleaved([prepare(file, picture) for file in files.values()], rounds)
@@ -149,7 +149,16 @@ def _compiled(file: Path) -> Any:
     return openvino.Core().compile_model(file, 'CPU', settings)
 
 
-_RUNTIMES: dict[str, tuple[Callable[[Path, NDArray[np.float32]], Timed], Callable[[Path], Count]]] = {
-    'ONNX Runtime': (_onnxruntime, onnxruntime_convolutions),
-    'OpenVINO': (_openvino, _count_openvino),
+class Runtime(NamedTuple):
+    """What runs exported files."""
+
+    name: str
+    prepare: Callable[[Path, NDArray[np.float32]], Timed]
+    count_integers: Callable[[Path], Count]
+
+
+# By package, whose name is also that of the target that policies have for it.
+RUNTIMES = {
+    'onnxruntime': Runtime('ONNX Runtime', _onnxruntime, onnxruntime_convolutions),
+    'openvino': Runtime('OpenVINO', _openvino, _count_openvino),
 }

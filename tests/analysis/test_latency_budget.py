@@ -118,7 +118,7 @@ def test_a_budget_that_nothing_or_all_keeps_to_is_refused_at_the_start(
             return f'w{policy["weight_bit_width"]}'
 
     def compare(files: dict[str, Path], only: list[str]) -> list[Latency]:
-        assert only == ['OpenVINO']
+        assert only == ['openvino']
         times = {'float': 12.0, 'w4': 6.0, 'w8': 4.0}
         return [Latency('', name, times[name], 12 / times[name], 0, 0) for name in files]
 

@@ -19,7 +19,7 @@ def test_a_row_for_each_file_in_the_runtimes_that_are_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     SIMCC.config().dump(tmp_path / 'narrow.py')
-    monkeypatch.setattr(latency, 'runtimes', lambda: ['ONNX Runtime'])
+    monkeypatch.setattr(latency, 'installed', lambda: ['onnxruntime'])
     monkeypatch.setattr(deployment_table, '_FILES', deployment_table._FILES[-1:])
     deployment_table.main([str(tmp_path / 'narrow.py'), '--rounds', '1'])
     lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines()]

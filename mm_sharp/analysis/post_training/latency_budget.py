@@ -25,7 +25,6 @@ from mm_sharp.quantization.export import export_onnx
 from mm_sharp.quantization.record import quantized_record, size_in_bytes
 
 _SESSIONS = 3  # of which the worst counts: two of one model differ by more than the rounds in them
-RUNTIMES = {'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}  # by the target that is made for it
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Search:
     ) -> None:
         self._subject, self._judge, self._budget = subject, judge, budget
         self._policies = {name: {**policy, 'target': target} for name, policy in policies.items()}
-        self._runtime, self._folder = RUNTIMES[target], folder
+        self._target, self._folder = target, folder
         self._float = export_onnx(subject.float_model, folder / 'float.onnx', 'float', {})
         self._uniform: list[Candidate] = []
         self._milliseconds = 0.0  # of the float model
@@ -122,7 +121,7 @@ class Search:
 
     def _timed(self, candidate: Candidate, file: Path) -> Candidate:
         files = {FLOAT: self._float, candidate.name: file}
-        sessions = [latency.compare(files, only=[self._runtime]) for _ in range(_SESSIONS)]
+        sessions = [latency.compare(files, only=[self._target]) for _ in range(_SESSIONS)]
         # Of one moment for all, since the machine may do other things at another.
         self._milliseconds = self._milliseconds or median(found[0].milliseconds for found in sessions)
         ratio = min(found[-1].ratio for found in sessions)
@@ -169,8 +168,8 @@ def target_of(runtime: str | None, policies: Collection[Mapping[str, Any]]) -> s
     target = runtime or (min(said) if said else 'onnxruntime')
     if said - {target}:
         raise UsageError(f'--policy: target={min(said - {target})!r} is another than {target!r}: give one --runtime')
-    if target not in RUNTIMES:
-        raise UsageError(f'--policy: target={target!r} cannot be timed here: take one of {", ".join(RUNTIMES)}')
+    if target not in latency.RUNTIMES:
+        raise UsageError(f'--policy: target={target!r} cannot be timed here: take one of {", ".join(latency.RUNTIMES)}')
     if any(policy.get('act_bit_width', 8) > 8 for policy in policies):
         raise UsageError('--policy: inputs of 16 bits cannot be exported as QCDQ, and so not timed: leave it out')
     return target
