@@ -126,7 +126,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         )  # fmt: skip
         plan = checked_schedule(type(self).__name__, settings)
         super().__init__(optimizer, history_momentum=history_momentum, rho=rho, **kwargs)
-        self.reweight = reweight and draw != 'uniform'
+        self.reweight = reweight and plan.draw != 'uniform'
         preference = Preference(prefer == 'small', float(clip_quantile))
         self.drawer = BatchDrawer(self.history, plan, preference)
         self.length: TrainingLength | None = None
@@ -149,7 +149,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
     def in_words(self, batch_size: int, length: TrainingLength, model: nn.Module | None) -> dict[str, str]:
         """See :meth:`mm_sharp.step.method.Method.in_words`."""
         losses = self.losses_in_words(model) if self.uses_history else {}
-        return {'samples': self.drawer.in_words(batch_size, length), **losses}
+        weights = '; each weighted by 1 / (N * pi_i)' if self.reweight else ''
+        return {'samples': f'{self.drawer.in_words(batch_size, length)}{weights}', **losses}
 
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: DatasetKeys, rank: int, model: nn.Module) -> None:
         """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already."""

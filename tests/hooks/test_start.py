@@ -11,9 +11,10 @@ from mmengine.runner import LogProcessor, Runner
 
 from mm_sharp.hooks.console import shorten_console_line
 from mm_sharp.hooks.start import in_words
+from mm_sharp.methods.ausam import AUSAMOptimWrapper
 from mm_sharp.samples.schedule import TrainingLength
 from tests.toys import make, toy_config
-from tests.wrappers import WRAPPERS, build
+from tests.wrappers import WRAPPERS, build, momentum_sgd
 
 LENGTH = TrainingLength(10, 5)
 SHOWN = ['sharpness', 'rho_relative', 'linearity', 'g_norm']
@@ -38,6 +39,15 @@ def test_at_most_eight_lines_for_every_method(kind: str) -> None:
 )  # fmt: skip
 def test_the_cost_is_that_of_the_wrappers_own_arguments(kind: str, options: dict[str, Any], cost: float) -> None:
     assert build(kind, make(), **options).cost(8).cycle == pytest.approx(cost)
+
+
+@pytest.mark.parametrize(
+    ('options', 'weighted'), [({}, False), (dict(reweight=True), True), (dict(reweight=True, draw='uniform'), False)]
+)
+def test_weights_of_the_samples_are_said(options: dict[str, Any], weighted: bool) -> None:
+    model = make()
+    line = in_words(AUSAMOptimWrapper(momentum_sgd(model, 0.1), **options), 8, LENGTH, model)['samples']
+    assert line.endswith('; each weighted by 1 / (N * pi_i)') == weighted
 
 
 @pytest.fixture
