@@ -22,7 +22,7 @@ from mm_sharp.ops.model_call import unwrap
 
 Key = tuple[str, int]
 
-_UNIDENTIFIED = """{} keeps a score for every sample and needs to know each again, but found {}: {}. Either
+_UNIDENTIFIED = """{} has to know every sample again, but found {}: {}. Either
 pack what identifies a sample, in the last line of the pipeline:
     dict(type='PackPoseInputs', meta_keys=('id', 'img_id', 'dataset_name', ...))
 or let the index in the data set be the id, which works with every data set:

@@ -278,7 +278,7 @@ def test_samples_without_an_id_are_refused_and_everything_restored(name: str) ->
     with pytest.raises(SampleIdError) as error:
         model.train_step(nameless, wrapper)
     message = str(error.value)
-    assert message.startswith('AUSAMOptimWrapper keeps a score for every sample')
+    assert message.startswith('AUSAMOptimWrapper has to know every sample again, but found')
     assert "dict(type='PackPoseInputs', meta_keys=('id', 'img_id', 'dataset_name', ...))" in message
     assert "train_dataloader = dict(dataset=dict(_delete_=True, type='IndexedDataset'" in message
     assert all(same_bits(value, state[key]) for key, value in model.state_dict().items())
