@@ -55,6 +55,7 @@ def main(arguments: Sequence[str]) -> None:
             raise UsageError(f"no runs in '{folder}' yet: without --table they are made")
         report(whole, plan, rows)
         return
+    plan.check_data()
     with study.locked(folder):
         rows = study.Rows(folder / 'results.csv')
         os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -162,6 +164,22 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, named: bool, monke
 class FailsLate(Hook):
     def after_train_epoch(self, runner: Any) -> None:
         raise RuntimeError('out of memory')
+
+
+def test_rows_are_compared_without_the_data_of_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    content = yaml.safe_load(Path('configs/study/demo.yaml').read_text())
+    content['settings']['demo-512']['options'] = {'train_dataloader.dataset.data_root': 'nowhere/'}
+    out = tmp_path / 'out'
+    out.mkdir()
+    shutil.copy('docs/data/study_demo.csv', out / 'results.csv')
+    arguments = (write(tmp_path, content), '--out-dir', out)
+    code, printed = call(monkeypatch, capsys, *arguments, '--table')
+    assert (code, '| ausam |  | 19 | 1.00 |' in printed) == (0, True)
+    code, printed = call(monkeypatch, capsys, *arguments)
+    assert (code, "no data: 'nowhere/" in printed) == (2, True)
 
 
 def test_a_study_goes_on_where_it_was(

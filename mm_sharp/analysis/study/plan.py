@@ -63,6 +63,11 @@ class Plan:
             for method in study.methods_in(setting.name):
                 self._check_method(setting, method)
 
+    def check_data(self) -> None:
+        """A UsageError if a data set that runs need is not there; comparing rows needs none."""
+        for cfg in self._configs.values():
+            preflight.check_data(cfg, 'train', 'val', 'test')
+
     def waves(self) -> list[list[list[str]]]:
         """Names of settings by pool, whose settings share the choice of rho.
 
@@ -211,7 +216,6 @@ def _read(setting: Setting) -> Config:
     if not cfg.train_cfg.get('max_epochs'):
         form = f'as studies do: write train_cfg = dict(by_epoch=True, max_epochs={setting.epochs})'
         raise UsageError(f'{where}.config: {setting.config} does not train by epochs, {form}')
-    preflight.check_data(cfg, 'train', 'val', 'test')
     return cfg
 
 
