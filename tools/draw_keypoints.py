@@ -125,8 +125,9 @@ def decode(outputs: Sequence[Array], constants: dict[str, Any]) -> tuple[Array, 
     kind = codec['type']
     if kind == 'SimCCLabel' and not codec['use_dark']:
         return decode_simcc(outputs[0], outputs[1], codec)
-    if kind in ('MSRAHeatmap', 'UDPHeatmap'):
-        decoded = [(decode_msra if kind == 'MSRAHeatmap' else decode_udp)(maps.copy(), codec) for maps in outputs[0]]
+    heatmaps = {'MSRAHeatmap': decode_msra, 'UDPHeatmap': decode_udp, 'MegviiHeatmap': decode_megvii}
+    if kind in heatmaps:
+        decoded = [heatmaps[kind](maps.copy(), codec) for maps in outputs[0]]
         return np.stack([points for points, _ in decoded]), np.stack([scores for _, scores in decoded])
     if kind == 'RegressionLabel':
         return decode_regression(outputs[0], codec, sigmoid=constants['head'] == 'RLEHead')
@@ -184,6 +185,19 @@ def decode_udp(maps: Array, codec: dict[str, Any]) -> tuple[Array, Array]:
         for k in np.flatnonzero(scores > 0):
             points[k] += _newton_step(padded[k], points[k].astype(int) + 1, reach=1)
     return points / np.array([width - 1, height - 1]) * np.array(codec['input_size']), scores
+
+
+def decode_megvii(maps: Array, codec: dict[str, Any]) -> tuple[Array, Array]:
+    """The highest pixel of each blurred heatmap, and a quarter, a half or three quarters of one but at the edges."""
+    maps = _blurred(maps, codec['kernel_size'])
+    points, scores = _highest(maps)
+    inside = ((points > 1) & (points < np.array(maps.shape[:0:-1]) - 1)).all(-1)
+    for k in np.flatnonzero(inside):
+        x, y = points[k].astype(int)
+        steps = [maps[k, y, x + 1] - maps[k, y, x - 1], maps[k, y + 1, x] - maps[k, y - 1, x]]
+        points[k] += 0.25 * np.sign(steps) + 0.5
+    scale = (np.array(codec['input_size']) / np.array(codec['heatmap_size'])).astype(np.float32)
+    return points * scale, scores / 255 + 0.5
 
 
 def _highest(maps: Array) -> tuple[Array, Array]:

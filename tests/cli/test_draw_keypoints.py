@@ -39,6 +39,7 @@ CODECS: dict[str, dict[str, Any]] = {
     'udp combined': {
         'type': 'UDPHeatmap', 'input_size': (64, 96), 'heatmap_size': HEATMAPS, 'heatmap_type': 'combined',
     },
+    'megvii': {'type': 'MegviiHeatmap', 'input_size': (64, 96), 'heatmap_size': HEATMAPS, 'kernel_size': 5},
     'regression': {'type': 'RegressionLabel', 'input_size': (64, 96)},
     'regression with deviations': {'type': 'RegressionLabel', 'input_size': (64, 96)},
 }  # fmt: skip
@@ -48,6 +49,7 @@ SHAPES = {
     'dark': [(5, 24, 16)],
     'udp': [(5, 24, 16)],
     'udp combined': [(15, 24, 16)],
+    'megvii': [(5, 24, 16)],
     'regression': [(5, 2)],
     'regression with deviations': [(5, 4)],
 }
@@ -279,8 +281,8 @@ def test_a_file_that_is_no_picture_is_refused(script: ModuleType, tmp_path: Path
 
 
 def test_an_unknown_codec_is_refused(script: ModuleType) -> None:
-    with pytest.raises(script.UsageError, match='the codec MegviiHeatmap'):
-        script.decode([np.zeros((1, 2, 4, 4))], {'codec': {'type': 'MegviiHeatmap'}, 'head': 'HeatmapHead'})
+    with pytest.raises(script.UsageError, match='the codec SPR'):
+        script.decode([np.zeros((1, 2, 4, 4))], {'codec': {'type': 'SPR'}, 'head': 'HeatmapHead'})
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
