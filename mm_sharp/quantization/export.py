@@ -158,9 +158,11 @@ def warn_of_export(model: nn.Module) -> None:
 @contextmanager
 def exporting() -> Iterator[None]:
     """A context for torch's exporter: sizes are constants, and its errors one line (an UnsupportedError)."""
+    # With its log torch prints the whole graph when it fails; newer versions switch it on, and not off again.
+    torch._C._jit_set_onnx_log_enabled(False)
     try:
         with (
-            patch.object(torch._C, '_jit_onnx_log', lambda *args: None),  # it prints the whole graph when it fails
+            patch.object(torch._C, '_jit_set_onnx_log_enabled', lambda _: None),
             patch.object(F, 'adaptive_avg_pool2d', _pool),
             warnings.catch_warnings(),
         ):
