@@ -21,6 +21,10 @@ EQUAL_SHARE = 0.999
 METRIC_TOLERANCE = 0.001
 KEYPOINT_PIXELS = 1.0
 KEYPOINT_SHARE = 0.9
+_ADVICE = (
+    '. Each layer by itself agrees, so the file is what the model is, and rounding alone moves the keypoints of this '
+    'model: fine-tune it, calibrate it on more batches, or give it more bits (w8a8); see docs/export.md'
+)
 _PROGRAMS = {'qcdq': 'ONNX Runtime', 'qonnx': 'qonnx', 'float': 'ONNX Runtime'}
 
 
@@ -112,9 +116,10 @@ class ExportReport:
             )
         found += [f'{output.name} is not finite' for output in self.outputs if not math.isfinite(output.largest)]
         if points['within_1px'] < KEYPOINT_SHARE or not math.isfinite(points['largest_px']):
+            advice = '' if found or not self.layers else _ADVICE
             found.append(
                 f"only {points['within_1px']:.1%} of the keypoints are within {KEYPOINT_PIXELS:g} pixel of PyTorch's "
-                f'(at least {KEYPOINT_SHARE:.0%}); they are up to {points["largest_px"]:.3g} apart'
+                f'(at least {KEYPOINT_SHARE:.0%}), and they are up to {points["largest_px"]:.3g} apart{advice}'
             )
         for name, (ours, theirs) in self._judged().items():
             if not _difference(ours, theirs) <= self.tolerance * max(1.0, abs(ours)) + 1e-9:

@@ -257,6 +257,14 @@ def test_metrics_that_say_nothing(
         assert 'The file agrees with PyTorch.' in said.out
 
 
+@pytest.mark.parametrize(
+    ('layers', 'told'), [([layer()], True), ([layer(equal=900)], False), ([], False)], ids=['right', 'wrong', 'float']
+)
+def test_what_to_do_is_said_where_the_layers_are_right(layers: list[LayerAgreement], told: bool) -> None:
+    report = ExportReport('x', 'qcdq', 128, layers, [], [[0.5] * 8 + [50.0] * 2], {})
+    assert ('fine-tune it, calibrate it on more batches' in report.faults()[-1]) is told
+
+
 def test_differences_of_outputs() -> None:
     agreement = OutputAgreement('y')
     agreement.add(np.array([1.0, -2.0, np.nan], np.float32), np.array([1.5, -2.0, np.nan], np.float32))
