@@ -22,8 +22,8 @@ METRIC_TOLERANCE = 0.001
 KEYPOINT_PIXELS = 1.0
 KEYPOINT_SHARE = 0.9
 _ADVICE = (
-    '. Each layer by itself agrees, so the file is what the model is, and rounding alone moves the keypoints of this '
-    'model: fine-tune it, calibrate it on more batches, or give it more bits (w8a8); see docs/export.md'
+    '. Each layer by itself agrees, so the file is right, and rounding alone moves the keypoints of this model: '
+    'fine-tune it, calibrate it on more batches, or give it more bits (w8a8); see docs/export.md'
 )
 _PROGRAMS = {'qcdq': 'ONNX Runtime', 'qonnx': 'qonnx', 'float': 'ONNX Runtime'}
 
