@@ -69,6 +69,16 @@ def test_without_pretrained_the_weights_are_random() -> None:
     assert not torch.equal(before['model.conv_stem.weight'], imagenet_weights(backbone.model)['conv_stem.weight'])
 
 
+def test_imagenets_weights_for_a_folded_model_are_refused_by_what_to_write() -> None:
+    timm()
+    backbone = EfficientNetLite0()
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            backbone.set_submodule(name, torch.nn.Identity())
+    with pytest.raises(UserError, match=r'write backbone=dict\(pretrained=False\)$'):
+        backbone.init_weights()
+
+
 def test_frozen_stages_keep_their_weights_and_statistics() -> None:
     timm()
     backbone = EfficientNetLite0(pretrained=False, frozen_stages=2).train()

@@ -42,7 +42,8 @@ class EfficientNetLite0(BaseModule):  # type: ignore[misc]
             -1 nothing. The first two stages, of low-level features, take nearly half of a training step's time.
 
     Raises:
-        UserError: timm or, for ``init_weights``, the package with the weights is missing; or an argument is wrong.
+        UserError: timm or, for ``init_weights``, the package with the weights is missing; the model is quantized and
+            ``pretrained``; or an argument is wrong.
     """
 
     def __init__(
@@ -77,6 +78,11 @@ class EfficientNetLite0(BaseModule):  # type: ignore[misc]
         """Load ImageNet's weights if ``pretrained``; otherwise timm's random ones stay."""
         super().init_weights()
         if self.pretrained:
+            if not any(isinstance(module, torch.nn.BatchNorm2d) for module in self.model.modules()):
+                raise UserError(
+                    "EfficientNetLite0: this model is quantized, its BatchNorm is folded, and ImageNet's weights do not "
+                    'fit: its weights are those of load_from, so write backbone=dict(pretrained=False)'
+                )
             self.model.load_state_dict(imagenet_weights(self.model))
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
