@@ -80,8 +80,8 @@ class EfficientNetLite0(BaseModule):  # type: ignore[misc]
         if self.pretrained:
             if not any(isinstance(module, torch.nn.BatchNorm2d) for module in self.model.modules()):
                 raise UserError(
-                    "EfficientNetLite0: this model is quantized, its BatchNorm is folded, and ImageNet's weights do not "
-                    'fit: its weights are those of load_from, so write backbone=dict(pretrained=False)'
+                    "EfficientNetLite0: this model is quantized, its BatchNorm is folded, and ImageNet's weights do "
+                    'not fit: its weights are those of load_from, so write backbone=dict(pretrained=False)'
                 )
             self.model.load_state_dict(imagenet_weights(self.model))
 
