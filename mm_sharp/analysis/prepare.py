@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,12 @@ def prepared(cfg: Config, epoch: int = 0) -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def model_config(cfg: Config, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The model of a config, or another one, with the config's data preprocessor if it has none of its own."""
+    own = {'data_preprocessor': cfg.data_preprocessor} if cfg.get('data_preprocessor') else {}
+    return {**own, **(cfg.model if model is None else model)}
 
 
 def build_loader(cfg: Config, **changes: Any) -> Any:

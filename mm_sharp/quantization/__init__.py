@@ -40,22 +40,10 @@ from .record import (
 from .scale_decay import install as _keep_scales_from_decay
 
 __all__ = [
-    'CalibrationHook',
-    'CheckpointMismatchError',
-    'DistillationHook',
-    'FreezeHook',
-    'LayerPolicy',
-    'LayerRecord',
-    'NotCalibratedError',
-    'OscillationHook',
-    'QuantizationPolicy',
-    'QuantizationRecord',
-    'calibrate',
-    'check_calibrated',
-    'is_calibrated',
-    'quantize',
-    'quantized_model',
-]
+    'CalibrationHook', 'CheckpointMismatchError', 'DistillationHook', 'FreezeHook', 'LayerPolicy', 'LayerRecord',
+    'NotCalibratedError', 'OscillationHook', 'QuantizationPolicy', 'QuantizationRecord', 'calibrate',
+    'check_calibrated', 'is_calibrated', 'quantize', 'quantized_model',
+]  # fmt: skip
 
 # When a checkpoint is loaded, Brevitas would replace the scales by new parameters, which an optimizer that is built
 # already would not know, and refuse checkpoints of float models.

@@ -63,6 +63,14 @@ def quantized_model(model: Any, policy: Mapping[str, Any] | None = None, **kwarg
     return quantize(model, checked)
 
 
+def float_config(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The float model's config in that of a ``QuantizedModel``; others as they are."""
+    if model.get('type') != 'QuantizedModel':
+        return model
+    inner = model['model'] if isinstance(model['model'], Mapping) else {'type': model['model']}
+    return {**inner, **{key: value for key, value in model.items() if key not in ('type', 'model', 'policy')}}
+
+
 def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     """Quantize a float model, whose ``forward`` takes ``inputs, data_samples, mode``, in place, and return it.
 

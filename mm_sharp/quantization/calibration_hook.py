@@ -15,7 +15,6 @@ import torch
 from mmengine.dist import broadcast, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, MODELS
 from mmengine.utils import track_iter_progress
 from torch import nn
@@ -30,6 +29,7 @@ from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from .calibration import calibrate, collapse_warning
 from .export import warn_of_export
 from .flow import without_quantizers
+from .oscillation_hook import unwrapped
 from .record import NotCalibratedError, is_calibrated, record_of
 from .scale_decay import fit_groups
 
@@ -74,7 +74,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         """Calibrate, if the model is quantized and has not been calibrated; warn of the ``rho`` of a float model."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner)
         if record_of(model) is None:
             return
         for wrapper in optim_wrappers(runner.optim_wrapper).values():

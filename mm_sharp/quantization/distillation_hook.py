@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from mm_sharp.errors import HOOK, UnsupportedError, UserError, check_number
 from mm_sharp.ops.rng import RandomState
 
+from .build import float_config
 from .oscillation_hook import unwrapped
 
 
@@ -147,15 +148,9 @@ def _loss_of(model: Any) -> nn.Module:
 
 def _load(runner: Any, path: str) -> nn.Module:
     """The run's model in float, in evaluation mode, with a checkpoint's weights."""
-    config = dict(runner.cfg.model)
-    if config.get('type') == 'QuantizedModel':
-        inner = config.pop('model')
-        config.pop('type')
-        config.pop('policy', None)
-        config = {'type': inner, **config} if isinstance(inner, str) else {**inner, **config}
     before = RandomState.capture()
     try:
-        teacher: nn.Module = MODELS.build(config)
+        teacher: nn.Module = MODELS.build(float_config(runner.cfg.model))
         load_checkpoint(teacher, path, map_location='cpu', strict=True, logger='current')
     except RuntimeError as error:
         reason = ' '.join(str(error).split())

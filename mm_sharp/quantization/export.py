@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from inspect import signature
@@ -188,23 +188,9 @@ def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int
         return _write_float(network, inputs, file)
     if file_format == 'qcdq':
         _set_biases_apart(network.model)
-    with torch.no_grad():
-        outputs = network(inputs)
-    names = output_names(outputs)
-    export = export_onnx_qcdq if file_format == 'qcdq' else export_qonnx
-    with exporting():
-        export(
-            network,
-            args=inputs,
-            export_path=str(file),
-            input_names=['input'],
-            output_names=list(names),
-            dynamic_axes={name: {0: 'batch'} for name in ('input', *names)},
-            opset_version=OPSET,
-            keep_initializers_as_inputs=True,  # else equal ones are stored once, and reach the others by Identity
-            **_OLDER_EXPORTER,
-        )
-    return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
+    # Otherwise equal constants are stored once, and reach the others by Identity.
+    options = {'keep_initializers_as_inputs': True}
+    return _write_with(export_onnx_qcdq if file_format == 'qcdq' else export_qonnx, network, inputs, file, **options)
 
 
 def _check_bits(model: nn.Module) -> None:
@@ -220,13 +206,21 @@ def _check_bits(model: nn.Module) -> None:
 
 def _write_float(network: nn.Module, inputs: Tensor, file: Path) -> dict[str, list[int]]:
     """Have torch write a network, without its quantizers if it has some; returns the outputs' shapes, by name."""
-    with evaluation(network), without_quantizers(network), torch.no_grad():
-        outputs = network(inputs)
-        names = output_names(outputs)
-        axes = {name: {0: 'batch'} for name in ('input', *names)}
-        options: dict[str, Any] = dict(input_names=['input'], output_names=list(names), dynamic_axes=axes)
-        with exporting():
-            torch.onnx.export(network, (inputs,), str(file), opset_version=OPSET, **_OLDER_EXPORTER, **options)
+    with evaluation(network), without_quantizers(network):
+        return _write_with(torch.onnx.export, network, inputs, file)
+
+
+@torch.no_grad()
+def _write_with(
+    export: Callable[..., Any], network: nn.Module, inputs: Tensor, file: Path, **options: Any
+) -> dict[str, list[int]]:
+    """Call an exporter; returns the outputs' shapes, by name."""
+    outputs = network(inputs)
+    names = output_names(outputs)
+    axes = {name: {0: 'batch'} for name in ('input', *names)}
+    options |= {'input_names': ['input'], 'output_names': list(names), 'dynamic_axes': axes, 'opset_version': OPSET}
+    with exporting():
+        export(network, (inputs,), str(file), **options, **_OLDER_EXPORTER)
     return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
 
 

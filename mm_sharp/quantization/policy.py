@@ -126,9 +126,7 @@ class QuantizationPolicy:
             overrides=tuple(_override(default, item) for item in layers),
             skip=tuple(_pattern('skip', item) for item in (skip if isinstance(skip, (list, tuple)) else [skip])),
             input_size=_size(policy.get('input_size')),
-            **{
-                key: policy[key] for key in ('target', 'first_layers', 'last_layers', 'fold_batchnorm') if key in policy
-            },
+            **{key: policy[key] for key in _PLAIN_KEYS if key in policy},
         )
         read.check_target()
         return read

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mm_sharp.analysis.benchmark import candidates
 from mm_sharp.analysis.benchmark.candidates import SHARED, Candidate
 from mm_sharp.analysis.benchmark.steps import measure_rounds
-from mm_sharp.analysis.prepare import build_loader
+from mm_sharp.analysis.prepare import build_loader, model_config
 from mm_sharp.errors import UsageError
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
@@ -117,19 +117,16 @@ def _build_models(cfg: Config, loaded: list[Any]) -> tuple[Any, Any]:
     if config.get('type') != 'QuantizedModel':
         return _build_model(cfg, config), None
     from mm_sharp.quantization import calibrate
+    from mm_sharp.quantization.build import float_config
 
-    policy, inner = config.pop('policy'), config.pop('model')
-    own = {key: value for key, value in config.items() if key != 'type'}
-    float_model = _build_model(cfg, {**(dict(inner) if isinstance(inner, dict) else {'type': inner}), **own})
-    model = MODELS.build({'type': 'QuantizedModel', 'model': copy.deepcopy(float_model), 'policy': policy})
+    float_model = _build_model(cfg, float_config(config))
+    model = MODELS.build({'type': 'QuantizedModel', 'model': copy.deepcopy(float_model), 'policy': config['policy']})
     calibrate(model, loaded)
     return model.train(), float_model
 
 
-def _build_model(cfg: Config, config: dict[str, Any]) -> Any:
-    model = MODELS.build(
-        config if (own := cfg.get('data_preprocessor')) is None else {'data_preprocessor': own, **config}
-    )
+def _build_model(cfg: Config, config: Mapping[str, Any]) -> Any:
+    model = MODELS.build(model_config(cfg, config))
     for module in model.modules():
         if "'Pretrained'" in repr(getattr(module, 'init_cfg', None)):
             module.init_cfg = None  # nothing is downloaded: the numbers do not matter here

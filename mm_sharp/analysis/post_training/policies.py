@@ -12,7 +12,7 @@ from mmengine.config import Config
 import mm_sharp
 from mm_sharp.config import fragments
 from mm_sharp.errors import UsageError, UserError, did_you_mean
-from mm_sharp.quantization import QuantizationPolicy
+from mm_sharp.quantization import QuantizationPolicy, build
 
 _FRAGMENTS = Path(mm_sharp.__file__).parent / '.mim' / 'configs' / '_base_' / 'quantization'
 
@@ -51,10 +51,7 @@ def _checked(policy: Any) -> dict[str, Any]:
 def float_config(cfg: Config) -> Config:
     """A copy of a config whose model is the float one."""
     cfg = deepcopy(cfg)
-    if cfg.model.get('type') == 'QuantizedModel':
-        rest = {key: value for key, value in cfg.model.items() if key not in ('type', 'model', 'policy')}
-        inner = cfg.model.model
-        cfg.model = {'type': inner, **rest} if not isinstance(inner, Mapping) else {**inner, **rest}
+    cfg.model = build.float_config(cfg.model)
     cfg.pop('sharp_quantization', None)
     return cfg
 

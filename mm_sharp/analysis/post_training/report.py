@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_sharp.analysis import tables
 from mm_sharp.analysis.post_training.proposal import Proposal
 from mm_sharp.analysis.post_training.sensitivity import FLOAT, Choice, Sensitivity
 from mm_sharp.analysis.tables import columns
@@ -61,7 +61,7 @@ def write_json(file: Path, found: Sensitivity, weights: Mapping[str, int], setti
     """Everything, the most sensitive layer first."""
     layers = [{'layer': name, 'weights': weights[name], 'costs': found.costs[name]} for name in found.ranked()]
     content = {'settings': dict(settings), 'others': found.others, 'value': found.value, 'layers': layers}
-    file.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+    tables.write_json(file, content)
 
 
 def _tried(found: Sensitivity) -> Sequence[str]:

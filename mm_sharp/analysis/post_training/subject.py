@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import cached_property
-from itertools import islice
 from numbers import Real
 from typing import Any
 from unittest.mock import patch
@@ -21,12 +20,12 @@ from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import CheckpointLoader, Runner, set_random_seed
-from mmengine.utils import ProgressBar
+from mmengine.utils import track_iter_progress
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from mm_sharp.analysis.post_training.policies import float_config, quantized_config
-from mm_sharp.analysis.prepare import build_loader, prepared
+from mm_sharp.analysis.prepare import build_loader, model_config, prepared
 from mm_sharp.analysis.sharpness.loading import load_model, load_samples
 from mm_sharp.cli.loading import careful_loading
 from mm_sharp.errors import UsageError, UserError, did_you_mean
@@ -169,11 +168,8 @@ def check_policies(
 def _build(cfg: Config, policy: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> nn.Module:
     """A config's model quantized by a policy, in evaluation mode, with a float state's weights if there is one."""
     cfg = quantized_config(cfg, policy)
-    config = dict(cfg.model)
-    if cfg.get('data_preprocessor'):
-        config.setdefault('data_preprocessor', cfg.data_preprocessor)
     with patch.object(MMLogger.get_current_instance(), 'disabled', True):  # its table of all layers
-        model: nn.Module = MODELS.build(config)
+        model: nn.Module = MODELS.build(model_config(cfg))
         if state is not None:
             model.load_state_dict(state, strict=False)
     return model.eval()
@@ -186,8 +182,4 @@ def _judged(metrics: Mapping[str, Any]) -> dict[str, float]:
 def with_bar(items: Any, title: str) -> Iterable[Any]:
     """The items, with a progress bar on stderr below a title."""
     sys.stderr.write(f'{title}\n')
-    bar = ProgressBar(len(items), file=sys.stderr)
-    for item in islice(items, len(items)):
-        yield item
-        bar.update()
-    sys.stderr.write('\n')
+    return track_iter_progress((items, len(items)), file=sys.stderr)  # type: ignore[no-any-return]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm import tqdm
 
-from mm_sharp.analysis.prepare import build_loader, prepared
+from mm_sharp.analysis.prepare import build_loader, model_config, prepared
 from mm_sharp.cli.loading import careful_loading
 from mm_sharp.errors import UsageError, UserError
 from mm_sharp.hooks.checkpoint import check_next_load
@@ -39,9 +39,7 @@ def load_model(
     that it is not plain, damaged, of another model, or of an uncalibrated quantized one. ``check`` is given the
     model before that.
     """
-    config = dict(cfg.model)
-    if cfg.get('data_preprocessor'):
-        config.setdefault('data_preprocessor', cfg.data_preprocessor)
+    config = model_config(cfg)
     quantized = config.get('type') == 'QuantizedModel'
     with careful_loading(trust), prepared(cfg):
         model = revert_sync_batchnorm(MODELS.build(config))
