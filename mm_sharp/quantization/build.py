@@ -98,7 +98,9 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     _check_output(model, noise, output)
     record = QuantizationRecord(policy, layers, batchnorms, float_bytes, 0, (width, height))
     record.points = [PointRecord(p.name, input_range(policy.of_points(), nonnegative=p.nonnegative)) for p in points]
-    record.other_bytes = _calibrated_bytes(model) - sum(4 * layer.weights for layer in record.quantized)
+    saved = model.state_dict()  # without buffers of quantizers or the data preprocessor, and without scales
+    calibrated = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in saved}}
+    record.other_bytes = size_in_bytes(calibrated) - sum(4 * layer.weights for layer in record.quantized)
     attach(model, record)
     print_log(f'Quantized {type(model).__name__}:\n{record.table()}', 'current')
     return model
@@ -180,11 +182,16 @@ def _replace_layers(
             f'{OWNER}: no layer is quantized ({reasons or "the model has none"}). Write for example: '
             'policy=dict(first_layers=8, last_layers=8, skip=[]), or sharp_quantization = None to train in float'
         )
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():  # a layer may have several names
-            if child in replaced:
-                setattr(parent, name, replaced[child])
+    replace_modules(model, replaced)
     return records
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules in the place of others, under each of their names, in place."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in new:
+                setattr(parent, name, new[child])
 
 
 def _quantized(module: nn.Module, policy: LayerPolicy, inputs: Any) -> nn.Module:
@@ -226,13 +233,6 @@ def _noise(model: nn.Module, width: int, height: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 3 if mean is None else mean.numel(), height, width, generator=generator)
     return noise.to(next(model.parameters()))
-
-
-def _calibrated_bytes(model: nn.Module) -> int:
-    """Bytes of what a calibrated model's checkpoint holds, but for the layout."""
-    saved = model.state_dict()  # without buffers of quantizers or the data preprocessor, and without scales
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return size_in_bytes({**dict(model.named_parameters()), **buffers})
 
 
 def _check_output(model: nn.Module, inputs: torch.Tensor, expected: torch.Tensor) -> None:

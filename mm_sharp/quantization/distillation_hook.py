@@ -77,7 +77,8 @@ class DistillationHook(Hook):  # type: ignore[misc]
 
         def run(backbone: nn.Module, args: tuple[Any, ...]) -> None:
             (inputs,) = args
-            if backbone.training and not self._has_outputs_of(inputs):
+            new = self._inputs is None or self._inputs[0] is not inputs or self._inputs[1] != inputs._version
+            if backbone.training and new:
                 with torch.no_grad():
                     self._outputs = teacher(inputs, None, mode='tensor')
                 self._inputs = inputs, inputs._version
@@ -97,9 +98,6 @@ class DistillationHook(Hook):  # type: ignore[misc]
         for handle in self._handles:
             handle.remove()
         self._handles, self._inputs, self._outputs = [], None, None
-
-    def _has_outputs_of(self, inputs: Tensor) -> bool:
-        return self._inputs is not None and self._inputs[0] is inputs and self._inputs[1] == inputs._version
 
 
 def mixture(loss: Any, labels: Any, teacher: Any, weight: float) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from brevitas.function.ops import max_int, min_int
 from mmengine.dist import is_main_process
-from mmengine.utils import ProgressBar
+from mmengine.utils import track_iter_progress
 from torch import Tensor, nn
 
 from mm_sharp.errors import UserError
@@ -56,12 +56,9 @@ def learn_rounding(model: nn.Module, batches: Sequence[Any], steps: int) -> dict
     source = deepcopy(model)  # keeps the float weights
     without_quantizers(source).__enter__()
     names = _order(model, batches[0])
-    progress = ProgressBar(len(names)) if is_main_process() else None
-    for name in names:
+    for name in track_iter_progress(names) if is_main_process() else names:
         layer: Any = model.get_submodule(name)
         found[name] = _round_layer(layer, _pairs((model, layer), (source, source.get_submodule(name)), batches), steps)
-        if progress:
-            progress.update()
     return found
 
 

@@ -35,19 +35,16 @@ def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
 def _unsign(graph: onnx.GraphProto) -> None:
     """Activations in uint8: integers from -128 to 127 become those from 0 to 255, with 128 as the zero point."""
     stored = {item.name: item for item in graph.initializer}
+    int8 = {name for name, item in stored.items() if item.data_type == onnx.TensorProto.INT8}
     for node in graph.node:
         if node.op_type == 'QuantizeLinear' or (node.op_type == 'DequantizeLinear' and node.input[0] not in stored):
             zero_point = numpy_helper.to_array(stored[node.input[2]])
             if zero_point.dtype == np.int8:
                 node.input[2] = store(graph, f'{node.name}/uint8', (zero_point.astype(np.int16) + 128).astype(np.uint8))
-        elif node.op_type == 'Clip' and _is_int8(stored, node.input[1]):  # of fewer bits
+        elif node.op_type == 'Clip' and node.input[1] in int8:  # of fewer bits
             for i in (1, 2):
                 limit = numpy_helper.to_array(stored[node.input[i]]).astype(np.int16) + 128
                 node.input[i] = store(graph, f'{node.name}/uint8_{i}', limit.astype(np.uint8))
-
-
-def _is_int8(stored: dict[str, onnx.TensorProto], name: str) -> bool:
-    return name in stored and stored[name].data_type == onnx.TensorProto.INT8
 
 
 def _move_clips(graph: onnx.GraphProto) -> None:

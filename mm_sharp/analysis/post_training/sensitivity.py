@@ -10,6 +10,7 @@ from torch import nn
 
 from mm_sharp.analysis.post_training.subject import Judge, with_bar
 from mm_sharp.errors import UsageError
+from mm_sharp.quantization.build import replace_modules
 from mm_sharp.quantization.flow import without_quantizers
 from mm_sharp.quantization.record import quantized_record
 
@@ -39,17 +40,12 @@ class MixedModel:
             for policy, model in {**models, FLOAT: plain}.items()
         }
         others = {layer.name for layer in first.quantized} - set(self.weights)
-        self._swap({self.model.get_submodule(name): plain.get_submodule(name) for name in others})
+        replace_modules(self.model, {self.model.get_submodule(name): plain.get_submodule(name) for name in others})
 
     def choose(self, choice: Choice) -> None:
         """Quantize each layer that is named by a policy; others stay as they are."""
-        self._swap({self.model.get_submodule(name): self._layers[policy][name] for name, policy in choice.items()})
-
-    def _swap(self, new: Mapping[nn.Module, nn.Module]) -> None:
-        for parent in list(self.model.modules()):
-            for leaf, child in parent._modules.items():  # a layer may have several names
-                if child is not None and child in new:
-                    setattr(parent, leaf, new[child])
+        new = {self.model.get_submodule(name): self._layers[policy][name] for name, policy in choice.items()}
+        replace_modules(self.model, new)
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -
         samples = load_samples(run.cfg, 'train', count, seed=0)
     found = []
     for epoch, file in run.checkpoints.items():
-        model, _, _ = load_model(run.cfg, str(file))
+        model: Any = load_model(run.cfg, str(file))[0]
         # No step is made: only the two passes count.
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         wrapper = SAMOptimWrapper(optimizer, rho=rho, adaptive='tensor', perturb='weights')
@@ -164,14 +164,8 @@ def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -
         differences = []
         with prepared(run.cfg, epoch):
             for _, batch in samples.batches(batch_size):
-                differences.append(_rise(model, batch, wrapper))
+                model.train_step(batch, wrapper)
+                step: Any = wrapper.last_step
+                differences.append(float(step.perturbed_loss - step.loss))
         found.append((epoch, fmean(differences)))
     return found
-
-
-def _rise(model: Any, batch: Any, wrapper: SAMOptimWrapper) -> float:
-    model.train_step(batch, wrapper)
-    step = wrapper.last_step
-    assert step is not None
-    assert step.perturbed_loss is not None
-    return float(step.perturbed_loss - step.loss)
