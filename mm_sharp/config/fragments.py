@@ -128,7 +128,6 @@ def _quantized(model: dict[str, Any], policy: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_hook(cfg: Config, hook: dict[str, Any]) -> None:
-    """Append a hook, unless there is one of its type."""
     hooks = cfg.get('custom_hooks') or []
     kind = _type_name(hook).rpartition('.')[2]
     if not any(_is_type(other, kind) if isinstance(other, dict) else type(other).__name__ == kind for other in hooks):
@@ -171,7 +170,6 @@ def _refuse_amp(cfg: Config) -> None:
 
 
 def _check_quantization(settings: Any) -> None:
-    """Refuse settings of the wrong form; what is in the two dicts, their owners check."""
     forms: dict[str, Any] = {'policy': dict, 'calibration': (dict, type(None))}
     is_right = isinstance(settings, dict) and set(settings) <= set(forms)
     if not is_right or not all(isinstance(settings.get(part), kinds) for part, kinds in forms.items()):

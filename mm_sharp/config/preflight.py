@@ -352,7 +352,6 @@ def _in_one_line(key: str, example: str = '') -> Iterator[None]:
 
 
 def _say(line: str) -> None:
-    """Print a line, once a run."""
     if is_main_process():
         print_log(line)
 

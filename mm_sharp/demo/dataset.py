@@ -141,7 +141,6 @@ def _draw_image(out: Path, seed: int, settings: Settings, task: Task) -> Drawn:
 
 
 def _write_split(out: Path, split: str, drawn: list[Drawn]) -> list[object]:
-    """Write the annotations; returns what the digest is taken of."""
     images = [coco_image(number) for number in range(1, len(drawn) + 1)]
     people = [(image, *item) for image, (found, _) in zip(images, drawn, strict=True) for item in enumerate(found)]
     coco = coco_file(images, [coco_annotation(person, image['id'], number) for image, number, person in people])

@@ -176,7 +176,6 @@ def judge(figure: Figure, shown: Mask, camera: Camera) -> Person:
 
 
 def _is_seen(name: str, figure: Figure, shown: Mask, point: tuple[float, float]) -> bool:
-    """Whether the pixel shows the keypoint's own part, not far in front of the keypoint."""
     parts, depth = own_parts(name)
     u, v = (math.floor(value + 0.5) for value in point)
     return bool(

@@ -127,7 +127,6 @@ def _layers_of(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _choice(name: str, module: nn.Module, flow: LayerFlow | None, policy: QuantizationPolicy) -> LayerPolicy | str:
-    """How a layer is to be quantized, or why it is not."""
     if not is_plain(module, tuple(_QUANTIZED)):
         return f'{type(module).__name__} has hooks or a forward of its own'
     if flow is None:
@@ -162,7 +161,6 @@ def _replace_layers(
     chosen: Mapping[str, LayerPolicy | str],
     quantized_before: Mapping[str, Point],
 ) -> list[LayerRecord]:
-    """Replace every layer that is to be quantized; what was done with each."""
     records: list[LayerRecord] = []
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in _layers_of(model):

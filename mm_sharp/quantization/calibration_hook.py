@@ -111,7 +111,6 @@ class CalibrationHook(Hook):  # type: ignore[misc]
             broadcast(tensor.detach(), src=0)
 
     def _report(self, runner: Any, model: nn.Module) -> None:
-        """Evaluate and save what post-training quantization alone gives."""
         runner.save_checkpoint(
             runner.work_dir, CHECKPOINT, save_optimizer=False, save_param_scheduler=False, by_epoch=False
         )

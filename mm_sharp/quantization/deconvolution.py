@@ -52,7 +52,6 @@ def _quantizer(graph: onnx.GraphProto, node: onnx.NodeProto) -> onnx.NodeProto |
 def _convolve(
     graph: onnx.GraphProto, node: onnx.NodeProto, weights: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]
 ) -> None:
-    """Make the node a convolution with four times the outputs."""
     integers = numpy_helper.to_array(stored[weights.input[0]])  # (inputs, outputs, 4, 4)
     parts = [integers[:, :, rows][:, :, :, columns] for rows in _TAPS for columns in _TAPS]
     kernel = np.ascontiguousarray(np.concatenate(parts, 1).swapaxes(0, 1))

@@ -113,7 +113,6 @@ def crop_constants(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _keypoints(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Names, links and colours (RGB) of keypoints."""
     names = meta.get('keypoint_id2name') or {}
     keys = {'dataset': 'dataset_name', 'colors': 'keypoint_colors', 'skeleton': 'skeleton_links'}
     keys |= {'skeleton_colors': 'skeleton_link_colors', 'flip_indices': 'flip_indices'}

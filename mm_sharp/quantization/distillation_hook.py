@@ -132,7 +132,6 @@ def _mix(loss: Any, labels: Tensor, teacher: Tensor, weight: float) -> Tensor:
 
 
 def _loss_of(model: Any) -> nn.Module:
-    """The loss module of a head that can be distilled."""
     loss = getattr(getattr(model, 'head', None), 'loss_module', None)
     kind = type(loss).__name__
     if kind not in ('KeypointMSELoss', 'KLDiscretLoss') or getattr(loss, 'skip_empty_channel', False):

@@ -180,7 +180,6 @@ def exporting() -> Iterator[None]:
 
 
 def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int]]:
-    """Have Brevitas write a copy of the model; returns the outputs' shapes, by name."""
     from brevitas.export import export_onnx_qcdq, export_qonnx
 
     network, inputs = Network(deepcopy(model)).cpu().float().eval(), _zeros(model)
@@ -214,7 +213,6 @@ def _write_float(network: nn.Module, inputs: Tensor, file: Path) -> dict[str, li
 def _write_with(
     export: Callable[..., Any], network: nn.Module, inputs: Tensor, file: Path, **options: Any
 ) -> dict[str, list[int]]:
-    """Call an exporter; returns the outputs' shapes, by name."""
     outputs = network(inputs)
     names = output_names(outputs)
     axes = {name: {0: 'batch'} for name in ('input', *names)}

@@ -61,7 +61,6 @@ def _activates(norm: nn.Module) -> bool:
 
 
 def _behind(norm: Any) -> nn.Module:
-    """What remains of a norm that is folded."""
     if not _activates(norm):
         return nn.Identity().train(norm.training)
     return nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act)).train(norm.training)

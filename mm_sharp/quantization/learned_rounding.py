@@ -71,7 +71,6 @@ def check_scales_stay(model: nn.Module) -> None:
 
 
 def _order(model: nn.Module, batch: Any) -> list[str]:
-    """The quantized layers in the order of their first call."""
     names: dict[str, None] = {}
     wanted = {layer.name for layer in quantized_record(model).quantized}
 
@@ -168,6 +167,5 @@ def _penalty(up: Tensor, progress: float) -> Tensor:
 
 
 def _error(layer: Any, weight: Tensor, pairs: Sequence[Pair]) -> float:
-    """The mean square error of a layer's output over all batches."""
     errors = [(layer.inner_forward_impl(x, weight, layer.bias) - y).square().mean() for x, y in pairs]
     return float(torch.stack(errors).mean())

@@ -61,7 +61,6 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
 def _copy_constant(
     graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto], node: onnx.NodeProto, position: int, name: str
 ) -> None:
-    """Give a node a copy of a constant that it takes in."""
     copy = graph.initializer.add()
     copy.CopyFrom(stored[node.input[position]])
     copy.name = node.input[position] = f'{node.name}/{name}'

@@ -117,8 +117,6 @@ def _quantize_input(host: Any, args: Any) -> Any:
 
 
 class _Network:
-    """What the graph says of tensors between layers."""
-
     def __init__(self, graph: Graph, layers: Collection[str]) -> None:
         self._graph = graph
         self._users: Mapping[Any, list[Any]] = graph.users()

@@ -125,7 +125,6 @@ class QuantizationRecord:
         )
 
     def _between(self) -> list[str]:
-        """What is said of activations between layers."""
         if self.policy.target == 'generic':
             return [
                 'activations, norms, residual sums, concatenations and what attention multiplies stay in float: each '
@@ -243,7 +242,6 @@ def _of_quantizer(key: str) -> bool:
 
 
 def _summary(layout: Tensor) -> str:
-    """The layout of a checkpoint's model in words: how many layers have which bits."""
     kinds = {True: 'layers W{0}A{1}', False: 'activations A{1}'}
     counts = Counter(kinds[bool(row[0])].format(row[0], row[1] or 8) for row in layout.tolist())
     return ', '.join(f'{count} {name}' for name, count in counts.items())

@@ -112,7 +112,6 @@ def load_workload(cfg: Config, batch_size: int) -> Workload:
 
 
 def _build_models(cfg: Config, loaded: list[Any]) -> tuple[Any, Any]:
-    """The model of a config and, if it is quantized, calibrated, the float model that it was made from."""
     config = dict(cfg.model)
     if config.get('type') != 'QuantizedModel':
         return _build_model(cfg, config), None

@@ -59,13 +59,7 @@ class _MeasuredError(Exception):
 
 
 class RhoProbe(TwoPassOptimWrapper):
-    """An optimizer wrapper that measures SAM's perturbation at a grid of radii, and never steps.
-
-    Args:
-        optimizer: Of the model; it is not stepped.
-        rhos: The radii, each above 0.
-        kwargs: The other arguments of :class:`mm_sharp.step.wrapper.TwoPassOptimWrapper`.
-    """
+    """An optimizer wrapper that measures SAM's perturbation at a grid of radii, each above 0, and never steps."""
 
     def __init__(self, optimizer: Optimizer, rhos: Sequence[float], **kwargs: Any) -> None:
         super().__init__(optimizer, rho=rhos[0], **kwargs)
@@ -73,13 +67,11 @@ class RhoProbe(TwoPassOptimWrapper):
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
 
     def measure(self, model: Any, batch: Any) -> BatchRises | None:
-        """Measure one batch as it comes from the loader. The model is afterwards as it was, bit for bit.
+        """Measure one batch as it comes from the loader; None if the gradient is not finite, or zero.
 
-        Returns:
-            None if the gradient is not finite, or zero.
+        The model is afterwards as it was, bit for bit.
 
-        Raises:
-            UsageError: The model's ``train_step`` makes no step with the wrapper that it is given.
+        Raises UsageError: The model's ``train_step`` makes no step with the wrapper that it is given.
         """
         try:
             model.train_step(batch, self)
@@ -182,8 +174,7 @@ def measure(
 
     Returns what was found on each batch whose gradient is finite and not zero, and the number of steps.
 
-    Raises:
-        UsageError: No batch has a finite gradient that is not zero; the training has no more than ``steps`` steps.
+    Raises UsageError: No batch has a finite gradient that is not zero; the training has no more than ``steps`` steps.
     """
     with tempfile.TemporaryDirectory() as folder, careful_loading(trust), prepared(cfg):
         runner = build_runner(training_config(cfg, folder))
@@ -214,7 +205,6 @@ def training_config(cfg: Config, folder: str) -> Config:
 
 
 def _plain_batches(loader: Mapping[str, Any]) -> dict[str, Any]:
-    """A training loader's config without AUSAM's draws."""
     batch_sampler = loader.get('batch_sampler') or {}
     if type_name(batch_sampler.get('type')) != 'AUSAMSampler':
         return dict(loader)
@@ -226,8 +216,6 @@ class _DoneError(Exception):
 
 
 class _MeasuringHook(Hook):  # type: ignore[misc]
-    """Measures before a step, and ends the training there."""
-
     def __init__(
         self, perturbation: Perturbation, rhos: Sequence[float], steps: int | None, batches: int, bar: Any
     ) -> None:

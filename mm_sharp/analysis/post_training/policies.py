@@ -20,8 +20,7 @@ _FRAGMENTS = Path(mm_sharp.__file__).parent / '.mim' / 'configs' / '_base_' / 'q
 def read_policy(name: str) -> dict[str, Any]:
     """The ``policy`` of a fragment in ``configs/_base_/quantization``, by its name, or of a config file like one.
 
-    Raises:
-        UsageError: There is no such fragment or file, or it sets no policy, or one that is not allowed.
+    Raises UsageError: There is no such fragment or file, or it sets no policy, or one that is not allowed.
     """
     known = sorted(path.stem for path in _FRAGMENTS.glob('*.py'))
     path = _FRAGMENTS / f'{name}.py' if name in known else Path(name)

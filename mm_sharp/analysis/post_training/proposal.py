@@ -50,18 +50,11 @@ def propose(
 ) -> Proposal:
     """A policy that keeps to a budget, with its own value and those of the policies that it mixes.
 
-    Args:
-        subject: Makes the proposed model, as a config would.
-        mixed: The model that was measured.
-        found: What was.
-        policies: By name; all with the same bits at the ends.
-        allowed: Names of those that may be chosen; ``'float'`` may be one.
-        judge: What is measured.
-        size_mb: Budget of the model's size in 10^6 bytes: weights in their bits, all else in 4 bytes. Or:
-        mean_bits: Budget of bits of a weight, in the mean over the layers.
+    ``policies`` have the same bits at the ends; of ``allowed``, the names of those that may be chosen, ``'float'`` may
+    be one. The budget is ``size_mb``, the model's size in 10^6 bytes (weights in their bits, all else in 4 bytes), or
+    ``mean_bits`` of a weight, in the mean over the layers.
 
-    Raises:
-        UsageError: The budget is too small.
+    Raises UsageError: The budget is too small.
     """
     bits, total = weight_bits(policies), sum(mixed.weights.values())
     record = quantized_record(mixed.model)
@@ -102,10 +95,7 @@ def mixed_policy(
 ) -> dict[str, Any]:
     """The policy that quantizes each layer as chosen: most weights by default, the others one by one.
 
-    Args:
-        choice: By layer, a name of ``policies``, or ``'float'``.
-        weights: How many a layer has.
-        policies: What may be chosen; all have the same settings for the model.
+    All ``policies`` have the same settings for the model.
     """
     counts: Counter[str] = Counter()
     for name, policy in choice.items():

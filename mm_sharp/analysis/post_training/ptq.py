@@ -31,13 +31,9 @@ class Row:
 def post_train(
     subject: Subject, policies: Mapping[str, Mapping[str, Any]], folder: Path, **options: Any
 ) -> Iterator[Row]:
-    """The float model's row, then a row for each policy, whose model is saved as ``ptq_<name>.pth`` with its config.
+    """The float model's row, then one for each policy by name, whose model is saved as ``ptq_<name>.pth`` and ``.py``.
 
-    Args:
-        subject: The float model.
-        policies: By name.
-        folder: Where checkpoints and configs are written.
-        **options: Those of :func:`mm_sharp.quantization.calibrate`.
+    ``options`` are those of :func:`mm_sharp.quantization.calibrate`.
     """
     state = subject.float_model.state_dict()
     yield Row('float', size_in_bytes(state) / 1e6, subject.test(subject.float_model))

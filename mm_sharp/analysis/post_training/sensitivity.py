@@ -21,10 +21,8 @@ Choice = Mapping[str, str]  # by layer: a policy's name, or 'float'
 class MixedModel:
     """A model each of whose layers can be quantized by any of several policies, or left in float.
 
-    Layers that a policy leaves in float are float for all.
-
-    Args:
-        models: By policy's name: the same model, calibrated, in evaluation mode. The first is the one that is changed.
+    It is the first of ``models``: by policy's name the same model, calibrated, in evaluation mode. Layers that a policy
+    leaves in float are float for all.
     """
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
@@ -63,13 +61,9 @@ class Sensitivity:
 
 
 def measure(mixed: MixedModel, policies: Sequence[str], others: str, judge: Judge) -> Sensitivity:
-    """Judge the model with each layer alone by each of the policies.
+    """Judge the model with each layer alone by each of the policies, all others as ``others``, as all are afterwards.
 
-    Args:
-        mixed: The model; all its layers are as ``others`` afterwards.
-        policies: Of those that the model was made from, or ``'float'``.
-        others: What all layers but one are.
-        judge: The loss, say.
+    Policies are of those that the model was made from, or ``'float'``.
     """
     mixed.choose(dict.fromkeys(mixed.weights, others))
     value = judge(mixed.model)
@@ -87,16 +81,10 @@ def assign(weights: Mapping[str, int], costs: Mapping[str, Mapping[str, float]],
     """Give each layer a policy so that all weights together take at most ``budget`` bits, at little cost.
 
     Costs are taken to add up. Each layer starts at its cheapest policy; then, again and again, the change to fewer bits
-    that costs least for each bit saved is made; finally what is left of the budget is spent.
+    that costs least for each bit saved is made; finally what is left of the budget is spent. ``weights`` are how many
+    each layer has, ``bits`` those of a weight, by policy.
 
-    Args:
-        weights: How many a layer has.
-        costs: By layer and policy.
-        bits: Of a weight, by policy.
-        budget: Bits of all weights.
-
-    Raises:
-        UsageError: With the fewest bits, the weights take more.
+    Raises UsageError: With the fewest bits, the weights take more.
     """
     choice = {name: min(options, key=lambda p: (options[p], bits[p])) for name, options in costs.items()}
 

@@ -41,17 +41,12 @@ Judge = Callable[[nn.Module], float]  # the lower the better
 
 
 class Subject:
-    """What is quantized after training.
+    """What is quantized after training: the model of a recipe, quantized or not, with a float model's checkpoint.
 
-    Args:
-        cfg: The recipe, quantized or not.
-        checkpoint: The float model's.
-        trust: Load it even if it is more than plain data.
-        batches: Training batches to calibrate with: those of ``CalibrationHook`` with this seed.
-        seed: Of their choice, and of their augmentation.
+    It is calibrated with so many training ``batches``, those of ``CalibrationHook`` with this seed, which is that of
+    their augmentation, too.
 
-    Raises:
-        UserError: The checkpoint is a quantized model's, or of another model, or not plain.
+    Raises UserError: The checkpoint is a quantized model's, or of another model, or not plain (unless ``trust`` is on).
     """
 
     def __init__(self, cfg: Config, checkpoint: str, trust: bool = False, batches: int = 16, seed: int = 0) -> None:
@@ -137,16 +132,11 @@ class Subject:
 def check_policies(
     cfg: Config, policies: Mapping[str, Mapping[str, Any]], *, exported: bool = False, **options: Any
 ) -> None:
-    """Refuse policies that do not fit a config's model, before a checkpoint is loaded.
+    """Refuse policies, by name, that do not fit a config's model, before a checkpoint is loaded.
 
-    Args:
-        cfg: The recipe, quantized or not.
-        policies: By name.
-        exported: Whether the models are going to be exported.
-        **options: Those of :func:`mm_sharp.quantization.calibrate`.
+    With ``exported``, what cannot be exported is refused; ``options`` are those of ``calibrate``.
 
-    Raises:
-        UsageError: The model cannot be quantized by one of them, or that exported, equalized or rounded.
+    Raises UsageError: The model cannot be quantized by one of them, or that exported, equalized or rounded.
     """
     for name, policy in policies.items():
         try:
@@ -166,7 +156,6 @@ def check_policies(
 
 
 def _build(cfg: Config, policy: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> nn.Module:
-    """A config's model quantized by a policy, in evaluation mode, with a float state's weights if there is one."""
     cfg = quantized_config(cfg, policy)
     with patch.object(MMLogger.get_current_instance(), 'disabled', True):  # its table of all layers
         model: nn.Module = MODELS.build(model_config(cfg))

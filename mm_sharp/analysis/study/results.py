@@ -160,7 +160,6 @@ def timed_runs(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float 
 def _planned(
     plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float | None], budget: str
 ) -> dict[str, tuple[int, float]]:
-    """Epochs and compute of the methods whose epochs are known under a budget."""
     most, found = plan.study.settings[setting].epochs, {}
     for method in plan.study.methods_in(setting):
         if budget != 'time':
