@@ -23,13 +23,9 @@ _PACKAGES = ('mm_sharp', 'brevitas', 'torch', 'onnx', 'mmpose', 'mmengine')
 def deployment_constants(
     model: nn.Module, pipeline: Sequence[Mapping[str, Any]], dataset_meta: Mapping[str, Any], name: str = ''
 ) -> dict[str, Any]:
-    """The constants of MMPose's top-down estimator, as plain values that JSON can hold.
+    """The constants of MMPose's top-down estimator, quantized or not, as plain values that JSON can hold.
 
-    Args:
-        model: The estimator, quantized or not.
-        pipeline: The config's test pipeline.
-        dataset_meta: Its data set's ``metainfo``: names, links and colours of keypoints.
-        name: What to call the model, for example its config's name.
+    ``pipeline`` is the config's test pipeline, ``dataset_meta`` the ``metainfo`` of its data set.
     """
     codec = codec_constants(model)
     settings = getattr(model, 'test_cfg', None) or {}

@@ -101,16 +101,11 @@ class DistillationHook(Hook):  # type: ignore[misc]
 
 
 def mixture(loss: Any, labels: Any, teacher: Any, weight: float) -> Any:
-    """What a loss module is given as labels.
+    """What a ``KeypointMSELoss`` or a ``KLDiscretLoss`` is given as labels; ``weight`` is the teacher's share.
 
-    Args:
-        loss: A ``KeypointMSELoss`` or a ``KLDiscretLoss``.
-        labels: The head's: heatmaps (N, K, H, W), or the two SimCC vectors, (N, K, W) and (N, K, H).
-        teacher: The teacher's output, of the same shapes.
-        weight: The teacher's share.
+    Labels and the teacher's output are heatmaps (N, K, H, W), or the two SimCC vectors, (N, K, W) and (N, K, H).
 
-    Raises:
-        ValueError: The shapes differ.
+    Raises ValueError: The shapes differ.
     """
     pair = isinstance(labels, (list, tuple))
     ours, theirs = (labels, teacher) if pair else ([labels], [teacher])

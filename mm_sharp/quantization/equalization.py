@@ -37,13 +37,9 @@ class _Tracer(fx.Tracer):
 
 
 def equalize(model: nn.Module) -> int:
-    """Equalize a quantized model that is not calibrated, in place; returns how many groups of layers were.
+    """Equalize a quantized model that is not calibrated, in evaluation mode, in place; returns how many groups were.
 
-    Args:
-        model: Built by ``QuantizedModel``, in evaluation mode, with its float weights loaded.
-
-    Raises:
-        UnsupportedError: The model cannot be traced, or would compute something else. Its weights are as before.
+    Raises UnsupportedError: The model cannot be traced, or would compute something else. Its weights are as before.
     """
     width, height = quantized_record(model).input_size
     inputs = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))

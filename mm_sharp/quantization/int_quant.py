@@ -80,12 +80,8 @@ def lsq_factor(count: int, low: Tensor, high: Tensor) -> Tensor:
     LSQ (Esser et al. 2020, arXiv 1902.08153, section 2.2) multiplies the gradient of the step size s by
     g = 1 / sqrt(N * Qp): N weights or, of one sample, features; Qp the highest integer. Brevitas trains not s but the
     range t = k * s, with k = max(-lowest, highest) integers: SGD on t moves s by 1 / k**2 of its gradient, on top. So
-    the factor is k**2 * g.
-
-    Args:
-        count: N: features of one sample, or, with a scale for each channel (ours), the weights of a channel.
-        low: The lowest integer.
-        high: The highest, Qp.
+    the factor is k**2 * g. ``count`` is N: features of one sample, or, with a scale for each channel (ours), the
+    weights of a channel; ``low`` and ``high`` are the lowest and the highest integer.
     """
     return torch.maximum(-low, high) ** 2 / torch.sqrt(count * high)
 

@@ -38,18 +38,12 @@ Pair = tuple[Tensor, Tensor]  # a batch of the layer's quantized input, and the 
 
 @torch.no_grad()
 def learn_rounding(model: nn.Module, batches: Sequence[Any], steps: int) -> dict[str, float]:
-    """Round a calibrated model's weights so that its layers' outputs change least, in place.
+    """Round the weights of a calibrated model, in evaluation mode, so that its layers' outputs change least, in place.
 
-    Args:
-        model: In evaluation mode; its weights' scales are parameters.
-        batches: What a data loader delivers. Of those that a layer sees, as many are used as fit into 256 MB.
-        steps: Of Adam for each layer, each on one batch.
+    Each of the ``steps`` of Adam for a layer is on one batch, of as many as fit into 256 MB. Returns, by layer, the
+    mean square error of its output, as a share of that of the nearest integers.
 
-    Returns:
-        By layer: the mean square error of its output, as a share of that of the nearest integers.
-
-    Raises:
-        UserError: Scales follow the weights: they would change with the rounding.
+    Raises UserError: Scales follow the weights: they would change with the rounding.
     """
     check_scales_stay(model)
     found: dict[str, float] = {}

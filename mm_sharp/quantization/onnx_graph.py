@@ -144,13 +144,9 @@ def with_inputs(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> 
 
 
 def runner(model: onnx.ModelProto, file_format: str, tensors: Sequence[str] = (), *, optimized: bool = True) -> Run:
-    """A function from a graph's inputs to its outputs, both by name; batches of any size.
+    """A function from a graph's inputs to its outputs and inner ``tensors``, all by name; batches of any size.
 
-    Args:
-        model: The graph.
-        file_format: ``'qcdq'``, which runs in ONNX Runtime, or ``'qonnx'``: in the package ``qonnx``, which is slow.
-        tensors: Names inside the graph whose values are returned, too.
-        optimized: Whether ONNX Runtime may optimize the graph, as it does by default.
+    ``'qonnx'`` runs in the package ``qonnx``, which is slow, other formats in ONNX Runtime, by default ``optimized``.
     """
     names = [*(output.name for output in model.graph.output), *tensors]
     if file_format == 'qonnx':

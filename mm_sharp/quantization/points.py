@@ -54,10 +54,7 @@ class Point:
 def find_points(graph: Graph, target: Target, layers: Collection[str]) -> list[Point]:
     """The points that a target needs, in the order of the forward pass.
 
-    Args:
-        graph: Of the float model, with BatchNorms folded.
-        target: The runtime.
-        layers: Names of the layers that are quantized.
+    The graph is the float model's, with BatchNorms folded; ``layers`` are the names of those that are quantized.
     """
     network = _Network(graph, layers)
     nodes = network.computed() if target.outputs else network.skips() if target.skips else set()
