@@ -360,33 +360,21 @@ def install() -> None:
     """From now on configs of runs that use this package are checked; a second call changes nothing."""
     for kind in (Runner, FlexibleRunner):
         if not hasattr(kind.train, '_is_checked'):
-            kind.train, kind.register_hooks = _checked(kind.train), _explained(kind.register_hooks)
+            kind.train = _guarded(kind.train, uses_mm_sharp, _check)
+            kind.register_hooks = _guarded(kind.register_hooks, lambda runner: is_ours(runner.optim_wrapper))
 
 
-def _explained(register_hooks: Callable[..., None]) -> Callable[..., None]:
-    @wraps(register_hooks)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not (is_ours(self.optim_wrapper) or _imports_us(self)):
-            return register_hooks(self, *args, **kwargs)
+def _guarded(
+    method: Callable[..., Any], concerns: Callable[[Any], bool], check: Callable[[Any], None] = lambda _: None
+) -> Callable[..., Any]:
+    @wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A misspelt wrapper is nobody's: what tells is that the config imports this package.
+        if not (concerns(self) or any(str(name).startswith('mm_sharp') for name in imports_of(self.cfg))):
+            return method(self, *args, **kwargs)
         with friendly_build_errors(self.cfg):
-            return register_hooks(self, *args, **kwargs)
-
-    return wrapper
-
-
-def _imports_us(runner: Any) -> bool:
-    # A misspelt wrapper is nobody's: what tells is that the config imports this package.
-    return any(str(name).startswith('mm_sharp') for name in imports_of(runner.cfg))
-
-
-def _checked(train: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @wraps(train)
-    def wrapper(self: Any) -> Any:
-        if not (uses_mm_sharp(self) or _imports_us(self)):
-            return train(self)
-        with friendly_build_errors(self.cfg):
-            _check(self)
-            return train(self)
+            check(self)
+            return method(self, *args, **kwargs)
 
     wrapper._is_checked = True  # type: ignore[attr-defined]
     return wrapper
