@@ -21,11 +21,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mm_sharp.errors import UnsupportedError
 
-from .export import Network
 from .flow import LAYERS, float_output
 from .record import quantized_record
 
 _TOLERANCE = 1e-3  # of the output's largest value; rounding makes 1e-7 to 1e-6 of it
+
+
+class _Network(nn.Module):
+    """From the picture to all of the head's outputs, for the tracer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.model(inputs, None, mode='tensor')
 
 
 class _Tracer(fx.Tracer):
@@ -44,7 +54,7 @@ def equalize(model: nn.Module) -> int:
     width, height = quantized_record(model).input_size
     inputs = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
     expected = float_output(model, inputs)
-    network = Network(model)
+    network = _Network(model)
     try:
         graph = _Tracer().trace(network)
     except Exception as error:  # whatever a model's code raises on proxies
