@@ -136,14 +136,12 @@ def sequential_sample(sizes: FloatArray, k: int, generator: torch.Generator) -> 
 
     The code of AUSAM's authors calls ``torch.multinomial``, too. Increasing indices, (k,).
     """
-    chosen: IntArray = torch.multinomial(torch.from_numpy(sizes), k, generator=generator).sort().values.numpy()
-    return chosen
+    return np.sort(torch.multinomial(torch.from_numpy(sizes), k, generator=generator).numpy())
 
 
 def uniform_sample(total: int, k: int, generator: torch.Generator) -> IntArray:
     """Draw ``k`` of ``total`` samples, all sets of them equally likely: increasing indices, (k,)."""
-    chosen: IntArray = torch.randperm(total, generator=generator)[:k].sort().values.numpy()
-    return chosen
+    return np.sort(torch.randperm(total, generator=generator)[:k].numpy())
 
 
 def systematic_sample(pi: npt.ArrayLike, generator: torch.Generator) -> IntArray:

@@ -26,9 +26,7 @@ class Columns(NamedTuple):
     visits: npt.NDArray[Any]
 
     def find(self, ids: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-        """The rows of those of the ids that are there, and which are."""
-        if not len(self.ids):
-            return np.zeros(0, np.int64), np.zeros(len(ids), np.bool_)
+        """The rows of those of the ids that are there, and which are; not of an empty table."""
         rows = self.ids.searchsorted(ids)
         found = self.ids.take(rows, mode='clip') == ids
         return rows[found], found
@@ -53,8 +51,9 @@ class Table:
         """Averages and visits; both 0 where there are none."""
         averages, visits = np.zeros(len(ids)), np.zeros(len(ids), np.int64)
         for part in (self._main, self._recent):
-            rows, found = part.find(ids)
-            averages[found], visits[found] = part.averages[rows], part.visits[rows]
+            if len(part.ids):
+                rows, found = part.find(ids)
+                averages[found], visits[found] = part.averages[rows], part.visits[rows]
         return averages, visits
 
     def add(self, ids: IntArray, means: npt.NDArray[Any], visits: npt.NDArray[Any], momentum: float | None) -> None:
