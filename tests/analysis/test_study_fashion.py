@@ -48,7 +48,9 @@ def test_rows_and_flipped_labels(folder: Path) -> None:
         FlippedFashionMNIST(str(folder), download=False, flipped=2)
 
 
-@pytest.mark.parametrize('name', ['lenet5_fashion-mnist', 'lenet5_aug_fashion-mnist'])
+@pytest.mark.parametrize(
+    'name', ['lenet5_fashion-mnist', 'lenet5_aug_fashion-mnist', 'resnet18-quarter_aug_fashion-mnist']
+)
 def test_a_training(folder: Path, tmp_path: Path, name: str) -> None:
     cfg = Config.fromfile(ROOT / 'configs' / 'study' / f'{name}.py')
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
