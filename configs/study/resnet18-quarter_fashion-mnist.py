@@ -1,16 +1,2 @@
 # ResNet-18 of a quarter of its width on 2,000 pictures of Fashion-MNIST: it learns them by heart, wrong labels too.
-_base_ = ['./lenet5_fashion-mnist.py']
-
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='ResNet',
-        depth=18,
-        in_channels=1,
-        stem_channels=16,
-        base_channels=16,
-        norm_cfg=dict(type='BN'),
-    ),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(_delete_=True, type='LinearClsHead', num_classes=10, in_channels=128, loss=dict(type='CrossEntropyLoss')),
-)
+_base_ = ['./_base_/fashion-mnist.py', './_base_/resnet18-quarter_32x32.py']
