@@ -166,7 +166,7 @@ def decode_msra(maps: Array, codec: dict[str, Any]) -> tuple[Array, Array]:
                 points[k, 0] += 0.25 * np.sign(maps[k, y, x + 1] - maps[k, y, x - 1])
             if 1 < y < height - 1 and 0 < x < width:
                 points[k, 1] += 0.25 * np.sign(maps[k, y + 1, x] - maps[k, y - 1, x])
-    return points * (np.array(codec['input_size']) / np.array(codec['heatmap_size'])).astype(np.float32), scores
+    return _in_input(points, codec), scores
 
 
 def decode_udp(maps: Array, codec: dict[str, Any]) -> tuple[Array, Array]:
@@ -196,8 +196,7 @@ def decode_megvii(maps: Array, codec: dict[str, Any]) -> tuple[Array, Array]:
         x, y = points[k].astype(int)
         steps = [maps[k, y, x + 1] - maps[k, y, x - 1], maps[k, y + 1, x] - maps[k, y - 1, x]]
         points[k] += 0.25 * np.sign(steps) + 0.5
-    scale = (np.array(codec['input_size']) / np.array(codec['heatmap_size'])).astype(np.float32)
-    return points * scale, scores / 255 + 0.5
+    return _in_input(points, codec), scores / 255 + 0.5
 
 
 def _highest(maps: Array) -> tuple[Array, Array]:
@@ -207,6 +206,12 @@ def _highest(maps: Array) -> tuple[Array, Array]:
     points, scores = np.stack([columns, rows], axis=-1).astype(np.float32), flat.max(-1)
     points[scores <= 0] = -1
     return points, scores
+
+
+def _in_input(points: Array, codec: dict[str, Any]) -> Array:
+    """Points of a heatmap in pixels of the input."""
+    scaled: Array = points * (np.array(codec['input_size']) / np.array(codec['heatmap_size'])).astype(np.float32)
+    return scaled
 
 
 def _blurred(maps: Array, kernel: int) -> Array:
