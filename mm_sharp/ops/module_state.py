@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mm_sharp.ops.module_tree import Attributes, ModuleAttributes, ModuleTree, is_compiled
+from mm_sharp.ops.module_tree import Attributes, ModuleAttributes, ModuleTree, is_compiled, own_values
 from mm_sharp.ops.norm_statistics import BATCH_NORMS
 from mm_sharp.ops.rare_changes import is_ordinary
+from mm_sharp.ops.stateless import assigns_nothing
 from mm_sharp.ops.tensor_backup import TensorBackup
 
 _VALUES = methodcaller('values')
@@ -38,7 +39,7 @@ class StatePlan:
         norms: Those of torch's own BatchNorms whose statistics :mod:`mm_sharp.ops.norm_statistics` can look after.
         held: The buffers of all other modules that have some, or may get some: those of classes outside torch.
         fixed: The buffers of TorchScript's modules, which are held in no dict, and which forwards cannot add to.
-        attributes: Those of modules of classes outside torch: they are state.
+        attributes: Those of modules of classes outside torch: they are state, if a forward can change them.
     """
 
     def __init__(self, tree: ModuleTree, trained: Collection[int] | None = None) -> None:
@@ -48,7 +49,7 @@ class StatePlan:
         compiled = any(map(is_compiled, tree.modules))
         self.norms = [] if compiled else [module for module in tree.modules if type(module) in BATCH_NORMS]
         others = [module for module in tree.modules if compiled or type(module) not in BATCH_NORMS]
-        own = [module for module in others if not _is_left_alone(type(module))]  # type: ignore[arg-type]
+        own = [module for module in others if not _only_computes(module)]
         self.attributes, mine = ModuleAttributes(own), set(map(id, own))
         self.fixed: list[Any] = [module._buffers for module in others if not isinstance(module._buffers, dict)]
         buffers = [(module._buffers, id(module) in mine) for module in others if isinstance(module._buffers, dict)]
@@ -170,6 +171,14 @@ def _is_left_alone(kind: type[nn.Module]) -> bool:
     """
     torchs = [cls.__module__.startswith('torch.') for cls in kind.__mro__[:-1]]
     return all(torchs) or any(own and cls.__name__ in _WRAPPERS for own, cls in zip(torchs, kind.__mro__, strict=False))
+
+
+def _only_computes(module: nn.Module) -> bool:
+    """Whether a module's attributes are no state: those of torch's classes, and what no forward can change."""
+    kind: Any = type(module)
+    if _is_left_alone(kind):
+        return True
+    return assigns_nothing(kind) and not any(_has_contents(value) for value in set(map(type, own_values(module))))
 
 
 def _writable(buffer: Tensor) -> bool:

@@ -46,6 +46,11 @@ def is_compiled(module: nn.Module, method: str = 'forward') -> bool:
     return hasattr(vars(module).get(method), '_torchdynamo_orig_callable') or (by_hand and method == 'forward')
 
 
+def own_values(module: nn.Module) -> list[Any]:
+    """The values of a module's attributes, torch's own dicts and sets left out."""
+    return [value for name, value in vars(module).items() if name not in _TORCHS_OWN]
+
+
 class Attributes(NamedTuple):
     """What modules have as attributes at some time, torch's own dicts and sets left out."""
 

@@ -4,7 +4,7 @@ Under a quantizer ``Q``, SAM's second pass is at ``Q(w + e)``: where ``e`` is sm
 and those by whole steps. "Sharpness-aware Quantization for Deep Neural Networks" (arXiv 2111.12273) perturbs what the
 network computes with: ``Q(w) + e``. Here ``e`` is SAM's, of the gradient that the straight-through estimator gives the
 float weight. The float weights do not move, so the integers of the first pass hold in the second: weights are rounded
-once a step, unless their scales are perturbed. That costs memory for them, 5 bytes a weight.
+once a step, unless their scales are perturbed. That costs memory for them, 4 bytes a weight.
 
 Quantized layers are those with a ``weight_quant``, as Brevitas has them; nothing of Brevitas is imported.
 """
@@ -29,7 +29,7 @@ class KeptIntegers:
     """
 
     recording: bool = False
-    values: tuple[Tensor, Tensor] | None = None  # the integers, and where they were clamped
+    values: Tensor | None = None  # the weights over their scale, rounded and not clamped
 
 
 class QuantizedPerturbation:

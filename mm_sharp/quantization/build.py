@@ -12,7 +12,6 @@ from dataclasses import replace
 from traceback import walk_tb
 from typing import Any
 
-import brevitas.nn as qnn
 import torch
 from brevitas.graph.base import ModuleToModuleByInstance
 from mmengine.logging import print_log
@@ -23,19 +22,13 @@ from mm_sharp.errors import UserError
 
 from .flow import LAYERS, LayerFlow, float_output, trace_flow, trace_graph
 from .folding import fold_batchnorms, is_plain
+from .layers import QUANTIZED
 from .points import Point, covered, find_points, insert_points
 from .policy import OWNER, LayerPolicy, QuantizationPolicy
 from .quantizers import input_quantizer, input_range, repair, scale_gradients_as_lsq, weight_quantizer
 from .record import LayerRecord, PointRecord, QuantizationRecord, attach, record_of, size_in_bytes
 from .targets import TARGETS
 
-_QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: qnn.QuantConv1d,
-    nn.Conv2d: qnn.QuantConv2d,
-    nn.ConvTranspose1d: qnn.QuantConvTranspose1d,
-    nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
-    nn.Linear: qnn.QuantLinear,
-}
 # Of an output's largest value: rounding makes 1e-6 to 1e-5 of it.
 _TOLERANCE = 1e-3
 
@@ -83,7 +76,7 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     float_bytes = size_in_bytes(model.state_dict())
     for module in model.modules():  # mmcv's wrappers of layers add nothing on today's torch
         if isinstance(module, LAYERS) and type(module).__module__ == 'mmcv.cnn.bricks.wrappers':
-            module.__class__ = next(base for base in type(module).__mro__ if base in _QUANTIZED)  # type: ignore
+            module.__class__ = next(base for base in type(module).__mro__ if base in QUANTIZED)  # type: ignore
     width, height = policy.input_size or _input_size(model)
     noise = _noise(model, width, height)
     flows, output = _trace(model, noise)
@@ -127,7 +120,7 @@ def _layers_of(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _choice(name: str, module: nn.Module, flow: LayerFlow | None, policy: QuantizationPolicy) -> LayerPolicy | str:
-    if not is_plain(module, tuple(_QUANTIZED)):
+    if not is_plain(module, tuple(QUANTIZED)):
         return f'{type(module).__name__} has hooks or a forward of its own'
     if flow is None:
         return 'not called in inference'
@@ -200,7 +193,7 @@ def _quantized(module: nn.Module, policy: LayerPolicy, inputs: Any) -> nn.Module
     # Not its `apply`, which searches the model for the layer, and that for each of hundreds.
     layer: nn.Module = ModuleToModuleByInstance(
         module,
-        _QUANTIZED[type(module)],
+        QUANTIZED[type(module)],
         weight_quant=weight_quantizer(policy),
         input_quant=inputs,
         bias_quant=None,

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from brevitas.core.bit_width import BitWidthConst
 from brevitas.core.function_wrapper import TensorClampSte
-from brevitas.core.quant import IntQuant
+from brevitas.core.quant import IntQuant, RescalingIntQuant
 from torch import Tensor
 from torch._dynamo import is_compiling  # torch.compiler has it from torch 2.3 on
 
 from mm_sharp.ops.quantized_perturbation import KeptIntegers
+
+from .learned_scale import is_learned_now, learned_scale, minimum_of
+
+# Of these an integer and a half is a number.
+_EXACT = (torch.float32, torch.float64)
 
 
 @dataclass
@@ -47,8 +53,15 @@ class FusedIntQuant(IntQuant):  # type: ignore[misc]
     frozen: FrozenWeights | None = None
     lsq_counts: str = ''
 
-    def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
-        """Fake-quantize ``x``, whose shape the scale is broadcast to."""
+    def forward(
+        self,
+        scale: Tensor,
+        zero_point: Tensor,
+        bit_width: Tensor,
+        x: Tensor,
+        bounds: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """Fake-quantize ``x``, whose shape the scale is broadcast to; ``bounds`` if they are known already."""
         x = self.input_view_impl(x)
         if self.lsq_counts and scale.requires_grad and torch.is_grad_enabled():
             count = x[0].numel() if self.lsq_counts == 'features' else x.numel() // scale.numel()
@@ -57,21 +70,58 @@ class FusedIntQuant(IntQuant):  # type: ignore[misc]
         if self.frozen is not None:
             x = self.frozen.applied_to(x, scale)
         traced = is_compiling() or torch._C._get_tracing_state() is not None
-        if x.dtype != scale.dtype or traced:
+        if x.dtype != scale.dtype or x.dtype not in _EXACT or traced:
             result: Tensor = super().forward(scale, zero_point, bit_width, x)
             return result
+        if bounds is None:
+            bounds = self.bounds(bit_width)
         kept = self.kept or KeptIntegers()
-        values = None if kept.recording else kept.values
-        if values is None:
+        rounded = None if kept.recording else kept.values
+        if rounded is None:
             with torch.no_grad():
                 rounded = torch.div(x, scale).round_()
-                integers = torch.clamp(rounded, self.min_int(bit_width), self.max_int(bit_width))
-                values = integers, integers != rounded
         if kept.recording:
-            kept.values = values
+            kept.values = rounded
         through_clamp = isinstance(self.tensor_clamp_impl, TensorClampSte)
         again = partial(super().forward, zero_point=zero_point, bit_width=bit_width)
-        return _FakeQuantize.apply(x, scale, *values, through_clamp, again)  # type: ignore[no-any-return, no-untyped-call]
+        return _FakeQuantize.apply(x, scale, rounded, bounds, through_clamp, again)  # type: ignore[no-any-return, no-untyped-call]
+
+    def bounds(self, bit_width: Tensor) -> tuple[float, float]:
+        """The lowest and the highest integer; an accelerator is waited for."""
+        return float(self.min_int(bit_width)), float(self.max_int(bit_width))
+
+
+class FusedRescalingIntQuant(RescalingIntQuant):  # type: ignore[misc]
+    """Takes the place of Brevitas's ``RescalingIntQuant``: what follows from a constant bit width is computed once."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fake-quantized ``x``, scale, zero point and bit width."""
+        traced = is_compiling() or torch._C._get_tracing_state() is not None
+        if type(self.msb_clamp_bit_width_impl) is not BitWidthConst or self.observer_only or traced:
+            result: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(x)
+            return result
+        held: Tensor = self.msb_clamp_bit_width_impl.bit_width.value
+        known: _Constants | None = vars(self).get('known')
+        version = 0 if held.is_inference() else held._version
+        if known is None or known.bit_width is not held or known.version != version:
+            minimum, integers = minimum_of(self.scaling_impl), self.int_scaling_impl(held)
+            known = self.known = _Constants(held, version, integers, minimum, self.int_quant.bounds(held))
+        if known.minimum is not None and is_learned_now(self.scaling_impl):
+            scale = learned_scale(self.scaling_impl.value, known.minimum, known.integers)
+        else:
+            scale = self.scaling_impl(x, known.integers)
+        zero_point = self.zero_point_impl(x, scale, held)
+        return self.int_quant(scale, zero_point, held, x, known.bounds), scale, zero_point, held
+
+
+class _Constants(NamedTuple):
+    """What follows from a bit width."""
+
+    bit_width: Tensor  # scalar; as it was at its `version`
+    version: int
+    integers: Tensor  # what the scale's range is divided by, scalar
+    minimum: float | None  # what a learned range is at least; None if it is not known
+    bounds: tuple[float, float]  # the lowest and the highest integer
 
 
 def lsq_factor(count: int, low: Tensor, high: Tensor) -> Tensor:
@@ -107,25 +157,34 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, integers: Tensor, clamped: Tensor, through_clamp: bool, again: Any
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        rounded: Tensor,
+        bounds: tuple[float, float],
+        through_clamp: bool,
+        again: Any,
     ) -> Tensor:
-        ctx.again = again
-        ctx.save_for_backward(x, scale, integers, None if through_clamp else clamped)
-        return integers * scale
+        ctx.bounds, ctx.through_clamp, ctx.again = bounds, through_clamp, again
+        ctx.save_for_backward(x, scale, rounded)
+        return rounded.clamp(*bounds).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, integers, clamped = ctx.saved_tensors
+        x, scale, rounded = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = [tensor for tensor, needed in zip((x, scale), ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(ctx.again(x=x, scale=scale), inputs, gradient, create_graph=True))
             both = [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
             return *both, None, None, None, None
         of_input, of_scale = gradient * scale, None
-        if clamped is not None:
-            of_input.masked_fill_(clamped, 0)
+        if not ctx.through_clamp:
+            low, high = ctx.bounds
+            # 0 for integers that are not between these, which none is equal to.
+            torch.ops.aten.hardtanh_backward(of_input, rounded, low - 0.5, high + 0.5, grad_input=of_input)
         if ctx.needs_input_grad[1]:
-            through_integers = (gradient * integers).sum_to_size(scale.shape)
-            through_ratio = torch.div(x, scale).div_(scale).mul_(of_input).neg_().sum_to_size(scale.shape)
-            of_scale = through_integers + through_ratio
+            values = rounded.clamp(*ctx.bounds).mul_(gradient)
+            through_integers = values.sum_to_size(scale.shape)
+            through_ratio = torch.div(x, scale, out=values).div_(scale).mul_(of_input).sum_to_size(scale.shape)
+            of_scale = through_integers - through_ratio
         return of_input.div_(scale) if ctx.needs_input_grad[0] else None, of_scale, None, None, None, None

@@ -21,7 +21,7 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from brevitas.quant import scaled_int, shifted_scaled_int
 from torch import nn
 
-from .int_quant import FusedIntQuant
+from .int_quant import FusedIntQuant, FusedRescalingIntQuant
 from .policy import LayerPolicy
 
 SCALES = 'tensor_quant'  # in the names of all that belongs to a quantizer
@@ -52,7 +52,9 @@ def input_quantizer(policy: LayerPolicy, *, nonnegative: bool) -> Any:
 def _injector(name: str, policy: LayerPolicy) -> type[ExtendedInjector]:
     module = shifted_scaled_int if name.startswith('Shifted') else scaled_int
     found: type[ExtendedInjector] = getattr(module, name + ('MSE' if policy.scale_init == 'mse' else ''))
-    return found if name.startswith('Shifted') else found.let(int_quant=FusedIntQuant)
+    return (
+        found if name.startswith('Shifted') else found.let(int_quant=FusedIntQuant, tensor_quant=FusedRescalingIntQuant)
+    )
 
 
 def scale_gradients_as_lsq(layer: Any) -> None:

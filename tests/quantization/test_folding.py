@@ -374,7 +374,7 @@ def test_a_batchnorm_that_is_taken_for_another_is_refused(monkeypatch: pytest.Mo
 
 
 def test_a_layer_that_is_taken_for_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(build._QUANTIZED, Halved, qnn.QuantConv2d)
+    monkeypatch.setitem(build.QUANTIZED, Halved, qnn.QuantConv2d)
     with pytest.raises(ValueError, match=r'changes more in its output than by rounding: .* policy=dict\(skip=\['):
         quantized(model_of(Halved(3, 4, 3), norm()))
 

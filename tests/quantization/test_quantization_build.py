@@ -23,6 +23,7 @@ from mm_sharp.quantization import (
     quantize,
     quantized_model,
 )
+from mm_sharp.quantization.layers import QuantConv2d
 from mm_sharp.quantization.record import LAYOUT
 from tests.mmpose_cases import QUIET, Case
 from tests.quantized_models import (
@@ -236,7 +237,7 @@ def test_what_is_not_quantized_is_said_with_its_reason() -> None:
         'c': 'last layer (policy)',
         'd': 'not called in inference',
     }
-    assert [type(getattr(model, name)) for name in 'abcd'] == [qnn.QuantConv2d, Doubled, nn.Conv2d, nn.Linear]
+    assert [type(getattr(model, name)) for name in 'abcd'] == [QuantConv2d, Doubled, nn.Conv2d, nn.Linear]
 
 
 def test_one_layer_under_two_names_is_one_layer() -> None:
