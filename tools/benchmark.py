@@ -17,7 +17,8 @@ For each batch size: a table of step times, of ratios to the base optimizer in t
 of peak memory; and one of the shares of a step's phases. A config that quantizes its model gets a row more: the base
 optimizer on the float model. On the CPU the peak memory is that of the tensors alive, since torch keeps no count of its
 own there. The process keeps the memory that it frees (glibc's mallopt): else giving it back and getting it again falls
-on the methods by chance.
+on the methods by chance. It takes numbers below 1e-38 for 0 (denormals): a CPU takes many times longer for those, and
+how many gradients have depends on the weights that a pass is at.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if not all(batch_sizes):
         raise UsageError('the config has no train_dataloader.batch_size: give --batch-size')
     keeps = steps.keep_freed_memory()
+    torch.set_flush_denormal(True)
     tables = []
     for batch_size in dict.fromkeys(batch_sizes):
         found = table.measure_table(cfg, settings, batch_size, args.rounds, args.warmup, passes_only=args.floors)

@@ -54,7 +54,7 @@ class ForwardState:
         self.discard()
         trained = frozenset(map(id, self._trained()))
         if self._plan is None or tree is not self._plan.tree or trained != self._plan.trained:
-            self._plan = StatePlan(tree, trained)
+            self._plan = StatePlan(tree, trained, sharded=sharded)
             if any(isinstance(module, _AVERAGED) for module in tree.modules):
                 self._rare.seen()  # it moves its weights through `.data`, at intervals
         plan = self._plan

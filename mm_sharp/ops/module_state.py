@@ -33,30 +33,54 @@ _WRAPPERS = frozenset({'DistributedDataParallel', 'FullyShardedDataParallel'})
 class StatePlan:
     """Where a model has state: made once, and anew only where the model was rebuilt.
 
-    ``trained`` are the ``id`` of the parameters that are; by default those that require a gradient.
+    ``trained`` are the ``id`` of the parameters that are; by default those that require a gradient. Where a model is
+    ``sharded``, all modules are looked at.
 
     Attributes:
         norms: Those of torch's own BatchNorms whose statistics :mod:`mm_sharp.ops.norm_statistics` can look after.
         held: The buffers of all other modules that have some, or may get some: those of classes outside torch.
         fixed: The buffers of TorchScript's modules, which are held in no dict, and which forwards cannot add to.
+        constants: The buffers of modules that only compute: hardly any forward changes them.
         attributes: Those of modules of classes outside torch: they are state, if a forward can change them.
     """
 
-    def __init__(self, tree: ModuleTree, trained: Collection[int] | None = None) -> None:
+    def __init__(self, tree: ModuleTree, trained: Collection[int] | None = None, *, sharded: bool = False) -> None:
         self.tree = tree
         self.trained = trained
         # Compiled code would be made anew for statistics that are elsewhere in the second pass.
         compiled = any(map(is_compiled, tree.modules))
         self.norms = [] if compiled else [module for module in tree.modules if type(module) in BATCH_NORMS]
         others = [module for module in tree.modules if compiled or type(module) not in BATCH_NORMS]
-        own = [module for module in others if not _only_computes(module)]
+        computing = set() if sharded else {id(module) for module in others if _only_computes(module)}
+        own = [module for module in others if id(module) not in computing and not _is_left_alone(_kind(module))]
         self.attributes, mine = ModuleAttributes(own), set(map(id, own))
         self.fixed: list[Any] = [module._buffers for module in others if not isinstance(module._buffers, dict)]
-        buffers = [(module._buffers, id(module) in mine) for module in others if isinstance(module._buffers, dict)]
-        self.held: list[dict[str, Any]] = [held for held, own in buffers if held or own]
-        # All buffers as they were seen last, and those of them that can be written to; empty if there are others.
-        self.known: tuple[list[Tensor | None], list[Tensor]] = ([], [])
+        buffers = [(module._buffers, id(module)) for module in others if isinstance(module._buffers, dict)]
+        self.constants: list[dict[str, Any]] = [held for held, key in buffers if held and key in computing]
+        looked_at = [(held, key) for held, key in buffers if key not in computing]
+        self.held: list[dict[str, Any]] = [held for held, key in looked_at if held or key in mine]
+        self.ordinary, self.rare = _Ordinary(), _Ordinary()
         self.frozen = [p for p in tree.parameters if not (p.requires_grad if trained is None else id(p) in trained)]
+
+
+class _Ordinary:
+    """Finds the tensors that can be written to, apart from sparse ones and other rare kinds; the same ones only once."""
+
+    def __init__(self) -> None:
+        self._last: list[Tensor | None] = []
+        self._found: list[Tensor] = []
+
+    def among(self, tensors: Iterable[Tensor | None]) -> list[Tensor]:
+        """Each of them once."""
+        tensors = list(tensors)
+        if len(tensors) == len(self._last) and all(map(is_, tensors, self._last)):
+            return self._found
+        there = [tensor for tensor in tensors if tensor is not None and not is_lazy(tensor)]
+        found = list({id(tensor): tensor for tensor in there if is_ordinary(tensor) and _writable(tensor)}.values())
+        # What has no values yet may get some, and stay the same object.
+        whole = not any(is_lazy(tensor) or tensor.is_meta for tensor in tensors if tensor is not None)
+        self._last, self._found = (tensors, found) if whole else ([], [])
+        return found
 
 
 class ModuleStateBackup:
@@ -67,8 +91,8 @@ class ModuleStateBackup:
     of random generators among them. What happens within other objects is not seen.
 
     Attributes:
-        rare: What hardly any forward pass changes in place: parameters that are not trained, and tensors among the
-            attributes. They are copied if :meth:`save` is told to.
+        rare: What hardly any forward pass changes in place: parameters that are not trained, constants, and tensors
+            among the attributes. They are copied if :meth:`save` is told to.
         backup: The buffers that can be written to, with their copies.
         rare_backup: What is copied of :attr:`rare`.
     """
@@ -85,7 +109,7 @@ class ModuleStateBackup:
 
     def save(self, plan: StatePlan, norms: Iterable[nn.Module] = (), *, rare: bool = False) -> None:
         """Copy the state where ``plan`` finds it, with the buffers of ``norms``; with ``rare``, :attr:`rare` too."""
-        rarely: list[Tensor] = list(plan.frozen)
+        rarely: list[Tensor | None] = [*plan.frozen, *_all_values(plan.constants)]
         self._contents, self._generators = [], []
         self._buffers = [(held, dict(held)) for held in plan.held if held]
         self._without = [held for held in plan.held if not held]
@@ -96,23 +120,11 @@ class ModuleStateBackup:
         for value in attributes.values if kinds else ():
             if type(value) in kinds:
                 self._snapshot_value(value, rarely)
-        self.backup.save(self._ordinary(plan))
-        self.rare = list({id(t): t for t in rarely if not is_lazy(t) and is_ordinary(t) and _writable(t)}.values())
+        self.backup.save(plan.ordinary.among(_all_values([*(held for held, _ in self._buffers), *plan.fixed])))
+        self.rare = plan.rare.among(rarely)
         self.rare_backup.save(self.rare if rare else [])
 
-    def _ordinary(self, plan: StatePlan) -> list[Tensor]:
-        """The buffers that can be written to, apart from sparse tensors and other rare kinds."""
-        tensors = list(_all_values([*(held for held, _ in self._buffers), *plan.fixed]))
-        known, ordinary = plan.known
-        if len(tensors) == len(known) and all(map(is_, tensors, known)):
-            return ordinary
-        there = [tensor for tensor in tensors if tensor is not None and not is_lazy(tensor)]
-        ordinary = [tensor for tensor in there if is_ordinary(tensor) and _writable(tensor)]
-        whole = not any(is_lazy(tensor) or tensor.is_meta for tensor in tensors if tensor is not None)
-        plan.known = (tensors, ordinary) if whole else ([], [])
-        return ordinary
-
-    def _snapshot_value(self, value: Any, rarely: list[Tensor]) -> None:
+    def _snapshot_value(self, value: Any, rarely: list[Tensor | None]) -> None:
         """Keep what is within the value of an attribute."""
         if type(value) in _CONTAINERS:
             self._contents.append((value, value.copy()))
@@ -174,11 +186,12 @@ def _is_left_alone(kind: type[nn.Module]) -> bool:
 
 
 def _only_computes(module: nn.Module) -> bool:
-    """Whether a module's attributes are no state: those of torch's classes, and what no forward can change."""
-    kind: Any = type(module)
-    if _is_left_alone(kind):
-        return True
-    return assigns_nothing(kind) and not any(_has_contents(value) for value in set(map(type, own_values(module))))
+    """Whether no forward changes a module's attributes, or what is within them."""
+    return assigns_nothing(_kind(module)) and not any(map(_has_contents, set(map(type, own_values(module)))))
+
+
+def _kind(module: nn.Module) -> Any:
+    return type(module)
 
 
 def _writable(buffer: Tensor) -> bool:
