@@ -116,10 +116,10 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if not all(batch_sizes):
         raise UsageError('the config has no train_dataloader.batch_size: give --batch-size')
     keeps = steps.keep_freed_memory()
-    torch.set_flush_denormal(True)
     tables = []
     for batch_size in dict.fromkeys(batch_sizes):
-        found = table.measure_table(cfg, settings, batch_size, args.rounds, args.warmup, passes_only=args.floors)
+        with steps.without_denormals():
+            found = table.measure_table(cfg, settings, batch_size, args.rounds, args.warmup, passes_only=args.floors)
         tables.append(found)
         if found.rounds != args.rounds:
             print(f'--rounds {args.rounds} becomes {found.rounds}: whole cycles')

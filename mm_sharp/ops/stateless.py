@@ -25,7 +25,7 @@ _BY_NAME = frozenset({'setattr', 'delattr', '__setattr__', '__dict__', 'vars', '
 def assigns_nothing(kind: type[nn.Module]) -> bool:
     """Whether a class and all that it derives from are Brevitas's, and only ``__init__`` assigns to attributes."""
     own = [cls for cls in kind.__mro__ if cls not in (nn.Module, object)]
-    return all(cls.__module__.startswith(_LIBRARY) and not _assigns(cls) for cls in own)
+    return bool(own) and all(cls.__module__.startswith(_LIBRARY) and not _assigns(cls) for cls in own)
 
 
 def _assigns(cls: type) -> bool:
