@@ -64,7 +64,7 @@ class StatePlan:
 
 
 class _Ordinary:
-    """Finds the tensors that can be written to, apart from sparse ones and other rare kinds; the same ones only once."""
+    """Finds the tensors that can be written to, apart from sparse ones and other rare kinds; of the same ones once."""
 
     def __init__(self) -> None:
         self._last: list[Tensor | None] = []
