@@ -104,12 +104,13 @@ class FusedRescalingIntQuant(RescalingIntQuant):  # type: ignore[misc]
         known: _Constants | None = vars(self).get('known')
         version = 0 if held.is_inference() else held._version
         if known is None or known.bit_width is not held or known.version != version:
-            minimum, integers = minimum_of(self.scaling_impl), self.int_scaling_impl(held)
-            known = self.known = _Constants(held, version, integers, minimum, self.int_quant.bounds(held))
-        if known.minimum is not None and is_learned_now(self.scaling_impl):
-            scale = learned_scale(self.scaling_impl.value, known.minimum, known.integers)
+            known = self.known = _Constants(held, version, self.int_scaling_impl(held), self.int_quant.bounds(held))
+        scaling = self.scaling_impl
+        minimum = minimum_of(scaling)
+        if minimum is not None and is_learned_now(scaling):
+            scale = learned_scale(scaling.value, minimum, known.integers)
         else:
-            scale = self.scaling_impl(x, known.integers)
+            scale = scaling(x, known.integers)
         zero_point = self.zero_point_impl(x, scale, held)
         return self.int_quant(scale, zero_point, held, x, known.bounds), scale, zero_point, held
 
@@ -120,7 +121,6 @@ class _Constants(NamedTuple):
     bit_width: Tensor  # scalar; as it was at its `version`
     version: int
     integers: Tensor  # what the scale's range is divided by, scalar
-    minimum: float | None  # what a learned range is at least; None if it is not known
     bounds: tuple[float, float]  # the lowest and the highest integer
 
 
