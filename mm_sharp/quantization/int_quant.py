@@ -69,8 +69,7 @@ class FusedIntQuant(IntQuant):  # type: ignore[misc]
             scale = _ScaleGradient.apply(scale, factor)  # type: ignore[no-untyped-call]
         if self.frozen is not None:
             x = self.frozen.applied_to(x, scale)
-        traced = is_compiling() or torch._C._get_tracing_state() is not None
-        if x.dtype != scale.dtype or x.dtype not in _EXACT or traced:
+        if x.dtype != scale.dtype or x.dtype not in _EXACT or _is_traced():
             result: Tensor = super().forward(scale, zero_point, bit_width, x)
             return result
         if bounds is None:
@@ -96,8 +95,7 @@ class FusedRescalingIntQuant(RescalingIntQuant):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The fake-quantized ``x``, scale, zero point and bit width."""
-        traced = is_compiling() or torch._C._get_tracing_state() is not None
-        if type(self.msb_clamp_bit_width_impl) is not BitWidthConst or self.observer_only or traced:
+        if type(self.msb_clamp_bit_width_impl) is not BitWidthConst or self.observer_only or _is_traced():
             result: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(x)
             return result
         held: Tensor = self.msb_clamp_bit_width_impl.bit_width.value
@@ -122,6 +120,11 @@ class _Constants(NamedTuple):
     version: int
     integers: Tensor  # what the scale's range is divided by, scalar
     bounds: tuple[float, float]  # the lowest and the highest integer
+
+
+def _is_traced() -> bool:
+    """Whether a compiler or an exporter watches: it is shown Brevitas's own operations."""
+    return is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def lsq_factor(count: int, low: Tensor, high: Tensor) -> Tensor:
