@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mm_sharp.ops.perturbation import group_by_device_and_dtype
+from mm_sharp.ops import multi_tensor
+from mm_sharp.ops.perturbation import group_by_device_and_dtype, in_order
 
 TRUE = torch.tensor(True)
 
@@ -30,11 +31,10 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 def finite_each(tensors: Sequence[Tensor]) -> Tensor:
     """Of one or more dense tensors, none of them empty, whether each is finite: (N,), on the first one's device."""
     groups = group_by_device_and_dtype(tensors)
-    norms = [torch.stack(torch._foreach_norm([tensors[i] for i in group], float('inf'))) for group in groups]
+    found = [multi_tensor.finite_each([tensors[i] for i in group]) for group in groups]
     if len(groups) == 1:
-        return norms[0].isfinite()
-    finite = torch.cat([norm.isfinite().to(tensors[0].device, non_blocking=True) for norm in norms])
-    return finite[sorted(range(len(tensors)), key=[index for group in groups for index in group].__getitem__)]
+        return found[0]
+    return in_order(groups, [of_group.to(tensors[0].device, non_blocking=True) for of_group in found])
 
 
 def quickly_finite(tensors: Sequence[Tensor]) -> bool:
@@ -64,6 +64,6 @@ def choose(valid: Tensor, tensors: Sequence[Tensor], others: Callable[[], Sequen
 @torch.no_grad()
 def zero_unless(finite: Tensor, tensors: Sequence[Tensor]) -> None:
     """Set ``tensors`` to zero unless ``finite``; the host does not wait."""
-    for tensor in tensors:
-        dense = tensor if tensor.layout == torch.strided else tensor._values()
-        dense.masked_fill_(~finite.to(dense.device), 0)
+    dense = [tensor if tensor.layout == torch.strided else tensor._values() for tensor in tensors]
+    for group in group_by_device_and_dtype(dense):
+        multi_tensor.zero_unless_(finite, [dense[i] for i in group])

@@ -47,7 +47,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
+from mm_sharp.ops import multi_tensor
+
 # What the argument `adaptive` may be, besides SAM's False and ASAM's True.
 BY_TENSOR = ('tensor', 'layer')  # each tensor by its own norm
 RELATIVE = (*BY_TENSOR, 'global')
@@ -69,22 +70,22 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
 
     (n,), in at least float32, on the device of the first tensor.
     """
-    norms: list[Tensor] = [tensors[0]] * len(tensors)
     groups = group_by_device_and_dtype(tensors)
-    for group in groups:
-        members = [tensors[i] for i in group]
-        if members[0].dtype in _LOW_PRECISION:
-            # The squares of half-precision gradients overflow or vanish long before the gradients do.
-            found = [torch.linalg.vector_norm(member, dtype=torch.float32) for member in members]
-        else:
-            found = list(torch._foreach_norm(members, 2))
-        for index, norm in zip(group, found, strict=True):
-            norms[index] = norm
-    if len(groups) > 1:
-        device = norms[0].device
-        dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
-        norms = [n.to(device=device, dtype=dtype) for n in norms]
-    return torch.stack(norms)
+    found = [multi_tensor.norms([tensors[i] for i in group]) for group in groups]
+    if len(groups) == 1:
+        return found[0]
+    dtype = torch.float64 if any(of_group.dtype == torch.float64 for of_group in found) else torch.float32
+    device = tensors[0].device
+    return in_order(groups, [of_group.to(device=device, dtype=dtype) for of_group in found])
+
+
+def in_order(groups: Sequence[Sequence[int]], found: Sequence[Tensor]) -> Tensor:
+    """Of values of each group's tensors, those of all tensors, in their order; (n,)."""
+    values: dict[int, Tensor] = {}
+    for group, part in zip(groups, found, strict=True):
+        values.update(zip(group, part.unbind(), strict=True))
+    # Not by a tensor of indices, whose way to a GPU the host would wait for.
+    return torch.stack([values[index] for index in range(len(values))])
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -171,11 +172,15 @@ def perturb_(
     if direction.stretches:
         torch._foreach_mul_(list(gradients), direction.stretches)
     for group in group_by_device_and_dtype(gradients):
-        steps = [gradients[i] for i in group]
+        weights, steps = [parameters[i] for i in group], [gradients[i] for i in group]
         factors = step.to(steps[0].device, steps[0].dtype)
-        each = factors.unbind() if step.ndim else ()
-        factor = [each[i] for i in group] if step.ndim else factors
-        _add([parameters[i] for i in group], steps, factor, None if on_host else norm.isfinite())
+        if step.ndim and len(group) < len(step):
+            factors = torch.stack([factors[i] for i in group])
+        if on_host:
+            torch._foreach_mul_(steps, list(factors.unbind()) if step.ndim else factors)
+            torch._foreach_add_(weights, steps)
+        else:
+            multi_tensor.add_scaled_(weights, steps, factors, norm.isfinite())
     return norm
 
 
@@ -194,19 +199,6 @@ def _lengths(
     if direction.relative == 'global':
         return norm, norm, direction.rho * norms.of_all(parameters)
     return norm, norm, direction.rho
-
-
-def _add(parameters: list[Tensor], gradients: list[Tensor], step: Tensor | list[Tensor], finite: Tensor | None) -> None:
-    """``parameters += step * gradients``, all of one device and dtype; ``finite`` decides where the host cannot.
-
-    ``step`` is one scalar for all, or one for each.
-    """
-    torch._foreach_mul_(gradients, step)
-    if finite is not None:
-        for gradient in gradients:
-            # 0 * inf is nan, so that a zero step cannot stand for "no step". The host does not wait.
-            gradient.masked_fill_(~finite.to(gradient.device), 0)
-    torch._foreach_add_(parameters, gradients)
 
 
 def weight_mask(count: int, beta: float, generator: torch.Generator) -> list[bool]:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mm_sharp.ops.multi_tensor import add_scaled_
 from mm_sharp.ops.perturbation import (
     RELATIVE,
     Direction,
-    _add,
     asam_stretches,
     global_norm,
     group_by_device_and_dtype,
@@ -162,14 +162,19 @@ def test_a_gradient_that_is_not_finite_leaves_every_weight(bad: float, adaptive:
 
 @pytest.mark.parametrize('bad', [None, math.nan, math.inf])
 def test_a_device_that_is_not_asked_agrees_with_the_host(bad: float | None) -> None:
+    """Whoever cannot wait for the norm leaves every weight, too, where it is not finite, and forgets the gradients."""
     weights, gradients = tensors(0, *SHAPES), tensors(1, *SHAPES)
     results = [[w.clone() for w in weights] for _ in range(2)]
-    each = [torch.tensor(step) for step in (0.3, 0.3, 0.3, 0.3)]
-    if bad is None:
-        _add(results[0], [g.clone() for g in gradients], each, None)
-    else:
+    if bad is not None:
         gradients[0][0, 0] = bad
-    _add(results[1], gradients, torch.tensor(0.3), torch.isfinite(global_norm(gradients)))
+    finite, each = torch.isfinite(global_norm(gradients)), torch.full((len(SHAPES),), 0.3)
+    for moved, step in zip(results, (torch.tensor(0.3), each), strict=True):
+        taken = [g.clone() for g in gradients]
+        add_scaled_(moved, taken, step, finite)
+        steps = [g * 0.3 if finite else torch.zeros_like(g) for g in gradients]
+        assert all(map(torch.equal, taken, steps))
+    expected = [w + g * 0.3 if finite else w for w, g in zip(weights, gradients, strict=True)]
+    assert all(map(torch.equal, results[0], expected))
     assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
     assert torch.equal(results[0][1], weights[1]) == (bad is not None)
 

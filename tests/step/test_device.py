@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
-from torch import nn
+from torch import Tensor, nn
 
+from mm_sharp.ops import multi_tensor
 from tests.distributed import free_port
 from tests.rank_steps import loss_of
 from tests.references import sam_training
@@ -26,12 +28,10 @@ DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 on_a_gpu = pytest.mark.skipif(DEVICE.type == 'cpu', reason='there is no GPU: tools/gpu_report.sh runs this on one')
 
 
-def on_device(count: int) -> list[Batch]:
-    """Batches on the device, with ids on the host, as data samples have them."""
-    return [
-        {'inputs': b['inputs'].to(DEVICE), 'targets': b['targets'].to(DEVICE), 'sample_idx': b['sample_idx'].tolist()}
-        for b in batches(count)
-    ]
+def on_device(count: int, *, ids_on_host: bool = True) -> list[Batch]:
+    """Batches on the device, with ids on the host, as data samples have them, or there too."""
+    found = [{name: tensor.to(DEVICE) for name, tensor in batch.items()} for batch in batches(count)]
+    return [{**b, 'sample_idx': b['sample_idx'].tolist()} if ids_on_host else b for b in found]
 
 
 @contextmanager
@@ -118,17 +118,55 @@ def test_a_sharded_model_of_one_process_equals_a_whole_one() -> None:
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 @pytest.mark.parametrize('name', [name for name in DISTINCT if 'loader' not in name])
 def test_no_step_waits_for_the_device(name: str, dtype: str | None) -> None:
-    """After the first steps, which find out about the model, and read what has come back from earlier ones."""
+    """After the first steps, which find out about the model, and read what has come back from earlier ones.
+
+    Where ESAM selects by what the same step has measured, it has to wait if there is a list to be cut.
+    """
     model = make().to(DEVICE)
     wrapper = build(name, model, **({'dtype': dtype} if dtype else {}))
-    data = on_device(6)
-    for batch in data[:3]:
-        model.train_step(batch, wrapper)
-    torch.cuda.synchronize()
-    for batch in data[3:]:
-        with no_waiting():
+    data = on_device(7, ids_on_host=name != 'esam')
+    for number, batch in enumerate(data):
+        measures = name == 'esam-history' and number % 2 == 0
+        with nullcontext() if number < 3 or measures else no_waiting():
             model.train_step(batch, wrapper)
         torch.cuda.synchronize()
+
+
+@on_a_gpu
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_kernels_over_many_tensors_equal_torchs_operations(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of empty tensors too, of several layouts, more elements than a program takes, and unaligned memory."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 5), (4097,), (), (2, 3, 5, 7), (0,), (100, 101)] * 4
+
+    def draw(start: int) -> list[Tensor]:
+        found = [torch.randn(torch.Size(shape).numel() + start, generator=generator) for shape in shapes]
+        tensors = [f.to(DEVICE, dtype)[start:].view(shape) for f, shape in zip(found, shapes, strict=True)]
+        return [t.to(memory_format=torch.channels_last) if t.ndim == 4 and not start else t for t in tensors]
+
+    def results(weights: list[Tensor], steps: list[Tensor], factor: Tensor, finite: Tensor) -> list[Tensor]:
+        weights, steps = [w.clone() for w in weights], [s.clone() for s in steps]
+        multi_tensor.add_scaled_(weights, steps, factor, finite)
+        zeros = [w.clone() for w in weights]
+        multi_tensor.zero_unless_(finite, zeros)
+        full = [w for w in weights if w.numel()]
+        return [*weights, *steps, *zeros, multi_tensor.norms(weights), multi_tensor.finite_each(full)]
+
+    for start, bad, each in product((0, 1), (False, True), (False, True)):
+        weights, steps = draw(start), draw(start)
+        steps[1][4096] = float('inf') if bad else 1.0
+        weights[-1][0, 0] = float('nan') if bad else 1.0
+        factor = torch.rand(len(shapes) if each else (), generator=generator).to(DEVICE, dtype)
+        finite = torch.tensor(not bad, device=DEVICE)
+        ours = results(weights, steps, factor, finite)
+        with monkeypatch.context() as patch:
+            patch.setattr(multi_tensor, 'FEW', 1000)
+            theirs = results(weights, steps, factor, finite)
+        for left, right in zip(ours[:-2], theirs[:-2], strict=True):
+            torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(ours[-2], theirs[-2], rtol=1e-5, atol=0, equal_nan=True)
+        assert torch.equal(ours[-1], theirs[-1])
+        assert bool(ours[-1].all()) != bad
 
 
 @on_a_gpu

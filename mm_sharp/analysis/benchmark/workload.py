@@ -120,6 +120,7 @@ def _build_models(cfg: Config, loaded: list[Any]) -> tuple[Any, Any]:
 
     float_model = _build_model(cfg, float_config(config))
     model = MODELS.build({'type': 'QuantizedModel', 'model': copy.deepcopy(float_model), 'policy': config['policy']})
+    model.to(get_device())  # the quantizers were made on the CPU
     calibrate(model, loaded)
     return model.train(), float_model
 
