@@ -175,7 +175,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors are equal bit for bit: nan equals itself, and -0.0 is not 0.0."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return left.detach().contiguous().numpy().tobytes() == right.detach().contiguous().numpy().tobytes()
+    return left.detach().cpu().contiguous().numpy().tobytes() == right.detach().cpu().contiguous().numpy().tobytes()
 
 
 @MODELS.register_module()

@@ -8,21 +8,19 @@ for those of 16 bits), and ``ALIGNED`` says whether all begin at multiples of 16
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def add_scaled(
-    tensors: Any,
-    vectors: Any,
-    steps: Any,
-    finite: Any,
-    tensor_of: Any,
-    start_of: Any,
-    sizes: Any,
+    tensors: tl.tensor,
+    vectors: tl.tensor,
+    steps: tl.tensor,
+    finite: tl.tensor,
+    tensor_of: tl.tensor,
+    start_of: tl.tensor,
+    sizes: tl.tensor,
     EACH: tl.constexpr,
     KIND: tl.constexpr,
     WORK: tl.constexpr,
@@ -49,11 +47,11 @@ def add_scaled(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def zero_unless(
-    tensors: Any,
-    finite: Any,
-    tensor_of: Any,
-    start_of: Any,
-    sizes: Any,
+    tensors: tl.tensor,
+    finite: tl.tensor,
+    tensor_of: tl.tensor,
+    start_of: tl.tensor,
+    sizes: tl.tensor,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -68,11 +66,11 @@ def zero_unless(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def add_squares(
-    tensors: Any,
-    sums: Any,
-    tensor_of: Any,
-    start_of: Any,
-    sizes: Any,
+    tensors: tl.tensor,
+    sums: tl.tensor,
+    tensor_of: tl.tensor,
+    start_of: tl.tensor,
+    sizes: tl.tensor,
     KIND: tl.constexpr,
     WORK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -90,7 +88,7 @@ def add_squares(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def add_up(sums: Any, roots: Any, first_of: Any, BLOCK: tl.constexpr) -> None:
+def add_up(sums: tl.tensor, roots: tl.tensor, first_of: tl.tensor, BLOCK: tl.constexpr) -> None:
     """The root of the sum of each tensor's ``sums``, from its own first to the next one's."""
     place, end = tl.load(first_of + tl.program_id(0)), tl.load(first_of + tl.program_id(0) + 1)
     total = tl.zeros([BLOCK], sums.dtype.element_ty)
@@ -103,11 +101,11 @@ def add_up(sums: Any, roots: Any, first_of: Any, BLOCK: tl.constexpr) -> None:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def mark_not_finite(
-    tensors: Any,
-    finite: Any,
-    tensor_of: Any,
-    start_of: Any,
-    sizes: Any,
+    tensors: tl.tensor,
+    finite: tl.tensor,
+    tensor_of: tl.tensor,
+    start_of: tl.tensor,
+    sizes: tl.tensor,
     KIND: tl.constexpr,
     WORK: tl.constexpr,
     BLOCK: tl.constexpr,
