@@ -1,14 +1,16 @@
 """The inputs of a model call, as they were before it.
 
 Every forward pass of a step gets the same batch, whatever an earlier one has done to it. The first one gets what the
-caller has passed. The others get shallow copies of lists, dicts and data samples, and copies of tensors and arrays
-where the model was seen to write to them (:mod:`mm_sharp.ops.rare_changes`).
+caller has passed. The others get shallow copies of lists and dicts, copies of data samples where the model was seen to
+change them, and copies of tensors and arrays where it was seen to write to them (:mod:`mm_sharp.ops.rare_changes`).
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator, Mapping
+from operator import is_
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,41 +24,123 @@ Leaves = list[tuple[Any, Any]]
 _ATOMS = frozenset({type(None), bool, int, float, str, bytes})
 
 
+class Kept(NamedTuple):
+    """Arguments as they were before a call, and what further calls get copies of beside lists and dicts."""
+
+    arguments: Any
+    may_write: bool  # the model may write to tensors and arrays, so of these, too
+    shared: dict[int, Any]  # data samples by their `id`, which all passes share: of all others
+
+
 class InputSnapshot:
     """Copies of the inputs of a step's first forward pass for the further ones."""
 
     def __init__(self) -> None:
         self._rare = RareChanges()
         self._arrays: Leaves = []
+        self._samples: SampleContents | None = None
+        self._samples_change = False
+        self._kept: Kept | None = None
 
-    def take(self, value: Any) -> tuple[Any, bool]:
-        """Copy arguments, just before the first forward pass.
-
-        Returns:
-            The copy, and whether the model may write to tensors and arrays: further passes then get copies of them.
-        """
-        may_write = self._rare.next_step()
-        pairs: Leaves = []
-        kept = fresh(value, may_write, pairs)
+    def take(self, value: Any) -> Kept:
+        """Copy arguments, just before the first forward pass."""
+        may_write, pairs = self._rare.next_step(), Leaves()
+        samples = self._samples = None if self._samples_change else SampleContents([*_samples_in(value)])
+        # In the first steps the samples are copied, too, so that a model that changes them is known by then.
+        shared = samples.by_id() if samples is not None and samples.plain and not may_write else {}
+        kept = self._kept = Kept(fresh(value, may_write, pairs, dict(shared)), may_write, shared)
         tensors = [pair for pair in pairs if isinstance(pair[0], Tensor)]
+        watched = [tensor for tensor, _ in tensors]
+        if samples is not None and shared:
+            watched += samples.tensors
         self._arrays = [pair for pair in pairs if may_write and not isinstance(pair[0], Tensor)]
-        self._rare.watch([tensor for tensor, _ in tensors], [copy for _, copy in tensors] if may_write else None)
-        return kept, may_write
+        self._rare.watch(watched, [copy for _, copy in tensors] if may_write else None)
+        return kept
 
-    def check(self) -> None:
-        """Find out if the first forward pass has written to the inputs."""
+    def check(self) -> Kept:
+        """Find out if the first forward pass has changed the inputs; returns what further passes get."""
+        kept, samples = self._kept, self._samples
+        assert kept is not None, 'take() comes first'
         if not all(map(_same_array, self._arrays)):
             self._rare.seen()
         self._rare.changed()
+        if samples is not None and samples.changed():
+            self._samples_change = True
+            if kept.shared:
+                kept = Kept(fresh(kept.arguments, kept.may_write, memo=samples.as_they_were()), kept.may_write, {})
         self._rare.watch((), None)
-        self._arrays = []
+        self._arrays, self._samples, self._kept = [], None, None
+        return kept
+
+
+class SampleContents:
+    """What data samples hold, and those within them: their attributes, and not what is in lists or tensors.
+
+    ``plain`` is whether no data field has a list, a dict or a tensor that a shared sample cannot have; ``tensors`` are
+    those of the data fields.
+    """
+
+    def __init__(self, samples: list[BaseDataElement]) -> None:
+        self.plain = True
+        self.tensors: list[Tensor] = []
+        self._samples, found, level = samples, dict[int, BaseDataElement](), samples
+        while level:
+            new = {id(element): element for element in level if id(element) not in found}
+            found |= new
+            level = [element for sample in new.values() for element in self._within(sample)]
+        self._elements = list(found.values())
+        self._attributes = [*map(dict, map(vars, self._elements))]
+        self._fields = [(e._metainfo_fields.copy(), e._data_fields.copy()) for e in self._elements]
+
+    def _within(self, sample: BaseDataElement) -> Iterator[BaseDataElement]:
+        attributes = vars(sample)
+        for name in sample._data_fields:
+            item = attributes.get(name)  # a name may outlive its value
+            if type(item) is Tensor and not item.requires_grad:
+                self.tensors.append(item)
+            elif isinstance(item, BaseDataElement):
+                yield item
+            elif isinstance(item, (list, tuple, dict, Tensor)):
+                self.plain = False
+
+    def by_id(self) -> dict[int, Any]:
+        """The samples themselves, without those within them."""
+        return {id(sample): sample for sample in self._samples}
+
+    def changed(self) -> bool:
+        """Whether an attribute of any was added, removed or replaced."""
+        return not all(map(_same_attributes, map(vars, self._elements), self._attributes))
+
+    def as_they_were(self) -> dict[int, Any]:
+        """Copies of all with the attributes that they had, by the ``id`` of what they are copies of."""
+        twins = {id(element): object.__new__(type(element)) for element in self._elements}
+        for twin, was, (of_meta, of_data) in zip(twins.values(), self._attributes, self._fields, strict=True):
+            attributes = {name: twins.get(id(item), item) for name, item in was.items()}
+            vars(twin).update(attributes, _metainfo_fields=of_meta, _data_fields=of_data)
+        return twins
+
+
+def _same_attributes(now: Mapping[str, Any], was: Mapping[str, Any]) -> bool:
+    return now.keys() == was.keys() and all(map(is_, now.values(), was.values()))
+
+
+def _samples_in(value: Any) -> Iterator[BaseDataElement]:
+    """The data samples in lists, tuples and dicts."""
+    if isinstance(value, BaseDataElement):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _samples_in(item)
+    elif isinstance(value, dict):
+        yield from _samples_in(list(value.values()))
 
 
 def fresh(value: Any, copies: bool, leaves: Leaves | None = None, memo: dict[int, Any] | None = None) -> Any:
     """A copy of a model's arguments with lists, tuples, dicts and data samples of its own.
 
     With ``copies`` tensors and NumPy arrays are copied as well. ``leaves`` takes those that can be, each with what
-    stands for it. ``memo`` has the copies by the originals' ``id``: what is one object stays one.
+    stands for it. ``memo`` has the copies by the originals' ``id``: what is one object stays one. What is in it stands
+    for its original.
     """
     kind = type(value)
     if kind in _ATOMS:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from mmengine.model import BaseModel, is_model_wrapper
 from torch import Tensor, nn
 
-from mm_sharp.ops.call_inputs import InputSnapshot, fresh
+from mm_sharp.ops.call_inputs import InputSnapshot, Kept, fresh
 from mm_sharp.ops.fsdp import is_flat_wrapper
 from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.ops.rng import RandomState
@@ -35,11 +35,12 @@ class ModelCall:
     kwargs: dict[str, Any]
     random_state: RandomState  # just before the call; NumPy's and Python's only where the model may use them
     may_write: bool = False  # whether the model may write to tensors and arrays among the arguments
+    shared: dict[int, Any] = field(default_factory=dict)  # data samples by their `id` that the model does not change
     output: Any = None
 
     def replay(self) -> Any:
         """Call the model again; it gets containers of its own, and tensors of its own where it may write to them."""
-        args, kwargs = fresh((self.args, self.kwargs), self.may_write)
+        args, kwargs = fresh((self.args, self.kwargs), self.may_write, memo=dict(self.shared))
         return self.model(*args, **kwargs)
 
 
@@ -82,14 +83,14 @@ class CallRecorder:
             at_first.append(random_state)
             call = on_call(ModelCall(model, args, kwargs, random_state))
             given = call.args, call.kwargs
-            (call.args, call.kwargs), call.may_write = self._inputs.take(given)
+            self._keep(call, self._inputs.take(given))
             self.call = call
             return given
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._depth -= 1
             if self._depth == 0 and self.call is not None:
-                self._inputs.check()
+                self._keep(self.call, self._inputs.check())
                 self.call.output = fresh(output, copies=False)
                 if output is None:  # the call has failed, and may be tried again
                     self.call = None
@@ -111,6 +112,10 @@ class CallRecorder:
             self.is_open = False
             for handle in handles:
                 handle.remove()
+
+    @staticmethod
+    def _keep(call: ModelCall, kept: Kept) -> None:
+        (call.args, call.kwargs), call.may_write, call.shared = kept
 
     def take(self) -> ModelCall | None:
         """The recorded call, which is then forgotten here."""

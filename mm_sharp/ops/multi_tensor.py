@@ -8,8 +8,10 @@ in unusual ways, torch's operations do the same: with equal results, bit for bit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from importlib import import_module
+from itertools import chain
+from operator import or_
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -44,6 +46,15 @@ def add_scaled_(tensors: Sequence[Tensor], vectors: Sequence[Tensor], step: Tens
     torch._foreach_mul_(list(vectors), list(step.unbind()) if step.ndim else step)
     _zero_one_by_one(vectors, finite)
     torch._foreach_add_(list(tensors), list(vectors))
+
+
+def copy_(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """``tensors = sources``, in place; all of one device and dtype, in pairs of one shape."""
+    launch = _launch('copy', tensors, sources)
+    if launch is not None:
+        launch(launch.table[: len(tensors)], launch.table[len(tensors) :])
+        return
+    torch._foreach_copy_(tensors, sources)  # type: ignore[arg-type]  # any sequence does
 
 
 def zero_unless_(finite: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -129,12 +140,13 @@ def _launch(name: str, *groups: Sequence[Tensor]) -> _Launch | None:
     kernels = _kernels(device)
     if kernels is None or len(tensors) < FEW or dtype not in _KINDS or not _fit(groups):
         return None
-    addresses = tuple([tensor.data_ptr() for group in groups for tensor in group])
-    plan = _plan(tuple([tensor.numel() for tensor in tensors]), device)
+    # `map` of torch's own methods: a loop in Python would take as long as the rest of the step takes here.
+    addresses = tuple(chain.from_iterable(map(Tensor.data_ptr, group) for group in groups))
+    plan = _plan(tuple(map(Tensor.numel, tensors)), device)
     if not plan.programs:
         return None
     kind, work = (getattr(kernels.tl, known) for known in _KINDS[dtype])
-    fixed = {'KIND': kind, 'WORK': work, 'ALIGNED': not any(address % 16 for address in addresses)}
+    fixed = {'KIND': kind, 'WORK': work, 'ALIGNED': reduce(or_, addresses) % 16 == 0}
     return _Launch(kernels, name, _to_device(addresses, device), plan, fixed)
 
 
@@ -151,12 +163,16 @@ def _kernels(device: torch.device) -> ModuleType | None:
 
 def _fit(groups: Sequence[Sequence[Tensor]]) -> bool:
     """Whether the tensors are dense, and those in pairs of one layout."""
-    plain, last, tensors = (Tensor, nn.Parameter), torch.channels_last, groups[0]
-    for tensor in tensors:
-        if not tensor.is_contiguous() and not (tensor.ndim == 4 and tensor.is_contiguous(memory_format=last)):
-            return False
-    alike = all(a.stride() == b.stride() for group in groups[1:] for a, b in zip(tensors, group, strict=True))
-    return alike and all(type(tensor) in plain for group in groups for tensor in group)
+    if not all(set(map(type, group)) <= {Tensor, nn.Parameter} for group in groups):
+        return False
+    if all(all(map(Tensor.is_contiguous, group)) for group in groups):
+        return True
+    dense = (
+        tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+        for tensor in groups[0]
+    )
+    pairs = (zip(groups[0], group, strict=True) for group in groups[1:])
+    return all(dense) and all(a.stride() == b.stride() for a, b in chain.from_iterable(pairs))
 
 
 # The same in most steps: gradients mostly get the memory that the last step's had.

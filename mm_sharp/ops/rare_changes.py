@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class RareChanges:
     def watch(self, tensors: Sequence[Tensor], copies: Sequence[Tensor] | None) -> None:
         """Prepare :meth:`changed`, which compares tensors with ``copies`` or, without, looks at their versions."""
         self._tensors, self._copies = tensors, copies
-        self._versions = list(map(_version, tensors)) if copies is None else []
+        self._versions = _versions(tensors) if copies is None else []
 
     def changed(self) -> bool:
         """Whether the tensors may have changed since :meth:`watch`; an accelerator's answer counts in a later step.
@@ -57,7 +58,7 @@ class RareChanges:
         By their versions, a change through ``.data`` or NumPy is not seen.
         """
         if self._copies is None:
-            changed = list(map(_version, self._tensors)) != self._versions
+            changed = _versions(self._tensors) != self._versions
             self._seen |= changed
             return changed
         if self._seen or not self._tensors:
@@ -76,5 +77,10 @@ def is_ordinary(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_inference() or tensor.is_meta)
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    if any(map(Tensor.is_inference, tensors)):  # they have no version
+        return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
+    return list(zip(map(_version, tensors), map(Tensor.data_ptr, tensors), strict=True))
+
+
+_version = attrgetter('_version')

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mm_sharp.ops import multi_tensor
 from mm_sharp.ops.perturbation import group_by_device_and_dtype
 
 
@@ -109,7 +110,7 @@ def _foreach_copy(destinations: Sequence[Tensor], sources: Sequence[Tensor], gro
     """Copy every source into its destination; ``groups`` are the indices of those of one device and dtype."""
     with torch.no_grad():
         if len(groups) == 1:
-            torch._foreach_copy_(destinations, sources)  # type: ignore[arg-type]  # any sequence does
+            multi_tensor.copy_(destinations, sources)
             return
         for group in groups:
-            torch._foreach_copy_([destinations[i] for i in group], [sources[i] for i in group])
+            multi_tensor.copy_([destinations[i] for i in group], [sources[i] for i in group])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -301,19 +302,64 @@ def test_esam_selects_and_trains_on_the_same_inputs() -> None:
 def test_inputs_are_copied_in_few_steps() -> None:
     snapshot, copied = InputSnapshot(), []
     batch = sampled_batch()
+    sample = batch['data_samples'][0]
     for number in range(1, 31):
-        kept, may_write = snapshot.take(batch)
-        snapshot.check()
+        kept = snapshot.take(batch)
+        assert snapshot.check() is kept
+        arguments, may_write, _ = kept
         if may_write:
             copied.append(number)
-        assert (kept['inputs'] is batch['inputs']) != may_write
-        assert (kept['data_samples'][0].label is batch['data_samples'][0].label) != may_write
-        assert kept['data_samples'][0] is not batch['data_samples'][0]
+        assert (arguments['inputs'] is batch['inputs']) != may_write
+        assert (arguments['data_samples'][0].label is sample.label) != may_write
+        assert (arguments['data_samples'][0] is sample) != may_write
+        assert arguments['data_samples'] is not batch['data_samples']
     assert copied == [*range(1, 11), 15, 21, 28]
     snapshot.take(batch)
     batch['data_samples'][2].gt_instances.points.mul_(2)
     snapshot.check()
-    assert snapshot.take(batch)[1], 'a change is seen though nothing was copied'
+    assert snapshot.take(batch).may_write, 'a change is seen though nothing was copied'
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    'an added field': lambda sample: sample.set_field(1, 'new'),
+    'a removed field': lambda sample: sample.pop('label'),
+    'a replaced tensor': lambda sample: setattr(sample, 'label', sample.label + 1),
+    'of a sample within': lambda sample: sample.gt_instances.set_field(torch.zeros(1), 'new'),
+    'a sample within that is replaced': lambda sample: setattr(sample, 'gt_instances', sample.gt_instances.new()),
+}
+
+
+@pytest.mark.parametrize('step', [1, 12, 15])
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_sample_that_a_model_changes_is_what_it_was_in_the_second_pass(change: str, step: int) -> None:
+    """Whenever it begins: in step 12 the passes of a model that has done nothing to samples share them."""
+
+    def contents(sample: Any) -> list[Any]:
+        within = sample.gt_instances
+        return [
+            *(sorted(sample.keys()), sorted(sample.metainfo_keys()), sample.label, id(sample.label)),
+            *(sorted(within.keys()), within.points, id(within.points)),
+        ]
+
+    snapshot, batch = InputSnapshot(), sampled_batch()
+    batch['data_samples'].append(batch['data_samples'][1])  # one sample twice stays one
+    for _ in range(step - 1):
+        snapshot.take(batch)
+        assert snapshot.check().arguments['data_samples'][1].label.equal(batch['data_samples'][1].label)
+    before = contents(batch['data_samples'][1])
+    snapshot.take(batch)
+    CHANGES[change](batch['data_samples'][1])
+    kept = snapshot.check()
+    twin = kept.arguments['data_samples'][1]
+    assert twin is kept.arguments['data_samples'][-1]
+    assert not kept.shared
+    left, right = contents(twin), before
+    if kept.may_write:
+        left, right = [[item for item in found if not isinstance(item, int)] for found in (left, right)]
+    assert all(a.equal(b) if isinstance(a, Tensor) else a == b for a, b in zip(left, right, strict=True))
+    later = snapshot.take(batch)
+    assert not later.shared
+    assert later.arguments['data_samples'][0] is not batch['data_samples'][0]
 
 
 # ------------------------------------------------------------------ calls
