@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from mm_sharp.ops.host_copy import to_device
 
@@ -42,6 +43,7 @@ def add_scaled_(tensors: Sequence[Tensor], vectors: Sequence[Tensor], step: Tens
     launch = _launch('add_scaled', tensors, vectors)
     if launch is not None:
         launch(launch.table[: len(tensors)], launch.table[len(tensors) :], step, finite, EACH=step.ndim > 0)
+        _count_as_written([*tensors, *vectors])
         return
     torch._foreach_mul_(list(vectors), list(step.unbind()) if step.ndim else step)
     _zero_one_by_one(vectors, finite)
@@ -53,6 +55,7 @@ def copy_(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     launch = _launch('copy', tensors, sources)
     if launch is not None:
         launch(launch.table[: len(tensors)], launch.table[len(tensors) :])
+        _count_as_written(tensors)
         return
     torch._foreach_copy_(tensors, sources)  # type: ignore[arg-type]  # any sequence does
 
@@ -63,6 +66,7 @@ def zero_unless_(finite: Tensor, tensors: Sequence[Tensor]) -> None:
     launch = _launch('zero_unless', tensors)
     if launch is not None:
         launch(launch.table, finite)
+        _count_as_written(tensors)
         return
     _zero_one_by_one(tensors, finite)
 
@@ -92,6 +96,15 @@ def finite_each(tensors: Sequence[Tensor]) -> Tensor:
         launch(launch.table, found)
         return found
     return torch.stack(torch._foreach_norm(list(tensors), float('inf'))).isfinite()
+
+
+def _count_as_written(tensors: Sequence[Tensor]) -> None:
+    """Have autograd and all who ask for versions know that the tensors were written to."""
+    try:
+        increment_version(list(tensors))
+    except TypeError:  # torch before 2.6 takes one
+        for tensor in tensors:
+            increment_version(tensor)
 
 
 def _zero_one_by_one(tensors: Sequence[Tensor], finite: Tensor) -> None:

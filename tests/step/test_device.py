@@ -147,6 +147,7 @@ def test_kernels_over_many_tensors_equal_torchs_operations(dtype: torch.dtype, m
     def results(weights: list[Tensor], steps: list[Tensor], factor: Tensor, finite: Tensor) -> list[Tensor]:
         weights, steps = [w.clone() for w in weights], [s.clone() for s in steps]
         multi_tensor.add_scaled_(weights, steps, factor, finite)
+        assert all(tensor._version for tensor in (*weights, *steps))
         zeros = [w.clone() for w in weights]
         multi_tensor.zero_unless_(finite, zeros)
         copies = [torch.empty_like(w) for w in weights]
