@@ -18,7 +18,8 @@ of peak memory; and one of the shares of a step's phases. A config that quantize
 optimizer on the float model. On the CPU the peak memory is that of the tensors alive, since torch keeps no count of its
 own there. The process keeps the memory that it frees (glibc's mallopt): else giving it back and getting it again falls
 on the methods by chance. It takes numbers below 1e-38 for 0 (denormals): a CPU takes many times longer for those, and
-how many gradients have depends on the weights that a pass is at.
+how many gradients have depends on the weights that a pass is at. In its first ten steps a method copies and compares
+what it only looks at later: they are not timed.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _parser() -> cli.OneLineParser:
     precision = "autocast for all methods (default: the config's precision; without a value: bfloat16)"
     add('--amp', nargs='?', const='bfloat16', choices=['bfloat16', 'float16'], help=precision)
     add('--rounds', type=whole(1), default=20, help='timed steps of each method; whole cycles if any (default: 20)')
-    add('--warmup', type=whole(1), default=3, help='steps of each method before them (default: 3)')
+    add('--warmup', type=whole(1), default=12, help='steps of each method before them (default: 12)')
     add('--threads', type=whole(1), help='threads of torch on the CPU (default: all; with --host 1)')
     add('--parameters', nargs='+', metavar='COUNT', help='measure perturbation and restoration alone: 25M 100M 1B')
     add('--host', action='store_true', help="measure the host's own time, on a model of 3,164 weights")

@@ -57,16 +57,18 @@ class InputSnapshot:
         self._rare.watch(watched, [copy for _, copy in tensors] if may_write else None)
         return kept
 
-    def check(self) -> Kept:
-        """Find out if the first forward pass has changed the inputs; returns what further passes get."""
+    def check(self) -> Kept | None:
+        """Find out if the first forward pass has changed the inputs; returns what further passes get.
+
+        None where there is nothing to check: of a call that was refused.
+        """
         kept, samples = self._kept, self._samples
-        assert kept is not None, 'take() comes first'
         if not all(map(_same_array, self._arrays)):
             self._rare.seen()
         self._rare.changed()
         if samples is not None and samples.changed():
             self._samples_change = True
-            if kept.shared:
+            if kept is not None and kept.shared:
                 kept = Kept(fresh(kept.arguments, kept.may_write, memo=samples.as_they_were()), kept.may_write, {})
         self._rare.watch((), None)
         self._arrays, self._samples, self._kept = [], None, None

@@ -46,28 +46,6 @@ def add_scaled(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def copy(
-    tensors: tl.tensor,
-    sources: tl.tensor,
-    tensor_of: tl.tensor,
-    start_of: tl.tensor,
-    sizes: tl.tensor,
-    KIND: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """``tensor = source``."""
-    index = tl.load(tensor_of + tl.program_id(0))
-    places = tl.load(start_of + tl.program_id(0)) + tl.arange(0, BLOCK)
-    inside = places < tl.load(sizes + index)
-    tensor, source = tl.load(tensors + index), tl.load(sources + index)
-    if ALIGNED:
-        tensor, source = tl.multiple_of(tensor, 16), tl.multiple_of(source, 16)
-    tensor, source = tensor.to(tl.pointer_type(KIND)) + places, source.to(tl.pointer_type(KIND)) + places
-    tl.store(tensor, tl.load(source, mask=inside, other=0.0), mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def zero_unless(
     tensors: tl.tensor,
     finite: tl.tensor,

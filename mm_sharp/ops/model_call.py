@@ -90,7 +90,8 @@ class CallRecorder:
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._depth -= 1
             if self._depth == 0 and self.call is not None:
-                self._keep(self.call, self._inputs.check())
+                if (kept := self._inputs.check()) is not None:
+                    self._keep(self.call, kept)
                 self.call.output = fresh(output, copies=False)
                 if output is None:  # the call has failed, and may be tried again
                     self.call = None

@@ -50,16 +50,6 @@ def add_scaled_(tensors: Sequence[Tensor], vectors: Sequence[Tensor], step: Tens
     torch._foreach_add_(list(tensors), list(vectors))
 
 
-def copy_(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """``tensors = sources``, in place; all of one device and dtype, in pairs of one shape."""
-    launch = _launch('copy', tensors, sources)
-    if launch is not None:
-        launch(launch.table[: len(tensors)], launch.table[len(tensors) :])
-        _count_as_written(tensors)
-        return
-    torch._foreach_copy_(tensors, sources)  # type: ignore[arg-type]  # any sequence does
-
-
 def zero_unless_(finite: Tensor, tensors: Sequence[Tensor]) -> None:
     """Set ``tensors``, of one device and dtype, to zero unless ``finite``, a scalar of bool; the host does not wait."""
     finite = finite.to(tensors[0].device)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mm_sharp.ops import multi_tensor
 from mm_sharp.ops.perturbation import group_by_device_and_dtype
 
 
@@ -110,7 +109,7 @@ def _foreach_copy(destinations: Sequence[Tensor], sources: Sequence[Tensor], gro
     """Copy every source into its destination; ``groups`` are the indices of those of one device and dtype."""
     with torch.no_grad():
         if len(groups) == 1:
-            multi_tensor.copy_(destinations, sources)
+            torch._foreach_copy_(destinations, sources)  # type: ignore[arg-type]  # any sequence does
             return
         for group in groups:
-            multi_tensor.copy_([destinations[i] for i in group], [sources[i] for i in group])
+            torch._foreach_copy_([destinations[i] for i in group], [sources[i] for i in group])

@@ -24,7 +24,13 @@ from tests.conftest import ROOT
 from tests.pages import blocks
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'configs').rglob('README.md')), *sorted((ROOT / 'docs').rglob('*.md'))]
-MODULES = sorted(module.name for module in pkgutil.walk_packages(mm_sharp.__path__, 'mm_sharp.'))
+# Triton comes with torch for GPUs alone.
+NEEDS_TRITON = 'mm_sharp.ops.kernels'
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(mm_sharp.__path__, 'mm_sharp.')
+    if module.name != NEEDS_TRITON or importlib.util.find_spec('triton')
+)
 
 
 # Pages whose examples are no configs, and the tests that run them.

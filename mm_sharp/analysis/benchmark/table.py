@@ -169,8 +169,8 @@ def measure_table(
             name: peak_memory(partial(workload.candidate, name, own), workload.batches[0], lengths[name])
             for name, own in settings.items()
         }
-        marked = workload.measure(settings, few, 1, phase_seconds)
-    phases = {name: typical(steps, costs[name], done=1) for name, steps in marked.items()}
+        marked = workload.measure(settings, few, warmup, phase_seconds)
+    phases = {name: typical(steps, costs[name], done=warmup) for name, steps in marked.items()}
     rows = compare(times, {name: costs[name.removesuffix(SUFFIX)] for name in times}, batch_size, warmup, peaks)
     return Table(batch_size, rounds, rows, phases, settings, times)
 
