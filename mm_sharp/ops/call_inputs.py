@@ -98,7 +98,7 @@ class SampleContents:
         attributes = vars(sample)
         for name in sample._data_fields:
             item = attributes.get(name)  # a name may outlive its value
-            if type(item) is Tensor and not item.requires_grad:
+            if type(item) is Tensor and not item.requires_grad and is_ordinary(item):
                 self.tensors.append(item)
             elif isinstance(item, BaseDataElement):
                 yield item

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mm_sharp.ops import multi_tensor
-from mm_sharp.ops.perturbation import group_by_device_and_dtype, in_order
+from mm_sharp.ops.perturbation import group_by_device_and_dtype, ungroup
 
 TRUE = torch.tensor(True)
 
@@ -34,7 +34,7 @@ def finite_each(tensors: Sequence[Tensor]) -> Tensor:
     found = [multi_tensor.finite_each([tensors[i] for i in group]) for group in groups]
     if len(groups) == 1:
         return found[0]
-    return in_order(groups, [of_group.to(tensors[0].device, non_blocking=True) for of_group in found])
+    return ungroup(groups, [of_group.to(tensors[0].device, non_blocking=True) for of_group in found])
 
 
 def quickly_finite(tensors: Sequence[Tensor]) -> bool:

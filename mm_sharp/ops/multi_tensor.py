@@ -22,7 +22,7 @@ from torch.autograd.graph import increment_version
 
 from mm_sharp.ops.host_copy import to_device
 
-FEW = 16  # torch's own operations on so many tensors are as fast
+FEW = 16  # on fewer tensors torch's own operations are as fast
 _BLOCK = 4096  # elements a program
 # Triton's names of an element type, and of the type that torch computes in.
 _KINDS = {
@@ -98,10 +98,10 @@ def _count_as_written(tensors: Sequence[Tensor]) -> None:
 
 
 def _zero_one_by_one(tensors: Sequence[Tensor], finite: Tensor) -> None:
-    spoilt = ~finite
+    corrupted = ~finite
     for tensor in tensors:
         # 0 * inf is nan, so that a factor of zero cannot stand for this.
-        tensor.masked_fill_(spoilt, 0)
+        tensor.masked_fill_(corrupted, 0)
 
 
 class _Plan(NamedTuple):

@@ -76,10 +76,10 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
         return found[0]
     dtype = torch.float64 if any(of_group.dtype == torch.float64 for of_group in found) else torch.float32
     device = tensors[0].device
-    return in_order(groups, [of_group.to(device=device, dtype=dtype) for of_group in found])
+    return ungroup(groups, [of_group.to(device=device, dtype=dtype) for of_group in found])
 
 
-def in_order(groups: Sequence[Sequence[int]], found: Sequence[Tensor]) -> Tensor:
+def ungroup(groups: Sequence[Sequence[int]], found: Sequence[Tensor]) -> Tensor:
     """Of values of each group's tensors, those of all tensors, in their order; (n,)."""
     values: dict[int, Tensor] = {}
     for group, part in zip(groups, found, strict=True):

@@ -320,6 +320,19 @@ def test_inputs_are_copied_in_few_steps() -> None:
     assert snapshot.take(batch).may_write, 'a change is seen though nothing was copied'
 
 
+@pytest.mark.parametrize(
+    'odd', [[1], torch.eye(3).to_sparse(), torch.ones(3, requires_grad=True)], ids=['a list', 'sparse', 'a leaf']
+)
+def test_samples_with_unusual_fields_are_copied_in_every_step(odd: Any) -> None:
+    snapshot, batch = InputSnapshot(), sampled_batch()
+    batch['data_samples'][3].odd = odd
+    for _ in range(13):
+        kept = snapshot.take(batch)
+        snapshot.check()
+        assert not kept.shared
+        assert kept.arguments['data_samples'][3] is not batch['data_samples'][3]
+
+
 CHANGES: dict[str, Callable[[Any], None]] = {
     'an added field': lambda sample: sample.set_field(1, 'new'),
     'a removed field': lambda sample: sample.pop('label'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mm_sharp.ops.multi_tensor import add_scaled_
+from mm_sharp.ops.multi_tensor import _kernels, add_scaled_
 from mm_sharp.ops.perturbation import (
     RELATIVE,
     Direction,
@@ -177,6 +178,11 @@ def test_a_device_that_is_not_asked_agrees_with_the_host(bad: float | None) -> N
     assert all(map(torch.equal, results[0], expected))
     assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
     assert torch.equal(results[0][1], weights[1]) == (bad is not None)
+
+
+@pytest.mark.skipif(find_spec('triton') is not None, reason='Triton is installed')
+def test_without_triton_a_gpu_has_no_kernels() -> None:
+    assert _kernels(torch.device('cuda', 0)) is None
 
 
 @pytest.mark.parametrize('loss_scale', [2.0**16, 0.25, 1000.0])
