@@ -3,14 +3,7 @@ _base_ = ['./simcc_res18_demo-256x192.py']
 
 optim_wrapper = dict(_delete_=True, optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05))
 
-codec = dict(
-    type='SimCCLabel',
-    input_size=_base_.input_size,
-    sigma=(4.9, 5.66),
-    simcc_split_ratio=2.0,
-    normalize=False,
-    use_dark=False,
-)
+codec = dict(_base_.codec, normalize=False, use_dark=False)
 model = dict(
     _delete_=True,
     type='TopdownPoseEstimator',
@@ -51,13 +44,5 @@ model = dict(
     test_cfg=dict(flip_test=False),
 )
 train_dataloader = dict(
-    dataset=dict(
-        pipeline=[
-            dict(type='LoadImage'),
-            dict(type='GetBBoxCenterScale'),
-            dict(type='TopdownAffine', input_size=_base_.input_size),
-            dict(type='GenerateTarget', encoder=codec),
-            _base_.pack,
-        ]
-    )
+    dataset=dict(pipeline=[*_base_.train_pipeline[:3], dict(type='GenerateTarget', encoder=codec), _base_.pack])
 )

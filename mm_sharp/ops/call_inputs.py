@@ -8,8 +8,7 @@ change them, and copies of tensors and arrays where it was seen to write to them
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from operator import is_
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from mm_sharp.ops.rare_changes import RareChanges, is_ordinary
+from mm_sharp.ops.rare_changes import RareChanges, is_ordinary, same_objects
 
 Leaves = list[tuple[Any, Any]]
 
@@ -45,7 +44,9 @@ class InputSnapshot:
     def take(self, value: Any) -> Kept:
         """Copy arguments, just before the first forward pass."""
         may_write, pairs = self._rare.next_step(), Leaves()
-        samples = self._samples = None if self._samples_change else SampleContents([*_samples_in(value)])
+        # Of a model that writes to its inputs no samples are shared.
+        copied = self._samples_change or self._rare.every_step
+        samples = self._samples = None if copied else SampleContents([*_samples_in(value)])
         # In the first steps the samples are copied, too, so that a model that changes them is known by then.
         shared = samples.by_id() if samples is not None and samples.plain and not may_write else {}
         kept = self._kept = Kept(fresh(value, may_write, pairs, dict(shared)), may_write, shared)
@@ -111,7 +112,7 @@ class SampleContents:
 
     def changed(self) -> bool:
         """Whether an attribute of any was added, removed or replaced."""
-        return not all(map(_same_attributes, map(vars, self._elements), self._attributes))
+        return not same_objects([*map(vars, self._elements)], self._attributes)
 
     def as_they_were(self) -> dict[int, Any]:
         """Copies of all with the attributes that they had, by the ``id`` of what they are copies of."""
@@ -120,10 +121,6 @@ class SampleContents:
             attributes = {name: twins.get(id(item), item) for name, item in was.items()}
             vars(twin).update(attributes, _metainfo_fields=of_meta, _data_fields=of_data)
         return twins
-
-
-def _same_attributes(now: Mapping[str, Any], was: Mapping[str, Any]) -> bool:
-    return now.keys() == was.keys() and all(map(is_, now.values(), was.values()))
 
 
 def _samples_in(value: Any) -> Iterator[BaseDataElement]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mm_sharp.ops import multi_tensor
-from mm_sharp.ops.perturbation import group_by_device_and_dtype, ungroup
+from mm_sharp.ops.perturbation import by_group, group_by_device_and_dtype
 
 TRUE = torch.tensor(True)
 
@@ -21,8 +21,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """
     if quickly_finite(tensors):
         return TRUE
-    dense = [tensor if tensor.layout == torch.strided else tensor._values() for tensor in tensors]
-    dense = [tensor for tensor in dense if tensor.numel()]
+    dense = [tensor for tensor in _dense(tensors) if tensor.numel()]
     if not dense:
         return TRUE
     return finite_each(dense).all()
@@ -30,11 +29,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 def finite_each(tensors: Sequence[Tensor]) -> Tensor:
     """Of one or more dense tensors, none of them empty, whether each is finite: (N,), on the first one's device."""
-    groups = group_by_device_and_dtype(tensors)
-    found = [multi_tensor.finite_each([tensors[i] for i in group]) for group in groups]
-    if len(groups) == 1:
-        return found[0]
-    return ungroup(groups, [of_group.to(tensors[0].device, non_blocking=True) for of_group in found])
+    return by_group(multi_tensor.finite_each, tensors)
 
 
 def quickly_finite(tensors: Sequence[Tensor]) -> bool:
@@ -64,6 +59,11 @@ def choose(valid: Tensor, tensors: Sequence[Tensor], others: Callable[[], Sequen
 @torch.no_grad()
 def zero_unless(finite: Tensor, tensors: Sequence[Tensor]) -> None:
     """Set ``tensors`` to zero unless ``finite``; the host does not wait."""
-    dense = [tensor if tensor.layout == torch.strided else tensor._values() for tensor in tensors]
+    dense = _dense(tensors)
     for group in group_by_device_and_dtype(dense):
         multi_tensor.zero_unless_(finite, [dense[i] for i in group])
+
+
+def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, the values in place of sparse ones."""
+    return [tensor if tensor.layout == torch.strided else tensor._values() for tensor in tensors]

@@ -7,10 +7,9 @@ at times a Python number (Brevitas and some losses count their calls).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache, partial
-from itertools import chain
-from operator import eq, is_, methodcaller
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,10 @@ from torch.nn.parameter import is_lazy
 
 from mm_sharp.ops.module_tree import Attributes, ModuleAttributes, ModuleTree, is_compiled, own_values
 from mm_sharp.ops.norm_statistics import BATCH_NORMS
-from mm_sharp.ops.rare_changes import is_ordinary
+from mm_sharp.ops.rare_changes import all_values, is_ordinary, same_objects
 from mm_sharp.ops.stateless import assigns_nothing
 from mm_sharp.ops.tensor_backup import TensorBackup
 
-_VALUES = methodcaller('values')
 _CONTAINERS = frozenset({list, dict, set, deque})
 _GENERATORS = (np.random.Generator, np.random.RandomState, torch.Generator)
 _WRAPPERS = frozenset({'DistributedDataParallel', 'FullyShardedDataParallel'})
@@ -109,7 +107,7 @@ class ModuleStateBackup:
 
     def save(self, plan: StatePlan, norms: Iterable[nn.Module] = (), *, rare: bool = False) -> None:
         """Copy the state where ``plan`` finds it, with the buffers of ``norms``; with ``rare``, :attr:`rare` too."""
-        rarely: list[Tensor | None] = [*plan.frozen, *_all_values(plan.constants)]
+        rarely: list[Tensor | None] = [*plan.frozen, *all_values(plan.constants)]
         self._contents, self._generators = [], []
         self._buffers = [(held, dict(held)) for held in plan.held if held]
         self._without = [held for held in plan.held if not held]
@@ -120,7 +118,7 @@ class ModuleStateBackup:
         for value in attributes.values if kinds else ():
             if type(value) in kinds:
                 self._snapshot_value(value, rarely)
-        self.backup.save(plan.ordinary.among(_all_values([*(held for held, _ in self._buffers), *plan.fixed])))
+        self.backup.save(plan.ordinary.among(all_values([*(held for held, _ in self._buffers), *plan.fixed])))
         self.rare = plan.rare.among(rarely)
         self.rare_backup.save(self.rare if rare else [])
 
@@ -140,7 +138,7 @@ class ModuleStateBackup:
     def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
         """Put everything back, but do not write to memory of ``apart_from``, such as weights that a buffer shares."""
         now, before = zip(*self._buffers, strict=True) if self._buffers else ((), ())
-        if not _same(now, before):
+        if not same_objects(now, before):
             for held, were in self._buffers:
                 _restore_contents(held, were)
         if any(self._without):
@@ -199,16 +197,6 @@ def _writable(buffer: Tensor) -> bool:
     if buffer.is_contiguous():
         return True
     return not any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
-
-
-def _same(now: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> bool:
-    """Whether dicts have the same names and objects."""
-    parts = [(chain.from_iterable(now), chain.from_iterable(before)), (_all_values(now), _all_values(before))]
-    return all(map(eq, map(len, now), map(len, before))) and all(all(map(is_, *pair)) for pair in parts)
-
-
-def _all_values(dicts: Iterable[dict[str, Any]]) -> Iterable[Any]:
-    return chain.from_iterable(map(_VALUES, dicts))
 
 
 def _restore_contents(value: Any, was: Any) -> None:

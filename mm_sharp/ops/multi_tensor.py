@@ -33,20 +33,21 @@ _KINDS = {
 }
 
 
-def add_scaled_(tensors: Sequence[Tensor], vectors: Sequence[Tensor], step: Tensor, finite: Tensor) -> None:
+def add_scaled_(tensors: Sequence[Tensor], vectors: Sequence[Tensor], step: Tensor, finite: Tensor | None) -> None:
     """``vectors *= step; tensors += vectors``, in place; unless ``finite``, the vectors become 0 and that is all.
 
-    All of one device and dtype; ``step`` is a scalar or, (n,), one for each; ``finite`` a scalar of bool. No host
-    synchronisation.
+    All of one device and dtype; ``step`` is a scalar or, (n,), one for each; ``finite`` a scalar of bool, or None where
+    the host knows that it is so. No host synchronisation.
     """
-    finite = finite.to(tensors[0].device)
-    launch = _launch('add_scaled', tensors, vectors)
-    if launch is not None:
+    finite = None if finite is None else finite.to(tensors[0].device)
+    launch = None if finite is None else _launch('add_scaled', tensors, vectors)
+    if finite is not None and launch is not None:
         launch(launch.table[: len(tensors)], launch.table[len(tensors) :], step, finite, EACH=step.ndim > 0)
         _count_as_written([*tensors, *vectors])
         return
     torch._foreach_mul_(list(vectors), list(step.unbind()) if step.ndim else step)
-    _zero_one_by_one(vectors, finite)
+    if finite is not None:
+        _zero_one_by_one(vectors, finite)
     torch._foreach_add_(list(tensors), list(vectors))
 
 

@@ -41,8 +41,9 @@ taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -70,20 +71,22 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
 
     (n,), in at least float32, on the device of the first tensor.
     """
+    return by_group(multi_tensor.norms, tensors)
+
+
+def by_group(of_each: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """What ``of_each`` gives of one or more tensors of one device and dtype, (n,), for tensors of any.
+
+    (n,), on the device of the first tensor.
+    """
     groups = group_by_device_and_dtype(tensors)
-    found = [multi_tensor.norms([tensors[i] for i in group]) for group in groups]
+    found = [of_each([tensors[i] for i in group]) for group in groups]
     if len(groups) == 1:
         return found[0]
-    dtype = torch.float64 if any(of_group.dtype == torch.float64 for of_group in found) else torch.float32
-    device = tensors[0].device
-    return ungroup(groups, [of_group.to(device=device, dtype=dtype) for of_group in found])
-
-
-def ungroup(groups: Sequence[Sequence[int]], found: Sequence[Tensor]) -> Tensor:
-    """Of values of each group's tensors, those of all tensors, in their order; (n,)."""
+    dtype = reduce(torch.promote_types, [of_group.dtype for of_group in found])
     values: dict[int, Tensor] = {}
     for group, part in zip(groups, found, strict=True):
-        values.update(zip(group, part.unbind(), strict=True))
+        values.update(zip(group, part.to(device=tensors[0].device, dtype=dtype).unbind(), strict=True))
     # Not by a tensor of indices, whose way to a GPU the host would wait for.
     return torch.stack([values[index] for index in range(len(values))])
 
@@ -176,11 +179,7 @@ def perturb_(
         factors = step.to(steps[0].device, steps[0].dtype)
         if step.ndim and len(group) < len(step):
             factors = torch.stack([factors[i] for i in group])
-        if on_host:
-            torch._foreach_mul_(steps, list(factors.unbind()) if step.ndim else factors)
-            torch._foreach_add_(weights, steps)
-        else:
-            multi_tensor.add_scaled_(weights, steps, factors, norm.isfinite())
+        multi_tensor.add_scaled_(weights, steps, factors, None if on_host else norm.isfinite())
     return norm
 
 

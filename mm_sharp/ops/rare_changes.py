@@ -7,8 +7,10 @@ as a change was seen. In the steps between, ``Tensor._version`` shows most chang
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, eq, is_, methodcaller
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from torch import Tensor
 from mm_sharp.ops.host_copy import HostCopy
 
 _ALL_UP_TO = 10
+_VALUES = methodcaller('values')
+_version = attrgetter('_version')
 
 
 class RareChanges:
@@ -77,10 +81,18 @@ def is_ordinary(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_inference() or tensor.is_meta)
 
 
+def same_objects(now: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether dicts have the same names and objects."""
+    parts = [(chain.from_iterable(now), chain.from_iterable(before)), (all_values(now), all_values(before))]
+    return all(map(eq, map(len, now), map(len, before))) and all(all(map(is_, *pair)) for pair in parts)
+
+
+def all_values(dicts: Iterable[Mapping[str, Any]]) -> Iterable[Any]:
+    """The values of all dicts, one after the other."""
+    return chain.from_iterable(map(_VALUES, dicts))
+
+
 def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     if any(map(Tensor.is_inference, tensors)):  # they have no version
         return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
     return list(zip(map(_version, tensors), map(Tensor.data_ptr, tensors), strict=True))
-
-
-_version = attrgetter('_version')
