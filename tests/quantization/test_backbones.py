@@ -119,7 +119,10 @@ def test_of_several_stages_the_last_is_exported_as_mmpose_predicts_by_it(name: s
     data = Case('', '', SIZE, SIZE[0] // stages[-1].shape[-1], 17).batch(cfg)
     calibrate(model, [data])
     file = export_onnx(model, tmp_path / 'model.onnx', 'qcdq', {})
-    session = onnxruntime.InferenceSession(file)
+    # The graph as it is: in integers, on a processor without VNNI, 13 of 17 keypoints of untrained heatmaps agree.
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(file, options)
     assert [output.name for output in session.get_outputs()] == ['heatmaps']
     data = model.data_preprocessor(data, False)
     inputs, samples = data['inputs'], data['data_samples']
@@ -132,7 +135,6 @@ def test_of_several_stages_the_last_is_exported_as_mmpose_predicts_by_it(name: s
         expected = model.head.forward(model.extract_feat(inputs))[-1].numpy()
     theirs = predict(model, outputs, inputs, samples)
     assert np.abs(outputs[0][0] - expected).max() < 0.1 * np.ptp(expected)
-    # Of untrained heatmaps some maxima are nearly equal, and processors round differently: on one, 13 of 17 agree.
-    assert np.mean(keypoint_distances(own, theirs) <= 1) > 0.6
+    assert np.mean(keypoint_distances(own, theirs) <= 1) > 0.9
     exact = [[heatmaps.numpy()] for heatmaps in (Network(model)(pictures)[0].detach() for pictures in both)]
     assert keypoint_distances(own, predict(model, exact, inputs, samples)).max() == 0
