@@ -13,6 +13,14 @@ import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def piece(tensor_of: tl.tensor, start_of: tl.tensor, sizes: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """Which tensor a program works on, the places of its elements there, and which of these are inside."""
+    index = tl.load(tensor_of + tl.program_id(0))
+    places = tl.load(start_of + tl.program_id(0)) + tl.arange(0, BLOCK)
+    return index, places, places < tl.load(sizes + index)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def add_scaled(
     tensors: tl.tensor,
     vectors: tl.tensor,
@@ -28,9 +36,7 @@ def add_scaled(
     BLOCK: tl.constexpr,
 ) -> None:
     """``vector *= step; tensor += vector``, rounded after each; where not ``finite``, ``vector = 0`` alone."""
-    index = tl.load(tensor_of + tl.program_id(0))
-    places = tl.load(start_of + tl.program_id(0)) + tl.arange(0, BLOCK)
-    inside = places < tl.load(sizes + index)
+    index, places, inside = piece(tensor_of, start_of, sizes, BLOCK)
     tensor, vector = tl.load(tensors + index), tl.load(vectors + index)
     if ALIGNED:
         tensor, vector = tl.multiple_of(tensor, 16), tl.multiple_of(vector, 16)
@@ -57,9 +63,7 @@ def zero_unless(
 ) -> None:
     """``tensor = 0`` unless ``finite``."""
     if not tl.load(finite):
-        index = tl.load(tensor_of + tl.program_id(0))
-        places = tl.load(start_of + tl.program_id(0)) + tl.arange(0, BLOCK)
-        inside = places < tl.load(sizes + index)
+        index, places, inside = piece(tensor_of, start_of, sizes, BLOCK)
         tensor = tl.load(tensors + index).to(tl.pointer_type(KIND)) + places
         tl.store(tensor, tl.zeros([BLOCK], KIND), mask=inside)
 
@@ -77,13 +81,12 @@ def add_squares(
     BLOCK: tl.constexpr,
 ) -> None:
     """The sum of the squares of each program's elements."""
-    index = tl.load(tensor_of + tl.program_id(0))
-    places = tl.load(start_of + tl.program_id(0)) + tl.arange(0, BLOCK)
+    index, places, inside = piece(tensor_of, start_of, sizes, BLOCK)
     tensor = tl.load(tensors + index)
     if ALIGNED:
         tensor = tl.multiple_of(tensor, 16)
     tensor = tensor.to(tl.pointer_type(KIND)) + places
-    values = tl.load(tensor, mask=places < tl.load(sizes + index), other=0.0).to(WORK)
+    values = tl.load(tensor, mask=inside, other=0.0).to(WORK)
     tl.store(sums + tl.program_id(0), tl.sum(values * values, axis=0))
 
 
@@ -111,9 +114,8 @@ def mark_not_finite(
     BLOCK: tl.constexpr,
 ) -> None:
     """``finite`` of a tensor becomes False if it has an element that is not."""
-    index = tl.load(tensor_of + tl.program_id(0))
-    places = tl.load(start_of + tl.program_id(0)) + tl.arange(0, BLOCK)
+    index, places, inside = piece(tensor_of, start_of, sizes, BLOCK)
     tensor = tl.load(tensors + index).to(tl.pointer_type(KIND)) + places
-    values = tl.load(tensor, mask=places < tl.load(sizes + index), other=0.0).to(WORK)
+    values = tl.load(tensor, mask=inside, other=0.0).to(WORK)
     if tl.sum(((values - values) != 0).to(tl.int32), axis=0) > 0:
         tl.store(finite + index, False)
