@@ -54,10 +54,6 @@ WRONG: dict[str, tuple[Any, str]] = {
         small(methods={'base': {}, 'long': {'epochs': 0}}, control=''),
         'methods.long.epochs: 0 is not allowed: it must be an integer of at least 1',
     ),
-    'epochs of a method where time is a budget': (
-        small(methods={'base': {}, 'long': {'epochs': 8}}, budgets=['epochs', 'time'], control=''),
-        'methods.long.epochs: 8 is not allowed: it must be left out where time is a budget',
-    ),
     'budget': (small(budgets=['money']), "budgets: ['money'] is not allowed"),
     'time alone': (small(budgets=['time']), "budgets: ['time'] is not allowed: it must be with epochs, too"),
     'control': (small(control='uniform'), "control: 'uniform' is not allowed: it must be one of base, sam, half"),
@@ -254,6 +250,21 @@ def test_a_setting_can_train_on_each_methods_own_weights(tmp_path: Path) -> None
         assert cfg.optim_wrapper.get('type', 'OptimWrapper') == 'OptimWrapper'
         assert plan.keeps_weights(start)
     assert not plan.keeps_weights(Run('report', 'clean', 'sam', None, 6, 1))
+
+
+def test_own_weights_are_trained_on_by_the_settings_config_alike(tmp_path: Path) -> None:
+    settings = {'clean': SETTING, 'tuned': {**SETTING, 'epochs': 2, 'load_from': 'clean', 'load_own': True}}
+    own = {'epochs': 4, 'options': {'train_dataloader.batch_size': 8}}
+    methods = {'base': {}, 'short': own, 'sam': {'type': 'SAMOptimWrapper', **own}}
+    plan = plan_of(tmp_path, settings=settings, methods=methods, selection=None, control='')
+    same = {'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler'}
+    base = plan.config(Run('report', 'tuned', 'base', None, 2, 1)).to_dict()
+    for method in ('short', 'sam'):
+        assert plan.epochs('clean', method, 'epochs') == 4
+        assert plan.epochs('tuned', method, 'epochs') == 2
+        cfg = plan.config(Run('report', 'tuned', method, None, 2, 1)).to_dict()
+        assert {name: cfg[name] for name in same} == {name: base[name] for name in same}
+        assert cfg['load_from'] == str(plan.weights(Run('report', 'clean', method, None, 4, 1)))
 
 
 # ---------------------------------------------------------------- corrupted annotations

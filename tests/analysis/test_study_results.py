@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,9 +204,9 @@ def test_rows_of_other_configs_are_told_of(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- equal measured time
-def timed(folder: Path, seconds: dict[str, list[float]]) -> tuple[Plan, Rows]:
+def timed(folder: Path, seconds: dict[str, list[float]], **changes: Any) -> tuple[Plan, Rows]:
     """A study whose runs at equal epochs have cost so many seconds, by method and seed."""
-    plan = plan_of(folder, budgets=['epochs', 'time'], selection=None, control='')
+    plan = plan_of(folder, budgets=['epochs', 'time'], selection=None, control='', **changes)
     rows = Rows(folder / 'rows.csv')
     for run in plan.report_runs('clean', dict.fromkeys(plan.study.methods)):
         if run.seed < len(seconds[run.method]):
@@ -234,6 +235,15 @@ def test_at_equal_time_epochs_are_divided_by_the_median_of_the_time_ratios(tmp_p
     assert found['epochs', 'sam'].time == pytest.approx(2.4)
     assert '| sam |  | 6 | 2.00 | 2.40 | 91.00' in markdown(plan.study, list(found.values()))
     assert 'equal measured time' in markdown(plan.study, list(found.values()))
+
+
+def test_a_method_with_epochs_of_its_own_keeps_them_at_equal_time(tmp_path: Path) -> None:
+    methods = {'base': {}, 'short': {'epochs': 4, 'options': {'train_dataloader.batch_size': 8}}}
+    plan, rows = timed(tmp_path, {'base': [10.0] * 3, 'short': [9.0, 8.0, 7.0]}, methods=methods)
+    chosen: dict[str, float | None] = dict.fromkeys(plan.study.methods)
+    assert all(run.id in rows.by_id for run in timed_runs(plan, rows, 'clean', chosen))
+    found = {(entry.budget, entry.method): entry for entry in compare(plan, rows).comparisons}
+    assert (found['time', 'short'].epochs, found['time', 'short'].compute) == (4, pytest.approx(0.8))
 
 
 def test_a_time_that_is_not_measured_yet_gives_no_runs_and_no_comparison(tmp_path: Path) -> None:

@@ -79,11 +79,14 @@ class Plan:
         return [list(pools.values()) for pools in waves if pools]
 
     def epochs(self, setting: str, method: str, budget: str) -> int:
-        """Epochs of a method: its own, or at equal compute the base optimizer's over the method's cost, rounded."""
-        most, own = self.study.settings[setting].epochs, self.study.methods[method].get('epochs')
+        """Epochs of a method: its own, or at equal compute the base optimizer's over the method's cost, rounded.
+
+        At equal time, those in which its time is measured: its own or the base optimizer's.
+        """
+        most, own = self.study.settings[setting].epochs, self.study.changes(setting, method).get('epochs')
         if own is not None:
             return int(own)
-        return most if budget == 'epochs' else max(1, round(self._costs[setting, method].epochs_for(most)))
+        return max(1, round(self._costs[setting, method].epochs_for(most))) if budget == 'compute' else most
 
     def compute(self, setting: str, method: str, epochs: int) -> float:
         """What so many epochs of a method cost, in trainings of the base optimizer with the setting's epochs."""
@@ -114,9 +117,10 @@ class Plan:
         """The whole config of a run."""
         setting = self.study.settings[run.setting]
         cfg = copy.deepcopy(self._configs[run.setting])
-        cfg.merge_from_dict(dict(self.study.methods[run.method].get('options', {})))
+        changes = self.study.changes(run.setting, run.method)
+        cfg.merge_from_dict(dict(changes.get('options', {})))
         _set_epochs(cfg, run.epochs)
-        cfg.optim_wrapper = self._wrapper(cfg, setting, run.method, run.rho)
+        cfg.optim_wrapper = _wrapper(cfg, changes, run.rho)
         cfg.randomness = {**(cfg.get('randomness') or {}), 'seed': run.seed}
         if setting.corrupt:
             cfg.train_dataloader.dataset.ann_file = str(self.corrupted(setting).resolve())
@@ -168,17 +172,10 @@ class Plan:
         budget = 'compute' if 'compute' in self.study.budgets else 'epochs'
         return Run(run.phase, setting.load_from, method, None, self.epochs(setting.load_from, method, budget), run.seed)
 
-    def _wrapper(self, cfg: Config, setting: Setting, method: str, rho: float | None) -> dict[str, Any]:
-        if setting.load_own:
-            return {**cfg.optim_wrapper}
-        changes = {key: value for key, value in self.study.methods[method].items() if key not in ('options', 'epochs')}
-        own = {} if rho is None else {'rho': rho}
-        return {**cfg.optim_wrapper, **changes, **own}
-
     def _check_method(self, setting: Setting, method: str) -> None:
-        cfg = copy.deepcopy(self._configs[setting.name])
-        _change(cfg, f'methods.{method}.options', self.study.methods[method].get('options', {}))
-        cfg.optim_wrapper = self._wrapper(cfg, setting, method, None)
+        cfg, changes = copy.deepcopy(self._configs[setting.name]), self.study.changes(setting.name, method)
+        _change(cfg, f'methods.{method}.options', changes.get('options', {}))
+        cfg.optim_wrapper = _wrapper(cfg, changes, None)
         try:
             preflight.check_wrappers(cfg)
         except UsageError as error:
@@ -190,6 +187,11 @@ class Plan:
             if self.study.selection is not None and 'rho' not in self.study.methods[method]:
                 self.tuned.add(method)
         self._costs[setting.name, method] = cost
+
+
+def _wrapper(cfg: Config, changes: Mapping[str, Any], rho: float | None) -> dict[str, Any]:
+    changed = {key: value for key, value in changes.items() if key not in ('options', 'epochs')}
+    return {**cfg.optim_wrapper, **changed, **({} if rho is None else {'rho': rho})}
 
 
 def _name_schedule(wrapper: dict[str, Any]) -> None:

@@ -160,26 +160,26 @@ def timed_runs(plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float 
 def _planned(
     plan: Plan, rows: Rows, setting: str, chosen: Mapping[str, float | None], budget: str
 ) -> dict[str, tuple[int, float]]:
-    most, found = plan.study.settings[setting].epochs, {}
+    found = {}
     for method in plan.study.methods_in(setting):
+        epochs = plan.epochs(setting, method, budget)
         if budget != 'time':
-            epochs = plan.epochs(setting, method, budget)
             found[method] = epochs, plan.compute(setting, method, epochs)
         elif (ratio := time_ratio(plan, rows, setting, method, chosen[method])) is not None:
-            epochs = max(1, round(most / ratio))
-            found[method] = epochs, epochs * ratio / most
+            measured, own = epochs, 'epochs' in plan.study.changes(setting, method)
+            epochs = measured if own else max(1, round(measured / ratio))
+            found[method] = epochs, ratio * epochs / measured
     return found
 
 
 def time_ratio(plan: Plan, rows: Rows, setting: str, method: str, rho: float | None) -> float | None:
-    """Measured time of a method over the base optimizer's, at equal epochs: the median over the seeds.
+    """Measured time of a method over the base optimizer's, at equal epochs or its own: the median over the seeds.
 
     None while a seed is missing, so that the epochs at equal time do not change afterwards.
     """
-    epochs = plan.study.settings[setting].epochs
     own, base = (
-        [Run('report', setting, *what, epochs, seed) for seed in plan.study.seeds]
-        for what in ((method, rho), (BASE, None))
+        [Run('report', setting, name, its_rho, plan.epochs(setting, name, 'epochs'), seed) for seed in plan.study.seeds]
+        for name, its_rho in ((method, rho), (BASE, None))
     )
     if not all(run.id in rows.by_id for run in (*own, *base)):
         return None

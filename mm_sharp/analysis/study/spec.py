@@ -55,7 +55,8 @@ class Setting:
     selects: bool = True  # takes part in its pool's choice; otherwise its base optimizer alone is trained for it
     corrupt: float = 0.0  # share of the training people whose keypoints are corrupted, see corruption.py
     load_from: str = ''  # another setting: runs start from its base optimizer's weights of the same seed
-    load_own: bool = False  # from those that each method has trained there, to be trained on with the base optimizer
+    # From those that each method has trained there, to be trained on alike, by the config with the base optimizer.
+    load_own: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class Study:
     def methods_in(self, setting: str) -> list[str]:
         """The methods that are compared in a setting."""
         return self.settings[setting].methods or [*self.methods]
+
+    def changes(self, setting: str, method: str) -> dict[str, Any]:
+        """What a method changes in a setting: nothing where it only gives the weights to start from."""
+        return {} if self.settings[setting].load_own else self.methods[method]
 
 
 def read_study(file: Path) -> Study:
@@ -167,9 +172,8 @@ def _check(study: Study) -> None:
         options = method.get('options', {})
         _require(isinstance(options, dict), f'methods.{name}.options', options, 'a mapping of dotted keys')
         if 'epochs' in method:
-            where, epochs = f'methods.{name}.epochs', method['epochs']
-            _require(type(epochs) is int and epochs >= 1, where, epochs, 'an integer of at least 1')
-            _require('time' not in budgets, where, epochs, 'left out where time is a budget')
+            good = type(epochs := method['epochs']) is int and epochs >= 1
+            _require(good, f'methods.{name}.epochs', epochs, 'an integer of at least 1')
 
 
 def _check_setting(study: Study, where: str, setting: Setting) -> None:
