@@ -73,6 +73,7 @@ class ParameterSelector:
         self._exclude = self._compile('exclude', perturb.get('exclude'))
         self._cached_for: tuple[int, ...] = ()
         self._selected: list[nn.Parameter] = []
+        self._scales: list[nn.Parameter] = []
 
     @property
     def takes_all(self) -> bool:
@@ -91,14 +92,26 @@ class ParameterSelector:
 
         One that ``model`` does not hold has no name: only ``include`` can leave it out.
         """
-        key = (id(model), *map(id, parameters))
-        if key != self._cached_for:
-            self._selected, self._cached_for = self._apply(model, parameters), key
+        self._update(model, parameters)
         return self._selected
 
-    def _apply(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    def scales(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """The scales of quantizers among ``parameters``."""
+        self._update(model, parameters)
+        return self._scales
+
+    def _update(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        key = (id(model), *map(id, parameters))
+        if key != self._cached_for:
+            kinds = _kinds(model)
+            self._selected = self._apply(model, parameters, kinds)
+            self._scales = [parameter for parameter in parameters if kinds.get(id(parameter)) == 'quantizer_scale']
+            self._cached_for = key
+
+    def _apply(
+        self, model: nn.Module, parameters: Sequence[nn.Parameter], kinds: Mapping[int, str]
+    ) -> list[nn.Parameter]:
         names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
-        kinds = _kinds(model)
         spared = self._perturb == 'auto' and 'quantizer_scale' in kinds.values()
         for key, patterns in (('include', self._include), ('exclude', self._exclude)):
             for pattern in patterns:

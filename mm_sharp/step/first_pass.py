@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -127,14 +127,23 @@ class FirstPass:
             call.args, call.kwargs = without_keys(call.model, call.args, call.kwargs)
             if self.passes is not Passes.FIRST:
                 perturbed = method.select_parameters(self._selector.select(self.parallel.module, self.trained))
-                skips = method.skips_gradients and self.passes is Passes.BOTH
-                # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
-                skip = self.trained if skips and self.parallel.shards is None else ()
-                by_hand = self._settings.sync_perturbation and skips
-                self.ascent.choose(perturbed, skip, average_by_hand=by_hand)
+                by_hand = self._settings.sync_perturbation and method.skips_gradients and self.passes is Passes.BOTH
+                self.ascent.choose(perturbed, self._to_skip(method), average_by_hand=by_hand)
         if not self.parallel.is_ddp:
             self._snapshot(method)
         return call
+
+    def _to_skip(self, method: Method) -> Sequence[nn.Parameter]:
+        """What needs no gradient in the first pass unless it is perturbed."""
+        # Under FSDP, parameters are gathered and their gradients averaged together: nothing would be saved.
+        if self.passes is not Passes.BOTH or self.parallel.shards is not None:
+            return ()
+        if method.skips_gradients:
+            return self.trained
+        # More than half of what a quantizer's backward pass computes is for its scale. DDP would wait for that in a pass
+        # that it synchronises.
+        needed = method.changes_gradient or (self._settings.sync_perturbation and self.parallel.is_ddp)
+        return () if needed else self._selector.scales(self.parallel.module, self.trained)
 
     def _snapshot(self, method: Method) -> None:
         """Runs once, after :meth:`_on_call`, when the forward of the user's own model begins."""

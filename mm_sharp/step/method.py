@@ -74,7 +74,8 @@ class Method:
     Attributes:
         settings: What the arguments say.
         second_pass: Runs the captured forward again.
-        skips_gradients: Whether the first pass computes the gradients of the perturbed parameters only.
+        skips_gradients: Whether the first pass computes the gradients of the perturbed parameters only; without it,
+            quantizers' scales alone get none there where they are not perturbed.
         changes_gradient: Whether :meth:`final_gradient` does anything; it is then given the first passes' gradients.
         kept: What the method keeps of each parameter.
         keeps: Whether it keeps anything.

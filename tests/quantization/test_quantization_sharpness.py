@@ -448,7 +448,33 @@ def test_ausam_equals_its_reference_bit_for_bit(policy: str, reweight: bool) -> 
     assert not same_state(ours, quantized(policy))
 
 
-# ------------------------------------------------------------------ 6. ESAM's first backward
+# ------------------------------------------------------------------ 6. the first backward
+NEEDED_TWICE = [('sam', 'all'), ('friendlysam', 'auto'), ('gsam', 'auto'), ('wsam', 'auto')]
+NEEDED_ONCE = [(name, perturb) for name in ('sam', 'ausam') for perturb in ('auto', 'weights')]
+
+
+@pytest.mark.parametrize('policy', ['W8A8 folded', 'W4A4', 'zero points'])
+@pytest.mark.parametrize(('name', 'perturb'), [*NEEDED_ONCE, *NEEDED_TWICE])
+@pytest.mark.parametrize('with_cp', [False, True], ids=['', 'checkpointed'])
+def test_scales_get_a_gradient_in_the_first_pass_only_where_it_is_of_use(
+    name: str, perturb: str, policy: str, with_cp: bool
+) -> None:
+    model = quantized(policy, **({'with_cp': True} if with_cp else {}))
+    wrapper = build(name, model, slow_sgd(model), perturb=perturb)
+    received: list[str] = []
+    for parameter_name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=parameter_name: received.append(name))
+    names = [name for name, _ in model.named_parameters()]
+    scales = [name for name in names if 'tensor_quant' in name]
+    assert scales
+    for batch in batches(2):
+        received.clear()
+        model.train_step(batch, wrapper)
+        once = scales if (name, perturb) in NEEDED_ONCE else []
+        assert sorted(received) == sorted([*names, *(name for name in names if name not in once)])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize('policy', ['W8A8 folded', 'W4A4', 'zero points'])
 def test_esam_gives_no_gradient_in_the_first_pass_but_to_what_it_perturbs(policy: str) -> None:
     """Scales, zero points and biases, which are never perturbed, get one in the second pass alone."""
