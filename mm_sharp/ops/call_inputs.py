@@ -8,7 +8,8 @@ change them, and copies of tensors and arrays where it was seen to write to them
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from mm_sharp.ops.rare_changes import RareChanges, is_ordinary, same_objects
+from mm_sharp.ops.rare_changes import RareChanges, is_ordinary, same_items, same_objects, versions_of
 
 Leaves = list[tuple[Any, Any]]
 
@@ -28,7 +29,7 @@ class Kept(NamedTuple):
 
     arguments: Any
     may_write: bool  # the model may write to tensors and arrays, so of these, too
-    shared: dict[int, Any]  # data samples by their `id`, which all passes share: of all others
+    shared: SharedInputs | None  # what is not copied; None where everything is
 
 
 class InputSnapshot:
@@ -39,41 +40,81 @@ class InputSnapshot:
         self._arrays: Leaves = []
         self._samples: SampleContents | None = None
         self._samples_change = False
-        self._kept: Kept | None = None
 
     def take(self, value: Any) -> Kept:
         """Copy arguments, just before the first forward pass."""
         may_write, pairs = self._rare.next_step(), Leaves()
-        # Of a model that writes to its inputs no samples are shared.
-        copied = self._samples_change or self._rare.every_step
-        samples = self._samples = None if copied else SampleContents([*_samples_in(value)])
+        # Of a model that writes to its inputs everything is copied in any case.
+        samples = None if self._rare.every_step else SampleContents([*_samples_in(value)])
         # In the first steps the samples are copied, too, so that a model that changes them is known by then.
-        shared = samples.by_id() if samples is not None and samples.plain and not may_write else {}
-        kept = self._kept = Kept(fresh(value, may_write, pairs, dict(shared)), may_write, shared)
-        tensors = [pair for pair in pairs if isinstance(pair[0], Tensor)]
-        watched = [tensor for tensor, _ in tensors]
-        if samples is not None and shared:
-            watched += samples.tensors
-        self._arrays = [pair for pair in pairs if may_write and not isinstance(pair[0], Tensor)]
-        self._rare.watch(watched, [copy for _, copy in tensors] if may_write else None)
-        return kept
+        if may_write:
+            kept = Kept(fresh(value, True, pairs), True, None)
+            self._arrays = [pair for pair in pairs if not isinstance(pair[0], Tensor)]
+            tensors = [pair for pair in pairs if isinstance(pair[0], Tensor)]
+            self._rare.watch([tensor for tensor, _ in tensors], [copy for _, copy in tensors])
+            self._samples = samples
+            if samples is not None:
+                samples.watch_meta()
+            return kept
+        if samples is not None and (self._samples_change or not samples.plain):
+            samples = None
+        memo = {} if samples is None else samples.by_id()
+        arguments = fresh(value, False, pairs, memo)
+        watched = [tensor for tensor, _ in pairs if isinstance(tensor, Tensor)]
+        return Kept(arguments, False, SharedInputs(watched, samples, self._rare.seen, self._note_samples))
 
-    def check(self) -> Kept | None:
-        """Find out if the first forward pass has changed the inputs; returns what further passes get.
-
-        None where there is nothing to check: of a call that was refused.
-        """
-        kept, samples = self._kept, self._samples
-        if not all(map(_same_array, self._arrays)):
+    def check(self) -> None:
+        """Find out if the first forward pass has changed the inputs, in a step that has copies to compare with."""
+        samples = self._samples
+        if not all(map(_same_array, self._arrays)) or (samples is not None and samples.meta_changed()):
             self._rare.seen()
         self._rare.changed()
         if samples is not None and samples.changed():
-            self._samples_change = True
-            if kept is not None and kept.shared:
-                kept = Kept(fresh(kept.arguments, kept.may_write, memo=samples.as_they_were()), kept.may_write, {})
+            self._note_samples()
         self._rare.watch((), None)
-        self._arrays, self._samples, self._kept = [], None, None
-        return kept
+        self._arrays, self._samples = [], None
+
+    def _note_samples(self) -> None:
+        self._samples_change = True
+
+
+class SharedInputs:
+    """What all passes of a step have in common: tensors, and data samples, unless these are None.
+
+    Both are watched: the functions are called when a pass was seen to have changed tensors, or samples.
+    """
+
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        samples: SampleContents | None,
+        note_tensors: Callable[[], None],
+        note_samples: Callable[[], None],
+    ) -> None:
+        self._tensors, self._samples = tensors + ([] if samples is None else samples.tensors), samples
+        self._versions = versions_of(self._tensors)
+        self._note_tensors, self._note_samples = note_tensors, note_samples
+        self._in_use = False
+
+    def begin_pass(self) -> dict[int, Any]:
+        """What stands for data samples in a further pass, by their ``id``: themselves, or copies as they were."""
+        samples = self._samples
+        if samples is None:
+            return {}
+        self._in_use = not samples.changed()
+        if self._in_use:
+            return samples.by_id()
+        self._note_samples()
+        return samples.as_they_were()
+
+    def end_pass(self) -> None:
+        """Have the samples be as they were before that pass."""
+        if versions_of(self._tensors) != self._versions:
+            self._note_tensors()
+        if self._in_use and self._samples is not None and self._samples.changed():
+            self._note_samples()
+            self._samples.put_back()
+        self._in_use = False
 
 
 class SampleContents:
@@ -92,8 +133,10 @@ class SampleContents:
             found |= new
             level = [element for sample in new.values() for element in self._within(sample)]
         self._elements = list(found.values())
-        self._attributes = [*map(dict, map(vars, self._elements))]
+        self._held: list[Any] = [*map(vars, self._elements)]
+        self._attributes = [*map(dict, self._held)]
         self._fields = [(e._metainfo_fields.copy(), e._data_fields.copy()) for e in self._elements]
+        self._meta: list[tuple[Any, Any]] = []
 
     def _within(self, sample: BaseDataElement) -> Iterator[BaseDataElement]:
         attributes = vars(sample)
@@ -112,15 +155,43 @@ class SampleContents:
 
     def changed(self) -> bool:
         """Whether an attribute of any was added, removed or replaced."""
-        return not same_objects([*map(vars, self._elements)], self._attributes)
+        return not same_objects(self._held, self._attributes)
+
+    def watch_meta(self) -> None:
+        """Prepare :meth:`meta_changed`."""
+        names = [(was, of_meta) for was, (of_meta, _) in zip(self._attributes, self._fields, strict=True)]
+        values = (was.get(name) for was, of_meta in names for name in of_meta)
+        self._meta = [(found, found.copy()) for found in chain.from_iterable(map(_lists_and_dicts, values))]
+
+    def meta_changed(self) -> bool:
+        """Whether lists and dicts of the meta information have other items since :meth:`watch_meta`."""
+        return not all(len(now) == len(was) and same_items(now, was) for now, was in self._meta)
 
     def as_they_were(self) -> dict[int, Any]:
         """Copies of all with the attributes that they had, by the ``id`` of what they are copies of."""
         twins = {id(element): object.__new__(type(element)) for element in self._elements}
         for twin, was, (of_meta, of_data) in zip(twins.values(), self._attributes, self._fields, strict=True):
             attributes = {name: twins.get(id(item), item) for name, item in was.items()}
-            vars(twin).update(attributes, _metainfo_fields=of_meta, _data_fields=of_data)
+            vars(twin).update(attributes, _metainfo_fields=of_meta.copy(), _data_fields=of_data.copy())
         return twins
+
+    def put_back(self) -> None:
+        """Give all the attributes that they had."""
+        for held, was, (of_meta, of_data) in zip(self._held, self._attributes, self._fields, strict=True):
+            held.clear()
+            held.update(was)
+            for names, before in ((held['_metainfo_fields'], of_meta), (held['_data_fields'], of_data)):
+                names.clear()
+                names.update(before)
+
+
+def _lists_and_dicts(value: Any) -> Iterator[Any]:
+    """The lists and dicts in a value, itself among them."""
+    if type(value) in (list, dict):
+        yield value
+    if type(value) in (list, tuple, dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _lists_and_dicts(item)
 
 
 def _samples_in(value: Any) -> Iterator[BaseDataElement]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mmengine.model import BaseModel, is_model_wrapper
 from torch import Tensor, nn
 
-from mm_sharp.ops.call_inputs import InputSnapshot, Kept, fresh
+from mm_sharp.ops.call_inputs import InputSnapshot, SharedInputs, fresh
 from mm_sharp.ops.fsdp import is_flat_wrapper
 from mm_sharp.ops.rare_changes import RareChanges
 from mm_sharp.ops.rng import RandomState
@@ -35,13 +35,19 @@ class ModelCall:
     kwargs: dict[str, Any]
     random_state: RandomState  # just before the call; NumPy's and Python's only where the model may use them
     may_write: bool = False  # whether the model may write to tensors and arrays among the arguments
-    shared: dict[int, Any] = field(default_factory=dict)  # data samples by their `id` that the model does not change
+    shared: SharedInputs | None = None  # what all passes of this step have in common
     output: Any = None
 
     def replay(self) -> Any:
         """Call the model again; it gets containers of its own, and tensors of its own where it may write to them."""
-        args, kwargs = fresh((self.args, self.kwargs), self.may_write, memo=dict(self.shared))
-        return self.model(*args, **kwargs)
+        if self.shared is None:
+            args, kwargs = fresh((self.args, self.kwargs), self.may_write)
+            return self.model(*args, **kwargs)
+        args, kwargs = fresh((self.args, self.kwargs), self.may_write, memo=self.shared.begin_pass())
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.shared.end_pass()
 
 
 class CallRecorder:
@@ -83,15 +89,14 @@ class CallRecorder:
             at_first.append(random_state)
             call = on_call(ModelCall(model, args, kwargs, random_state))
             given = call.args, call.kwargs
-            self._keep(call, self._inputs.take(given))
+            (call.args, call.kwargs), call.may_write, call.shared = self._inputs.take(given)
             self.call = call
             return given
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._depth -= 1
             if self._depth == 0 and self.call is not None:
-                if (kept := self._inputs.check()) is not None:
-                    self._keep(self.call, kept)
+                self._inputs.check()
                 self.call.output = fresh(output, copies=False)
                 if output is None:  # the call has failed, and may be tried again
                     self.call = None
@@ -113,10 +118,6 @@ class CallRecorder:
             self.is_open = False
             for handle in handles:
                 handle.remove()
-
-    @staticmethod
-    def _keep(call: ModelCall, kept: Kept) -> None:
-        (call.args, call.kwargs), call.may_write, call.shared = kept
 
     def take(self) -> ModelCall | None:
         """The recorded call, which is then forgotten here."""

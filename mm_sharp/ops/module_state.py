@@ -6,7 +6,8 @@ at times a Python number (Brevitas and some losses count their calls).
 
 from __future__ import annotations
 
-from collections import deque
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache, partial
 from operator import is_
@@ -19,12 +20,12 @@ from torch.nn.parameter import is_lazy
 
 from mm_sharp.ops.module_tree import Attributes, ModuleAttributes, ModuleTree, is_compiled, own_values
 from mm_sharp.ops.norm_statistics import BATCH_NORMS
-from mm_sharp.ops.rare_changes import all_values, is_ordinary, same_objects
+from mm_sharp.ops.rare_changes import all_values, is_ordinary, same_items, same_objects
 from mm_sharp.ops.stateless import assigns_nothing
 from mm_sharp.ops.tensor_backup import TensorBackup
 
-_CONTAINERS = frozenset({list, dict, set, deque})
-_GENERATORS = (np.random.Generator, np.random.RandomState, torch.Generator)
+_CONTAINERS = frozenset({list, dict, set, deque, defaultdict, OrderedDict, Counter})
+_GENERATORS = (np.random.Generator, np.random.RandomState, torch.Generator, random.Random)
 _WRAPPERS = frozenset({'DistributedDataParallel', 'FullyShardedDataParallel'})
 
 
@@ -132,6 +133,8 @@ class ModuleStateBackup:
         elif isinstance(value, np.random.Generator):
             bits = value.bit_generator
             self._generators.append(partial(setattr, bits, 'state', bits.state))
+        elif isinstance(value, random.Random):
+            self._generators.append(partial(value.setstate, value.getstate()))
         else:
             self._generators.append(partial(value.set_state, value.get_state()))
 
@@ -201,9 +204,7 @@ def _writable(buffer: Tensor) -> bool:
 
 def _restore_contents(value: Any, was: Any) -> None:
     """Have a list, dict, set or deque hold what it held."""
-    mapping = isinstance(value, dict)
-    held, before = (value.values(), was.values()) if mapping else (value, was)
-    if len(value) == len(was) and all(map(is_, held, before)) and (not mapping or value.keys() == was.keys()):
+    if len(value) == len(was) and same_items(value, was):
         return
     value.clear()
     value.extend(was) if isinstance(value, (list, deque)) else value.update(was)

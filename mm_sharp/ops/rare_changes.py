@@ -54,7 +54,7 @@ class RareChanges:
     def watch(self, tensors: Sequence[Tensor], copies: Sequence[Tensor] | None) -> None:
         """Prepare :meth:`changed`, which compares tensors with ``copies`` or, without, looks at their versions."""
         self._tensors, self._copies = tensors, copies
-        self._versions = _versions(tensors) if copies is None else []
+        self._versions = versions_of(tensors) if copies is None else []
 
     def changed(self) -> bool:
         """Whether the tensors may have changed since :meth:`watch`; an accelerator's answer counts in a later step.
@@ -62,15 +62,18 @@ class RareChanges:
         By their versions, a change through ``.data`` or NumPy is not seen.
         """
         if self._copies is None:
-            changed = _versions(self._tensors) != self._versions
+            changed = versions_of(self._tensors) != self._versions
             self._seen |= changed
             return changed
         if self._seen or not self._tensors:
             return self._seen
-        pairs = zip(self._tensors, self._copies, strict=True)
+        pairs = [*zip(self._tensors, self._copies, strict=True)]
         if all(tensor.device.type == 'cpu' for tensor in self._tensors):
             self._seen = not all(torch.equal(tensor, copy) for tensor, copy in pairs)
             return self._seen
+        if any(tensor.shape != copy.shape for tensor, copy in pairs):
+            self._seen = True
+            return True
         flags = [(tensor != copy).any() for tensor, copy in pairs]
         self._compared.append(HostCopy(torch.stack([flag.to(flags[0].device) for flag in flags]).any()))
         return True
@@ -92,7 +95,15 @@ def all_values(dicts: Iterable[Mapping[str, Any]]) -> Iterable[Any]:
     return chain.from_iterable(map(_VALUES, dicts))
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+def same_items(now: Any, before: Any) -> bool:
+    """Whether two lists, or two dicts, of one length hold the same objects in the same places."""
+    if isinstance(now, dict):
+        return all(map(is_, now.values(), before.values())) and now.keys() == before.keys()
+    return all(map(is_, now, before))
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """What becomes another where a tensor is written to, but through ``.data`` or NumPy."""
     if any(map(Tensor.is_inference, tensors)):  # they have no version
         return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
     return list(zip(map(_version, tensors), map(Tensor.data_ptr, tensors), strict=True))

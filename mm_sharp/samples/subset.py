@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mm_sharp.errors import UserError
+from mm_sharp.ops.call_inputs import fresh
 from mm_sharp.ops.host_copy import to_device
 from mm_sharp.ops.model_call import ModelCall, unwrap
 from mm_sharp.per_sample_loss.layout import Layout, batch_size, fill
@@ -81,11 +82,23 @@ def subset(call: ModelCall, rows: IntArray | Tensor, size: int) -> ModelCall:
                 on[device] = to_device(rows, device) if isinstance(rows, np.ndarray) else rows.to(device)
             return value.index_select(0, on[device])
         listed = on.get(list) or on.setdefault(list, rows.tolist())
-        return value[listed] if isinstance(value, np.ndarray) else type(value)([value[row] for row in listed])
+        return value[listed] if isinstance(value, np.ndarray) else type(value)(_items(value, listed))
 
     layout = Layout(size, lists_of_samples=beside, of_model=True).split_call(call.args, call.kwargs)
     args, kwargs = fill(layout.template, [take(value) for value in layout.rows])
     return replace(call, args=args, kwargs=kwargs, output=None)
+
+
+def _items(items: Sequence[Any], rows: list[int]) -> list[Any]:
+    """Items of a list; one that comes again is another object, since a model may change each of them."""
+    if len(set(rows)) == len(rows):
+        return [items[row] for row in rows]
+    seen: set[int] = set()
+    found = []
+    for row in rows:
+        found.append(fresh(items[row], copies=True) if row in seen else items[row])
+        seen.add(row)
+    return found
 
 
 def _values(call: ModelCall) -> tuple[Any, ...]:

@@ -140,8 +140,7 @@ class FirstPass:
             return ()
         if method.skips_gradients:
             return self.trained
-        # More than half of what a quantizer's backward pass computes is for its scale. DDP would wait for that in a pass
-        # that it synchronises.
+        # More than half of a quantizer's backward pass is for its scale. DDP would wait for it where it synchronises.
         needed = method.changes_gradient or (self._settings.sync_perturbation and self.parallel.is_ddp)
         return () if needed else self._selector.scales(self.parallel.module, self.trained)
 

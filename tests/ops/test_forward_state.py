@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import OrderedDict, namedtuple
+import random
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
-from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mm_sharp.ops.call_inputs import InputSnapshot
-from mm_sharp.ops.call_inputs import fresh as own_containers
 from mm_sharp.ops.forward_state import ForwardState
 from mm_sharp.ops.host_copy import HostCopy
 from mm_sharp.ops.module_tree import ModuleTree
@@ -182,199 +179,6 @@ def test_frozen_weights_of_a_sharded_model_are_left_alone() -> None:
     assert same_bits(model.teacher.weight, before + 1)
 
 
-# ------------------------------------------------------------------ inputs
-class Sampled(BaseModel):
-    """A linear model on data samples with labels and instances, which subclasses change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(4, 3)
-        self.label_loss, self.point_loss = nn.CrossEntropyLoss(), nn.MSELoss()
-
-    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
-        return inputs
-
-    def forward(self, inputs: Tensor, data_samples: list[Any], mode: str = 'loss') -> Any:
-        output = self.net(self.spoil(inputs, data_samples))
-        labels = torch.stack([sample.label for sample in data_samples])
-        points = torch.stack([sample.gt_instances.points for sample in data_samples])
-        return {'loss': self.label_loss(output, labels), 'loss_points': self.point_loss(output, points)}
-
-
-class InPlace(Sampled):
-    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
-        return inputs.sub_(0.5).div_(0.5)
-
-
-class PastAutograd(Sampled):
-    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
-        inputs.numpy()[...] *= 2
-        return inputs
-
-
-class Replaced(Sampled):
-    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
-        for sample in data_samples:
-            sample.label = (sample.label + 1) % 3
-            sample.gt_instances.points = sample.gt_instances.points * 2
-        return inputs
-
-
-class LabelsInPlace(Sampled):
-    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
-        for sample in data_samples:
-            sample.label.add_(1).remainder_(3)
-            sample.gt_instances.points.mul_(2)
-        return inputs
-
-
-class Popped(Sampled):
-    def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
-        for sample in data_samples:
-            sample.gt_instances.points = sample.pop('spare')
-            sample.set_metainfo({'visits': sample.get('visits', 0) + 1})
-            inputs = inputs * sample.visits
-        return inputs
-
-
-KINDS = (InPlace, PastAutograd, Replaced, LabelsInPlace, Popped)
-
-
-def sampled_batch(size: int = 6, seed: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for number in range(size):
-        sample = BaseDataElement(metainfo=dict(id=number, dataset_name='toy'))
-        sample.label = torch.randint(3, (), generator=generator)
-        sample.gt_instances = InstanceData(points=torch.randn(3, generator=generator))
-        sample.spare = torch.randn(3, generator=generator)
-        samples.append(sample)
-    return dict(inputs=torch.randn(size, 4, generator=generator), data_samples=samples)
-
-
-@everywhere
-@pytest.mark.parametrize('kind', KINDS)
-def test_what_a_pass_does_to_its_inputs_does_not_reach_the_next(name: str, kind: type[Sampled]) -> None:
-    """And the caller's own batch is changed as the base optimizer's forward changes it, once."""
-    torch.manual_seed(1)
-    ours = kind().train()
-    base = copy.deepcopy(ours)
-    wrapper = build(name, ours, whole=True, rho=0.0)
-    if name.startswith('esam'):
-        wrapper.beta = 1.0
-    plain = OptimWrapper(momentum_sgd(base))
-    for number in range(3):
-        left, right = sampled_batch(seed=number), sampled_batch(seed=number)
-        ours.train_step(left, wrapper)
-        base.train_step(right, plain)
-        assert same_bits(left['inputs'], right['inputs'])
-        assert all(map(_same_sample, left['data_samples'], right['data_samples']))
-    assert same_weights(name, ours, base)
-
-
-def _same_sample(left: Any, right: Any) -> bool:
-    same = [*left.keys()] == [*right.keys()] and dict(left.metainfo_items()) == dict(right.metainfo_items())
-    return (
-        same and same_bits(left.label, right.label) and same_bits(left.gt_instances.points, right.gt_instances.points)
-    )
-
-
-def test_esam_selects_and_trains_on_the_same_inputs() -> None:
-    """Three forwards, of which the third is on some of the samples: all on what was handed over."""
-    seen: list[Tensor] = []
-
-    class Noted(InPlace):
-        def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
-            seen.append(inputs.clone())
-            return super().spoil(inputs, data_samples)
-
-    model = Noted()
-    wrapper = build('esam', model)
-    batch = sampled_batch()
-    before = batch['inputs'].clone()
-    model.train_step(batch, wrapper)
-    first, second, third = seen
-    assert same_bits(first, before)
-    assert same_bits(second, before)
-    assert all(any(same_bits(row, other) for other in before) for row in third)
-
-
-def test_inputs_are_copied_in_few_steps() -> None:
-    snapshot, copied = InputSnapshot(), []
-    batch = sampled_batch()
-    sample = batch['data_samples'][0]
-    for number in range(1, 31):
-        kept = snapshot.take(batch)
-        assert snapshot.check() is kept
-        arguments, may_write, _ = kept
-        if may_write:
-            copied.append(number)
-        assert (arguments['inputs'] is batch['inputs']) != may_write
-        assert (arguments['data_samples'][0].label is sample.label) != may_write
-        assert (arguments['data_samples'][0] is sample) != may_write
-        assert arguments['data_samples'] is not batch['data_samples']
-    assert copied == [*range(1, 11), 15, 21, 28]
-    snapshot.take(batch)
-    batch['data_samples'][2].gt_instances.points.mul_(2)
-    snapshot.check()
-    assert snapshot.take(batch).may_write, 'a change is seen though nothing was copied'
-
-
-@pytest.mark.parametrize(
-    'odd', [[1], torch.eye(3).to_sparse(), torch.ones(3, requires_grad=True)], ids=['a list', 'sparse', 'a leaf']
-)
-def test_samples_with_unusual_fields_are_copied_in_every_step(odd: Any) -> None:
-    snapshot, batch = InputSnapshot(), sampled_batch()
-    batch['data_samples'][3].odd = odd
-    for _ in range(13):
-        kept = snapshot.take(batch)
-        snapshot.check()
-        assert not kept.shared
-        assert kept.arguments['data_samples'][3] is not batch['data_samples'][3]
-
-
-CHANGES: dict[str, Callable[[Any], None]] = {
-    'an added field': lambda sample: sample.set_field(1, 'new'),
-    'a removed field': lambda sample: sample.pop('label'),
-    'a replaced tensor': lambda sample: setattr(sample, 'label', sample.label + 1),
-    'of a sample within': lambda sample: sample.gt_instances.set_field(torch.zeros(1), 'new'),
-    'a sample within that is replaced': lambda sample: setattr(sample, 'gt_instances', sample.gt_instances.new()),
-}
-
-
-@pytest.mark.parametrize('step', [1, 12, 15])
-@pytest.mark.parametrize('change', CHANGES)
-def test_a_sample_that_a_model_changes_is_what_it_was_in_the_second_pass(change: str, step: int) -> None:
-    """Whenever it begins: in step 12 the passes of a model that has done nothing to samples share them."""
-
-    def contents(sample: Any) -> list[Any]:
-        within = sample.gt_instances
-        return [
-            *(sorted(sample.keys()), sorted(sample.metainfo_keys()), sample.label, id(sample.label)),
-            *(sorted(within.keys()), within.points, id(within.points)),
-        ]
-
-    snapshot, batch = InputSnapshot(), sampled_batch()
-    batch['data_samples'].append(batch['data_samples'][1])  # one sample twice stays one
-    for _ in range(step - 1):
-        snapshot.take(batch)
-        assert snapshot.check().arguments['data_samples'][1].label.equal(batch['data_samples'][1].label)
-    before = contents(batch['data_samples'][1])
-    snapshot.take(batch)
-    CHANGES[change](batch['data_samples'][1])
-    kept = snapshot.check()
-    twin = kept.arguments['data_samples'][1]
-    assert twin is kept.arguments['data_samples'][-1]
-    assert not kept.shared
-    left, right = contents(twin), before
-    if kept.may_write:
-        left, right = [[item for item in found if not isinstance(item, int)] for found in (left, right)]
-    assert all(a.equal(b) if isinstance(a, Tensor) else a == b for a, b in zip(left, right, strict=True))
-    later = snapshot.take(batch)
-    assert not later.shared
-    assert later.arguments['data_samples'][0] is not batch['data_samples'][0]
-
-
 # ------------------------------------------------------------------ calls
 @everywhere
 def test_the_users_own_hooks_run_once_a_pass(name: str) -> None:
@@ -494,9 +298,10 @@ def test_generators_of_a_models_own_draw_the_same_in_every_pass() -> None:
     class Drawing(Memory):
         def remember(self) -> None:
             self.own, self.numpy = torch.Generator().manual_seed(1), np.random.default_rng(1)
+            self.python = random.Random(1)
 
         def recall(self, features: Tensor) -> Tensor:
-            return torch.rand(6, 1, 1, generator=self.own) + self.numpy.random()
+            return torch.rand(6, 1, 1, generator=self.own) + self.numpy.random() + self.python.random()
 
     ours, base = fresh(Drawing), fresh(Drawing)
     wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
@@ -504,6 +309,25 @@ def test_generators_of_a_models_own_draw_the_same_in_every_pass() -> None:
     assert same_weights('sam', ours, base)
     assert same_bits(ours.own.get_state(), base.own.get_state())
     assert ours.numpy.random() == base.numpy.random()
+    assert ours.python.random() == base.python.random()
+
+
+@pytest.mark.parametrize('kind', [dict, OrderedDict, Counter, lambda: defaultdict(int)])
+def test_dicts_of_every_kind_are_put_back(kind: Callable[[], Any]) -> None:
+    class Counting(Memory):
+        def remember(self) -> None:
+            self.counts = kind()
+
+        def recall(self, features: Tensor) -> Tensor:
+            self.counts['forwards'] = self.counts.get('forwards', 0) + 1
+            return torch.tensor(float(self.counts['forwards']))
+
+    ours, base = fresh(Counting), fresh(Counting)
+    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
+    train_both(ours, wrapper, base, plain, batches(3))
+    assert same_weights('sam', ours, base)
+    assert ours.counts == base.counts == {'forwards': 3}
+    assert type(ours.counts) is type(base.counts)
 
 
 class Registering(Memory):
@@ -563,48 +387,6 @@ def test_frozen_weights_that_the_second_pass_alone_moves() -> None:
     wrapper = build('sam', model, rho=0.5)
     model.train_step(batches(1)[0], wrapper)
     assert torch.allclose(model.teacher.weight, teacher, atol=1e-7)
-
-
-def test_one_object_stays_one_for_every_pass() -> None:
-    class Twice(Sampled):
-        def spoil(self, inputs: Tensor, data_samples: list[Any]) -> Tensor:
-            data_samples[0].label.add_(1).remainder_(3)  # which is the last one's, too
-            return inputs
-
-    torch.manual_seed(1)
-    ours = Twice().train()
-    base = copy.deepcopy(ours)
-    wrapper, plain = build('sam', ours, rho=0.0), OptimWrapper(momentum_sgd(base))
-    for model, wrap in ((ours, wrapper), (base, plain)):
-        batch = sampled_batch()
-        batch['data_samples'][-1] = batch['data_samples'][0]
-        with wrap.optim_context(model):
-            losses = model(**batch)
-        wrap.update_params(model.parse_losses(losses)[0])
-    assert same_weights('sam', ours, base)
-
-
-def test_inputs_in_containers_of_other_kinds() -> None:
-    point = namedtuple('point', 'x y')
-    given = OrderedDict(a=torch.ones(3), b=point(torch.ones(2), [torch.zeros(1)]), c=np.ones(2))
-    given['again'] = given['a']
-    strided = given['d'] = torch.arange(12.0).view(3, 4)[:, ::2]
-    odd = given['e'] = torch.eye(3).to_sparse()
-    kept = own_containers(given, True)
-    assert type(kept) is OrderedDict
-    assert isinstance(kept['b'], point)
-    assert kept['again'] is kept['a']
-    assert kept['a'] is not given['a']
-    assert kept['b'].y is not given['b'].y
-    assert kept['c'] is not given['c']
-    assert kept['d'].stride() == strided.stride()
-    assert same_bits(kept['d'], strided)
-    assert kept['e'] is odd
-    leaf = torch.ones(3, requires_grad=True)
-    other = own_containers([leaf], False)[0]
-    other.sum().backward()
-    assert leaf.grad is None
-    assert other.requires_grad
 
 
 @everywhere
