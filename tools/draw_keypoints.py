@@ -264,13 +264,15 @@ def draw(image: Array, points: Array, scores: Array, keypoints: dict[str, Any], 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise UsageError(f'{message} (all options: {self.prog} --help)')
+        raise UsageError(
+            f'{message}; write {self.prog} MODEL.onnx IMAGE --out keypoints.jpg (all options: {self.prog} --help)'
+        )
 
 
 def main(arguments: Sequence[str]) -> None:
     """Find, draw and print keypoints."""
     parser = _Parser(description='Run an exported model on a picture and draw the keypoints')
-    parser.add_argument('model', help='ONNX file of tools/export.py --format qcdq')
+    parser.add_argument('model', help='ONNX file of tools/export.py --format qcdq, or float')
     parser.add_argument('image', help='picture')
     parser.add_argument(
         '--bbox',

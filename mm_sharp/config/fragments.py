@@ -128,9 +128,9 @@ def _quantized(model: dict[str, Any], policy: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_hook(cfg: Config, hook: dict[str, Any]) -> None:
-    hooks = cfg.get('custom_hooks') or []
-    kind = _type_name(hook).rpartition('.')[2]
-    if not any(_is_type(other, kind) if isinstance(other, dict) else type(other).__name__ == kind for other in hooks):
+    hooks, kind = cfg.get('custom_hooks') or [], _type_name(hook).rpartition('.')[2]
+    others = [*hooks, *(cfg.get('default_hooks') or {}).values()]
+    if not any(_is_type(other, kind) if isinstance(other, dict) else type(other).__name__ == kind for other in others):
         cfg.custom_hooks = [*hooks, deepcopy(hook)]
 
 

@@ -302,6 +302,8 @@ def _check_hook(cfg: Config, key: str, hook: Any) -> None:
 
 def check_data(cfg: Config, *splits: str) -> None:
     """Check that the files of the data sets are there; ``splits`` are of ``'train'``, ``'val'`` and ``'test'``."""
+    missing: dict[str, str] = {}
+    keys: dict[str, None] = {}
     for split in splits:
         evaluators = cfg.get(f'{split}_evaluator') or []
         evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
@@ -310,9 +312,14 @@ def check_data(cfg: Config, *splits: str) -> None:
         for where, name, path in (*_data_paths(f'{split}_dataloader.dataset', dataset), *of_evaluators):
             if '://' in path or Path(path).exists():
                 continue
-            key = f'{where}.data_root' if name.startswith(('ann', 'data')) and 'dataset' in where else f'{where}.{name}'
-            hint = cfg.get('data_hint') or f'put the data set there, or say where it is: --cfg-options {key}=…'
-            raise UsageError(f"no data: '{path}' ({where}.{name}) does not exist in {Path.cwd()}; {hint}")
+            missing[path] = f'{where}.{name}'
+            in_root = name.startswith(('ann', 'data')) and 'dataset' in where
+            keys[f'{where}.data_root' if in_root else f'{where}.{name}'] = None
+    if missing:
+        listed = ', '.join(f"'{path}' ({where})" for path, where in missing.items())
+        options = ' '.join(f'{key}=…' for key in keys)
+        hint = cfg.get('data_hint') or f'put the data set there, link it, or say where it is: --cfg-options {options}'
+        raise UsageError(f'no data: {listed}: not in {Path.cwd()}; {hint}')
 
 
 def _data_paths(where: str, dataset: Any) -> Iterator[tuple[str, str, str]]:

@@ -180,8 +180,8 @@ def check_calibrated(model: nn.Module) -> None:
     if names:
         raise NotCalibratedError(
             f'{len(names)} quantizers have no scale yet (the first is {names[0]}): the model has not been calibrated. '
-            'Load the checkpoint of a quantized model, train with a Runner, which calibrates first (CalibrationHook), '
-            'or call mm_sharp.quantization.calibrate(model, batches)'
+            'Load the checkpoint of a quantized model (tools/ptq.py makes one of a float model), train with a Runner, '
+            'which calibrates first (CalibrationHook), or call mm_sharp.quantization.calibrate(model, batches)'
         )
 
 

@@ -18,7 +18,7 @@ from torch.optim import SGD
 
 from mm_sharp import SAMOptimWrapper
 from mm_sharp.analysis.find_rho.measure import RECOMMENDED, BatchRises, RhoProbe, perturbation_of, training_config
-from mm_sharp.analysis.find_rho.report import Point, points_of, propose, shares_of
+from mm_sharp.analysis.find_rho.report import Findings, Point, points_of, propose, shares_of, text
 from mm_sharp.config.preflight import check_wrappers
 from mm_sharp.hooks.scale import Part, Scale
 from tests import quantized_toys
@@ -156,6 +156,12 @@ def test_the_noise_is_the_standard_error_and_shares_are_means() -> None:
 def points(*linearities: float, noise: float = 0.0, loss: float = 100.0) -> list[Point]:
     """At rho 1, 2, …; the loss would rise by rho, were it linear."""
     return [Point(n, n * value, noise, float(n), loss, 0.0) for n, value in enumerate(linearities, 1)]
+
+
+@pytest.mark.parametrize(('loss', 'early'), [(2.0, False), (1000.0, True)])
+def test_a_rise_that_is_negligible_is_said(loss: float, early: bool) -> None:
+    found = Findings(points(1.0, 1.05, 1.5, loss=loss), {'head': 1.0}, 3, 4, 0.1, {}, None, '')
+    assert ('measure a model that is trained, by more --steps or --load-from' in text(found)) == early
 
 
 @pytest.mark.parametrize(

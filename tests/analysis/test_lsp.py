@@ -85,6 +85,16 @@ def test_a_missing_data_set_is_explained(path: Path, tmp_path: Path) -> None:
         preflight.check_data(recipe(path, tmp_path / 'nothing'), 'train')
 
 
+def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
+    cfg = recipe(RECIPES[0], tmp_path / 'nothing')
+    cfg.data_hint = None
+    with pytest.raises(UsageError) as error:
+        preflight.check_data(cfg, 'train', 'test')
+    for split in ('train', 'test'):
+        assert f'({split}_dataloader.dataset.ann_file)' in str(error.value)
+        assert f' {split}_dataloader.dataset.data_root=…' in str(error.value)
+
+
 def test_people_are_told_apart_from_other_data_sets_people(people: Path) -> None:
     """Scores are kept by data set and id: the name of the data set is not COCO's."""
     dataset = build(recipe(SCRATCH, people), [])

@@ -145,7 +145,7 @@ def test_the_proposed_policy_is_a_config_and_gives_each_layer_its_bits(tmp_path:
     ('name', 'message'),
     [
         ('w4a5', r"^--policy w4a5: no such policy; did you mean 'w4a"),
-        ('missing.py', r'^--policy missing\.py: no such policy; .*w8a16'),
+        ('missing.py', r'^--policy missing\.py: no such file in .*; tools/sensitivity\.py writes'),
         ('empty.py', r"^--policy .*empty\.py: '.*' has no sharp_quantization = dict\(policy=dict"),
     ],
 )

@@ -182,6 +182,17 @@ def test_rows_are_compared_without_the_data_of_the_runs(
     assert (code, "no data: 'nowhere/" in printed) == (2, True)
 
 
+def test_where_all_runs_fail_there_are_no_others(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here.fails_at = 1
+    file = write(tmp_path, tiny(selection=None, seeds=[0], methods={'base': {}}, keep=[]))
+    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
+    assert code == 2
+    assert '1 of 1 runs failed' in printed
+    assert 'The same command goes on' in printed
+
+
 def test_a_study_goes_on_where_it_was(
     tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +206,7 @@ def test_a_study_goes_on_where_it_was(
     code, printed = call(monkeypatch, capsys, *arguments)
     assert code == 2
     assert '1 of 3 runs failed; select/clean/sam_rho0.05_2e_seed100: RuntimeError: out of memory' in printed
+    assert f'The others are in {out / "results.csv"}; the same command goes on' in printed
     assert len(rows_of(out)) == SELECT - 1
 
     here.fails_at = None

@@ -132,12 +132,17 @@ def text(found: Findings) -> str:
         lines.append([f'{point.rho:g}', *figures, ' '.join(mark for mark, holds in marks.items() if holds)])
     shares = ', '.join(f'{name} {percent(share)}' for name, share in found.shares.items())
     said = f'Proposed: rho={proposal:g}{found.measure} ({reason})' if proposal else f'No proposal: {reason}'
+    share = next((point.share for point in found.points if point.rho == proposal), math.inf)
+    early = (
+        f'it raises the loss by {percent(share)} only: measure a model that is trained, by more --steps or --load-from'
+    )
     notes = [
         f'loss {found.points[0].loss:.4g} after {found.steps} steps; means of {found.batches} batches, with their '
         'standard errors as noise',
         f'the perturbation lies in: {shares}',
         *([found.remark] if found.remark else []),
         said,
+        *([early] if share < 0.005 else []),
     ]
     return '\n'.join([columns(lines), '', *notes])
 

@@ -228,9 +228,10 @@ def _make(title: str, runs: Sequence[Run], plan: Plan, rows: Rows, pool: Executo
                 sys.stderr.write(f'{run.id} failed: {_one_line(error)}; the others go on\n')
     if errors:
         run, error = errors[0]
+        rest = f'The others are in {rows.file}; the' if len(errors) < len(missing) else 'The'
         raise UsageError(
-            f'{len(errors)} of {len(missing)} runs failed; {run.id}: {_one_line(error)} (--debug shows where). The '
-            f'others are in {rows.file}; the same command goes on'
+            f'{len(errors)} of {len(missing)} runs failed; {run.id}: {_one_line(error)} (--debug shows where). '
+            f'{rest} same command goes on'
         ) from error
 
 
