@@ -492,3 +492,23 @@ def test_esam_gives_no_gradient_in_the_first_pass_but_to_what_it_perturbs(policy
         assert sorted(received) == sorted(names + [name for name, taken in zip(names, mask, strict=True) if taken])
         left_out |= {name for name, taken in zip(names, mask, strict=True) if not taken}
     assert any(not is_spared(name) for name in left_out), 'no weight was left out'
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of torch's compiler, against itself
+def test_a_compiled_model_is_compiled_once_for_each_pass() -> None:
+    """The first pass leaves scales out of the graph, and so is another program than the second."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    ours, plain = quantized('W4A4'), quantized('W4A4')
+    ours.forward = torch.compile(ours.forward, backend=backend)  # type: ignore[method-assign]
+    left, right = build('sam', ours, slow_sgd(ours)), build('sam', plain, slow_sgd(plain))
+    for batch in batches(4):
+        ours.train_step(batch, left)
+        plain.train_step(batch, right)
+        assert len(graphs) == 2
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(ours.state_dict()[name], value, atol=1e-5), name
