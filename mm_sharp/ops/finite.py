@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from mm_sharp.ops import multi_tensor
 from mm_sharp.ops.perturbation import by_group, group_by_device_and_dtype
 
 TRUE = torch.tensor(True)
+_SMALL = 1024  # elements; so small ones are copied into one sooner than asked one by one
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
@@ -45,7 +47,12 @@ def quickly_finite(tensors: Sequence[Tensor]) -> bool:
     ]
     if others:
         return False
-    return math.isfinite(sum(map(float, torch._foreach_norm(list(tensors), 2))))
+    small = [tensor for tensor in tensors if tensor.numel() <= _SMALL]
+    large = [tensor for tensor in tensors if tensor.numel() > _SMALL]
+    norms = [*torch._foreach_norm(large, 2)] if large else []
+    if small:
+        norms.append(torch.linalg.vector_norm(_flatten_dense_tensors(small)))
+    return math.isfinite(sum(map(float, norms)))
 
 
 def choose(valid: Tensor, tensors: Sequence[Tensor], others: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:

@@ -140,8 +140,7 @@ class ModuleStateBackup:
 
     def write_back(self, apart_from: Iterable[Tensor] = ()) -> None:
         """Put everything back, but do not write to memory of ``apart_from``, such as weights that a buffer shares."""
-        now, before = zip(*self._buffers, strict=True) if self._buffers else ((), ())
-        if not same_objects(now, before):
+        if self._buffers and not same_objects(*zip(*self._buffers, strict=True)):
             for held, were in self._buffers:
                 _restore_contents(held, were)
         if any(self._without):

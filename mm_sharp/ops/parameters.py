@@ -51,6 +51,9 @@ class ParameterSelector:
             ``bias`` and ``quantizer_scale`` (all True unless given) and of ``include`` and ``exclude``, regular
             expressions (one or a list): a parameter's name must match one of ``include``, if given, and none of
             ``exclude``.
+
+    Attributes:
+        scales: The scales of quantizers, perturbed or not, among the parameters that :meth:`select` was given last.
     """
 
     def __init__(self, owner: str, perturb: str | Mapping[str, object]) -> None:
@@ -73,7 +76,7 @@ class ParameterSelector:
         self._exclude = self._compile('exclude', perturb.get('exclude'))
         self._cached_for: tuple[int, ...] = ()
         self._selected: list[nn.Parameter] = []
-        self._scales: list[nn.Parameter] = []
+        self.scales: list[nn.Parameter] = []
 
     @property
     def takes_all(self) -> bool:
@@ -92,21 +95,13 @@ class ParameterSelector:
 
         One that ``model`` does not hold has no name: only ``include`` can leave it out.
         """
-        self._update(model, parameters)
-        return self._selected
-
-    def scales(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """The scales of quantizers among ``parameters``."""
-        self._update(model, parameters)
-        return self._scales
-
-    def _update(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         key = (id(model), *map(id, parameters))
         if key != self._cached_for:
             kinds = _kinds(model)
             self._selected = self._apply(model, parameters, kinds)
-            self._scales = [parameter for parameter in parameters if kinds.get(id(parameter)) == 'quantizer_scale']
+            self.scales = [parameter for parameter in parameters if kinds.get(id(parameter)) == 'quantizer_scale']
             self._cached_for = key
+        return self._selected
 
     def _apply(
         self, model: nn.Module, parameters: Sequence[nn.Parameter], kinds: Mapping[int, str]

@@ -104,6 +104,8 @@ def same_items(now: Any, before: Any) -> bool:
 
 def versions_of(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     """What becomes another where a tensor is written to, but through ``.data`` or NumPy."""
+    if not tensors:
+        return []
     if any(map(Tensor.is_inference, tensors)):  # they have no version
         return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
     return list(zip(map(_version, tensors), map(Tensor.data_ptr, tensors), strict=True))

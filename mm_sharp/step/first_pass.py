@@ -142,7 +142,7 @@ class FirstPass:
             return self.trained
         # More than half of a quantizer's backward pass is for its scale. DDP would wait for it where it synchronises.
         needed = method.changes_gradient or (self._settings.sync_perturbation and self.parallel.is_ddp)
-        return () if needed else self._selector.scales(self.parallel.module, self.trained)
+        return () if needed else self._selector.scales
 
     def _snapshot(self, method: Method) -> None:
         """Runs once, after :meth:`_on_call`, when the forward of the user's own model begins."""
