@@ -312,7 +312,7 @@ def check_data(cfg: Config, *splits: str) -> None:
         for where, name, path in (*_data_paths(f'{split}_dataloader.dataset', dataset), *of_evaluators):
             if '://' in path or Path(path).exists():
                 continue
-            missing[path] = f'{where}.{name}'
+            missing.setdefault(path, f'{where}.{name}')
             in_root = name.startswith(('ann', 'data')) and 'dataset' in where
             keys[f'{where}.data_root' if in_root else f'{where}.{name}'] = None
     if missing:

@@ -45,8 +45,9 @@ class InputSnapshot:
     def take(self, value: Any) -> Kept:
         """Copy arguments, just before the first forward pass."""
         may_write, pairs = self._rare.next_step(), Leaves()
-        # Of a model that writes to its inputs everything is copied in any case.
-        samples = None if self._rare.every_step else SampleContents([*_samples_in(value)])
+        # Of a model that writes to its inputs everything is copied in any case, of one that changes samples these are.
+        known = self._rare.every_step or (self._samples_change and not may_write)
+        samples = None if known else SampleContents([*_samples_in(value)])
         # In the first steps the samples are copied, too, so that a model that changes them is known by then.
         if may_write:
             kept = Kept(fresh(value, True, pairs), True, None)
@@ -57,7 +58,7 @@ class InputSnapshot:
             if samples is not None:
                 samples.watch_meta()
             return kept
-        if samples is not None and (self._samples_change or not samples.plain):
+        if samples is not None and not samples.plain:
             samples = None
         memo = {} if samples is None else samples.by_id()
         arguments = fresh(value, False, pairs, memo)

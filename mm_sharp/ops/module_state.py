@@ -172,6 +172,8 @@ class ModuleStateBackup:
 @lru_cache(maxsize=1024)
 def _has_contents(kind: type) -> bool:
     """Whether a value of this class can change and stay the same object, in a way that is kept."""
+    if issubclass(kind, random.SystemRandom):  # it has no state
+        return False
     return kind in _CONTAINERS or issubclass(kind, (Tensor, *_GENERATORS))
 
 

@@ -298,7 +298,7 @@ def test_generators_of_a_models_own_draw_the_same_in_every_pass() -> None:
     class Drawing(Memory):
         def remember(self) -> None:
             self.own, self.numpy = torch.Generator().manual_seed(1), np.random.default_rng(1)
-            self.python = random.Random(1)
+            self.python, self.system = random.Random(1), random.SystemRandom()  # which has no state
 
         def recall(self, features: Tensor) -> Tensor:
             return torch.rand(6, 1, 1, generator=self.own) + self.numpy.random() + self.python.random()

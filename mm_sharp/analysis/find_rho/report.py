@@ -19,6 +19,8 @@ from typing import Any
 from mm_sharp.analysis.find_rho.measure import BatchRises
 from mm_sharp.analysis.tables import columns
 
+_NEGLIGIBLE = 0.005  # of the loss, as the hook's warning has it
+
 # A rise is out of the noise if it is so many standard errors.
 ERRORS = 2.0
 
@@ -132,17 +134,15 @@ def text(found: Findings) -> str:
         lines.append([f'{point.rho:g}', *figures, ' '.join(mark for mark, holds in marks.items() if holds)])
     shares = ', '.join(f'{name} {percent(share)}' for name, share in found.shares.items())
     said = f'Proposed: rho={proposal:g}{found.measure} ({reason})' if proposal else f'No proposal: {reason}'
-    share = next((point.share for point in found.points if point.rho == proposal), math.inf)
-    early = (
-        f'it raises the loss by {percent(share)} only: measure a model that is trained, by more --steps or --load-from'
-    )
+    shown = [point.share for point in found.points if point.rho == proposal and point.share < _NEGLIGIBLE]
+    early = 'it raises the loss by {} only: measure a model that is trained, by more --steps or --load-from'
     notes = [
         f'loss {found.points[0].loss:.4g} after {found.steps} steps; means of {found.batches} batches, with their '
         'standard errors as noise',
         f'the perturbation lies in: {shares}',
         *([found.remark] if found.remark else []),
         said,
-        *([early] if share < 0.005 else []),
+        *(early.format(percent(share)) for share in shown),
     ]
     return '\n'.join([columns(lines), '', *notes])
 
