@@ -29,7 +29,7 @@ _MOST_PARTS = 5  # in the log, so that it stays readable; what is left is put to
 _NEARLY_ALL, _LITTLE = 0.75, 0.1
 # The loss rises by less than a tenth of what it differs by from one batch to the next, and by hardly anything of itself
 # (with small batches it differs by much).
-_OF_THE_NOISE, _OF_THE_LOSS = 0.1, 0.005
+_OF_THE_NOISE, OF_THE_LOSS = 0.1, 0.005
 # The loss more than triples, by more than half of what it was at first: late in a training, where the loss is nearly
 # zero, many times as much is still little.
 _TIMES, _OF_THE_FIRST = 3.0, 0.5
@@ -163,7 +163,7 @@ class ScaleReport:
         # Between neighbours, so that a loss that falls in the course of training is not taken for noise.
         squares = [(later - earlier) ** 2 for earlier, later in pairwise(losses)]
         noise = math.sqrt(mean(squares) / 2) if squares else 0.0
-        little = mean(rises) < min(_OF_THE_NOISE * noise, _OF_THE_LOSS * abs(mean(losses)))
+        little = mean(rises) < min(_OF_THE_NOISE * noise, OF_THE_LOSS * abs(mean(losses)))
         if len(self._losses) == 2 * _MANY and little:
             self._say(
                 'too little',

@@ -165,13 +165,13 @@ class SampleContents:
 
     def watch_meta(self) -> None:
         """Prepare :meth:`meta_changed`."""
-        names = [(was, of_meta) for was, (of_meta, _) in zip(self._attributes, self._fields, strict=True)]
-        values = (was.get(name) for was, of_meta in names for name in of_meta)
+        pairs = zip(self._attributes, self._fields, strict=True)
+        values = (was.get(name) for was, (of_meta, _) in pairs for name in of_meta)
         self._meta = [(found, found.copy()) for found in chain.from_iterable(map(_lists_and_dicts, values))]
 
     def meta_changed(self) -> bool:
         """Whether lists and dicts of the meta information have other items since :meth:`watch_meta`."""
-        return not all(len(now) == len(was) and same_items(now, was) for now, was in self._meta)
+        return not all(same_items(now, was) for now, was in self._meta)
 
     def as_they_were(self) -> dict[int, Any]:
         """Copies of all with the attributes that they had, by the ``id`` of what they are copies of."""

@@ -40,14 +40,13 @@ class ModelCall:
 
     def replay(self) -> Any:
         """Call the model again; it gets containers of its own, and tensors of its own where it may write to them."""
-        if self.shared is None:
-            args, kwargs = fresh((self.args, self.kwargs), self.may_write)
-            return self.model(*args, **kwargs)
-        args, kwargs = fresh((self.args, self.kwargs), self.may_write, memo=self.shared.begin_pass())
+        memo = {} if self.shared is None else self.shared.begin_pass()
+        args, kwargs = fresh((self.args, self.kwargs), self.may_write, memo=memo)
         try:
             return self.model(*args, **kwargs)
         finally:
-            self.shared.end_pass()
+            if self.shared is not None:
+                self.shared.end_pass()
 
 
 class CallRecorder:

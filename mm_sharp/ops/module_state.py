@@ -205,7 +205,7 @@ def _writable(buffer: Tensor) -> bool:
 
 def _restore_contents(value: Any, was: Any) -> None:
     """Have a list, dict, set or deque hold what it held."""
-    if len(value) == len(was) and same_items(value, was):
+    if same_items(value, was):
         return
     value.clear()
     value.extend(was) if isinstance(value, (list, deque)) else value.update(was)

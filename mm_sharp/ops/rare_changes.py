@@ -96,7 +96,9 @@ def all_values(dicts: Iterable[Mapping[str, Any]]) -> Iterable[Any]:
 
 
 def same_items(now: Any, before: Any) -> bool:
-    """Whether two lists, or two dicts, of one length hold the same objects in the same places."""
+    """Whether two lists, or two of another kind of container, hold the same objects in the same places."""
+    if len(now) != len(before):
+        return False
     if isinstance(now, dict):
         return all(map(is_, now.values(), before.values())) and now.keys() == before.keys()
     return all(map(is_, now, before))

@@ -91,8 +91,6 @@ def subset(call: ModelCall, rows: IntArray | Tensor, size: int) -> ModelCall:
 
 def _items(items: Sequence[Any], rows: list[int]) -> list[Any]:
     """Items of a list; one that comes again is another object, since a model may change each of them."""
-    if len(set(rows)) == len(rows):
-        return [items[row] for row in rows]
     seen: set[int] = set()
     found = []
     for row in rows:

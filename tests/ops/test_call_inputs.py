@@ -340,7 +340,7 @@ def test_samples_may_be_changed_between_the_forward_and_update_params() -> None:
     assert same_weights('sam', ours, base)
 
 
-def test_a_change_of_shape_counts_where_the_host_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_shape_counts_where_the_host_does_not_wait() -> None:
     class Elsewhere(Tensor):
         device = property(lambda self: torch.device('meta'))  # type: ignore[assignment]
 

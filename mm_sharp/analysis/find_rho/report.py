@@ -18,8 +18,7 @@ from typing import Any
 
 from mm_sharp.analysis.find_rho.measure import BatchRises
 from mm_sharp.analysis.tables import columns
-
-_NEGLIGIBLE = 0.005  # of the loss, as the hook's warning has it
+from mm_sharp.hooks.scale_report import OF_THE_LOSS
 
 # A rise is out of the noise if it is so many standard errors.
 ERRORS = 2.0
@@ -134,7 +133,7 @@ def text(found: Findings) -> str:
         lines.append([f'{point.rho:g}', *figures, ' '.join(mark for mark, holds in marks.items() if holds)])
     shares = ', '.join(f'{name} {percent(share)}' for name, share in found.shares.items())
     said = f'Proposed: rho={proposal:g}{found.measure} ({reason})' if proposal else f'No proposal: {reason}'
-    shown = [point.share for point in found.points if point.rho == proposal and point.share < _NEGLIGIBLE]
+    shown = [point.share for point in found.points if point.rho == proposal and point.share < OF_THE_LOSS]
     early = 'it raises the loss by {} only: measure a model that is trained, by more --steps or --load-from'
     notes = [
         f'loss {found.points[0].loss:.4g} after {found.steps} steps; means of {found.batches} batches, with their '
