@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +109,16 @@ def _installed_packages_stay() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((config, 'is_installed'), (config, 'get_installed_path'), (utils, 'load')):
             patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _garbage_stays() -> Iterator[None]:
+    """MMEngine's data sets have all garbage collected when they are built, which takes longer than the rest of it."""
+    from mmengine.dataset import base_dataset
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_dataset, 'gc', SimpleNamespace(collect=lambda: 0))
         yield
 
 

@@ -168,6 +168,7 @@ def count(calls: list[int], call: Callable[[], Any], device: torch.device) -> fl
     return float(sum(calls))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_thread')
 def test_whole_steps_on_whole_batches_are_timed(tiny: Path, monkeypatch: pytest.MonkeyPatch, tool: ModuleType) -> None:
     """Counted in samples, the forward passes of every method; a refresh of ESAM's history is where it is looked for."""
@@ -278,6 +279,7 @@ def test_the_quantized_workload_has_the_float_models_weights(tiny: Path, tmp_pat
 
 
 # -------------------------------------------------------------------- the command line
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_thread')
 def test_the_tool_prints_and_writes_all_rows(
     tiny: Path, tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]

@@ -36,6 +36,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return tools
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(tools: Tools, tmp_path: Path) -> None:
     arguments = ['base=base', 'ausam=ausam', '--out-dir', 'out', '--people', '2', '--samples', '4', '--threshold', '0']
     tool('compare_runs').main(_in(tmp_path, arguments))

@@ -50,6 +50,7 @@ def recipe(path: Path, people: Path) -> Config:
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'path',
     [pytest.param(path, marks=pytest.mark.slow if '_w8a8_' in path.stem else ()) for path in RECIPES],

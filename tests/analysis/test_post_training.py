@@ -49,6 +49,7 @@ def mixed() -> MixedModel:
     return MixedModel({name: model_of(policy) for name, policy in POLICIES.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('others', ['float', 'low'])
 def test_a_layers_sensitivity_is_that_of_a_model_built_so(others: str) -> None:
     found = measure(mixed(), ['low', 'high', 'float'], others, judge)

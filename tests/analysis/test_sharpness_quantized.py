@@ -36,6 +36,7 @@ def perturbed(model: ResidualToy) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if not is_spared(name)]
 
 
+@pytest.mark.slow
 def test_a_measurement_leaves_no_trace_and_spares_scales_and_biases() -> None:
     model = quantized('W4A4').train()
     before, state = copy.deepcopy(model), plain_state(model)
@@ -49,6 +50,7 @@ def test_a_measurement_leaves_no_trace_and_spares_scales_and_biases() -> None:
     assert figures(again) == figures(found)
 
 
+@pytest.mark.slow
 def test_rises_and_landscapes_are_values_of_the_quantized_model() -> None:
     model, data = quantized('W4A4').eval(), toy_samples()
     batch, parameters = default_collate(data.rows), perturbed(model)
@@ -135,6 +137,7 @@ def test_a_quantized_checkpoint_beside_a_float_one(
     assert first['balls'][0]['one_step'] != 0
 
 
+@pytest.mark.slow
 def test_a_float_checkpoint_for_a_quantized_config(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,7 @@ def analyze(folder: Path, patch: pytest.MonkeyPatch, *arguments: object) -> list
     return list(module.analyze(module.parse_arguments([str(argument) for argument in arguments])))
 
 
+@pytest.mark.slow
 def test_two_checkpoints_of_two_configs(folder: Path, tools: Tools, capsys: pytest.CaptureFixture[str]) -> None:
     names = ('--names', 'base', 'sam', '--landscape', '1d', '2d', '--out-dir', 'out')
     # The second one's config differs in the optimizer alone, so that both see the same pictures.
@@ -94,6 +95,7 @@ def test_two_checkpoints_of_two_configs(folder: Path, tools: Tools, capsys: pyte
     assert cv2.imread(str(folder / 'out' / 'landscape.png')).shape[1] > 500
 
 
+@pytest.mark.slow
 def test_the_batch_size_and_the_precision_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size, dtype in ((3, 'float32'), (2, 'float64'), (1, 'float64')):

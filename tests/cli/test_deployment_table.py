@@ -15,6 +15,7 @@ from tools import deployment_table
 pytestmark = QUIET
 
 
+@pytest.mark.slow
 def test_a_row_for_each_file_in_the_runtimes_that_are_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

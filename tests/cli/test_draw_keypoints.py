@@ -127,6 +127,7 @@ def test_decoding_is_that_of_mmposes_codec(script: ModuleType, name: str) -> Non
     assert np.allclose(ours[:, seen], points[:, seen], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('case', 'udp'),
     [(SIMCC, False), *(pytest.param(DECONV, udp, marks=pytest.mark.slow) for udp in (False, True)), (RLE, False)],
@@ -149,6 +150,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model, export_onnx(model, tmp_path_factory.mktemp('onnx') / 'model.onnx', 'qcdq', constants)
 
 
+@pytest.mark.slow
 def test_the_exported_model_finds_what_the_model_finds(
     script: ModuleType, exported: tuple[Any, Path], picture: Path
 ) -> None:

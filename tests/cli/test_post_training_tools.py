@@ -53,6 +53,7 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: st
     tool(name).main(list(arguments))
 
 
+@pytest.mark.slow
 def test_ptq_gives_the_metrics_of_calibrating_by_hand_and_checkpoints_that_load(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +83,7 @@ def test_ptq_gives_the_metrics_of_calibrating_by_hand_and_checkpoints_that_load(
     assert subject.test(by_hand.eval()) == pytest.approx(rows['low']['metrics'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'mode',
     [['--alone', '--mean-bits', '6'], pytest.param(['--spared', '--size-mb', '0.2'], marks=pytest.mark.slow)],

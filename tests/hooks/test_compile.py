@@ -57,6 +57,7 @@ def trained(folder: Path, method: str, kind: Any = Runner, **changes: Any) -> An
     return runner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', OPTIONS)
 def test_a_compiled_run_is_the_plain_run_bit_for_bit(method: str, tmp_path: Path, compiler: Any, holds: Holds) -> None:
     plain = trained(tmp_path / 'plain', method)
@@ -71,6 +72,7 @@ def test_a_compiled_run_is_the_plain_run_bit_for_bit(method: str, tmp_path: Path
     holds(SECTION, "compile=dict(backend='eager') in the config", method, SAME, unit='compiled runs')
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_plain_step_through_autograd(tmp_path: Path, holds: Holds) -> None:
     runs = [
         trained(tmp_path / str(i), 'AUSAM', **c) for i, c in enumerate(({}, dict(compile=dict(backend='aot_eager'))))
@@ -86,6 +88,7 @@ def test_flexible_runner_compiles_the_forward(tmp_path: Path, holds: Holds) -> N
     holds(SECTION, "FlexibleRunner's compile", 'AUSAM', SAME, unit='compiled runs')
 
 
+@pytest.mark.slow
 def test_other_wrappers_are_compiled_as_mmengine_does(tmp_path: Path, compiler: Any) -> None:
     config = toy_config(
         tmp_path / 'base', compile=dict(backend='eager'), train_cfg=dict(by_epoch=True, max_epochs=1),
@@ -144,6 +147,7 @@ def test_a_loss_that_was_compiled_is_refused(name: str, how: str, holds: Holds) 
     holds(SECTION, 'the whole model compiled by hand', name, 'an error that shows what to write', unit='bad configs')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['sam', 'esam', 'ausam'])
 def test_a_step_that_was_compiled_is_refused(name: str, holds: Holds) -> None:
     model = make()

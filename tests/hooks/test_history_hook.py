@@ -298,6 +298,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run(every_case, 2, str(tmp_path_factory.mktemp('ranks')))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', WRAPPERS)
 def test_ranks_hold_the_same_history_after_every_exchange(ranks: list[dict[str, Any]], case: str) -> None:
     first, second = (rank[case]['states'] for rank in ranks)

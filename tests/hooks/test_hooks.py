@@ -92,6 +92,7 @@ def test_steps_that_are_not_logged_are_not_timed(tmp_path: Path) -> None:
 SECOND = KEYS - {'sharpness/L_w'} | {'sharpness/rho_relative', 'sharpness/linearity'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('settings', 'interval', 'expected'),
     [  # the iteration whose second pass each entry has, if there was one since the entry before
@@ -137,6 +138,7 @@ class Recorder(Hook):
         self.records.append(runner.optim_wrapper.last_step)
 
 
+@pytest.mark.slow
 def test_nothing_of_before_a_resume_is_shown(tmp_path: Path) -> None:
     def entries(work_dir: Path, iterations: int, **changes: Any) -> list[tuple[int, bool]]:
         train(

@@ -146,11 +146,8 @@ def resume(case: Case, tmp_path: Path, kind: type = Runner, **changes: Any) -> A
     return kind.from_cfg(config)
 
 
-# Each way to load and each loop; the other pairs of them with what is slow.
-FAST = (
-    *('by iterations, sampler in the loader, persistent', 'by iterations, no workers, across epochs'),
-    *('by epochs, no workers', 'by epochs, workers', 'by epochs, sampler in the loader'),
-)
+# Each loop, and a sampler in the loader; the other pairs of them with what is slow.
+FAST = (*('by iterations, no workers, across epochs', 'by epochs, no workers', 'by epochs, sampler in the loader'),)
 
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in CASES])

@@ -99,6 +99,7 @@ def by_iterations(reference: Reference) -> Any:
     return lambda runner, *args, **kwargs: checked(View(runner), *args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('by_epoch', [True, False], ids=['epochs', 'iterations'])
 @pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')
@@ -125,6 +126,7 @@ def test_drawn_in_the_loader_the_first_epoch_is_whole_however_far_ahead_it_loads
     assert len(runner.optim_wrapper.history) == SAMPLES
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_of_their_epoch(tmp_path: Path) -> None:
     """An optimizer step of 3 micro-batches reaches over the end of the first epoch, of 5: each has its own draw."""
     runner = runner_of(tmp_path, optim_wrapper=ausam(accumulative_counts=3))

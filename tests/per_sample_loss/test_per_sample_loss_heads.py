@@ -82,7 +82,13 @@ def check_identity(record: LossRecord, total: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(losses, torch.stack([term.values for term in record.terms]).sum(0))
 
 
-@pytest.mark.parametrize('case', SUPPORTED, ids=lambda case: case.name)
+SLOW = ('CPMHead', 'DWPoseDistiller', 'MSPNHead', 'RTMWHead')
+
+
+@pytest.mark.parametrize(
+    'case',
+    [pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ()) for case in SUPPORTED],
+)
 def test_the_samples_losses_make_the_batchs(case: Case) -> None:
     model, data = prepared(case)
     per_sample = PerSampleLoss(model)

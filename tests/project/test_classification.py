@@ -160,6 +160,7 @@ def accuracy(runner: Runner) -> float:
     return 100 * int(right) / total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', [pytest.param('sgd', marks=pytest.mark.slow), 'ausam'])
 def test_two_training_steps_at_four_bits(method: str, cifar: dict[int, Path], tmp_path: Path) -> None:
     cfg = small(f'w4a4_{method}', 10, cifar[10])

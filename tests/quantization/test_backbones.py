@@ -56,6 +56,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKBONES, 'timm: regnetx_002', (timm, 56))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'layers', 'batchnorms'),
     [('MobileNetV2', 29, 28), ('VGG, without BatchNorm', 12, 3), ('timm: regnetx_002', 13, 12)],

@@ -149,6 +149,7 @@ def with_mixed_labels(start: Any) -> Any:
     return mixed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('wrapper', WRAPPERS)
 def test_steps_are_those_on_mixed_labels(start: Any, wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a step does, the choice of samples included; the teacher sees each batch as it is cut down, once."""
@@ -185,6 +186,7 @@ def test_steps_are_those_on_mixed_labels(start: Any, wrapper: str, monkeypatch: 
 
 
 # ------------------------------------------------------------------ refusals
+@pytest.mark.slow
 def test_what_cannot_be_distilled_is_refused(start: Any, tmp_path: Path) -> None:
     init_default_scope('mmpose')
     runner = SimpleNamespace(model=copy.deepcopy(start.student), cfg=start.cfg)

@@ -57,6 +57,7 @@ def test_what_cannot_be_traced_is_refused_and_left_as_it_was() -> None:
     assert torch.equal(model.a.weight, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('case', 'some'), [(SIMCC, True), (RTMPOSE, False)], ids=['SimCC', 'RTMPose'])
 def test_models_of_mmpose_compute_the_same(case: object, some: bool) -> None:
     """In RTMPose SiLU is between all layers, which leaves nothing to equalize."""

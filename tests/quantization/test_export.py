@@ -83,6 +83,7 @@ def integers(model: nn.Module, file: Path, file_format: str, count: int = 2) -> 
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', ARCHITECTURES, ids=lambda case: case.name)
 def test_onnx_runtime_computes_what_pytorch_does(case: Case, exported: Any) -> None:
     model, file = exported(case)
@@ -198,6 +199,7 @@ def test_the_constants_are_in_the_file_and_beside_it(exported: Any) -> None:
     assert torch.__version__.startswith(beside['versions']['torch'].split('+')[0])
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = calibrated(SIMCC).train()
     before, modes = deepcopy(model.state_dict()), [module.training for module in model.modules()]

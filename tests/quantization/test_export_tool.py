@@ -75,6 +75,7 @@ def batch(folder: Path) -> dict[str, Any]:
     return next(iter(tool('export').first_samples(cfg.test_dataloader.dataset, 4, 4)[1]))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_the_tool_exports_checks_and_reports(folder: Path, exported: str) -> None:
     assert 'QCDQ in ONNX Runtime against PyTorch, 4 people' in exported
     assert 'The file agrees with PyTorch.' in exported
@@ -153,6 +154,7 @@ def test_the_benchmark_compares_with_the_same_model_in_float(
     assert Path('bench/m_float.onnx').is_file()
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_passed(
     folder: Path, exported: str, model: Any, batch: dict[str, Any]
 ) -> None:
@@ -172,6 +174,7 @@ def test_a_file_that_computes_something_else_is_not_passed(
     assert any('of the integers are equal' in fault for fault in report.faults())
 
 
+@pytest.mark.slow
 def test_a_disagreement_ends_with_exit_code_1(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +230,7 @@ def test_tolerances(changes: dict[str, Any], fault: str) -> None:
     assert bool(report.faults()) is bool(fault)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('metrics', 'named'),
     [

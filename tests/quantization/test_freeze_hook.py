@@ -259,6 +259,7 @@ def train_ranks(rank: int, processes: int, folder: str) -> dict[str, list[dict[s
     return results
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     ranks = run(train_ranks, 2, str(tmp_path))
     steps = 3  # of an epoch: 20 samples in batches of 4 on 2 ranks
@@ -284,6 +285,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert scale.grad == 2
 
 
+@pytest.mark.slow
 def test_a_model_of_brevitas(tmp_path: Path) -> None:
     """With zero points, calibrated by the run itself, perturbed by SAM."""
     model = quantize(make(ResidualToy), QuantizationPolicy.from_config(policy('zero points')))

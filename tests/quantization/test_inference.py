@@ -90,6 +90,7 @@ def run(example: str, paths: dict[str, str]) -> dict[str, Any]:
     return variables
 
 
+@pytest.mark.slow
 def test_the_examples_find_the_same_keypoints(trained: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     inferencer, topdown = (run(example, trained) for example in EXAMPLES)
     capsys.readouterr()

@@ -48,6 +48,7 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return wide, packed
 
 
+@pytest.mark.slow
 def test_packed_files_have_the_same_integers_in_half_the_bytes(files: tuple[Path, Path]) -> None:
     wide, packed = (onnx.load(file) for file in files)
     before, after = ({item.name: item for item in model.graph.initializer} for model in (wide, packed))

@@ -253,6 +253,7 @@ def float_checkpoint(cfg: Config, file: Path) -> Path:
 
 
 # Those of 8 bits are built and looked at in the tests above; here they would take the same steps.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'path',
     [

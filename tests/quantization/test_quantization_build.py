@@ -168,6 +168,7 @@ def config(case: Case) -> dict[str, Any]:
     return dict(Config(case.config().model.to_dict())._cfg_dict)
 
 
+@pytest.mark.slow
 def test_both_forms_of_a_config_and_a_model_give_the_same() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -475,6 +476,7 @@ def test_maxima() -> None:
         assert torch.equal(largest_of(getattr(model, name), 'weight_quant').flatten(), expected.flatten())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bits', [2, 4, 8])
 def test_scales_of_least_squared_error_have_less_of_it_than_maxima(bits: int) -> None:
     (source, maxima), (_, least) = (quantized_zoo(weight=bits, act=bits, scale_init=i) for i in ('max', 'mse'))

@@ -115,6 +115,7 @@ def test_the_order_of_the_batches_does_not_count() -> None:
         assert torch.allclose(value, scales_of(second)[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_calibrating_again_starts_anew() -> None:
     for changes in ({}, dict(act_symmetric=False, weight_symmetric=False, scale_init='mse')):
         model, expected = toy(**changes), toy(**changes)
@@ -126,6 +127,7 @@ def test_calibrating_again_starts_anew() -> None:
         assert torch.equal(output(model, inputs), output(expected, inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', [{}, dict(act_symmetric=False, weight_symmetric=False)], ids=str)
 def test_the_copy_of_a_model_that_was_not_calibrated_can_be(changes: dict[str, Any]) -> None:
     """Searching scales of least squared error, Brevitas switches modes in the model that it built."""

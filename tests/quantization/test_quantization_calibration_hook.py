@@ -183,6 +183,7 @@ def test_what_is_nothing_in_float_too_is_a_warning(base: Runner) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_collapse_is_measured_against_the_float_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[dict[str, float]] = []
 
@@ -373,6 +374,7 @@ def on_ranks(rank: int, processes: int, work_dir: str) -> dict[str, Tensor]:
     return {**start, **parameters, 'steps': torch.tensor(runner.iter)}
 
 
+@pytest.mark.slow
 def test_ranks_start_and_end_with_the_same_scales(tmp_path: Path) -> None:
     first, second = run(on_ranks, 2, str(tmp_path / 'ranks'))
     assert int(first['steps']) == 3

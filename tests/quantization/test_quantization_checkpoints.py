@@ -194,6 +194,7 @@ def test_saved_and_loaded_it_computes_the_same_without_calibration(case: Case, l
     assert torch.equal(output(model, images(2)), output(source, images(2)))
 
 
+@pytest.mark.slow
 def test_every_kind_of_quantizer_is_saved_and_loaded(load: Load) -> None:
     for changes in (
         dict(weight_scales='statistics'),

@@ -494,6 +494,7 @@ def test_esam_gives_no_gradient_in_the_first_pass_but_to_what_it_perturbs(policy
     assert any(not is_spared(name) for name in left_out), 'no weight was left out'
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of torch's compiler, against itself
 def test_a_compiled_model_is_compiled_once_for_each_pass() -> None:
     """The first pass leaves scales out of the graph, and so is another program than the second."""

@@ -201,6 +201,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, float_checkpoint: Path) -> l
     return run(train_on_ranks, 2, str(tmp_path_factory.mktemp('ranks')), str(float_checkpoint))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', WRAPPERS)
 def test_both_ranks_hold_the_same_weights_and_scales_after_every_step(ranks: list[dict[str, Any]], name: str) -> None:
     left, right = (rank[name] for rank in ranks)
@@ -218,6 +219,7 @@ def test_both_ranks_hold_the_same_weights_and_scales_after_every_step(ranks: lis
 
 
 # ------------------------------------------------------------------ averaging
+@pytest.mark.slow
 @pytest.mark.parametrize('update_buffers', [False, True])
 def test_the_averaged_model_starts_from_the_calibrated_one(
     tmp_path: Path, float_checkpoint: Path, update_buffers: bool
@@ -250,6 +252,7 @@ def test_the_averaged_model_starts_from_the_calibrated_one(
     assert not same_bits(output_of(averaged), output_of(trained))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_averaging_equals_one_that_never_stopped(tmp_path: Path, float_checkpoint: Path) -> None:
     """Nothing is calibrated again, in the averaged model neither."""
     runs = []
@@ -271,6 +274,7 @@ def test_a_resumed_run_with_averaging_equals_one_that_never_stopped(tmp_path: Pa
 
 
 # ------------------------------------------------------------------ a real model
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [pytest.param('sam', marks=pytest.mark.slow), 'ausam'])
 def test_the_demos_model_keeps_what_the_base_optimizers_pass_leaves(name: str) -> None:
     """SimCC ResNet-18, an eighth as wide, with BatchNorm; all of it is perturbed or spared, and trained."""

@@ -224,6 +224,7 @@ def test_tensorrt_takes_int8_without_zero_points(changes: dict[str, Any]) -> Non
 
 
 # ------------------------------------------------------------------ the file
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('case', 'target'),
     [
@@ -265,6 +266,7 @@ def test_biases_of_layers_of_few_bits(target: str, act: int) -> None:
     assert apart == (set() if (target, act) == ('onnxruntime', 8) else few)
 
 
+@pytest.mark.slow
 def test_weights_of_few_bits_are_computed_in_integers(tmp_path: Path) -> None:
     model = calibrated(SIMCC, weight=4, act=8, target='onnxruntime').eval()
     file = export_onnx(model, tmp_path / 'w4a8.onnx', 'qcdq', {})
@@ -278,6 +280,7 @@ def test_weights_of_few_bits_are_computed_in_integers(tmp_path: Path) -> None:
     assert all(layer.alone.largest <= 1 and layer.alone.share > 0.99 for layer in check.layers)
 
 
+@pytest.mark.slow
 def test_tensorrt_gets_int8_without_zero_points_and_nothing_between(tmp_path: Path) -> None:
     """Its rules, on the graph: TensorRT itself is not run."""
     model = calibrated(SIMCC, weight=8, act=8, target='tensorrt')
@@ -354,6 +357,7 @@ DEMO = Case(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'case',
     [
@@ -379,6 +383,7 @@ def test_convolutions_are_computed_in_integers(case: Case, tmp_path: Path) -> No
             assert fused >= 0.9 * of
 
 
+@pytest.mark.slow
 def test_the_pages_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip('openvino')
     config, program = blocks(ROOT / 'docs' / 'deployment.md', 'python')

@@ -140,6 +140,7 @@ def train(work_dir: Path, freeze: Any = FAST['freeze'], **changes: Any) -> Runne
     return runner
 
 
+@pytest.mark.slow
 def test_resumed_equals_never_stopped(tmp_path: Path) -> None:
     straight = train(tmp_path / 'straight')
     checkpoint = str(tmp_path / 'straight' / 'epoch_2.pth')

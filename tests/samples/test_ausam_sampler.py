@@ -216,7 +216,7 @@ def test_two_ranks_draw_from_their_own_halves() -> None:
         {},
         {'num_workers': 2, 'persistent_workers': True},
         {'num_workers': 2, 'prefetch_factor': 3},
-        {'num_workers': 1, 'multiprocessing_context': 'spawn'},
+        pytest.param({'num_workers': 1, 'multiprocessing_context': 'spawn'}, marks=pytest.mark.slow),
     ],
     ids=['no workers', 'persistent', 'prefetch 3', 'spawn'],
 )

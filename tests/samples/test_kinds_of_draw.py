@@ -101,6 +101,7 @@ def test_the_drawer_draws_what_its_kind_says(kind: str) -> None:
     assert np.isnan(draw.scores).all() == (kind == 'uniform')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['systematic', 'sequential'])
 def test_frequencies_follow_the_ramp_over_the_epochs(kind: str) -> None:
     """Whole at first; then nearly uniform; then by the scores, as far as they are let."""

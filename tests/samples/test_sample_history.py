@@ -189,6 +189,7 @@ def test_an_empty_batch_changes_nothing() -> None:
 
 
 # -------------------------------------------------------------------- ranks
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(momenta, st.sampled_from([2, 4]), st.lists(st.lists(visits, min_size=4, max_size=4), max_size=4))
 def test_ranks_hold_the_same_after_an_exchange(momentum: float | None, size: int, epochs: list[list[Any]]) -> None:
