@@ -35,7 +35,8 @@ _FIRST = (
     *('test_qat_configs', 'test_mmpose_heads', 'test_classification', 'test_benchmark', 'test_bad_configs'),
     # Under `make test-slow`.
     *('test_real_quantized', 'test_resume', 'test_compat_environments', 'test_soak', 'test_rank_faults'),
-    *('test_study_runs', 'test_ausam_statistics', 'test_wheel'),
+    *('test_study_runs', 'test_ausam_statistics', 'test_wheel', 'test_targets', 'test_backbones', 'test_ausam_authors'),
+    *('test_distillation_hook', 'test_post_training_tools', 'test_draw_keypoints', 'test_inference', 'test_lsp'),
 )
 
 

@@ -261,6 +261,7 @@ def test_a_quantized_model_is_compared_with_its_float_model(
     assert f'base, quantized over float: {sum(pairs) / 2:.2f} (' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_quantized_workload_has_the_float_models_weights(tiny: Path, tmp_path: Path) -> None:
     config = tmp_path / 'w4a4.py'
     fragment = ROOT / 'configs' / '_base_' / 'quantization' / 'w4a4.py'

@@ -120,6 +120,7 @@ def test_a_run_is_what_the_runner_makes_of_the_same_config(tmp_path: Path) -> No
         assert torch.equal(kept[name], value), name
 
 
+@pytest.mark.slow
 def test_the_runs_at_equal_time_follow_those_at_equal_epochs(tmp_path: Path, here: Here) -> None:
     here.trains = True
     plan = plan_of(tmp_path, tiny(selection=None, budgets=['epochs', 'time'], keep=[]))
@@ -193,6 +194,7 @@ def test_where_all_runs_fail_there_are_no_others(
     assert 'The same command goes on' in printed
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_was(
     tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,7 @@ def test_the_exported_model_finds_what_the_model_finds(
     assert (distances < 1).mean() > 0.8
 
 
+@pytest.mark.slow
 def test_it_runs_without_torch_and_mmpose(exported: tuple[Any, Path], picture: Path, tmp_path: Path) -> None:
     _, file = exported
     blocked = ('torch', 'mmengine', 'mmcv', 'mmpose', 'mm_sharp', 'onnx', 'brevitas')
@@ -201,6 +202,7 @@ def test_it_runs_without_torch_and_mmpose(exported: tuple[Any, Path], picture: P
     assert np.shape(people['people'][1]['keypoints']) == (17, 2)
 
 
+@pytest.mark.slow
 def test_the_example_in_the_documentation_finds_the_same(
     script: ModuleType, exported: tuple[Any, Path], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -313,6 +313,7 @@ def test_ranks_hold_the_same_history_after_every_exchange(ranks: list[dict[str, 
     assert len(ranks[0][case]['seen']) == len(first[-1]['data_sets']['']['ids'])
 
 
+@pytest.mark.slow
 def test_checkpoints_in_mid_epoch_hold_every_ranks_visits(ranks: list[dict[str, Any]]) -> None:
     results = ranks[0]['ausam by iteration']
     # 3 iterations an epoch: exchanged at 2 (saved), 3, 4 (saved), 6 (both).

@@ -82,6 +82,7 @@ def test_an_interval_of_its_own(tmp_path: Path) -> None:
     assert len(runner.message_hub.get_scalar('train/sharpness/sharpness').data[0]) == 2
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_logged_are_not_timed(tmp_path: Path) -> None:
     runner = train(
         tmp_path / 'run', train_cfg=dict(by_epoch=False, max_iters=9), custom_hooks=[dict(type='SharpnessHook')]

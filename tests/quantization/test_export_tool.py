@@ -116,6 +116,7 @@ def test_qonnx_is_exported_and_checked(
     assert json.loads(Path('new/model.json').read_text())['flip_test'] is False
 
 
+@pytest.mark.slow
 def test_float_models_are_exported_checked_and_drawn(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

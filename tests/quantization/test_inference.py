@@ -107,6 +107,7 @@ def test_the_examples_find_the_same_keypoints(trained: dict[str, str], capsys: p
     assert (written / 'visualizations' / '000001.png').is_file()
 
 
+@pytest.mark.slow
 def test_the_keypoints_are_drawn_in_the_data_sets_colours_without_mm_sharp(trained: dict[str, str]) -> None:
     """What MMPose reads of the checkpoint, it takes undecoded."""
     from mmpose.visualization import PoseLocalVisualizer
@@ -126,6 +127,7 @@ def test_the_keypoints_are_drawn_in_the_data_sets_colours_without_mm_sharp(train
     assert np.array_equal(*pictures)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_gives_its_colours(trained: dict[str, str], tmp_path: Path) -> None:
     """Its ``dataset_meta`` holds our dicts in place of arrays."""
     from mmpose.apis import init_model

@@ -68,6 +68,7 @@ def test_packed_files_have_the_same_integers_in_half_the_bytes(files: tuple[Path
     assert sum(size // 2 for size in sizes.values()) - added - 1000 < saved < sum(size // 2 for size in sizes.values())
 
 
+@pytest.mark.slow
 def test_packed_files_compute_the_same(files: tuple[Path, Path]) -> None:
     """In ONNX Runtime bit for bit, and as many convolutions in integers; every quantizer is where it was."""
     wide, packed = (onnx.load(file) for file in files)
@@ -77,6 +78,7 @@ def test_packed_files_compute_the_same(files: tuple[Path, Path]) -> None:
     assert activation_points(wide) == activation_points(packed)
 
 
+@pytest.mark.slow
 def test_convolutions_of_packed_weights_stay_in_integers(files: tuple[Path, Path]) -> None:
     before, after = (onnxruntime_convolutions(file) for file in files)
     assert before == after

@@ -278,7 +278,6 @@ def test_a_copy_is_calibrated_by_itself() -> None:
 
 
 # ------------------------------------------------------------------ sizes
-FAST = (SIMCC, RTMPOSE)
 SIZES = [(SIMCC, {}), (HRNET, {}), (RLE, {}), (RTMPOSE, {}), (RTMPOSE, dict(weight=2, fold_batchnorm=False))]
 SIZES.append((RTMPOSE, dict(weight_symmetric=False, act_symmetric=False, weight_granularity='tensor')))
 
@@ -286,7 +285,7 @@ SIZES.append((RTMPOSE, dict(weight_symmetric=False, act_symmetric=False, weight_
 @pytest.mark.parametrize(
     ('case', 'changes'),
     [
-        pytest.param(case, own, id=f'{case.name} {own}', marks=() if case in FAST and not own else pytest.mark.slow)
+        pytest.param(case, own, id=f'{case.name} {own}', marks=() if case is SIMCC and not own else pytest.mark.slow)
         for case, own in SIZES
     ],
 )

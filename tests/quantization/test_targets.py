@@ -330,6 +330,7 @@ def run(model: onnx.ModelProto, values: Any) -> Any:
     return session.run(None, {'input': values})[0]
 
 
+@pytest.mark.slow
 def test_a_float_checkpoint_is_folded_and_loaded() -> None:
     source, model = float_model(SIMCC, seed=1), calibrated(SIMCC, weight=8, act=8, target='onnxruntime')
     model.load_state_dict(source.state_dict(), strict=False)

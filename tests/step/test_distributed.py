@@ -182,7 +182,6 @@ def assert_identical(left: Arrays, right: Arrays) -> None:
 PARAMETERS = sum(p.numel() for p in make(norm=False).parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ['sam', 'asam', 'sam-tensor'])
 def test_synced_perturbation_equals_one_process_with_the_joint_batch(ranks: list[dict[str, Any]], name: str) -> None:
     first, second = (rank[f'synced {name}'] for rank in ranks)
