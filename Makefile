@@ -68,6 +68,9 @@ train-qat: $(INSTALLED) $(FLOATS) ## quantize both models to 8 bits, fine-tune t
 	$(PY) tools/compare_runs.py AdamW=$(QAT_DIR)/base AUSAM=$(QAT_DIR)/ausam --out-dir $(QAT_DIR)
 	$(PY) tools/export.py $(QAT_CONFIG) "$$(cat $(QAT_DIR)/ausam/last_checkpoint)" --benchmark --out $(QAT_DIR)/model.onnx
 
+# Each process would compile the package and all asserts anew otherwise; the tests start dozens of them.
+test test-slow test-kills: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(INSTALLED) lint types ## lint, check the types and run the fast tests (at most five minutes)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -271,6 +271,7 @@ class Wide(nn.Module):
         return (self.matrix @ batch).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('kind', 'matrices'), [(OptimWrapper, 2), (SAMOptimWrapper, 3)])
 def test_peak_memory_of_a_step(kind: type[OptimWrapper], matrices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights and gradient; SAM's copy of the weights besides."""

@@ -205,6 +205,7 @@ NORMAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NORMAL)
 def test_normal_runs_are_silent(name: str, tmp_path: Path, said: list[tuple[int, str]]) -> None:
     train(tmp_path, dict(NORMAL[name]), epochs=9)

@@ -104,6 +104,7 @@ def test_loss_differences_rank_samples_as_their_gradient_norms_do(seed: int, rec
     assert rank_correlation(averaged, norms) >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('task', 'norm'), [('classification', True), ('regression', False), ('regression', True)])
 def test_figures_that_are_reported_as_they_are(task: str, norm: bool, record_property: Any) -> None:
     """BatchNorm mixes the samples of a batch; in regression near its end one direction says little of each sample."""

@@ -144,6 +144,7 @@ def base(folder: Path) -> Runner:
 
 
 # ------------------------------------------------------------------ a run
+@pytest.mark.slow
 def test_a_run_calibrates_once_before_training(base: Runner) -> None:
     assert is_calibrated(base.model)
     assert calibrations(base) == 1

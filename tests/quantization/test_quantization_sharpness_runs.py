@@ -110,6 +110,7 @@ def output_of(model: nn.Module) -> torch.Tensor:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['W8A8', 'W4A4', 'zero points'])
 def test_a_copy_made_before_calibration_is_calibrated_on_its_own(kind: str) -> None:
     """As those of averaging hooks are made."""

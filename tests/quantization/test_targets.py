@@ -252,6 +252,7 @@ def test_the_file_has_the_models_integers(case: Case, target: str, tmp_path: Pat
     assert min(layer.alone.share for layer in check.layers) > 0.998
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('target', ['generic', 'onnxruntime', 'openvino'])
 @pytest.mark.parametrize('act', [4, 8])
 def test_biases_of_layers_of_few_bits(target: str, act: int) -> None:

@@ -57,6 +57,7 @@ def counts_of_sets(draws: int, kind: str, k: int) -> dict[tuple[int, ...], int]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('kind', 'k'), [('sequential', 2), ('sequential', 3), ('uniform', 2)])
 def test_every_set_comes_as_often_as_it_should(kind: str, k: int) -> None:
     draws = 20_000
