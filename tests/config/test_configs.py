@@ -42,13 +42,8 @@ pytestmark = QUIET
 
 @pytest.mark.parametrize(
     'path',
-    # Of each recipe one method is fast, of AUSAM all.
-    [
-        pytest.param(
-            path, marks=pytest.mark.slow if path.parent.name in ('sam', 'esam') and 'simcc' not in path.stem else ()
-        )
-        for path in CONFIGS
-    ],
+    # One recipe of each method is fast.
+    [pytest.param(path, marks=() if 'simcc' in path.stem else pytest.mark.slow) for path in CONFIGS],
     ids=name,
 )
 def test_two_training_steps(path: Path, tmp_path: Path) -> None:
