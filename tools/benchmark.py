@@ -119,8 +119,7 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     keeps = steps.keep_freed_memory()
     tables = []
     for batch_size in dict.fromkeys(batch_sizes):
-        with steps.without_denormals():
-            found = table.measure_table(cfg, settings, batch_size, args.rounds, args.warmup, passes_only=args.floors)
+        found = table.measure_table(cfg, settings, batch_size, args.rounds, args.warmup, passes_only=args.floors)
         tables.append(found)
         if found.rounds != args.rounds:
             print(f'--rounds {args.rounds} becomes {found.rounds}: whole cycles')

@@ -228,6 +228,20 @@ def test_rounds_are_interleaved_and_rotated() -> None:
     assert [len(seconds) for seconds in times.values()] == [4, 4, 4]
 
 
+def test_the_smallest_numbers_count_as_zero_in_steps_alone(tmp_path: Path) -> None:
+    def product(*_: Any) -> float:
+        return float(torch.tensor(1e-30) * torch.tensor(1e-10))
+
+    with prepared(toy(tmp_path)):
+        workload = load_workload(toy(tmp_path), batch_size=4)
+        assert product() > 0, 'packages are imported here, which warn if there are no such numbers'
+        found = workload.measure(
+            {'base': {'type': 'OptimWrapper', 'optimizer': {'type': 'SGD', 'lr': 0.1}}}, 1, 1, product
+        )
+    assert found == {'base': [0.0]}
+    assert product() > 0
+
+
 @pytest.mark.parametrize('loss', [float('nan'), float('-inf')])
 def test_a_loss_that_is_not_finite_is_refused(loss: float) -> None:
     with pytest.raises(UsageError, match='a: the loss at the initial weights is'):

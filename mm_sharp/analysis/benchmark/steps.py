@@ -81,6 +81,21 @@ def phase_seconds(candidate: Candidate, batch: Any, device: torch.device) -> Pha
     return seconds
 
 
+@contextmanager
+def without_denormals() -> Iterator[None]:
+    """Have this process take numbers below 1e-38 for 0, where the CPU can.
+
+    A CPU takes many times longer for those. How many of a pass's gradients are so small depends on the weights that it
+    is at: a convolution's backward pass was seen to take twice its time at w + e.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@without_denormals()  # not while packages are imported: numpy warns of it
 def measure_rounds(
     groups: Sequence[Sequence[Candidate]],
     batches: Sequence[Any],
@@ -153,20 +168,6 @@ def keep_freed_memory() -> bool:
         return False
     mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
     return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 32 * 2**20))
-
-
-@contextmanager
-def without_denormals() -> Iterator[None]:
-    """Have this process take numbers below 1e-38 for 0, where the CPU can.
-
-    A CPU takes many times longer for those. How many of a pass's gradients are so small depends on the weights that it
-    is at: a convolution's backward pass was seen to take twice its time at w + e.
-    """
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 class TensorsAlive(TorchDispatchMode):
