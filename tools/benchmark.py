@@ -130,8 +130,8 @@ def measure_steps(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def measure_perturbing(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Measure perturbation and restoration; returns the table and the figures."""
-    counts, device = [parse_count(text) for text in args.parameters], torch.device(get_device())
-    costs = [steps.measure_perturbing(count, args.rounds, device) for count in counts]
+    counts = [parse_count(text) for text in args.parameters]
+    costs = [steps.measure_perturbing(count, args.rounds) for count in counts]
     plain = [{key: q._asdict() if isinstance(q, steps.Quartiles) else q for key, q in cost.items()} for cost in costs]
     return steps.perturbing_table(costs), {**cli.machine(), 'parameters': plain}
 

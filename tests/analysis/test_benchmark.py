@@ -161,7 +161,7 @@ def test_costlier_steps_are_told_from_the_others() -> None:
 
 
 # -------------------------------------------------------------------- what is timed
-def count(calls: list[int], call: Callable[[], Any], device: torch.device) -> float:
+def count(calls: list[int], call: Callable[[], Any]) -> float:
     """Instead of a clock: samples that go through the backbone in a step."""
     calls.clear()
     call()
@@ -201,7 +201,7 @@ def test_all_methods_start_from_the_same_weights_and_stay_there(tmp_path: Path) 
         workload = load_workload(toy(tmp_path), batch_size=4)
         assert len(workload.batches) == 4
         candidates = [workload.candidate(name, own) for name in ('one', 'other')]
-        measure_rounds([candidates], workload.batches, 2, 1, torch.device('cpu'), step_seconds)
+        measure_rounds([candidates], workload.batches, 2, 1, step_seconds)
     for candidate in candidates:
         assert candidate.model is not workload.model
         for parameter, start in zip(candidate.model.parameters(), workload.model.parameters(), strict=True):
@@ -223,7 +223,7 @@ class Diary:
 def test_rounds_are_interleaved_and_rotated() -> None:
     notes: list[tuple[str, int]] = []
     groups = [[Candidate(name, Diary(name, notes), None)] for name in 'abc']
-    times = measure_rounds(groups, [7, 8], 4, 1, torch.device('cpu'), step_seconds)
+    times = measure_rounds(groups, [7, 8], 4, 1, step_seconds)
     assert ' '.join(f'{name}{batch}' for name, batch in notes) == 'a7 b7 c7 a8 b8 c8 b7 c7 a7 c8 a8 b8 a7 b7 c7'
     assert [len(seconds) for seconds in times.values()] == [4, 4, 4]
 
@@ -245,7 +245,7 @@ def test_the_smallest_numbers_count_as_zero_in_steps_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize('loss', [float('nan'), float('-inf')])
 def test_a_loss_that_is_not_finite_is_refused(loss: float) -> None:
     with pytest.raises(UsageError, match='a: the loss at the initial weights is'):
-        measure_rounds([[Candidate('a', Diary('a', [], loss), None)]], [0], 1, 1, torch.device('cpu'), step_seconds)
+        measure_rounds([[Candidate('a', Diary('a', [], loss), None)]], [0], 1, 1, step_seconds)
 
 
 def test_a_method_that_the_model_does_not_suit_is_refused(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_candidate_is_as_before_after_a_timed_step() -> None:
     model = without_preprocessor(make())
     for wrapper in (OptimWrapper(sgd(model)), SAMOptimWrapper(sgd(model))):
         candidate = Candidate('it', model, wrapper)
-        assert candidate.timed_step(batches(1)[0], CPU).seconds()['pass1'] > 0
+        assert candidate.timed_step(batches(1)[0]).seconds()['pass1'] > 0
         assert 'backward' not in vars(wrapper)
         assert not getattr(wrapper, 'record_timing', False)
 
@@ -298,13 +298,13 @@ def test_the_tensors_are_those_of_a_resnet_50() -> None:
 def test_perturbation_and_restoration_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    def seconds_of(call: Callable[[], object]) -> float:
         calls.append(getattr(call, '__name__', 'copy'))
         call()
         return {'copy': 1.0, 'perturb': 4.0, 'restore': 2.0}[calls[-1]]
 
     monkeypatch.setattr(steps, 'seconds_of', seconds_of)
-    cost = steps.measure_perturbing(10_000, rounds=2, device=CPU)
+    cost = steps.measure_perturbing(10_000, rounds=2)
     assert calls == ['copy', 'perturb', 'restore'] * 3
     assert (cost['parameters'], cost['tensors']) == (10_000, 4)
     assert cost['climb_rate'] == Quartiles(*[4 * 8 * 10_000 / 4] * 3)

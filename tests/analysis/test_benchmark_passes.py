@@ -58,7 +58,7 @@ def test_a_step_makes_the_methods_passes(settings: dict[str, Any], sizes: list[i
     model.data_preprocessor = Ready()
     seen: dict[str, Seen] = {}
 
-    def see(candidate: Candidate, batch: Any, device: torch.device) -> None:
+    def see(candidate: Candidate, batch: Any) -> None:
         if candidate.name not in seen:
             seen[candidate.name] = Seen(candidate.model)
         candidate.step(batch)

@@ -1,14 +1,12 @@
 """What is compared: methods, SAM without this package, and a method's passes alone.
 
-Methods are the base optimizer and every sharpness-aware wrapper in MMEngine's registry. A method's name is its
-wrapper's without ``OptimWrapper``, in small letters: ``sam`` for ``SAMOptimWrapper``. ``NAME-VALUE`` sets the first
-argument of its own that has such a default: ``ausam-0.5`` is AUSAM with ``sampling_ratio=0.5``, ``esam-history`` ESAM
-with ``selection='history'``.
+A method's name is its wrapper's without ``OptimWrapper``, in small letters: ``sam`` for ``SAMOptimWrapper``.
+``NAME-VALUE`` sets the first argument of its own that has such a default: ``ausam-0.5`` is AUSAM with
+``sampling_ratio=0.5``, ``esam-history`` ESAM with ``selection='history'``.
 
 SAM by hand leaves out work: the second pass moves BatchNorm's statistics a second time, dropout draws other masks in
-it, and nothing asks whether values are finite. The passes alone are the same inputs with the same
-gradients left out, and the base optimizer's step: where a machine's passes take other times than theory says, no code
-can bring a step below them, and what a method's step takes more is the method's own work.
+it, and nothing asks whether values are finite. The passes alone are the same inputs with the same gradients left out,
+and the base optimizer's step: what a method's step takes more is the method's own work.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
@@ -75,9 +74,9 @@ def _parse_method(name: str) -> dict[str, Any]:
 def wrapper_settings(cfg: Config, method: Mapping[str, Any], amp: str | None = None) -> dict[str, Any]:
     """The config of a method's optimizer wrapper.
 
-    The whole config's own arguments are kept as far as the method has them and does not set them, so the ``rho`` of a
-    config for SAM reaches every sharpness-aware method. Its precision, or ``amp``, holds for the base optimizer too: in
-    float16 by ``AmpOptimWrapper``, in bfloat16, which needs no loss scaling, by ``dtype`` of a plain ``OptimWrapper``.
+    The config's own arguments are kept as far as the method has them and does not set them. Its precision, or ``amp``,
+    holds for the base optimizer too: in float16 by ``AmpOptimWrapper``, in bfloat16, which needs no loss scaling, by
+    ``dtype`` of a plain ``OptimWrapper``.
 
     Raises UsageError: The config has several optimizer wrappers, there is none of this type, or an argument is wrong.
     """
@@ -121,7 +120,7 @@ class Candidate:
         """One whole training step; returns what there is to log."""
         return dict(self.model.train_step(batch, self.optim_wrapper))
 
-    def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
+    def timed_step(self, batch: Any) -> StepTimer:
         """One whole training step, with marks at the ends of its phases."""
         wrapper = self.optim_wrapper
         if isinstance(wrapper, TwoPassOptimWrapper):
@@ -130,8 +129,7 @@ class Candidate:
             wrapper.record_timing = False
             assert wrapper.last_step is not None and wrapper.last_step.timer is not None  # noqa: PT018
             return wrapper.last_step.timer
-        timer = StepTimer(device)
-        timer.mark('start')
+        timer = _started_timer()
         with wrapper.optim_context(self.model):
             loss, _ = loss_of(self.model, batch)
         wrapper.backward(wrapper.scale_loss(loss))
@@ -140,6 +138,12 @@ class Candidate:
         wrapper.zero_grad()
         timer.mark('step')
         return timer
+
+
+def _started_timer() -> StepTimer:
+    timer = StepTimer(torch.device(get_device()))
+    timer.mark('start')
+    return timer
 
 
 def loss_of(model: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -157,10 +161,9 @@ class HandWrittenSAM(Candidate):
 
     rho: float
 
-    def timed_step(self, batch: Any, device: torch.device) -> StepTimer:
+    def timed_step(self, batch: Any) -> StepTimer:
         """The restoration and the base optimizer's step are one phase."""
-        timer = StepTimer(device)
-        timer.mark('start')
+        timer = _started_timer()
         self.step(batch, timer.mark)
         return timer
 
@@ -185,9 +188,8 @@ class HandWrittenSAM(Candidate):
     def _perturb(self) -> list[tuple[Tensor, Tensor]]:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
-        before = []
+        before = [(parameter, parameter.clone()) for parameter in parameters]
         for parameter in parameters:
-            before.append((parameter, parameter.clone()))
             parameter.add_(parameter.grad * (self.rho / (norm + 1e-12)))
         self.model.zero_grad()
         return before
@@ -210,23 +212,23 @@ class Pass(NamedTuple):
     trained: list[bool]
 
 
-def record_passes(model: nn.Module) -> list[Pass]:
-    """A list to which every forward pass of a model will be added."""
-    passes: list[Pass] = []
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        trained = [parameter.requires_grad for parameter in model.parameters()]
-        passes.append(Pass(args, kwargs, torch.is_grad_enabled(), trained))
-
-    model.register_forward_hook(note, with_kwargs=True)
-    return passes
-
-
 @dataclass(frozen=True)
 class PassesOnly(Candidate):
     """A step of nothing but the passes that a method's step has just made, and the base optimizer's own step."""
 
     passes: list[Pass]  # of the method's model
+
+    @classmethod
+    def beside(cls, method: Candidate, model: Any, optim_wrapper: Any) -> PassesOnly:
+        """What makes each pass of a method's again, with a model and an optimizer wrapper of its own."""
+        passes: list[Pass] = []
+
+        def note(own: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            trained = [parameter.requires_grad for parameter in own.parameters()]
+            passes.append(Pass(args, kwargs, torch.is_grad_enabled(), trained))
+
+        method.model.register_forward_hook(note, with_kwargs=True)
+        return cls(method.name + SUFFIX, model, optim_wrapper, passes)
 
     def step(self, batch: Any) -> dict[str, Any]:
         """On the batches of the method's passes."""

@@ -39,6 +39,7 @@ from mm_sharp.samples.keys import SampleIdError
 from mm_sharp.step.timing import StepTimer
 
 T = TypeVar('T')
+Measure = Callable[[Candidate, Any], T]  # of one step, given its batch
 Phases = dict[str, float]
 # Numbers read and written for each weight; perturbation: copy; norm; gradients times the step; weights plus that.
 _COPY, _PERTURB, _RESTORE = 1 + 1, (1 + 1) + 1 + (1 + 1) + (2 + 1), 1 + 1
@@ -64,18 +65,18 @@ def quartiles(values: Sequence[float] | NDArray[np.float64]) -> Quartiles:
     return Quartiles(*np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75)).tolist())
 
 
-def step_seconds(candidate: Candidate, batch: Any, device: torch.device) -> float:
+def step_seconds(candidate: Candidate, batch: Any) -> float:
     """Time of a whole step."""
-    return seconds_of(lambda: candidate.step(batch), device)
+    return seconds_of(lambda: candidate.step(batch))
 
 
-def phase_seconds(candidate: Candidate, batch: Any, device: torch.device) -> Phases:
+def phase_seconds(candidate: Candidate, batch: Any) -> Phases:
     """Times of a step's phases, by marks between them, which disturb; ``'host'`` is what is in no other phase.
 
     On a GPU, where the device waits for the host, that is in the phase that it waits in.
     """
     timers: list[StepTimer] = []
-    total = seconds_of(lambda: timers.append(candidate.timed_step(batch, device)), device)
+    total = seconds_of(lambda: timers.append(candidate.timed_step(batch)))
     seconds = timers[0].seconds()
     seconds['host'] += max(0.0, total - sum(seconds.values()))
     return seconds
@@ -83,11 +84,7 @@ def phase_seconds(candidate: Candidate, batch: Any, device: torch.device) -> Pha
 
 @contextmanager
 def without_denormals() -> Iterator[None]:
-    """Have this process take numbers below 1e-38 for 0, where the CPU can.
-
-    A CPU takes many times longer for those. How many of a pass's gradients are so small depends on the weights that it
-    is at: a convolution's backward pass was seen to take twice its time at w + e.
-    """
+    """Take numbers below 1e-38 for 0, where the CPU can: how many gradients are so small depends on the weights."""
     torch.set_flush_denormal(True)
     try:
         yield
@@ -97,19 +94,11 @@ def without_denormals() -> Iterator[None]:
 
 @without_denormals()  # not while packages are imported: numpy warns of it
 def measure_rounds(
-    groups: Sequence[Sequence[Candidate]],
-    batches: Sequence[Any],
-    rounds: int,
-    warmup: int,
-    device: torch.device,
-    measure: Callable[[Candidate, Any, torch.device], T],
+    groups: Sequence[Sequence[Candidate]], batches: Sequence[Any], rounds: int, warmup: int, measure: Measure[T]
 ) -> dict[str, list[T]]:
     """Measure steps of all methods, in rounds of one step each, after at least one for ``warmup``.
 
-    Args:
-        groups: The methods; those in a group make their steps directly one after the other.
-        batches: Taken in turn; the same one for all methods in a round.
-        measure: What is measured of a step: :func:`step_seconds` or :func:`phase_seconds`.
+    The methods of a group make their steps directly one after the other, and all of a round with the same batch.
 
     Raises UsageError: A method does not work with this model, or a loss is not finite, so that steps end early.
     """
@@ -124,25 +113,24 @@ def measure_rounds(
             gc.collect()
             first = number % len(groups)
             for candidate in chain(*groups[first:], *groups[:first]):
-                found[candidate.name].append(measure(candidate, batches[(warmup + number) % len(batches)], device))
+                found[candidate.name].append(measure(candidate, batches[(warmup + number) % len(batches)]))
     finally:
         gc.unfreeze()
         gc.enable()
     return found
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(call: Callable[[], Any]) -> float:
     """Time of a call, from an idle device to the end of the work that the call left on it."""
-    if device.type == 'cuda':
+    wait = getattr(torch, get_device()).synchronize  # torch.cpu's does nothing
+    wait()
+    if get_device() == 'cuda':
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
         start.record()
         call()
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
-    wait = getattr(torch, device.type).synchronize  # torch.cpu's does nothing
-    wait()
     begin = time.perf_counter()
     call()
     wait()
@@ -226,14 +214,14 @@ def peak_memory(make: Callable[[], Candidate], batch: Any, steps: int) -> int | 
     return int(alive.peak)
 
 
-def measure_perturbing(parameters: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def measure_perturbing(parameters: int, rounds: int) -> dict[str, Any]:
     """Copy, perturb and restore so many weights, in interleaved rounds, after one that is not timed.
 
     Returns bytes a second of one copy of all weights in one piece, of the perturbation with its copy (``climb_rate``)
     and of the restoration; ``share_of_copy``: those of the last two over the copy's.
     """
     shapes = resnet_shapes(parameters)
-    (flat_weights, weights), (flat_gradients, gradients) = (_allocate(shapes, device) for _ in range(2))
+    (flat_weights, weights), (flat_gradients, gradients) = (_allocate(shapes) for _ in range(2))
     backup = TensorBackup()
 
     def perturb() -> None:
@@ -243,7 +231,7 @@ def measure_perturbing(parameters: int, rounds: int, device: torch.device) -> di
     # The gradients are scratch memory after a perturbation: the copy also makes new ones.
     calls: list[Callable[[], object]] = [partial(flat_gradients.copy_, flat_weights), perturb, backup.restore]
     moved = [_COPY * flat_weights.numel(), _PERTURB * parameters, _RESTORE * parameters]
-    seconds = [[seconds_of(call, device) for call in calls] for _ in range(rounds + 1)][1:]
+    seconds = [[seconds_of(call) for call in calls] for _ in range(rounds + 1)][1:]
     pairs = zip(moved, zip(*seconds, strict=True), strict=True)
     rates = [quartiles([_FLOAT * numbers / taken for taken in times]) for numbers, times in pairs]
     together = (_PERTURB + _RESTORE) / (_PERTURB / rates[1].median + _RESTORE / rates[2].median)
@@ -265,11 +253,11 @@ def resnet_shapes(parameters: int) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _allocate(shapes: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def _allocate(shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, list[Tensor]]:
     """One piece of memory, and tensors in it, at multiples of 512 bytes, as torch's allocators have it."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
     rooms = [-(-size // 128) * 128 for size in sizes]
-    flat = torch.linspace(-1, 1, sum(rooms), device=device)
+    flat = torch.linspace(-1, 1, sum(rooms), device=get_device())
     parts = zip(flat.split(rooms), sizes, shapes, strict=True)
     return flat, [part[:size].view(shape) for part, size, shape in parts]
 

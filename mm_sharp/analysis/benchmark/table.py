@@ -58,9 +58,9 @@ def compare(
 ) -> list[Row]:
     """One row a method; two for one that makes costlier steps at intervals: its other steps, and whole cycles.
 
-    A cycle's quartiles are means over its steps: those of the other steps and of the costlier one. (A median of few
-    whole cycles would take in every disturbance.) All are by method: ``times``, the seconds of each round's step, after
-    ``steps_before`` others, in whole cycles; ``costs`` in theory, None where it says nothing; ``peaks``, most bytes.
+    A cycle's quartiles are means over its steps: a median of few whole cycles would take in every disturbance. All are
+    by method: ``times``, the seconds of each round's step, after ``steps_before`` others, in whole cycles; ``costs`` in
+    theory, None where it says nothing; ``peaks``, most bytes.
     """
     rows, base = [], np.asarray(times['base'])
     for name, steps in times.items():
@@ -97,15 +97,11 @@ def step_table(rows: Sequence[Row]) -> str:
     return columns(lines)
 
 
-def run_costs(costs: Mapping[str, Cost | None]) -> str:
+def run_costs(costs: Mapping[str, Cost]) -> str:
     """What whole trainings cost, as text, where the first epoch costs more than the others: else empty."""
-    lines = [
-        f'{name}: {cost.cycle:.2f} + {cost.first_epoch - cost.cycle:.2f} / epochs over a training: the first epoch '
-        f'costs {cost.first_epoch:.2f}'
-        for name, cost in costs.items()
-        if cost is not None and cost.first_epoch is not None
-    ]
-    return '\n'.join(lines)
+    form = '{}: {:.2f} + {:.2f} / epochs over a training: the first epoch costs {:.2f}'
+    first = [(name, cost.cycle, cost.first_epoch) for name, cost in costs.items() if cost.first_epoch is not None]
+    return '\n'.join(form.format(name, cycle, most - cycle, most) for name, cycle, most in first)
 
 
 class Table(NamedTuple):
@@ -149,9 +145,8 @@ def measure_table(
 ) -> Table:
     """Measure all methods: step times first, then memory, then phases, each in steps of their own.
 
-    ``settings`` are the configs of the methods' optimizer wrappers, by name; all are compared with ``'base'``.
-    ``rounds`` of timed steps become whole cycles; ``warmup`` steps, at least 1, are made before. With ``passes_only``
-    the passes of each method are timed alone, too.
+    ``settings`` are the configs of the methods' optimizer wrappers, by name, with ``'base'``. ``rounds`` of timed steps
+    become whole cycles, after at least one for ``warmup``. ``passes_only``: the passes of each method alone, too.
 
     Raises UsageError: The data are less than a batch, a method does not work with this model, or a loss is not finite.
     """
@@ -198,10 +193,7 @@ def own_work(times: Mapping[str, Sequence[float]]) -> dict[str, Quartiles]:
 
 
 def measure_host(methods: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int) -> list[Row]:
-    """The host's own time of a step, which users of small models pay: on :class:`SmallModel` a step is little else.
-
-    At least so many whole steps of all methods in turn, the base optimizer first.
-    """
+    """The host's own time of a step, which users of small models pay: on :class:`SmallModel` a step is little else."""
     optimizer = {'type': 'SGD', 'lr': 0.0, 'momentum': 0.9}
     settings = {name: {**method, 'optimizer': optimizer} for name, method in methods.items()}
     costs = {name: theoretical_cost(own, BATCH_SIZE) for name, own in settings.items()}

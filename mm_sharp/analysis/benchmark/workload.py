@@ -8,7 +8,7 @@ the few batches that it sees again and again.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -22,9 +22,8 @@ from mmengine.registry import MODELS
 from mmengine.runner import set_random_seed
 from torch import Tensor, nn
 
-from mm_sharp.analysis.benchmark import candidates
-from mm_sharp.analysis.benchmark.candidates import SHARED, Candidate
-from mm_sharp.analysis.benchmark.steps import measure_rounds
+from mm_sharp.analysis.benchmark.candidates import BY_HAND, SHARED, Candidate, HandWrittenSAM, PassesOnly
+from mm_sharp.analysis.benchmark.steps import Measure, measure_rounds
 from mm_sharp.analysis.prepare import build_loader, model_config
 from mm_sharp.errors import UsageError
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -54,31 +53,22 @@ class Workload:
     float_model: Any = None
 
     def measure(
-        self,
-        settings: Settings,
-        rounds: int,
-        warmup: int,
-        measure: Callable[[Candidate, Any, torch.device], T],
-        passes_only: bool = False,
+        self, settings: Settings, rounds: int, warmup: int, measure: Measure[T], passes_only: bool = False
     ) -> dict[str, list[T]]:
-        """:func:`measure_rounds` of methods, given their wrappers' configs by name; :data:`FLOAT` has the float model.
-
-        With ``passes_only``, the passes of each method alone are measured, too.
-        """
+        """:func:`measure_rounds` of methods, given their wrappers' configs by name; ``passes_only``: of these, too."""
         groups = []
         for name, own in settings.items():
             groups.append([method := self.candidate(name, own)])
             if passes_only and isinstance(method.optim_wrapper, TwoPassOptimWrapper):
-                passes = candidates.record_passes(method.model)
-                alone = candidates.PassesOnly(name + candidates.SUFFIX, *self._build(name, _base(own)), passes)
-                groups[-1].append(alone)
-        return measure_rounds(groups, self.batches, rounds, warmup, torch.device(get_device()), measure)
+                model, wrapper = self._build(name, _base(own))
+                groups[-1].append(PassesOnly.beside(method, model, wrapper))
+        return measure_rounds(groups, self.batches, rounds, warmup, measure)
 
     def candidate(self, name: str, settings: Mapping[str, Any]) -> Candidate:
         """A method, or SAM by hand, with a copy of the model."""
-        if name == candidates.BY_HAND:
+        if name == BY_HAND:
             model, wrapper = self._build(name, _base(settings))
-            return candidates.HandWrittenSAM(name, model, wrapper.optimizer, settings.get('rho', 0.05))
+            return HandWrittenSAM(name, model, wrapper.optimizer, settings.get('rho', 0.05))
         return Candidate(name, *self._build(name, settings))
 
     def _build(self, name: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
