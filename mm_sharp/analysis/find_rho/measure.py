@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -39,6 +39,10 @@ FACTORS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0)
 _STEPS = 200  # of training, or half of all, if that is less
 # What chooses the perturbation of a step; other answers than SAM's are not measured.
 _CHOICES = ('select_parameters', 'direction', 'perturbation_gradient', 'perturb_along')
+_ROUNDING = (
+    "rounding has no derivative: the linearity is of the straight-through estimator's gradient, and need not be near 1 "
+    'for any rho; find rho with the float config'
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class RhoProbe(TwoPassOptimWrapper):
         if not self._gradients or not torch.isfinite(norm) or not norm:
             raise _MeasuredError(None)
         ascent, before, rises = self._two_pass.ascent, float(loss.detach()), []
-        slope, scale = 0.0, None
+        scale = None
         for rho in self._rhos:
             self.rho = rho
             for parameter, gradient in self._gradients:
@@ -101,19 +105,16 @@ class RhoProbe(TwoPassOptimWrapper):
             ascent.restore()
             ascent.perturb(self, loss.device)
             if scale is None:
-                slope = self._inner_product() / rho
+                # Of e, which a perturbation leaves in the gradients' memory, and the gradient without loss scale.
+                products = [float(torch.sum(p.grad * g)) for p, g in self._gradients if p.grad is not None]
+                inverse = self.precision.inverse_scale()
+                slope = sum(products) * (1.0 if inverse is None else float(inverse)) / rho
                 sizes = ascent.sizes(loss.device)
                 assert sizes is not None
                 scale = scale_of(sizes, self._two_pass.parallel.module)
             rises.append(float(self.second_pass.loss_without_gradient(call)) - before)
         assert scale is not None
         raise _MeasuredError(BatchRises(before, slope, rises, scale))
-
-    def _inner_product(self) -> float:
-        """Of e, which :meth:`Ascent.perturb` leaves in the gradients' memory, and the gradient without loss scale."""
-        products = [torch.sum(p.grad * g) for p, g in self._gradients if p.grad is not None]
-        inverse = self.precision.inverse_scale()
-        return sum(map(float, products)) * (1.0 if inverse is None else float(inverse))
 
 
 @dataclass(frozen=True)
@@ -137,40 +138,26 @@ def perturbation_of(cfg: Config) -> Perturbation:
     if list(wrapper_configs(cfg)) != ['optim_wrapper']:
         names = ', '.join(wrapper_configs(cfg))
         raise UsageError(f'the rho of several optimizer wrappers cannot be found: {names}')
+    rounding = _ROUNDING if type_name(cfg.model.get('type')) == 'QuantizedModel' else ''
     given = cfg.optim_wrapper
     cls = wrapper_class(cfg, 'optim_wrapper', given)
     if not issubclass(cls, TwoPassOptimWrapper):
         arguments = {key: value for key, value in RECOMMENDED.items() if key != 'rho'}
         if issubclass(cls, AmpOptimWrapper):
             arguments['dtype'] = given.get('dtype') or 'float16'
-        return Perturbation(arguments, None, _of_quantizers(cfg))
-    left_out = ('optimizer', 'rho', 'accumulative_counts', 'clip_grad', 'kwargs')
-    known = arguments_of(TwoPassOptimWrapper).keys() - {*left_out}
+        return Perturbation(arguments, None, rounding)
+    known = arguments_of(TwoPassOptimWrapper).keys() - {'optimizer', 'rho', 'accumulative_counts', 'clip_grad'}
     arguments = {name: copy.deepcopy(value) for name, value in given.items() if name in known}
     own = float(given.get('rho', arguments_of(cls)['rho'].default))
     others = any(getattr(cls, name) is not getattr(Method, name) for name in _CHOICES)
     remark = f"{cls.__name__} chooses its perturbation otherwise: what was measured is SAM's of the same rho"
-    return Perturbation(arguments, own, '\n'.join(filter(None, (remark * others, _of_quantizers(cfg)))))
-
-
-def _of_quantizers(cfg: Config) -> str:
-    if type_name(cfg.model.get('type')) != 'QuantizedModel':
-        return ''
-    return (
-        "rounding has no derivative: the linearity is of the straight-through estimator's gradient, and need not be "
-        'near 1 for any rho; find rho with the float config'
-    )
+    return Perturbation(arguments, own, '\n'.join(filter(None, (remark * others, rounding))))
 
 
 def measure(
-    cfg: Config,
-    perturbation: Perturbation,
-    rhos: Sequence[float],
-    steps: int | None = None,
-    batches: int = 16,
-    trust: bool = False,
+    cfg: Config, perturbation: Perturbation, rhos: Sequence[float], steps: int | None, batches: int, trust: bool
 ) -> tuple[list[BatchRises], int]:
-    """Train for ``steps`` steps, by default 200 or half of the training, and measure ``batches`` training batches.
+    """Train for ``steps`` steps (None: 200 or half of the training), and measure ``batches`` training batches.
 
     Returns what was found on each batch whose gradient is finite and not zero, and the number of steps.
 
@@ -195,20 +182,16 @@ def training_config(cfg: Config, folder: str) -> Config:
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
     cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': None}
-    cfg.train_dataloader = _plain_batches(cfg.train_dataloader)
+    loader = cfg.train_dataloader
+    if type_name((loader.get('batch_sampler') or {}).get('type')) == 'AUSAMSampler':
+        loader.pop('batch_sampler')
+        loader.drop_last = True
     if issubclass(wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper), TwoPassOptimWrapper):
         names = {*arguments_of(TwoPassOptimWrapper), 'constructor', 'paramwise_cfg', '_scope_'}
         kept = {name: value for name, value in cfg.optim_wrapper.items() if name in names}
         # One optimizer step, the first, has two passes, without a perturbation; the others are the base optimizer's.
         cfg.optim_wrapper = {**kept, 'type': 'SAMOptimWrapper', 'rho': 0.0, 'interval': 2**31 - 1}
     return cfg
-
-
-def _plain_batches(loader: Mapping[str, Any]) -> dict[str, Any]:
-    batch_sampler = loader.get('batch_sampler') or {}
-    if type_name(batch_sampler.get('type')) != 'AUSAMSampler':
-        return dict(loader)
-    return {**{key: value for key, value in loader.items() if key != 'batch_sampler'}, 'drop_last': True}
 
 
 class _DoneError(Exception):

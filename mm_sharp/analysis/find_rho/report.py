@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from mm_sharp.analysis.find_rho.measure import BatchRises
 from mm_sharp.analysis.tables import columns
 from mm_sharp.hooks.scale_report import OF_THE_LOSS
@@ -50,10 +52,6 @@ class Point:
         """Whether the rise may be nothing."""
         return not self.rise > ERRORS * self.noise
 
-    def is_near(self, tolerance: float) -> bool:
-        """Whether w + e is in the neighbourhood of w: out of the noise, as the gradient says, and with a small rise."""
-        return not self.is_noise and abs(self.linearity - 1) <= tolerance and self.share <= tolerance
-
 
 def points_of(rhos: Sequence[float], batches: Sequence[BatchRises]) -> list[Point]:
     """The figures of each radius, in ascending order."""
@@ -77,16 +75,16 @@ def shares_of(batches: Sequence[BatchRises]) -> dict[str, float]:
 
 
 def propose(points: Sequence[Point], tolerance: float) -> tuple[float | None, str]:
-    """The proposed radius, or None; and why it is that one, or what to do.
-
-    Args:
-        points: In ascending order of rho.
-        tolerance: How far the linearity may be from 1, and how much of the loss the rise may be.
-    """
+    """The proposed radius, or None; and why it is that one, or what to do. The points ascend in rho."""
     clear = list(dropwhile(lambda point: point.is_noise, points))
     if not clear:
         return None, 'no rise is out of the noise: give more --batches, or larger values of --rho'
-    near = list(takewhile(lambda point: point.is_near(tolerance), clear))
+
+    def is_near(point: Point) -> bool:
+        """Out of the noise, as the gradient says, and with a small rise."""
+        return not point.is_noise and abs(point.linearity - 1) <= tolerance and point.share <= tolerance
+
+    near = list(takewhile(is_near, clear))
     if not near:
         return None, f'already {_said(clear[0])}: give smaller values of --rho'
     if len(near) == len(clear):
@@ -116,11 +114,6 @@ class Findings:
     own: float | None  # the config's rho
     remark: str  # what is to be said besides, or ''
 
-    @property
-    def measure(self) -> str:
-        """The arguments as a config has them."""
-        return ''.join(f', {name}={value!r}' for name, value in self.arguments.items())
-
 
 def text(found: Findings) -> str:
     """The table and the proposal."""
@@ -132,17 +125,14 @@ def text(found: Findings) -> str:
         figures += [f'{point.noise:.2g}', f'{point.linearity:.2f}']
         lines.append([f'{point.rho:g}', *figures, ' '.join(mark for mark, holds in marks.items() if holds)])
     shares = ', '.join(f'{name} {percent(share)}' for name, share in found.shares.items())
-    said = f'Proposed: rho={proposal:g}{found.measure} ({reason})' if proposal else f'No proposal: {reason}'
-    shown = [point.share for point in found.points if point.rho == proposal and point.share < OF_THE_LOSS]
+    measured = f'after {found.steps} steps; means of {found.batches} batches, with their standard errors as noise'
+    notes = [f'loss {found.points[0].loss:.4g} {measured}', f'the perturbation lies in: {shares}']
+    notes += [found.remark] if found.remark else []
+    arguments = ''.join(f', {name}={value!r}' for name, value in found.arguments.items())
+    notes.append(f'Proposed: rho={proposal:g}{arguments} ({reason})' if proposal else f'No proposal: {reason}')
     early = 'it raises the loss by {} only: measure a model that is trained, by more --steps or --load-from'
-    notes = [
-        f'loss {found.points[0].loss:.4g} after {found.steps} steps; means of {found.batches} batches, with their '
-        'standard errors as noise',
-        f'the perturbation lies in: {shares}',
-        *([found.remark] if found.remark else []),
-        said,
-        *(early.format(percent(share)) for share in shown),
-    ]
+    small = [point.share for point in found.points if point.rho == proposal and point.share < OF_THE_LOSS]
+    notes += [early.format(percent(share)) for share in small]
     return '\n'.join([columns(lines), '', *notes])
 
 
@@ -160,11 +150,12 @@ def draw(file: Path, found: Findings, title: str) -> None:
     figure = Figure(figsize=(5.2, 3.9), layout='constrained')
     axes = figure.subplots()
     rhos = [point.rho for point in found.points]
-    low, high = ([p.rise + sign * ERRORS * p.noise for p in found.points] for sign in (-1, 1))
-    floor = 0.3 * min([p.expected for p in found.points])  # a logarithmic axis has no zero
-    axes.fill_between(rhos, [max(value, floor) for value in low], high, alpha=0.3, label='noise (2 standard errors)')
-    axes.plot(rhos, [max(p.rise, floor) for p in found.points], marker='o', ms=4, label='rise of the loss')
-    axes.plot(rhos, [p.expected for p in found.points], ls='--', color='black', lw=1, label='if it were linear')
+    rises, noise, expected = np.array([(p.rise, ERRORS * p.noise, p.expected) for p in found.points]).T
+    floor = 0.3 * expected.min()  # a logarithmic axis has no zero
+    band = np.maximum(rises - noise, floor), rises + noise
+    axes.fill_between(rhos, *band, alpha=0.3, label='noise (2 standard errors)')
+    axes.plot(rhos, np.maximum(rises, floor), marker='o', ms=4, label='rise of the loss')
+    axes.plot(rhos, expected, ls='--', color='black', lw=1, label='if it were linear')
     proposal, _ = propose(found.points, found.tolerance)
     if proposal is not None:
         axes.axvline(proposal, color='tab:green', lw=2, label=f'proposed: {proposal:g}')
