@@ -1,9 +1,8 @@
 """A mixed-precision policy for a budget of time, found by timing whole models in the runtime that they are for.
 
-A runtime fuses layers, and converts between integers and float where neighbours differ. So times of single layers do
-not add up to a model's, and none is measured. All layers begin at the fastest policy; then the most sensitive ones are
-spared, as many as the budget allows: each gets the policy, or float, that costs it least. Every model on the way is
-exported and timed, taking turns with the float one.
+A runtime fuses layers, and converts between integers and float where neighbours differ: times of single layers do not
+add up to a model's. All layers begin at the fastest policy; then the most sensitive ones are spared, as many as the
+budget allows: each gets the policy, or float, that costs it least. Every model is timed beside the float one.
 """
 
 from __future__ import annotations
@@ -37,20 +36,15 @@ class LatencyBudget:
     def allows(self, candidate: Candidate) -> bool:
         """Whether a candidate, which was timed, keeps to it."""
         if self.milliseconds is not None:
-            return (candidate.milliseconds or 0) <= self.milliseconds
-        return (candidate.times_float or 0) >= (self.times_float or 0)
+            return candidate.milliseconds <= self.milliseconds
+        return candidate.times_float >= (self.times_float or 0.0)
 
 
 class Search:
-    """Proposes a policy within a budget of time.
+    """Proposes a policy within a budget of time, out of ``policies`` by name, all with the same bits at the ends.
 
-    Args:
-        subject: Its float model is exported at once, with a UserError if it cannot be.
-        policies: By name; all with the same bits at the ends.
-        budget: What the proposal keeps to.
-        target: Of all policies: ``'onnxruntime'`` or ``'openvino'``.
-        judge: What candidates are judged by, beside their time.
-        folder: Where their files are while they are timed.
+    All get one ``target``, ``'onnxruntime'`` or ``'openvino'``; ``judge`` is for what candidates are worth besides. The
+    subject's float model is exported to the ``folder`` at once, with a UserError if it cannot be.
     """
 
     def __init__(
@@ -66,7 +60,7 @@ class Search:
         self._policies = {name: {**policy, 'target': target} for name, policy in policies.items()}
         self._target, self._folder = target, folder
         self._float = export_onnx(subject.float_model, folder / 'float.onnx', 'float', {})
-        self._uniform: list[Candidate] = []
+        self._uniform: list[Candidate] = []  # all layers by one policy, the fastest first; at the end all in float
         self._milliseconds = 0.0  # of the float model
 
     def start(self) -> None:
@@ -81,18 +75,13 @@ class Search:
             raise UsageError(f'the float model keeps to the budget ({plain.milliseconds:.2f} ms): quantize nothing')
         bits = weight_bits(self._policies)
         found = [self._candidate(name, policy, bits[name]) for name, policy in self._policies.items()]
-        found.sort(key=lambda candidate: -(candidate.times_float or 0))
+        found.sort(key=lambda candidate: -candidate.times_float)
         if not self._budget.allows(found[0]):
             raise UsageError(f'no policy fits: the fastest is {found[0].name} in all layers, {_speed(found[0])}')
         self._uniform = [*found, plain]
 
     def propose(self, found: Sensitivity, weights: Mapping[str, int]) -> Proposal:
-        """The policy that spares the most layers within the budget, the most sensitive first.
-
-        Args:
-            found: What each policy costs each layer.
-            weights: How many a layer has.
-        """
+        """The policy that spares the most layers within the budget, the most sensitive first; weights are by layer."""
         fastest = self._uniform[0]
         spared = spared_in_order(found.costs, fastest.name)
         timed = {0: fastest}
@@ -111,8 +100,8 @@ class Search:
         all_float = len(spared) == len(weights) and {*spared.values()} == {FLOAT}  # which is no policy
         count = most_that_fit(len(spared) - all_float, fits)
         proposed = replace(timed.pop(count), name='mixed')
-        candidates = sorted([proposed, *{**timed, 0: fastest}.values(), *self._uniform[1:]], key=_milliseconds)
-        return Proposal(policy(count), choice(count), candidates)
+        candidates = [proposed, *{**timed, 0: fastest}.values(), *self._uniform[1:]]
+        return Proposal(policy(count), choice(count), sorted(candidates, key=lambda one: one.milliseconds))
 
     def _candidate(self, name: str, policy: Mapping[str, Any], bits: float) -> Candidate:
         model = self._subject.quantized(policy)
@@ -128,10 +117,6 @@ class Search:
         made = replace(candidate, milliseconds=self._milliseconds / ratio, times_float=ratio)
         sys.stderr.write(f'{made.name}: {_speed(made)}\n')
         return made
-
-
-def _milliseconds(candidate: Candidate) -> float:
-    return candidate.milliseconds or 0.0
 
 
 def _speed(candidate: Candidate) -> str:

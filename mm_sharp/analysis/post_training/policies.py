@@ -24,12 +24,11 @@ def read_policy(name: str) -> dict[str, Any]:
     """
     known = sorted(path.stem for path in _FRAGMENTS.glob('*.py'))
     path = _FRAGMENTS / f'{name}.py' if name in known else Path(name)
-    if path.suffix == '.py' and not path.is_file():
-        written = 'tools/sensitivity.py writes work_dirs/RECIPE/mixed.py'
-        raise UsageError(f'--policy {name}: no such file in {Path.cwd()}; {written}')
+    file = 'work_dirs/RECIPE/mixed.py'
     if path.suffix != '.py':
-        file = 'work_dirs/RECIPE/mixed.py'
         raise UsageError(f'--policy {name}: no such policy; {did_you_mean(name, known)}, or a file: --policy {file}')
+    if not path.is_file():
+        raise UsageError(f'--policy {name}: no such file in {Path.cwd()}; tools/sensitivity.py writes {file}')
     with fragments.as_written():
         settings: Any = Config.fromfile(path).get('sharp_quantization') or {}
     if not isinstance(settings.get('policy'), Mapping):

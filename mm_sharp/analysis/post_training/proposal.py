@@ -13,8 +13,6 @@ from mm_sharp.analysis.post_training.subject import Judge, Subject
 from mm_sharp.quantization import LayerPolicy
 from mm_sharp.quantization.record import quantized_record
 
-_LAYER_KEYS = tuple(field.name for field in fields(LayerPolicy))
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -24,8 +22,8 @@ class Candidate:
     bytes: int
     mean_bits: float
     value: float
-    milliseconds: float | None = None  # if it was timed
-    times_float: float | None = None  # as fast, in turns with the float model
+    milliseconds: float = 0.0  # 0: it was not timed
+    times_float: float = 0.0  # as fast, in turns with the float model
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,9 @@ def propose(
 ) -> Proposal:
     """A policy that keeps to a budget, with its own value and those of the policies that it mixes.
 
-    ``policies`` have the same bits at the ends; of ``allowed``, the names of those that may be chosen, ``'float'`` may
-    be one. The budget is ``size_mb``, the model's size in 10^6 bytes (weights in their bits, all else in 4 bytes), or
-    ``mean_bits`` of a weight, in the mean over the layers.
-
-    Raises UsageError: The budget is too small.
+    ``policies`` have the same bits at the ends; ``allowed`` are the names of those that may be chosen, or ``'float'``.
+    The budget is ``size_mb``, in 10^6 bytes (weights in their bits, all else in 4 bytes), or ``mean_bits`` of a weight,
+    in the mean over the layers; a UsageError if it is too small.
     """
     bits, total = weight_bits(policies), sum(mixed.weights.values())
     record = quantized_record(mixed.model)
@@ -93,16 +89,13 @@ def bits_a_weight(choice: Choice, weights: Mapping[str, int], policies: Mapping[
 def mixed_policy(
     choice: Choice, weights: Mapping[str, int], policies: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The policy that quantizes each layer as chosen: most weights by default, the others one by one.
-
-    All ``policies`` have the same settings for the model.
-    """
+    """The policy that quantizes each layer as chosen: most weights by default, the others one by one."""
     counts: Counter[str] = Counter()
     for name, policy in choice.items():
         counts[policy] += weights[name] if policy != FLOAT else 0
     default = max(counts, key=lambda policy: (counts[policy], policy != FLOAT))
-    base = _layer_policy(policies[default])
-    layers, skip = [], list(policies[default].get('skip', ()))
+    base, layers = _layer_policy(policies[default]), []
+    skip = list(policies[default].get('skip', ()))
     for name, policy in choice.items():
         pattern = f'^{re.escape(name)}$'
         if policy == FLOAT:
@@ -136,4 +129,4 @@ def _written(item: Any) -> str:
 
 
 def _layer_policy(policy: Mapping[str, Any]) -> dict[str, Any]:
-    return asdict(LayerPolicy(**{key: policy[key] for key in _LAYER_KEYS if key in policy}))
+    return asdict(LayerPolicy(**{key.name: policy[key.name] for key in fields(LayerPolicy) if key.name in policy}))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.runner.checkpoint import save_checkpoint
-from torch import nn
 
 from mm_sharp.analysis.post_training.policies import quantized_config
 from mm_sharp.analysis.post_training.subject import Subject
@@ -37,25 +36,18 @@ def post_train(
     """
     state = subject.float_model.state_dict()
     yield Row('float', size_in_bytes(state) / 1e6, subject.test(subject.float_model))
-    for name, policy in policies.items():
-        model = subject.quantized(policy, **options)
-        files = folder / f'ptq_{name}.pth', folder / f'ptq_{name}.py'
-        _save(subject, model, policy, *files)
-        size = quantized_record(model).bytes() / 1e6
-        yield Row(name, size, subject.test(model), *map(str, files))
-
-
-def _save(subject: Subject, model: nn.Module, policy: Mapping[str, Any], checkpoint: Path, config: Path) -> None:
-    """Write a calibrated model and the config that builds it; fine-tuning by that config starts from the model."""
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    cfg = quantized_config(subject.cfg, policy)
-    cfg.load_from, cfg.resume = str(checkpoint), False
     meta: dict[str, Any] = {'epoch': 0, 'iter': 0}
     dataset_meta = getattr(subject.test_loader.dataset, 'metainfo', None)
     if dataset_meta is not None:
         meta['dataset_meta'] = arrays_as_lists(dataset_meta)
-    save_checkpoint({'meta': meta, 'state_dict': model.state_dict()}, str(checkpoint))
-    cfg.dump(str(config))
+    for name, policy in policies.items():
+        model = subject.quantized(policy, **options)
+        checkpoint, config = (str(folder / f'ptq_{name}{ending}') for ending in ('.pth', '.py'))
+        save_checkpoint({'meta': meta, 'state_dict': model.state_dict()}, checkpoint)
+        cfg = quantized_config(subject.cfg, policy)
+        cfg.load_from, cfg.resume = checkpoint, False  # fine-tuning by this config starts from the model
+        cfg.dump(config)
+        yield Row(name, quantized_record(model).bytes() / 1e6, subject.test(model), checkpoint, config)
 
 
 def table(rows: Sequence[Row]) -> str:

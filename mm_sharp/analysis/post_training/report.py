@@ -9,7 +9,6 @@ from typing import Any
 from mm_sharp.analysis import tables
 from mm_sharp.analysis.post_training.proposal import Proposal
 from mm_sharp.analysis.post_training.sensitivity import FLOAT, Choice, Sensitivity
-from mm_sharp.analysis.tables import columns
 
 _DRAWN = 60  # layers in the picture, the most sensitive ones
 
@@ -21,17 +20,17 @@ def table(found: Sensitivity, weights: Mapping[str, int], choice: Choice | None 
     for name in found.ranked():
         costs = [f'{found.costs[name][policy]:+.3g}' for policy in tried]
         lines.append([name, f'{weights[name]:,}', *costs, *([choice[name]] if choice else [])])
-    return columns(lines)
+    return tables.columns(lines)
 
 
 def candidates(proposal: Proposal, measured: str) -> str:
     """A line for the proposal, and for each policy in all layers."""
-    timed = proposal.candidates[0].milliseconds is not None
+    timed = proposal.candidates[0].milliseconds > 0
     lines = [['', 'MB', 'bits a weight', *(['ms', 'times float'] if timed else []), measured]]
     for one in proposal.candidates:
         times = [f'{one.milliseconds:.2f}', f'{one.times_float:.2f}'] if timed else []
         lines.append([one.name, f'{one.bytes / 1e6:.3f}', f'{one.mean_bits:.2f}', *times, f'{one.value:.5g}'])
-    return columns(lines)
+    return tables.columns(lines)
 
 
 def draw(file: Path, found: Sensitivity, measured: str) -> None:
@@ -65,5 +64,4 @@ def write_json(file: Path, found: Sensitivity, weights: Mapping[str, int], setti
 
 
 def _tried(found: Sensitivity) -> Sequence[str]:
-    policies = dict.fromkeys(policy for costs in found.costs.values() for policy in costs)
-    return [policy for policy in policies if policy != found.others]
+    return [policy for policy in next(iter(found.costs.values()), {}) if policy != found.others]

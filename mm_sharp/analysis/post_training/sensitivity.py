@@ -29,15 +29,13 @@ class MixedModel:
         self.model = next(iter(models.values()))
         plain = deepcopy(self.model)
         without_quantizers(plain).__enter__()
-        records = {name: quantized_record(model) for name, model in models.items()}
-        named = [{layer.name for layer in record.quantized} for record in records.values()]
-        first = next(iter(records.values()))
-        self.weights = {layer.name: layer.weights for layer in first.quantized if all(layer.name in n for n in named)}
+        first, *more = ({q.name: q.weights for q in quantized_record(model).quantized} for model in models.values())
+        self.weights = {name: weights for name, weights in first.items() if all(name in other for other in more)}
         self._layers = {
             policy: {name: model.get_submodule(name) for name in self.weights}
             for policy, model in {**models, FLOAT: plain}.items()
         }
-        others = {layer.name for layer in first.quantized} - set(self.weights)
+        others = first.keys() - self.weights.keys()
         replace_modules(self.model, {self.model.get_submodule(name): plain.get_submodule(name) for name in others})
 
     def choose(self, choice: Choice) -> None:
@@ -61,10 +59,7 @@ class Sensitivity:
 
 
 def measure(mixed: MixedModel, policies: Sequence[str], others: str, judge: Judge) -> Sensitivity:
-    """Judge the model with each layer alone by each of the policies, all others as ``others``, as all are afterwards.
-
-    Policies are of those that the model was made from, or ``'float'``.
-    """
+    """Judge the model with each layer alone by each of the policies, the rest as ``others``, as all are in the end."""
     mixed.choose(dict.fromkeys(mixed.weights, others))
     value = judge(mixed.model)
     costs: dict[str, dict[str, float]] = {name: {others: 0.0} for name in mixed.weights}
@@ -82,9 +77,7 @@ def assign(weights: Mapping[str, int], costs: Mapping[str, Mapping[str, float]],
 
     Costs are taken to add up. Each layer starts at its cheapest policy; then, again and again, the change to fewer bits
     that costs least for each bit saved is made; finally what is left of the budget is spent. ``weights`` are how many
-    each layer has, ``bits`` those of a weight, by policy.
-
-    Raises UsageError: With the fewest bits, the weights take more.
+    each layer has, ``bits`` those of a weight, by policy. A UsageError: with the fewest bits, the weights take more.
     """
     choice = {name: min(options, key=lambda p: (options[p], bits[p])) for name, options in costs.items()}
 

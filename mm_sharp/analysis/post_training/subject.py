@@ -44,9 +44,7 @@ class Subject:
     """What is quantized after training: the model of a recipe, quantized or not, with a float model's checkpoint.
 
     It is calibrated with so many training ``batches``, those of ``CalibrationHook`` with this seed, which is that of
-    their augmentation, too.
-
-    Raises UserError: The checkpoint is a quantized model's, or of another model, or not plain (unless ``trust`` is on).
+    their augmentation, too. A UserError: the checkpoint is a quantized model's, another's, or not plain (``trust``).
     """
 
     def __init__(self, cfg: Config, checkpoint: str, trust: bool = False, batches: int = 16, seed: int = 0) -> None:
@@ -93,7 +91,8 @@ class Subject:
                 for batch in with_bar(loader, f'Testing on {len(loader.dataset)} samples'):
                     evaluator.process(data_samples=model.test_step(batch), data_batch=batch)  # type: ignore[operator]
             with redirect_stdout(io.StringIO()):  # COCO's own tables
-                return _judged(evaluator.evaluate(len(loader.dataset)))
+                metrics = evaluator.evaluate(len(loader.dataset))
+        return {name: float(value) for name, value in metrics.items() if isinstance(value, Real) and ' ' not in name}
 
     def loss(self, people: int) -> Judge:
         """The validation loss over the first people of a seeded shuffle, with labels as in training."""
@@ -132,11 +131,9 @@ class Subject:
 def check_policies(
     cfg: Config, policies: Mapping[str, Mapping[str, Any]], *, exported: bool = False, **options: Any
 ) -> None:
-    """Refuse policies, by name, that do not fit a config's model, before a checkpoint is loaded.
+    """Before a checkpoint is loaded, refuse policies, by name, that do not fit a config's model; a UsageError.
 
-    With ``exported``, what cannot be exported is refused; ``options`` are those of ``calibrate``.
-
-    Raises UsageError: The model cannot be quantized by one of them, or that exported, equalized or rounded.
+    With ``exported``, what cannot be exported is refused, too; ``options`` are those of ``calibrate``.
     """
     for name, policy in policies.items():
         try:
@@ -162,10 +159,6 @@ def _build(cfg: Config, policy: Mapping[str, Any], state: Mapping[str, Any] | No
         if state is not None:
             model.load_state_dict(state, strict=False)
     return model.eval()
-
-
-def _judged(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, Real) and ' ' not in name}
 
 
 def with_bar(items: Any, title: str) -> Iterable[Any]:
