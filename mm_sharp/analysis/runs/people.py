@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from mmengine.config import Config
 from mmengine.runner import Runner
 from numpy.typing import NDArray
 
@@ -19,6 +19,7 @@ from mm_sharp.analysis.sharpness.loading import load_model
 
 Array = NDArray[Any]
 Link = tuple[int, int]  # two keypoints that are joined by a line
+_SCALE = 3  # pixels of the sheet for one of a picture
 
 
 class Keypoints(NamedTuple):
@@ -55,43 +56,29 @@ def find_people(runs: Sequence[TrainedRun], count: int, threshold: float) -> tup
 def _predictions(run: TrainedRun, count: int) -> tuple[list[Any], list[Link]]:
     model: Any = load_model(run.cfg, str(run.last))[0]
     model.eval()
+    options = dict(deepcopy(run.cfg.test_dataloader), num_workers=0, persistent_workers=False)
+    options['dataset'].pipeline[-1].pop('meta_keys', None)  # else the paths of the pictures are left out
     with prepared(run.cfg), torch.no_grad():
-        loader = Runner.build_dataloader(_in_this_process(run.cfg))
+        loader = Runner.build_dataloader(options)
         dataset = loader.dataset
         chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int)
         found = model.test_step(loader.collate_fn([dataset[int(index)] for index in chosen]))
     return found, [(int(a), int(b)) for a, b in dataset.metainfo['skeleton_links']]
 
 
-def _in_this_process(cfg: Config) -> dict[str, Any]:
-    """The test data loader, with all that its samples know: their pictures' paths among it."""
-    loader = dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)
-    pipeline = [dict(step) for step in loader['dataset'].pipeline]
-    pipeline[-1].pop('meta_keys', None)
-    loader['dataset'] = dict(loader['dataset'], pipeline=pipeline)
-    return loader
-
-
-def draw_people(
-    people: Sequence[Person], titles: Sequence[str], links: Sequence[Link], file: Path, scale: int = 3
-) -> None:
-    """Draw the contact sheet, whose rows are people, with ``scale`` of its pixels for one of the pictures.
-
-    ``titles`` are of its columns: that of the annotation, then those of the runs; ``links`` are pairs of keypoints that
-    are joined by a line.
-    """
+def draw_people(people: Sequence[Person], titles: Sequence[str], links: Sequence[Link], file: Path) -> None:
+    """Draw the contact sheet, a row for each person; titles are of the columns: the annotation's, then the runs'."""
     from matplotlib.figure import Figure
 
     height, width = people[0].picture.shape[:2]
-    size = (width * scale * len(titles) / 100, (height * scale + 24) * len(people) / 100)
+    size = (width * _SCALE * len(titles) / 100, (height * _SCALE + 24) * len(people) / 100)
     figure = Figure(figsize=size, dpi=100, layout='constrained')
     axes: Any = figure.subplots(len(people), len(titles), squeeze=False)
     for row, person in zip(axes, people, strict=True):
         truth = person.columns[0]
         for axis, title, found in zip(row, titles, person.columns, strict=True):
             axis.imshow(person.picture, interpolation='bicubic')
-            axis.set_xlim(-0.5, person.picture.shape[1] - 0.5)
-            axis.set_ylim(person.picture.shape[0] - 0.5, -0.5)
+            axis.set(xlim=(-0.5, person.picture.shape[1] - 0.5), ylim=(person.picture.shape[0] - 0.5, -0.5))
             axis.axis('off')
             _draw_keypoints(axis, found, links)
             axis.set_title(title if found is truth else f'{title}: {_error(found, truth):.1f} pixels off', fontsize=10)

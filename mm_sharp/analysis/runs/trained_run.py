@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -60,15 +59,11 @@ class TrainedRun:
     def seconds(self) -> float:
         """Time of all training steps without loading data: the median step's, times their number."""
         steps = [entry for entry in self.log if _TRAINING in entry]
-        median = statistics.median(entry['time'] - entry['data_time'] for entry in steps)
-        return float(median * steps[-1]['step'])
+        return float(median(entry['time'] - entry['data_time'] for entry in steps) * steps[-1]['step'])
 
 
 def read_run(name: str, folder: Path) -> TrainedRun:
-    """Read a work directory; a run that was interrupted and resumed has several logs, which are joined.
-
-    A UsageError: there is no log, no config or no checkpoint of a whole epoch in it.
-    """
+    """Read a work directory, with all logs of a run that was resumed; a UsageError: it has none, or no checkpoint."""
     logs = sorted(folder.glob('*/vis_data/scalars.json'))
     files = sorted(folder.glob('epoch_*.pth'), key=_epoch)
     if not logs or not files:
@@ -87,15 +82,12 @@ def _epoch(file: Path) -> int:
 
 
 def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve]) -> str:
-    """A row for each run, in Markdown: held-out metrics, epochs, time over the first run's, and sharpness at the end.
-
-    A column says what post-training quantization gave, where runs were of quantized models.
-    """
+    """A row for each run, in Markdown: held-out metrics, epochs, time over the first run's, sharpness at the end."""
     metrics = {key: title for key, title in _METRICS.items() if any(run.held_out(key) for run in runs)}
     before = any(run.held_out(f'post_training/{key}') for run in runs for key in metrics)
     table = {'run': [run.name for run in runs]}
     table |= {title: [_number(run.final(key)) for run in runs] for key, title in metrics.items()}
-    if before:
+    if before:  # what post-training quantization gave
         table['AP before'] = [_number(run.final('post_training/coco/AP')) for run in runs]
     table['epochs'] = [str(run.cfg.train_cfg.max_epochs) for run in runs]
     table['time'] = [f'{run.seconds() / runs[0].seconds():.2f}' for run in runs]
@@ -111,8 +103,7 @@ def _number(value: float | None) -> str:
 def draw_curves(runs: Sequence[TrainedRun], metric: str, sharpness: Mapping[str, Curve], file: Path) -> None:
     """Draw three panels with a line for each run: the training loss, a held-out metric, and the sharpness.
 
-    ``metric`` is its key in the logs, as ``coco/AP``; ``sharpness`` has epochs and L(w + e) - L(w) by run; without any,
-    the panel is left out.
+    ``metric`` is its key in the logs, as ``coco/AP``. Without any ``sharpness``, its panel is left out.
     """
     from matplotlib.figure import Figure  # only here: nothing else needs it
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -139,18 +130,16 @@ def draw_curves(runs: Sequence[TrainedRun], metric: str, sharpness: Mapping[str,
     figure.savefig(file)
 
 
-def _smoothed(curve: Curve, window: int = 5) -> Curve:
-    """Means over so many entries of the log, which are of single steps and scatter."""
-    values = [value for _, value in curve]
-    means = [sum(part) / len(part) for part in (values[max(0, i - window + 1) : i + 1] for i in range(len(values)))]
-    return [(step, mean) for (step, _), mean in zip(curve, means, strict=True)]
+def _smoothed(curve: Curve) -> Curve:
+    """Means over five entries of the log, which are of single steps and scatter."""
+    return [(step, fmean(value for _, value in curve[max(0, i - 4) : i + 1])) for i, (step, _) in enumerate(curve)]
 
 
 def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -> Curve:
     """L(w + e) - L(w) at each checkpoint, on so many training samples, with BatchNorm's running statistics.
 
-    e is SAM's perturbation with ``adaptive='tensor'`` and ``perturb='weights'``, whatever the run was trained with, so
-    that runs can be compared. Returns epochs, and the mean over the batches, in units of the loss.
+    e is SAM's perturbation with ``adaptive='tensor'`` and ``perturb='weights'``, whatever the run was trained with.
+    Returns epochs, and the mean over the batches, in units of the loss.
     """
     with prepared(run.cfg):
         samples = load_samples(run.cfg, 'train', count, seed=0)
