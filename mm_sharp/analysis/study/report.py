@@ -13,8 +13,7 @@ from mm_sharp.analysis.study.results import Comparison, Interval, Rows, trials
 from mm_sharp.analysis.study.spec import BASE, Study
 from mm_sharp.analysis.tables import markdown_columns, markdown_table
 
-_COLOURS = {1: 'tab:green', 0: '0.35', -1: 'tab:red'}
-_LEGEND = {1: 'better', 0: 'the interval contains 0', -1: 'worse'}
+_LOOKS = {1: ('tab:green', 'better'), 0: ('0.35', 'the interval contains 0'), -1: ('tab:red', 'worse')}
 _TITLES = {'epochs': 'equal epochs', 'compute': 'equal compute', 'time': 'equal measured time'}
 
 
@@ -26,9 +25,8 @@ def markdown(study: Study, found: Sequence[Comparison]) -> str:
     parts = []
     for setting, budget in dict.fromkeys((entry.setting, entry.budget) for entry in found):
         rows = [entry for entry in found if (entry.setting, entry.budget) == (setting, budget)]
-        whole = {entry.method: entry.mean.count for entry in rows} == dict.fromkeys(
-            study.methods_in(setting), len(study.seeds)
-        )
+        made = {entry.method: entry.mean.count for entry in rows}
+        whole = made == dict.fromkeys(study.methods_in(setting), len(study.seeds))
         table = {
             'method': [entry.method for entry in rows],
             'rho': [_rho(entry.rho) for entry in rows],
@@ -83,7 +81,7 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
         for entry in found:
             if (entry.setting, entry.budget) == (setting, budget) and (over := entry.over_base) is not None:
                 good = over.sign * (1 if study.metric.better == 'higher' else -1)
-                look = {'color': _COLOURS[good], 'fmt': 'o', 'markersize': 4}
+                look = {'color': _LOOKS[good][0], 'fmt': 'o', 'markersize': 4}
                 half = over.half if over.count > 1 else 0.0
                 axis.errorbar(over.mean, methods.index(entry.method), xerr=half, capsize=3, **look)
         axis.set_yticks(range(len(methods)), names, fontsize=9)
@@ -93,9 +91,7 @@ def plot(study: Study, found: Sequence[Comparison], file: Path) -> None:
         axis.set_title(f'{study.labels.get(setting, setting)}{line}{_TITLES[budget]}', fontsize=9)
     metric = study.metric.name.rpartition('/')[2]
     figure.supxlabel(f'{metric}: difference from the base optimizer, 95 % interval', fontsize=9)
-    dots = [
-        Line2D([], [], color=_COLOURS[good], marker='o', markersize=4, label=text) for good, text in _LEGEND.items()
-    ]
+    dots = [Line2D([], [], color=colour, marker='o', markersize=4, label=text) for colour, text in _LOOKS.values()]
     figure.legend(handles=dots, loc='outside upper center', ncols=3, fontsize=8, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)

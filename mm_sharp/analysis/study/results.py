@@ -123,9 +123,9 @@ def compare(plan: Plan, rows: Rows) -> Results:
 
 
 def choose_rho(plan: Plan, rows: Rows, settings: Sequence[str]) -> dict[str, float | None]:
-    """The best rho of each method, by the mean of the metric over a pool's settings and the seeds of the selection.
+    """The best rho of each method, by the mean of the metric over a pool's selection runs, which must have been made.
 
-    All of these runs must have been made. Of equally good ones the smallest is chosen, and the last if runs diverged.
+    Of equally good ones the smallest is chosen, and the last if runs diverged.
     """
     metric, tried = plan.study.metric, trials(plan, settings)
     sign = 1 if metric.better == 'higher' else -1

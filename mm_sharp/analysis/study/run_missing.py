@@ -106,10 +106,9 @@ def prepare_process(threads: int, niceness: int) -> None:
 def make_run(plan: Plan, run: Run, progress: Path) -> dict[str, float]:
     """Train, evaluate on the test data, and note in a file how far it is.
 
-    Returns:
-        The evaluators' metrics by name, those that are numbers; ``train_loss``, the mean of the last 50 steps;
-        ``steps``; ``train_seconds``, which say little where other programs share the machine; and ``cost_seconds``,
-        what training has cost: on a CPU the seconds that this process had a processor, on a GPU those on the clock.
+    Returns the evaluators' metrics that are numbers; ``train_loss``, the mean of the last 50 steps; ``steps``;
+    ``train_seconds`` on the clock; and ``cost_seconds``: on a CPU the seconds that this process had a processor, on a
+    GPU those on the clock.
     """
     hook = ProgressHook(progress)
     runner = new_runner(plan.config(run))
@@ -148,10 +147,9 @@ def _forget_runs() -> None:
     kinds: list[type[ManagerMixin]] = [ManagerMixin]
     for kind in kinds:
         kinds += kind.__subclasses__()
-        for handler in [
-            h for kept in kind._instance_dict.values() if isinstance(kept, MMLogger) for h in kept.handlers
-        ]:
-            handler.close()
+        for logger in (kept for kept in kind._instance_dict.values() if isinstance(kept, MMLogger)):
+            for handler in logger.handlers:
+                handler.close()
         kind._instance_dict.clear()
     gc.collect()
     gc.freeze()  # the next collection passes over what is imported by now: that would take longer than small runs
@@ -178,10 +176,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             stream.seek(0)
-            raise UsageError(
-                f"{stream.read() or 'another process'} makes runs in '{folder}': wait for it or stop it, give another "
-                '--out-dir, or see with --table what is there'
-            ) from error
+            hint = 'wait for it or stop it, give another --out-dir, or see with --table what is there'
+            raise UsageError(f"{stream.read() or 'another process'} makes runs in '{folder}': {hint}") from error
         except OSError as error:
             sys.stderr.write(f"'{folder}' cannot be locked ({error}): start no second study in it\n")
         stream.truncate(0)
@@ -228,11 +224,9 @@ def _make(title: str, runs: Sequence[Run], plan: Plan, rows: Rows, pool: Executo
                 sys.stderr.write(f'{run.id} failed: {_one_line(error)}; the others go on\n')
     if errors:
         run, error = errors[0]
+        what = f'{len(errors)} of {len(missing)} runs failed; {run.id}: {_one_line(error)} (--debug shows where)'
         rest = f'The others are in {rows.file}; the' if len(errors) < len(missing) else 'The'
-        raise UsageError(
-            f'{len(errors)} of {len(missing)} runs failed; {run.id}: {_one_line(error)} (--debug shows where). '
-            f'{rest} same command goes on'
-        ) from error
+        raise UsageError(f'{what}. {rest} same command goes on') from error
 
 
 def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Run, str]:

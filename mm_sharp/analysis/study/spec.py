@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
@@ -14,10 +14,6 @@ from mm_sharp.errors import UsageError, did_you_mean, is_number
 
 BASE = 'base'
 BUDGETS = ('epochs', 'compute', 'time')
-_FORMS = {
-    'methods': 'changes of optim_wrapper, as {type: SAMOptimWrapper}',
-    'settings': 'a mapping, as {config: my_config.py, epochs: 20}',
-}
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,8 @@ def read_study(file: Path) -> Study:
     given['metric'] = Metric(**_entries(Metric, 'metric', given['metric']))
     if given.get('selection') is not None:
         given['selection'] = Selection(**_entries(Selection, 'selection', given['selection']))
-    for key, form in _FORMS.items():
+    changes, setting = 'changes of optim_wrapper, as {type: SAMOptimWrapper}', 'as {config: my_config.py, epochs: 20}'
+    for key, form in (('methods', changes), ('settings', f'a mapping, {setting}')):
         _require(isinstance(given[key], dict) and bool(given[key]), key, given[key], 'a mapping by name')
         for name, own in given[key].items():
             _require(own is None or isinstance(own, dict), f'{key}.{name}', own, form)
@@ -151,7 +148,7 @@ def _check(study: Study) -> None:
     _require(bool(budgets) and set(budgets) <= set(BUDGETS), 'budgets', budgets, 'some of [epochs, compute, time]')
     needs = 'time' not in budgets or 'epochs' in budgets
     _require(needs, 'budgets', budgets, 'with epochs, too: time is measured in these runs')
-    _check_names('control', [study.control] if study.control else [], study.methods)
+    _check_names('control', filter(None, [study.control]), study.methods)
     _check_names('keep', study.keep, study.methods)
     _require(isinstance(study.labels, dict), 'labels', study.labels, "a mapping, as {sam: 'SAM, rho 0.02'}")
     _check_names('labels', study.labels, {**study.methods, **study.settings})
@@ -171,16 +168,13 @@ def _check(study: Study) -> None:
     for name, method in study.methods.items():
         options = method.get('options', {})
         _require(isinstance(options, dict), f'methods.{name}.options', options, 'a mapping of dotted keys')
-        if 'epochs' in method:
-            good = type(epochs := method['epochs']) is int and epochs >= 1
-            _require(good, f'methods.{name}.epochs', epochs, 'an integer of at least 1')
+        _check_epochs(f'methods.{name}.epochs', method.get('epochs', 1))
 
 
 def _check_setting(study: Study, where: str, setting: Setting) -> None:
     _require('/' not in setting.name, where, setting.name, 'a name without /')
     _require(Path(setting.config).is_file(), f'{where}.config', setting.config, f'a file in {Path.cwd()}')
-    good = type(setting.epochs) is int and setting.epochs >= 1
-    _require(good, f'{where}.epochs', setting.epochs, 'an integer of at least 1')
+    _check_epochs(f'{where}.epochs', setting.epochs)
     _require(isinstance(setting.options, dict), f'{where}.options', setting.options, 'a mapping of dotted keys')
     pool = setting.pool or setting.name
     good = any(other.selects for other in study.settings.values() if (other.pool or other.name) == pool)
@@ -196,9 +190,12 @@ def _check_setting(study: Study, where: str, setting: Setting) -> None:
     if setting.load_own:
         _require(bool(setting.load_from), f'{where}.load_own', True, 'false without load_from')
         _check_names(f'{where}.methods', setting.methods, study.methods_in(setting.load_from))
-        _require(
-            study.selection is None, f'{where}.load_own', True, 'false where rho is chosen: settings may differ in it'
-        )
+        alike = study.selection is None
+        _require(alike, f'{where}.load_own', True, 'false where rho is chosen: settings may differ in it')
+
+
+def _check_epochs(where: str, epochs: Any) -> None:
+    _require(type(epochs) is int and epochs >= 1, where, epochs, 'an integer of at least 1')
 
 
 def _check_rho(where: str, rho: Any) -> None:
@@ -211,7 +208,7 @@ def _check_seeds(where: str, seeds: Any) -> None:
     _require(good and len(set(seeds)) == len(seeds), where, seeds, 'a list of different integers >= 0, as [0, 1, 2]')
 
 
-def _check_names(where: str, names: Collection[str], known: Collection[str]) -> None:
+def _check_names(where: str, names: Iterable[str], known: Collection[str]) -> None:
     for name in names:
         _require(name in known, where, name, f'one of {", ".join(known)}')
 
