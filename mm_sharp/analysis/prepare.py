@@ -10,9 +10,10 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
+from mmengine.runner import Runner, set_random_seed
 
 from mm_sharp.config.preflight import friendly_build_errors
+from mm_sharp.ops.rng import RandomState
 
 # Options of a training loader that say what to load; the others say how.
 _KEPT = ('batch_size', 'collate_fn', 'dataset')
@@ -32,6 +33,17 @@ def prepared(cfg: Config, epoch: int = 0) -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, random numbers are those of a seed; afterwards they go on as if none had been drawn."""
+    before = RandomState.capture()
+    set_random_seed(seed)
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 def model_config(cfg: Config, model: Mapping[str, Any] | None = None) -> dict[str, Any]:

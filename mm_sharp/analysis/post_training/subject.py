@@ -19,17 +19,16 @@ from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS
-from mmengine.runner import CheckpointLoader, Runner, set_random_seed
+from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import track_iter_progress
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from mm_sharp.analysis.post_training.policies import float_config, quantized_config
-from mm_sharp.analysis.prepare import build_loader, model_config, prepared
+from mm_sharp.analysis.prepare import build_loader, model_config, prepared, seeded
 from mm_sharp.analysis.sharpness.loading import load_model, load_samples
 from mm_sharp.cli.loading import careful_loading
 from mm_sharp.errors import UsageError, UserError, did_you_mean
-from mm_sharp.ops.rng import RandomState
 from mm_sharp.quantization import calibrate
 from mm_sharp.quantization.calibration import is_error
 from mm_sharp.quantization.calibration_hook import some_batches
@@ -59,14 +58,9 @@ class Subject:
     @cached_property
     def batches(self) -> list[Any]:
         """The batches to calibrate with, the same for all policies."""
-        before = RandomState.capture()
-        set_random_seed(self._seed)
-        try:
-            with prepared(self.cfg):
-                loader = some_batches(build_loader(self.cfg), self._batches, self._seed)
-                return list(with_bar(loader, 'Loading training batches'))
-        finally:
-            before.restore()
+        with seeded(self._seed), prepared(self.cfg):
+            loader = some_batches(build_loader(self.cfg), self._batches, self._seed)
+            return list(with_bar(loader, 'Loading training batches'))
 
     @cached_property
     def test_loader(self) -> Any:

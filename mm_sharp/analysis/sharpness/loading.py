@@ -16,16 +16,15 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
-from mmengine.runner import load_checkpoint, set_random_seed
+from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm import tqdm
 
-from mm_sharp.analysis.prepare import build_loader, model_config, prepared
+from mm_sharp.analysis.prepare import build_loader, model_config, prepared, seeded
 from mm_sharp.cli.loading import careful_loading
 from mm_sharp.errors import UsageError, UserError
 from mm_sharp.hooks.checkpoint import check_next_load
-from mm_sharp.ops.rng import RandomState
 
 SPLITS = ('train', 'val')
 
@@ -35,9 +34,8 @@ def load_model(
 ) -> tuple[nn.Module, int, bool]:
     """A config's model with a checkpoint's weights, the epochs of its training (0: unknown), whether it is quantized.
 
-    The checkpoint is loaded by the rules of ``tools/test.py``; ``trust`` is for one that may run code, a UserError says
-    that it is not plain, damaged, of another model, or of an uncalibrated quantized one. ``check`` is given the
-    model before that.
+    ``trust`` is for a checkpoint that may run code; ``check`` is given the model before it is loaded. A UserError: the
+    checkpoint is not plain, damaged, of another model, or of an uncalibrated quantized one.
     """
     config = model_config(cfg)
     quantized = config.get('type') == 'QuantizedModel'
@@ -82,17 +80,14 @@ class Samples:
 
 def load_samples(cfg: Config, split: str, count: int, seed: int) -> Samples:
     """Load samples, by a seed of shuffle and augmentation; a UsageError if there are fewer than ``count``."""
-    options, before = dataset_config(cfg, split), RandomState.capture()
-    set_random_seed(seed)
-    try:
+    options = dataset_config(cfg, split)
+    with seeded(seed):
         loader = build_loader(cfg, dataset=options, batch_size=1)
         dataset, collate = loader.dataset, loader.collate_fn
         if count > len(dataset):
             raise UsageError(f'--samples {count}: the data set ({split}) has {len(dataset)} samples only')
         chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
         rows = [dataset[int(index)] for index in tqdm(chosen, 'loading samples', leave=False, disable=None)]
-    finally:
-        before.restore()
     kind = options.get('type')
     name = f'{getattr(kind, "__name__", kind)} {_owner(options, "ann_file").get("ann_file") or ""}'.strip()
     return Samples(rows, collate, name, split, seed, len(dataset), _digest(rows, collate))

@@ -46,7 +46,7 @@ class Settings:
     @property
     def places(self) -> list[float]:
         """Where the landscape is looked at, along each axis."""
-        return [float(place) for place in torch.linspace(-self.radius, self.radius, self.points, dtype=torch.float64)]
+        return torch.linspace(-self.radius, self.radius, self.points, dtype=torch.float64).tolist()
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,10 @@ class Findings:
 def measure(
     model: nn.Module, samples: Samples, settings: Settings, surrogate: bool = False, name: str = ''
 ) -> Findings:
-    """Measure a model, which is afterwards as it was, bit for bit.
+    """Measure a model, which is afterwards as it was, bit for bit; the name is for the progress.
 
-    With ``surrogate`` it is quantized, so that its derivatives are not those of its loss; the name is for the progress.
-
-    Raises UsageError: The loss is not finite, or has no derivatives; or there are too few parameters.
+    With ``surrogate`` it is quantized, so that its derivatives are not those of its loss. A UsageError: the loss is not
+    finite, or has no derivatives; or there are too few parameters.
     """
     if settings.dtype == 'float64':
         model = copy.deepcopy(model).double()

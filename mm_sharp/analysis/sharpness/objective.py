@@ -45,12 +45,8 @@ class Objective:
     Args:
         model: Within ``preserved_eval_mode``. Its loss is what ``parse_losses`` makes of ``model(..., mode='loss')``.
         parameters: Those that w stands for.
-        batch_size: At most so many samples at once; of influence on results only if :attr:`remark` says so.
+        batch_size: At most so many samples at once; of influence on results only if ``remark`` says so.
         tick: Called after each computation of L or of its derivatives.
-
-    Attributes:
-        averaging: How a batch's loss counts, of the loss modules :attr:`loss_name`; with a :attr:`remark`, or ''.
-        custom: Names of the functions with a backward pass of their own, once a second derivative was taken.
 
     Raises UsageError: The model has no loss in evaluation mode; later, if something in it cannot be differentiated.
     """
@@ -64,11 +60,12 @@ class Objective:
         tick: Callable[[], object] = lambda: None,
     ) -> None:
         self.model, self.samples, self.parameters = model, samples, list(parameters)
+        # How a batch's loss counts, of which loss modules, and what is to be said of it, or ''.
         self.averaging, self.loss_name, self.remark = self._loss_form(batch_size)
         self.batch_size = batch_size
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.device = self.parameters[0].device
-        self.custom: list[str] | None = None
+        self.custom: list[str] | None = None  # functions with a backward pass of their own, after second derivatives
         self._tick, self._start = tick, TensorBackup()
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
@@ -140,8 +137,7 @@ class Objective:
         if next(model.parameters()).dtype == torch.float64:
             data = as_double(data)
         output = model(**data, mode='loss') if isinstance(data, dict) else model(*data, mode='loss')
-        total: Tensor = model.parse_losses(output)[0]
-        return total
+        return model.parse_losses(output)[0]  # type: ignore[no-any-return]
 
     def _differentiate(self, value: Tensor, again: bool = False, what: str = 'derivatives') -> tuple[Tensor, ...]:
         """The derivative of ``value`` by each parameter, which can be differentiated ``again``; 0 if independent."""

@@ -130,15 +130,12 @@ def draw(file: Path, entries: Sequence[Entry], settings: Settings) -> None:
 
 
 def _draw_balls(axes: Any, entries: Sequence[Entry]) -> None:
-    has_ascent = False
     for entry in entries:
-        balls = sorted(entry.findings.balls)
-        rhos = [ball.rho for ball in balls]
-        (curve,) = axes.plot(rhos, [ball.one_step for ball in balls], marker='o', label=entry.name)
-        if balls[0].ascent is not None:
-            axes.plot(rhos, [ball.ascent for ball in balls], ls=':', marker='^', color=curve.get_color())
-            has_ascent = True
-    if has_ascent:
+        rhos, one_step, ascent, _ = zip(*sorted(entry.findings.balls), strict=True)
+        (curve,) = axes.plot(rhos, one_step, marker='o', label=entry.name)
+        if ascent[0] is not None:
+            axes.plot(rhos, ascent, ls=':', marker='^', color=curve.get_color())
+    if len(axes.lines) > len(entries):
         axes.plot([], [], color='gray', marker='o', label='one step')
         axes.plot([], [], color='gray', ls=':', marker='^', label='ascent')
     axes.set(xlabel='rho', ylabel='rise of the loss')
