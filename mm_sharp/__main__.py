@@ -23,17 +23,14 @@ def find_tools() -> dict[str, Path]:
     return {file.stem.replace('_', '-'): file for file in sorted([*files, _DOCTOR], key=lambda file: file.stem)}
 
 
-def describe(tool: Path) -> str:
-    """The first line of a tool's docstring."""
-    return (ast.get_docstring(ast.parse(tool.read_text('utf-8'))) or '').partition('\n')[0]
-
-
 def main() -> int:
     """Replace this process by that of a tool; else print the list, or what is wrong, and return the exit status."""
     tools, (name, *arguments) = find_tools(), sys.argv[1:] or ['--help']
     if name in ('-h', '--help'):
         sys.stdout.write('usage: mm-sharp TOOL [ARGUMENT ...]; for the arguments: mm-sharp TOOL --help\n\n')
-        sys.stdout.writelines(f'  {tool:<20} {describe(file)}\n' for tool, file in tools.items())
+        for known, file in tools.items():
+            about = ast.get_docstring(ast.parse(file.read_text('utf-8'))) or ''
+            sys.stdout.write(f'  {known:<20} {about.partition(chr(10))[0]}\n')
         return 0
     tool = tools.get(name.replace('_', '-'))
     if tool is not None:

@@ -46,8 +46,8 @@ def check_checkpoint(path: str, source: str, hint: str = '') -> None:
 def last_checkpoint(work_dir: str) -> str | None:
     """The newest checkpoint of a training run that can be resumed, or None.
 
-    ``last_checkpoint`` in the work directory names it. Where that file is torn, or names one that is gone or cut off (a
-    run can be killed at any time, and a folder moved), the newest complete one in the folder is taken.
+    The file ``last_checkpoint`` names it. Where that is torn, or names one that is gone or cut off (a run can be killed
+    at any time, and a folder moved), the newest complete one in the folder is taken.
     """
     folder = Path(work_dir)
     pointer = folder / 'last_checkpoint'

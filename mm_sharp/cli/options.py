@@ -244,10 +244,9 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     if not args.show and args.show_dir is None:
         return
     hooks = cfg.get('default_hooks') or {}
-    hook = dict(hooks.get('visualization') or {'type': 'mmpose.PoseVisualizationHook'})
-    hook.update(enable=True, show=args.show, out_dir=args.show_dir)
-    if args.show:
-        hook['wait_time'] = args.wait_time
+    own = hooks.get('visualization') or {'type': 'mmpose.PoseVisualizationHook'}
+    wait = {'wait_time': args.wait_time} if args.show else {}
+    hook = {**own, 'enable': True, 'show': args.show, 'out_dir': args.show_dir, **wait}
     cfg.default_hooks = {**hooks, 'visualization': hook}
     if cfg.get('visualizer') is None:
         cfg.visualizer = {'type': 'mmpose.PoseLocalVisualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}

@@ -81,9 +81,7 @@ def pending_fragments(cfg: Config) -> set[str]:
 def apply_fragments(cfg: Config) -> None:
     """Put the fragments that a config inherits into effect, in place; a second call changes nothing.
 
-    Raises:
-        ValueError: A key of ours is misspelt, or has a value that it cannot have.
-        ImportError: The config quantizes, and Brevitas is not installed.
+    A ValueError: a key of ours is misspelt, or has a wrong value; an ImportError: Brevitas, which it needs, is missing.
     """
     _check_keys(cfg)
     keys, settings = pending_fragments(cfg), _written(cfg, 'sharp_quantization')

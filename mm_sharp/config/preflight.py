@@ -3,8 +3,7 @@
 An optimizer wrapper's constructor checks its arguments: it is built once around a single number, so that the user need
 not wait for the model. What MMEngine passes over in silence is refused for our wrappers alone. Its own errors name no
 key of the config: :func:`friendly_build_errors` searches for it. :func:`install` has the same said by every other tool,
-such as MMPose's own ``tools/train.py``, when a Runner by a config that uses this package registers its hooks, and when
-it begins to train.
+when a Runner by a config that uses this package registers its hooks, and when it begins to train.
 """
 
 from __future__ import annotations
@@ -47,6 +46,7 @@ _PARAMWISE_KEYS = (
     *('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult'),
     *('dcn_offset_lr_mult', 'bypass_duplicate', 'custom_keys'),
 )
+_OF_NO_WRAPPER = ('type', '_scope_', 'optimizer', 'constructor', 'paramwise_cfg')  # but in its config
 _CONSTRUCTOR = DefaultOptimWrapperConstructor.__name__
 _NONE = type(None)
 _SLOWER = '15 to 23 times slower in'
@@ -120,12 +120,11 @@ def type_name(kind: Any) -> str:
 
 def _typed(config: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Dotted key and content of every dict with a ``type``."""
-    items: Any = enumerate(config) if isinstance(config, (list, tuple)) else ()
-    if isinstance(config, Mapping):
-        items = config.items()
-        if config.get('type') is not None:
-            yield key, config
-    for name, value in items:
+    if isinstance(config, Mapping) and config.get('type') is not None:
+        yield key, config
+    if isinstance(config, (list, tuple)):
+        config = dict(enumerate(config))
+    for name, value in config.items() if isinstance(config, Mapping) else ():
         yield from _typed(value, f'{key}.{name}' if key else str(name))
 
 
@@ -136,10 +135,15 @@ def check_wrappers(cfg: Config) -> None:
     kind = cfg.optim_wrapper.get('constructor', _CONSTRUCTOR)
     constructor = _registered(cfg, OPTIM_WRAPPER_CONSTRUCTORS, 'optim_wrapper.constructor', kind)
     for key, wrapper in members.items():
-        if classes[key].__module__.startswith(('mm_sharp.', 'mmengine.')):  # others may want a real optimizer
-            _check_wrapper(cfg, key, classes[key], wrapper)
-            if constructor is DefaultOptimWrapperConstructor and wrapper.get('paramwise_cfg'):
-                _check_paramwise(key, classes[key], wrapper)
+        cls = classes[key]
+        if not cls.__module__.startswith(('mm_sharp.', 'mmengine.')):
+            continue  # others may want a real optimizer
+        arguments = {name: deepcopy(value) for name, value in wrapper.items() if name not in _OF_NO_WRAPPER}
+        with _in_one_line(key):
+            check_arguments(cls, arguments, registered_methods().values())
+            cls(optimizer=_optimizer(cfg, key, wrapper), **arguments)
+        if constructor is DefaultOptimWrapperConstructor and wrapper.get('paramwise_cfg'):
+            _check_paramwise(key, cls, wrapper)
     if cfg.get('sharp_optim_wrapper') and not any(issubclass(cls, TwoPassOptimWrapper) for cls in classes.values()):
         raise UsageError(
             'the config inherits a fragment of mm_sharp, but trains without it, since its optim_wrapper is '
@@ -174,11 +178,8 @@ def wrapper_class(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> type[Opt
 
 
 def enable_amp(cfg: Config) -> None:
-    """Train in mixed precision: our wrappers get a dtype, MMEngine's plain one becomes its ``AmpOptimWrapper``.
-
-    The dtype is float16, or bfloat16 on the CPU, which does float16 in software. One that the config sets stays.
-    """
-    on_cpu = get_device() == 'cpu'
+    """Train in mixed precision: our wrappers without a dtype get one, MMEngine's becomes its ``AmpOptimWrapper``."""
+    on_cpu = get_device() == 'cpu'  # it does float16 in software
     for key, wrapper in wrapper_configs(cfg).items():
         cls = wrapper_class(cfg, key, wrapper)
         if issubclass(cls, TwoPassOptimWrapper):
@@ -194,14 +195,6 @@ def enable_amp(cfg: Config) -> None:
         else:
             wrapper['type'] = 'AmpOptimWrapper'
             wrapper.setdefault('loss_scale', 'dynamic')
-
-
-def _check_wrapper(cfg: Config, key: str, cls: type[OptimWrapper], wrapper: Mapping[str, Any]) -> None:
-    others = ('type', '_scope_', 'optimizer', 'constructor', 'paramwise_cfg')
-    arguments = {name: deepcopy(value) for name, value in wrapper.items() if name not in others}
-    with _in_one_line(key):
-        check_arguments(cls, arguments, registered_methods().values())
-        cls(optimizer=_optimizer(cfg, key, wrapper), **arguments)
 
 
 def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
