@@ -97,7 +97,7 @@ class Plan:
             for seed in selection.seeds
             for method in self.study.methods_in(setting)
             if method == BASE or (method in self.tuned and own.selects)
-            for rho in (selection.candidates(method) if method in self.tuned else [None])
+            for rho in (selection.own_rho.get(method, selection.rho) if method in self.tuned else [None])
         ]
 
     def report_runs(self, setting: str, chosen: dict[str, float | None]) -> list[Run]:

@@ -18,10 +18,7 @@ _TITLES = {'epochs': 'equal epochs', 'compute': 'equal compute', 'time': 'equal 
 
 
 def markdown(study: Study, found: Sequence[Comparison]) -> str:
-    """A table for each setting and budget, in Markdown. Bold: the interval of the difference leaves out 0.
-
-    Where runs are missing, a column says how many seeds a method has.
-    """
+    """A table for each setting and budget, in Markdown. Bold: the interval of the difference leaves out 0."""
     parts = []
     for setting, budget in dict.fromkeys((entry.setting, entry.budget) for entry in found):
         rows = [entry for entry in found if (entry.setting, entry.budget) == (setting, budget)]
@@ -38,7 +35,8 @@ def markdown(study: Study, found: Sequence[Comparison]) -> str:
             f'over {study.control}': [_difference(entry.over_control) for entry in rows],
             'seeds': [f'{entry.mean.count} of {len(study.seeds)}' for entry in rows],
         }
-        left_out = {'seeds': whole, 'over ': True, 'time': not any(table['time'])}
+        # Without a control; where all seeds are there; where no times are.
+        left_out = {'over ': True, 'seeds': whole, 'time': not any(table['time'])}
         shown = {name: cells for name, cells in table.items() if not left_out.get(name)}
         seeds = f'{len(study.seeds)} seeds' if whole else 'unfinished'
         parts.append(f'**{setting}, {_TITLES[budget]}** ({study.metric.name}, {seeds})\n\n{markdown_columns(shown)}')

@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -197,17 +199,16 @@ def run_missing(
         if setting.corrupt and not plan.corrupted(setting).is_file():
             corrupt_file(plan.annotations(setting), plan.corrupted(setting), setting.corrupt)
     with _pool(jobs, threads, niceness) as pool:
+        make = partial(_make, plan, rows, pool, redo)
         for wave in plan.waves():
-            runs = [run for names in wave for name in names for run in plan.selection_runs(name)]
-            _make('choosing rho', runs, plan, rows, pool, redo)
-            pools = [(names, choose_rho(plan, rows, names)) for names in wave]
-            runs = [run for names, chosen in pools for name in names for run in plan.report_runs(name, chosen)]
-            _make('runs to report', runs, plan, rows, pool, redo)
-            runs = [run for names, chosen in pools for name in names for run in timed_runs(plan, rows, name, chosen)]
-            _make('runs at equal time', runs, plan, rows, pool, redo)
+            make('choosing rho', [run for name in chain(*wave) for run in plan.selection_runs(name)])
+            chosen = {name: choose_rho(plan, rows, names) for names in wave for name in names}
+            make('runs to report', [run for name, own in chosen.items() for run in plan.report_runs(name, own)])
+            timed = [run for name, own in chosen.items() for run in timed_runs(plan, rows, name, own)]
+            make('runs at equal time', timed)
 
 
-def _make(title: str, runs: Sequence[Run], plan: Plan, rows: Rows, pool: Executor, redo: bool) -> None:
+def _make(plan: Plan, rows: Rows, pool: Executor, redo: bool, title: str, runs: Sequence[Run]) -> None:
     missing = _missing(runs, plan, rows, redo)
     errors: list[tuple[Run, BaseException]] = []
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -33,10 +33,6 @@ class Selection:
     rho: list[float]  # what is tried, for each method that has a rho
     own_rho: Mapping[str, list[float]] = field(default_factory=dict)  # by method, in place of these
 
-    def candidates(self, method: str) -> list[float]:
-        """What is tried for a method."""
-        return self.own_rho.get(method, self.rho)
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -98,8 +94,8 @@ def read_study(file: Path) -> Study:
     given['metric'] = Metric(**_entries(Metric, 'metric', given['metric']))
     if given.get('selection') is not None:
         given['selection'] = Selection(**_entries(Selection, 'selection', given['selection']))
-    changes, setting = 'changes of optim_wrapper, as {type: SAMOptimWrapper}', 'as {config: my_config.py, epochs: 20}'
-    for key, form in (('methods', changes), ('settings', f'a mapping, {setting}')):
+    changes, mapping = 'changes of optim_wrapper, as {type: SAMOptimWrapper}', 'as {config: my_config.py, epochs: 20}'
+    for key, form in (('methods', changes), ('settings', f'a mapping, {mapping}')):
         _require(isinstance(given[key], dict) and bool(given[key]), key, given[key], 'a mapping by name')
         for name, own in given[key].items():
             _require(own is None or isinstance(own, dict), f'{key}.{name}', own, form)
