@@ -8,6 +8,7 @@ budget allows: each gets the policy, or float, that costs it least. Every model 
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -64,11 +65,7 @@ class Search:
         self._milliseconds = 0.0  # of the float model
 
     def start(self) -> None:
-        """Time the float model and each policy in all layers: before single layers are measured.
-
-        Raises:
-            UsageError: The float model is fast enough, or no policy is.
-        """
+        """Time the float model and each policy in all layers; a UsageError: it is fast enough, or none of these is."""
         model = self._subject.float_model
         plain = self._timed(Candidate(FLOAT, size_in_bytes(model.state_dict()), 32.0, self._judge(model)), self._float)
         if self._budget.allows(plain):
@@ -131,23 +128,14 @@ def spared_in_order(costs: Mapping[str, Mapping[str, float]], fastest: str) -> d
 
 
 def most_that_fit(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest count up to ``most`` that fits, by halving; 0 fits. Where fitting is not monotonous, it is one that
-    fits, and the next one does not.
-    """
-    if most == 0 or fits(most):
-        return most
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    """A count up to ``most`` that fits, as 0 does, by halving: the largest, or one before a count that does not fit."""
+    return bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))
 
 
 def target_of(runtime: str | None, policies: Collection[Mapping[str, Any]]) -> str:
     """The target of all policies, for a budget of time: ``--runtime``, else what they say, else ONNX Runtime's.
 
-    Raises:
-        UsageError: It cannot be timed, or the policies say another, or have inputs that cannot be exported.
+    A UsageError: it cannot be timed, or the policies say another, or have inputs that cannot be exported.
     """
     said = {str(policy.get('target', 'generic')) for policy in policies} - {'generic'}
     target = runtime or (min(said) if said else 'onnxruntime')
