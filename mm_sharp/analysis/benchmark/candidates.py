@@ -154,12 +154,9 @@ def loss_of(model: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class HandWrittenSAM(Candidate):
-    """SAM as many write it: a loop over the parameters, and a clone of each, made anew in every step.
+    """SAM as many write it: a loop over the parameters, and a clone of each, made anew in every step."""
 
-    The optimizer wrapper's place is the base optimizer's.
-    """
-
-    rho: float
+    rho: float  # in the place of the optimizer wrapper is the base optimizer
 
     def timed_step(self, batch: Any) -> StepTimer:
         """The restoration and the base optimizer's step are one phase."""

@@ -149,8 +149,8 @@ def _check_step(candidate: Candidate, batch: Any) -> None:
 def keep_freed_memory() -> bool:
     """Have this process keep the memory that tensors of up to 32 MB leave; whether it does now: only with glibc.
 
-    By default glibc gives much of it back in every pass, and gets it again page by page. How much is chance: of two
-    methods in one process one may lose a tenth of its step to it in every round, the other nothing.
+    By default glibc gives it back and gets it again page by page: by chance a tenth of one method's steps goes to that,
+    and nothing of another's.
     """
     if platform.libc_ver()[0] != 'glibc':
         return False
@@ -266,8 +266,9 @@ def perturbing_table(costs: Sequence[Mapping[str, Any]]) -> str:
     """The costs as text, and which bytes are counted."""
     lines = [['weights', 'tensors', 'copy, GB/s', 'perturb, GB/s', 'restore, GB/s', 'both over copy']]
     for cost in costs:
-        counts, rates = (f'{cost[key]:,}' for key in ('parameters', 'tensors')), (cost[key].text(1e9) for key in _RATES)
-        lines.append([*counts, *rates, f'{100 * cost["share_of_copy"]:.0f} %'])
+        rates = (cost[key].text(1e9) for key in _RATES)
+        share = f'{100 * cost["share_of_copy"]:.0f} %'
+        lines.append([f'{cost["parameters"]:,}', f'{cost["tensors"]:,}', *rates, share])
     return (
         f'{columns(lines)}\nCounted, in float32: for each weight {_PERTURB} numbers read or written by the '
         f'perturbation (2 copy, 1 norm, 2 scaling, 3 addition), {_RESTORE} by the restoration, {_COPY} by the copy.'

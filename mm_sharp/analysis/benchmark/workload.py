@@ -43,14 +43,11 @@ class Ready(nn.Module):
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in training mode, and batches that have been through its data preprocessor.
-
-    ``float_model`` is the model before it was quantized, with the same weights; None for a model that is not.
-    """
+    """A model in training mode, and batches that have been through its data preprocessor."""
 
     model: Any
     batches: list[Any]
-    float_model: Any = None
+    float_model: Any = None  # the model before it was quantized, with the same weights; None for one that is not
 
     def measure(
         self, settings: Settings, rounds: int, warmup: int, measure: Measure[T], passes_only: bool = False

@@ -73,9 +73,7 @@ class RhoProbe(TwoPassOptimWrapper):
     def measure(self, model: Any, batch: Any) -> BatchRises | None:
         """Measure one batch as it comes from the loader; None if the gradient is not finite, or zero.
 
-        The model is afterwards as it was, bit for bit.
-
-        Raises UsageError: The model's ``train_step`` makes no step with the wrapper that it is given.
+        The model is afterwards as it was, bit for bit. A UsageError: it makes no step with the wrapper it is given.
         """
         try:
             model.train_step(batch, self)
@@ -135,9 +133,9 @@ def perturbation_of(cfg: Config) -> Perturbation:
     """What a config says of the perturbation; a UsageError if it has several optimizer wrappers, or a strategy."""
     if cfg.get('strategy'):
         raise UsageError("rho is found in one process: leave the config's strategy out, by --cfg-options strategy=None")
-    if list(wrapper_configs(cfg)) != ['optim_wrapper']:
-        names = ', '.join(wrapper_configs(cfg))
-        raise UsageError(f'the rho of several optimizer wrappers cannot be found: {names}')
+    names = list(wrapper_configs(cfg))
+    if names != ['optim_wrapper']:
+        raise UsageError(f'the rho of several optimizer wrappers cannot be found: {", ".join(names)}')
     rounding = _ROUNDING if type_name(cfg.model.get('type')) == 'QuantizedModel' else ''
     given = cfg.optim_wrapper
     cls = wrapper_class(cfg, 'optim_wrapper', given)
@@ -159,9 +157,8 @@ def measure(
 ) -> tuple[list[BatchRises], int]:
     """Train for ``steps`` steps (None: 200 or half of the training), and measure ``batches`` training batches.
 
-    Returns what was found on each batch whose gradient is finite and not zero, and the number of steps.
-
-    Raises UsageError: No batch has a finite gradient that is not zero; the training has no more than ``steps`` steps.
+    Returns what was found on each batch whose gradient is finite and not zero, and the number of steps. A UsageError:
+    there is no such batch; or the training has no more than ``steps`` steps.
     """
     with tempfile.TemporaryDirectory() as folder, careful_loading(trust), prepared(cfg):
         runner = build_runner(training_config(cfg, folder))

@@ -37,9 +37,9 @@ class Person(NamedTuple):
 
 
 def find_people(runs: Sequence[TrainedRun], count: int, threshold: float) -> tuple[list[Person], list[Link]]:
-    """``count`` people of the test data, evenly spaced, with what the runs' last checkpoints predict; and their links.
+    """``count`` people of the test data, the same of all runs, with what the last checkpoints predict; and their links.
 
-    The runs' test data are the same. Predicted keypoints with scores below the threshold are not drawn.
+    Predicted keypoints with scores below the threshold are not drawn.
     """
     predicted, links = zip(*(_predictions(run, count) for run in runs), strict=True)
     people = []

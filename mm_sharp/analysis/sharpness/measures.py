@@ -130,8 +130,8 @@ def filter_direction(model: nn.Module, parameters: Iterable[nn.Parameter], seed:
     groups = {id(module.weight): module.groups for module in model.modules() if isinstance(module, _ConvTransposeNd)}
     pieces = []
     for parameter in parameters:
-        weights, generator = parameter.detach().double().cpu(), torch.Generator()
-        generator.manual_seed(zlib.crc32(f'{seed} {number} {names[id(parameter)]}'.encode()))
+        weights, name = parameter.detach().double().cpu(), names[id(parameter)]
+        generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {number} {name}'.encode()))
         direction = torch.zeros_like(weights)
         if weights.ndim > 1:
             direction.normal_(generator=generator)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from mmengine.structures import BaseDataElement
@@ -187,12 +188,11 @@ def preserved_eval_mode(model: nn.Module) -> Iterator[None]:
     model.eval()
     for module in checkpointed:
         module.with_cp = False
-    # torch's own, which RTMPose's backbone uses, can be differentiated once only, as of torch 2.13.
-    hardsigmoid, F.hardsigmoid = F.hardsigmoid, _hardsigmoid
     try:
-        yield
+        # torch's own, which RTMPose's backbone uses, can be differentiated once only, as of torch 2.13.
+        with patch.object(F, 'hardsigmoid', _hardsigmoid):
+            yield
     finally:
-        F.hardsigmoid = hardsigmoid
         weights.restore()
         state.restore()
         for module in checkpointed:
