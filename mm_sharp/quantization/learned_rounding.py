@@ -67,11 +67,7 @@ def check_scales_stay(model: nn.Module) -> None:
 def _order(model: nn.Module, batch: Any) -> list[str]:
     names: dict[str, None] = {}
     wanted = {layer.name for layer in quantized_record(model).quantized}
-
-    def note(name: str) -> Any:
-        return lambda *_: names.setdefault(name)
-
-    with forward_hooks(model, note, lambda name, _: name in wanted):
+    with forward_hooks(model, lambda name, _: name in wanted, lambda name, *_: names.setdefault(name)):
         run_batch(model, batch)
     return list(names)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +116,7 @@ def _quantize_input(host: Any, args: Any) -> Any:
 class _Network:
     def __init__(self, graph: Graph, layers: Collection[str]) -> None:
         self._graph = graph
-        self._users: Mapping[Any, list[Any]] = graph.users()
-        self._seen = graph.sees_image(self._users)
+        self._users, self._seen = graph.users, graph.sees_image()
         convolutions = [c for c in graph.layer_calls if c.name in layers and isinstance(c.module, _CONVOLUTIONS)]
         self._ahead = nodes_behind([call.taken for call in convolutions], ())  # of which a convolution takes something
         last = {name for name, flow in graph.flows().items() if flow.last}
