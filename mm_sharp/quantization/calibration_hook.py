@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 
 from mm_sharp.errors import HOOK, check_bool, check_positive_int
+from mm_sharp.ops.model_call import unwrap
 from mm_sharp.ops.rng import RandomState
 from mm_sharp.step.optim_wrappers import optim_wrappers
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -29,7 +30,6 @@ from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from .calibration import calibrate, collapse_warning
 from .export import warn_of_export
 from .flow import without_quantizers
-from .oscillation_hook import unwrapped
 from .record import NotCalibratedError, is_calibrated, record_of
 from .scale_decay import fit_groups
 
@@ -74,7 +74,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         """Calibrate, if the model is quantized and has not been calibrated; warn of the ``rho`` of a float model."""
-        model = unwrapped(runner)
+        model = unwrap(runner.model)
         if record_of(model) is None:
             return
         for wrapper in optim_wrappers(runner.optim_wrapper).values():
