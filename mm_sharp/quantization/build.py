@@ -24,10 +24,9 @@ from .flow import LAYERS, LayerFlow, float_output, trace_flow, trace_graph
 from .folding import fold_batchnorms, is_plain
 from .layers import QUANTIZED
 from .points import Point, covered, find_points, insert_points
-from .policy import OWNER, LayerPolicy, QuantizationPolicy
+from .policy import OWNER, TARGETS, LayerPolicy, QuantizationPolicy
 from .quantizers import input_quantizer, input_range, repair, scale_gradients_as_lsq, weight_quantizer
 from .record import LayerRecord, PointRecord, QuantizationRecord, attach, record_of, size_in_bytes
-from .targets import TARGETS
 
 # Of an output's largest value: rounding makes 1e-6 to 1e-5 of it.
 _TOLERANCE = 1e-3

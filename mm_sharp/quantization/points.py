@@ -17,9 +17,8 @@ from brevitas.nn import QuantIdentity
 from torch import nn
 
 from .flow import Graph, nodes_before, nodes_behind
-from .policy import LayerPolicy
+from .policy import LayerPolicy, Target
 from .quantizers import input_quantizer, repair
-from .targets import Target
 
 POINT = 'quantized_{}'  # name of the module in its host: of 'input' or 'output'
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
