@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .onnx_graph import shapes_of
+from .onnx_graph import shapes_of, without_unused
 
 _DOMAIN = 'com.microsoft'
 _TAPS = ([3, 1], [2, 0])  # of the rows 2i and 2i + 1: the kernel's rows, for the input's in their order
@@ -27,17 +27,14 @@ _PLAIN: dict[str, object] = {'group': 1, 'dilations': [1, 1], 'output_padding': 
 
 
 def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Rewrite a tidied graph, in place, and return it."""
+    """Rewrite a tidied graph; what is given changes."""
     shapes = shapes_of(model, 2)
     _unsign(model.graph)
     _move_clips(model.graph)
     replace_deconvolutions(model.graph, shapes)
     if _join_silus(model.graph):
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
-    used = {name for node in model.graph.node for name in node.input}
-    for item in [item for item in model.graph.initializer if item.name not in used]:
-        model.graph.initializer.remove(item)
-    return model
+    return without_unused(model)
 
 
 def _unsign(graph: onnx.GraphProto) -> None:
@@ -102,9 +99,6 @@ def _join_silus(graph: onnx.GraphProto) -> bool:
                 del node.input[:]
                 node.input.append(sigmoid.input[0])
                 node.attribute.append(helper.make_attribute('alpha', 1.0))
-                sigmoid.op_type = 'unused'
-    for node in [node for node in graph.node if node.op_type == 'unused']:
-        graph.node.remove(node)
     return found
 
 
