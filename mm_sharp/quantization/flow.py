@@ -189,6 +189,14 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     return model(inputs, None, mode='tensor')
 
 
+def noise_of(model: nn.Module, width: int, height: int) -> Tensor:
+    """(1, C, H, W) for a model, to see what it computes. No global random number is drawn."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 3 if mean is None else mean.numel(), height, width, generator=generator)
+    return noise.to(next(model.parameters()))
+
+
 def float_output(model: nn.Module, inputs: Tensor) -> Tensor:
     """What a model puts out in evaluation mode without its quantizers. No global random number is drawn."""
     with torch.random.fork_rng(devices=[]), evaluation(model), without_quantizers(model), torch.no_grad():
@@ -199,6 +207,12 @@ def float_output(model: nn.Module, inputs: Tensor) -> Tensor:
 def flat(outputs: Any) -> Tensor:
     """All values of a model's outputs as one vector."""
     return torch.cat([tensor.float().flatten() for tensor in tensors_of(outputs)])
+
+
+def is_rounding(found: Tensor, expected: Tensor) -> bool:
+    """Whether outputs differ by rounding alone, which makes 1e-7 to 1e-5 of the largest value."""
+    tolerance = 1e-3 * float(expected.nan_to_num(0, 0, 0).abs().max())
+    return found.shape == expected.shape and torch.allclose(found, expected, 0, tolerance, equal_nan=True)
 
 
 def without_quantizers(model: nn.Module) -> quantization_status_manager:

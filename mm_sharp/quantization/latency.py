@@ -18,14 +18,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 Timed = Callable[[], object]
-Result = TypeVar('Result')
 Count = tuple[int, int]  # convolutions in integers, and all
 _ROUNDS, _CALLS = 20, 3
 
@@ -70,7 +69,7 @@ def _measure(package: str, files: Mapping[str, Path], rounds: int) -> list[Laten
     return found
 
 
-def _apart(function: Callable[..., Result], *args: Any) -> Result:
+def _apart(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a process of its own: OpenVINO has broken what its process did minutes later."""
     with ProcessPoolExecutor(1, get_context('spawn')) as pool:
         return pool.submit(function, *args).result()
@@ -117,7 +116,8 @@ def onnxruntime_convolutions(file: Path) -> Count:
 
 def openvino_convolutions(file: Path) -> Count:
     """The same of OpenVINO, read off the model that it runs."""
-    return _apart(_count_openvino, file)
+    count: Count = _apart(_count_openvino, file)
+    return count
 
 
 def _count_openvino(file: Path) -> Count:

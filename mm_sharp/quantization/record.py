@@ -113,28 +113,24 @@ class QuantizationRecord:
             names = ', '.join(name for name, why in self.batchnorms.items() if why == reason)
             lines.append(f'BatchNorm not folded, {reason}: {names}')
         weights = sum(layer.weights for layer in self.quantized) / sum(layer.weights for layer in self.layers)
-        return '\n'.join(
-            [
-                *lines,
-                f'{len(self.quantized)} of {len(self.layers)} layers are quantized, {weights:.1%} of their weights; '
-                f'{len(self.folded)} BatchNorms are folded',
-                f'size {self.float_bytes / 1e6:.2f} MB in float, {self.bytes() / 1e6:.2f} MB quantized '
-                f'({self.float_bytes / self.bytes():.1f} times smaller)',
-                *self._between(),
-            ]
-        )
-
-    def _between(self) -> list[str]:
-        if self.policy.target == 'generic':
-            return [
-                'activations, norms, residual sums, concatenations and what attention multiplies stay in float: each '
-                'layer quantizes its own input'
-            ]
         shared = sum(bool(layer.point) for layer in self.layers)
-        return [
+        between = (
             f'for {self.policy.target}, {len(self.points)} activations between layers are quantized to 8 bits; '
             f'{shared} layers take them as they are, the others quantize their own input'
+        )
+        if self.policy.target == 'generic':
+            between = (
+                'activations, norms, residual sums, concatenations and what attention multiplies stay in float: each '
+                'layer quantizes its own input'
+            )
+        lines += [
+            f'{len(self.quantized)} of {len(self.layers)} layers are quantized, {weights:.1%} of their weights; '
+            f'{len(self.folded)} BatchNorms are folded',
+            f'size {self.float_bytes / 1e6:.2f} MB in float, {self.bytes() / 1e6:.2f} MB quantized '
+            f'({self.float_bytes / self.bytes():.1f} times smaller)',
+            between,
         ]
+        return '\n'.join(lines)
 
 
 def attach(model: nn.Module, record: QuantizationRecord) -> None:
