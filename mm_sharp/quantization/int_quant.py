@@ -55,12 +55,7 @@ class FusedIntQuant(IntQuant):  # type: ignore[misc]
     lsq_counts: str = ''
 
     def forward(
-        self,
-        scale: Tensor,
-        zero_point: Tensor,
-        bit_width: Tensor,
-        x: Tensor,
-        bounds: tuple[float, float] | None = None,
+        self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor, bounds: tuple[float, float] | None = None
     ) -> Tensor:
         """Fake-quantize ``x``, whose shape the scale is broadcast to; ``bounds`` if they are known already."""
         x = self.input_view_impl(x)
