@@ -1,8 +1,4 @@
-"""Calibration before training, and the accuracy that it gives: a hook.
-
-A Runner builds the model quantized and loads the checkpoint of ``load_from``. Then, in ``before_train``, this hook
-calibrates. Runs that resume, or start from a quantized model's checkpoint, have nothing to calibrate.
-"""
+"""Calibration before training, once ``load_from`` is loaded, and the accuracy that it gives: a hook."""
 
 from __future__ import annotations
 
@@ -44,7 +40,8 @@ class CalibrationHook(Hook):  # type: ignore[misc]
 
     Runs whose model is a ``QuantizedModel`` get one by themselves; it is in a config for other arguments. The batches
     are training batches, of samples drawn at random, but the same with the same seed. Training draws the same random
-    numbers without it. On several ranks all hold rank 0's outcome.
+    numbers without it. On several ranks all hold rank 0's outcome. Runs that resume, or start from a quantized model's
+    checkpoint, have nothing to calibrate.
 
     Args:
         num_batches: Batches of the training data loader's size.

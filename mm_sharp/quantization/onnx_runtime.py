@@ -60,29 +60,22 @@ def _move_clips(graph: onnx.GraphProto) -> None:
     stored = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     users = Counter(name for node in graph.node for name in node.input)
     made = {node.output[0]: node for node in graph.node}
-    moved: list[tuple[onnx.NodeProto, onnx.NodeProto | None]] = []
-    for quantize in (node for node in graph.node if node.op_type == 'QuantizeLinear'):
+    for quantize in [node for node in graph.node if node.op_type == 'QuantizeLinear']:
         clip = made.get(quantize.input[0])
         if clip is None or clip.op_type != 'Clip' or users[clip.output[0]] > 1 or quantize.input[2] not in stored:
             continue
         scale, zero_point = (stored[name] for name in quantize.input[1:3])
         if zero_point.dtype != np.uint8 or zero_point != 0 or stored[clip.input[1]] > 0:
             continue
-        top = np.rint(stored[clip.input[2]] / scale)
         quantize.input[0] = clip.input[0]
-        if top >= 255:
-            moved.append((clip, None))
-            continue
-        inner = f'{quantize.output[0]}/unclipped'
-        limits = [store(graph, f'{clip.name}/{side}', np.uint8(value)) for side, value in (('low', 0), ('high', top))]
-        behind = helper.make_node('Clip', [inner, *limits], [quantize.output[0]], name=f'{clip.name}/integers')
-        quantize.output[0] = inner
-        moved.append((clip, behind))
-    for clip, behind in moved:
+        top = np.rint(stored[clip.input[2]] / scale)
+        if top < 255:
+            result, inner = quantize.output[0], f'{quantize.output[0]}/unclipped'
+            limits = [store(graph, f'{clip.name}/{end}', np.uint8(value)) for end, value in (('low', 0), ('high', top))]
+            quantize.output[0] = inner
+            behind = helper.make_node('Clip', [inner, *limits], [result], name=f'{clip.name}/integers')
+            graph.node.insert(list(graph.node).index(quantize) + 1, behind)
         graph.node.remove(clip)
-        if behind is not None:
-            position = next(i for i, node in enumerate(graph.node) if behind.input[0] in node.output)
-            graph.node.insert(position + 1, behind)
 
 
 def _join_silus(graph: onnx.GraphProto) -> bool:
