@@ -26,7 +26,7 @@ from .layers import QUANTIZED
 from .points import Point, covered, find_points, insert_points
 from .policy import OWNER, TARGETS, LayerPolicy, QuantizationPolicy
 from .quantizers import input_quantizer, input_range, repair, scale_gradients_as_lsq, weight_quantizer
-from .record import LayerRecord, PointRecord, QuantizationRecord, attach, record_of, size_in_bytes
+from .record import LayerRecord, QuantizationRecord, attach, record_of, size_in_bytes
 
 
 @MODELS.register_module(name='QuantizedModel')  # type: ignore[untyped-decorator]
@@ -85,11 +85,11 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     layers = _replace_layers(model, flows, chosen, quantized_before)
     insert_points(model, points, policy.of_points())
     _check_output(model, noise, output)
-    record = QuantizationRecord(policy, layers, batchnorms, float_bytes, 0, (width, height))
-    record.points = [PointRecord(p.name, input_range(policy.of_points(), nonnegative=p.nonnegative)) for p in points]
     saved = model.state_dict()  # without buffers of quantizers or the data preprocessor, and without scales
     calibrated = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in saved}}
-    record.other_bytes = size_in_bytes(calibrated) - sum(4 * layer.weights for layer in record.quantized)
+    other_bytes = size_in_bytes(calibrated) - sum(4 * layer.weights for layer in layers if layer.policy)
+    between = {p.name: input_range(policy.of_points(), nonnegative=p.nonnegative) for p in points}
+    record = QuantizationRecord(policy, layers, batchnorms, float_bytes, other_bytes, (width, height), between)
     attach(model, record)
     print_log(f'Quantized {type(model).__name__}:\n{record.table()}', 'current')
     return model
