@@ -45,7 +45,7 @@ def compare(files: Mapping[str, Path], rounds: int = _ROUNDS, only: Sequence[str
     """Measure files, by name, in the runtimes that are installed, or in the packages of ``only``; ratios are the first
     one's time by theirs.
     """
-    found = []
+    found: list[Latency] = []
     for package in only or installed():
         arguments = package, dict(files), rounds
         found += _apart(_measure, *arguments) if package == 'openvino' else _measure(*arguments)
