@@ -96,19 +96,19 @@ class Graph:
         self.calls = calls  # in the order in which they ended
         self.layer_calls = [call for call in calls if isinstance(call.module, LAYERS)]
         self._norms = [call for call in calls if isinstance(call.module, _BatchNorm)]
-        self._made_by = {call.made: call.name for call in self.layer_calls if call.made is not None}
+        self.made_by = {call.made: call.name for call in self.layer_calls if call.made is not None}
         self._image = image
         self._outputs = [node for node in outputs if node is not None]
         self._signs: dict[Any, bool] = {}
 
     def flows(self) -> dict[str, LayerFlow]:
-        last = {self._made_by.get(node) for node in nodes_behind(self._outputs, self._made_by)}
+        last = {self.made_by.get(node) for node in nodes_behind(self._outputs, self.made_by)}
         batchnorms = self._batchnorms()
         flows: dict[str, LayerFlow] = {}
         for call in self.layer_calls:
             before = flows.get(call.name, LayerFlow(False, False, True, ''))  # of an earlier call
             flows[call.name] = LayerFlow(
-                first=before.first or self._image in nodes_behind([call.taken], self._made_by),
+                first=before.first or self._image in nodes_behind([call.taken], self.made_by),
                 last=call.name in last,
                 nonnegative=before.nonnegative and call.nonnegative and self.nonnegative(call.taken),
                 batchnorm=batchnorms.get(call.name, ''),
@@ -117,7 +117,7 @@ class Graph:
 
     def nonnegative(self, node: Any) -> bool:
         """Whether a node's value cannot be negative."""
-        if node is None or node in self._made_by:
+        if node is None or node in self.made_by:
             return False
         if node not in self._signs:
             name = node.name()
@@ -147,7 +147,7 @@ class Graph:
     def _batchnorms(self) -> dict[str, str]:
         """By layer: the BatchNorm that is the one user of its output."""
         calls = Counter(call.name for call in (*self.layer_calls, *self._norms))
-        pairs = {self._made_by[norm.taken]: norm for norm in self._norms if norm.taken in self._made_by}
+        pairs = {self.made_by[norm.taken]: norm for norm in self._norms if norm.taken in self.made_by}
         return {
             layer: norm.name
             for layer, norm in pairs.items()

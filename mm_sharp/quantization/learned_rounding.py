@@ -14,6 +14,7 @@ nearest integers. Brevitas has the rounding function, but its trainer is an exam
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -78,13 +79,8 @@ def _inputs(model: nn.Module, layer: nn.Module, batch: Any) -> Tensor:
         kept.append(args[0].detach().clone())
         raise _SeenError
 
-    handle = layer.register_forward_pre_hook(keep)
-    try:
+    with suppress(_SeenError), layer.register_forward_pre_hook(keep):
         run_batch(model, batch)
-    except _SeenError:
-        pass
-    finally:
-        handle.remove()
     return kept[0]
 
 

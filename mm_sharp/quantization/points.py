@@ -120,7 +120,6 @@ class _Network:
         self._ahead = nodes_behind([call.taken for call in convolutions], ())  # of which a convolution takes something
         last = {name for name, flow in graph.flows().items() if flow.last}
         self._convolved = {call.made for call in convolutions if call.name not in last}
-        self._made = {call.made for call in graph.layer_calls}
         self._calls = Counter(call.name for call in graph.calls)
 
     def computed(self) -> set[Any]:
@@ -140,7 +139,7 @@ class _Network:
             parts = nodes_before(node)
             if node.name() == 'AddBackward0' and len(parts) == 2 and self._seen.issuperset(parts):
                 # Both may be a layer's output: then the first, since the second joins it where it is computed.
-                others = [part for part in parts if part not in self._made] or parts[1:]
+                others = [part for part in parts if part not in self._graph.made_by] or parts[1:]
                 found.add(max(others, key=lambda part: len(self._users[part])))
         return found
 
