@@ -9,6 +9,7 @@ a QLinearConv of, or that OpenVINO runs in u8 or i8; deconvolutions are not coun
 from __future__ import annotations
 
 import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -82,12 +83,7 @@ def interleaved(runs: Sequence[Timed], rounds: int) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, taken in zip(runs, times, strict=True):
-            calls = []
-            for _ in range(_CALLS):
-                start = time.process_time()
-                run()
-                calls.append(time.process_time() - start)
-            taken.append(min(calls))
+            taken.append(min(timeit.repeat(run, timer=time.process_time, repeat=_CALLS, number=1)))
     return times
 
 
