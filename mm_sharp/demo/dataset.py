@@ -142,8 +142,15 @@ def _draw_image(out: Path, seed: int, settings: Settings, task: Task) -> Drawn:
 
 def _write_split(out: Path, split: str, drawn: list[Drawn]) -> list[object]:
     images = [coco_image(number) for number in range(1, len(drawn) + 1)]
-    people = [(image, *item) for image, (found, _) in zip(images, drawn, strict=True) for item in enumerate(found)]
-    coco = coco_file(images, [coco_annotation(person, image['id'], number) for image, number, person in people])
+    annotations = [
+        coco_annotation(person, image['id'], number)
+        for image, (people, _) in zip(images, drawn, strict=True)
+        for number, person in enumerate(people)
+    ]
+    category = {'id': 1, 'name': 'person', 'supercategory': 'person'}
+    category |= {'keypoints': list(COCO_KEYPOINTS), 'skeleton': SKELETON}
+    head = {'info': {'description': 'mm_sharp demo people', 'version': '1.0'}, 'licenses': []}
+    coco = {**head, 'images': images, 'annotations': annotations, 'categories': [category]}
     _write_json(out / _FILES[split], coco)
     return [[pixels for _, pixels in drawn], coco]
 
@@ -160,11 +167,3 @@ def coco_annotation(person: Person, image_id: int, number: int) -> dict[str, Any
     body = {'bbox': list(person.box), 'area': person.area}
     count = sum(flag > 0 for _, _, flag in person.keypoints)
     return {**head, **body, 'num_keypoints': count, 'keypoints': list(chain(*person.keypoints))}
-
-
-def coco_file(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:
-    """The content of ``person_keypoints_*.json``."""
-    names = {'id': 1, 'name': 'person', 'supercategory': 'person'}
-    head = {'info': {'description': 'mm_sharp demo people', 'version': '1.0'}, 'licenses': []}
-    categories = [{**names, 'keypoints': list(COCO_KEYPOINTS), 'skeleton': SKELETON}]
-    return {**head, 'images': images, 'annotations': annotations, 'categories': categories}

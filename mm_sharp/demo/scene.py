@@ -158,31 +158,22 @@ def draw_scene(seed: int, split: str, index: int, settings: Settings = SETTINGS)
     )
 
 
-def is_inside(u: float, v: float) -> bool:
-    """Whether a point lies in the image."""
-    return 0 <= u <= WIDTH - 1 and 0 <= v <= HEIGHT - 1
-
-
 def judge(figure: Figure, shown: Mask, camera: Camera) -> Person:
     """What the picture shows of a figure drawn with ``camera``: ``shown`` (H, W) are the pixels that show it."""
     projected = {name: camera.project(point) for name, point in figure.seen.items()}
     points = {name: (round(u, 2), round(v, 2)) for name, (u, v) in projected.items()}
-    keypoints = [
-        (*points[name], 1 + _is_seen(name, figure, shown, points[name])) if is_inside(*points[name]) else (0.0, 0.0, 0)
-        for name in COCO_KEYPOINTS
-    ]
+    keypoints = [_keypoint(name, figure, shown, points[name]) for name in COCO_KEYPOINTS]
     left, top, width, height = cv2.boundingRect(figure.layer.mask.astype(np.uint8))  # all 0 for an empty one
     return Person(tuple(keypoints), points, (left, top, width, height), int(shown.sum()))
 
 
-def _is_seen(name: str, figure: Figure, shown: Mask, point: tuple[float, float]) -> bool:
+def _keypoint(name: str, figure: Figure, shown: Mask, point: tuple[float, float]) -> tuple[float, float, int]:
+    if not (0 <= point[0] <= WIDTH - 1 and 0 <= point[1] <= HEIGHT - 1):
+        return 0.0, 0.0, 0
     parts, depth = own_parts(name)
     u, v = (math.floor(value + 0.5) for value in point)
-    return bool(
-        shown[v, u]
-        and int(figure.layer.part[v, u]) in parts
-        and figure.seen[name][2] - figure.layer.depth[v, u] <= depth * figure.girth
-    )
+    near = figure.seen[name][2] - figure.layer.depth[v, u] <= depth * figure.girth
+    return *point, 1 + bool(shown[v, u] and int(figure.layer.part[v, u]) in parts and near)
 
 
 def _attempt(draws: Draws, settings: Settings) -> Scene:

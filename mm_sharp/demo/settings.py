@@ -13,7 +13,7 @@ SPLITS = ('train', 'val')
 class Settings:
     """How the scenes vary. Ranges are ``(low, high)``, drawn uniformly; chances are fractions."""
 
-    #: Relative frequency of each pose family (``skeleton.FAMILIES``).
+    #: Relative frequency of each pose family (``body.FAMILIES``).
     pose_weights: dict[str, int] = field(
         default_factory=lambda: dict(standing=3, walking=3, sitting=2, arms_up=2, bending=2, reaching=2, free=3)
     )

@@ -20,17 +20,13 @@ from torch import nn
 
 from mm_sharp.errors import UserError
 
-from .flow import LAYERS, LayerFlow, float_output, trace_flow, trace_graph
+from .flow import LAYERS, LayerFlow, float_output, is_rounding, noise_of, trace_flow, trace_graph
 from .folding import fold_batchnorms, is_plain
 from .layers import QUANTIZED
 from .points import Point, covered, find_points, insert_points
-from .policy import OWNER, LayerPolicy, QuantizationPolicy
+from .policy import OWNER, TARGETS, LayerPolicy, QuantizationPolicy
 from .quantizers import input_quantizer, input_range, repair, scale_gradients_as_lsq, weight_quantizer
-from .record import LayerRecord, PointRecord, QuantizationRecord, attach, record_of, size_in_bytes
-from .targets import TARGETS
-
-# Of an output's largest value: rounding makes 1e-6 to 1e-5 of it.
-_TOLERANCE = 1e-3
+from .record import LayerRecord, QuantizationRecord, attach, record_of, size_in_bytes
 
 
 @MODELS.register_module(name='QuantizedModel')  # type: ignore[untyped-decorator]
@@ -72,13 +68,13 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     """
     if record_of(model) is not None:
         raise UserError(f'{OWNER}: the model is quantized already')
-    policy.check_patterns([name for name, module in model.named_modules() if isinstance(module, LAYERS)])
+    policy.check_patterns([name for name, _ in _layers_of(model)])
     float_bytes = size_in_bytes(model.state_dict())
     for module in model.modules():  # mmcv's wrappers of layers add nothing on today's torch
         if isinstance(module, LAYERS) and type(module).__module__ == 'mmcv.cnn.bricks.wrappers':
             module.__class__ = next(base for base in type(module).__mro__ if base in QUANTIZED)  # type: ignore
     width, height = policy.input_size or _input_size(model)
-    noise = _noise(model, width, height)
+    noise = noise_of(model, width, height)
     flows, output = _trace(model, noise)
     if TARGETS[policy.target].signed:
         flows = {name: replace(flow, nonnegative=False) for name, flow in flows.items()}
@@ -89,11 +85,11 @@ def quantize(model: nn.Module, policy: QuantizationPolicy) -> nn.Module:
     layers = _replace_layers(model, flows, chosen, quantized_before)
     insert_points(model, points, policy.of_points())
     _check_output(model, noise, output)
-    record = QuantizationRecord(policy, layers, batchnorms, float_bytes, 0, (width, height))
-    record.points = [PointRecord(p.name, input_range(policy.of_points(), nonnegative=p.nonnegative)) for p in points]
     saved = model.state_dict()  # without buffers of quantizers or the data preprocessor, and without scales
     calibrated = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in saved}}
-    record.other_bytes = size_in_bytes(calibrated) - sum(4 * layer.weights for layer in record.quantized)
+    other_bytes = size_in_bytes(calibrated) - sum(4 * layer.weights for layer in layers if layer.policy)
+    between = {p.name: input_range(policy.of_points(), nonnegative=p.nonnegative) for p in points}
+    record = QuantizationRecord(policy, layers, batchnorms, float_bytes, other_bytes, (width, height), between)
     attach(model, record)
     print_log(f'Quantized {type(model).__name__}:\n{record.table()}', 'current')
     return model
@@ -218,21 +214,11 @@ def _input_size(model: nn.Module) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def _noise(model: nn.Module, width: int, height: int) -> torch.Tensor:
-    """(1, C, H, W): any values will do, since only the graph is read; no global random number is drawn."""
-    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, 3 if mean is None else mean.numel(), height, width, generator=generator)
-    return noise.to(next(model.parameters()))
-
-
 def _check_output(model: nn.Module, inputs: torch.Tensor, expected: torch.Tensor) -> None:
     """Refuse a model that computes something else than the float model did, because it reads weights by itself, say."""
-    tolerance = _TOLERANCE * float(expected.nan_to_num(0, 0, 0).abs().max())
     fault, cause = 'changes more in its output than by rounding', None
     try:
-        found = float_output(model, inputs)
-        if found.shape == expected.shape and torch.allclose(found, expected, 0, tolerance, equal_nan=True):
+        if is_rounding(float_output(model, inputs), expected):
             return
     except Exception as error:
         fault, cause = f'does not run ({type(error).__name__}: {error})', error

@@ -125,19 +125,16 @@ def _errors(model: nn.Module, batch: Any) -> tuple[float, dict[str, tuple[float,
     """How far quantization changes the outputs for a batch and, by layer, its weights and its input."""
     layers: dict[str, tuple[float, float]] = {}
 
-    def note(name: str) -> Any:
-        def hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            taken = layer.input_quant(args[0])  # or as it is, if it was quantized before
-            pairs = ((layer.quant_weight().value, layer.weight), (getattr(taken, 'value', taken), args[0]))
-            weights, inputs = (_error(*pair) for pair in pairs)
-            layers[name] = max((weights, inputs), layers.get(name, (0.0, 0.0)), key=max)
-
-        return hook
+    def note(name: str, layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        taken = layer.input_quant(args[0])  # or as it is, if it was quantized before
+        weights = _error(layer.quant_weight().value, layer.weight)
+        inputs = _error(getattr(taken, 'value', taken), args[0])
+        layers[name] = max((weights, inputs), layers.get(name, (0.0, 0.0)), key=max)
 
     with evaluation(model), torch.no_grad():
         with without_quantizers(model):
             expected = flat(run_batch(model, batch))
-        with forward_hooks(model, note, lambda _, module: isinstance(module, QuantWeightBiasInputOutputLayer)):
+        with forward_hooks(model, lambda _, module: isinstance(module, QuantWeightBiasInputOutputLayer), note):
             found = flat(run_batch(model, batch))
     # Every rank has a batch of its own, and all must evaluate the float model or none.
     error = torch.full((1,), _error(found, expected), device=expected.device)

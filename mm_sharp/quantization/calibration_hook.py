@@ -1,8 +1,4 @@
-"""Calibration before training, and the accuracy that it gives: a hook.
-
-A Runner builds the model quantized and loads the checkpoint of ``load_from``. Then, in ``before_train``, this hook
-calibrates. Runs that resume, or start from a quantized model's checkpoint, have nothing to calibrate.
-"""
+"""Calibration before training, once ``load_from`` is loaded, and the accuracy that it gives: a hook."""
 
 from __future__ import annotations
 
@@ -22,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 
 from mm_sharp.errors import HOOK, check_bool, check_positive_int
+from mm_sharp.ops.model_call import unwrap
 from mm_sharp.ops.rng import RandomState
 from mm_sharp.step.optim_wrappers import optim_wrappers
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
@@ -29,7 +26,6 @@ from mm_sharp.step.wrapper import TwoPassOptimWrapper
 from .calibration import calibrate, collapse_warning
 from .export import warn_of_export
 from .flow import without_quantizers
-from .oscillation_hook import unwrapped
 from .record import NotCalibratedError, is_calibrated, record_of
 from .scale_decay import fit_groups
 
@@ -44,7 +40,8 @@ class CalibrationHook(Hook):  # type: ignore[misc]
 
     Runs whose model is a ``QuantizedModel`` get one by themselves; it is in a config for other arguments. The batches
     are training batches, of samples drawn at random, but the same with the same seed. Training draws the same random
-    numbers without it. On several ranks all hold rank 0's outcome.
+    numbers without it. On several ranks all hold rank 0's outcome. Runs that resume, or start from a quantized model's
+    checkpoint, have nothing to calibrate.
 
     Args:
         num_batches: Batches of the training data loader's size.
@@ -74,7 +71,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         """Calibrate, if the model is quantized and has not been calibrated; warn of the ``rho`` of a float model."""
-        model = unwrapped(runner)
+        model = unwrap(runner.model)
         if record_of(model) is None:
             return
         for wrapper in optim_wrappers(runner.optim_wrapper).values():

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mm_sharp.errors import HOOK, UnsupportedError, UserError, check_number
+from mm_sharp.ops.model_call import unwrap
 from mm_sharp.ops.rng import RandomState
 
 from .build import float_config
-from .oscillation_hook import unwrapped
 
 
 @HOOKS.register_module()
@@ -65,7 +65,7 @@ class DistillationHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Any) -> None:
         """Load the teacher, and give the head's loss its outputs."""
         self.after_train(runner)
-        model: Any = unwrapped(runner)
+        model: Any = unwrap(runner.model)
         loss = _loss_of(model)
         path = self.teacher or runner.cfg.get('load_from')
         if path is None:

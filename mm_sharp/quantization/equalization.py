@@ -21,10 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mm_sharp.errors import UnsupportedError
 
-from .flow import LAYERS, float_output
+from .flow import LAYERS, float_output, is_rounding, noise_of
 from .record import quantized_record
-
-_TOLERANCE = 1e-3  # of the output's largest value; rounding makes 1e-7 to 1e-6 of it
 
 
 class _Network(nn.Module):
@@ -52,7 +50,7 @@ def equalize(model: nn.Module) -> int:
     Raises UnsupportedError: The model cannot be traced, or would compute something else. Its weights are as before.
     """
     width, height = quantized_record(model).input_size
-    inputs = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+    inputs = noise_of(model, width, height)
     expected = float_output(model, inputs)
     network = _Network(model)
     try:
@@ -72,8 +70,7 @@ def equalize(model: nn.Module) -> int:
         for leaf, ours in network.get_submodule(name).named_parameters(recurse=False)
     ]
     _exchange(pairs)
-    found = float_output(model, inputs)
-    if not torch.allclose(found, expected, 0, _TOLERANCE * float(expected.abs().max())):
+    if not is_rounding(float_output(model, inputs), expected):
         _exchange(pairs)
         raise UnsupportedError(f'{type(model).__name__} cannot be equalized: it would compute something else')
     print_log(f'Equalized the channels of {len(regions)} groups of layers', 'current')

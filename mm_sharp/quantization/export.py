@@ -127,7 +127,7 @@ def check_exportable(model: nn.Module, file_format: str, *, packed: bool = False
         check_packable(model)
     uncalibrated = patch.object(record, 'calibrating', True) if record else nullcontext()
     with evaluation(model), without_quantizers(model), torch.no_grad(), uncalibrated:
-        output_names(Network(model)(_zeros(model).to(next(model.parameters()).device)))
+        output_names(Network(model)(_zeros(model)))
 
 
 def output_names(outputs: Sequence[Tensor]) -> tuple[str, ...]:
@@ -148,8 +148,7 @@ def warn_of_export(model: nn.Module) -> None:
     try:
         _check_bits(model)
         with tempfile.TemporaryDirectory() as folder:
-            inputs = _zeros(model).to(next(model.parameters()).device)
-            _write_float(Network(model), inputs, Path(folder, 'float.onnx'))
+            _write_float(Network(model), Path(folder, 'float.onnx'))
     except UserError as error:
         message = f'This model can be trained and tested, but tools/export.py will refuse it: {error}'
         print_log(message, 'current', logging.WARNING)
@@ -182,14 +181,12 @@ def exporting() -> Iterator[None]:
 def _write(model: nn.Module, file: Path, file_format: str) -> dict[str, list[int]]:
     from brevitas.export import export_onnx_qcdq, export_qonnx
 
-    network, inputs = Network(deepcopy(model)).cpu().float().eval(), _zeros(model)
+    network = Network(deepcopy(model)).cpu().float().eval()
     if file_format == 'float':
-        return _write_float(network, inputs, file)
+        return _write_float(network, file)
     if file_format == 'qcdq':
         _set_biases_apart(network.model)
-    # Otherwise equal constants are stored once, and reach the others by Identity.
-    options = {'keep_initializers_as_inputs': True}
-    return _write_with(export_onnx_qcdq if file_format == 'qcdq' else export_qonnx, network, inputs, file, **options)
+    return _write_with(export_onnx_qcdq if file_format == 'qcdq' else export_qonnx, network, file)
 
 
 def _check_bits(model: nn.Module) -> None:
@@ -203,20 +200,19 @@ def _check_bits(model: nn.Module) -> None:
         )
 
 
-def _write_float(network: nn.Module, inputs: Tensor, file: Path) -> dict[str, list[int]]:
-    """Have torch write a network, without its quantizers if it has some; returns the outputs' shapes, by name."""
+def _write_float(network: Network, file: Path) -> dict[str, list[int]]:
     with evaluation(network), without_quantizers(network):
-        return _write_with(torch.onnx.export, network, inputs, file)
+        return _write_with(torch.onnx.export, network, file)
 
 
 @torch.no_grad()
-def _write_with(
-    export: Callable[..., Any], network: nn.Module, inputs: Tensor, file: Path, **options: Any
-) -> dict[str, list[int]]:
+def _write_with(export: Callable[..., Any], network: Network, file: Path) -> dict[str, list[int]]:
+    """Have an exporter write a network; returns the outputs' shapes, by name."""
+    inputs = _zeros(network.model)
     outputs = network(inputs)
     names = output_names(outputs)
     axes = {name: {0: 'batch'} for name in ('input', *names)}
-    options |= {'input_names': ['input'], 'output_names': list(names), 'dynamic_axes': axes, 'opset_version': OPSET}
+    options = {'input_names': ['input'], 'output_names': list(names), 'dynamic_axes': axes, 'opset_version': OPSET}
     with exporting():
         export(network, (inputs,), str(file), **options, **_OLDER_EXPORTER)
     return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
@@ -248,7 +244,7 @@ def _set_biases_apart(model: nn.Module) -> None:
 def _zeros(model: nn.Module) -> Tensor:
     """Two black pictures: with one, something in the graph might take the batch's size for the number 1."""
     width, height = codec_constants(model)['input_size']
-    return torch.zeros(2, 3, height, width)
+    return torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
 
 
 def _pool(inputs: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
@@ -269,6 +265,5 @@ def _pool(inputs: Tensor, output_size: int | Sequence[int | None] | None) -> Ten
 def _layer(error: BaseException) -> str:
     """Name of the layer whose operator the exporter was at; '' if that is not known."""
     nodes = [frame.f_locals.get('node') for frame, _ in walk_tb(error.__traceback__)]
-    scopes: list[Any] = [node.scopeName() for node in nodes if isinstance(node, torch._C.Node)]
-    names = re.findall(r'::([\w.]+)', scopes[-1]) if scopes else []
-    return '.'.join(names[1:])  # the first is the model's in the network
+    (*_, scope) = '', *(node.scopeName() for node in nodes if isinstance(node, torch._C.Node))
+    return '.'.join(re.findall(r'::([\w.]+)', scope)[1:])  # the first is the model's in the network

@@ -160,14 +160,11 @@ def recording(model: nn.Module) -> Iterator[list[Quantized]]:
     """Collect what the activation quantizers of a model make of the batch that runs inside, in order."""
     records: list[Quantized] = []
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, made: Any) -> None:
-            values = made.value.cpu().numpy().copy()  # what follows may work in place
-            records.append(Quantized(name, values, made.scale.item(), made.zero_point.item()))
+    def keep(name: str, module: nn.Module, args: Any, made: Any) -> None:
+        values = made.value.cpu().numpy().copy()  # what follows may work in place
+        records.append(Quantized(name, values, made.scale.item(), made.zero_point.item()))
 
-        return hook
-
-    with forward_hooks(model, keep, lambda _, m: isinstance(m, ActQuantProxyFromInjectorBase) and m.is_quant_enabled):
+    with forward_hooks(model, lambda _, m: isinstance(m, ActQuantProxyFromInjectorBase) and m.is_quant_enabled, keep):
         yield records
 
 

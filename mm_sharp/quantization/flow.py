@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,32 +69,22 @@ def trace_graph(model: nn.Module, inputs: Tensor) -> Graph:
     image = inputs.detach().requires_grad_(True).clone()
     start = image.grad_fn
 
-    def before(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # Before the forward: modules may work on their input in place, which then has another node.
-            taken[name] = args[0].grad_fn if args and isinstance(args[0], Tensor) else None
+    def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Before the forward: modules may work on their input in place, which then has another node.
+        taken[name] = args[0].grad_fn if args and isinstance(args[0], Tensor) else None
 
-        return hook
+    def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not args or not isinstance(args[0], Tensor):
+            return None
+        layer = isinstance(module, (*LAYERS, _BatchNorm)) and isinstance(output, Tensor)
+        # A copy again: its node marks the layer's end even where the output is a view, whose node autograd replaces
+        # when a ReLU works in place on it.
+        output = output.clone() if layer else output
+        made = output.grad_fn if isinstance(output, Tensor) else None
+        calls.append(Call(name, module, taken[name], made, layer and bool((args[0] >= 0).all())))
+        return output if layer else None
 
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if not args or not isinstance(args[0], Tensor):
-                return None
-            layer = isinstance(module, (*LAYERS, _BatchNorm)) and isinstance(output, Tensor)
-            # A copy again: its node marks the layer's end even where the output is a view, whose node autograd
-            # replaces when a ReLU works in place on it.
-            output = output.clone() if layer else output
-            made = output.grad_fn if isinstance(output, Tensor) else None
-            calls.append(Call(name, module, taken[name], made, layer and bool((args[0] >= 0).all())))
-            return output if layer else None
-
-        return hook
-
-    def parts(name: str, _: nn.Module) -> bool:
-        return name != ''
-
-    hooks = forward_hooks(model, after, parts, before)
-    with evaluation(model), hooks, torch.enable_grad():
+    with evaluation(model), forward_hooks(model, lambda name, _: name != '', after, before), torch.enable_grad():
         outputs = model(image, None, mode='tensor')
     return Graph(calls, start, [tensor.grad_fn for tensor in tensors_of(outputs)])
 
@@ -105,19 +96,19 @@ class Graph:
         self.calls = calls  # in the order in which they ended
         self.layer_calls = [call for call in calls if isinstance(call.module, LAYERS)]
         self._norms = [call for call in calls if isinstance(call.module, _BatchNorm)]
-        self._made_by = {call.made: call.name for call in self.layer_calls if call.made is not None}
+        self.made_by = {call.made: call.name for call in self.layer_calls if call.made is not None}
         self._image = image
         self._outputs = [node for node in outputs if node is not None]
         self._signs: dict[Any, bool] = {}
 
     def flows(self) -> dict[str, LayerFlow]:
-        last = {self._made_by.get(node) for node in nodes_behind(self._outputs, self._made_by)}
+        last = {self.made_by.get(node) for node in nodes_behind(self._outputs, self.made_by)}
         batchnorms = self._batchnorms()
         flows: dict[str, LayerFlow] = {}
         for call in self.layer_calls:
             before = flows.get(call.name, LayerFlow(False, False, True, ''))  # of an earlier call
             flows[call.name] = LayerFlow(
-                first=before.first or self._image in nodes_behind([call.taken], self._made_by),
+                first=before.first or self._image in nodes_behind([call.taken], self.made_by),
                 last=call.name in last,
                 nonnegative=before.nonnegative and call.nonnegative and self.nonnegative(call.taken),
                 batchnorm=batchnorms.get(call.name, ''),
@@ -126,7 +117,7 @@ class Graph:
 
     def nonnegative(self, node: Any) -> bool:
         """Whether a node's value cannot be negative."""
-        if node is None or node in self._made_by:
+        if node is None or node in self.made_by:
             return False
         if node not in self._signs:
             name = node.name()
@@ -140,6 +131,7 @@ class Graph:
             )
         return self._signs[node]
 
+    @cached_property
     def users(self) -> dict[Any, list[Any]]:
         """By node, those that use its value."""
         found: dict[Any, list[Any]] = defaultdict(list)
@@ -148,27 +140,18 @@ class Graph:
                 found[before].append(node)
         return found
 
-    def sees_image(self, users: Mapping[Any, list[Any]]) -> set[Any]:
+    def sees_image(self) -> set[Any]:
         """The nodes that the image is behind."""
-        remaining, seen = [self._image], set()
-        while remaining:
-            node = remaining.pop()
-            if node not in seen:
-                seen.add(node)
-                remaining += users.get(node, ())
-        return seen
+        return _reached([self._image], self.users.__getitem__)
 
     def _batchnorms(self) -> dict[str, str]:
         """By layer: the BatchNorm that is the one user of its output."""
-        uses = Counter(self._outputs)  # how many nodes use a node's value
-        for node in nodes_behind(self._outputs, ()):
-            uses.update(nodes_before(node))
         calls = Counter(call.name for call in (*self.layer_calls, *self._norms))
-        pairs = {self._made_by[norm.taken]: norm for norm in self._norms if norm.taken in self._made_by}
+        pairs = {self.made_by[norm.taken]: norm for norm in self._norms if norm.taken in self.made_by}
         return {
             layer: norm.name
             for layer, norm in pairs.items()
-            if uses[norm.taken] == calls[norm.name] == calls[layer] == 1
+            if len(self.users[norm.taken]) == calls[norm.name] == calls[layer] == 1 and norm.taken not in self._outputs
         }
 
 
@@ -179,12 +162,17 @@ def nodes_before(node: Any) -> list[Any]:
 
 def nodes_behind(nodes: Iterable[Any], ends: Container[Any]) -> set[Any]:
     """These nodes and those behind them, up to and including ends."""
-    remaining, seen = [node for node in nodes if node is not None], set()
+    given = [node for node in nodes if node is not None]
+    return _reached(given, lambda node: [] if node in ends else nodes_before(node))
+
+
+def _reached(remaining: list[Any], following: Callable[[Any], list[Any]]) -> set[Any]:
+    seen = set()
     while remaining:
         node = remaining.pop()
         if node not in seen:
             seen.add(node)
-            remaining += [] if node in ends else nodes_before(node)
+            remaining += following(node)
     return seen
 
 
@@ -201,6 +189,14 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     return model(inputs, None, mode='tensor')
 
 
+def noise_of(model: nn.Module, width: int, height: int) -> Tensor:
+    """(1, C, H, W) for a model, to see what it computes. No global random number is drawn."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 3 if mean is None else mean.numel(), height, width, generator=generator)
+    return noise.to(next(model.parameters()))
+
+
 def float_output(model: nn.Module, inputs: Tensor) -> Tensor:
     """What a model puts out in evaluation mode without its quantizers. No global random number is drawn."""
     with torch.random.fork_rng(devices=[]), evaluation(model), without_quantizers(model), torch.no_grad():
@@ -213,6 +209,12 @@ def flat(outputs: Any) -> Tensor:
     return torch.cat([tensor.float().flatten() for tensor in tensors_of(outputs)])
 
 
+def is_rounding(found: Tensor, expected: Tensor) -> bool:
+    """Whether outputs differ by rounding alone, which makes 1e-7 to 1e-5 of the largest value."""
+    tolerance = 1e-3 * float(expected.nan_to_num(0, 0, 0).abs().max())
+    return found.shape == expected.shape and torch.allclose(found, expected, 0, tolerance, equal_nan=True)
+
+
 def without_quantizers(model: nn.Module) -> quantization_status_manager:
     """A context in which a model in evaluation mode runs in float; nothing of its quantizers' state changes."""
     return quantization_status_manager(model, disable_act_quant=True, disable_weight_quant=True, is_training=False)
@@ -221,20 +223,17 @@ def without_quantizers(model: nn.Module) -> quantization_status_manager:
 @contextmanager
 def forward_hooks(
     model: nn.Module,
-    hook_of: Callable[[str], Any],
     wanted: Callable[[str, nn.Module], bool],
-    pre_hook_of: Callable[[str], Any] | None = None,
+    hook: Callable[..., Any],
+    pre_hook: Callable[..., None] = lambda name, module, args: None,
 ) -> Iterator[None]:
-    """Forward hooks, made by name, on the modules of a model that are wanted, while the context lasts."""
-    chosen = [(name, module) for name, module in model.named_modules() if wanted(name, module)]
-    handles = [module.register_forward_hook(hook_of(name)) for name, module in chosen]
-    if pre_hook_of is not None:
-        handles += [module.register_forward_pre_hook(pre_hook_of(name)) for name, module in chosen]
-    try:
+    """Forward hooks on the modules that are wanted, which also take the module's name, while the context lasts."""
+    with ExitStack() as handles:
+        for name, module in model.named_modules():
+            if wanted(name, module):
+                handles.enter_context(module.register_forward_pre_hook(partial(pre_hook, name)))
+                handles.enter_context(module.register_forward_hook(partial(hook, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ does after normalising stays in its place.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .record import CheckpointMismatchError
 
-_STATE = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 # MMEngine's are the 'SyncBN' of configs and what `revert_sync_batchnorm` makes of it.
@@ -60,12 +59,6 @@ def _activates(norm: nn.Module) -> bool:
     return (type(norm).__module__, type(norm).__name__) == ('timm.layers.norm_act', 'BatchNormAct2d')
 
 
-def _behind(norm: Any) -> nn.Module:
-    if not _activates(norm):
-        return nn.Identity().train(norm.training)
-    return nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act)).train(norm.training)
-
-
 def _obstacle(layer: nn.Module, norm: _BatchNorm, names: Counter[nn.Module]) -> str:
     """Why a BatchNorm cannot be folded into the layer before it; '' if it can be."""
     if not is_plain(norm, (type(norm),) if _activates(norm) else _NORMS):
@@ -85,11 +78,10 @@ def _fold(modules: Mapping[str, nn.Module], layer_name: str, norm_name: str) -> 
     layer: Any = modules[layer_name]
     norm: Any = modules[norm_name]
     transposed = isinstance(layer, _TRANSPOSED)
+    statistics, affine = (norm.running_mean, norm.running_var), (norm.weight, norm.bias)
     with torch.no_grad():
-        parts = [getattr(norm, name) for name in _STATE]
-        folded = _fused([layer.weight, layer.bias], parts, norm.eps, transposed)
-    trained = layer.weight.requires_grad
-    layer.weight, layer.bias = (nn.Parameter(value.detach(), requires_grad=trained) for value in folded)
+        fused = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, norm.eps, *affine, transposed)
+    layer.weight, layer.bias = fused[0], fused[1].requires_grad_(layer.weight.requires_grad)
     # The hook is on the innermost module that holds both: checkpoints of parts of the model are folded, too.
     parent = layer_name.rpartition('.')[0]
     while parent and not norm_name.startswith(f'{parent}.'):
@@ -98,7 +90,8 @@ def _fold(modules: Mapping[str, nn.Module], layer_name: str, norm_name: str) -> 
     hook = partial(_fold_checkpoint, layer_name[start:], norm_name[start:], norm.eps, transposed)
     modules[parent]._register_load_state_dict_pre_hook(hook)
     owner, _, leaf = norm_name.rpartition('.')
-    setattr(modules[owner], leaf, _behind(norm))
+    behind = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act)) if _activates(norm) else nn.Identity()
+    setattr(modules[owner], leaf, behind.train(norm.training))
 
 
 def _fold_checkpoint(
@@ -116,11 +109,9 @@ def _fold_checkpoint(
             f'the checkpoint is of a quantized model with a BatchNorm {norm[:-1]}, which the config folds into '
             f'{layer[:-1]}: use the policy that it was trained with (fold_batchnorm=False)'
         )
-    parts = [state.pop(norm + name, None) for name in _STATE]
-    folded = _fused([state[f'{layer}weight'], state.get(f'{layer}bias')], parts, eps, transposed)
-    state[f'{layer}weight'], state[f'{layer}bias'] = folded
-
-
-def _fused(layer: Sequence[Any], norm: Sequence[Any], eps: float, transposed: bool) -> tuple[Tensor, Tensor]:
-    (weight, bias), (gamma, beta, mean, variance, _) = layer, norm
-    return fuse_conv_bn_weights(weight, bias, mean, variance, eps, gamma, beta, transposed)
+    state.pop(f'{norm}num_batches_tracked', None)
+    mean, variance = state.pop(f'{norm}running_mean'), state.pop(f'{norm}running_var')
+    gamma, beta = state.pop(f'{norm}weight', None), state.pop(f'{norm}bias', None)
+    weight, bias = state[f'{layer}weight'], state.get(f'{layer}bias')
+    fused = fuse_conv_bn_weights(weight, bias, mean, variance, eps, gamma, beta, transposed)
+    state[f'{layer}weight'], state[f'{layer}bias'] = fused

@@ -1,7 +1,8 @@
 """Brevitas's fake quantization without zero point, ``clamp(round(x / scale)) * scale``, in fewer operations.
 
-Brevitas runs nine operations on whole tensors, each with memory of its own, and as many in the backward pass. Here the
-same arithmetic in the same order is one autograd function, so that outputs and gradients are Brevitas's bit for bit.
+Brevitas runs nine operations on whole tensors, each with memory of its own, and as many in the backward pass. A learned
+scale, ``max(|value|, minimum) / integers``, it computes by a dozen modules, in each pass, whatever the batch. Here the
+same arithmetic in the same order is one autograd function each: outputs and gradients are Brevitas's bit for bit.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from brevitas.core.bit_width import BitWidthConst
-from brevitas.core.function_wrapper import TensorClampSte
+from brevitas.core.function_wrapper import Identity, ScalarSignedClampMinSte, TensorClampSte
 from brevitas.core.quant import IntQuant, RescalingIntQuant
-from torch import Tensor
+from brevitas.core.restrict_val import FloatRestrictValue
+from brevitas.core.scaling import ParameterFromRuntimeStatsScaling, ParameterFromStatsFromParameterScaling
+from torch import Tensor, nn
 from torch._dynamo import is_compiling  # torch.compiler has it from torch 2.3 on
 
 from mm_sharp.ops.quantized_perturbation import KeptIntegers
-
-from .learned_scale import is_learned_now, learned_scale, minimum_of
 
 # Of these an integer and a half is a number.
 _EXACT = (torch.float32, torch.float64)
@@ -54,12 +55,7 @@ class FusedIntQuant(IntQuant):  # type: ignore[misc]
     lsq_counts: str = ''
 
     def forward(
-        self,
-        scale: Tensor,
-        zero_point: Tensor,
-        bit_width: Tensor,
-        x: Tensor,
-        bounds: tuple[float, float] | None = None,
+        self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor, bounds: tuple[float, float] | None = None
     ) -> Tensor:
         """Fake-quantize ``x``, whose shape the scale is broadcast to; ``bounds`` if they are known already."""
         x = self.input_view_impl(x)
@@ -139,6 +135,37 @@ def lsq_factor(count: int, low: Tensor, high: Tensor) -> Tensor:
     return torch.maximum(-low, high) ** 2 / torch.sqrt(count * high)
 
 
+def minimum_of(scaling: Any) -> float | None:
+    """What the range of a learned scale is at least; None of a scale that is made in another way than above."""
+    if type(scaling) is ParameterFromStatsFromParameterScaling:
+        first = scaling.stats_scaling_impl.restrict_clamp_scaling
+        last = scaling.stats_scaling_impl.restrict_clamp_scale_threshold
+        restrict, clamp, others = first.restrict_value_impl, first.clamp_ste, [last.restrict_value_impl, last.clamp_ste]
+    elif type(scaling) is ParameterFromRuntimeStatsScaling:
+        restrict, clamp = scaling.restrict_scaling.restrict_value_impl, scaling.clamp_scaling.clamp_min_ste
+        others = [scaling.restrict_scale_threshold.restrict_value_impl]
+    else:
+        return None
+    if type(restrict) is not FloatRestrictValue or any(type(other) is not Identity for other in others):
+        return None
+    if isinstance(clamp, ScalarSignedClampMinSte):
+        return float(clamp.min_val)
+    return 0.0 if type(clamp) is Identity else None
+
+
+def is_learned_now(scaling: Any) -> bool:
+    """Whether this forward takes the scale from its parameter, and computes it as in training."""
+    if type(scaling) is ParameterFromStatsFromParameterScaling:
+        return bool(scaling.init_done)
+    return bool(scaling.training and scaling.counter > scaling.collect_stats_steps)
+
+
+def learned_scale(value: nn.Parameter, minimum: float, integers: Tensor) -> Tensor:
+    """The scale, of the shape of ``value``; ``integers`` is what its range is divided by, scalar."""
+    scale: Tensor = _LearnedScale.apply(value, minimum, integers)  # type: ignore[no-untyped-call]
+    return scale
+
+
 class _ScaleGradient(torch.autograd.Function):
     """The identity, whose gradient is multiplied by a factor."""
 
@@ -150,6 +177,20 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.saved_tensors[0], None
+
+
+class _LearnedScale(torch.autograd.Function):
+    """The gradient goes straight through the minimum."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, minimum: float, integers: Tensor) -> Tensor:
+        ctx.save_for_backward(value, integers)
+        return value.abs().clamp_min_(minimum).div_(integers)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        value, integers = ctx.saved_tensors
+        return gradient / integers * value.sgn(), None, None
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -9,6 +9,7 @@ a QLinearConv of, or that OpenVINO runs in u8 or i8; deconvolutions are not coun
 from __future__ import annotations
 
 import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,14 +19,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 Timed = Callable[[], object]
-Result = TypeVar('Result')
 Count = tuple[int, int]  # convolutions in integers, and all
 _ROUNDS, _CALLS = 20, 3
 
@@ -46,7 +46,7 @@ def compare(files: Mapping[str, Path], rounds: int = _ROUNDS, only: Sequence[str
     """Measure files, by name, in the runtimes that are installed, or in the packages of ``only``; ratios are the first
     one's time by theirs.
     """
-    found = []
+    found: list[Latency] = []
     for package in only or installed():
         arguments = package, dict(files), rounds
         found += _apart(_measure, *arguments) if package == 'openvino' else _measure(*arguments)
@@ -70,7 +70,7 @@ def _measure(package: str, files: Mapping[str, Path], rounds: int) -> list[Laten
     return found
 
 
-def _apart(function: Callable[..., Result], *args: Any) -> Result:
+def _apart(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a process of its own: OpenVINO has broken what its process did minutes later."""
     with ProcessPoolExecutor(1, get_context('spawn')) as pool:
         return pool.submit(function, *args).result()
@@ -83,12 +83,7 @@ def interleaved(runs: Sequence[Timed], rounds: int) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, taken in zip(runs, times, strict=True):
-            calls = []
-            for _ in range(_CALLS):
-                start = time.process_time()
-                run()
-                calls.append(time.process_time() - start)
-            taken.append(min(calls))
+            taken.append(min(timeit.repeat(run, timer=time.process_time, repeat=_CALLS, number=1)))
     return times
 
 
@@ -117,7 +112,8 @@ def onnxruntime_convolutions(file: Path) -> Count:
 
 def openvino_convolutions(file: Path) -> Count:
     """The same of OpenVINO, read off the model that it runs."""
-    return _apart(_count_openvino, file)
+    count: Count = _apart(_count_openvino, file)
+    return count
 
 
 def _count_openvino(file: Path) -> Count:

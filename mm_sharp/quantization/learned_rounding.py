@@ -14,6 +14,7 @@ nearest integers. Brevitas has the rounding function, but its trainer is an exam
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -49,10 +50,12 @@ def learn_rounding(model: nn.Module, batches: Sequence[Any], steps: int) -> dict
     found: dict[str, float] = {}
     source = deepcopy(model)  # keeps the float weights
     without_quantizers(source).__enter__()
-    names = _order(model, batches[0])
-    for name in track_iter_progress(names) if is_main_process() else names:
-        layer: Any = model.get_submodule(name)
-        found[name] = _round_layer(layer, _pairs((model, layer), (source, source.get_submodule(name)), batches), steps)
+    wanted = {layer.name for layer in quantized_record(model).quantized}
+    called: dict[str, None] = {}  # in order
+    with forward_hooks(model, lambda name, _: name in wanted, lambda name, *_: called.setdefault(name)):
+        run_batch(model, batches[0])
+    for name in track_iter_progress(list(called)) if is_main_process() else called:
+        found[name] = _round_layer(model.get_submodule(name), _pairs(name, model, source, batches), steps)
     return found
 
 
@@ -62,18 +65,6 @@ def check_scales_stay(model: nn.Module) -> None:
         raise UserError(
             "learned rounding needs scales that stay: write policy=dict(weight_scales='learned', …), or leave it out"
         )
-
-
-def _order(model: nn.Module, batch: Any) -> list[str]:
-    names: dict[str, None] = {}
-    wanted = {layer.name for layer in quantized_record(model).quantized}
-
-    def note(name: str) -> Any:
-        return lambda *_: names.setdefault(name)
-
-    with forward_hooks(model, note, lambda name, _: name in wanted):
-        run_batch(model, batch)
-    return list(names)
 
 
 class _SeenError(Exception):
@@ -88,24 +79,20 @@ def _inputs(model: nn.Module, layer: nn.Module, batch: Any) -> Tensor:
         kept.append(args[0].detach().clone())
         raise _SeenError
 
-    handle = layer.register_forward_pre_hook(keep)
-    try:
+    with suppress(_SeenError), layer.register_forward_pre_hook(keep):
         run_batch(model, batch)
-    except _SeenError:
-        pass
-    finally:
-        handle.remove()
     return kept[0]
 
 
-def _pairs(quantized: tuple[nn.Module, Any], source: tuple[nn.Module, Any], batches: Sequence[Any]) -> list[Pair]:
+def _pairs(name: str, model: nn.Module, source: nn.Module, batches: Sequence[Any]) -> list[Pair]:
     """A layer's pairs: of its own model, in which the layers before it are rounded, and of the float model."""
-    (_, layer), (_, original) = quantized, source
+    layers: list[Any] = [whole.get_submodule(name) for whole in (model, source)]
+    layer, original = layers
     pairs: list[Pair] = []
     values = 0
     for batch in batches:
-        inputs = layer.input_quant(_inputs(*quantized, batch)).value
-        expected = original.inner_forward_impl(_inputs(*source, batch), original.weight, original.bias)
+        inputs = layer.input_quant(_inputs(model, layer, batch)).value
+        expected = original.inner_forward_impl(_inputs(source, original, batch), original.weight, original.bias)
         pairs.append((inputs, expected))
         values += max(inputs.numel(), expected.numel())
         if values > _MOST_VALUES:

@@ -55,6 +55,11 @@ def tidy(model: onnx.ModelProto, outputs: Mapping[str, Sequence[int]]) -> onnx.M
     for output in graph.output:
         kind = output.type.tensor_type.elem_type
         output.CopyFrom(helper.make_tensor_value_info(output.name, kind, ['batch', *outputs[output.name][1:]]))
+    return without_unused(model)
+
+
+def without_unused(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without nodes and constants that nothing uses."""
     return onnxoptimizer.optimize(model, ['eliminate_deadend', 'eliminate_unused_initializer'])
 
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from mm_sharp.errors import HOOK, UserError, check_number, check_positive_int
+from mm_sharp.ops.model_call import unwrap
 
-from .int_quant import FrozenWeights, FusedIntQuant
+from .int_quant import FrozenWeights
 from .record import record_of
 
 SCALAR = 'train/oscillating_weights'
@@ -48,13 +48,8 @@ class Oscillation:
     @classmethod
     def start(cls, integers: Tensor) -> Oscillation:
         """Nothing has changed yet."""
-        return cls(
-            integers,
-            torch.zeros_like(integers, dtype=torch.int8),
-            torch.zeros_like(integers, dtype=torch.float32),
-            integers.float(),
-            torch.zeros_like(integers, dtype=torch.bool),
-        )
+        none = torch.zeros_like(integers, dtype=torch.bool)
+        return cls(integers, none.to(torch.int8), none.float(), integers.float(), none)
 
     def add(self, integers: Tensor, momentum: float, threshold: float = math.inf) -> None:
         """Note an iteration's integers, and freeze the weights whose frequency exceeds the threshold."""
@@ -104,11 +99,12 @@ class OscillationHook(Hook):  # type: ignore[misc]
         limits: dict[str, Any] = {'low_open': True, 'high': 1.0, 'form': HOOK}
         self.momentum = check_number(name, 'momentum', momentum, example='0.01', **limits)
         self.threshold = check_number(name, 'threshold', threshold, example='0.005', **limits)
-        ends = list(freeze) if isinstance(freeze, (list, tuple)) else [freeze] * (freeze is not None)
-        if isinstance(freeze, (list, tuple)) and len(ends) != 2:
-            ends = [freeze]  # refused in the words for numbers
+        # A list of another length is refused in the words for numbers.
+        pair = isinstance(freeze, (list, tuple)) and len(freeze) == 2
+        ends: Any = freeze if pair else () if freeze is None else (freeze,)
         self.freeze = [check_number(name, 'freeze', end, example='(0.04, 0.01)', **limits) for end in ends]
         self._layers: dict[str, Oscillation] = {}
+        self._freezable: dict[str, Any] = {}  # the layers whose weights may be frozen
         self._loaded: dict[str, dict[str, Tensor]] | None = None
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
@@ -125,23 +121,24 @@ class OscillationHook(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         """Begin to average, or go on with it."""
-        model = unwrapped(runner)
+        model = unwrap(runner.model)
         self._layers = {name: Oscillation.start(integers) for name, integers in weight_integers(model).items()}
         for name, saved in (self._loaded or {}).items():
             device = self._layers[name].integers.device
             self._layers[name] = Oscillation(**{key: value.to(device) for key, value in saved.items()})
-        for name, layer in self._freezable(model).items():
-            _quantizer(model, name).frozen = FrozenWeights(layer.frozen, layer.average)
+        self._freezable = self._layers_to_freeze(model)
+        for name, layer in self._freezable.items():
+            _quantizer(layer).frozen = FrozenWeights(self._layers[name].frozen, self._layers[name].average)
 
+    @torch.no_grad()
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Note the integers, freeze what oscillates too often, and log the shares."""
-        model = unwrapped(runner)
-        freezable = self._freezable(model)
-        threshold = self._freeze_above((runner.iter + 1) / runner.max_iters) if freezable else math.inf
-        for name, integers in weight_integers(model).items():
-            self._layers[name].add(integers, self.momentum, threshold if name in freezable else math.inf)
-        for name in freezable:
-            _write_frozen(model.get_submodule(name))
+        threshold = self._freeze_above((runner.iter + 1) / runner.max_iters) if self.freeze else math.inf
+        for name, integers in weight_integers(unwrap(runner.model)).items():
+            self._layers[name].add(integers, self.momentum, threshold if name in self._freezable else math.inf)
+        for layer in self._freezable.values():
+            # Whoever reads or saves frozen weights gets the values that they are quantized to.
+            layer.weight.copy_(_quantizer(layer).frozen.applied_to(layer.weight, layer.quant_weight().scale))
         if self._layers and self.every_n_train_iters(runner, self.interval):
             runner.message_hub.update_scalar(SCALAR, self.share())
             if self.freeze:
@@ -150,8 +147,8 @@ class OscillationHook(Hook):  # type: ignore[misc]
 
     def after_train(self, runner: Any) -> None:
         """Leave nothing behind on the quantizers: the weights are what they were frozen at."""
-        for name in self._freezable(unwrapped(runner)):
-            _quantizer(unwrapped(runner), name).frozen = None
+        for layer in self._freezable.values():
+            _quantizer(layer).frozen = None
 
     def share(self) -> float:
         """Of all weights, those that oscillate."""
@@ -165,8 +162,7 @@ class OscillationHook(Hook):  # type: ignore[misc]
         first, last = self.freeze[0], self.freeze[-1]
         return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
-    def _freezable(self, model: nn.Module) -> dict[str, Oscillation]:
-        """The layers whose weights may be frozen; none unless that is asked for."""
+    def _layers_to_freeze(self, model: nn.Module) -> dict[str, Any]:
         record = record_of(model)
         found = {}
         for layer in record.quantized if record and self.freeze else ():
@@ -177,27 +173,12 @@ class OscillationHook(Hook):  # type: ignore[misc]
                     f'OscillationHook: freeze={self.freeze} is not possible in {layer.name}: take freeze out, or write '
                     "sharp_quantization = dict(policy=dict(weight_symmetric=True, weight_scales='learned', ...))"
                 )
-            found[layer.name] = self._layers[layer.name]
+            found[layer.name] = model.get_submodule(layer.name)
         return found
 
 
-def unwrapped(runner: Any) -> nn.Module:
-    """A runner's model, without what makes it run on several ranks."""
-    model: nn.Module = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    return model
-
-
-def _quantizer(model: nn.Module, name: str) -> FusedIntQuant:
-    layer: Any = model.get_submodule(name)
-    quantizer: FusedIntQuant = layer.weight_quant.tensor_quant.int_quant
-    return quantizer
-
-
-@torch.no_grad()
-def _write_frozen(layer: Any) -> None:
-    """Give frozen weights the values that they are quantized to, for whoever reads or saves them."""
-    frozen = layer.weight_quant.tensor_quant.int_quant.frozen
-    layer.weight.copy_(frozen.applied_to(layer.weight, layer.quant_weight().scale))
+def _quantizer(layer: Any) -> Any:
+    return layer.weight_quant.tensor_quant.int_quant
 
 
 @torch.no_grad()

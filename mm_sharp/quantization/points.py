@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,8 @@ from brevitas.nn import QuantIdentity
 from torch import nn
 
 from .flow import Graph, nodes_before, nodes_behind
-from .policy import LayerPolicy
+from .policy import LayerPolicy, Target
 from .quantizers import input_quantizer, repair
-from .targets import Target
 
 POINT = 'quantized_{}'  # name of the module in its host: of 'input' or 'output'
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
@@ -116,13 +115,11 @@ def _quantize_input(host: Any, args: Any) -> Any:
 class _Network:
     def __init__(self, graph: Graph, layers: Collection[str]) -> None:
         self._graph = graph
-        self._users: Mapping[Any, list[Any]] = graph.users()
-        self._seen = graph.sees_image(self._users)
+        self._users, self._seen = graph.users, graph.sees_image()
         convolutions = [c for c in graph.layer_calls if c.name in layers and isinstance(c.module, _CONVOLUTIONS)]
         self._ahead = nodes_behind([call.taken for call in convolutions], ())  # of which a convolution takes something
         last = {name for name, flow in graph.flows().items() if flow.last}
         self._convolved = {call.made for call in convolutions if call.name not in last}
-        self._made = {call.made for call in graph.layer_calls}
         self._calls = Counter(call.name for call in graph.calls)
 
     def computed(self) -> set[Any]:
@@ -142,7 +139,7 @@ class _Network:
             parts = nodes_before(node)
             if node.name() == 'AddBackward0' and len(parts) == 2 and self._seen.issuperset(parts):
                 # Both may be a layer's output: then the first, since the second joins it where it is computed.
-                others = [part for part in parts if part not in self._made] or parts[1:]
+                others = [part for part in parts if part not in self._graph.made_by] or parts[1:]
                 found.add(max(others, key=lambda part: len(self._users[part])))
         return found
 

@@ -9,8 +9,30 @@ from typing import Any
 
 from mm_sharp.errors import UserError, check_bool, check_choice
 
-from .targets import TARGETS
 
+@dataclass(frozen=True)
+class Target:
+    """Where a runtime computes in integers only if activations are quantized beyond the inputs of layers.
+
+    Args:
+        outputs: What convolutions put out (behind a ReLU, if one follows), and what is computed from it on the way to
+            further convolutions: sums, products, activations, pooled and concatenated pictures.
+        skips: The other input of a residual sum, beside that which a layer has just computed.
+        signed: All activations in int8 around 0, never in uint8.
+    """
+
+    outputs: bool = False
+    skips: bool = False
+    signed: bool = False
+
+
+# docs/deployment.md has the rules' sources.
+TARGETS = {
+    'generic': Target(),
+    'onnxruntime': Target(outputs=True),
+    'openvino': Target(skips=True),
+    'tensorrt': Target(skips=True, signed=True),
+}
 OWNER = 'QuantizedModel'
 _BITS = (8, 7, 6, 5, 4, 3, 2)
 _ACT_BITS = (16, *_BITS)

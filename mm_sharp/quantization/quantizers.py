@@ -52,9 +52,9 @@ def input_quantizer(policy: LayerPolicy, *, nonnegative: bool) -> Any:
 def _injector(name: str, policy: LayerPolicy) -> type[ExtendedInjector]:
     module = shifted_scaled_int if name.startswith('Shifted') else scaled_int
     found: type[ExtendedInjector] = getattr(module, name + ('MSE' if policy.scale_init == 'mse' else ''))
-    return (
-        found if name.startswith('Shifted') else found.let(int_quant=FusedIntQuant, tensor_quant=FusedRescalingIntQuant)
-    )
+    if module is scaled_int:
+        found = found.let(int_quant=FusedIntQuant, tensor_quant=FusedRescalingIntQuant)
+    return found
 
 
 def scale_gradients_as_lsq(layer: Any) -> None:

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -48,13 +48,6 @@ class LayerRecord:
     point: str = ''  # name of what quantizes its input instead of the layer, if anything does
 
 
-class PointRecord(NamedTuple):
-    """An activation that is quantized between layers."""
-
-    name: str
-    input_range: str
-
-
 @dataclass
 class QuantizationRecord:
     """How a model is quantized; ``model.quantization``."""
@@ -65,7 +58,7 @@ class QuantizationRecord:
     float_bytes: int  # size of the float model's parameters and statistics
     other_bytes: int  # of those that stay in float (biases, norms, layers that are not quantized)
     input_size: tuple[int, int]  # width and height in pixels that the model was traced with
-    points: Sequence[PointRecord] = ()  # in the order of the forward pass
+    points: Mapping[str, str]  # by name, the ranges of activations between layers, in the order of the forward pass
     calibrated: bool = False  # whether every quantizer is known to be initialised
     calibrating: bool = False
 
@@ -95,7 +88,7 @@ class QuantizationRecord:
                 bits = (layer.policy.weight_bit_width, 0 if layer.point else layer.policy.act_bit_width)
                 kind = 2 * (layer.policy.weight_granularity == 'channel') + layer.policy.weight_symmetric
                 rows.append((*bits, _RANGES.index(layer.input_range), kind))
-        rows += [(0, self.policy.of_points().act_bit_width, _RANGES.index(r), 0) for _, r in self.points]
+        rows += [(0, self.policy.of_points().act_bit_width, _RANGES.index(r), 0) for r in self.points.values()]
         # Not int16, which neither gloo nor NCCL can send to other ranks.
         return torch.tensor(rows, dtype=torch.uint8).view(-1, 4)
 
@@ -113,28 +106,24 @@ class QuantizationRecord:
             names = ', '.join(name for name, why in self.batchnorms.items() if why == reason)
             lines.append(f'BatchNorm not folded, {reason}: {names}')
         weights = sum(layer.weights for layer in self.quantized) / sum(layer.weights for layer in self.layers)
-        return '\n'.join(
-            [
-                *lines,
-                f'{len(self.quantized)} of {len(self.layers)} layers are quantized, {weights:.1%} of their weights; '
-                f'{len(self.folded)} BatchNorms are folded',
-                f'size {self.float_bytes / 1e6:.2f} MB in float, {self.bytes() / 1e6:.2f} MB quantized '
-                f'({self.float_bytes / self.bytes():.1f} times smaller)',
-                *self._between(),
-            ]
-        )
-
-    def _between(self) -> list[str]:
-        if self.policy.target == 'generic':
-            return [
-                'activations, norms, residual sums, concatenations and what attention multiplies stay in float: each '
-                'layer quantizes its own input'
-            ]
         shared = sum(bool(layer.point) for layer in self.layers)
-        return [
+        between = (
             f'for {self.policy.target}, {len(self.points)} activations between layers are quantized to 8 bits; '
             f'{shared} layers take them as they are, the others quantize their own input'
+        )
+        if self.policy.target == 'generic':
+            between = (
+                'activations, norms, residual sums, concatenations and what attention multiplies stay in float: each '
+                'layer quantizes its own input'
+            )
+        lines += [
+            f'{len(self.quantized)} of {len(self.layers)} layers are quantized, {weights:.1%} of their weights; '
+            f'{len(self.folded)} BatchNorms are folded',
+            f'size {self.float_bytes / 1e6:.2f} MB in float, {self.bytes() / 1e6:.2f} MB quantized '
+            f'({self.float_bytes / self.bytes():.1f} times smaller)',
+            between,
         ]
+        return '\n'.join(lines)
 
 
 def attach(model: nn.Module, record: QuantizationRecord) -> None:

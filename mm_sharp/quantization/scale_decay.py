@@ -1,8 +1,7 @@
 """No weight decay for quantizers' scales, whatever built the optimizer: it would pull a step size towards 0.
 
-MMEngine's default constructor reads ``custom_keys``, where :mod:`mm_sharp.config.fragments` asks for that; others need
-not (MMPose's layer decay does not). So, when a constructor has built an optimizer for a model with quantizers, the
-scales that still decay are moved into groups of their own, equal to the ones that they come from but for the decay.
+Not by ``custom_keys``, which MMPose's layer decay, for one, does not read: when a constructor has built an optimizer
+for a model with quantizers, the scales that decay are moved into groups of their own, equal but for the decay.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 onnx = pytest.importorskip('onnx', reason='needs the extra: pip install mm_sharp[quant]')
 onnxruntime = pytest.importorskip('onnxruntime', reason='needs the extra: pip install mm_sharp[quant]')
 
-from mm_sharp.quantization.deconvolution import replace_deconvolutions  # noqa: E402
+from mm_sharp.quantization.onnx_runtime import replace_deconvolutions  # noqa: E402
 
 CHANNELS, OUTPUTS, HEIGHT, WIDTH = 3, 2, 5, 4
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mmengine.model import ImgDataPreprocessor
 from torch import nn
 
 from mm_sharp.errors import UnsupportedError
@@ -44,6 +45,14 @@ def test_channels_are_scaled_by_opposite_factors_to_equal_ranges() -> None:
     out = model.b.weight.detach().transpose(0, 1).flatten(1).abs().amax(1)
     assert float(before.max() / before.min()) > 100
     assert torch.allclose(after, out, rtol=0.1), 'each channel has the range of what takes it in'
+
+
+def test_pictures_of_one_channel() -> None:
+    model = Toy(lambda m, x: m.b(m.r(m.a(x))), a=conv(1, 4), r=nn.ReLU(), b=conv(4, 2))
+    model.data_preprocessor = ImgDataPreprocessor(mean=[0.0], std=[1.0])
+    found = quantized_model(model, {**policy(), **SIZE}).eval()
+    found.quantization.calibrating = True
+    assert equalize(found) == 1
 
 
 def test_what_cannot_be_traced_is_refused_and_left_as_it_was() -> None:

@@ -14,9 +14,14 @@ from torch import nn
 from torch.optim import SGD
 
 from mm_sharp import ESAMOptimWrapper, SAMOptimWrapper
-from mm_sharp.quantization.int_quant import FusedIntQuant, FusedRescalingIntQuant
+from mm_sharp.quantization.int_quant import (
+    FusedIntQuant,
+    FusedRescalingIntQuant,
+    is_learned_now,
+    learned_scale,
+    minimum_of,
+)
 from mm_sharp.quantization.layers import QUANTIZED
-from mm_sharp.quantization.learned_scale import is_learned_now, learned_scale, minimum_of
 from tests.quantized_toys import batches, quantized
 from tests.toys import same_bits
 
