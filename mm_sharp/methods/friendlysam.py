@@ -73,9 +73,14 @@ class FriendlySAMOptimWrapper(TwoPassOptimWrapper):
     def final_gradient(self, gradient: FinalGradient) -> None:
         """Take up the optimizer step's g in m."""
         plain = gradient.first_gradients() if gradient.first else gradient.gradients  # of a step's only pass
-        averages = [
-            self.lmbda * average + (1.0 - self.lmbda) * g
-            for average, g in zip(self.kept_of(gradient.parameters), plain, strict=True)
-        ]
-        self.keep(gradient.parameters, averages, gradient.all_finite(plain))
+        averages = {
+            parameter: self.lmbda * average + (1.0 - self.lmbda) * g
+            for parameter, average, g in zip(gradient.parameters, self.kept_of(gradient.parameters), plain, strict=True)
+        }
+        # The gradient of all others is zero in this step.
+        others = {
+            parameter: self.lmbda * average for parameter, average in self.kept.items() if parameter not in averages
+        }
+        averages.update(others)
+        self.keep([*averages], [*averages.values()], gradient.all_finite(plain))
         super().final_gradient(gradient)

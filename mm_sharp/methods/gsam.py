@@ -9,14 +9,15 @@ raising L(w + e), the step goes against the part of the plain gradient that is o
     the optimizer gets  g' - alpha * g_o
 
 Ours: products are over all parameters together. The gradients are those of the whole optimizer step, averaged over
-micro-batches and processes; the authors' PyTorch code decomposes each worker's gradient by itself. ``lr_max`` is by
-default what a parameter scheduler takes for the initial learning rate. rho_t stays between ``rho_min`` and ``rho``. The
-paper's variant that multiplies the perturbation by ``|w|`` is left out; ``adaptive=True`` is ASAM's.
+micro-batches and processes; the authors' PyTorch code decomposes each worker's gradient by itself. The learning rate
+is that of no single parameter group, which ``paramwise_cfg`` may have multiplied, by 0 even. ``lr_max`` is by default
+what a parameter scheduler takes for the initial one, or that at the start. rho_t stays between ``rho_min`` and
+``rho``. The paper's variant that multiplies the perturbation by ``|w|`` is left out; ``adaptive=True`` is ASAM's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -36,7 +37,8 @@ class GSAMOptimWrapper(TwoPassOptimWrapper):
     """GSAM as an MMEngine optimizer wrapper.
 
     Args:
-        optimizer: The base optimizer; the learning rate is that of its first group.
+        optimizer: The base optimizer. Where there are several parameter groups, the learning rate is what a parameter
+            scheduler makes of the config's own ``lr``; without one, it is that of the group with the highest.
         rho: Radius of the perturbation at the highest learning rate.
         rho_min: Radius at the lowest one, in [0, ``rho``]; with ``rho_min=rho`` the radius is constant.
         alpha: Weight of the orthogonal part, >= 0; with 0 this is SAM with a scheduled radius.
@@ -68,15 +70,28 @@ class GSAMOptimWrapper(TwoPassOptimWrapper):
         if lr_max is not None:
             check_number(name, 'lr_max', lr_max, low=self.lr_min, low_open=True, example='5e-4')
         self.lr_max = lr_max
-        self._first_lr = float(optimizer.param_groups[0]['lr'])
+        self._first_lr = float(self._group()['lr'])
 
     @property
     def scheduled_rho(self) -> float:
         """The radius at the learning rate as it is now."""
-        group = self.optimizer.param_groups[0]
+        group = self._group()
         highest = self.lr_max if self.lr_max is not None else float(group.get('initial_lr', self._first_lr))
         share = (float(group['lr']) - self.lr_min) / (highest - self.lr_min) if highest > self.lr_min else 1.0
         return self.rho_min + (self.rho - self.rho_min) * min(max(share, 0.0), 1.0)
+
+    def _group(self) -> Mapping[str, Any]:
+        """The parameter group whose learning rate counts."""
+        base: dict[str, Any] | None = self.base_param_settings  # MMEngine's, of no parameters
+        if base is not None and 'initial_lr' in base:
+            return base
+        return max(self.optimizer.param_groups, key=lambda group: float(group.get('initial_lr', group['lr'])))
+
+    def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
+        """Called by a Runner when the training begins, after it may have scaled the learning rate."""
+        super().initialize_count_status(model, init_counts, max_counts)
+        if init_counts == 0:
+            self._first_lr = float(self._group()['lr'])
 
     def direction(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Direction:
         """SAM's, or ASAM's, at the scheduled radius."""
@@ -92,6 +107,15 @@ class GSAMOptimWrapper(TwoPassOptimWrapper):
         along = gradient.dot(apart, ours) / gradient.dot(ours, ours).clamp(min=self.settings.eps**2)
         for mine, difference in zip(ours, apart, strict=True):
             mine.add_(difference - along.to(mine) * mine, alpha=self.alpha)
+
+    def own_state(self) -> dict[str, Any]:
+        """The learning rate at the start."""
+        return {**super().own_state(), 'first_lr': self._first_lr}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`mm_sharp.step.method.Method.load_own_state`."""
+        super().load_own_state(state)
+        self._first_lr = state.get('first_lr', self._first_lr)
 
     def in_words(self, batch_size: int, length: TrainingLength, model: nn.Module | None) -> dict[str, str]:
         """See :meth:`mm_sharp.step.method.Method.in_words`."""

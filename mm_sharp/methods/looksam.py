@@ -61,7 +61,8 @@ class LookSAMOptimWrapper(TwoPassOptimWrapper):
             self.keep(gradient.parameters, across, gradient.all_finite(across))
             return
         kept = self.kept_of(gradient.parameters)
-        factor = self.alpha * gradient.dot(ours, ours).sqrt() / (gradient.dot(kept, kept).sqrt() + self.settings.eps)
+        norm = gradient.norm_of(self.kept)
+        factor = self.alpha * gradient.dot(ours, ours).sqrt() / (norm + self.settings.eps)
         for mine, direction in zip(ours, kept, strict=True):
             mine.add_(factor.to(mine) * direction)
 

@@ -146,8 +146,8 @@ def plain_name(name: str) -> str:
 
 
 def _is_bias(name: str) -> bool:
-    last = name.rpartition('.')[2]
-    return last == 'bias' or last.endswith('_bias')
+    last = name.rpartition('.')[2]  # torch's recurrent layers have bias_ih_l0, its attention bias_k
+    return last == 'bias' or last.startswith('bias_') or last.endswith('_bias')
 
 
 def _kinds(model: nn.Module) -> dict[int, str]:

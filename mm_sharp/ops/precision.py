@@ -62,7 +62,7 @@ class Precision:
             name = torch.cuda.get_device_name(device)
             raise UserError(f"{owner}: dtype='bfloat16' is not supported by {name}: use dtype='float16'")
         self.scaler: Any = None
-        if self.dtype is torch.float16:
+        if self.dtype is torch.float16 and arguments.pop('enabled', True):
             kind = torch.cuda.amp.GradScaler if is_old else partial(torch.amp.GradScaler, device.type)
             self.scaler = kind(**arguments)
 
@@ -78,7 +78,7 @@ class Precision:
 
     def inverse_scale(self) -> Tensor | None:
         """1 / loss scale as a tensor on the device, without a host synchronisation; None without scaling."""
-        if self.scaler is None or not self.scaler.is_enabled():
+        if self.scaler is None:
             return None
         scale = self.scaler._get_scale_async()
         assert scale is not None, 'the first backward pass initialises the scale'
@@ -89,7 +89,7 @@ class Precision:
         """Undo the scaling of the optimizer's gradients, once a step at most."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-            if self.share_overflow is not None and self.scaler.is_enabled():
+            if self.share_overflow is not None:
                 self.share_overflow(self.scaler, optimizer)
 
     def step(self, optimizer: Optimizer, **kwargs: Any) -> None:
@@ -97,7 +97,7 @@ class Precision:
         if self.scaler is None:
             optimizer.step(**kwargs)
             return
-        if self.share_overflow is not None and self.scaler.is_enabled():
+        if self.share_overflow is not None:
             is_unscaled = self.scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device']
             if not is_unscaled:
                 self.unscale(optimizer)

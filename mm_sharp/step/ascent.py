@@ -102,11 +102,12 @@ class Ascent:
         Returns the norm, scalar, without loss scaling: of all pieces together, where the model is sharded; 0, on
         ``device``, where nothing has a gradient.
         """
-        perturbed = [parameter for parameter in self._perturbed if parameter.grad is not None]
-        check_perturbed(self._settings, self._parallel.module, perturbed)
+        pairs = [(parameter, parameter.grad) for parameter in self._perturbed if parameter.grad is not None]
+        perturbed, given = [parameter for parameter, _ in pairs], [gradient for _, gradient in pairs]
+        check_perturbed(self._settings, self._parallel.module, perturbed, given)
         if not perturbed and self._parallel.shards is None:
             return torch.zeros((), device=device)
-        gradients = self._parallel.pieces([parameter.grad for parameter in perturbed if parameter.grad is not None])
+        gradients = self._parallel.pieces(given)
         inverse = self._inverse_grad_scale()
         method.perturbation_gradient(perturbed, gradients, inverse)
         norm = self._move(method, perturbed, gradients, device, inverse)
@@ -119,8 +120,10 @@ class Ascent:
         """The same before the only pass, along what ``method`` gives for each parameter."""
         pairs = zip(self._perturbed, method.perturb_along(self._perturbed), strict=True)
         known = [(parameter, vector) for parameter, vector in pairs if vector is not None]
+        parameters, vectors = [parameter for parameter, _ in known], [vector for _, vector in known]
+        check_perturbed(self._settings, self._parallel.module, parameters, vectors)
         if known or self._parallel.shards is not None:
-            self._move(method, [parameter for parameter, _ in known], [vector for _, vector in known], device)
+            self._move(method, parameters, vectors, device)
             torch.clear_autocast_cache()
 
     def _move(

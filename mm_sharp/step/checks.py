@@ -145,15 +145,18 @@ def check_loss(owner: str, call: ModelCall, loss: Tensor) -> None:
         )
 
 
-def check_perturbed(settings: StepSettings, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Refuse sparse gradients, and the perturbation of quantized weights where there are none."""
+def check_perturbed(
+    settings: StepSettings, model: nn.Module, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
+) -> None:
+    """Refuse sparse gradients, or what stands for them, and to perturb quantized weights where there are none."""
     owner = settings.owner
     if settings.perturb_quantized and not any(quantizes_weights(module) for module in model.modules()):
         raise UserError(
             f'{owner}: perturb_quantized=True is for quantized models, and {type(model).__name__} has no layer with '
             "quantized weights: take it out, or build the model with type='QuantizedModel'"
         )
-    sparse = {id(p) for p in parameters if p.grad is not None and p.grad.layout is not torch.strided}
+    pairs = zip(parameters, gradients, strict=True)
+    sparse = {id(parameter) for parameter, g in pairs if g is not None and g.layout is not torch.strided}
     if sparse:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in sparse]
         raise UnsupportedError(

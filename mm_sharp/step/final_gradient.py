@@ -17,7 +17,8 @@ from mm_sharp.ops.fsdp import local_shard
 class FinalGradient:
     """Gradients of one optimizer step, without the loss scale, before they are clipped."""
 
-    parameters: Sequence[nn.Parameter]  # with a gradient, which is what the optimizer gets; change it in place
+    # With a gradient, which is what the optimizer gets; change it in place. Sparse ones are left as they are.
+    parameters: Sequence[nn.Parameter]
     # The first passes' gradients, averaged over the processes as the others are, and not to be written to; empty unless
     # the method keeps them.
     first: Mapping[nn.Parameter, Tensor]
@@ -61,8 +62,12 @@ class FinalGradient:
         Returns:
             Scalar of at least float32. No host synchronisation.
         """
-        products = [torch.dot(_wide(a), _wide(b)) for a, b in zip(left, right, strict=True)]
-        return self.total(self.parameters, products)
+        return self.total(self.parameters, list(map(_dot, left, right)))
+
+    def norm_of(self, tensors: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """The 2-norm of tensors by parameter, which may be others than these, taken as one vector; as :meth:`dot`."""
+        squares = list(map(_dot, tensors.values(), tensors.values()))
+        return self.total([*tensors], squares).sqrt()
 
 
 @torch.no_grad()
@@ -74,6 +79,11 @@ def move_beside(optimizer: Optimizer, beside: Mapping[nn.Parameter, Tensor]) -> 
                 local_shard(parameter).sub_(beside[parameter] * group['lr'])
 
 
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return torch.dot(_wide(left), _wide(right))
+
+
 def _wide(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1)
+    # A complex number is two real ones.
+    flat = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
     return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()

@@ -178,10 +178,14 @@ class Method:
         """Keep a tensor of each parameter's shape from step to step, and in checkpoints.
 
         Args:
-            parameters: The parameters.
+            parameters: The parameters; of all others zero is kept.
             tensors: What to keep; nobody may write to it afterwards.
             valid: Scalar of bool; where it is False, what was kept before stays. The device is not waited for.
         """
+        others = [parameter for parameter in self.kept if parameter not in set(parameters)]
+        if others:
+            parameters = [*parameters, *others]
+            tensors = [*tensors, *map(torch.zeros_like, self.kept_of(others))]
         self.kept = dict(zip(parameters, choose(valid, tensors, lambda: self.kept_of(parameters)), strict=True))
 
     def kept_of(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

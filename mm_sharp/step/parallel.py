@@ -97,7 +97,7 @@ class ParallelModel:
         """The sum over all parameters of a number that each piece of them has; scalar."""
         if self.shards is not None:
             return self.shards.total(parameters, values)
-        return torch.stack([value.to(values[0]) for value in values]).sum()
+        return torch.stack([value.to(values[0]) for value in values]).sum() if values else torch.zeros(())
 
     def norms(
         self, parameters: Sequence[nn.Parameter], device: torch.device, perturbed: Sequence[nn.Parameter]

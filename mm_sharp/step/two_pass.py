@@ -119,8 +119,8 @@ class TwoPassStep:
             torch._foreach_mul_(list(first.values()), inverse)
         if not self.settings.sync_perturbation:  # they are each process's own so far
             self.parallel.average(list(first.values()))
-        with_gradient = [parameter for parameter in self.first.trained if parameter.grad is not None]
-        return FinalGradient(with_gradient, first, self.parallel.total, self.guard.unknown)
+        dense = [p for p in self.first.trained if p.grad is not None and p.grad.layout is torch.strided]
+        return FinalGradient(dense, first, self.parallel.total, self.guard.unknown)
 
     def verdict(self) -> Tensor | None:
         """Whether the final gradient is finite, scalar; None where that is for the loss scaler to find out."""

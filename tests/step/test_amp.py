@@ -67,6 +67,21 @@ def test_both_passes_run_under_autocast(name: str, dtype: str) -> None:
     assert set(seen) == {DTYPES[dtype]}
 
 
+def test_a_scaler_that_is_not_enabled_is_none() -> None:
+    """A gradient that is not finite is then looked for as without mixed precision."""
+    models = make(NaNSecond, factors={3: float('nan')}), make(NaNSecond, factors={3: float('nan')})
+    first, second = batches(2)
+    for model, loss_scale in zip(models, ({'enabled': False}, 1.0), strict=True):
+        wrapper = build('sam', model, dtype='float16', loss_scale=loss_scale)
+        start = [parameter.detach().clone() for parameter in model.parameters()]
+        model.train_step(first, wrapper)
+        after = [parameter.detach().clone() for parameter in model.parameters()]
+        assert not any(map(torch.equal, after, start))
+        model.train_step(second, wrapper)
+        assert all(map(torch.equal, model.parameters(), after))
+    assert same_weights('sam', *models)
+
+
 def test_bfloat16_has_no_scaler() -> None:
     wrapper = build('sam', make(), dtype='bfloat16')
     assert wrapper.precision.scaler is None

@@ -112,6 +112,16 @@ def test_what_is_perturbed_in_a_quantized_model(perturb: str, left_out: set[str]
     assert {names[p] for p in selector.select(model, list(names))} == set(names.values()) - left_out
 
 
+@pytest.mark.parametrize('perturb', ['weights', dict(bias=False)])
+def test_biases_of_torchs_layers(perturb: Any) -> None:
+    attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    model = nn.ModuleDict({'lstm': nn.LSTM(2, 2, bidirectional=True), 'cell': nn.GRUCell(2, 2), 'attention': attention})
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    selected = ParameterSelector('SAMOptimWrapper', perturb).select(model, list(names))
+    assert {names[parameter] for parameter in selected} == {name for name in names.values() if 'bias' not in name}
+    assert any(name.endswith('bias_hh_l0_reverse') for name in names.values())
+
+
 def test_auto_is_the_default() -> None:
     assert signature(TwoPassOptimWrapper).parameters['perturb'].default == 'auto'
 
