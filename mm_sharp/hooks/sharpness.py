@@ -29,11 +29,12 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     ``L_w``               L(w), the loss of the first pass
     ``L_w_e``             L(w + e), the loss of the second pass
     ``sharpness``         L(w + e) - L(w)
-    ``g_norm``            norm of the first gradient (ASAM: of T g), without loss scaling
+    ``g_norm``            norm of the first gradient, without loss scaling; with ASAM and ``adaptive='tensor'`` of T g,
+                          with Friendly SAM of g - sigma * m, which it perturbs along
     ``pass2_share``       fraction of the step's time spent in the second forward and backward pass
     ``rho_relative``      ||e|| / ||w||, over what is perturbed: how far the perturbation goes, whatever ``rho`` means
     ``linearity``         ``sharpness`` over the inner product of e and g, which it would be if the loss were linear:
-                          near 0 or far above 1, e goes beyond what the gradient knows; not with ``adaptive='layer'``
+                          near 0 or far above 1, e goes beyond what the gradient knows
     ``share_backbone`` …  share of the perturbation's squared norm in each top-level part of the model, where it has
                           several; of more than 5, those with most in the first logged step, and ``share_rest``
 

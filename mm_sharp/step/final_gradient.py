@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from mm_sharp.ops.finite import choose
 from mm_sharp.ops.fsdp import local_shard
+from mm_sharp.ops.gradients import inner_products
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ class FinalGradient:
         Returns:
             Scalar of at least float32. No host synchronisation.
         """
-        products = [torch.dot(_wide(a), _wide(b)) for a, b in zip(left, right, strict=True)]
-        return self.total(self.parameters, products)
+        return self.total(self.parameters, inner_products(left, right))
 
 
 @torch.no_grad()
@@ -72,8 +72,3 @@ def move_beside(optimizer: Optimizer, beside: Mapping[nn.Parameter, Tensor]) -> 
         for parameter in group['params']:
             if parameter in beside:
                 local_shard(parameter).sub_(beside[parameter] * group['lr'])
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1)
-    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()

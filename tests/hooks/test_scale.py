@@ -18,6 +18,7 @@ from mm_sharp import SAMOptimWrapper
 from mm_sharp.hooks import scale_report
 from mm_sharp.hooks.scale import scale_of, top_level
 from mm_sharp.hooks.scale_report import ScaleReport
+from mm_sharp.ops.perturbation import RELATIVE
 from mm_sharp.step.timing import PerturbationSizes, StepRecord
 from tests.references import gradients_of, perturbation_of
 from tests.toys import Batch, ToyNet, batches, make, same_state, toy_config
@@ -59,7 +60,45 @@ def test_a_loss_scale_and_accumulation_do_not_change_the_length(options: dict[st
     wrapper.record_sizes = True
     for batch in batches(3):
         model.train_step(batch, wrapper)
-        assert scale_of(wrapper.last_step.sizes, model).whole.perturbation == pytest.approx(0.1, rel=1e-3)
+        scale = scale_of(wrapper.last_step.sizes, model)
+        assert scale.whole.perturbation == pytest.approx(0.1, rel=1e-3)
+        assert scale.slope == pytest.approx(0.1 * wrapper.last_step.grad_norm.item(), rel=1e-3)
+
+
+SLOPES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f'sam {adaptive}': ('sam', dict(rho=0.05, adaptive=adaptive)) for adaptive in (False, True, *RELATIVE)},
+    'gsam below lr_max': ('gsam', dict(rho=0.5, adaptive=True, lr_max=0.4)),
+    'esam': ('esam', dict(rho=0.5, adaptive=True, beta=0.5, gamma=1.0)),
+    'friendlysam': ('friendlysam', dict(rho=0.05)),
+    'friendlysam, adaptive': ('friendlysam', dict(rho=0.5, adaptive=True)),
+}
+
+
+@pytest.mark.parametrize('case', SLOPES)
+def test_linearity_is_by_the_perturbation_and_the_gradient_of_the_step(case: str) -> None:
+    name, options = SLOPES[case]
+    model, reference = make(), make()
+    wrapper = build(name, model, **options)
+    wrapper.record_sizes = True
+    seen: list[list[Tensor]] = []
+    model.register_forward_pre_hook(lambda *_: seen.append([p.detach().clone() for p in model.parameters()]))
+    for batch in batches(3):  # in the first one Friendly SAM still perturbs along the gradient
+        seen.clear()
+        reference.load_state_dict(model.state_dict())
+        model.train_step(batch, wrapper)
+        gradients = gradients_of(loss_of(reference, batch), list(reference.parameters()))
+        slope = sum(((there - here) * g).sum() for here, there, g in zip(*seen, gradients, strict=True))
+        step = wrapper.last_step
+        linearity = (step.perturbed_loss - step.loss) / slope
+        assert ScaleReport(wrapper, model).log_scalars(step)['linearity'] == pytest.approx(linearity.item(), rel=1e-3)
+
+
+def test_the_gradients_of_a_measured_step_are_let_go() -> None:
+    model = make()
+    wrapper = build('sam', model)
+    for wrapper.record_sizes in (True, False):
+        model.train_step(batches(1)[0], wrapper)
+        assert wrapper._two_pass.ascent._plain == []
 
 
 @pytest.mark.parametrize('name', WRAPPERS)
@@ -256,13 +295,13 @@ def test_a_rise_that_rounding_has_eaten_is_not_blamed_on_rho(quantized: bool, sa
         model.weight_quant = nn.Identity()
         model.weight_quant.is_quant_enabled = True
     report = ScaleReport(SAMOptimWrapper(SGD(model.parameters(), lr=0.1), rho=0.1), model)
-    sizes = PerturbationSizes(list(model.parameters()), torch.full((2,), 0.1), torch.ones(2))
+    sizes = PerturbationSizes(list(model.parameters()), torch.full((2,), 0.1), torch.ones(2), torch.tensor(0.14))
     for _ in range(5):
         report.log_scalars(StepRecord(torch.ones(()), torch.full((), 1.001), torch.ones(()), sizes=sizes))
     assert len(warnings(said)) == (0 if quantized else 1)
 
 
-@pytest.mark.parametrize('adaptive', [False, True, 'tensor', 'global'])
+@pytest.mark.parametrize('adaptive', [False, True, *RELATIVE])
 def test_by_a_small_step_the_loss_rises_linearly(adaptive: bool | str, tmp_path: Path) -> None:
     runner = train(tmp_path, dict(rho=1e-3, adaptive=adaptive), epochs=1)
     assert last(runner, 'linearity') == pytest.approx(1.0, abs=0.05)
@@ -298,7 +337,7 @@ def test_of_many_parts_the_rest_is_put_together() -> None:
     wrapper = SAMOptimWrapper(SGD(model.parameters(), lr=0.1))
     report = ScaleReport(wrapper, model)
     for moves in (torch.arange(7.0), torch.arange(7.0).flip(0)):  # the names are those of the first step
-        sizes = PerturbationSizes(list(model.parameters()), moves, torch.ones(7))
+        sizes = PerturbationSizes(list(model.parameters()), moves, torch.ones(7), torch.ones(()))
         step = StepRecord(torch.ones(()), torch.full((), 1.2), torch.ones(()), sizes=sizes)
         scalars = report.log_scalars(step)
         assert set(scalars) == {'rho_relative', 'linearity', 'share_rest', *(f'share_part{i}' for i in (3, 4, 5, 6))}
@@ -310,7 +349,7 @@ def test_of_many_parts_the_rest_is_put_together() -> None:
 
 def test_a_model_in_one_part_has_no_shares() -> None:
     model = nn.ModuleDict({'only': nn.Linear(2, 2)})
-    sizes = PerturbationSizes(list(model.parameters()), torch.ones(2), torch.ones(2))
+    sizes = PerturbationSizes(list(model.parameters()), torch.ones(2), torch.ones(2), torch.ones(()))
     report = ScaleReport(SAMOptimWrapper(SGD(model.parameters(), lr=0.1)), model)
     assert set(report.log_scalars(StepRecord(torch.ones(()), torch.ones(()), torch.ones(()), sizes=sizes))) == {
         'rho_relative',
