@@ -52,10 +52,10 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     samples selected, which makes ``sharpness`` larger. In the steps between, its metrics are those of the averages that
     the samples are selected by, which have no sign.
 
-    All are of one iteration and of rank 0: their names avoid those that MMEngine's log processor smooths. It is the
-    iteration that is logged. Where not every step has a second pass (``interval=n``, LookSAM), it is the last one since
-    the entry before that had one; if none had, only ``L_w`` is shown, of the iteration that is logged. With several
-    optimizer wrappers the names are ``sharpness/WRAPPER.…``; the console's four are shared out.
+    All are of one iteration and of rank 0: MMEngine's log processor does not smooth them. It is the iteration that is
+    logged. Where not every step has a second pass (``interval=n``, LookSAM), it is the last one since the entry before
+    that had one; if none had, only ``L_w`` is shown, of the iteration that is logged. With several optimizer wrappers
+    the names are ``sharpness/WRAPPER.…``; the console's four are shared out.
 
     After the first step one line says how far the weights are moved, and where. Three warnings, each at most once and
     only in logged steps, say what to write: ``docs/scale.md`` has them.

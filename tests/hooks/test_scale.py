@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -355,3 +356,38 @@ def test_a_model_in_one_part_has_no_shares() -> None:
         'rho_relative',
         'linearity',
     }
+
+
+@MODELS.register_module()
+class LossNamed(ToyNet):
+    """Has parts whose names hold what MMEngine's log processor smooths by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss_scale, self.time_shift = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        losses = super().forward(inputs, targets, sample_idx, mode)
+        weights = [(part.weight - targets.mean()).square().sum() for part in (self.loss_scale, self.time_shift)]
+        return losses if mode != 'loss' else {**losses, 'loss_weights': sum(weights)}
+
+
+def test_shares_are_of_one_iteration_whatever_a_part_is_called(tmp_path: Path) -> None:
+    runner = train(tmp_path, dict(rho=0.1), model=dict(type='LossNamed'))
+    entries = [json.loads(line) for line in next(tmp_path.rglob('scalars.json')).read_text().splitlines()]
+    named = ['sharpness/share_loss_scale', 'sharpness/share_time_shift']
+    for name in named:
+        history = runner.message_hub.get_scalar(f'train/{name}').data[0]
+        assert [entry[name] for entry in entries] == history.tolist()
+        assert len(set(history)) == len(entries) == 10
+    for entry in entries:
+        assert sum(value for name, value in entry.items() if 'share_' in name) == pytest.approx(1)
+
+
+def test_a_mean_that_is_asked_for_is_still_one(tmp_path: Path) -> None:
+    smoothed = dict(data_src='sharpness/L_w', log_name='mean_of_all', method_name='mean', window_size='global')
+    runner = train(tmp_path, dict(rho=0.1), log_processor=dict(custom_cfg=[smoothed]))
+    entry = json.loads(next(tmp_path.rglob('scalars.json')).read_text().splitlines()[-1])
+    history = runner.message_hub.get_scalar('train/sharpness/L_w').data[0]
+    assert entry['mean_of_all'] == pytest.approx(history.mean())
+    assert entry['sharpness/L_w'] == history[-1]
