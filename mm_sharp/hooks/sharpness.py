@@ -74,7 +74,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
         self._wrappers: dict[str, TwoPassOptimWrapper] = {}
         self._reports: dict[str, ScaleReport] = {}
         self._written: set[str] = set()
-        # Wrappers of which not every step has a second pass, and the last step that had one since the last entry.
+        # Wrappers of which not every step has a second pass; and of each the last step since an entry that had one.
         self._sparse: set[str] = set()
         self._pending: dict[str, StepRecord] = {}
 
@@ -89,6 +89,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
                 'take SharpnessHook out of custom_hooks'
             )
         model = unwrap(runner.model)
+        self._sparse = {prefix for prefix, wrapper in self._wrappers.items() if wrapper.alternates}
         self._reports = {prefix: ScaleReport(wrapper, model) for prefix, wrapper in self._wrappers.items()}
         self._written = shorten_console_line(runner.log_processor, runner.message_hub, list(self._wrappers))
         self._written.clear()
