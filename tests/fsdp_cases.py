@@ -89,9 +89,9 @@ def whole_weights(model: nn.Module) -> list[np.ndarray]:
 
 
 def sizes_of(wrapper: TwoPassOptimWrapper) -> list[list[float]] | None:
-    """How far the last step has moved each tensor, and the tensors' norms."""
+    """How far the last step has moved each tensor, the tensors' norms, and <e, g>."""
     sizes = wrapper.last_step.sizes
-    return None if sizes is None else [sizes.perturbation.tolist(), sizes.weights.tolist()]
+    return None if sizes is None else [sizes.perturbation.tolist(), sizes.weights.tolist(), [sizes.slope.item()]]
 
 
 def pieces(model: nn.Module) -> list[tuple[int, bytes]]:

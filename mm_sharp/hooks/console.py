@@ -4,6 +4,9 @@ MMEngine's log processor puts every scalar of the message hub into the line that
 :class:`mm_sharp.hooks.sharpness.SharpnessHook`, the line is made of a hub without most of ours. Whatever class the
 processor is of, it stays as it is otherwise.
 
+The processor smooths scalars whose names contain ``loss`` or ``time``, as those of a model's parts may. Of ours it
+shows the last value, whatever the name.
+
 The hub keeps the last value of every scalar for ever, and the processor would log it again and again. So what is shown,
 on all backends, is what was written since the last log.
 """
@@ -15,7 +18,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from mmengine.logging import MessageHub
+from mmengine.logging import HistoryBuffer, MessageHub
 
 PREFIX = 'train/sharpness/'
 # By what one steers: does the loss rise, how far are the weights moved, is that too far, does the gradient explode?
@@ -53,6 +56,14 @@ def shorten_console_line(processor: Any, hub: MessageHub, wrappers: Sequence[str
     return written
 
 
+class _Unsmoothed(HistoryBuffer):  # type: ignore[misc]
+    """The history of a scalar whose mean is its last value; what ``custom_cfg`` asks for is of the whole history."""
+
+    def mean(self, window_size: int | None = None) -> Any:
+        """The last value."""
+        return self.current()
+
+
 @contextmanager
 def _only(hub: MessageHub, shown: Mapping[str, str]) -> Iterator[None]:
     """Within, the hub has only those of our scalars that are shown, by other names and behind all others."""
@@ -61,7 +72,7 @@ def _only(hub: MessageHub, shown: Mapping[str, str]) -> Iterator[None]:
     others = {key: value for key, value in whole.items() if not key.startswith(PREFIX)}
     try:
         scalars.clear()
-        scalars.update({**others, **{name: whole[key] for key, name in shown.items()}})
+        scalars.update({**others, **{name: _Unsmoothed(*whole[key].data) for key, name in shown.items()}})
         yield
     finally:
         scalars.clear()

@@ -29,7 +29,7 @@ class Scale:
     layers: list[Part]  # by the module that a tensor belongs to itself, such as ``head.final_layer``
     parts: list[Part]  # by the model's top-level parts, such as ``head``, those of which nothing is perturbed too
     tensors: int  # how many are perturbed
-    by_tensor: float  # the norm of the relative changes ||e_t|| / ||w_t|| of all tensors
+    slope: float  # <e, g>, the rise of the loss, were it linear
 
     @property
     def relative(self) -> float:
@@ -52,8 +52,7 @@ def scale_of(sizes: PerturbationSizes, model: nn.Module) -> Scale:
     layers = _grouped([name.rpartition('.')[0] or name for name in names], moves, weights)
     parts = _grouped([part_of.get(name, name) for name in names], moves, weights, part_of.values())
     whole = Part('', math.hypot(*moves), math.hypot(*weights))
-    by_tensor = math.hypot(*(move / weight for move, weight in zip(moves, weights, strict=True) if weight))
-    return Scale(whole, layers, parts, len(names), by_tensor)
+    return Scale(whole, layers, parts, len(names), float(sizes.slope))
 
 
 def _grouped(

@@ -92,9 +92,8 @@ class ScaleReport:
             return {}
         self._warn(step, scale)
         scalars = {'rho_relative': scale.relative}
-        expected = self._expected_rise(step, scale)
-        if expected and step.perturbed_loss is not None and self._wrapper.same_samples:
-            scalars['linearity'] = (float(step.perturbed_loss) - float(step.loss)) / expected
+        if scale.slope and step.perturbed_loss is not None and self._wrapper.same_samples:
+            scalars['linearity'] = (float(step.perturbed_loss) - float(step.loss)) / scale.slope
         if len(scale.parts) > 1:
             scalars |= self._shares(scale)
         return scalars
@@ -111,16 +110,6 @@ class ScaleReport:
             shares[key] = shares.get(key, 0.0) + scale.share(part)
         return shares
 
-    def _expected_rise(self, step: StepRecord, scale: Scale) -> float | None:
-        """The inner product of e and g: the rise of the loss, were it linear. None where the norms do not tell it."""
-        adaptive, norm = self._wrapper.settings.adaptive, float(step.grad_norm or 0.0)
-        if adaptive == 'layer':
-            return None
-        # The norm of e is known, ASAM's in its own measure by rho alone; that of g, or of T g, is the step's.
-        if adaptive is True:
-            return self._wrapper.rho * norm
-        return (scale.by_tensor if adaptive == 'tensor' else scale.whole.perturbation) * norm
-
     # ---------------------------------------------------------------- warnings
     def _warn(self, step: StepRecord, scale: Scale) -> None:
         self._warn_of_one_part(scale)
@@ -130,7 +119,7 @@ class ScaleReport:
         if not math.isfinite(loss) or not math.isfinite(perturbed):
             return  # which is logged elsewhere
         self._losses.append((loss, perturbed - loss))
-        self._expected.append(self._expected_rise(step, scale) or 0.0)
+        self._expected.append(scale.slope)
         self._warn_of_too_little(scale)
         self._warn_of_too_much(scale)
 

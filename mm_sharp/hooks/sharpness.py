@@ -29,11 +29,12 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     ``L_w``               L(w), the loss of the first pass
     ``L_w_e``             L(w + e), the loss of the second pass
     ``sharpness``         L(w + e) - L(w)
-    ``g_norm``            norm of the first gradient (ASAM: of T g), without loss scaling
+    ``g_norm``            norm of the first gradient, without loss scaling; with ASAM and ``adaptive='tensor'`` of T g,
+                          with Friendly SAM of g - sigma * m, which it perturbs along
     ``pass2_share``       fraction of the step's time spent in the second forward and backward pass
     ``rho_relative``      ||e|| / ||w||, over what is perturbed: how far the perturbation goes, whatever ``rho`` means
     ``linearity``         ``sharpness`` over the inner product of e and g, which it would be if the loss were linear:
-                          near 0 or far above 1, e goes beyond what the gradient knows; not with ``adaptive='layer'``
+                          near 0 or far above 1, e goes beyond what the gradient knows
     ``share_backbone`` …  share of the perturbation's squared norm in each top-level part of the model, where it has
                           several; of more than 5, those with most in the first logged step, and ``share_rest``
 
@@ -51,10 +52,10 @@ class SharpnessHook(Hook):  # type: ignore[misc]
     samples selected, which makes ``sharpness`` larger. In the steps between, its metrics are those of the averages that
     the samples are selected by, which have no sign.
 
-    All are of one iteration and of rank 0: their names avoid those that MMEngine's log processor smooths. It is the
-    iteration that is logged. Where not every step has a second pass (``interval=n``, LookSAM), it is the last one since
-    the entry before that had one; if none had, only ``L_w`` is shown, of the iteration that is logged. With several
-    optimizer wrappers the names are ``sharpness/WRAPPER.…``; the console's four are shared out.
+    All are of one iteration and of rank 0: MMEngine's log processor does not smooth them. It is the iteration that is
+    logged. Where not every step has a second pass (``interval=n``, LookSAM), it is the last one since the entry before
+    that had one; if none had, only ``L_w`` is shown, of the iteration that is logged. With several optimizer wrappers
+    the names are ``sharpness/WRAPPER.…``; the console's four are shared out.
 
     After the first step one line says how far the weights are moved, and where. Three warnings, each at most once and
     only in logged steps, say what to write: ``docs/scale.md`` has them.
@@ -73,7 +74,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
         self._wrappers: dict[str, TwoPassOptimWrapper] = {}
         self._reports: dict[str, ScaleReport] = {}
         self._written: set[str] = set()
-        # Wrappers of which not every step has a second pass, and the last step that had one since the last entry.
+        # Wrappers of which not every step has a second pass; and of each the last step since an entry that had one.
         self._sparse: set[str] = set()
         self._pending: dict[str, StepRecord] = {}
 
@@ -88,6 +89,7 @@ class SharpnessHook(Hook):  # type: ignore[misc]
                 'take SharpnessHook out of custom_hooks'
             )
         model = unwrap(runner.model)
+        self._sparse = {prefix for prefix, wrapper in self._wrappers.items() if wrapper.alternates}
         self._reports = {prefix: ScaleReport(wrapper, model) for prefix, wrapper in self._wrappers.items()}
         self._written = shorten_console_line(runner.log_processor, runner.message_hub, list(self._wrappers))
         self._written.clear()

@@ -51,6 +51,11 @@ class LookSAMOptimWrapper(TwoPassOptimWrapper):
         """Both in the first of k steps."""
         return Passes.BOTH if self.optimizer_steps % self.k == 0 else Passes.FIRST
 
+    @property
+    def alternates(self) -> bool:
+        """Unless ``k`` is 1."""
+        return self.k > 1
+
     def final_gradient(self, gradient: FinalGradient) -> None:
         """Keep g_v, or add it."""
         ours = gradient.gradients

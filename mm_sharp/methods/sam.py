@@ -63,6 +63,11 @@ class SAMOptimWrapper(TwoPassOptimWrapper):
         """Both in the first of ``interval`` steps."""
         return Passes.BOTH if self.optimizer_steps % self.interval == 0 else Passes.FIRST
 
+    @property
+    def alternates(self) -> bool:
+        """Unless ``interval`` is 1."""
+        return self.interval > 1
+
     @classmethod
     def theoretical_cost(cls, batch_size: int, interval: int = 1, **settings: Any) -> Cost:
         """1 + 1/interval."""

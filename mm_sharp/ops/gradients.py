@@ -8,6 +8,17 @@ import torch
 from torch import Tensor, nn
 
 
+def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    """Of each pair of tensors, taken as real vectors, the inner product: scalars of at least float32."""
+    return [torch.dot(_wide(a), _wide(b)) for a, b in zip(left, right, strict=True)]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    # A complex number is two real ones.
+    flat = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
+    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+
+
 class GradientStash:
     """The gradients that were accumulated before this step, of everything that a backward pass may give one to.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mm_sharp.ops.gradients import inner_products
 from mm_sharp.ops.perturbation import perturb_
 from mm_sharp.ops.precision import Precision
 from mm_sharp.ops.quantized_perturbation import QuantizedPerturbation
@@ -45,6 +46,7 @@ class Ascent:
         self._average_by_hand = False
         self._parts = 1
         self._weights, self._moved = TensorBackup(), TensorBackup()
+        self._plain: list[Tensor] = []  # of a step that is measured, the first gradients, which e overwrites
         self._quantized = QuantizedPerturbation()
 
     def choose(
@@ -96,8 +98,10 @@ class Ascent:
             self._parallel.average_gradients(self._perturbed)
 
     @torch.no_grad()
-    def perturb(self, method: Method, device: torch.device) -> Tensor:
+    def perturb(self, method: Method, device: torch.device, *, measures: bool = False) -> Tensor:
         """Perturb the chosen parameters by their gradients, as ``method`` says, after an exact copy was taken.
+
+        ``measures``: whether :meth:`sizes` comes next, for which the gradients are copied.
 
         Returns the norm, scalar, without loss scaling: of all pieces together, where the model is sharded; 0, on
         ``device``, where nothing has a gradient.
@@ -109,6 +113,7 @@ class Ascent:
             return torch.zeros((), device=device)
         gradients = self._parallel.pieces(given)
         inverse = self._inverse_grad_scale()
+        self._plain = [gradient.clone() for gradient in gradients] if measures else []
         method.perturbation_gradient(perturbed, gradients, inverse)
         norm = self._move(method, perturbed, gradients, device, inverse)
         if self._settings.perturb_quantized:
@@ -141,7 +146,7 @@ class Ascent:
         return perturb_(weights, gradients, direction, eps=eps, inverse_grad_scale=inverse, norms=norms)
 
     def sizes(self, device: torch.device) -> PerturbationSizes | None:
-        """How far :meth:`perturb`, which must have come just before, has moved each tensor; the host does not wait.
+        """How far :meth:`perturb`, called just before with ``measures``, has moved each tensor; the host does not wait.
 
         None where nothing has a gradient. Of no meaning where the norm of the first gradient is not finite. Under FSDP
         all processes must ask; ``device`` is where the norms are if this one has no gradient.
@@ -154,7 +159,14 @@ class Ascent:
         # The gradients' memory holds e.
         moves = self._parallel.pieces([parameter.grad for parameter in perturbed if parameter.grad is not None])
         of_weights, of_moves = self._parallel.norms(perturbed, device, self._perturbed).of_each(copies, moves)
-        return PerturbationSizes(self._perturbed if sharded else perturbed, of_moves, of_weights)
+        slope = self._slope(perturbed, moves)
+        return PerturbationSizes(self._perturbed if sharded else perturbed, of_moves, of_weights, slope)
+
+    def _slope(self, perturbed: Sequence[nn.Parameter], moves: Sequence[Tensor]) -> Tensor:
+        """<e, g>, scalar; lets go of g."""
+        plain, self._plain = self._plain, []
+        slope, inverse = self._parallel.total(perturbed, inner_products(plain, moves)), self._inverse_grad_scale()
+        return slope if inverse is None else slope * inverse.to(slope)
 
     def _inverse_grad_scale(self) -> Tensor | None:
         """What undoes, in the first gradient, the loss scale and the division by the micro-batches."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from mm_sharp.ops.finite import choose
 from mm_sharp.ops.fsdp import local_shard
+from mm_sharp.ops.gradients import inner_products
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ class FinalGradient:
         Returns:
             Scalar of at least float32. No host synchronisation.
         """
-        return self.total(self.parameters, list(map(_dot, left, right)))
+        return self.total(self.parameters, inner_products(left, right))
 
     def norm_of(self, tensors: Mapping[nn.Parameter, Tensor]) -> Tensor:
         """The 2-norm of tensors by parameter, which may be others than these, taken as one vector; as :meth:`dot`."""
-        squares = list(map(_dot, tensors.values(), tensors.values()))
-        return self.total([*tensors], squares).sqrt()
+        values = [*tensors.values()]
+        return self.total([*tensors], inner_products(values, values)).sqrt()
 
 
 @torch.no_grad()
@@ -77,13 +78,3 @@ def move_beside(optimizer: Optimizer, beside: Mapping[nn.Parameter, Tensor]) -> 
         for parameter in group['params']:
             if parameter in beside:
                 local_shard(parameter).sub_(beside[parameter] * group['lr'])
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.dot(_wide(left), _wide(right))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    # A complex number is two real ones.
-    flat = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
-    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()

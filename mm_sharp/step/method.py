@@ -160,6 +160,15 @@ class Method:
         """Asked when a step begins; all micro-batches of an optimizer step must give the same answer."""
         return Passes.BOTH
 
+    @property
+    def alternates(self) -> bool:
+        """Whether only some steps have both passes.
+
+        The log shows the last one that has, so that all of these are measured. Of a method that does not say so, they
+        are from the first step on that has one pass.
+        """
+        return False
+
     # ---------------------------------------------------------------- 5: what the optimizer gets
     def final_gradient(self, gradient: FinalGradient) -> None:
         """Change the gradients that the optimizer is about to step along: pass 2's, or pass 1's where it ran alone."""

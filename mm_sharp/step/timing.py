@@ -104,6 +104,7 @@ class PerturbationSizes:
     parameters: Sequence[nn.Parameter]  # what was perturbed, n of them
     perturbation: Tensor  # ||e_t|| of each, (n,)
     weights: Tensor  # ||w_t|| of each, (n,)
+    slope: Tensor  # <e, g>, scalar, without loss scaling: the rise of the loss, were it linear
 
 
 @dataclass(slots=True)
@@ -112,7 +113,9 @@ class StepRecord:
 
     loss: Tensor  # L(w), scalar; of a step whose only pass is at perturbed weights, L(w + e)
     perturbed_loss: Tensor | None = None  # L(w + e) on the second pass's batch, scalar; None where there was none
-    grad_norm: Tensor | None = None  # ||g|| over the perturbed parameters (ASAM: ||T g||), scalar, without loss scaling
+    # ||g|| over the perturbed parameters, scalar, without loss scaling; with ASAM and ``adaptive='tensor'`` ||T g||.
+    # Where the method changes the gradient before it perturbs along it (Friendly SAM), the norm of what it made of g.
+    grad_norm: Tensor | None = None
     timer: StepTimer | None = None  # times of the phases, where timing was asked for
     metrics: Callable[[], dict[str, float]] | None = None  # further scalars for the log, by name; may wait for a device
     sizes: PerturbationSizes | None = None  # how far each tensor was moved, where that was asked for

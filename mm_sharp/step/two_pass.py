@@ -54,8 +54,8 @@ class TwoPassStep:
     def run(self, method: Method, batch: MicroBatch, *, measures: bool = False) -> StepRecord:
         """From w to w + e, its gradient, and back to w, whatever happens on the way.
 
-        ``measures``: whether to record how far each tensor is moved. A ValueError if the loss is not what the captured
-        forward's output gives.
+        ``measures``: whether to record how far each tensor is moved, and what the gradient says of that. A ValueError
+        if the loss is not what the captured forward's output gives.
         """
         timer = self.first.timer
         with timer.exclude('host'):
@@ -74,7 +74,7 @@ class TwoPassStep:
                 if self.settings.replay_rng:
                     drawn = self.first.recorder.random_state_now(batch.call, self.first.devices)
                 self.state.rewind()
-            norm = self.ascent.perturb(method, device)  # w + e
+            norm = self.ascent.perturb(method, device, measures=measures)  # w + e
             if measures:
                 with timer.exclude('host'):
                     sizes = self.ascent.sizes(device)

@@ -165,3 +165,47 @@ def test_a_plain_wrapper_is_named(tmp_path: Path) -> None:
     plain = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
     with pytest.raises(ValueError, match=r'SharpnessHook needs .*uses OptimWrapper(.|\n)*custom_hooks'):
         train(tmp_path / 'run', optim_wrapper=plain)
+
+
+@pytest.mark.parametrize('settings', [dict(type='SAMOptimWrapper', interval=2), dict(type='LookSAMOptimWrapper', k=2)])
+def test_the_first_entry_is_as_complete_as_later_ones(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Of 3 micro-batches with a second pass the last one is logged, before it is seen that others have none."""
+
+    def entries(work_dir: Path, iterations: int, **changes: Any) -> dict[int, set[str]]:
+        optimizer = dict(type='SGD', lr=0.01)
+        train(
+            work_dir,
+            optim_wrapper=dict(**settings, rho=0.05, accumulative_counts=3, optimizer=optimizer),
+            train_cfg=dict(by_epoch=False, max_iters=iterations),
+            default_hooks=dict(
+                logger=dict(type='LoggerHook', interval=6),
+                checkpoint=dict(type='CheckpointHook', interval=12, by_epoch=False),
+            ),
+            log_processor=dict(by_epoch=False),
+            **changes,
+        )
+        found = {int(entry['step']): set(entry) for entry in entries_of(work_dir)}
+        return {step: keys for step, keys in found.items() if 'sharpness/sharpness' in keys}
+
+    begun = entries(tmp_path / 'begun', 12)
+    resumed = entries(tmp_path / 'resumed', 18, resume=True, load_from=str(tmp_path / 'begun' / 'iter_12.pth'))
+    # The second passes are in iterations 1 to 3, 7 to 9 and 13 to 15.
+    assert (list(begun), list(resumed)) == ([5, 12], [18])
+    for entry in (*begun.values(), *resumed.values()):
+        assert entry >= SECOND | {'sharpness/share_head'}
+
+
+def test_a_step_that_always_has_both_passes_is_measured_only_if_it_is_logged(tmp_path: Path) -> None:
+    runner = Runner.from_cfg(
+        toy_config(
+            tmp_path / 'run',
+            optim_wrapper=dict(type='LookSAMOptimWrapper', k=1, optimizer=dict(type='SGD', lr=0.01)),
+            train_cfg=dict(by_epoch=False, max_iters=4),
+            default_hooks=dict(logger=dict(type='LoggerHook', interval=4)),
+            log_processor=dict(by_epoch=False),
+        )
+    )
+    records: list[Any] = []
+    runner.register_hook(Recorder(records), priority='VERY_HIGH')
+    runner.train()
+    assert [record.sizes is not None for record in records] == [True, False, False, True]

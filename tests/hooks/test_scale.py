@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from mm_sharp import SAMOptimWrapper
 from mm_sharp.hooks import scale_report
 from mm_sharp.hooks.scale import scale_of, top_level
 from mm_sharp.hooks.scale_report import ScaleReport
+from mm_sharp.ops.perturbation import RELATIVE
 from mm_sharp.step.timing import PerturbationSizes, StepRecord
 from tests.references import gradients_of, perturbation_of
 from tests.toys import Batch, ToyNet, batches, make, same_state, toy_config
@@ -59,7 +61,45 @@ def test_a_loss_scale_and_accumulation_do_not_change_the_length(options: dict[st
     wrapper.record_sizes = True
     for batch in batches(3):
         model.train_step(batch, wrapper)
-        assert scale_of(wrapper.last_step.sizes, model).whole.perturbation == pytest.approx(0.1, rel=1e-3)
+        scale = scale_of(wrapper.last_step.sizes, model)
+        assert scale.whole.perturbation == pytest.approx(0.1, rel=1e-3)
+        assert scale.slope == pytest.approx(0.1 * wrapper.last_step.grad_norm.item(), rel=1e-3)
+
+
+SLOPES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f'sam {adaptive}': ('sam', dict(rho=0.05, adaptive=adaptive)) for adaptive in (False, True, *RELATIVE)},
+    'gsam below lr_max': ('gsam', dict(rho=0.5, adaptive=True, lr_max=0.4)),
+    'esam': ('esam', dict(rho=0.5, adaptive=True, beta=0.5, gamma=1.0)),
+    'friendlysam': ('friendlysam', dict(rho=0.05)),
+    'friendlysam, adaptive': ('friendlysam', dict(rho=0.5, adaptive=True)),
+}
+
+
+@pytest.mark.parametrize('case', SLOPES)
+def test_linearity_is_by_the_perturbation_and_the_gradient_of_the_step(case: str) -> None:
+    name, options = SLOPES[case]
+    model, reference = make(), make()
+    wrapper = build(name, model, **options)
+    wrapper.record_sizes = True
+    seen: list[list[Tensor]] = []
+    model.register_forward_pre_hook(lambda *_: seen.append([p.detach().clone() for p in model.parameters()]))
+    for batch in batches(3):  # in the first one Friendly SAM still perturbs along the gradient
+        seen.clear()
+        reference.load_state_dict(model.state_dict())
+        model.train_step(batch, wrapper)
+        gradients = gradients_of(loss_of(reference, batch), list(reference.parameters()))
+        slope = sum(((there - here) * g).sum() for here, there, g in zip(*seen, gradients, strict=True))
+        step = wrapper.last_step
+        linearity = (step.perturbed_loss - step.loss) / slope
+        assert ScaleReport(wrapper, model).log_scalars(step)['linearity'] == pytest.approx(linearity.item(), rel=1e-3)
+
+
+def test_the_gradients_of_a_measured_step_are_let_go() -> None:
+    model = make()
+    wrapper = build('sam', model)
+    for wrapper.record_sizes in (True, False):
+        model.train_step(batches(1)[0], wrapper)
+        assert wrapper._two_pass.ascent._plain == []
 
 
 @pytest.mark.parametrize('name', WRAPPERS)
@@ -256,13 +296,13 @@ def test_a_rise_that_rounding_has_eaten_is_not_blamed_on_rho(quantized: bool, sa
         model.weight_quant = nn.Identity()
         model.weight_quant.is_quant_enabled = True
     report = ScaleReport(SAMOptimWrapper(SGD(model.parameters(), lr=0.1), rho=0.1), model)
-    sizes = PerturbationSizes(list(model.parameters()), torch.full((2,), 0.1), torch.ones(2))
+    sizes = PerturbationSizes(list(model.parameters()), torch.full((2,), 0.1), torch.ones(2), torch.tensor(0.14))
     for _ in range(5):
         report.log_scalars(StepRecord(torch.ones(()), torch.full((), 1.001), torch.ones(()), sizes=sizes))
     assert len(warnings(said)) == (0 if quantized else 1)
 
 
-@pytest.mark.parametrize('adaptive', [False, True, 'tensor', 'global'])
+@pytest.mark.parametrize('adaptive', [False, True, *RELATIVE])
 def test_by_a_small_step_the_loss_rises_linearly(adaptive: bool | str, tmp_path: Path) -> None:
     runner = train(tmp_path, dict(rho=1e-3, adaptive=adaptive), epochs=1)
     assert last(runner, 'linearity') == pytest.approx(1.0, abs=0.05)
@@ -298,7 +338,7 @@ def test_of_many_parts_the_rest_is_put_together() -> None:
     wrapper = SAMOptimWrapper(SGD(model.parameters(), lr=0.1))
     report = ScaleReport(wrapper, model)
     for moves in (torch.arange(7.0), torch.arange(7.0).flip(0)):  # the names are those of the first step
-        sizes = PerturbationSizes(list(model.parameters()), moves, torch.ones(7))
+        sizes = PerturbationSizes(list(model.parameters()), moves, torch.ones(7), torch.ones(()))
         step = StepRecord(torch.ones(()), torch.full((), 1.2), torch.ones(()), sizes=sizes)
         scalars = report.log_scalars(step)
         assert set(scalars) == {'rho_relative', 'linearity', 'share_rest', *(f'share_part{i}' for i in (3, 4, 5, 6))}
@@ -310,9 +350,44 @@ def test_of_many_parts_the_rest_is_put_together() -> None:
 
 def test_a_model_in_one_part_has_no_shares() -> None:
     model = nn.ModuleDict({'only': nn.Linear(2, 2)})
-    sizes = PerturbationSizes(list(model.parameters()), torch.ones(2), torch.ones(2))
+    sizes = PerturbationSizes(list(model.parameters()), torch.ones(2), torch.ones(2), torch.ones(()))
     report = ScaleReport(SAMOptimWrapper(SGD(model.parameters(), lr=0.1)), model)
     assert set(report.log_scalars(StepRecord(torch.ones(()), torch.ones(()), torch.ones(()), sizes=sizes))) == {
         'rho_relative',
         'linearity',
     }
+
+
+@MODELS.register_module()
+class LossNamed(ToyNet):
+    """Has parts whose names hold what MMEngine's log processor smooths by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss_scale, self.time_shift = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        losses = super().forward(inputs, targets, sample_idx, mode)
+        weights = [(part.weight - targets.mean()).square().sum() for part in (self.loss_scale, self.time_shift)]
+        return losses if mode != 'loss' else {**losses, 'loss_weights': sum(weights)}
+
+
+def test_shares_are_of_one_iteration_whatever_a_part_is_called(tmp_path: Path) -> None:
+    runner = train(tmp_path, dict(rho=0.1), model=dict(type='LossNamed'))
+    entries = [json.loads(line) for line in next(tmp_path.rglob('scalars.json')).read_text().splitlines()]
+    named = ['sharpness/share_loss_scale', 'sharpness/share_time_shift']
+    for name in named:
+        history = runner.message_hub.get_scalar(f'train/{name}').data[0]
+        assert [entry[name] for entry in entries] == history.tolist()
+        assert len(set(history)) == len(entries) == 10
+    for entry in entries:
+        assert sum(value for name, value in entry.items() if 'share_' in name) == pytest.approx(1)
+
+
+def test_a_mean_that_is_asked_for_is_still_one(tmp_path: Path) -> None:
+    smoothed = dict(data_src='sharpness/L_w', log_name='mean_of_all', method_name='mean', window_size='global')
+    runner = train(tmp_path, dict(rho=0.1), log_processor=dict(custom_cfg=[smoothed]))
+    entry = json.loads(next(tmp_path.rglob('scalars.json')).read_text().splitlines()[-1])
+    history = runner.message_hub.get_scalar('train/sharpness/L_w').data[0]
+    assert entry['mean_of_all'] == pytest.approx(history.mean())
+    assert entry['sharpness/L_w'] == history[-1]

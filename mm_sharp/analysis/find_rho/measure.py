@@ -101,18 +101,14 @@ class RhoProbe(TwoPassOptimWrapper):
             for parameter, gradient in self._gradients:
                 parameter.grad = gradient.clone()
             ascent.restore()
-            ascent.perturb(self, loss.device)
+            ascent.perturb(self, loss.device, measures=scale is None)
             if scale is None:
-                # Of e, which a perturbation leaves in the gradients' memory, and the gradient without loss scale.
-                products = [float(torch.sum(p.grad * g)) for p, g in self._gradients if p.grad is not None]
-                inverse = self.precision.inverse_scale()
-                slope = sum(products) * (1.0 if inverse is None else float(inverse)) / rho
                 sizes = ascent.sizes(loss.device)
                 assert sizes is not None
                 scale = scale_of(sizes, self._two_pass.parallel.module)
             rises.append(float(self.second_pass.loss_without_gradient(call)) - before)
         assert scale is not None
-        raise _MeasuredError(BatchRises(before, slope, rises, scale))
+        raise _MeasuredError(BatchRises(before, scale.slope / self._rhos[0], rises, scale))
 
 
 @dataclass(frozen=True)
