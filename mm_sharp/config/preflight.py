@@ -212,7 +212,7 @@ def enable_amp(cfg: Config) -> None:
 
 
 def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
-    """The config's optimizer around a single number; an SGD for another package's, of which the names are checked."""
+    """The config's optimizer around a single number; an SGD for another package's that takes no such thing."""
     config, written = wrapper.get('optimizer'), f'{key} = dict({_OPTIMIZER}, …)'
     # A matrix, since some optimizers (Muon) take nothing else; on the training's device, since AMP depends on it.
     device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if get_device() == 'cuda' else 'cpu'
@@ -230,9 +230,12 @@ def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
     takes = ', '.join(list(signature(kind).parameters)[1:])
     with _in_one_line(f'{key}.optimizer={dict(config)!r}', f'{written}. {kind.__name__} takes {takes}'):
         signature(kind).bind(weights, **arguments)
-        if kind.__module__.startswith('torch.'):
+        try:
             return kind(weights, **arguments)  # type: ignore[no-any-return]
-    return torch.optim.SGD(weights, lr=1.0)
+        except Exception:  # another package's may ask for a whole model
+            if kind.__module__.startswith('torch.'):
+                raise
+    return torch.optim.SGD(weights, lr=1.0, momentum=0.9)  # with all that a wrapper may ask for
 
 
 def _check_paramwise(key: str, cls: type[OptimWrapper], wrapper: Mapping[str, Any]) -> None:
