@@ -299,15 +299,17 @@ def _check_hook(cfg: Config, key: str, hook: Any) -> None:
         return
     if not isinstance(hook, Mapping) or not hook.get('type'):
         raise UsageError(f"{key}={hook!r} is no dict with a type. Write for example: dict(type='SharpnessHook')")
-    example = f'dict(type={type_name(hook["type"])!r}, interval=50)'
-    if type(hook.get('interval', 1)) is not int:
-        raise UsageError(f'{key}.interval={hook["interval"]!r} must be an integer. Write for example: {example}')
     cls = _registered(cfg, HOOKS, key, hook['type'], hook.get('_scope_'), required=False)
-    # What is not registered yet, MMEngine may import before it builds it.
-    if cls is not None and cls.__module__.startswith(('mmengine.', 'mm_sharp.')):
-        arguments = {n: deepcopy(v) for n, v in hook.items() if n not in ('type', '_scope_', 'priority')}
-        with _in_one_line(key, f'{example}. {cls.__name__} takes {", ".join(arguments_of(cls))}'):
-            cls(**arguments)
+    # What is not registered yet, MMEngine may import before it builds it; what others' intervals may be, they know.
+    if cls is None or not cls.__module__.startswith(('mmengine.', 'mm_sharp.')):
+        return
+    takes, example = arguments_of(cls), f'dict(type={type_name(hook["type"])!r}, interval=50)'
+    default = takes['interval'].default if 'interval' in takes else 1
+    if type(hook.get('interval', default)) not in (int, type(default)):
+        raise UsageError(f'{key}.interval={hook["interval"]!r} must be an integer. Write for example: {example}')
+    arguments = {n: deepcopy(v) for n, v in hook.items() if n not in ('type', '_scope_', 'priority')}
+    with _in_one_line(key, f'{example}. {cls.__name__} takes {", ".join(takes)}'):
+        cls(**arguments)
 
 
 def check_data(cfg: Config, *splits: str) -> None:

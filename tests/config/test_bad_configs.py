@@ -40,6 +40,14 @@ class BuggyHook(Hook):
         {}[self.wants]
 
 
+@HOOKS.register_module(force=True)
+class AnyIntervalHook(Hook):
+    """A user's, with an interval of its own meaning."""
+
+    def __init__(self, interval: Any) -> None:
+        self.interval = interval
+
+
 @MODELS.register_module(force=True)
 class BuggyToy(ToyNet):
     """Takes any option, and has a bug with ``margin``: as it is made, or in its forward pass."""
@@ -213,3 +221,16 @@ def test_a_bug_of_a_model_that_takes_any_argument_keeps_its_traceback(
     with pytest.raises(error, match="'margin'") as caught:
         train('SAM', f"model = dict(type='BuggyToy', margin=1.0, where='{where}: {error.__name__}')")
     assert [entry.name for entry in caught.traceback][-2:] == [where, 'fails']
+
+
+@pytest.mark.parametrize(
+    ('kind', 'interval'),
+    [('SharpnessHook', None), ('AnyIntervalHook', 0.5), ('AnyIntervalHook', [1, 2]), ('AnyIntervalHook', None)],
+)
+def test_an_interval_that_its_hook_allows(kind: str, interval: Any, train: Train) -> None:
+    assert train('SAM', f'custom_hooks = [{dict(type=kind, interval=interval)}]')[0] == 0
+
+
+def test_an_interval_of_none_that_its_hook_does_not_allow(train: Train) -> None:
+    said = train('SAM', "default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=None))")
+    check(said, 'default_hooks.checkpoint.interval=None', "dict(type='CheckpointHook', interval=50)")
