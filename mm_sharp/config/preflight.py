@@ -15,9 +15,9 @@ from copy import deepcopy
 from functools import wraps
 from inspect import signature
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
-import mmengine.registry
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -25,7 +25,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
+from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry, build_functions
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.optim import Optimizer
@@ -82,23 +82,37 @@ def friendly_build_errors(cfg: Config) -> Iterator[None]:
 
 
 def explain(cfg: Config, error: Exception) -> str | None:
-    """The mistake in ``cfg`` that an error speaks of, by its key; None where the error comes from elsewhere."""
-    text = str(error)
-    roots = [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)]
-    registries = [*roots, *(child for root in roots for child in root.children.values())]
-    for key, config in _typed(cfg._cfg_dict, ''):
-        name = type_name(config['type'])
-        kinds = [registry.module_dict[name] for registry in registries if name in registry.module_dict]
-        if isinstance(error, KeyError) and not kinds and f'{name} is not in' in text:
-            return not_registered(f'{key}.type', name, {one for registry in registries for one in registry.module_dict})
-        takes = {n: p for kind in kinds if isinstance(kind, type) for n, p in arguments_of(kind).items()}
-        for argument in config:
-            if argument not in {*takes, 'type', '_scope_'} and f"'{argument}'" in text:
+    """The mistake in ``cfg`` for which MMEngine could not build a part, by its key; None for any other error."""
+    # Code that fails while it trains raises the same kinds of errors, but no build function has called it.
+    calls = [frame.f_locals for frame, _ in walk_tb(error.__traceback__) if frame.f_globals is vars(build_functions)]
+    built = calls[-1]['cfg'] if calls else None
+    if not isinstance(built, Mapping) or not built.get('type'):
+        return None
+    kind, registry = built['type'], calls[-1]['registry']
+    parts = {key: part for key, part in _typed(cfg._cfg_dict, '') if type_name(part['type']) == type_name(kind)}
+    cls = registry.get(kind) if isinstance(kind, str) else kind
+    if cls is None and parts:
+        names = {name for one in (registry.root, *registry.root.children.values()) for name in one.module_dict}
+        return not_registered(f'{next(iter(parts))}.type', type_name(kind), names)
+    given = {*built, *(calls[-1].get('default_args') or {})}
+    return _explain_call(parts, cls, given, str(error)) if isinstance(cls, type) else None
+
+
+def _explain_call(parts: Mapping[str, Mapping[str, Any]], cls: type, given: set[str], error: str) -> str | None:
+    """The argument that one of ``parts`` has too much or too little for a class, which MMEngine called by ``given``."""
+    # What a constructor calls in its turn, a base class's apart, is its own affair.
+    if not any(f'{base.__init__.__qualname__}()' in error for base in cls.__mro__):  # type: ignore[misc]
+        return None
+    takes = arguments_of(cls)
+    for key, part in parts.items():
+        name = type_name(part['type'])
+        for argument in part:
+            if argument not in {*takes, 'type', '_scope_'} and f"'{argument}'" in error:
                 hint = f'; {did_you_mean(argument, takes)}' if takes else ''
                 written = f'{key} = dict(type={name!r}, …)'
                 return f'{key}.{argument}: {name} has no such argument{hint}. Take it out of {written}'
         for argument, parameter in takes.items():
-            if parameter.default is parameter.empty and argument not in config and f"'{argument}'" in text:
+            if parameter.default is parameter.empty and argument not in {*given, *part} and f"'{argument}'" in error:
                 written = f'{key} = dict(type={name!r}, {argument}=…)'
                 return f'{key}: {name} needs {argument!r}. Write for example: {written}'
     return None
@@ -198,7 +212,7 @@ def enable_amp(cfg: Config) -> None:
 
 
 def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
-    """The config's optimizer around a single number; an SGD for another package's, of which the names are checked."""
+    """The config's optimizer around a single number; an SGD for another package's that takes no such thing."""
     config, written = wrapper.get('optimizer'), f'{key} = dict({_OPTIMIZER}, …)'
     # A matrix, since some optimizers (Muon) take nothing else; on the training's device, since AMP depends on it.
     device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if get_device() == 'cuda' else 'cpu'
@@ -216,9 +230,12 @@ def _optimizer(cfg: Config, key: str, wrapper: Mapping[str, Any]) -> Optimizer:
     takes = ', '.join(list(signature(kind).parameters)[1:])
     with _in_one_line(f'{key}.optimizer={dict(config)!r}', f'{written}. {kind.__name__} takes {takes}'):
         signature(kind).bind(weights, **arguments)
-        if kind.__module__.startswith('torch.'):
+        try:
             return kind(weights, **arguments)  # type: ignore[no-any-return]
-    return torch.optim.SGD(weights, lr=1.0)
+        except Exception:  # another package's may ask for a whole model
+            if kind.__module__.startswith('torch.'):
+                raise
+    return torch.optim.SGD(weights, lr=1.0, momentum=0.9)  # with all that a wrapper may ask for
 
 
 def _check_paramwise(key: str, cls: type[OptimWrapper], wrapper: Mapping[str, Any]) -> None:
@@ -282,15 +299,17 @@ def _check_hook(cfg: Config, key: str, hook: Any) -> None:
         return
     if not isinstance(hook, Mapping) or not hook.get('type'):
         raise UsageError(f"{key}={hook!r} is no dict with a type. Write for example: dict(type='SharpnessHook')")
-    example = f'dict(type={type_name(hook["type"])!r}, interval=50)'
-    if type(hook.get('interval', 1)) is not int:
-        raise UsageError(f'{key}.interval={hook["interval"]!r} must be an integer. Write for example: {example}')
     cls = _registered(cfg, HOOKS, key, hook['type'], hook.get('_scope_'), required=False)
-    # What is not registered yet, MMEngine may import before it builds it.
-    if cls is not None and cls.__module__.startswith(('mmengine.', 'mm_sharp.')):
-        arguments = {n: deepcopy(v) for n, v in hook.items() if n not in ('type', '_scope_', 'priority')}
-        with _in_one_line(key, f'{example}. {cls.__name__} takes {", ".join(arguments_of(cls))}'):
-            cls(**arguments)
+    # What is not registered yet, MMEngine may import before it builds it; what others' intervals may be, they know.
+    if cls is None or not cls.__module__.startswith(('mmengine.', 'mm_sharp.')):
+        return
+    takes, example = arguments_of(cls), f'dict(type={type_name(hook["type"])!r}, interval=50)'
+    default = takes['interval'].default if 'interval' in takes else 1
+    if type(hook.get('interval', default)) not in (int, type(default)):
+        raise UsageError(f'{key}.interval={hook["interval"]!r} must be an integer. Write for example: {example}')
+    arguments = {n: deepcopy(v) for n, v in hook.items() if n not in ('type', '_scope_', 'priority')}
+    with _in_one_line(key, f'{example}. {cls.__name__} takes {", ".join(takes)}'):
+        cls(**arguments)
 
 
 def check_data(cfg: Config, *splits: str) -> None:

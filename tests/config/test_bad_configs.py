@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
+from torch import nn
 
 from mm_sharp.cli import options as cli
 from mm_sharp.ops.precision import Precision
@@ -20,10 +23,48 @@ from tests.distributed import free_port
 from tests.mmpose_cases import CASES as HEADS
 from tests.reliability import Holds
 from tests.tool_runs import tool
-from tests.toys import toy_config
+from tests.toys import ToyNet, toy_config
 
 HELD = 'one line that names the key and shows the right form'
 Train = Callable[..., tuple[int, str]]
+
+
+@HOOKS.register_module(force=True)
+class BuggyHook(Hook):
+    """Looks up what is not there, after an iteration."""
+
+    def __init__(self, wants: str) -> None:
+        self.wants = wants
+
+    def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
+        {}[self.wants]
+
+
+@HOOKS.register_module(force=True)
+class AnyIntervalHook(Hook):
+    """A user's, with an interval of its own meaning."""
+
+    def __init__(self, interval: Any) -> None:
+        self.interval = interval
+
+
+@MODELS.register_module(force=True)
+class BuggyToy(ToyNet):
+    """Takes any option, and has a bug with ``margin``: as it is made, or in its forward pass."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.where = options['where']
+        self.fails('__init__')
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.fails('forward')
+
+    def fails(self, where: str) -> None:
+        if self.where == f'{where}: KeyError':
+            {}['margin']
+        if self.where == f'{where}: TypeError':
+            nn.ReLU(margin=1.0)  # type: ignore[call-arg]
 
 
 @pytest.fixture(scope='module')
@@ -158,3 +199,38 @@ def test_a_bug_keeps_its_traceback(train: Train, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Runner, 'train', lambda self: {}['a key'])
     with pytest.raises(KeyError, match='a key'):
         train('SAM', '')
+
+
+@pytest.mark.parametrize('wants', ['dataset', 'optimizer', 'params'])
+def test_a_bug_of_a_hook_keeps_its_traceback(wants: str, train: Train, tmp_path: Path) -> None:
+    """Also where MMEngine hands an argument of this name to what it builds."""
+    hook = dict(type='BuggyHook', wants=wants)
+    schedule = dict(type='LinearLR', start_factor=0.1)
+    with pytest.raises(KeyError, match=f"^'{wants}'$") as caught:
+        train('SAM', f'custom_hooks = [{hook}]\nparam_scheduler = {schedule}')
+    assert caught.traceback[-1].name == 'after_train_iter'
+    with pytest.raises(KeyError, match=f"^'{wants}'$"):
+        Runner.from_cfg(toy_config(tmp_path / 'runner', custom_hooks=[hook], param_scheduler=schedule)).train()
+
+
+@pytest.mark.parametrize('error', [KeyError, TypeError])
+@pytest.mark.parametrize('where', ['__init__', 'forward'])
+def test_a_bug_of_a_model_that_takes_any_argument_keeps_its_traceback(
+    where: str, error: type[Exception], train: Train
+) -> None:
+    with pytest.raises(error, match="'margin'") as caught:
+        train('SAM', f"model = dict(type='BuggyToy', margin=1.0, where='{where}: {error.__name__}')")
+    assert [entry.name for entry in caught.traceback][-2:] == [where, 'fails']
+
+
+@pytest.mark.parametrize(
+    ('kind', 'interval'),
+    [('SharpnessHook', None), ('AnyIntervalHook', 0.5), ('AnyIntervalHook', [1, 2]), ('AnyIntervalHook', None)],
+)
+def test_an_interval_that_its_hook_allows(kind: str, interval: Any, train: Train) -> None:
+    assert train('SAM', f'custom_hooks = [{dict(type=kind, interval=interval)}]')[0] == 0
+
+
+def test_an_interval_of_none_that_its_hook_does_not_allow(train: Train) -> None:
+    said = train('SAM', "default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=None))")
+    check(said, 'default_hooks.checkpoint.interval=None', "dict(type='CheckpointHook', interval=50)")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIMIZERS
+from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from mm_sharp import MSAMOptimWrapper
+from mm_sharp.errors import UsageError
 from tests.memory_toys import MEMORIES
 from tests.references_family import flat
-from tests.toys import Batch, Notes, ToyNet, batches, make, same_state
+from tests.toys import Batch, Notes, ToyNet, batches, make, same_state, toy_config
 from tests.wrappers import build, momentum_sgd, resting_sgd
 
 
@@ -40,6 +44,22 @@ class Watched(ToyNet):
     def fail(self, where: str, count: int) -> None:
         if self.fails_in == where and count - 1 == self.at:
             raise ArithmeticError(where)
+
+
+@OPTIMIZERS.register_module(force=True)
+class OwnSGD(SGD):
+    """An optimizer of a user's."""
+
+
+@OPTIMIZERS.register_module(force=True)
+class OwnAdam(Adam):
+    """A user's that takes a whole model's weights alone."""
+
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        params = list(params)
+        if len(params) == 1:
+            raise ValueError('a single weight')
+        super().__init__(params, **kwargs)
 
 
 def flat_weights(model: nn.Module) -> Tensor:
@@ -196,6 +216,23 @@ def test_optimizers_with_momentum(kind: type[Optimizer]) -> None:
         model.train_step(batch, wrapper)
     distance = (model.forwards[1] - model.forwards[0]).norm().item()
     assert distance == pytest.approx(0.3, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    'optimizer', [dict(type='OwnSGD', lr=0.01, momentum=0.9), dict(type='OwnAdam', lr=0.01)], ids=lambda o: o['type']
+)
+def test_a_runner_takes_a_user_s_optimizer_with_momentum(optimizer: dict[str, Any], tmp_path: Path) -> None:
+    wrapper = dict(type='MSAMOptimWrapper', optimizer=optimizer)
+    runner = Runner.from_cfg(toy_config(tmp_path, optim_wrapper=wrapper))
+    runner.train()
+    assert type(runner.optim_wrapper.optimizer).__name__ == optimizer['type']
+
+
+def test_a_runner_refuses_a_user_s_optimizer_without_momentum(tmp_path: Path) -> None:
+    wrapper = dict(type='MSAMOptimWrapper', optimizer=dict(type='OwnSGD', lr=0.01))
+    runner = Runner.from_cfg(toy_config(tmp_path, optim_wrapper=wrapper))
+    with pytest.raises(UsageError, match=r'optimizer=OwnSGD is not allowed: it has no momentum.*momentum=0.9'):
+        runner.train()
 
 
 def test_quantized_weights_cannot_be_perturbed() -> None:
