@@ -26,6 +26,7 @@ from mm_sharp.analysis.find_rho import measure, report
 from mm_sharp.analysis.tables import write_json
 from mm_sharp.cli import options as cli
 from mm_sharp.cli.loading import check_checkpoint
+from mm_sharp.compat import enable_for_all_runs
 from mm_sharp.config import preflight
 
 
@@ -66,6 +67,7 @@ def configure(args: argparse.Namespace) -> Config:
 def main(arguments: Sequence[str]) -> None:
     """Train, measure, write the files and print the table."""
     args, begin = parse_arguments(arguments), time.perf_counter()
+    enable_for_all_runs()
     cfg = configure(args)
     folder = cli.output_folder(args.out_dir)
     perturbation = measure.perturbation_of(cfg)

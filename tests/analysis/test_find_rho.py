@@ -281,6 +281,15 @@ def test_what_is_wrong_is_said_in_one_line(tools: Tools, tmp_path: Path, argumen
     assert message in tools('find_rho', 'sam.py', *arguments, code=2)
 
 
+@pytest.mark.parametrize('wrapper', ['sam', 'plain'])
+def test_weights_of_another_model(tools: Tools, tmp_path: Path, wrapper: str) -> None:
+    write_toy(tmp_path / 'config.py', wrapper)
+    torch.save({'state_dict': {'fc.weight': torch.zeros(2, 3)}}, tmp_path / 'other.pth')
+    line = tools('find_rho', 'config.py', '--load-from', 'other.pth', '--steps', 0, '--batches', 2, code=2)
+    assert "cannot load 'other.pth': the checkpoint holds none of the 6 weights of the model (conv.weight" in line
+    assert 'it holds fc.weight' in line
+
+
 def test_nothing_to_measure(tools: Tools, tmp_path: Path) -> None:
     write_toy(tmp_path / 'sam.py', 'sam')
     (name, values) = ('conv.weight', torch.full((6, 2, 3, 3), math.nan))

@@ -154,6 +154,65 @@ def test_a_checkpoint_of_another_model(
         tools('test', config.name, 'other.pth', '--work-dir', 'work')
 
 
+def _only_bias(checkpoint: dict[str, Any]) -> None:
+    state = checkpoint['state_dict']
+    checkpoint['state_dict'] = {'head.bias': state['head.bias'], 'head.weight': torch.zeros(5, 96)}
+
+
+@pytest.mark.parametrize('wrapper', ['sam', 'plain'])
+def test_load_from_of_a_part_is_a_warning(
+    tmp_path: Path, tools: Tools, trained: dict[str, Path], wrapper: str, holds: Holds
+) -> None:
+    config = write_toy(tmp_path / 'config.py', wrapper)
+    changed(trained[wrapper], tmp_path / 'part.pth', _only_bias)
+    tools('train', config.name, '--work-dir', 'work', '--cfg-options', 'load_from=part.pth')
+    [line] = [line for line in log_of(tmp_path / 'work').splitlines() if 'load_from: ' in line]
+    assert 'WARNING' in line
+    assert 'load_from: 1 of 6 weights were loaded; without a fitting value in the file: conv.weight, conv.bias' in line
+    changed(trained[wrapper], tmp_path / 'whole.pth', lambda checkpoint: None)
+    tools('train', config.name, '--work-dir', 'whole', '--cfg-options', 'load_from=whole.pth')
+    assert 'weights were loaded' not in log_of(tmp_path / 'whole')
+    holds(SECTION, 'of a part of the model', f'tools, load_from, {wrapper}', 'trains, and a warning names the rest')
+
+
+def log_of(folder: Path) -> str:
+    """The log of the only run in a work directory."""
+    [file] = folder.glob('*/*.log')
+    return file.read_text()
+
+
+@pytest.mark.parametrize('wrapper', ['sam', 'plain'])
+def test_resuming_another_model_with_another_optimizer_names_the_model(
+    tmp_path: Path, tools: Tools, trained: dict[str, Path], wrapper: str
+) -> None:
+    file = changed(trained[wrapper], tmp_path / 'other.pth', _renamed)
+    config = write_toy(tmp_path / 'config.py', wrapper)
+    same = run_way(tools, config, '--resume', file)
+    config.write_text(config.read_text() + "\noptim_wrapper['optimizer'] = dict(type='Adam', lr=1e-3)\n")
+    error = run_way(tools, config, '--resume', file)
+    assert "cannot resume 'other.pth': the checkpoint is of another model: it holds backbone.conv.weight" in error
+    assert 'load_from' not in same + error
+
+
+@pytest.mark.parametrize(
+    ('length', 'message'),
+    [
+        (dict(by_epoch=True, max_epochs=1), 'all 1 epochs are made already: raise train_cfg.max_epochs to go on'),
+        (dict(by_epoch=False, max_iters=5), 'all 5 iterations are made already: raise train_cfg.max_iters to go on'),
+    ],
+)
+def test_resuming_a_finished_run_says_that_it_is(
+    tmp_path: Path, tools: Tools, trained: dict[str, Path], length: dict[str, Any], message: str
+) -> None:
+    shutil.copy(trained['sam'], tmp_path / 'end.pth')
+    config = write_toy(tmp_path / 'config.py', 'sam', train_cfg=length)
+    tools('train', config.name, '--work-dir', 'work', '--resume', 'end.pth')
+    assert message in log_of(tmp_path / 'work')
+    more = write_toy(tmp_path / 'more.py', 'sam')
+    tools('train', more.name, '--work-dir', 'more', '--resume', 'end.pth')
+    assert 'are made already' not in log_of(tmp_path / 'more')
+
+
 # ---------------------------------------------------------------- of another run
 @pytest.mark.parametrize(
     ('saved', 'resumed'),
