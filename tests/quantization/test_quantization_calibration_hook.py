@@ -251,6 +251,7 @@ def test_sam_with_averaged_weights_and_without_a_float_model(base: Runner, folde
     assert 'on 2 training batches' in log_of(runner), 'there are no more'
     assert 'No load_from: the model that is quantized has random or pretrained weights only' in log_of(runner)
     assert 'No load_from' not in log_of(base)
+    assert 'weights were loaded' not in log_of(base)  # quantizers alone are without a value
     assert start_of(runner).averages == [True], 'EMAHook copied the model before it was calibrated'
     saved = torch.load(Path(runner.work_dir) / CHECKPOINT, weights_only=True)
     averaged = {
