@@ -27,6 +27,7 @@ from mm_sharp.config import preflight
 
 # Importing the package mends the stack; MMPose is first imported after it, when the model is built.
 
+_PEOPLE = 128
 _BUDGETS = {'size_mb': 0, 'mean_bits': 0, 'latency_ms': 0, 'times_float': 1}  # what they must be above
 
 
@@ -41,7 +42,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     spared = 'one layer as the other policies say, or float if there is none; all others as the first policy says'
     modes.add_argument('--spared', action='store_true', help=spared)
     add('--metric', help='judge by this metric of val_evaluator (default: by the validation loss)')
-    add('--people', type=whole(1), default=128, help='judge on so many of the validation set (default: 128)')
+    people = f'judge on so many of the validation set (default: {_PEOPLE}, or all if there are fewer)'
+    add('--people', type=whole(1), help=people)
     add('--batches', type=whole(1), default=16, help='training batches to calibrate with (default: 16)')
     add('--seed', type=whole(0), default=0, help='of the choice of samples (default: 0)')
     budgets = parser.add_mutually_exclusive_group()
@@ -109,7 +111,8 @@ def main(arguments: Sequence[str]) -> None:
     folder = cli.output_folder(cfg.work_dir)
     check_policies(cfg, policies, exported=args.in_time)
     subject = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed)
-    judge = subject.metric(args.metric, args.people) if args.metric else subject.loss(args.people)
+    people = args.people or _PEOPLE
+    judge = subject.metric(args.metric, people) if args.metric else subject.loss(people, at_most=args.people is None)
     if args.metric:
         judge(subject.float_model)  # is there such a metric?
     measured = f'-{args.metric}' if args.metric else 'validation loss'
@@ -119,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
     with begun_search(args, subject, policies, judge) as search:
         mixed = MixedModel({name: subject.quantized(policy) for name, policy in policies.items()})
         found = measure(mixed, list(dict.fromkeys(tried)), others, judge)
-        report.write_json(folder / 'sensitivity.json', found, mixed.weights, {**vars(args), 'measured': measured})
+        report.write_json(folder / 'sensitivity.json', found, mixed.weights, {**vars(args), 'people': people, 'measured': measured})
         report.draw(folder / 'sensitivity.png', found, measured)
         proposal = None
         if search is not None:

@@ -142,6 +142,17 @@ def test_sensitivity_writes_a_policy_within_a_time(
     assert sorted(path.suffix for path in (folder / 'time').iterdir()) == ['.json', '.png', '.py']
 
 
+def test_the_default_count_of_people_is_at_most_all_there_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    subject = Subject(Config.fromfile(folder / 'float.py'), 'f.pth', batches=1)
+    with DefaultScope.overwrite_default_scope('mmpose'):
+        assert subject.loss(128, at_most=True)(subject.float_model) == subject.loss(4)(subject.float_model)
+    assert capsys.readouterr().err == 'All 4 people of the validation set are judged on\n'
+    assert tool('sensitivity').parse_arguments(['float.py', 'f.pth']).people is None
+
+
 def test_a_metric_of_the_config_can_be_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     subject = Subject(Config.fromfile(folder / 'float.py'), 'f.pth', batches=1)
@@ -225,6 +236,7 @@ BAD = [
     ('ptq', ['none.pth'], r"checkpoint: no checkpoint 'none\.pth'"),
     ('ptq', ['q.pth'], r"'q\.pth' is of a quantized model: take the float model's"),
     ('sensitivity', ['f.pth', '--people', '0'], '--people 0: it must be at least 1'),
+    ('sensitivity', ['f.pth', '--people', '9'], '--people 9: the validation set has 4 people only: write --people 4'),
     ('sensitivity', ['f.pth', '--mean-bits', '-1'], '--mean-bits -1: it must be a finite number above 0'),
     ('sensitivity', ['f.pth', '--size-mb', '1', '--mean-bits', '4'], 'not allowed with argument'),
     ('sensitivity', ['f.pth', '--times-float', '1'], '--times-float 1: it must be a finite number above 1'),
