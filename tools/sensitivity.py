@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     cfg, policies = configure(args)
     from mm_sharp.analysis.post_training import report
-    from mm_sharp.analysis.post_training.proposal import config_text, propose
+    from mm_sharp.analysis.post_training.proposal import budget_in_bits, config_text, propose
     from mm_sharp.analysis.post_training.sensitivity import FLOAT, MixedModel, measure
     from mm_sharp.analysis.post_training.subject import Subject, check_policies
 
@@ -121,8 +121,11 @@ def main(arguments: Sequence[str]) -> None:
     tried = [*args.names, *([FLOAT] if args.spared and (len(args.names) == 1 or args.in_time) else [])]
     with begun_search(args, subject, policies, judge) as search:
         mixed = MixedModel({name: subject.quantized(policy) for name, policy in policies.items()})
+        if search is None and args.budget:
+            budget_in_bits(mixed, policies, tried, **args.budget)  # refused before single layers are measured
         found = measure(mixed, list(dict.fromkeys(tried)), others, judge)
-        report.write_json(folder / 'sensitivity.json', found, mixed.weights, {**vars(args), 'people': people, 'measured': measured})
+        settings = {**vars(args), 'people': people, 'measured': measured}
+        report.write_json(folder / 'sensitivity.json', found, mixed.weights, settings)
         report.draw(folder / 'sensitivity.png', found, measured)
         proposal = None
         if search is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -12,8 +13,14 @@ import torch
 from torch import nn
 
 from mm_sharp.analysis.post_training.policies import read_policy
-from mm_sharp.analysis.post_training.proposal import config_text, mixed_policy, same_everywhere, weight_bits
-from mm_sharp.analysis.post_training.sensitivity import MixedModel, assign, measure
+from mm_sharp.analysis.post_training.proposal import (
+    budget_in_bits,
+    config_text,
+    mixed_policy,
+    same_everywhere,
+    weight_bits,
+)
+from mm_sharp.analysis.post_training.sensitivity import MixedModel, Sensitivity, assign, measure
 from mm_sharp.errors import UsageError
 from mm_sharp.quantization import QuantizationPolicy, calibrate, quantize
 from mm_sharp.quantization.flow import float_output
@@ -118,8 +125,36 @@ def test_a_budget_is_kept_at_nearly_the_least_cost(mean: float) -> None:
 
 
 def test_a_budget_below_the_fewest_bits_is_refused() -> None:
-    with pytest.raises(UsageError, match=r'no policy fits: with the fewest bits the weights take 0\.000 MB'):
+    with pytest.raises(ValueError, match=r'budget=1299: with the fewest bits the weights take 1300 bits'):
         assign(WEIGHTS, COSTS, BITS, 1299)
+
+
+@pytest.mark.parametrize(
+    ('names', 'budget', 'message'),
+    [
+        (
+            ['low', 'high'],
+            dict(mean_bits=2.0),
+            r'--mean-bits 2: with the fewest bits \(low\) the weights have 3\.0 bits on average: '
+            r'write --mean-bits 3\.0 or more, or give --policy with fewer bits, such as w2a4$',
+        ),
+        (['high'], dict(mean_bits=7.9), r'--mean-bits 7\.9: .*\(high\).* 8\.0 bits on average'),
+        (['float', 'lowest'], dict(mean_bits=1.0), r'--mean-bits 1: .*write --mean-bits 2\.0 or more$'),
+        (
+            ['low', 'high'],
+            dict(size_mb=1e-4),
+            r'--size-mb 0\.0001: .*\(low\) the model takes 0\.001 MB: write --size-mb',
+        ),
+    ],
+)
+def test_a_budget_that_no_policy_keeps_to_is_refused_in_its_unit(
+    names: list[str], budget: dict[str, float], message: str
+) -> None:
+    policies = {**POLICIES, 'lowest': {**POLICIES['low'], 'weight_bit_width': 2}}
+    with pytest.raises(UsageError, match=message) as caught:
+        budget_in_bits(mixed(), policies, names, **budget)
+    (named,) = re.findall(r'write --(\S+) ([\d.]+)', str(caught.value))
+    assert budget_in_bits(mixed(), policies, names, **{named[0].replace('-', '_'): float(named[1])}) > 0
 
 
 def test_the_proposed_policy_is_a_config_and_gives_each_layer_its_bits(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader, set_random_seed
 
+from mm_sharp.analysis.post_training import sensitivity
 from mm_sharp.analysis.post_training.policies import float_config, own_policy, quantized_config, read_policy
 from mm_sharp.analysis.post_training.subject import Subject
 from mm_sharp.cli.options import load_config
