@@ -94,6 +94,14 @@ def test_the_most_sensitive_layer_comes_first() -> None:
     assert spared.ranked()[0] == min(spared.costs, key=lambda name: spared.costs[name]['float'])
 
 
+@pytest.mark.parametrize(('others', 'first'), [('float', 'b'), ('low', 'c')])
+def test_layers_whose_costs_all_have_one_sign_are_in_order(others: str, first: str) -> None:
+    sign = -1 if others == 'float' else 1
+    worst = {'a': 2.0, 'b': 1.0, 'c': 3.0} if others == 'float' else {'a': 2.0, 'b': 3.0, 'c': 1.0}
+    costs = {name: {others: 0.0, 'high': sign * cost} for name, cost in worst.items()}
+    assert Sensitivity(others, 1.0, costs).ranked() == [first, 'a', 'c' if first == 'b' else 'b']
+
+
 # ------------------------------------------------------------------ budgets
 WEIGHTS = {'a': 100, 'b': 300, 'c': 200, 'd': 50}
 BITS = {'w2': 2, 'w4': 4, 'w8': 8}

@@ -54,7 +54,13 @@ class Sensitivity:
     def ranked(self) -> list[str]:
         """The layers, the most sensitive first."""
         sign = 1 if self.others == FLOAT else -1  # spared: where the loss falls most
-        return sorted(self.costs, key=lambda name: -max(sign * cost for cost in self.costs[name].values()))
+
+        def most(name: str) -> float:
+            """Without the 0 of ``others``, which is no measurement."""
+            measured = (sign * cost for policy, cost in self.costs[name].items() if policy != self.others)
+            return max(measured, default=0.0)
+
+        return sorted(self.costs, key=most, reverse=True)
 
 
 def measure(mixed: MixedModel, policies: Sequence[str], others: str, judge: Judge) -> Sensitivity:
