@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -141,6 +142,18 @@ def main(arguments: Sequence[str]) -> None:
         (folder / 'mixed.py').write_text(text, encoding='utf-8')
         print(f'\n{report.candidates(proposal, measured)}\n\n{text}\nWritten: {folder}/mixed.py')
     print(f'Written: {folder}/sensitivity.json, sensitivity.png')
+    if proposal:
+        print(f'\n{next_steps(args, folder / "mixed.py")}')
+
+
+def next_steps(args: argparse.Namespace, policy: Path) -> str:
+    """What to do with the policy that was written."""
+    command = shlex.join(['python', 'tools/ptq.py', args.config, args.checkpoint, '--policy', str(policy)])
+    return (
+        f'Test it: {command}\n'
+        f"Fine-tune with it: in a config of your own, _base_ = [the float recipe, '{policy.absolute()}'] and "
+        f"load_from = '{args.checkpoint}'"
+    )
 
 
 @contextmanager

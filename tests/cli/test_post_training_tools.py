@@ -111,6 +111,17 @@ def test_sensitivity_writes_a_policy_within_the_budget(
         assert model.quantization.bytes() <= 200_000
     assert re.search(rf'^mixed +{model.quantization.bytes() / 1e6:.3f} ', printed, re.MULTILINE)
     assert all(layer['layer'] in printed for layer in found['layers'])
+    assert f'\nTest it: python tools/ptq.py w4a4.py f.pth --policy {mode[0][2:]}/mixed.py\n' in printed
+    assert f"_base_ = [the float recipe, '{out}/mixed.py'] and load_from = 'f.pth'" in printed
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_before_layers_are_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, 'measure', lambda *args: pytest.fail('layers are measured'))
+    options = ['--people', '4', '--batches', '1', '--work-dir', 'few', '--policy', 'low.py', '--mean-bits', '2', *FLIP]
+    with pytest.raises(UsageError, match=r'--mean-bits 2: with the fewest bits \(low\) the weights have 4\.0 bits'):
+        run('sensitivity', folder, monkeypatch, 'float.py', 'f.pth', *options)
 
 
 @pytest.mark.slow  # seven models are exported
