@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from mm_sharp.config import preflight
 
 # Importing the package mends the stack; MMPose is first imported after it, when the model is built.
 
+_PEOPLE = 128
 _BUDGETS = {'size_mb': 0, 'mean_bits': 0, 'latency_ms': 0, 'times_float': 1}  # what they must be above
 
 
@@ -41,7 +43,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     spared = 'one layer as the other policies say, or float if there is none; all others as the first policy says'
     modes.add_argument('--spared', action='store_true', help=spared)
     add('--metric', help='judge by this metric of val_evaluator (default: by the validation loss)')
-    add('--people', type=whole(1), default=128, help='judge on so many of the validation set (default: 128)')
+    people = f'judge on so many of the validation set (default: {_PEOPLE}, or all if there are fewer)'
+    add('--people', type=whole(1), help=people)
     add('--batches', type=whole(1), default=16, help='training batches to calibrate with (default: 16)')
     add('--seed', type=whole(0), default=0, help='of the choice of samples (default: 0)')
     budgets = parser.add_mutually_exclusive_group()
@@ -102,14 +105,15 @@ def main(arguments: Sequence[str]) -> None:
     args = parse_arguments(arguments)
     cfg, policies = configure(args)
     from mm_sharp.analysis.post_training import report
-    from mm_sharp.analysis.post_training.proposal import config_text, propose
+    from mm_sharp.analysis.post_training.proposal import budget_in_bits, config_text, propose
     from mm_sharp.analysis.post_training.sensitivity import FLOAT, MixedModel, measure
     from mm_sharp.analysis.post_training.subject import Subject, check_policies
 
     folder = cli.output_folder(cfg.work_dir)
     check_policies(cfg, policies, exported=args.in_time)
     subject = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed)
-    judge = subject.metric(args.metric, args.people) if args.metric else subject.loss(args.people)
+    people = args.people or _PEOPLE
+    judge = subject.metric(args.metric, people) if args.metric else subject.loss(people, at_most=args.people is None)
     if args.metric:
         judge(subject.float_model)  # is there such a metric?
     measured = f'-{args.metric}' if args.metric else 'validation loss'
@@ -118,8 +122,11 @@ def main(arguments: Sequence[str]) -> None:
     tried = [*args.names, *([FLOAT] if args.spared and (len(args.names) == 1 or args.in_time) else [])]
     with begun_search(args, subject, policies, judge) as search:
         mixed = MixedModel({name: subject.quantized(policy) for name, policy in policies.items()})
+        if search is None and args.budget:
+            budget_in_bits(mixed, policies, tried, **args.budget)  # refused before single layers are measured
         found = measure(mixed, list(dict.fromkeys(tried)), others, judge)
-        report.write_json(folder / 'sensitivity.json', found, mixed.weights, {**vars(args), 'measured': measured})
+        settings = {**vars(args), 'people': people, 'measured': measured}
+        report.write_json(folder / 'sensitivity.json', found, mixed.weights, settings)
         report.draw(folder / 'sensitivity.png', found, measured)
         proposal = None
         if search is not None:
@@ -135,6 +142,18 @@ def main(arguments: Sequence[str]) -> None:
         (folder / 'mixed.py').write_text(text, encoding='utf-8')
         print(f'\n{report.candidates(proposal, measured)}\n\n{text}\nWritten: {folder}/mixed.py')
     print(f'Written: {folder}/sensitivity.json, sensitivity.png')
+    if proposal:
+        print(f'\n{next_steps(args, folder / "mixed.py")}')
+
+
+def next_steps(args: argparse.Namespace, policy: Path) -> str:
+    """What to do with the policy that was written."""
+    command = shlex.join(['python', 'tools/ptq.py', args.config, args.checkpoint, '--policy', str(policy)])
+    return (
+        f'Test it: {command}\n'
+        f"Fine-tune with it: in a config of your own, _base_ = [the float recipe, '{policy.absolute()}'] and "
+        f"load_from = '{args.checkpoint}'"
+    )
 
 
 @contextmanager

@@ -59,12 +59,16 @@ def in_words(
     """What a wrapper does in a training, by what it is about, given N of a process and, where known, its ``model``."""
     settings = wrapper.settings
     quantized = '; in quantized layers the quantized weights' if settings.perturb_quantized else ''
+    cost = wrapper.cost(batch_size)
+    passes = (
+        'in both passes' if cost.length == 1 else f'in both passes of one step of {cost.length}, in one of the others'
+    )
     return {
         'rho': f'{settings.rho:g}{_SCALES[settings.adaptive]}',
         'perturbed': f'{wrapper.selector.in_words}{quantized}',
-        'samples': f'all {batch_size} of a batch, in both passes',
+        'samples': f'all {batch_size} of a batch, {passes}',
         **wrapper.in_words(batch_size, length, model),
-        'cost': cost_in_words(wrapper.cost(batch_size), length),
+        'cost': cost_in_words(cost, length),
     }
 
 

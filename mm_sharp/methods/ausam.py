@@ -150,7 +150,8 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         """See :meth:`mm_sharp.step.method.Method.in_words`."""
         losses = self.losses_in_words(model) if self.uses_history else {}
         weights = '; each weighted by 1 / (N * pi_i)' if self.reweight else ''
-        return {'samples': f'{self.drawer.in_words(batch_size, length)}{weights}', **losses}
+        loaded = '; drawn by the data loader, which reads no others' if self.sampler is not None else ''
+        return {'samples': f'{self.drawer.in_words(batch_size, length)}{weights}{loaded}', **losses}
 
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: DatasetKeys, rank: int, model: nn.Module) -> None:
         """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already."""

@@ -179,10 +179,11 @@ class ExportReport:
             lines.append(
                 f'{f"integers of {len(self.layers)} layers":<26}{"equal":>11}  largest difference, worst layer'
             )
-        for kind, title in (('network', 'whole network'), ('alone', 'one layer at a time')) if self.layers else ():
+        rows = (('network', 'whole network', ' (not judged)'), ('alone', 'one layer at a time', ''))
+        for kind, title, note in rows if self.layers else ():
             total, worst = self._total(kind), min(self.layers, key=lambda layer: getattr(layer, kind).share)
             share = f'{getattr(worst, kind).share:.4%} in {worst.layer}'
-            lines.append(f'{title:<26}{total.share:>11.4%}  {total.largest} steps, {share}')
+            lines.append(f'{title:<26}{total.share:>11.4%}  {total.largest} steps, {share}{note}')
         lines += ['', f'{"output":<26}{"largest difference":>18}  values in PyTorch']
         lines += [f'{o.name:<26}{o.largest:>18.3g}  {o.low:.3g} to {o.high:.3g}' for o in self.outputs]
         lines.append(

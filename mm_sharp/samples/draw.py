@@ -105,7 +105,12 @@ class BatchDrawer:
     def in_words(self, batch_size: int, length: TrainingLength) -> str:
         """What is drawn in a training of this length, for the log."""
         plan, by_epochs = self.schedule, length.epoch_length is not None
-        parts = [f'{sample_count(plan.sampling_ratio, batch_size, self.fewest)} of {batch_size} in both passes']
+        count = sample_count(plan.sampling_ratio, batch_size, self.fewest)
+        parts = [f'{count} of {batch_size} in both passes']
+        if count == batch_size:
+            return (
+                f"{parts[0]}, as with SAM and at SAM's cost: a larger batch or a smaller sampling_ratio leaves some out"
+            )
         if plan.whole_first_epoch:
             parts.append('all in the first epoch' if by_epochs else 'no whole first epoch: the data set has no length')
         if plan.draw == 'uniform':
@@ -114,7 +119,8 @@ class BatchDrawer:
         parts.append(f'the {which} the loss difference, the likelier ({plan.draw} draw)')
         over = f'{plan.ramp * length.epochs:g} {"epochs" if by_epochs else "iterations"}'
         rising = f's_max {plan.s_min:g} to {plan.s_max:g} over the first {over}'
-        parts.append(rising if plan.ramp > 0 else f's from {plan.s_min:g} to {plan.s_max:g}')
+        rises = plan.ramp > 0 and not (by_epochs and plan.ramp * length.epochs <= 1)  # it rises from epoch to epoch
+        parts.append(rising if rises else f's from {plan.s_min:g} to {plan.s_max:g}')
         return '; '.join(parts)
 
 

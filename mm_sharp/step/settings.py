@@ -32,7 +32,7 @@ class StepSettings:
         """Refuse what is out of range."""
         check_positive_int(self.owner, 'accumulative_counts', self.accumulative_counts, example='4')
         check_clip_grad(self.owner, self.clip_grad)
-        check_number(self.owner, 'rho', self.rho, example='0.05')
+        check_number(self.owner, 'rho', self.rho, example='0.02' if isinstance(self.adaptive, str) else '0.05')
         check_number(self.owner, 'eta', self.eta, example='0.01')
         check_number(self.owner, 'eps', self.eps, low_open=True, example='1e-12')
         check_choice(self.owner, 'adaptive', self.adaptive, (True, False, *RELATIVE))

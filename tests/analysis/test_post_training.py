@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -12,8 +13,14 @@ import torch
 from torch import nn
 
 from mm_sharp.analysis.post_training.policies import read_policy
-from mm_sharp.analysis.post_training.proposal import config_text, mixed_policy, same_everywhere, weight_bits
-from mm_sharp.analysis.post_training.sensitivity import MixedModel, assign, measure
+from mm_sharp.analysis.post_training.proposal import (
+    budget_in_bits,
+    config_text,
+    mixed_policy,
+    same_everywhere,
+    weight_bits,
+)
+from mm_sharp.analysis.post_training.sensitivity import MixedModel, Sensitivity, assign, measure
 from mm_sharp.errors import UsageError
 from mm_sharp.quantization import QuantizationPolicy, calibrate, quantize
 from mm_sharp.quantization.flow import float_output
@@ -87,6 +94,14 @@ def test_the_most_sensitive_layer_comes_first() -> None:
     assert spared.ranked()[0] == min(spared.costs, key=lambda name: spared.costs[name]['float'])
 
 
+@pytest.mark.parametrize(('others', 'first'), [('float', 'b'), ('low', 'c')])
+def test_layers_whose_costs_all_have_one_sign_are_in_order(others: str, first: str) -> None:
+    sign = -1 if others == 'float' else 1
+    worst = {'a': 2.0, 'b': 1.0, 'c': 3.0} if others == 'float' else {'a': 2.0, 'b': 3.0, 'c': 1.0}
+    costs = {name: {others: 0.0, 'high': sign * cost} for name, cost in worst.items()}
+    assert Sensitivity(others, 1.0, costs).ranked() == [first, 'a', 'c' if first == 'b' else 'b']
+
+
 # ------------------------------------------------------------------ budgets
 WEIGHTS = {'a': 100, 'b': 300, 'c': 200, 'd': 50}
 BITS = {'w2': 2, 'w4': 4, 'w8': 8}
@@ -118,8 +133,36 @@ def test_a_budget_is_kept_at_nearly_the_least_cost(mean: float) -> None:
 
 
 def test_a_budget_below_the_fewest_bits_is_refused() -> None:
-    with pytest.raises(UsageError, match=r'no policy fits: with the fewest bits the weights take 0\.000 MB'):
+    with pytest.raises(ValueError, match=r'budget=1299: with the fewest bits the weights take 1300 bits'):
         assign(WEIGHTS, COSTS, BITS, 1299)
+
+
+@pytest.mark.parametrize(
+    ('names', 'budget', 'message'),
+    [
+        (
+            ['low', 'high'],
+            dict(mean_bits=2.0),
+            r'--mean-bits 2: with the fewest bits \(low\) the weights have 3\.0 bits on average: '
+            r'write --mean-bits 3\.0 or more, or give --policy with fewer bits, such as w2a4$',
+        ),
+        (['high'], dict(mean_bits=7.9), r'--mean-bits 7\.9: .*\(high\).* 8\.0 bits on average'),
+        (['float', 'lowest'], dict(mean_bits=1.0), r'--mean-bits 1: .*write --mean-bits 2\.0 or more$'),
+        (
+            ['low', 'high'],
+            dict(size_mb=1e-4),
+            r'--size-mb 0\.0001: .*\(low\) the model takes 0\.001 MB: write --size-mb',
+        ),
+    ],
+)
+def test_a_budget_that_no_policy_keeps_to_is_refused_in_its_unit(
+    names: list[str], budget: dict[str, float], message: str
+) -> None:
+    policies = {**POLICIES, 'lowest': {**POLICIES['low'], 'weight_bit_width': 2}}
+    with pytest.raises(UsageError, match=message) as caught:
+        budget_in_bits(mixed(), policies, names, **budget)
+    (named,) = re.findall(r'write --(\S+) ([\d.]+)', str(caught.value))
+    assert budget_in_bits(mixed(), policies, names, **{named[0].replace('-', '_'): float(named[1])}) > 0
 
 
 def test_the_proposed_policy_is_a_config_and_gives_each_layer_its_bits(tmp_path: Path) -> None:

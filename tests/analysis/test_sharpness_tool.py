@@ -175,7 +175,7 @@ def test_tables_say_what_is_missing_and_what_differs(tmp_path: Path) -> None:
         (['plain.py', 'a.pth', 'a.pth'], 'is the name of two checkpoints: give each its own with --names'),
         (['plain.py', 'a.pth', 'b.pth', '--names', 'x', 'x'], "'x' is the name of two"),
         (['plain.py', 'a.pth', '--names', 'x', 'y'], '2 names for 1 checkpoints'),
-        (['plain.py', 'a.pth', '--samples', 9], '--samples 9: the data set (train) has 8 samples only'),
+        (['plain.py', 'a.pth', '--samples', 9], '--samples 9: the training set has 8 samples only: write --samples 8'),
         (['plain.py', 'gone.pth'], "no checkpoint 'gone.pth'"),
         (['gone.py', 'a.pth'], "no config file 'gone.py'"),
         (['plain.py', 'gone.py:a.pth'], "no config file 'gone.py'"),

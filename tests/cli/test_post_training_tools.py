@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader, set_random_seed
 
+from mm_sharp.analysis.post_training import sensitivity
 from mm_sharp.analysis.post_training.policies import float_config, own_policy, quantized_config, read_policy
 from mm_sharp.analysis.post_training.subject import Subject
 from mm_sharp.cli.options import load_config
@@ -110,6 +111,17 @@ def test_sensitivity_writes_a_policy_within_the_budget(
         assert model.quantization.bytes() <= 200_000
     assert re.search(rf'^mixed +{model.quantization.bytes() / 1e6:.3f} ', printed, re.MULTILINE)
     assert all(layer['layer'] in printed for layer in found['layers'])
+    assert f'\nTest it: python tools/ptq.py w4a4.py f.pth --policy {mode[0][2:]}/mixed.py\n' in printed
+    assert f"_base_ = [the float recipe, '{out}/mixed.py'] and load_from = 'f.pth'" in printed
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_before_layers_are_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, 'measure', lambda *args: pytest.fail('layers are measured'))
+    options = ['--people', '4', '--batches', '1', '--work-dir', 'few', '--policy', 'low.py', '--mean-bits', '2', *FLIP]
+    with pytest.raises(UsageError, match=r'--mean-bits 2: with the fewest bits \(low\) the weights have 4\.0 bits'):
+        run('sensitivity', folder, monkeypatch, 'float.py', 'f.pth', *options)
 
 
 @pytest.mark.slow  # seven models are exported
@@ -140,6 +152,17 @@ def test_sensitivity_writes_a_policy_within_a_time(
     one_more = float(rows['float'][3]) / (float(rows['mixed'][3]) + 1)
     assert one_more < 1.6 or count == len(spared)
     assert sorted(path.suffix for path in (folder / 'time').iterdir()) == ['.json', '.png', '.py']
+
+
+def test_the_default_count_of_people_is_at_most_all_there_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    subject = Subject(Config.fromfile(folder / 'float.py'), 'f.pth', batches=1)
+    with DefaultScope.overwrite_default_scope('mmpose'):
+        assert subject.loss(128, at_most=True)(subject.float_model) == subject.loss(4)(subject.float_model)
+    assert capsys.readouterr().err == 'All 4 people of the validation set are judged on\n'
+    assert tool('sensitivity').parse_arguments(['float.py', 'f.pth']).people is None
 
 
 def test_a_metric_of_the_config_can_be_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +248,7 @@ BAD = [
     ('ptq', ['none.pth'], r"checkpoint: no checkpoint 'none\.pth'"),
     ('ptq', ['q.pth'], r"'q\.pth' is of a quantized model: take the float model's"),
     ('sensitivity', ['f.pth', '--people', '0'], '--people 0: it must be at least 1'),
+    ('sensitivity', ['f.pth', '--people', '9'], '--people 9: the validation set has 4 people only: write --people 4'),
     ('sensitivity', ['f.pth', '--mean-bits', '-1'], '--mean-bits -1: it must be a finite number above 0'),
     ('sensitivity', ['f.pth', '--size-mb', '1', '--mean-bits', '4'], 'not allowed with argument'),
     ('sensitivity', ['f.pth', '--times-float', '1'], '--times-float 1: it must be a finite number above 1'),

@@ -41,6 +41,12 @@ def test_the_cost_is_that_of_the_wrappers_own_arguments(kind: str, options: dict
     assert build(kind, make(), **options).cost(8).cycle == pytest.approx(cost)
 
 
+@pytest.mark.parametrize(('kind', 'options'), [('sam', dict(interval=5)), ('looksam', dict(k=5))])
+def test_steps_of_one_pass_are_said(kind: str, options: dict[str, Any]) -> None:
+    line = in_words(build(kind, make(), **options), 8, LENGTH, None)['samples']
+    assert line == 'all 8 of a batch, in both passes of one step of 5, in one of the others'
+
+
 @pytest.mark.parametrize(
     ('options', 'weighted'), [({}, False), (dict(reweight=True), True), (dict(reweight=True, draw='uniform'), False)]
 )

@@ -279,6 +279,11 @@ def test_differences_of_outputs() -> None:
     assert (agreement.largest, agreement.low, agreement.high) == (0.5, -2.0, 1.0)
 
 
+def test_the_table_marks_the_row_that_is_not_judged() -> None:
+    rows = ExportReport('x', 'qcdq', 4, [layer()], [], [[0.0]], {}).table().splitlines()
+    assert [row.split('  ')[0] for row in rows if row.endswith('(not judged)')] == ['whole network']
+
+
 def test_outputs_that_say_nothing() -> None:
     agreement = OutputAgreement('heatmaps')
     for _ in range(2):

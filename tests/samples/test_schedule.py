@@ -163,6 +163,17 @@ def test_epochs_at_equal_compute_cost_what_they_are_to(options: dict[str, Any]) 
         assert epochs * cost.over(epochs) == pytest.approx(compute)
 
 
+def test_what_says_less_in_words() -> None:
+    """A ramp that ends within the first epoch, batches that cannot be cut, and draws in the data loader."""
+    wrapper, model = AUSAMOptimWrapper(momentum_sgd(make())), make()
+    assert in_words(wrapper, 32, TrainingLength(4, 10), model)['samples'].endswith('s from 0.1 to 0.5')
+    alone = in_words(wrapper, 1, TrainingLength(4, 10), model)
+    assert alone['samples'].startswith("1 of 1 in both passes, as with SAM and at SAM's cost: a larger batch")
+    assert alone['cost'].startswith("2.00 times the base optimizer's")
+    wrapper.sampler = AUSAMSampler(DefaultSampler(range(32)), 8)
+    assert 'drawn by the data loader' in in_words(wrapper, 32, TrainingLength(4, 10), model)['samples']
+
+
 def test_the_run_in_words() -> None:
     wrapper, model = AUSAMOptimWrapper(momentum_sgd(make())), make()
     lines = in_words(wrapper, 32, TrainingLength(20, 10), model)

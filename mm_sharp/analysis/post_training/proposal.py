@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from mm_sharp.analysis.post_training.sensitivity import FLOAT, Choice, MixedModel, Sensitivity, assign
 from mm_sharp.analysis.post_training.subject import Judge, Subject
+from mm_sharp.errors import UsageError
 from mm_sharp.quantization import LayerPolicy
 from mm_sharp.quantization.record import quantized_record
 
@@ -49,13 +51,10 @@ def propose(
     """A policy that keeps to a budget, with its own value and those of the policies that it mixes.
 
     ``policies`` have the same bits at the ends; ``allowed`` are the names of those that may be chosen, or ``'float'``.
-    The budget is ``size_mb``, in 10^6 bytes (weights in their bits, all else in 4 bytes), or ``mean_bits`` of a weight,
-    in the mean over the layers; a UsageError if it is too small.
+    The budget is that of ``budget_in_bits``.
     """
-    bits, total = weight_bits(policies), sum(mixed.weights.values())
-    record = quantized_record(mixed.model)
-    rest = record.bytes() - sum(w.weights * w.policy.weight_bit_width for w in record.quantized if w.policy) // 8
-    budget = total * mean_bits if mean_bits is not None else 8 * (1e6 * (size_mb or 0) - rest)
+    bits, total, rest = weight_bits(policies), sum(mixed.weights.values()), _other_bytes(mixed)
+    budget = budget_in_bits(mixed, policies, allowed, size_mb=size_mb, mean_bits=mean_bits)
     costs = {name: {p: cost for p, cost in options.items() if p in allowed} for name, options in found.costs.items()}
     choice = assign(mixed.weights, costs, bits, budget)
     policy = mixed_policy(choice, mixed.weights, policies)
@@ -67,6 +66,43 @@ def propose(
         size = total * bits[name] // 8 + rest
         candidates.append(Candidate(name, size, float(bits[name]), judge(mixed.model)))
     return Proposal(policy, choice, sorted(candidates, key=lambda candidate: candidate.bytes))
+
+
+def budget_in_bits(
+    mixed: MixedModel,
+    policies: Mapping[str, Mapping[str, Any]],
+    allowed: Collection[str],
+    *,
+    size_mb: float | None = None,
+    mean_bits: float | None = None,
+) -> float:
+    """What all weights together may take, in bits; a UsageError if the allowed policy of the fewest bits takes more.
+
+    ``size_mb`` is in 10^6 bytes (weights in their bits, all else in 4 bytes), ``mean_bits`` those of a weight, in the
+    mean over the layers.
+    """
+    bits, total, rest = weight_bits(policies), sum(mixed.weights.values()), _other_bytes(mixed)
+    budget = total * mean_bits if mean_bits is not None else 8 * (1e6 * (size_mb or 0) - rest)
+    fewest = min(allowed, key=bits.__getitem__)
+    if total * bits[fewest] <= budget:
+        return budget
+    if mean_bits is not None:
+        option, given, least = '--mean-bits', mean_bits, f'{bits[fewest]:.1f}'
+        takes = f'the weights have {least} bits on average'
+    else:
+        # Rounded up, so that what is proposed fits.
+        megabytes = math.ceil((total * bits[fewest] / 8 + rest) / 1e3) / 1e3
+        option, given, least = '--size-mb', size_mb or 0, f'{megabytes:.3f}'
+        takes = f'the model takes {least} MB'
+    fewer = ', or give --policy with fewer bits, such as w2a4' if bits[fewest] > 2 else ''
+    said = f'{option} {given:g}: with the fewest bits ({fewest}) {takes}'
+    raise UsageError(f'{said}: write {option} {least} or more{fewer}')
+
+
+def _other_bytes(mixed: MixedModel) -> int:
+    """Of all that is no weight of a quantized layer."""
+    record = quantized_record(mixed.model)
+    return record.bytes() - sum(w.weights * w.policy.weight_bit_width for w in record.quantized if w.policy) // 8
 
 
 def same_everywhere(policy: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from mm_sharp.analysis.post_training.subject import Judge, with_bar
-from mm_sharp.errors import UsageError
 from mm_sharp.quantization.build import replace_modules
 from mm_sharp.quantization.flow import without_quantizers
 from mm_sharp.quantization.record import quantized_record
@@ -55,7 +54,13 @@ class Sensitivity:
     def ranked(self) -> list[str]:
         """The layers, the most sensitive first."""
         sign = 1 if self.others == FLOAT else -1  # spared: where the loss falls most
-        return sorted(self.costs, key=lambda name: -max(sign * cost for cost in self.costs[name].values()))
+
+        def most(name: str) -> float:
+            """Without the 0 of ``others``, which is no measurement."""
+            measured = (sign * cost for policy, cost in self.costs[name].items() if policy != self.others)
+            return max(measured, default=0.0)
+
+        return sorted(self.costs, key=most, reverse=True)
 
 
 def measure(mixed: MixedModel, policies: Sequence[str], others: str, judge: Judge) -> Sensitivity:
@@ -77,7 +82,7 @@ def assign(weights: Mapping[str, int], costs: Mapping[str, Mapping[str, float]],
 
     Costs are taken to add up. Each layer starts at its cheapest policy; then, again and again, the change to fewer bits
     that costs least for each bit saved is made; finally what is left of the budget is spent. ``weights`` are how many
-    each layer has, ``bits`` those of a weight, by policy. A UsageError: with the fewest bits, the weights take more.
+    each layer has, ``bits`` those of a weight, by policy. A ValueError: with the fewest bits, the weights take more.
     """
     choice = {name: min(options, key=lambda p: (options[p], bits[p])) for name, options in costs.items()}
 
@@ -95,7 +100,7 @@ def assign(weights: Mapping[str, int], costs: Mapping[str, Mapping[str, float]],
     while taken() > budget:
         change = min(changes(1), default=None)
         if change is None:
-            raise UsageError(f'no policy fits: with the fewest bits the weights take {taken() / 8e6:.3f} MB')
+            raise ValueError(f'budget={budget:g}: with the fewest bits the weights take {taken()} bits')
         choice[change[1]] = change[2]
     for gain, name, policy in sorted(changes(-1)):
         more = weights[name] * (bits[policy] - bits[choice[name]])

@@ -88,10 +88,15 @@ class Subject:
                 metrics = evaluator.evaluate(len(loader.dataset))
         return {name: float(value) for name, value in metrics.items() if isinstance(value, Real) and ' ' not in name}
 
-    def loss(self, people: int) -> Judge:
-        """The validation loss over the first people of a seeded shuffle, with labels as in training."""
+    def loss(self, people: int, *, at_most: bool = False) -> Judge:
+        """The validation loss over the first people of a seeded shuffle, with labels as in training.
+
+        If there are fewer, over all of them with ``at_most``, else a UsageError.
+        """
         with torch.no_grad(), prepared(self.cfg):
-            samples = load_samples(self.cfg, 'val', people, self._seed)
+            samples = load_samples(self.cfg, 'val', people, self._seed, option='--people', at_most=at_most)
+            if len(samples) < people:
+                sys.stderr.write(f'All {len(samples)} people of the validation set are judged on\n')
             preprocess: Any = self.float_model.data_preprocessor
             batches = [(count, preprocess(batch, False)) for count, batch in samples.batches(32)]
 

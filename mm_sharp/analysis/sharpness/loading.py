@@ -27,6 +27,7 @@ from mm_sharp.errors import UsageError, UserError
 from mm_sharp.hooks.checkpoint import check_next_load
 
 SPLITS = ('train', 'val')
+_SETS = {'train': 'training', 'val': 'validation'}
 
 
 def load_model(
@@ -78,14 +79,21 @@ class Samples:
             yield len(rows), self.collate(rows)
 
 
-def load_samples(cfg: Config, split: str, count: int, seed: int) -> Samples:
-    """Load samples, by a seed of shuffle and augmentation; a UsageError if there are fewer than ``count``."""
+def load_samples(
+    cfg: Config, split: str, count: int, seed: int, *, option: str = '--samples', at_most: bool = False
+) -> Samples:
+    """Load samples, by a seed of shuffle and augmentation.
+
+    If there are fewer than ``count``, all of them with ``at_most``, else a UsageError, which names the tool's
+    ``option`` for the count.
+    """
     options = dataset_config(cfg, split)
     with seeded(seed):
         loader = build_loader(cfg, dataset=options, batch_size=1)
         dataset, collate = loader.dataset, loader.collate_fn
-        if count > len(dataset):
-            raise UsageError(f'--samples {count}: the data set ({split}) has {len(dataset)} samples only')
+        if count > len(dataset) and not at_most:
+            there = f'the {_SETS[split]} set has {len(dataset)} {option.removeprefix("--")} only'
+            raise UsageError(f'{option} {count}: {there}: write {option} {len(dataset)}')
         chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
         rows = [dataset[int(index)] for index in tqdm(chosen, 'loading samples', leave=False, disable=None)]
     kind = options.get('type')
