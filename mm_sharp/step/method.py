@@ -191,7 +191,8 @@ class Method:
             tensors: What to keep; nobody may write to it afterwards.
             valid: Scalar of bool; where it is False, what was kept before stays. The device is not waited for.
         """
-        others = [parameter for parameter in self.kept if parameter not in set(parameters)]
+        given = set(parameters)
+        others = [parameter for parameter in self.kept if parameter not in given]
         if others:
             parameters = [*parameters, *others]
             tensors = [*tensors, *map(torch.zeros_like, self.kept_of(others))]
