@@ -232,6 +232,7 @@ def find(tools: Tools, folder: Path, *arguments: object) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_config_to_a_proposal(tools: Tools, tmp_path: Path) -> None:
     write_toy(tmp_path / 'sam.py', 'sam', optim_wrapper={**OPTIM_WRAPPERS['sam'], **RECOMMENDED})
     write_toy(tmp_path / 'plain.py', 'plain')
@@ -251,6 +252,7 @@ def test_a_config_to_a_proposal(tools: Tools, tmp_path: Path) -> None:
     assert find(tools, tmp_path, 'plain.py', '--rho', *radii)['points'] == first['points']
 
 
+@pytest.mark.slow
 def test_other_methods_and_weights(tools: Tools, tmp_path: Path) -> None:
     write_toy(tmp_path / 'ausam.py', 'ausam')
     model = make(seed=5)

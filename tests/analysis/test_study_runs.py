@@ -106,6 +106,7 @@ def test_a_study_runs_from_the_command_line_in_processes_of_its_own(tmp_path: Pa
     assert 'optimizer' not in weights
 
 
+@pytest.mark.slow
 def test_a_run_is_what_the_runner_makes_of_the_same_config(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, tiny())
     run = Run('report', 'clean', 'sam', 0.1, 2, 0)

@@ -592,6 +592,7 @@ def test_another_projects_model_of_the_same_name_is_left_alone() -> None:
 
 # -------------------------------------------------------------------- with Brevitas
 # MMPose's, of its own use of torch.
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:.*torch.cuda.amp.autocast.* is deprecated')
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_mmposes_own_api_builds_the_quantized_model(tmp_path: Path, recipe: str) -> None:

@@ -43,6 +43,7 @@ def shipped(package: str) -> list[Path]:
     return sorted(folder.rglob('*.py'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('package', PACKAGES)
 def test_some_of_the_configs_that_a_package_ships(package: str) -> None:
     files = shipped(package)[::60]

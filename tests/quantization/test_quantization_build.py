@@ -305,6 +305,7 @@ def test_the_size_is_that_of_the_checkpoint_with_fewer_bits(case: Case, changes:
     assert model.quantization.bytes() < model.quantization.float_bytes
 
 
+@pytest.mark.slow
 def test_the_report_says_what_there_is() -> None:
     record = quantized(RLE, act=6).quantization
     lines = record.table().splitlines()

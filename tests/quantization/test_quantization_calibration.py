@@ -161,6 +161,7 @@ def test_nothing_but_scales_is_changed() -> None:
     assert not model.quantization.calibrating
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('init', ['max', 'mse'])
 def test_forward_passes_change_nothing_but_batchnorm(init: str) -> None:
     """Buffers, counters and flags of every module: a second pass of a sharpness-aware step finds nothing to move."""

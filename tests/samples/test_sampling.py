@@ -220,6 +220,7 @@ def score_kinds(n: int) -> dict[str, np.ndarray]:
 CASES = [(n, kind, 0.3) for n in (1, 2, 5, 32) for kind in ('zeros', 'ties', 'unseen', 'dominant')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('n', 'kind', 's_min'), [*CASES, (100, 'unseen', 0.3), (256, 'dominant', 0.001)])
 def test_frequencies_match_the_probabilities(n: int, kind: str, s_min: float) -> None:
     """Within 4 standard errors; that they are exact, the enumeration below shows of small batches."""
