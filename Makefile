@@ -74,7 +74,7 @@ test test-slow test-kills: export PYTHONDONTWRITEBYTECODE :=
 test: $(INSTALLED) lint types ## lint, check the types and run the fast tests (at most five minutes)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: $(INSTALLED) ## run the tests that take long and rarely break: whole command lines, broken environments, long runs
+test-slow: $(INSTALLED) ## run the tests that take long and rarely break: command lines, exports, several processes, long runs (13 minutes)
 	$(PY) -m pytest -n 2 --dist loadfile -m 'slow and not thorough and not kills' $(ARGS)
 
 test-kills: $(INSTALLED) ## kill training runs at random times, and resume them (about five minutes)
