@@ -29,8 +29,8 @@ def main() -> int:
     if name in ('-h', '--help'):
         sys.stdout.write('usage: mm-sharp TOOL [ARGUMENT ...]; for the arguments: mm-sharp TOOL --help\n\n')
         for known, file in tools.items():
-            about = ast.get_docstring(ast.parse(file.read_text('utf-8'))) or ''
-            sys.stdout.write(f'  {known:<20} {about.partition(chr(10))[0]}\n')
+            about = (ast.get_docstring(ast.parse(file.read_text('utf-8'))) or '').partition('\n')[0]
+            sys.stdout.write(f'  {known:<20} {about}\n')
         return 0
     tool = tools.get(name.replace('_', '-'))
     if tool is not None:

@@ -103,10 +103,9 @@ class Precision:
                 self.unscale(optimizer)
         self.scaler.step(optimizer, **kwargs)
         self.scaler.update(self._fixed_scale)
-        if self.scaler._scale is not None:
-            # Of a smaller scale, one over it is infinite, and would make infinite weights of finite gradients: the
-            # scaler checks these before it multiplies.
-            self.scaler._scale.clamp_(min=torch.finfo(torch.float32).tiny)
+        # Of a smaller scale, one over it is infinite, and would make infinite weights of finite gradients: the scaler
+        # checks these before it multiplies.
+        self.scaler._scale.clamp_(min=torch.finfo(torch.float32).tiny)
 
     def forget_step(self) -> None:
         """Let the scaler unscale again after a step that failed."""

@@ -265,5 +265,6 @@ def _pool(inputs: Tensor, output_size: int | Sequence[int | None] | None) -> Ten
 def _layer(error: BaseException) -> str:
     """Name of the layer whose operator the exporter was at; '' if that is not known."""
     nodes = [frame.f_locals.get('node') for frame, _ in walk_tb(error.__traceback__)]
-    (*_, scope) = '', *(node.scopeName() for node in nodes if isinstance(node, torch._C.Node))
-    return '.'.join(re.findall(r'::([\w.]+)', scope)[1:])  # the first is the model's in the network
+    scopes: list[str] = [node.scopeName() for node in nodes if isinstance(node, torch._C.Node)]
+    names = re.findall(r'::([\w.]+)', scopes[-1]) if scopes else []
+    return '.'.join(names[1:])  # the first is the model's in the network

@@ -202,7 +202,9 @@ def run_missing(
         make = partial(_make, plan, rows, pool, redo)
         for wave in plan.waves():
             make('choosing rho', [run for name in chain(*wave) for run in plan.selection_runs(name)])
-            chosen = {name: choose_rho(plan, rows, names) for names in wave for name in names}
+            chosen: dict[str, dict[str, float | None]] = {}
+            for names in wave:
+                chosen |= dict.fromkeys(names, choose_rho(plan, rows, names))
             make('runs to report', [run for name, own in chosen.items() for run in plan.report_runs(name, own)])
             timed = [run for name, own in chosen.items() for run in timed_runs(plan, rows, name, own)]
             make('runs at equal time', timed)
