@@ -112,18 +112,20 @@ def main(arguments: Sequence[str]) -> None:
     folder = cli.output_folder(cfg.work_dir)
     check_policies(cfg, policies, exported=args.in_time)
     subject = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed)
-    people = args.people or _PEOPLE
-    judge = subject.metric(args.metric, people) if args.metric else subject.loss(people, at_most=args.people is None)
     if args.metric:
+        judge, people = subject.metric(args.metric, args.people or _PEOPLE)
         judge(subject.float_model)  # is there such a metric?
+    else:
+        judge, people = subject.loss(args.people or _PEOPLE, at_most=args.people is None)
     measured = f'-{args.metric}' if args.metric else 'validation loss'
     others = args.names[0] if args.spared else FLOAT
     # What is proposed in time may leave layers in float.
     tried = [*args.names, *([FLOAT] if args.spared and (len(args.names) == 1 or args.in_time) else [])]
     with begun_search(args, subject, policies, judge) as search:
         mixed = MixedModel({name: subject.quantized(policy) for name, policy in policies.items()})
-        if search is None and args.budget:
-            budget_in_bits(mixed, policies, tried, **args.budget)  # refused before single layers are measured
+        budget = None
+        if search is None and args.budget:  # refused before single layers are measured
+            budget = budget_in_bits(mixed, policies, tried, **args.budget)
         found = measure(mixed, list(dict.fromkeys(tried)), others, judge)
         settings = {**vars(args), 'people': people, 'measured': measured}
         report.write_json(folder / 'sensitivity.json', found, mixed.weights, settings)
@@ -131,8 +133,8 @@ def main(arguments: Sequence[str]) -> None:
         proposal = None
         if search is not None:
             proposal = search.propose(found, mixed.weights)
-        elif args.budget:
-            proposal = propose(subject, mixed, found, policies, tried, judge, **args.budget)
+        elif budget is not None:
+            proposal = propose(subject, mixed, found, policies, tried, judge, budget)
     print(f'\n{report.table(found, mixed.weights, proposal.choice if proposal else None)}')
     print(f'\n{measured} with all layers {found.others}: {found.value:.5g}')
     if proposal:

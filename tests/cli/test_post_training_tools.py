@@ -160,7 +160,9 @@ def test_the_default_count_of_people_is_at_most_all_there_are(
     monkeypatch.chdir(folder)
     subject = Subject(Config.fromfile(folder / 'float.py'), 'f.pth', batches=1)
     with DefaultScope.overwrite_default_scope('mmpose'):
-        assert subject.loss(128, at_most=True)(subject.float_model) == subject.loss(4)(subject.float_model)
+        (of_all, count), (of_four, four) = subject.loss(128, at_most=True), subject.loss(4)
+        assert of_all(subject.float_model) == of_four(subject.float_model)
+    assert count == four == 4
     assert capsys.readouterr().err == 'All 4 people of the validation set are judged on\n'
     assert tool('sensitivity').parse_arguments(['float.py', 'f.pth']).people is None
 
@@ -169,9 +171,9 @@ def test_a_metric_of_the_config_can_be_asked_for(folder: Path, monkeypatch: pyte
     monkeypatch.chdir(folder)
     subject = Subject(Config.fromfile(folder / 'float.py'), 'f.pth', batches=1)
     expected = subject.test(subject.float_model)['PCK']
-    assert subject.metric('PCK', 4)(subject.float_model) == pytest.approx(-expected)
+    assert subject.metric('PCK', 4)[0](subject.float_model) == pytest.approx(-expected)
     with pytest.raises(UsageError, match=r"--metric pck: no metric of val_evaluator; did you mean 'PCK'\?"):
-        subject.metric('pck', 4)(subject.float_model)
+        subject.metric('pck', 4)[0](subject.float_model)
 
 
 def test_float_and_quantized_configs_are_made_of_each_other(folder: Path) -> None:

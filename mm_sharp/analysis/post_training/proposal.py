@@ -44,17 +44,14 @@ def propose(
     policies: Mapping[str, Mapping[str, Any]],
     allowed: Collection[str],
     judge: Judge,
-    *,
-    size_mb: float | None = None,
-    mean_bits: float | None = None,
+    budget: float,
 ) -> Proposal:
     """A policy that keeps to a budget, with its own value and those of the policies that it mixes.
 
     ``policies`` have the same bits at the ends; ``allowed`` are the names of those that may be chosen, or ``'float'``.
-    The budget is that of ``budget_in_bits``.
+    The budget is what ``budget_in_bits`` has given.
     """
     bits, total, rest = weight_bits(policies), sum(mixed.weights.values()), _other_bytes(mixed)
-    budget = budget_in_bits(mixed, policies, allowed, size_mb=size_mb, mean_bits=mean_bits)
     costs = {name: {p: cost for p, cost in options.items() if p in allowed} for name, options in found.costs.items()}
     choice = assign(mixed.weights, costs, bits, budget)
     policy = mixed_policy(choice, mixed.weights, policies)

@@ -88,8 +88,8 @@ class Subject:
                 metrics = evaluator.evaluate(len(loader.dataset))
         return {name: float(value) for name, value in metrics.items() if isinstance(value, Real) and ' ' not in name}
 
-    def loss(self, people: int, *, at_most: bool = False) -> Judge:
-        """The validation loss over the first people of a seeded shuffle, with labels as in training.
+    def loss(self, people: int, *, at_most: bool = False) -> tuple[Judge, int]:
+        """The validation loss over the first people of a seeded shuffle, with labels as in training; and how many.
 
         If there are fewer, over all of them with ``at_most``, else a UsageError.
         """
@@ -105,10 +105,10 @@ class Subject:
                 losses = [(n, model.parse_losses(model(**deepcopy(data), mode='loss'))[0]) for n, data in batches]
             return sum(n * float(loss) for n, loss in losses) / len(samples)
 
-        return judge
+        return judge, len(samples)
 
-    def metric(self, name: str, people: int) -> Judge:
-        """A validation metric over the first people of the set, its sign turned where higher is better."""
+    def metric(self, name: str, people: int) -> tuple[Judge, int]:
+        """A validation metric over the first people of the set, its sign turned where higher is better; how many."""
         from mm_sharp.quantization.export_check import evaluate  # which needs onnx
 
         with prepared(self.cfg):
@@ -124,7 +124,7 @@ class Subject:
                 raise UsageError(f'--metric {name}: no metric of val_evaluator; {did_you_mean(name, values)}')
             return values[name] if is_error(name) else -values[name]
 
-        return judge
+        return judge, len(part)
 
 
 def check_policies(
