@@ -8,7 +8,8 @@ python tools/benchmark.py CONFIG --peers           also SAM as it is written by 
 python tools/benchmark.py CONFIG --floors          also each method's passes alone: what its own work comes to
 python tools/benchmark.py --parameters 25M 100M    perturbation and restoration alone, against the copy bandwidth
 python tools/benchmark.py --host                   steps of a model of 3,164 weights, a batch of 16, one thread: the
-                                                   host's own time, as multiples of the base optimizer's
+                                                   host's own time, as multiples of the base optimizer's;
+                                                   --peers and --floors as above
 
 A method is a registered optimizer wrapper, by its name without OptimWrapper; NAME-VALUE is the method with another
 value of its first own argument of that kind, as ausam-0.5 (sampling_ratio=0.5) or esam-history (selection='history').
@@ -138,7 +139,10 @@ def measure_perturbing(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def measure_host(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Measure the host's own time of a step; returns the table and the figures."""
-    rows = table.measure_host(candidates.parse_methods(args.methods), args.rounds, args.warmup)
+    methods = candidates.parse_methods(args.methods)
+    if args.peers:
+        methods[candidates.BY_HAND] = {'type': 'SAMOptimWrapper'}
+    rows = table.measure_host(methods, args.rounds, args.warmup, passes_only=args.floors)
     head = f"the host's time of a step, and its ratio to the base optimizer's; a batch of {workload.BATCH_SIZE}"
     return f'{head}\n{table.step_table(rows)}', {**cli.machine(), 'host': [row.figures() for row in rows]}
 

@@ -417,10 +417,11 @@ def test_the_hosts_own_time() -> None:
 
 @pytest.mark.usefixtures('one_thread')
 def test_the_hosts_time_by_the_tool(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool.main(['--host', '--rounds', '2', '--methods', 'sam', '--out', str(tmp_path / 'host.json')])
+    options = ['--rounds', '2', '--methods', 'sam', '--peers', '--floors', '--out', str(tmp_path / 'host.json')]
+    tool.main(['--host', *options])
     assert 'its ratio to the base optimizer' in capsys.readouterr().out
     found = json.loads((tmp_path / 'host.json').read_text())
-    assert [row['label'] for row in found['host']] == ['base', 'sam']
+    assert [row['label'] for row in found['host']] == ['base', 'sam', 'sam, passes alone', 'sam by hand']
     assert (found['host'][1]['limit'], found['threads']) == (2.0, 1)
     assert found['host'][1]['ratio']['median'] > 0
 

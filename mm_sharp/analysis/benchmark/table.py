@@ -192,12 +192,14 @@ def own_work(times: Mapping[str, Sequence[float]]) -> dict[str, Quartiles]:
     return {name: quartiles((seconds[name] - seconds[name + SUFFIX]) / seconds['base']) for name in methods}
 
 
-def measure_host(methods: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int) -> list[Row]:
+def measure_host(
+    methods: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int, *, passes_only: bool = False
+) -> list[Row]:
     """The host's own time of a step, which users of small models pay: on :class:`SmallModel` a step is little else."""
     optimizer = {'type': 'SGD', 'lr': 0.0, 'momentum': 0.9}
     settings = {name: {**method, 'optimizer': optimizer} for name, method in methods.items()}
     costs = {name: theoretical_cost(own, BATCH_SIZE) for name, own in settings.items()}
     workload = small_workload()
     with prepared(Config()):
-        times = workload.measure(settings, whole_cycles(rounds, costs), warmup, step_seconds)
-    return compare(times, costs, BATCH_SIZE, warmup)
+        times = workload.measure(settings, whole_cycles(rounds, costs), warmup, step_seconds, passes_only)
+    return compare(times, {name: costs[name.removesuffix(SUFFIX)] for name in times}, BATCH_SIZE, warmup)
