@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from itertools import chain
-from operator import eq
+from operator import attrgetter, eq, itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,9 @@ from mm_sharp.ops.rare_changes import RareChanges, is_ordinary, same_items, vers
 
 Leaves = list[tuple[Any, Any]]
 
+_FIELDS = itemgetter('_metainfo_fields', '_data_fields')
+_KIND = attrgetter('layout', 'is_nested', 'is_meta', 'requires_grad')
+_SHAREABLE = (torch.strided, False, False, False)
 _ATOMS = frozenset({type(None), bool, int, float, str, bytes})
 
 
@@ -133,23 +136,23 @@ class SampleContents:
         while level:
             new = {id(element): element for element in level if id(element) not in found}
             found |= new
-            level = [element for sample in new.values() for element in self._within(sample)]
+            level = self._within(list(map(vars, new.values())))
         self._elements = list(found.values())
         self._held: list[Any] = [*map(vars, self._elements)]
-        self._attributes = [*map(dict, self._held)]
-        self._fields = [(e._metainfo_fields.copy(), e._data_fields.copy()) for e in self._elements]
+        self._attributes = [*map(dict.copy, self._held)]
+        self._fields = [(of_meta.copy(), of_data.copy()) for of_meta, of_data in map(_FIELDS, self._held)]
         self._meta: list[tuple[Any, Any]] = []
 
-    def _within(self, sample: BaseDataElement) -> Iterator[BaseDataElement]:
-        attributes = vars(sample)
-        for name in sample._data_fields:
-            item = attributes.get(name)  # a name may outlive its value
-            if type(item) is Tensor and not item.requires_grad and is_ordinary(item):
-                self.tensors.append(item)
-            elif isinstance(item, BaseDataElement):
-                yield item
-            elif isinstance(item, (list, tuple, dict, Tensor)):
-                self.plain = False
+    def _within(self, held: list[dict[str, Any]]) -> list[BaseDataElement]:
+        """The elements in the data fields of others, whose attributes are given; all are looked at together."""
+        # A name may outlive its value.
+        items = [each[name] for each in held for name in each['_data_fields'] if name in each]
+        kinds = {*map(type, items)}
+        tensors = [item for item in items if type(item) is Tensor] if Tensor in kinds else []
+        self.tensors += tensors
+        self.plain &= not any(map(_is_changed_in_place, kinds - {Tensor})) and _can_be_shared(tensors)
+        nested = {kind for kind in kinds if issubclass(kind, BaseDataElement)}
+        return [item for item in items if type(item) in nested] if nested else []
 
     def by_id(self) -> dict[int, Any]:
         """The samples themselves, without those within them."""
@@ -189,6 +192,16 @@ class SampleContents:
             for names, before in ((held['_metainfo_fields'], of_meta), (held['_data_fields'], of_data)):
                 names.clear()
                 names.update(before)
+
+
+def _is_changed_in_place(kind: type) -> bool:
+    """Whether what is in a value of this class may change, and the watch over attributes does not see it."""
+    return issubclass(kind, (list, tuple, dict, Tensor))
+
+
+def _can_be_shared(tensors: list[Tensor]) -> bool:
+    """Whether all can be watched, and a backward pass leaves no gradient in any."""
+    return set(map(_KIND, tensors)) <= {_SHAREABLE} and not any(map(Tensor.is_inference, tensors))
 
 
 def _lists_and_dicts(value: Any) -> Iterator[Any]:
