@@ -50,7 +50,8 @@ class InputSnapshot:
         may_write, pairs = self._rare.next_step(), Leaves()
         # Of a model that writes to its inputs everything is copied in any case, of one that changes samples these are.
         known = self._rare.every_step or (self._samples_change and not may_write)
-        samples = None if known else SampleContents([*_samples_in(value)])
+        found = [] if known else [*_samples_in(value)]
+        samples = SampleContents(found) if found else None
         # In the first steps the samples are copied, too, so that a model that changes them is known by then.
         if may_write:
             kept = Kept(fresh(value, True, pairs), True, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from mm_sharp.ops import multi_tensor
 from mm_sharp.ops.perturbation import by_group, group_by_device_and_dtype
 
 TRUE = torch.tensor(True)
-_SMALL = 1024  # elements; so small ones are copied into one sooner than asked one by one
+_SMALL = 4096  # elements; so small ones are copied into one sooner than asked one by one
+_kind = attrgetter('dtype', 'is_cpu', 'layout')
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
@@ -41,14 +43,11 @@ def quickly_finite(tensors: Sequence[Tensor]) -> bool:
     """
     if not tensors:
         return True
-    kind = tensors[0].dtype
-    others = [
-        t for t in tensors if t.dtype is not kind or not t.is_cpu or t.layout is not torch.strided or not t.numel()
-    ]
-    if others:
+    sizes = list(map(Tensor.numel, tensors))
+    if set(map(_kind, tensors)) != {(tensors[0].dtype, True, torch.strided)} or not all(sizes):
         return False
-    small = [tensor for tensor in tensors if tensor.numel() <= _SMALL]
-    large = [tensor for tensor in tensors if tensor.numel() > _SMALL]
+    small = [tensor for tensor, size in zip(tensors, sizes, strict=True) if size <= _SMALL]
+    large = [tensor for tensor, size in zip(tensors, sizes, strict=True) if size > _SMALL]
     norms = [*torch._foreach_norm(large, 2)] if large else []
     if small:
         norms.append(torch.linalg.vector_norm(_flatten_dense_tensors(small)))

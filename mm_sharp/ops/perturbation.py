@@ -44,6 +44,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,14 +55,15 @@ from mm_sharp.ops import multi_tensor
 # What the argument `adaptive` may be, besides SAM's False and ASAM's True.
 BY_TENSOR = ('tensor', 'layer')  # each tensor by its own norm
 RELATIVE = (*BY_TENSOR, 'global')
+_kind = attrgetter('dtype', 'device')
 
 
 def group_by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Indices of ``tensors`` that one ``torch._foreach_*`` call may take together."""
-    kinds = [(tensor.dtype, tensor.device) for tensor in tensors]
+    kinds = list(map(_kind, tensors))
     if kinds and kinds.count(kinds[0]) == len(kinds):
         return [list(range(len(kinds)))]
-    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for index, kind in enumerate(kinds):
         groups.setdefault(kind, []).append(index)
     return list(groups.values())
