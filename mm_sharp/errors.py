@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -139,6 +140,11 @@ def some(keys: Iterable[str], count: int = 4) -> str:
     """The first of ``keys``, and how many more there are."""
     keys = [' '.join(key.split()) for key in keys]
     return ', '.join(keys[:count]) + (f' and {len(keys) - count} more' if len(keys) > count else '')
+
+
+def in_folder(path: str | Path) -> str:
+    """Where a relative path was looked for, as the end of a message that names it."""
+    return '' if Path(path).is_absolute() else f' in {Path.cwd()}'
 
 
 def arguments_of(cls: type) -> dict[str, Parameter]:

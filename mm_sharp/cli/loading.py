@@ -14,7 +14,7 @@ from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
 
 from mm_sharp.compat import explain_load_error, only_weights, trust_checkpoints
 from mm_sharp.compat.plain_checkpoint import ALWAYS, is_set
-from mm_sharp.errors import UsageError, UserError
+from mm_sharp.errors import UsageError, UserError, in_folder
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def check_checkpoint(path: str, source: str, hint: str = '') -> None:
     if '://' in path:
         return
     if not Path(path).exists():
-        raise UsageError(f"{source}: no checkpoint '{path}' in {Path.cwd()}{hint and '; ' + hint}")
+        raise UsageError(f"{source}: no checkpoint '{path}'{in_folder(path)}{hint and '; ' + hint}")
     if not _is_complete(Path(path)):
         raise UsageError(f"{source}: '{path}' is cut off, or no checkpoint of torch's; take another")
 

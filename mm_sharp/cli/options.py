@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ from mmengine.runner import Runner
 from mm_sharp.cli.loading import one_line
 from mm_sharp.cli.process import end_process_group, end_with_parent, ending
 from mm_sharp.config import fragments
-from mm_sharp.errors import UsageError, UserError, closest, is_number
+from mm_sharp.errors import UsageError, UserError, closest, in_folder, is_number
 
 # Top-level keys that MMEngine's Runner and MMPose's tools read from the config without being arguments of the Runner.
 _OTHER_KEYS = {
@@ -211,14 +211,14 @@ def machine() -> dict[str, Any]:
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config file and apply the options of :func:`common_parser`; what does not fit is a UsageError."""
     if not Path(args.config).is_file():
-        raise UsageError(f"no config file '{args.config}' in {Path.cwd()}")
+        raise UsageError(f"no config file '{args.config}'{in_folder(args.config)}")
     try:
         # As written: --cfg-options speak of the keys that the user wrote, those of fragments too.
         with fragments.as_written():
             cfg = Config.fromfile(args.config)
     except Exception as error:  # a config is code of the user's: whatever it raises is theirs to put right
         raise UsageError(f"cannot read the config '{args.config}': {_reason(error)}") from error
-    _check_keys(cfg, args.cfg_options)
+    check_option_keys(cfg, args.cfg_options, '--cfg-options')
     try:
         cfg.merge_from_dict(args.cfg_options)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -263,7 +263,7 @@ def _reason(error: BaseException) -> str:
     return line
 
 
-def _check_keys(cfg: Config, options: dict[str, Any]) -> None:
+def check_option_keys(cfg: Config, options: Mapping[str, Any], where: str) -> None:
     """Refuse options whose first key nothing reads: MMEngine would take a typing error for a new variable."""
     known = {*cfg.keys(), *signature(Runner.__init__).parameters, *_OTHER_KEYS} - {'self', 'cfg'}
     for option in options:
@@ -271,7 +271,7 @@ def _check_keys(cfg: Config, options: dict[str, Any]) -> None:
         if key not in known:
             close = closest(key, known)
             hint = f'did you mean {close!r}?' if close else f'its keys: {", ".join(sorted(cfg.keys()))}'
-            raise UsageError(f'--cfg-options {option}=…: the config has no {key!r}; {hint}')
+            raise UsageError(f'{where} {option}=…: the config has no {key!r}; {hint}')
 
 
 def _check_fragment_options(cfg: Config, options: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mm_sharp.compat import is_ours, uses_mm_sharp
+from mm_sharp.config.failure import explain_failure
 from mm_sharp.config.fragments import imports_of
 from mm_sharp.errors import UsageError, arguments_of, check_arguments, closest, did_you_mean, is_number
 from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
@@ -46,6 +47,7 @@ _PARAMWISE_KEYS = (
     *('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult'),
     *('dcn_offset_lr_mult', 'bypass_duplicate', 'custom_keys'),
 )
+_CUSTOM_KEYS = ('lr_mult', 'decay_mult')
 _OF_NO_WRAPPER = ('type', '_scope_', 'optimizer', 'constructor', 'paramwise_cfg')  # but in its config
 _CONSTRUCTOR = DefaultOptimWrapperConstructor.__name__
 _NONE = type(None)
@@ -151,6 +153,8 @@ def check_wrappers(cfg: Config) -> None:
     for key, wrapper in members.items():
         cls = classes[key]
         if not cls.__module__.startswith(('mm_sharp.', 'mmengine.')):
+            if issubclass(cls, TwoPassOptimWrapper):
+                _optimizer(cfg, key, wrapper)
             continue  # others may want a real optimizer
         arguments = {name: deepcopy(value) for name, value in wrapper.items() if name not in _OF_NO_WRAPPER}
         with _in_one_line(key):
@@ -254,6 +258,9 @@ def _check_paramwise(key: str, cls: type[OptimWrapper], wrapper: Mapping[str, An
             for name, value in rules.items():
                 if name.endswith('_mult') and not is_number(value):
                     raise ValueError(f'{place}{place and "."}{name}={value!r} must be a number')
+                # Others become entries of the optimizer's group, and which it reads, only the optimizer knows.
+                if place and name not in _CUSTOM_KEYS and (close := closest(name, _CUSTOM_KEYS)):
+                    raise ValueError(f'custom_keys.{place}.{name}: did you mean {close!r}?')
 
 
 def check_training(cfg: Config) -> None:
@@ -331,7 +338,8 @@ def check_data(cfg: Config, *splits: str) -> None:
         listed = ', '.join(f"'{path}' ({where})" for path, where in missing.items())
         options = ' '.join(f'{key}=…' for key in keys)
         hint = cfg.get('data_hint') or f'put the data set there, link it, or say where it is: --cfg-options {options}'
-        raise UsageError(f'no data: {listed}: not in {Path.cwd()}; {hint}')
+        where = '' if all(map(os.path.isabs, missing)) else f': not in {Path.cwd()}'
+        raise UsageError(f'no data: {listed}{where}; {hint}')
 
 
 def _data_paths(where: str, dataset: Any) -> Iterator[tuple[str, str, str]]:
@@ -393,7 +401,11 @@ def _guarded(
             return method(self, *args, **kwargs)
         with friendly_build_errors(self.cfg):
             check(self)
-            return method(self, *args, **kwargs)
+            try:
+                return method(self, *args, **kwargs)
+            except Exception as error:
+                explain_failure(self, error)
+                raise
 
     wrapper._is_checked = True  # type: ignore[attr-defined]
     return wrapper

@@ -170,12 +170,12 @@ class ScaleReport:
         rounds = quantized and not self._wrapper.settings.perturb_quantized
         flat = not rounds and rise < _OF_THE_GRADIENT * expected and expected > _NOTICEABLE * abs(loss)
         if len(last) == _FEW and (steep or flat):
-            instead = f', and not to the {loss + expected:.2g} that the gradient says' if flat else ''
+            instead = f', and not by the {expected:.2g} that the gradient says' if flat else ''
             self._say(
                 'too much',
                 f"rho={self._wrapper.rho:g} leaves the neighbourhood: at {_percent(scale.relative)} of the weights' "
-                f'norm, the perturbation raises the loss from {loss:.2g} to {loss + rise:.2g}{instead} (medians of the '
-                f'last {_FEW} logged steps). Write {self._way_out("smaller", 0.2)}',
+                f'norm, the perturbation changes the loss of {loss:.3g} by {rise:+.2g}{instead} (medians of the last '
+                f'{_FEW} logged steps). Write {self._way_out("smaller", 0.2)}',
             )
 
     def _way_out(self, which: str, factor: float) -> str:

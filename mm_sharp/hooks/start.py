@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -40,6 +42,8 @@ class StartHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Any) -> None:
         """Log a block of lines for each wrapper."""
         wrappers = optim_wrappers(runner.optim_wrapper)
+        if message := missing_samples(runner):
+            print_log(message, logger='current', level=logging.WARNING)
         length = training_length(runner.train_loop, runner.train_dataloader)
         batch_size = batch_size_of(runner.train_dataloader)
         # Of several wrappers, each may train a model of its own within the runner's.
@@ -51,6 +55,17 @@ class StartHook(Hook):  # type: ignore[misc]
                 lines = in_words(wrapper, batch_size, length, model)
                 block = ''.join(f'\n    {what + ":":<12}{line}' for what, line in lines.items())
                 print_log(f'{title}{type(wrapper).__name__} around {base}{block}', logger='current')
+
+
+def missing_samples(runner: Any) -> str:
+    """That the config asks for more training samples than there are, which MMEngine passes over; '' if not."""
+    loader = runner.cfg.get('train_dataloader')
+    dataset = loader.get('dataset') if isinstance(loader, Mapping) else None
+    indices = dataset.get('indices') if isinstance(dataset, Mapping) else None
+    there = len(runner.train_dataloader.dataset) if type(indices) is int else 0
+    if type(indices) is not int or indices <= there:
+        return ''
+    return f'train_dataloader.dataset.indices={indices}: the data set has {there} samples'
 
 
 def in_words(

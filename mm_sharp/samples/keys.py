@@ -27,6 +27,7 @@ pack what identifies a sample, in the last line of the pipeline:
     dict(type='PackPoseInputs', meta_keys=('id', 'img_id', 'dataset_name', ...))
 or let the index in the data set be the id, which works with every data set:
     train_dataloader = dict(dataset=dict(_delete_=True, type='IndexedDataset', dataset=_base_.train_dataloader.dataset))
+In a training loop of your own, call the model with sample_idx=, a tensor of indices (N,).
 """
 
 
@@ -92,7 +93,7 @@ def id_field(fields: Mapping[str, Any]) -> str:
 
 
 def unidentified(owner: str, found: str, reason: object) -> SampleIdError:
-    """The error that ``owner`` raises where it ``found`` no keys for a ``reason``, with both corrections."""
+    """The error that ``owner`` raises where it ``found`` no keys for a ``reason``, with the corrections."""
     return SampleIdError(_UNIDENTIFIED.format(owner, found, reason))
 
 

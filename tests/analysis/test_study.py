@@ -112,6 +112,9 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
         read_study(tmp_path / 'config.py')
     with pytest.raises(UsageError, match='is no YAML'):
         read_study(tmp_path / 'bad.yaml')
+    (tmp_path / 'twice.yaml').write_text('methods:\n  base: {}\n  half: {type: A}\n  half: {type: B}\n')
+    with pytest.raises(UsageError, match="'half' is written twice in one mapping, from line 2 on"):
+        read_study(tmp_path / 'twice.yaml')
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,11 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
         ({'settings': {'clean': {**SETTING, 'options': {'model.width.x': 3}}}}, 'settings.clean.options do not fit'),
         ({'methods': {'base': {}, 'b': {'options': {'model.width.x': 3}}}}, r'methods\.b\.options do not fit'),
         ({'settings': {'clean': {**SETTING, 'options': {'val_dataloader': None}}}}, 'has no val_dataloader'),
+        (
+            {'settings': {'clean': {**SETTING, 'options': {'trian_cfg.max_epochs': 3}}}},
+            r"settings\.clean\.options trian_cfg\.max_epochs=…: the config has no 'trian_cfg'; did you mean",
+        ),
+        ({'methods': {'base': {}, 'b': {'options': {'modle.width': 3}}}}, r"methods\.b\.options modle\.width=…"),
         ({'settings': {'clean': {**SETTING, 'corrupt': 0.2}}}, 'has no ann_file to be corrupted'),
         ({'settings': {'clean': {**SETTING, 'options': {'train_cfg.max_epochs': None}}}}, 'does not train by epochs'),
     ],
@@ -195,6 +203,40 @@ def test_a_runs_config_is_the_settings_with_the_methods_wrapper_seed_and_schedul
     assert select.test_dataloader.dataset.split == 'select'
     assert report.test_dataloader.dataset.split == 'report'
     assert select.val_dataloader is None
+
+
+_COSINE = {'type': 'CosineAnnealingLR', 'eta_min': 0.0}
+
+
+@pytest.mark.parametrize(
+    ('schedulers', 'epochs', 'expected'),
+    [
+        # RTMPose's: constant, and a cosine over the second half.
+        ([{**_COSINE, 'begin': 4, 'end': 8, 'T_max': 4}], 4, [{'begin': 2, 'end': 4, 'T_max': 2}]),
+        ([{**_COSINE, 'begin': 4, 'end': 8, 'T_max': 4}], 16, [{'begin': 8, 'end': 16, 'T_max': 8}]),
+        ([{**_COSINE, 'begin': 7, 'end': 8, 'T_max': 1}], 2, [{'begin': 1, 'end': 2, 'T_max': 1}]),
+        # A warm-up by epochs stays as long as it is.
+        (
+            [{'type': 'LinearLR', 'end': 1, 'start_factor': 0.1}, {**_COSINE, 'begin': 1, 'end': 8, 'T_max': 7}],
+            4,
+            [{'end': 1}, {'begin': 1, 'end': 4, 'T_max': 3}],
+        ),
+        # MMPose's heatmap recipes: steps down.
+        ([{'type': 'MultiStepLR', 'milestones': [6, 7], 'end': 8}], 4, [{'milestones': [3, 4], 'end': 4}]),
+        ([{'type': 'MultiStepLR', 'milestones': [4]}], 4, [{'milestones': [2]}]),
+        # By iterations, and one that ends before.
+        ([{**_COSINE, 'by_epoch': False, 'end': 8, 'T_max': 8}], 4, [{'end': 8, 'T_max': 8}]),
+        ([{**_COSINE, 'begin': 2, 'end': 6, 'T_max': 4}], 4, [{'begin': 2, 'end': 6, 'T_max': 4}]),
+    ],
+)
+def test_schedulers_that_end_with_the_training_are_stretched_as_a_whole(
+    tmp_path: Path, schedulers: list[dict[str, Any]], epochs: int, expected: list[dict[str, Any]]
+) -> None:
+    options = {'param_scheduler': schedulers, 'train_cfg.max_epochs': 8}
+    plan = plan_of(tmp_path, settings={'clean': {**SETTING, 'options': options}})
+    found = plan.config(Run('report', 'clean', 'base', None, epochs, 1)).param_scheduler
+    for scheduler, before, changed in zip(found, schedulers, expected, strict=True):
+        assert dict(scheduler) == {**before, **changed}
 
 
 def test_a_fingerprint_changes_with_the_config_and_not_with_the_folder(tmp_path: Path) -> None:

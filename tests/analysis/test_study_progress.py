@@ -9,11 +9,14 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mmengine.config import Config
 
 from mm_sharp.analysis.study import Run
 from mm_sharp.analysis.study.run_missing import ProgressHook, make_run, watch
+from mm_sharp.errors import UsageError
 from tests.studies import plan_of, tiny
 
 
@@ -78,3 +81,11 @@ def test_what_is_in_flight_is_shown_before_anything_ends(
 def test_nothing_is_shown_where_there_is_nothing_to_wait_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(watch('all', {}, 3)) == []
     assert capsys.readouterr().err == ''
+
+
+def test_a_data_set_that_is_smaller_than_a_study_says_is_refused(tmp_path: Path) -> None:
+    cfg = Config({'train_dataloader': {'dataset': {'indices': 500}}})
+    hook, loader = ProgressHook(tmp_path / 'progress.json'), SimpleNamespace(dataset=range(48))
+    with pytest.raises(UsageError, match=r'dataset\.indices=500: the data set has 48 samples'):
+        hook.before_train(SimpleNamespace(cfg=cfg, train_dataloader=loader))
+    hook.before_train(SimpleNamespace(cfg=cfg, train_dataloader=SimpleNamespace(dataset=range(500))))

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import OPTIM_WRAPPERS, DefaultScope
 from mmengine.runner import Runner
 
-import mm_sharp  # noqa: F401  (makes `mm_sharp::` known)
+import mm_sharp
 from mm_sharp.config.preflight import check_wrappers
 from mm_sharp.errors import UsageError
 from mm_sharp.samples.dataset_keys import DatasetKeys
@@ -249,3 +249,15 @@ def test_a_cards_table_gives_the_defaults(folder: str) -> None:
     own = inspect.signature(OPTIM_WRAPPERS.get(f'{METHODS[folder]}OptimWrapper')).parameters
     elsewhere = re.findall(r'`(\w+)`', card)
     assert set(own) - {'optimizer', 'kwargs', 'accumulative_counts', 'clip_grad'} <= set(elsewhere)
+
+
+def test_a_method_of_the_users_own_needs_an_optimizer() -> None:
+    class OwnOptimWrapper(mm_sharp.SAMOptimWrapper):
+        """Its constructor is left alone: it may want a real optimizer."""
+
+        def __init__(self, optimizer: Any) -> None:
+            raise ValueError('no')
+
+    check_wrappers(Config({'optim_wrapper': {'type': OwnOptimWrapper, 'optimizer': {'type': 'SGD', 'lr': 0.1}}}))
+    with pytest.raises(UsageError, match=r'optim_wrapper\.optimizer=None is no dict with a type'):
+        check_wrappers(Config({'optim_wrapper': {'type': OwnOptimWrapper}}))

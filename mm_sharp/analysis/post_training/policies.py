@@ -11,7 +11,7 @@ from mmengine.config import Config
 
 import mm_sharp
 from mm_sharp.config import fragments
-from mm_sharp.errors import UsageError, UserError, did_you_mean
+from mm_sharp.errors import UsageError, UserError, did_you_mean, in_folder
 from mm_sharp.quantization import QuantizationPolicy, build
 
 _FRAGMENTS = Path(mm_sharp.__file__).parent / '.mim' / 'configs' / '_base_' / 'quantization'
@@ -28,7 +28,7 @@ def read_policy(name: str) -> dict[str, Any]:
     if path.suffix != '.py':
         raise UsageError(f'--policy {name}: no such policy; {did_you_mean(name, known)}, or a file: --policy {file}')
     if not path.is_file():
-        raise UsageError(f'--policy {name}: no such file in {Path.cwd()}; tools/sensitivity.py writes {file}')
+        raise UsageError(f'--policy {name}: no such file{in_folder(name)}; tools/sensitivity.py writes {file}')
     with fragments.as_written():
         settings: Any = Config.fromfile(path).get('sharp_quantization') or {}
     if not isinstance(settings.get('policy'), Mapping):

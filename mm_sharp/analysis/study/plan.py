@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 
 from mm_sharp.analysis.study.spec import BASE, Selection, Setting, Study
+from mm_sharp.cli.options import check_option_keys
 from mm_sharp.config import fragments, preflight
 from mm_sharp.config.preflight import wrapper_class
 from mm_sharp.errors import UsageError
@@ -216,6 +217,7 @@ def _read(setting: Setting) -> Config:
 
 
 def _change(cfg: Config, where: str, options: Mapping[str, Any]) -> None:
+    check_option_keys(cfg, options, where)
     try:
         cfg.merge_from_dict(dict(options))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -223,10 +225,27 @@ def _change(cfg: Config, where: str, options: Mapping[str, Any]) -> None:
 
 
 def _set_epochs(cfg: Config, epochs: int) -> None:
+    """Set a run's epochs, and stretch the schedulers that end with the config's."""
     before = cfg.train_cfg.max_epochs
     cfg.train_cfg.max_epochs = epochs
     schedulers = cfg.get('param_scheduler') or []
-    for scheduler in schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]:
-        for key in ('end', 'T_max'):
-            if scheduler.get('by_epoch', True) and scheduler.get(key) == before:
-                scheduler[key] = epochs
+    schedulers = schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]
+    by_epoch = [scheduler for scheduler in schedulers if scheduler.get('by_epoch', True)]
+    # A warm-up stays as long as it is, and so what comes after it begins where it began.
+    others = {scheduler.get('end') for scheduler in by_epoch} - {before}
+    for scheduler in by_epoch:
+        if scheduler.get('end', before) == before:
+            _stretch(scheduler, before, epochs, others)
+
+
+def _stretch(scheduler: dict[str, Any], before: int, epochs: int, fixed: Collection[int]) -> None:
+    """Stretch a scheduler that ends with a training to other epochs of it; where it begins stays if it is ``fixed``."""
+    begin, scale = scheduler.get('begin', 0), epochs / before
+    start = min(begin if begin in fixed else round(begin * scale), epochs - 1)
+    given = {
+        'begin': start,
+        'end': epochs,
+        'T_max': {before: epochs, before - begin: epochs - start}.get(scheduler.get('T_max'), scheduler.get('T_max')),
+        'milestones': [max(1, round(epoch * scale)) for epoch in scheduler.get('milestones', ())],
+    }
+    scheduler.update({key: value for key, value in given.items() if key in scheduler})

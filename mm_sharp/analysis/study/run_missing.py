@@ -26,6 +26,7 @@ from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from mmengine.config import Config
@@ -40,6 +41,7 @@ from mm_sharp.analysis.study.results import Rows, choose_rho, timed_runs
 from mm_sharp.cli.process import build_runner, end_with_parent
 from mm_sharp.compat import enable_for_all_runs
 from mm_sharp.errors import UsageError
+from mm_sharp.hooks.start import missing_samples
 
 _Result = TypeVar('_Result')
 
@@ -54,6 +56,11 @@ class ProgressHook(Hook):  # type: ignore[misc]
     def __init__(self, file: Path) -> None:
         self._file, self._begun, self._written = file, time.time(), 0.0
         self._write(0, 'starting')
+
+    def before_train(self, runner: Any) -> None:
+        """Refuse a data set that is smaller than the study says."""
+        if message := missing_samples(runner):
+            raise UsageError(message)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Write the step, and the time that is left."""
@@ -224,7 +231,7 @@ def _make(plan: Plan, rows: Rows, pool: Executor, redo: bool, title: str, runs: 
                 continue
             errors.append((run, error))
             if len(errors) == 1 and len(missing) > 1:
-                sys.stderr.write(f'{run.id} failed: {_one_line(error)}; the others go on\n')
+                tqdm.write(f'{run.id} failed: {_one_line(error)}; the others go on', file=sys.stderr)
     if errors:
         run, error = errors[0]
         what = f'{len(errors)} of {len(missing)} runs failed; {run.id}: {_one_line(error)} (--debug shows where)'
@@ -251,7 +258,9 @@ def _pool(jobs: int = 1, threads: int = 1, niceness: int = 0) -> Iterator[Proces
     context = multiprocessing.get_context('spawn')  # a fork would copy the locks of torch's threads without the threads
     pool = ProcessPoolExecutor(jobs, context, prepare_process, (threads, niceness))
     try:
-        yield pool
+        # What packages warn of while they are imported, before prepare_process() runs.
+        with patch.dict(os.environ, PYTHONWARNINGS='ignore'):
+            yield pool
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():

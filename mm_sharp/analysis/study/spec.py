@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from math import inf
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mm_sharp.errors import UsageError, did_you_mean, is_number
+from mm_sharp.errors import UsageError, did_you_mean, in_folder, is_number
 
 BASE = 'base'
 BUDGETS = ('epochs', 'compute', 'time')
@@ -83,11 +84,11 @@ def read_study(file: Path) -> Study:
     if not file.is_file():
         there = [other.name for other in file.parent.glob('*.yaml')]
         hint = did_you_mean(file.name, there) if there else 'give for example configs/study/digits.yaml'
-        raise UsageError(f"no study file '{file}' in {Path.cwd()}: {hint}")
+        raise UsageError(f"no study file '{file}'{in_folder(file)}: {hint}")
     if file.suffix == '.py':
         raise UsageError(f"'{file}' is a config: a study is a YAML file, such as configs/study/digits.yaml")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.load(file.read_text(), _Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"'{file}' is no YAML: {' '.join(str(error).split())}") from error
     given = _entries(Study, 'the study', content)
@@ -107,6 +108,16 @@ def read_study(file: Path) -> Study:
     for name, setting in study.settings.items():
         _check_setting(study, f'settings.{name}', setting)
     return study
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML as it should be: where a mapping has a key twice, PyYAML would take the last and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = Counter(key.value for key, _ in node.value if key.tag != 'tag:yaml.org,2002:merge')
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise UsageError(f"'{twice[0]}' is written twice in one mapping, from line {node.start_mark.line + 1} on")
+        return super().construct_mapping(node, deep)
 
 
 def only(study: Study, names: Collection[str]) -> Study:
@@ -169,7 +180,7 @@ def _check(study: Study) -> None:
 
 def _check_setting(study: Study, where: str, setting: Setting) -> None:
     _require('/' not in setting.name, where, setting.name, 'a name without /')
-    _require(Path(setting.config).is_file(), f'{where}.config', setting.config, f'a file in {Path.cwd()}')
+    _require(Path(setting.config).is_file(), f'{where}.config', setting.config, f'a file{in_folder(setting.config)}')
     _check_epochs(f'{where}.epochs', setting.epochs)
     _require(isinstance(setting.options, dict), f'{where}.options', setting.options, 'a mapping of dotted keys')
     pool = setting.pool or setting.name
