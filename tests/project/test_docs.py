@@ -46,6 +46,7 @@ CONFIGS = [
     for page in PAGES
     if page.relative_to(ROOT).as_posix() not in PROGRAMS
     for number, block in enumerate(blocks(page, 'python'))
+    if 'optim_context' not in block  # a program, too
 ]
 
 
@@ -99,6 +100,21 @@ def test_the_example_of_per_sample_losses() -> None:
     torch.testing.assert_close(names['losses'], each.detach())
 
 
+def test_the_training_loop_without_a_runner() -> None:
+    class Model(torch.nn.Linear):
+        def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(super().forward(inputs), labels)
+
+    (block,) = [block for block in blocks(ROOT / 'docs/get_started.md', 'python') if 'optim_context' in block]
+    model, data = Model(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = model(*data).item()
+    names = {'model': model, 'optimizer': optimizer, 'loader': [data] * 20}
+    exec(block, names)
+    assert model(*data).item() < first
+    assert names['wrapper'].optimizer_steps == 20
+
+
 def test_the_readmes_quantized_config_is_complete(tmp_path: Path) -> None:
     (block,) = [block for block in blocks(ROOT / 'README.md', 'python') if 'quantization/' in block]
     (tmp_path / 'my_qat.py').write_text(block)
@@ -111,7 +127,7 @@ def test_the_readmes_quantized_config_is_complete(tmp_path: Path) -> None:
 def test_the_first_pages_show_both_ways_in() -> None:
     readme, start = (blocks(page, 'python') for page in (ROOT / 'README.md', ROOT / 'docs/get_started.md'))
     assert any('custom_imports' in block and 'optim_wrapper' in block for block in readme)
-    assert sum('optim_wrapper' in block for block in start) == 2
+    assert sum('optim_wrapper =' in block for block in start) == 2
     assert any('mm_sharp::_base_/' in block for block in start)
 
 
