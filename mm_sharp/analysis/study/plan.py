@@ -242,10 +242,9 @@ def _stretch(scheduler: dict[str, Any], before: int, epochs: int, fixed: Collect
     """Stretch a scheduler that ends with a training to other epochs of it; where it begins stays if it is ``fixed``."""
     begin, scale = scheduler.get('begin', 0), epochs / before
     start = min(begin if begin in fixed else round(begin * scale), epochs - 1)
-    given = {
-        'begin': start,
-        'end': epochs,
-        'T_max': {before: epochs, before - begin: epochs - start}.get(scheduler.get('T_max'), scheduler.get('T_max')),
-        'milestones': [max(1, round(epoch * scale)) for epoch in scheduler.get('milestones', ())],
-    }
-    scheduler.update({key: value for key, value in given.items() if key in scheduler})
+    stretched: dict[str, Any] = {'begin': start, 'end': epochs}
+    # As long as the training, or as the scheduler itself.
+    lengths = {before: epochs, before - begin: epochs - start}
+    stretched['T_max'] = lengths.get(scheduler.get('T_max'), scheduler.get('T_max'))
+    stretched['milestones'] = [max(1, round(epoch * scale)) for epoch in scheduler.get('milestones', ())]
+    scheduler.update({key: value for key, value in stretched.items() if key in scheduler})
