@@ -286,7 +286,8 @@ def test_mistakes_are_explained(
     onnx.save(later, 'later.onnx')
     helper.set_model_props(later, {'mm_sharp': json.dumps({'format': 'float', 'outputs': ['out']})})
     onnx.save(later, 'bare.onnx')
-    helper.set_model_props(later, {'mm_sharp': json.dumps({'version': 1, 'keypoints': {'names': ['nose']}})})
+    constants = {'version': 1, 'input': {'mean': [0.0, 0.0, 0.0]}, 'keypoints': {'names': ['nose']}}
+    helper.set_model_props(later, {'mm_sharp': json.dumps(constants)})
     onnx.save(later, 'model.onnx')
     Path('folder.png').mkdir()
     found = np.zeros((1, 1, 2)), np.ones((1, 1))
