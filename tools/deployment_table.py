@@ -10,7 +10,7 @@ Weights are untrained, which changes no time and no size, and calibration is on 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import nn
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.tables import markdown_row, markdown_table
 from mm_sharp.cli import options as cli
+from mm_sharp.cli.loading import one_line
 from mm_sharp.errors import UsageError
 
 # Name, target, bits of weights, and whether they are packed. Activations have 8 bits.
@@ -41,21 +42,31 @@ _PICTURES = 4
 
 
 def read_config(name: str) -> Config:
-    """A config file, or with ``::`` one of a package's: ``mmpose::body_2d_keypoint/…``; a UsageError for no such."""
+    """A config file, or with ``::`` one of a package's: ``mmpose::body_2d_keypoint/…``.
+
+    Raises UsageError: There is no such file, it is no config, or one without a model.
+    """
     try:
-        return get_config(name) if '::' in name else Config.fromfile(name)
+        cfg = get_config(name) if '::' in name else Config.fromfile(name)
+        model = cfg.get('model')
     except (OSError, ValueError) as error:
         raise UsageError(f"no config '{name}': give a float model's file, or mmpose::RECIPE.py ({error})") from error
+    except Exception as error:  # a config is code of the user's: whatever it raises is theirs to put right
+        raise UsageError(f"cannot read the config '{name}': {one_line(error)}") from error
+    if not isinstance(model, Mapping):
+        raise UsageError(f"'{name}' has no model = dict(…): give a recipe, such as mmpose::RECIPE.py")
+    return cfg
 
 
 def export_all(cfg: Config, folder: Path) -> dict[str, Path]:
-    """Build a float config's model with untrained weights, and export it in all forms; the files, by name."""
+    """Build a config's model, in float, with untrained weights, and export it in all forms; the files, by name."""
     from mm_sharp.quantization import calibrate, quantized_model
+    from mm_sharp.quantization.build import float_config
     from mm_sharp.quantization.export import export_onnx
 
     with prepared(cfg):
         torch.manual_seed(0)
-        source = MODELS.build(cfg.model).eval()
+        source = MODELS.build(float_config(cfg.model)).eval()
         files = {'float': export_onnx(source, folder / 'float.onnx', 'float', {})}
         for number, (name, target, bits, packed) in enumerate(_FILES):
             policy = dict(target=target, weight_bit_width=bits, act_bit_width=8, scale_init='max')
@@ -96,14 +107,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help="of float models: files, or a package's with ::")
     parser.add_argument('--rounds', type=cli.whole(1), default=20, help='in which the files take turns (default: 20)')
     args = parser.parse_args(arguments)
-    configs = {Path(name.rpartition('::')[2]).stem: read_config(name) for name in args.configs}
+    stems = [Path(name.rpartition('::')[2]).stem for name in args.configs]
+    # Files of one name are told apart by their folders.
+    titles = stems if len({*stems}) == len(stems) else args.configs
+    configs = [read_config(name) for name in args.configs]
     from mm_sharp.quantization import latency
 
     torch.set_num_threads(1)
     names = [latency.RUNTIMES[package].name for package in latency.installed()]
     columns = chain(*([f'{name}, ms', 'times float', 'in integers'] for name in names))
     sys.stdout.write(markdown_table([['model', 'file', 'MB', *columns]]) + '\n')
-    for cells in chain(*(rows(title, cfg, args.rounds) for title, cfg in configs.items())):
+    for cells in chain(*(rows(title, cfg, args.rounds) for title, cfg in zip(titles, configs, strict=True))):
         sys.stdout.write(markdown_row(cells) + '\n')
         sys.stdout.flush()
 

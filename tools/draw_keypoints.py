@@ -55,6 +55,8 @@ class Model:
         if metadata is None:
             raise UsageError(f"'{file}' has no metadata of mm_sharp: write it with tools/export.py")
         self.constants: dict[str, Any] = json.loads(metadata)
+        if 'version' not in self.constants:
+            raise UsageError(f"'{file}' has no constants of cropping and decoding: write it with tools/export.py")
         if self.constants['version'] > _KNOWN_VERSION:
             raise UsageError(f"'{file}' was written by a later version of mm_sharp: take its draw_keypoints.py")
 
@@ -262,6 +264,16 @@ def draw(image: Array, points: Array, scores: Array, keypoints: dict[str, Any], 
     return picture
 
 
+def _make_folder_of(file: str, option: str) -> None:
+    """Make the folder that a file is to be written into; a UsageError if that cannot be, or the file is a folder."""
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} '{file}': its folder cannot be made ({error.strerror})") from error
+    if Path(file).is_dir():
+        raise UsageError(f"{option} '{file}' is a folder: give a file's name")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UsageError(
@@ -290,19 +302,27 @@ def main(arguments: Sequence[str]) -> None:
     if image is None:
         raise UsageError(f"'{args.image}' is not there, or no picture that OpenCV reads")
     boxes = np.array(args.bbox or [[0, 0, image.shape[1], image.shape[0]]])
+    if not (np.abs(boxes) < 1e7).all():  # nan, too; larger than any picture that OpenCV reads
+        raise UsageError('--bbox: all four must be numbers below 10 million, in pixels')
     if (boxes[:, 2:] <= 0).any():
         raise UsageError('--bbox: width and height must be above 0')
     model = Model(args.model)
-    points, scores = model.predict(image, boxes)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    for option, file in (('--out', args.out), ('--json', args.json)):
+        if file is not None:
+            _make_folder_of(file, option)
     if not cv2.haveImageWriter(args.out):
         raise UsageError(f"--out '{args.out}': OpenCV writes .jpg and .png, among others")
-    cv2.imwrite(args.out, draw(image, points, scores, model.constants['keypoints'], args.threshold))
+    points, scores = model.predict(image, boxes)
+    if not cv2.imwrite(args.out, draw(image, points, scores, model.constants['keypoints'], args.threshold)):
+        raise UsageError(f"--out '{args.out}' cannot be written: give another place")
     print(f'{len(boxes)} people, {points.shape[1]} keypoints each, mean score {scores.mean():.3f}: {args.out}')
     if args.json is not None:
         people = [{'keypoints': p.tolist(), 'scores': s.tolist()} for p, s in zip(points, scores, strict=True)]
         content = {'names': model.constants['keypoints']['names'], 'people': people}
-        Path(args.json).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+        try:
+            Path(args.json).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+        except OSError as error:
+            raise UsageError(f"--json '{args.json}' cannot be written: {error.strerror}") from error
 
 
 if __name__ == '__main__':

@@ -76,13 +76,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]]]:
     """Read the config and the policies, float left out, and check the files that they need.
 
-    For a budget of time, the policies are without their target, which is kept in ``args.target``: what activations
-    between layers cost is not a layer's, and is measured with the proposal.
+    All policies have one target, ``args.target``.
     """
     onnx = ['onnx', 'onnxoptimizer'] if args.metric or args.in_time else []
     cli.check_packages('measuring sensitivities', 'brevitas', *onnx)
     from mm_sharp.analysis.post_training.policies import read_policy
-    from mm_sharp.analysis.post_training.proposal import same_everywhere
+    from mm_sharp.analysis.post_training.proposal import common_target, same_everywhere
 
     cfg = cli.load_config(args)
     needed = ('train_dataloader', 'val_dataloader', *(['val_evaluator'] if args.metric else []))
@@ -94,7 +93,10 @@ def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any
 
         args.target = target_of(args.runtime, policies.values())
         cli.check_packages(f'timing for {args.target}', args.target)
-        policies = {name: {**policy, 'target': 'generic'} for name, policy in policies.items()}
+    else:
+        args.target = common_target(policies.values())
+    if args.target != 'generic':
+        policies = {name: {**policy, 'target': args.target} for name, policy in policies.items()}
     preflight.check_data(cfg, 'train', 'val')
     check_checkpoint(args.checkpoint, 'checkpoint')
     return cfg, policies
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str]) -> None:
     from mm_sharp.analysis.post_training.subject import Subject, check_policies
 
     folder = cli.output_folder(cfg.work_dir)
-    check_policies(cfg, policies, exported=args.in_time)
+    records = check_policies(cfg, policies, exported=args.in_time)
     subject = Subject(cfg, args.checkpoint, args.trust_checkpoint, args.batches, args.seed)
     if args.metric:
         judge, people = subject.metric(args.metric, args.people or _PEOPLE)
@@ -122,10 +124,14 @@ def main(arguments: Sequence[str]) -> None:
     # What is proposed in time may leave layers in float.
     tried = [*args.names, *([FLOAT] if args.spared and (len(args.names) == 1 or args.in_time) else [])]
     with begun_search(args, subject, policies, judge) as search:
-        mixed = MixedModel({name: subject.quantized(policy) for name, policy in policies.items()})
+        # What activations between layers cost is no layer's, and is measured with the proposal.
+        alone = {name: {**policy, 'target': 'generic'} for name, policy in policies.items()}
+        mixed = MixedModel({name: subject.quantized(policy) for name, policy in alone.items()})
         budget = None
         if search is None and args.budget:  # refused before single layers are measured
-            budget = budget_in_bits(mixed, policies, tried, **args.budget)
+            # No mixture has more scales than the policy that has most.
+            rest = max(record.other_bytes for record in records.values())
+            budget = budget_in_bits(mixed.weights, rest, policies, tried, **args.budget)
         found = measure(mixed, list(dict.fromkeys(tried)), others, judge)
         settings = {**vars(args), 'people': people, 'measured': measured}
         report.write_json(folder / 'sensitivity.json', found, mixed.weights, settings)

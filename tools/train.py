@@ -90,12 +90,22 @@ def _resume(cfg: Config, resume: str | None) -> None:
         if found is None:
             print(f'--resume: no checkpoint in {cfg.work_dir}, so training starts from the beginning')
         else:
-            cfg.resume, cfg.load_from = True, found
+            _go_on_from(cfg, found)
     elif resume is not None:
         check_checkpoint(resume, '--resume')
-        cfg.resume, cfg.load_from = True, resume
+        _go_on_from(cfg, resume)
     elif cfg.get('load_from'):
         check_checkpoint(cfg.load_from, 'load_from', cfg.get('load_hint') or '')
+
+
+def _go_on_from(cfg: Config, checkpoint: str) -> None:
+    """Resume from a checkpoint; the model that the run began with stays the teacher of hooks that name no other."""
+    began_with = None if cfg.get('resume') else cfg.get('load_from')
+    for hook in (*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()):
+        distils = isinstance(hook, dict) and preflight.type_name(hook.get('type')) == 'DistillationHook'
+        if distils and began_with and hook.get('teacher') is None:
+            hook['teacher'] = began_with
+    cfg.resume, cfg.load_from = True, checkpoint
 
 
 def main(arguments: Sequence[str]) -> None:

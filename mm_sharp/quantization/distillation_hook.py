@@ -39,7 +39,8 @@ class DistillationHook(Hook):  # type: ignore[misc]
     It works with heads whose ``loss_module`` is MMPose's ``KeypointMSELoss`` (heatmaps) or ``KLDiscretLoss`` (SimCC).
 
     Args:
-        teacher: The float model's checkpoint, of the run's own model; None: the run's ``load_from``.
+        teacher: The float model's checkpoint, of the run's own model; None: the run's ``load_from``. A run that is
+            resumed needs it: there ``load_from`` is the run's own. tools/train.py fills in the config's.
         weight: a, the teacher's share, above 0; at 1 there are no labels.
 
     Raises:
@@ -67,10 +68,12 @@ class DistillationHook(Hook):  # type: ignore[misc]
         self.after_train(runner)
         model: Any = unwrap(runner.model)
         loss = _loss_of(model)
-        path = self.teacher or runner.cfg.get('load_from')
+        resumed = bool(runner.cfg.get('resume'))
+        path = self.teacher or (None if resumed else runner.cfg.get('load_from'))
         if path is None:
+            what = 'that is resumed, whose load_from is its own checkpoint' if resumed else 'without load_from'
             raise UserError(
-                'DistillationHook: teacher=None is not allowed in a run without load_from: write '
+                f'DistillationHook: teacher=None is not allowed in a run {what}: write '
                 "custom_hooks = [dict(type='DistillationHook', teacher='float.pth')]"
             )
         teacher = _load(runner, path).to(next(model.parameters()).device)

@@ -18,7 +18,7 @@ from logging import WARNING
 from typing import Any
 
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
@@ -73,8 +73,8 @@ class OscillationHook(Hook):  # type: ignore[misc]
     It costs a quantization of all weights in each iteration, and 12 bytes a weight. A frozen weight stays ``scale *
     integer`` whatever the scale does: it gets no gradient, no perturbation and no weight decay; the scale gets its
     gradient. ``train/frozen_weights`` is logged as a share of all weights, and checkpoints hold the averages, so that a
-    run resumes as if it had never stopped. Without ``freeze`` averages start anew when a run is resumed. Models without
-    quantized layers have nothing to log.
+    run resumes as if it had never stopped. Without ``freeze`` averages start anew when a run is resumed. In checkpoints
+    an EMAHook's weights have the frozen integers, too. Models without quantized layers have nothing to log.
 
     Args:
         interval: Iterations from one logged value to the next; the averages have all iterations.
@@ -117,6 +117,7 @@ class OscillationHook(Hook):  # type: ignore[misc]
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Save the averages, and what is frozen."""
         if self.freeze and self._layers:
+            self._hold_in_averages(runner)
             checkpoint[STATE] = {name: dict(vars(layer)) for name, layer in self._layers.items()}
 
     def before_train(self, runner: Any) -> None:
@@ -128,7 +129,7 @@ class OscillationHook(Hook):  # type: ignore[misc]
             self._layers[name] = Oscillation(**{key: value.to(device) for key, value in saved.items()})
         self._freezable = self._layers_to_freeze(model)
         for name, layer in self._freezable.items():
-            _quantizer(layer).frozen = FrozenWeights(self._layers[name].frozen, self._layers[name].average)
+            _quantizer(layer).frozen = self._frozen(name)
 
     @torch.no_grad()
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -161,6 +162,22 @@ class OscillationHook(Hook):  # type: ignore[misc]
     def _freeze_above(self, progress: float) -> float:
         first, last = self.freeze[0], self.freeze[-1]
         return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _frozen(self, name: str) -> FrozenWeights:
+        return FrozenWeights(self._layers[name].frozen, self._layers[name].average)
+
+    @torch.no_grad()
+    def _hold_in_averages(self, runner: Any) -> None:
+        """Have the weights of an EMAHook, which are what is saved for use, quantize to the frozen integers, too.
+
+        In validation the quantizers of the model, which has these weights then, hold the integers themselves. In place:
+        the checkpoint may have these tensors already.
+        """
+        for hook in runner.hooks:
+            for name in self._freezable if isinstance(hook, EMAHook) else ():
+                averaged: Any = hook.ema_model.module.get_submodule(name)
+                frozen = self._frozen(name)
+                averaged.weight.copy_(frozen.applied_to(averaged.weight, averaged.quant_weight().scale))
 
     def _layers_to_freeze(self, model: nn.Module) -> dict[str, Any]:
         record = record_of(model)

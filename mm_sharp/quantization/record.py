@@ -7,6 +7,7 @@ bits in the same layers.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -188,7 +189,8 @@ def _before_loading(model: nn.Module, state: dict[str, Tensor], prefix: str, *ar
     record.calibrated = False
     saved, ours = state.get(prefix + LAYOUT), record.layout()
     scales = any(SCALES in key for key in state if key.startswith(prefix))
-    model._loading = (prefix, saved is not None, scales)  # type: ignore[assignment]
+    # The modules write into the last argument what does not fit in shape.
+    model._loading = (prefix, saved is not None, scales, args[-1])  # type: ignore[assignment]
     if saved is not None and (saved.shape != ours.shape or not bool((saved.cpu() == ours).all())):
         raise CheckpointMismatchError(
             f'the checkpoint is of a model with {_summary(saved)}, and the config makes one with {_summary(ours)}: '
@@ -198,7 +200,7 @@ def _before_loading(model: nn.Module, state: dict[str, Tensor], prefix: str, *ar
 
 def _after_loading(model: nn.Module, keys: Any) -> None:
     """Report missing and unexpected keys; those of quantizers may be missing."""
-    prefix, is_quantized, scales = model.__dict__.pop('_loading', ('', False, False))
+    prefix, is_quantized, scales, errors = model.__dict__.pop('_loading', ('', False, False, []))
     if not is_quantized and prefix + LAYOUT in keys.missing_keys:
         keys.missing_keys.remove(prefix + LAYOUT)
     missing, unexpected = (
@@ -219,8 +221,11 @@ def _after_loading(model: nn.Module, keys: Any) -> None:
             f'the checkpoint has no values for {len(without)} quantizers (the first is {without[0]}), and has some for '
             f'others: {_REMEDY}'
         )
-    weights = sum(not _of_quantizer(name) for name, _ in model.named_parameters())
-    message = f'Loaded the checkpoint of a {"quantized" if is_quantized else "float"} model: all {weights} weights, '
+    weights = [name for name, _ in model.named_parameters() if not _of_quantizer(name)]
+    misshapen = re.findall(r'size mismatch for (\S+):', ' '.join(errors))
+    loaded = sum(prefix + name not in misshapen for name in weights)
+    count = f'all {loaded}' if loaded == len(weights) else f'{loaded} of {len(weights)}'
+    message = f'Loaded the checkpoint of a {"quantized" if is_quantized else "float"} model: {count} weights, '
     message += f'{len(without)} quantizers to be calibrated' if without else 'all quantizers'
     message += f'; not used: {some(unexpected)}' if unexpected else ''
     print_log(message, 'current', logging.WARNING if unexpected else logging.INFO)

@@ -15,6 +15,7 @@ from torch import nn
 from mm_sharp.analysis.post_training.policies import read_policy
 from mm_sharp.analysis.post_training.proposal import (
     budget_in_bits,
+    common_target,
     config_text,
     mixed_policy,
     same_everywhere,
@@ -159,10 +160,19 @@ def test_a_budget_that_no_policy_keeps_to_is_refused_in_its_unit(
     names: list[str], budget: dict[str, float], message: str
 ) -> None:
     policies = {**POLICIES, 'lowest': {**POLICIES['low'], 'weight_bit_width': 2}}
+    weights = {'a': 162, 'b': 324, 'block.0': 216}
     with pytest.raises(UsageError, match=message) as caught:
-        budget_in_bits(mixed(), policies, names, **budget)
+        budget_in_bits(weights, 700, policies, names, **budget)
     (named,) = re.findall(r'write --(\S+) ([\d.]+)', str(caught.value))
-    assert budget_in_bits(mixed(), policies, names, **{named[0].replace('-', '_'): float(named[1])}) > 0
+    assert budget_in_bits(weights, 700, policies, names, **{named[0].replace('-', '_'): float(named[1])}) > 0
+
+
+def test_policies_have_one_target_at_most() -> None:
+    generic, runtime = {}, {'target': 'onnxruntime'}
+    assert common_target([generic, {'target': 'generic'}]) == 'generic'
+    assert common_target([generic, runtime, runtime]) == 'onnxruntime'
+    with pytest.raises(UsageError, match=r'^--policy: a model has one target, and these say onnxruntime and openvino'):
+        common_target([{'target': 'openvino'}, generic, runtime])
 
 
 def test_the_proposed_policy_is_a_config_and_gives_each_layer_its_bits(tmp_path: Path) -> None:

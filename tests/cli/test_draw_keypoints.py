@@ -187,7 +187,7 @@ def test_it_runs_without_torch_and_mmpose(exported: tuple[Any, Path], picture: P
         '--out',
         'a/b.png',
         '--json',
-        'k.json',
+        'new/k.json',
     ]
     done = subprocess.run(
         [sys.executable, '-c', code, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -197,7 +197,7 @@ def test_it_runs_without_torch_and_mmpose(exported: tuple[Any, Path], picture: P
     drawn, original = cv2.imread(str(tmp_path / 'a' / 'b.png')), cv2.imread(str(picture))
     assert drawn.shape == original.shape
     assert (drawn != original).any(-1).sum() > 50
-    people = json.loads((tmp_path / 'k.json').read_text())
+    people = json.loads((tmp_path / 'new' / 'k.json').read_text())
     assert people['names'][0] == 'nose'
     assert np.shape(people['people'][1]['keypoints']) == (17, 2)
 
@@ -256,6 +256,16 @@ def quant_graph(domain: str) -> onnx.ModelProto:
         ('later.onnx', [], 'was written by a later version of mm_sharp'),
         ('text.onnx', ['--bbox', '1', '2', '0', '4'], 'width and height must be above 0'),
         ('text.onnx', ['--bbox', '1', '2', '3'], '--bbox'),
+        ('text.onnx', ['--bbox', 'nan', '1', '2', '3'], '--bbox: all four must be numbers below 10 million'),
+        ('text.onnx', ['--bbox', '1e30', '0', 'inf', '3'], '--bbox: all four must be numbers below 10 million'),
+        ('bare.onnx', [], "'bare.onnx' has no constants of cropping and decoding: write it with tools/export.py"),
+        ('model.onnx', ['--out', 'text.onnx/x.jpg'], "--out 'text.onnx/x.jpg': its folder cannot be made"),
+        ('model.onnx', ['--out', 'folder.png'], "--out 'folder.png' is a folder"),
+        ('model.onnx', ['--out', 'x.none'], "--out 'x.none': OpenCV writes .jpg and .png"),
+        ('model.onnx', ['--out', '/proc/x.png'], "--out '/proc/x.png' cannot be written"),
+        ('model.onnx', ['--json', 'text.onnx/x.json'], "--json 'text.onnx/x.json': its folder cannot be made"),
+        ('model.onnx', ['--json', 'folder.png'], "--json 'folder.png' is a folder"),
+        ('model.onnx', ['--json', '/proc/x.json'], "--json '/proc/x.json' cannot be written"),
     ],
 )
 def test_mistakes_are_explained(
@@ -274,6 +284,15 @@ def test_mistakes_are_explained(
     later = quant_graph('')
     helper.set_model_props(later, {'mm_sharp': json.dumps({'version': 99})})
     onnx.save(later, 'later.onnx')
+    helper.set_model_props(later, {'mm_sharp': json.dumps({'format': 'float', 'outputs': ['out']})})
+    onnx.save(later, 'bare.onnx')
+    constants = {'version': 1, 'input': {'mean': [0.0, 0.0, 0.0]}, 'keypoints': {'names': ['nose']}}
+    helper.set_model_props(later, {'mm_sharp': json.dumps(constants)})
+    onnx.save(later, 'model.onnx')
+    Path('folder.png').mkdir()
+    found = np.zeros((1, 1, 2)), np.ones((1, 1))
+    monkeypatch.setattr(script.Model, 'predict', lambda *args: found)
+    monkeypatch.setattr(script, 'draw', lambda image, *args: image)
     with pytest.raises(script.UsageError) as caught:
         script.main([model, str(picture), '--out', 'x.png', *arguments])
     assert message in str(caught.value)

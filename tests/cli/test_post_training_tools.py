@@ -17,6 +17,7 @@ from mmengine.runner import CheckpointLoader, set_random_seed
 
 from mm_sharp.analysis.post_training import sensitivity
 from mm_sharp.analysis.post_training.policies import float_config, own_policy, quantized_config, read_policy
+from mm_sharp.analysis.post_training.proposal import same_everywhere
 from mm_sharp.analysis.post_training.subject import Subject
 from mm_sharp.cli.options import load_config
 from mm_sharp.errors import UsageError, UserError
@@ -27,6 +28,7 @@ from tests.tiny_data import write_float_and_w4a4
 from tests.tool_runs import PLAIN, tool
 
 pytestmark = QUIET
+TARGET = {'target': 'onnxruntime'}
 FLIP = ['--cfg-options', 'model.test_cfg.flip_test=False']
 
 
@@ -115,6 +117,42 @@ def test_sensitivity_writes_a_policy_within_the_budget(
     assert f"_base_ = [the float recipe, '{out}/mixed.py'] and load_from = 'f.pth'" in printed
 
 
+@pytest.mark.slow
+def test_the_target_of_policies_is_that_of_the_proposal_and_no_layers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers are measured as without it; the proposal and what it is compared with have it, and keep to the budget."""
+    low = read_policy(str(folder / 'low.py'))
+    (folder / 'low_ort.py').write_text(f'sharp_quantization = dict(policy={dict(low, target="onnxruntime")})\n')
+    (folder / 'high.py').write_text(f'sharp_quantization = dict(policy={dict(low, weight_bit_width=8)})\n')
+    options = ['--people', '4', '--batches', '1', *FLIP]
+
+    def search(first: str, *budget: str) -> dict[str, Any]:
+        policies = ['--policy', f'{first}.py', 'high.py']
+        run('sensitivity', folder, monkeypatch, 'float.py', 'f.pth', *policies, '--work-dir', first, *budget, *options)
+        return json.loads((folder / first / 'sensitivity.json').read_text())
+
+    plain, with_target = search('low'), search('low_ort', '--size-mb', '0.045')
+    assert with_target['value'] == plain['value']
+    costs = {layer['layer']: layer['costs'] for layer in plain['layers']}
+    for layer in with_target['layers']:
+        assert [*layer['costs'].values()] == [*costs[layer['layer']].values()]
+    proposed = read_policy('low_ort/mixed.py')
+    assert proposed['target'] == 'onnxruntime'
+    cfg = Config.fromfile(folder / 'float.py')
+    cfg.model.test_cfg.flip_test = False
+    subject = Subject(cfg, 'f.pth', batches=1)
+    printed = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    with DefaultScope.overwrite_default_scope('mmpose'):
+        judge, _ = subject.loss(4)
+    for name, policy in {'mixed': proposed, 'high': {**same_everywhere(read_policy('high.py')), **TARGET}}.items():
+        model: Any = subject.quantized(policy)
+        assert model.quantization.points
+        assert printed[name][0] == f'{model.quantization.bytes() / 1e6:.3f}'
+        assert printed[name][2] == f'{judge(model):.5g}'
+        assert (model.quantization.bytes() <= 45_000) == (name == 'mixed')
+
+
 def test_a_budget_that_cannot_be_kept_is_refused_before_layers_are_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +232,8 @@ EARLY = [
     ('ptq', ['--policy', 'moving.py', '--learned-rounding'], 'moving: learned rounding needs scales that stay'),
     ('ptq', ['--work-dir', 'f.pth/out'], "the folder 'f.pth/out' cannot be made"),
     ('sensitivity', ['--policy', 'unused.py'], r"--policy unused: .*patterns \['nowhere'\] match no layer"),
+    ('sensitivity', ['--policy', 'w8a8_openvino', 'w8a8_onnxruntime'], 'these say onnxruntime and openvino'),
+    ('sensitivity', ['--policy', 'w4a4', 'w8a8_tensorrt'], "w4a4: .*target='tensorrt' takes inputs of 8 bits"),
     ('sensitivity', ['--policy', 'w8a16', '--times-float', '2'], 'inputs of 16 bits cannot be exported'),
     ('sensitivity', ['--work-dir', 'f.pth/out'], "the folder 'f.pth/out' cannot be made"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import init_default_scope
+from mmengine.registry import DefaultScope, init_default_scope
 from mmpose.models.losses import KeypointMSELoss, KLDiscretLoss
 from torch import Tensor, nn
 
@@ -24,6 +25,9 @@ from tests import mmpose_cases
 from tests.conftest import ROOT
 from tests.mmpose_cases import QUIET, Case, build
 from tests.quantized_toys import POLICIES, SIMCC
+from tests.tiny_data import write_float_and_w4a4
+from tests.tool_runs import Tools
+from tests.toys import same_bits
 
 pytestmark = QUIET
 HEATMAP = ROOT / 'configs' / 'study' / 'td-hm_res18-quarter_demo-64x48.py'
@@ -33,6 +37,13 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     'AUSAM': dict(type='AUSAMOptimWrapper', rho=0.05, schedule='constant'),
 }
 SHARE = 0.3
+STUDENT = """
+_base_ = '{student}.py'
+custom_imports = dict(imports=['mm_sharp.quantization'])
+train_cfg = dict(max_epochs=2, val_interval=2)
+load_from = '{folder}/float.pth'
+default_hooks = dict(distillation=dict(type='DistillationHook'), checkpoint=dict(save_best=None, max_keep_ckpts=-1))
+"""
 
 
 # ------------------------------------------------------------------ the mixture
@@ -185,6 +196,32 @@ def test_steps_are_those_on_mixed_labels(start: Any, wrapper: str, monkeypatch: 
     assert len(student.head.loss_module._forward_pre_hooks) == len(plain.head.loss_module._forward_pre_hooks)
 
 
+# ------------------------------------------------------------------ whole runs
+@pytest.mark.slow
+@pytest.mark.parametrize('student', ['float', 'w4a4'])
+def test_resumed_equals_never_stopped(student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher of a resumed run is the one that it began with, and not its own checkpoint."""
+    write_float_and_w4a4(tmp_path, SIMCC, 4)
+    plain = Config.fromfile(tmp_path / 'float.py')
+    with DefaultScope.overwrite_default_scope('mmpose'):
+        torch.save({'state_dict': build(plain).state_dict()}, tmp_path / 'float.pth')
+    (tmp_path / 'student.py').write_text(STUDENT.format(student=student, folder=tmp_path))
+    within = Tools(tmp_path, monkeypatch)
+    start, name = ('train', 'student.py', '--no-validate'), f'visualizer.name={student}'
+    within(*start, '--work-dir', 'straight', '--cfg-options', f'{name}-straight')
+    (tmp_path / 'resumed').mkdir()
+    shutil.copy(tmp_path / 'straight' / 'epoch_1.pth', tmp_path / 'resumed')
+    within(*start, '--work-dir', 'resumed', '--resume', '--cfg-options', f'{name}-resumed')
+    straight, resumed = (
+        torch.load(tmp_path / folder / 'epoch_2.pth', weights_only=True)['state_dict']
+        for folder in ('straight', 'resumed')
+    )
+    assert straight.keys() == resumed.keys()
+    assert all(same_bits(straight[name], resumed[name]) for name in straight)
+    (log,) = (tmp_path / 'resumed').glob('*/*.log')
+    assert f'Distillation from {tmp_path}/float.pth' in log.read_text()
+
+
 # ------------------------------------------------------------------ refusals
 @pytest.mark.slow
 def test_what_cannot_be_distilled_is_refused(start: Any, tmp_path: Path) -> None:
@@ -196,6 +233,9 @@ def test_what_cannot_be_distilled_is_refused(start: Any, tmp_path: Path) -> None
         DistillationHook(teacher=other).before_train(runner)
     with pytest.raises(ValueError, match=r'teacher=None is not allowed in a run without load_from'):
         DistillationHook().before_train(SimpleNamespace(model=runner.model, cfg=ConfigDict(model={})))
+    resumed = ConfigDict(model=start.cfg.model, load_from=start.cfg.load_from, resume=True)
+    with pytest.raises(ValueError, match=r"a run that is resumed, whose .*write .*teacher='float\.pth'"):
+        DistillationHook().before_train(SimpleNamespace(model=runner.model, cfg=resumed))
     runner.model.head.loss_module = nn.SmoothL1Loss()
     with pytest.raises(ValueError, match=r'KeypointMSELoss .* and of KLDiscretLoss, and this one has SmoothL1Loss'):
         DistillationHook().before_train(runner)

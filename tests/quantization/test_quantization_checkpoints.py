@@ -12,7 +12,7 @@ import torch
 from mmengine.hooks import EMAHook
 from mmengine.logging import MMLogger
 from mmengine.model import ExponentialMovingAverage
-from mmengine.runner.checkpoint import load_checkpoint
+from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
 from torch import nn
 
 from mm_sharp.quantization import CheckpointMismatchError, calibrate, is_calibrated, quantized_model
@@ -126,6 +126,15 @@ def test_loading_a_float_checkpoint_is_reported(lines: list[logging.LogRecord]) 
     layers = len(to_read(DECONV).quantization.quantized)
     message = f'Loaded the checkpoint of a float model: all {weights} weights, {2 * layers} quantizers to be calibrated'
     assert [(line.levelname, line.getMessage()) for line in lines] == [('INFO', message)]
+
+
+def test_weights_of_another_shape_are_not_counted_as_loaded(lines: list[logging.LogRecord]) -> None:
+    model, state = toy(), toy().state_dict()
+    name = next(name for name in state if name.endswith('.bias'))
+    state[name] = torch.zeros(1 + len(state[name]))
+    load_state_dict(model, state, strict=False, logger='silent')
+    said = [line.getMessage() for line in lines if line.getMessage().startswith('Loaded the checkpoint')]
+    assert said == ['Loaded the checkpoint of a quantized model: 7 of 8 weights, 8 quantizers to be calibrated']
 
 
 @pytest.mark.parametrize('gone', ['head.final_layer.weight', 'backbone.conv1.weight', 'backbone.bn1.weight'])

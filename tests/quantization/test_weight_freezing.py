@@ -123,7 +123,7 @@ def test_gradients_are_those_of_scale_times_integer(scale_gradients: str) -> Non
     assert isinstance(quantizer, IntQuant)
 
 
-def train(work_dir: Path, freeze: Any = FAST['freeze'], **changes: Any) -> Runner:
+def train(work_dir: Path, freeze: Any = FAST['freeze'], hooks: Any = (), **changes: Any) -> Runner:
     """Four epochs of five steps; a model of few bits under an optimizer that lets weights oscillate."""
     config = toy_config(work_dir, train_cfg=dict(by_epoch=True, max_epochs=4))
     config['train_dataloader']['dataset'] = dict(type='ResidualSamples', count=20)
@@ -133,7 +133,7 @@ def train(work_dir: Path, freeze: Any = FAST['freeze'], **changes: Any) -> Runne
         model=model,
         optim_wrapper=dict(type='SAMOptimWrapper', rho=0.05, optimizer=optimizer),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
-        custom_hooks=[dict(type='OscillationHook', **{**FAST, 'freeze': freeze})],
+        custom_hooks=[*hooks, dict(type='OscillationHook', **{**FAST, 'freeze': freeze})],
     )
     runner = Runner(**{**config, **changes})
     runner.train()
@@ -141,21 +141,26 @@ def train(work_dir: Path, freeze: Any = FAST['freeze'], **changes: Any) -> Runne
 
 
 @pytest.mark.slow
-def test_resumed_equals_never_stopped(tmp_path: Path) -> None:
-    straight = train(tmp_path / 'straight')
+@pytest.mark.parametrize('averaged', [False, True])
+def test_resumed_equals_never_stopped(averaged: bool, tmp_path: Path) -> None:
+    hooks = [dict(type='EMAHook', momentum=0.1)] if averaged else []
+    straight = train(tmp_path / 'straight', hooks=hooks)
     checkpoint = str(tmp_path / 'straight' / 'epoch_2.pth')
-    resumed = train(tmp_path / 'resumed', resume=True, load_from=checkpoint)
+    resumed = train(tmp_path / 'resumed', hooks=hooks, resume=True, load_from=checkpoint)
     last = [torch.load(tmp_path / name / 'epoch_4.pth', weights_only=True) for name in ('straight', 'resumed')]
-    for part in ('state_dict', *last[0][STATE]):
-        first, second = ((state if part == 'state_dict' else state[STATE])[part] for state in last)
+    for part in ('state_dict', *(['ema_state_dict'] if averaged else []), *last[0][STATE]):
+        first, second = ((state if part in state else state[STATE])[part] for state in last)
         assert first.keys() == second.keys()
         assert all(same_bits(first[name], second[name]) for name in first)
     saved = torch.load(checkpoint, weights_only=True)[STATE]
     frozen = {name: layer['frozen'] for name, layer in saved.items()}
     assert sum(int(mask.sum()) for mask in frozen.values()) > 0
     # They hold to the end, and need no hook then: the weights themselves are scale * integer.
-    for runner in (straight, resumed):
-        for name, integers in weight_integers(runner.model).items():
+    read = quantize(make(ResidualToy), QuantizationPolicy.from_config(policy('W2A4')))
+    straight.save_checkpoint(str(tmp_path), 'later.pth')
+    read.load_state_dict(torch.load(tmp_path / 'later.pth', weights_only=True)['state_dict'])
+    for model in (straight.model, resumed.model, read):
+        for name, integers in weight_integers(model).items():
             expected = saved[name]['average'][frozen[name]]
             assert torch.equal(integers[frozen[name]].float(), expected)
 

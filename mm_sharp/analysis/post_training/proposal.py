@@ -48,25 +48,31 @@ def propose(
 ) -> Proposal:
     """A policy that keeps to a budget, with its own value and those of the policies that it mixes.
 
-    ``policies`` have the same bits at the ends; ``allowed`` are the names of those that may be chosen, or ``'float'``.
-    The budget is what ``budget_in_bits`` has given.
+    ``policies`` have the same bits at the ends, and one target; ``allowed`` are the names of those that may be chosen,
+    or ``'float'``. The budget is what ``budget_in_bits`` has given.
     """
-    bits, total, rest = weight_bits(policies), sum(mixed.weights.values()), _other_bytes(mixed)
+    bits, total = weight_bits(policies), sum(mixed.weights.values())
     costs = {name: {p: cost for p, cost in options.items() if p in allowed} for name, options in found.costs.items()}
     choice = assign(mixed.weights, costs, bits, budget)
     policy = mixed_policy(choice, mixed.weights, policies)
     proposed = subject.quantized(policy)
     mean = bits_a_weight(choice, mixed.weights, policies)
     candidates = [Candidate('mixed', quantized_record(proposed).bytes(), mean, judge(proposed))]
-    for name in policies:
-        mixed.choose(dict.fromkeys(mixed.weights, name))
-        size = total * bits[name] // 8 + rest
-        candidates.append(Candidate(name, size, float(bits[name]), judge(mixed.model)))
+    single = common_target(policies.values()) == 'generic'  # what single layers were measured in
+    for name, everywhere in policies.items():
+        if single:
+            mixed.choose(dict.fromkeys(mixed.weights, name))
+            model, size = mixed.model, total * bits[name] // 8 + quantized_record(mixed.model).other_bytes
+        else:
+            model = subject.quantized(everywhere)
+            size = quantized_record(model).bytes()
+        candidates.append(Candidate(name, size, float(bits[name]), judge(model)))
     return Proposal(policy, choice, sorted(candidates, key=lambda candidate: candidate.bytes))
 
 
 def budget_in_bits(
-    mixed: MixedModel,
+    weights: Mapping[str, int],
+    other_bytes: int,
     policies: Mapping[str, Mapping[str, Any]],
     allowed: Collection[str],
     *,
@@ -75,11 +81,11 @@ def budget_in_bits(
 ) -> float:
     """What all weights together may take, in bits; a UsageError if the allowed policy of the fewest bits takes more.
 
-    ``size_mb`` is in 10^6 bytes (weights in their bits, all else in 4 bytes), ``mean_bits`` those of a weight, in the
-    mean over the layers.
+    ``weights`` are how many each layer has, ``other_bytes`` what all else takes. ``size_mb`` is in 10^6 bytes (weights
+    in their bits, all else in 4 bytes), ``mean_bits`` those of a weight, in the mean over the layers.
     """
-    bits, total, rest = weight_bits(policies), sum(mixed.weights.values()), _other_bytes(mixed)
-    budget = total * mean_bits if mean_bits is not None else 8 * (1e6 * (size_mb or 0) - rest)
+    bits, total = weight_bits(policies), sum(weights.values())
+    budget = total * mean_bits if mean_bits is not None else 8 * (1e6 * (size_mb or 0) - other_bytes)
     fewest = min(allowed, key=bits.__getitem__)
     if total * bits[fewest] <= budget:
         return budget
@@ -88,7 +94,7 @@ def budget_in_bits(
         takes = f'the weights have {least} bits on average'
     else:
         # Rounded up, so that what is proposed fits.
-        megabytes = math.ceil((total * bits[fewest] / 8 + rest) / 1e3) / 1e3
+        megabytes = math.ceil((total * bits[fewest] / 8 + other_bytes) / 1e3) / 1e3
         option, given, least = '--size-mb', size_mb or 0, f'{megabytes:.3f}'
         takes = f'the model takes {least} MB'
     fewer = ', or give --policy with fewer bits, such as w2a4' if bits[fewest] > 2 else ''
@@ -96,16 +102,18 @@ def budget_in_bits(
     raise UsageError(f'{said}: write {option} {least} or more{fewer}')
 
 
-def _other_bytes(mixed: MixedModel) -> int:
-    """Of all that is no weight of a quantized layer."""
-    record = quantized_record(mixed.model)
-    return record.bytes() - sum(w.weights * w.policy.weight_bit_width for w in record.quantized if w.policy) // 8
-
-
 def same_everywhere(policy: Mapping[str, Any]) -> dict[str, Any]:
     """A policy without exceptions for a network's ends and for single layers; what it skips stays skipped."""
     plain = {key: value for key, value in policy.items() if key != 'layers'}
     return {**plain, 'first_layers': 'same', 'last_layers': 'same'}
+
+
+def common_target(policies: Collection[Mapping[str, Any]]) -> str:
+    """The target that policies say, ``'generic'`` if none of them says one; a UsageError if they say two."""
+    said = sorted({str(policy.get('target', 'generic')) for policy in policies} - {'generic'})
+    if len(said) > 1:
+        raise UsageError(f'--policy: a model has one target, and these say {" and ".join(said)}: give those of one')
+    return said[0] if said else 'generic'
 
 
 def weight_bits(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

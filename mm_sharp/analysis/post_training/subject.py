@@ -34,7 +34,7 @@ from mm_sharp.quantization.calibration import is_error
 from mm_sharp.quantization.calibration_hook import some_batches
 from mm_sharp.quantization.equalization import equalize
 from mm_sharp.quantization.learned_rounding import check_scales_stay
-from mm_sharp.quantization.record import LAYOUT, quantized_record
+from mm_sharp.quantization.record import LAYOUT, QuantizationRecord, quantized_record
 
 Judge = Callable[[nn.Module], float]  # the lower the better
 
@@ -129,15 +129,18 @@ class Subject:
 
 def check_policies(
     cfg: Config, policies: Mapping[str, Mapping[str, Any]], *, exported: bool = False, **options: Any
-) -> None:
+) -> dict[str, QuantizationRecord]:
     """Before a checkpoint is loaded, refuse policies, by name, that do not fit a config's model; a UsageError.
 
-    With ``exported``, what cannot be exported is refused, too; ``options`` are those of ``calibrate``.
+    With ``exported``, what cannot be exported is refused, too; ``options`` are those of ``calibrate``. Returns the
+    records of the models.
     """
+    records = {}
     for name, policy in policies.items():
         try:
             with prepared(cfg):
                 model = _build(cfg, policy)
+            records[name] = quantized_record(model)
             if exported:
                 from mm_sharp.quantization.export import check_exportable
 
@@ -145,10 +148,11 @@ def check_policies(
             if options.get('learned_rounding'):
                 check_scales_stay(model)
             if options.get('equalize'):
-                quantized_record(model).calibrating = True  # it may run without scales
+                records[name].calibrating = True  # it may run without scales
                 equalize(model)
         except UserError as error:
             raise UsageError(f'--policy {name}: {error}') from error
+    return records
 
 
 def _build(cfg: Config, policy: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> nn.Module:
