@@ -19,18 +19,20 @@ class Target:
             further convolutions: sums, products, activations, pooled and concatenated pictures.
         skips: The other input of a residual sum, beside that which a layer has just computed.
         signed: All activations in int8 around 0, never in uint8.
+        symmetric: Weights without zero points.
     """
 
     outputs: bool = False
     skips: bool = False
     signed: bool = False
+    symmetric: bool = False
 
 
 # docs/deployment.md has the rules' sources.
 TARGETS = {
     'generic': Target(),
     'onnxruntime': Target(outputs=True),
-    'openvino': Target(skips=True),
+    'openvino': Target(skips=True, symmetric=True),
     'tensorrt': Target(skips=True, signed=True),
 }
 OWNER = 'QuantizedModel'
@@ -155,10 +157,16 @@ class QuantizationPolicy:
 
     def check_target(self) -> None:
         """Refuse what the target does not take."""
+        layers = (self.default, *(layer for _, layer in self.overrides))
+        if TARGETS[self.target].symmetric and not all(layer.weight_symmetric for layer in layers):
+            raise UserError(
+                f'{OWNER}: policy target={self.target!r} takes no zero points of weights: write '
+                f"policy=dict(target={self.target!r}, weight_symmetric=True, …), or target='generic'"
+            )
         if not TARGETS[self.target].signed:
             return
         ends = [replace(self.default, act_bit_width=e) for e in (self.first_layers, self.last_layers) if type(e) is int]
-        for layer in (self.default, *ends, *(layer for _, layer in self.overrides)):
+        for layer in (*layers, *ends):
             if (layer.act_bit_width, layer.act_symmetric, layer.weight_symmetric) != (8, True, True):
                 raise UserError(
                     f'{OWNER}: policy target={self.target!r} takes inputs of 8 bits, and no zero points: write '

@@ -219,8 +219,18 @@ def test_an_unknown_target_is_refused(value: Any) -> None:
 def test_tensorrt_takes_int8_without_zero_points(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="target='tensorrt' takes inputs of 8 bits, and no zero points: write"):
         QuantizationPolicy.from_config({'target': 'tensorrt', **changes})
-    QuantizationPolicy.from_config({**changes, 'target': 'openvino'})
+    QuantizationPolicy.from_config({**changes, 'target': 'onnxruntime'})
     QuantizationPolicy.from_config({'target': 'tensorrt', 'weight_bit_width': 4, 'first_layers': 'float'})
+
+
+@pytest.mark.parametrize(
+    'changes', [dict(weight_symmetric=False), dict(layers=[dict(pattern='head', weight_symmetric=False)])]
+)
+def test_openvino_takes_no_zero_points_of_weights(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="target='openvino' takes no zero points of weights: write policy=") as caught:
+        QuantizationPolicy.from_config({'target': 'openvino', **changes})
+    assert '\n' not in str(caught.value)
+    QuantizationPolicy.from_config({'target': 'openvino', 'act_symmetric': False, 'act_bit_width': 4})
 
 
 # ------------------------------------------------------------------ the file
