@@ -135,7 +135,8 @@ def export(cfg: Config, model: nn.Module, args: argparse.Namespace, file_format:
 
 
 def benchmark(cfg: Config, model: nn.Module, args: argparse.Namespace, report: Any) -> None:
-    """Export the model without its quantizers, too, and print and write how both files compare."""
+    """Export the model without its quantizers, too, and print and write how both files compare, with a warning if
+    OpenVINO is wrong about the quantized one."""
     from mm_sharp.quantization import latency
 
     beside = export(cfg, model, args, 'float')
@@ -146,6 +147,9 @@ def benchmark(cfg: Config, model: nn.Module, args: argparse.Namespace, report: A
         metrics = ', '.join(f'{metric} {value:.4f}' for metric, (_, value) in made.metrics.items() if ' ' not in metric)
         print(f'{name}: {files[name].stat().st_size / 1e6:.2f} MB, {metrics}')
     write_json(Path(report.file).with_suffix('.latency.json'), [asdict(row) for row in found])
+    warning = latency.openvino_warning(files['float'], files['qcdq']) if 'openvino' in latency.installed() else ''
+    if warning:
+        sys.stderr.write(f'{Path(sys.argv[0]).name}: warning: {warning}\n')
 
 
 def first_samples(dataset: Mapping[str, Any], count: int, batch_size: int) -> tuple[Any, DataLoader[Any]]:

@@ -25,9 +25,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from .onnx_graph import runner
+
 Timed = Callable[[], object]
 Count = tuple[int, int]  # convolutions in integers, and all
-_ROUNDS, _CALLS = 20, 3
+_ROUNDS, _CALLS, _PICTURES = 20, 3, 4
+# Rounding alone: what one runtime rounds up and the other down adds up in deep networks, at worst to outputs that have
+# only the float file's in common, each as far from them: the square root of 2. Wrong convolutions: 3.5 to 500.
+_LIMIT = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,19 @@ def installed() -> list[str]:
 
 def _measure(package: str, files: Mapping[str, Path], rounds: int) -> list[Latency]:
     runtime, prepare, count = RUNTIMES[package]
-    shape = [dim.dim_value for dim in onnx.load(next(iter(files.values()))).graph.input[0].type.tensor_type.shape.dim]
-    picture = np.random.default_rng(0).standard_normal([1, *shape[1:]]).astype(np.float32)
+    picture = _noise(onnx.load(next(iter(files.values()))), 1)
     times = interleaved([prepare(file, picture) for file in files.values()], rounds)
     found = []
     for (name, file), taken in zip(files.items(), times, strict=True):
         ratio = median(first / own for first, own in zip(times[0], taken, strict=True))
         found.append(Latency(runtime, name, 1000 * median(taken), ratio, *count(file)))
     return found
+
+
+def _noise(model: onnx.ModelProto, count: int) -> NDArray[np.float32]:
+    """Pictures of the size of a graph's input."""
+    shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    return np.random.default_rng(0).standard_normal([count, *shape[1:]]).astype(np.float32)
 
 
 def _apart(function: Callable[..., Any], *args: Any) -> Any:
@@ -85,6 +95,37 @@ def interleaved(runs: Sequence[Timed], rounds: int) -> list[list[float]]:
         for run, taken in zip(runs, times, strict=True):
             taken.append(min(timeit.repeat(run, timer=time.process_time, repeat=_CALLS, number=1)))
     return times
+
+
+def openvino_warning(plain: Path, quantized: Path) -> str:
+    """One line if OpenVINO computes something else of a quantized file than ONNX Runtime; '' if not. ``plain`` is the
+    file in float."""
+    error = _openvino_error(plain, quantized)
+    if error <= _LIMIT:
+        return ''
+    return (
+        f"OpenVINO is wrong about {quantized}: its outputs are {error:.3g} times as far from ONNX Runtime's as the "
+        "float file's are (rounding: below 1.5). Do not use the file there (docs/deployment.md)"
+    )
+
+
+def _openvino_error(plain: Path, quantized: Path) -> float:
+    """How far OpenVINO's outputs of a quantized file are from ONNX Runtime's on noise, as a multiple of how far those
+    of the ``plain`` file in float are; root mean squares, of the worst output.
+
+    ONNX Runtime's are right: the check of the export compares them with PyTorch.
+    """
+    graph = onnx.load(quantized)
+    pictures = _noise(graph, _PICTURES)
+    ours, before = (list(runner(g, 'qcdq')({'input': pictures}).values()) for g in (graph, onnx.load(plain)))
+    theirs = _apart(_run_openvino, quantized, pictures)
+    # Outputs that are the same for all pictures differ by the rounding of float sums alone.
+    floors = [1e-3 * float(np.abs(output).max()) + 1e-12 for output in ours]
+    return max(_rms(a, b) / max(_rms(a, c), f) for a, b, c, f in zip(ours, theirs, before, floors, strict=True))
+
+
+def _rms(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.mean(np.square(one - other, dtype=np.float64))))
 
 
 def table(latencies: Sequence[Latency]) -> str:
@@ -135,6 +176,10 @@ def _onnxruntime(file: Path, picture: NDArray[np.float32]) -> Timed:
 def _openvino(file: Path, picture: NDArray[np.float32]) -> Timed:
     request = _compiled(file).create_infer_request()
     return lambda: request.infer({0: picture})
+
+
+def _run_openvino(file: Path, pictures: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    return [np.array(output) for output in _compiled(file)([pictures]).values()]
 
 
 def _compiled(file: Path) -> Any:

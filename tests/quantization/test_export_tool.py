@@ -140,12 +140,15 @@ def test_the_benchmark_compares_with_the_same_model_in_float(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(latency, 'compare', partial(latency.compare, rounds=2))
+    monkeypatch.setattr(latency, 'openvino_warning', lambda plain, file: f'{plain.name}, {file.name}')
     arguments = ['w4a4.py', 'model.pth', '--packed', '--images', '2', '--out', 'bench/m_qcdq.onnx']
     tool('export').main([*arguments, '--benchmark'])
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
     rows = [line for line in lines if line.startswith(('ONNX Runtime,', 'OpenVINO,'))]
     assert [row.split(',')[1].split()[0] for row in rows] == ['float', 'qcdq'] * (len(rows) // 2)
     assert rows[0].endswith('1.00  0 of 21')
+    assert ('warning: m_float.onnx, m_qcdq.onnx\n' in said.err) is ('openvino' in latency.installed())
     sizes = [line.split()[:2] for line in lines if ' MB, coco/AP ' in line]
     assert [name for name, _ in sizes] == ['float:', 'qcdq:']
     assert float(sizes[0][1]) > 2 * float(sizes[1][1])
