@@ -81,9 +81,10 @@ def _noise(model: nn.Module) -> dict[str, Any]:
     from mmpose.structures import PoseDataSample
 
     from mm_sharp.quantization.deployment import codec_constants
+    from mm_sharp.quantization.flow import channels_of
 
     width, height = codec_constants(model)['input_size']
-    pictures = torch.randint(0, 256, (_PICTURES, 3, height, width), dtype=torch.uint8)
+    pictures = torch.randint(0, 256, (_PICTURES, channels_of(model), height, width), dtype=torch.uint8)
     return {'inputs': list(pictures), 'data_samples': [PoseDataSample() for _ in pictures]}
 
 

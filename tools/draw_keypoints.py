@@ -36,7 +36,8 @@ class Model:
         file: The ONNX file, of the form qcdq.
 
     Raises:
-        UsageError: ONNX Runtime cannot run it, or it was not written by tools/export.py.
+        UsageError: ONNX Runtime cannot run it, it was not written by tools/export.py, or its pictures have not three
+            channels.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -59,6 +60,9 @@ class Model:
             raise UsageError(f"'{file}' has no constants of cropping and decoding: write it with tools/export.py")
         if self.constants['version'] > _KNOWN_VERSION:
             raise UsageError(f"'{file}' was written by a later version of mm_sharp: take its draw_keypoints.py")
+        channels = len(self.constants['input']['mean'])
+        if channels != 3:
+            raise UsageError(f"'{file}' takes pictures of {channels} channel(s), and only 3 are written here")
 
     def predict(self, image: Array, boxes: Array) -> tuple[Array, Array]:
         """Find the keypoints of people.

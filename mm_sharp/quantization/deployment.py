@@ -16,6 +16,8 @@ from torch import nn
 
 from mm_sharp.errors import UserError
 
+from .flow import channels_of
+
 VERSION = 1
 _PACKAGES = ('mm_sharp', 'brevitas', 'torch', 'onnx', 'mmpose', 'mmengine')
 
@@ -81,14 +83,15 @@ def _versions() -> dict[str, str]:
 
 
 def _normalisation(model: Any, codec: Mapping[str, Any]) -> dict[str, Any]:
-    preprocessor, found = model.data_preprocessor, {'mean': [0.0] * 3, 'std': [1.0] * 3}
+    preprocessor, count = model.data_preprocessor, channels_of(model)
+    found = {'mean': [0.0] * count, 'std': [1.0] * count}
     if getattr(preprocessor, '_enable_normalize', False):
         # Numbers in float32 as they were written in the config: 123.675, not 123.67500305175781.
         found = {n: [float(str(x)) for x in getattr(preprocessor, n).flatten().cpu().numpy()] for n in found}
     size = dict(zip(('width', 'height'), map(int, codec['input_size']), strict=True))
     # Pictures are read as BGR; the preprocessor may reverse their channels.
     channels = 'rgb' if getattr(preprocessor, '_channel_conversion', False) else 'bgr'
-    return {**size, 'channels': channels, **found}
+    return {**size, 'channels': 'gray' if count == 1 else channels, **found}
 
 
 def crop_constants(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from torch.nn import functional as F  # noqa: N812
 from mm_sharp.errors import UnsupportedError, UserError
 
 from .deployment import codec_constants
-from .flow import evaluation, without_quantizers
+from .flow import channels_of, evaluation, without_quantizers
 from .record import check_calibrated, quantized_record, record_of
 
 FORMATS = ('qcdq', 'qonnx', 'float')
@@ -55,7 +55,7 @@ class Network(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, H, W) float to the head's outputs."""
+        """(N, C, H, W) float to the head's outputs."""
         outputs = self.model(inputs, None, mode='tensor')
         outputs = outputs[-1] if has_stages(self.model) else outputs
         return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
@@ -149,8 +149,10 @@ def warn_of_export(model: nn.Module) -> None:
         _check_bits(model)
         with tempfile.TemporaryDirectory() as folder:
             _write_float(Network(model), Path(folder, 'float.onnx'))
-    except UserError as error:
-        message = f'This model can be trained and tested, but tools/export.py will refuse it: {error}'
+    except Exception as error:  # whatever it is, it must not end the training
+        kind = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
+        reason = kind + ' '.join(str(error).split())
+        message = f'This model can be trained and tested, but tools/export.py will refuse it: {reason}'
         print_log(message, 'current', logging.WARNING)
 
 
@@ -244,7 +246,7 @@ def _set_biases_apart(model: nn.Module) -> None:
 def _zeros(model: nn.Module) -> Tensor:
     """Two black pictures: with one, something in the graph might take the batch's size for the number 1."""
     width, height = codec_constants(model)['input_size']
-    return torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
+    return torch.zeros(2, channels_of(model), height, width, device=next(model.parameters()).device)
 
 
 def _pool(inputs: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:

@@ -191,10 +191,15 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 def noise_of(model: nn.Module, width: int, height: int) -> Tensor:
     """(1, C, H, W) for a model, to see what it computes. No global random number is drawn."""
-    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, 3 if mean is None else mean.numel(), height, width, generator=generator)
+    noise = torch.randn(1, channels_of(model), height, width, generator=generator)
     return noise.to(next(model.parameters()))
+
+
+def channels_of(model: nn.Module) -> int:
+    """How many channels a model's pictures have: as many as its data preprocessor has means, or 3."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    return 3 if mean is None else int(mean.numel())
 
 
 def float_output(model: nn.Module, inputs: Tensor) -> Tensor:

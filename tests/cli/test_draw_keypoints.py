@@ -254,6 +254,7 @@ def quant_graph(domain: str) -> onnx.ModelProto:
         ('foreign.onnx', [], "'foreign.onnx' has no metadata of mm_sharp: write it with tools/export.py"),
         ('quant.onnx', [], 'is a QONNX file: export with --format qcdq'),
         ('later.onnx', [], 'was written by a later version of mm_sharp'),
+        ('gray.onnx', [], "'gray.onnx' takes pictures of 1 channel(s), and only 3 are written here"),
         ('text.onnx', ['--bbox', '1', '2', '0', '4'], 'width and height must be above 0'),
         ('text.onnx', ['--bbox', '1', '2', '3'], '--bbox'),
         ('text.onnx', ['--bbox', 'nan', '1', '2', '3'], '--bbox: all four must be numbers below 10 million'),
@@ -286,6 +287,8 @@ def test_mistakes_are_explained(
     onnx.save(later, 'later.onnx')
     helper.set_model_props(later, {'mm_sharp': json.dumps({'format': 'float', 'outputs': ['out']})})
     onnx.save(later, 'bare.onnx')
+    helper.set_model_props(later, {'mm_sharp': json.dumps({'version': 1, 'input': {'mean': [116.0]}})})
+    onnx.save(later, 'gray.onnx')
     constants = {'version': 1, 'input': {'mean': [0.0, 0.0, 0.0]}, 'keypoints': {'names': ['nose']}}
     helper.set_model_props(later, {'mm_sharp': json.dumps(constants)})
     onnx.save(later, 'model.onnx')

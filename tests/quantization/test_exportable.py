@@ -11,16 +11,19 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from mmengine.model import ImgDataPreprocessor
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from mm_sharp.errors import UserError
 from mm_sharp.quantization import QuantizationPolicy, calibrate, export, quantize
+from mm_sharp.quantization.deployment import deployment_constants
 from mm_sharp.quantization.export import export_onnx, warn_of_export
 from mm_sharp.quantization.onnx_graph import runner
 from tests.mmpose_cases import QUIET
 from tests.quantized_models import conv, policy
 from tests.toys import same_state
+from tools import deployment_table
 
 pytestmark = QUIET
 HEIGHT, WIDTH = 13, 10
@@ -34,10 +37,12 @@ class Codec:
 class TopdownPoseEstimator(nn.Module):
     """As the export knows MMPose's: by its name and its codec."""
 
-    def __init__(self, between: Any) -> None:
+    def __init__(self, between: Any, channels: int = 3) -> None:
         super().__init__()
-        self.first, self.head, self.between = conv(3, 4), conv(4, 5), between
+        self.first, self.head, self.between = conv(channels, 4), conv(4, 5), between
         self.head.decoder = Codec()
+        if channels == 1:
+            self.data_preprocessor = ImgDataPreprocessor(mean=[116.0], std=[57.0])
 
     def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor') -> Tensor:
         maps: Tensor = self.head(self.between(self.first(inputs).relu()))
@@ -49,18 +54,18 @@ class Fourier(nn.Module):
         return torch.fft.fft2(inputs).abs()
 
 
-def model_of(between: Any) -> Any:
+def model_of(between: Any, channels: int = 3) -> Any:
     torch.manual_seed(0)
-    model = TopdownPoseEstimator(between)
+    model = TopdownPoseEstimator(between, channels)
     decoder = model.head.decoder
     quantize(model, QuantizationPolicy.from_config(policy(8, 8, input_size=(WIDTH, HEIGHT))))
     model.head.decoder = decoder  # the layer was replaced
-    calibrate(model, [{'inputs': images(4)}])
+    calibrate(model, [{'inputs': images(4, channels)}])
     return model.eval()
 
 
-def images(count: int) -> Tensor:
-    return torch.rand(count, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(count))
+def images(count: int, channels: int = 3) -> Tensor:
+    return torch.rand(count, channels, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(count))
 
 
 SIZES: dict[str, Any] = {
@@ -132,6 +137,34 @@ def test_what_can_be_exported_is_left_as_it_is_without_a_word(monkeypatch: pytes
     assert same_state(model, copy)
     with torch.no_grad():
         assert torch.equal(model.eval()(images(2)), copy(images(2)))
+
+
+def test_a_warning_does_not_end_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise KeyError('a name\nthat is not there')
+
+    monkeypatch.setattr(export, '_write_float', broken)
+    (message,) = warnings_of(model_of(nn.Identity()), monkeypatch)
+    assert 'tools/export.py will refuse it: KeyError: ' in message
+
+
+def test_pictures_have_as_many_channels_as_the_preprocessor_has_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(nn.Identity(), channels=1)
+    assert warnings_of(model, monkeypatch) == []
+    pipeline = [{'type': 'GetBBoxCenterScale'}, {'type': 'TopdownAffine'}]
+    constants = deployment_constants(model, pipeline, {})
+    assert constants['input'] == {
+        'name': 'input', 'width': WIDTH, 'height': HEIGHT, 'channels': 'gray', 'mean': [116.0], 'std': [57.0],
+    }  # fmt: skip
+    graph = onnx.load(export_onnx(model, tmp_path / 'model.onnx', 'qcdq', constants))
+    inputs = images(2, channels=1)
+    with torch.no_grad():
+        expected = model(inputs).numpy()
+    found = runner(graph, 'qcdq')({'input': inputs.numpy()})['heatmaps']
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    assert {tuple(picture.shape) for picture in deployment_table._noise(model)['inputs']} == {(1, HEIGHT, WIDTH)}
 
 
 class Twice(nn.Module):
