@@ -76,16 +76,14 @@ def export_onnx(
 
     Raises:
         ValueError: The format is unknown, or ``packed`` is given with another than ``'qcdq'``.
-        UserError: The model is float or not calibrated, its outputs are not known, ONNX has no form of an operator, or
-            there is nothing to pack.
+        UserError: The model is float or not calibrated, its outputs are not known, ONNX has no form of an operator,
+            the graph cannot be rewritten, or there is nothing to pack.
     """
     check_exportable(model, file_format, packed=packed)
     if file_format != 'float':
         check_calibrated(model)
     import onnx
 
-    from .onnx_graph import tidy
-    from .onnx_runtime import for_onnxruntime
     from .packing import pack_weights
 
     file = Path(file)
@@ -94,9 +92,7 @@ def export_onnx(
         written, sidecar = Path(folder, file.name), Path(folder, 'constants.json')
         outputs = _write(model, written, file_format)
         constants = {**constants, 'format': file_format, 'outputs': list(outputs)}
-        graph = tidy(onnx.load(written), outputs)
-        if file_format == 'qcdq' and quantized_record(model).policy.target == 'onnxruntime':
-            graph = for_onnxruntime(graph)
+        graph = _rewritten(written, outputs, quantized_record(model).policy.target if file_format == 'qcdq' else '')
         if packed:
             graph = pack_weights(graph)
         graph.metadata_props.add(key=METADATA_KEY, value=json.dumps(constants, ensure_ascii=False))
@@ -218,6 +214,27 @@ def _write_with(export: Callable[..., Any], network: Network, file: Path) -> dic
     with exporting():
         export(network, (inputs,), str(file), **options, **_OLDER_EXPORTER)
     return {name: list(output.shape) for name, output in zip(names, outputs, strict=True)}
+
+
+def _rewritten(file: Path, outputs: Mapping[str, Sequence[int]], target: str) -> Any:
+    """The graph of a file as it is to be, for a policy's target or none; an UnsupportedError if that fails."""
+    import onnx
+
+    from .onnx_graph import tidy
+    from .onnx_runtime import for_onnxruntime
+
+    try:
+        graph = tidy(onnx.load(file), outputs)
+        if target == 'onnxruntime':
+            graph = for_onnxruntime(graph)
+        onnx.checker.check_model(graph)
+    except Exception as error:
+        reason = ' '.join(str(error).split()).rstrip('. ')
+        raise UnsupportedError(
+            f'the graph that torch has written cannot be rewritten{target and f" for the target {target!r}"}: '
+            f'{type(error).__name__}: {reason}'
+        ) from error
+    return graph
 
 
 def _set_biases_apart(model: nn.Module) -> None:

@@ -81,7 +81,7 @@ def _drop_idle(model: onnx.ModelProto, stored: Mapping[str, onnx.TensorProto]) -
             node.input[i] = sources.get(name, name)
         if node.op_type == 'Cast' and node.attribute[0].i == onnx.TensorProto.FLOAT and node.input[0] in floats:
             sources[node.output[0]] = node.input[0]
-        if node.op_type == 'Clip' and all(name in stored for name in node.input):
+        if node.op_type == 'Clip' and len(node.input) == 3 and all(name in stored for name in node.input):
             values, low, high = (numpy_helper.to_array(stored[name]) for name in node.input)
             if values.min() >= low and values.max() <= high:
                 sources[node.output[0]] = node.input[0]

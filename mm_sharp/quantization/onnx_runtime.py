@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from .onnx_graph import shapes_of, without_unused
@@ -65,17 +67,27 @@ def _move_clips(graph: onnx.GraphProto) -> None:
         if clip is None or clip.op_type != 'Clip' or users[clip.output[0]] > 1 or quantize.input[2] not in stored:
             continue
         scale, zero_point = (stored[name] for name in quantize.input[1:3])
-        if zero_point.dtype != np.uint8 or zero_point != 0 or stored[clip.input[1]] > 0:
+        limits = _limits(clip, stored)
+        if zero_point.dtype != np.uint8 or zero_point != 0 or limits is None or not limits[0] <= 0 <= limits[1]:
             continue
         quantize.input[0] = clip.input[0]
-        top = np.rint(stored[clip.input[2]] / scale)
+        top = np.rint(limits[1] / scale)
         if top < 255:
             result, inner = quantize.output[0], f'{quantize.output[0]}/unclipped'
-            limits = [store(graph, f'{clip.name}/{end}', np.uint8(value)) for end, value in (('low', 0), ('high', top))]
+            ends = [store(graph, f'{clip.name}/{end}', np.uint8(value)) for end, value in (('low', 0), ('high', top))]
             quantize.output[0] = inner
-            behind = helper.make_node('Clip', [inner, *limits], [result], name=f'{clip.name}/integers')
+            behind = helper.make_node('Clip', [inner, *ends], [result], name=f'{clip.name}/integers')
             graph.node.insert(list(graph.node).index(quantize) + 1, behind)
         graph.node.remove(clip)
+
+
+def _limits(clip: onnx.NodeProto, stored: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """A Clip's limits, infinite where it has none (``clamp(min=0)``); None if they are not constant."""
+    low, high = [*clip.input[1:], '', ''][:2]
+    if not {low, high} <= {'', *stored}:
+        return None
+    infinity: Any = np.float32(np.inf)
+    return stored.get(low, -infinity), stored.get(high, infinity)
 
 
 def _join_silus(graph: onnx.GraphProto) -> bool:
@@ -131,10 +143,11 @@ def _convolve(
     parts = [integers[:, :, rows][:, :, :, columns] for rows in _TAPS for columns in _TAPS]
     kernel = np.ascontiguousarray(np.concatenate(parts, 1).swapaxes(0, 1))
     weights.input[0] = store(graph, f'{node.name}/kernel', kernel)
-    for names, kept in ((weights.input, 1), (weights.input, 2), (node.input, 2)):  # scale, zero point and bias
+    for kind, names, kept in (('scale', weights.input, 1), ('zero_point', weights.input, 2), ('bias', node.input, 2)):
         value = numpy_helper.to_array(stored[names[kept]]) if kept < len(names) else np.zeros(())
         if value.ndim:
-            names[kept] = store(graph, f'{names[kept]}/four', np.tile(value, 4))
+            # Named after the node: a layer that is called twice has one scale and one bias.
+            names[kept] = store(graph, f'{node.name}/{kind}', np.tile(value, 4))
     for attribute in weights.attribute:
         attribute.i = 0  # the axis of the outputs
     node.op_type = 'Conv'

@@ -71,6 +71,24 @@ def test_the_convolution_gives_the_deconvolutions_integers(batch: int) -> None:
     assert (after == before).mean() > 0.99
 
 
+def test_a_layer_that_is_called_twice_has_constants_of_two_names() -> None:
+    """Of both calls, scales, zero points and biases are the same constants."""
+    model = graph()
+    for node in list(model.graph.node):
+        again = model.graph.node.add()
+        again.CopyFrom(node)
+        again.name = f'{node.name or node.op_type}/again'
+        again.output[0] += '/again'
+        for i, name in enumerate(node.input):
+            if name in {made for first in graph().graph.node for made in first.output}:
+                again.input[i] = f'{name}/again'
+    shape = (1, OUTPUTS, 2 * HEIGHT, 2 * WIDTH)
+    replace_deconvolutions(model.graph, {'y': shape, 'y/again': shape})
+    names = [item.name for item in model.graph.initializer]
+    assert len(names) == len(set(names))
+    assert [node.op_type for node in model.graph.node].count('Conv') == 2
+
+
 def test_a_deconvolution_with_weights_in_float_stays() -> None:
     model = graph()
     del model.graph.node[0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from mm_sharp.errors import UserError
-from mm_sharp.quantization import QuantizationPolicy, calibrate, export, quantize
+from mm_sharp.quantization import QuantizationPolicy, calibrate, export, onnx_graph, quantize
 from mm_sharp.quantization.deployment import deployment_constants
 from mm_sharp.quantization.export import export_onnx, warn_of_export
 from mm_sharp.quantization.onnx_graph import runner
@@ -110,6 +110,17 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path, capfd: pytest.Captur
     assert '\n' not in str(caught.value)
     assert not list(tmp_path.iterdir())
     assert 'graph(' not in ''.join(capfd.readouterr())
+
+
+def test_a_graph_that_cannot_be_rewritten_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise KeyError('a name\nthat is not there')
+
+    monkeypatch.setattr(onnx_graph, '_drop_idle', broken)
+    with pytest.raises(UserError, match="cannot be rewritten for the target 'generic': KeyError: ") as caught:
+        export_onnx(model_of(nn.Identity()), tmp_path / 'model.onnx', 'qcdq', {})
+    assert '\n' not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def warnings_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -311,13 +311,23 @@ def test_tensorrt_gets_int8_without_zero_points_and_nothing_between(tmp_path: Pa
     assert {node.domain for node in graph.node} == {''}
 
 
-@pytest.mark.parametrize(('scale', 'clips'), [(6 / 255, []), (0.02, []), (0.03, [0, 200])])
-def test_relu6_goes_behind_the_quantizer(scale: float, clips: list[int]) -> None:
+@pytest.mark.parametrize(
+    ('limits', 'scale', 'clips'),
+    [
+        (['low', 'high'], 6 / 255, []),
+        (['low', 'high'], 0.02, []),
+        (['low', 'high'], 0.03, [0, 200]),
+        (['', 'high'], 0.03, [0, 200]),  # clamp(max=6)
+        (['low', ''], 0.03, []),  # clamp(min=0)
+        (['low'], 0.03, []),
+    ],
+)
+def test_relu6_goes_behind_the_quantizer(limits: list[str], scale: float, clips: list[int]) -> None:
     def constant(name: str, value: Any) -> onnx.TensorProto:
         return numpy_helper.from_array(value, name)
 
     nodes = [
-        onnx.helper.make_node('Clip', ['input', 'low', 'high'], ['clipped'], name='relu6'),
+        onnx.helper.make_node('Clip', ['input', *limits], ['clipped'], name='relu6'),
         onnx.helper.make_node('QuantizeLinear', ['clipped', 'scale', 'zero'], ['integers'], name='q'),
         onnx.helper.make_node('DequantizeLinear', ['integers', 'scale', 'zero'], ['output'], name='dq'),
     ]
