@@ -147,8 +147,11 @@ class _Network:
         """The module, and the side of it, where a tensor can be quantized: the innermost that puts it out, or else the
         outermost that takes it in, and that is called once."""
         calls = [c for c in self._graph.calls if self._calls[c.name] == 1 and not isinstance(c.module, nn.Sequential)]
+        # A module may pass its input on (Identity, Dropout). Whether others read what it takes in or what it puts out,
+        # which is the same tensor, nothing tells: if there are others, it is no place for the output.
+        alone = all(call.made is node for call in self._graph.calls if call.taken is node)
         for call in calls:
-            if call.made is node:
+            if call.made is node and (alone or call.taken is not node):
                 return call.name, 'output'
         takers = [call for call in calls if call.taken is node]
         if takers and len(self._users[node]) > 1:  # a single user has a quantizer, if it is a layer

@@ -132,6 +132,34 @@ def test_the_way_around_a_residual_sum(target: str, kind: str) -> None:
     assert {layer.input_range for layer in model.quantization.layers} == {'signed', kind}
 
 
+class Beside(nn.Module):
+    """A layer that reads a sum beside a module which passes it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.beside, self.last = (nn.Conv2d(n, 4, 3, padding=1) for n in (3, 4, 4, 4))
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor') -> Tensor:
+        x = self.first(inputs).relu()
+        x = x + self.second(x)
+        return self.last(self.beside(x) + self.drop(x))
+
+
+@pytest.mark.parametrize('target', ['onnxruntime', 'openvino'])
+def test_a_layer_beside_a_module_that_passes_its_input_on_reads_integers(target: str) -> None:
+    torch.manual_seed(0)
+    model: Any = quantized_model(Beside(), policy(8, 8, target=target, input_size=SIZE))
+    calibrate(model, [{'inputs': images(4, 0, SIZE)}])
+    assert points(model)
+    taken: dict[str, Tensor] = {}
+    for name in shared(model):  # they have no quantizer of their own
+        layer = model.get_submodule(name)
+        layer.register_forward_pre_hook(lambda _, args, name=name: taken.update({name: args[0]}))
+    output(model.eval(), images(16, 5, SIZE))
+    assert all(len(tensor.unique()) <= 256 for tensor in taken.values())
+
+
 def test_layers_of_fewer_bits_quantize_their_input_again() -> None:
     model = net('openvino', act_bit_width=4)
     assert set(points(model)) == {'pool.quantized_output', 'first.quantized_output'}
