@@ -22,6 +22,8 @@ from .quantizers import input_quantizer, repair
 
 POINT = 'quantized_{}'  # name of the module in its host: of 'input' or 'output'
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+# No hosts: their forward may run over all their children.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # By the names that autograd gives its nodes. A ReLU is part of the quantizer behind it, which is unsigned.
 _RELUS = re.compile('(Relu|Hardtanh)Backward0|Clamp(Min)?Backward[01]')
 _COMPUTED = re.compile(
@@ -146,7 +148,7 @@ class _Network:
     def place(self, node: Any) -> tuple[str, str] | None:
         """The module, and the side of it, where a tensor can be quantized: the innermost that puts it out, or else the
         outermost that takes it in, and that is called once."""
-        calls = [c for c in self._graph.calls if self._calls[c.name] == 1 and not isinstance(c.module, nn.Sequential)]
+        calls = [c for c in self._graph.calls if self._calls[c.name] == 1 and not isinstance(c.module, _CONTAINERS)]
         # A module may pass its input on (Identity, Dropout). Whether others read what it takes in or what it puts out,
         # which is the same tensor, nothing tells: if there are others, it is no place for the output.
         alone = all(call.made is node for call in self._graph.calls if call.taken is node)

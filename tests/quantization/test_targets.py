@@ -160,6 +160,34 @@ def test_a_layer_beside_a_module_that_passes_its_input_on_reads_integers(target:
     assert all(len(tensor.unique()) <= 256 for tensor in taken.values())
 
 
+class Mixed(nn.ModuleList):
+    """As timm's: convolutions of different sizes, each of a part of the channels."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([layer(part) for layer, part in zip(self, inputs.chunk(2, 1), strict=True)], 1)
+
+
+class MixedByName(nn.ModuleDict):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([layer(part) for layer, part in zip(self.values(), inputs.chunk(2, 1), strict=True)], 1)
+
+
+class Around(nn.Sequential):
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor') -> Tensor:
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize('named', [False, True])
+def test_no_quantizer_is_put_among_children_that_a_forward_runs_over(named: bool) -> None:
+    layers = [nn.Conv2d(2, 2, size, padding=size // 2) for size in (3, 5)]
+    mixed = MixedByName({'three': layers[0], 'five': layers[1]}) if named else Mixed(layers)
+    source = Around(nn.Conv2d(3, 4, 3), nn.ReLU(), mixed, nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+    model: Any = quantized_model(source, policy(8, 8, target='onnxruntime', input_size=SIZE))
+    calibrate(model, [{'inputs': images(4, 0, SIZE)}])
+    assert points(model)
+    assert len(mixed) == 2
+
+
 def test_layers_of_fewer_bits_quantize_their_input_again() -> None:
     model = net('openvino', act_bit_width=4)
     assert set(points(model)) == {'pool.quantized_output', 'first.quantized_output'}
