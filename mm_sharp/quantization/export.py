@@ -153,6 +153,21 @@ def warn_of_export(model: nn.Module) -> None:
 
 
 @contextmanager
+def _without_fastpath() -> Iterator[None]:
+    """A context in which ``nn.MultiheadAttention`` runs by operators that ONNX has, and not by one of its own."""
+    switch: Any = getattr(torch.backends, 'mha', None)  # before torch 2.3 there is none
+    if switch is None:
+        yield
+        return
+    before = switch.get_fastpath_enabled()
+    switch.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        switch.set_fastpath_enabled(before)
+
+
+@contextmanager
 def exporting() -> Iterator[None]:
     """A context for torch's exporter: sizes are constants, and its errors one line (an UnsupportedError)."""
     # With its log torch prints the whole graph when it fails; newer versions switch it on, and not off again.
@@ -161,6 +176,7 @@ def exporting() -> Iterator[None]:
         with (
             patch.object(torch._C, '_jit_set_onnx_log_enabled', lambda _: None),
             patch.object(F, 'adaptive_avg_pool2d', _pool),
+            _without_fastpath(),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter('ignore', TracerWarning)  # that sizes are constants

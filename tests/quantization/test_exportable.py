@@ -178,6 +178,29 @@ def test_pictures_have_as_many_channels_as_the_preprocessor_has_means(
     assert {tuple(picture.shape) for picture in deployment_table._noise(model)['inputs']} == {(1, HEIGHT, WIDTH)}
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = inputs.flatten(2).transpose(1, 2)
+        rows, _ = self.attention(rows, rows, rows, need_weights=False)
+        return rows.transpose(1, 2).reshape(inputs.shape)
+
+
+def test_torchs_attention_is_exported(tmp_path: Path) -> None:
+    """In evaluation mode it has a fast way, of an operator that ONNX has not."""
+    switch = pytest.importorskip('torch.backends.mha')
+    model = model_of(Attention())
+    graph = onnx.load(export_onnx(model, tmp_path / 'model.onnx', 'qcdq', {}))
+    assert switch.get_fastpath_enabled()
+    with torch.no_grad():
+        expected = model(images(3)).numpy()
+    found = runner(graph, 'qcdq')({'input': images(3).numpy()})['heatmaps']
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
