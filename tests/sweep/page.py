@@ -34,8 +34,8 @@ _REASONS = {
 _CAUSES = {
     'swav/': 'its forward normalises a weight that is trained, and the second pass does it again: rounding '
     '([what is not put back](reliability.md))',
-    'cae/': "its teacher is the student's equal in the first step, and is first seen to move in the second, which has no "
-    'copies here: rounding; a training has them in its first ten steps',
+    'cae/': "its teacher is the student's equal in the first step, and is first seen to move in the second, which has "
+    'no copies here: rounding; a training has them in its first ten steps',
 }
 
 
