@@ -62,10 +62,10 @@ def missing_samples(runner: Any) -> str:
     loader = runner.cfg.get('train_dataloader')
     dataset = loader.get('dataset') if isinstance(loader, Mapping) else None
     indices = dataset.get('indices') if isinstance(dataset, Mapping) else None
-    there = len(runner.train_dataloader.dataset) if type(indices) is int else 0
-    if type(indices) is not int or indices <= there:
+    if type(indices) is not int:
         return ''
-    return f'train_dataloader.dataset.indices={indices}: the data set has {there} samples'
+    there = len(runner.train_dataloader.dataset)
+    return f'train_dataloader.dataset.indices={indices}: the data set has {there} samples' if indices > there else ''
 
 
 def in_words(
