@@ -114,7 +114,8 @@ class _Loader(yaml.SafeLoader):
     """Reads YAML as it should be: where a mapping has a key twice, PyYAML would take the last and say nothing."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = Counter(key.value for key, _ in node.value if key.tag != 'tag:yaml.org,2002:merge')
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = Counter(key.value for key in keys if key.tag != 'tag:yaml.org,2002:merge')
         if twice := [name for name, count in names.items() if count > 1]:
             raise UsageError(f"'{twice[0]}' is written twice in one mapping, from line {node.start_mark.line + 1} on")
         return super().construct_mapping(node, deep)
