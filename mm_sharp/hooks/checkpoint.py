@@ -142,8 +142,12 @@ def _weights(model: nn.Module) -> list[str]:
 
 def _lacking(keys: Any, errors: list[str]) -> dict[str, None]:
     """What has got no value, as it is not in the file or of another shape there; in order."""
-    misshapen = [name for error in errors for name in re.findall(r'size mismatch for (\S+):', error)]
-    return dict.fromkeys([*_missing(keys), *misshapen])
+    return dict.fromkeys([*_missing(keys), *misshapen(errors)])
+
+
+def misshapen(errors: list[str]) -> list[str]:
+    """What is of another shape in the file, by name, given what torch's modules have written of it while loading."""
+    return [name for error in errors for name in re.findall(r'size mismatch for (\S+):', error)]
 
 
 def _missing(keys: Any) -> list[str]:

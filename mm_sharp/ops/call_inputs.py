@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from itertools import chain
-from operator import attrgetter, eq, itemgetter
+from operator import eq, itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +23,6 @@ from mm_sharp.ops.rare_changes import RareChanges, is_ordinary, same_items, vers
 Leaves = list[tuple[Any, Any]]
 
 _FIELDS = itemgetter('_metainfo_fields', '_data_fields')
-_KIND = attrgetter('layout', 'is_nested', 'is_meta', 'requires_grad')
-_SHAREABLE = (torch.strided, False, False, False)
 _ATOMS = frozenset({type(None), bool, int, float, str, bytes})
 
 
@@ -202,7 +200,7 @@ def _is_changed_in_place(kind: type) -> bool:
 
 def _can_be_shared(tensors: list[Tensor]) -> bool:
     """Whether all can be watched, and a backward pass leaves no gradient in any."""
-    return set(map(_KIND, tensors)) <= {_SHAREABLE} and not any(map(Tensor.is_inference, tensors))
+    return all(map(is_ordinary, tensors)) and not any(tensor.requires_grad for tensor in tensors)
 
 
 def _lists_and_dicts(value: Any) -> Iterator[Any]:

@@ -7,7 +7,6 @@ bits in the same layers.
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mm_sharp.errors import KindError, UserError, some
+from mm_sharp.hooks.checkpoint import misshapen
 
 from .policy import LayerPolicy, QuantizationPolicy
 from .quantizers import SCALES, forget, uninitialised
@@ -222,8 +222,8 @@ def _after_loading(model: nn.Module, keys: Any) -> None:
             f'others: {_REMEDY}'
         )
     weights = [name for name, _ in model.named_parameters() if not _of_quantizer(name)]
-    misshapen = re.findall(r'size mismatch for (\S+):', ' '.join(errors))
-    loaded = sum(prefix + name not in misshapen for name in weights)
+    others = misshapen(errors)
+    loaded = sum(prefix + name not in others for name in weights)
     count = f'all {loaded}' if loaded == len(weights) else f'{loaded} of {len(weights)}'
     message = f'Loaded the checkpoint of a {"quantized" if is_quantized else "float"} model: {count} weights, '
     message += f'{len(without)} quantizers to be calibrated' if without else 'all quantizers'

@@ -16,7 +16,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mm_sharp.analysis.post_training.proposal import Candidate, Proposal, bits_a_weight, mixed_policy, weight_bits
+from mm_sharp.analysis.post_training.proposal import (
+    Candidate,
+    Proposal,
+    bits_a_weight,
+    mixed_policy,
+    stated_targets,
+    weight_bits,
+)
 from mm_sharp.analysis.post_training.sensitivity import FLOAT, Sensitivity
 from mm_sharp.analysis.post_training.subject import Judge, Subject
 from mm_sharp.errors import UsageError
@@ -137,7 +144,7 @@ def target_of(runtime: str | None, policies: Collection[Mapping[str, Any]]) -> s
 
     A UsageError: it cannot be timed, or the policies say another, or have inputs that cannot be exported.
     """
-    said = {str(policy.get('target', 'generic')) for policy in policies} - {'generic'}
+    said = stated_targets(policies)
     target = runtime or (min(said) if said else 'onnxruntime')
     if said - {target}:
         raise UsageError(f'--policy: target={min(said - {target})!r} is another than {target!r}: give one --runtime')

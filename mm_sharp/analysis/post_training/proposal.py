@@ -110,10 +110,15 @@ def same_everywhere(policy: Mapping[str, Any]) -> dict[str, Any]:
 
 def common_target(policies: Collection[Mapping[str, Any]]) -> str:
     """The target that policies say, ``'generic'`` if none of them says one; a UsageError if they say two."""
-    said = sorted({str(policy.get('target', 'generic')) for policy in policies} - {'generic'})
+    said = sorted(stated_targets(policies))
     if len(said) > 1:
         raise UsageError(f'--policy: a model has one target, and these say {" and ".join(said)}: give those of one')
     return said[0] if said else 'generic'
+
+
+def stated_targets(policies: Collection[Mapping[str, Any]]) -> set[str]:
+    """The targets that policies say, ``'generic'`` apart, which goes with any."""
+    return {str(policy.get('target', 'generic')) for policy in policies} - {'generic'}
 
 
 def weight_bits(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
