@@ -9,6 +9,8 @@ Each is NAME=FOLDER, the work directory of a run of tools/train.py; the first is
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,14 +56,15 @@ def main(arguments: Sequence[str]) -> None:
     from mm_sharp.analysis.runs.people import draw_people, find_people
     from mm_sharp.analysis.runs.trained_run import draw_curves, rises
 
-    sharpness = {run.name: rises(run, args.samples) for run in runs} if args.samples else {}
-    draw_curves(runs, args.metric, sharpness, args.out_dir / 'curves.png')
     files = ['table.md', 'curves.png']
-    if args.people:
-        people, links = find_people(runs, args.people, args.threshold)
-        titles = ['annotated', *(run.name for run in runs)]
-        draw_people(people, titles, links, args.out_dir / 'people.png')
-        files.append('people.png')
+    with contextlib.redirect_stdout(io.StringIO()):  # every data set says that it reads its annotations
+        sharpness = {run.name: rises(run, args.samples) for run in runs} if args.samples else {}
+        draw_curves(runs, args.metric, sharpness, args.out_dir / 'curves.png')
+        if args.people:
+            people, links = find_people(runs, args.people, args.threshold)
+            titles = ['annotated', *(run.name for run in runs)]
+            draw_people(people, titles, links, args.out_dir / 'people.png')
+            files.append('people.png')
     table = metrics_table(runs, sharpness)
     (args.out_dir / 'table.md').write_text(table + '\n')
     print(f'{table}\n\n{args.out_dir}: {", ".join(files)}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from tqdm import tqdm
 
+from mm_sharp.analysis.find_rho.measure import RhoProbe
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.sharpness.loading import load_model, load_samples
 from mm_sharp.analysis.tables import markdown_columns
 from mm_sharp.errors import UsageError
-from mm_sharp.methods.sam import SAMOptimWrapper
 
 Curve = Sequence[tuple[int, float]]  # iterations or epochs, and values
 
@@ -144,17 +146,13 @@ def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -
     with prepared(run.cfg):
         samples = load_samples(run.cfg, 'train', count, seed=0)
     found = []
-    for epoch, file in run.checkpoints.items():
-        model: Any = load_model(run.cfg, str(file))[0]
-        # No step is made: only the two passes count.
+    checkpoints = tqdm(run.checkpoints.items(), f'sharpness of {run.name}', leave=False, disable=None)
+    for epoch, file in checkpoints:
+        model: Any = load_model(run.cfg, str(file))[0].eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        wrapper = SAMOptimWrapper(optimizer, rho=rho, adaptive='tensor', perturb='weights')
-        model.eval()
-        differences = []
+        probe = RhoProbe(optimizer, [rho], adaptive='tensor', perturb='weights')
         with prepared(run.cfg, epoch):
-            for _, batch in samples.batches(batch_size):
-                model.train_step(batch, wrapper)
-                step: Any = wrapper.last_step
-                differences.append(float(step.perturbed_loss - step.loss))
-        found.append((epoch, fmean(differences)))
+            measured = [probe.measure(model, batch) for _, batch in samples.batches(batch_size)]
+        # Where the gradient is 0, or not finite, there is no perturbation.
+        found.append((epoch, fmean(math.nan if batch is None else batch.rises[0] for batch in measured)))
     return found
