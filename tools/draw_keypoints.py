@@ -10,6 +10,7 @@ model's metadata (tools/export.py wrote them there); the arithmetic is that of M
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -302,7 +303,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument('--json', metavar='FILE', help='write the keypoints, too')
     parser.add_argument('--threshold', type=float, default=0.0, help='draw keypoints with scores above it (default: 0)')
     args = parser.parse_args(arguments)
-    image = cv2.imread(args.image, cv2.IMREAD_COLOR) if Path(args.image).is_file() else None
+    image, writes = None, False
+    with contextlib.suppress(cv2.error):  # of a format that OpenCV has switched off, as OpenEXR
+        image = cv2.imread(args.image, cv2.IMREAD_COLOR) if Path(args.image).is_file() else None
+        writes = cv2.haveImageWriter(args.out)
     if image is None:
         raise UsageError(f"'{args.image}' is not there, or no picture that OpenCV reads")
     boxes = np.array(args.bbox or [[0, 0, image.shape[1], image.shape[0]]])
@@ -314,7 +318,7 @@ def main(arguments: Sequence[str]) -> None:
     for option, file in (('--out', args.out), ('--json', args.json)):
         if file is not None:
             _make_folder_of(file, option)
-    if not cv2.haveImageWriter(args.out):
+    if not writes:
         raise UsageError(f"--out '{args.out}': OpenCV writes .jpg and .png, among others")
     points, scores = model.predict(image, boxes)
     if not cv2.imwrite(args.out, draw(image, points, scores, model.constants['keypoints'], args.threshold)):

@@ -263,6 +263,7 @@ def quant_graph(domain: str) -> onnx.ModelProto:
         ('model.onnx', ['--out', 'text.onnx/x.jpg'], "--out 'text.onnx/x.jpg': its folder cannot be made"),
         ('model.onnx', ['--out', 'folder.png'], "--out 'folder.png' is a folder"),
         ('model.onnx', ['--out', 'x.none'], "--out 'x.none': OpenCV writes .jpg and .png"),
+        ('model.onnx', ['--out', 'x.exr'], "--out 'x.exr': OpenCV writes .jpg and .png"),
         ('model.onnx', ['--out', '/proc/x.png'], "--out '/proc/x.png' cannot be written"),
         ('model.onnx', ['--json', 'text.onnx/x.json'], "--json 'text.onnx/x.json': its folder cannot be made"),
         ('model.onnx', ['--json', 'folder.png'], "--json 'folder.png' is a folder"),
@@ -301,9 +302,13 @@ def test_mistakes_are_explained(
     assert message in str(caught.value)
 
 
-def test_a_file_that_is_no_picture_is_refused(script: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize('name', ['none.jpg', 'text.jpg', 'switched_off.exr'])
+def test_a_file_that_is_no_picture_is_refused(script: ModuleType, name: str, tmp_path: Path) -> None:
+    (tmp_path / 'text.jpg').write_text('no picture')
+    # OpenCV knows the format by its first bytes, and raises an error of its own: it is switched off.
+    (tmp_path / 'switched_off.exr').write_bytes(bytes.fromhex('762f3101') + bytes(60))
     with pytest.raises(script.UsageError, match='is not there, or no picture'):
-        script.main(['x.onnx', str(tmp_path / 'none.jpg'), '--out', 'x.png'])
+        script.main(['x.onnx', str(tmp_path / name), '--out', 'x.png'])
 
 
 def test_an_unknown_codec_is_refused(script: ModuleType) -> None:
