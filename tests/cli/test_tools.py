@@ -258,6 +258,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (['sam.py', '--resume', 'sam.py'], 'cut off, or no checkpoint'),
         (['sam.py', '--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None'], 'auto_scale_lr = dict(base_batch_size'),
         (['sam.py', '--launcher', 'pytorch'], 'dist_train.sh'),
+        (['sam.py', '--work-dir', 'sam.py'], "the folder 'sam.py' cannot be made"),
         (['twice.py'], 'keep one of these entries of _base_'),
         (['torn.py'], 'SyntaxError'),
         (['foreign.py'], 'Failed to import no_such_module'),
@@ -291,6 +292,14 @@ def test_what_is_wrong_with_a_test_is_said(
     with pytest.raises(UsageError) as caught:
         configure('test', *arguments)
     assert message in str(caught.value)
+
+
+def test_where_a_test_writes_is_checked_before_it_starts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny)
+    torch.save({'state_dict': {}}, 'any.pth')
+    for option, file in (('--work-dir', 'sam.py'), ('--out', 'sam.py/metrics.json'), ('--dump', 'sam.py/all.pkl')):
+        with pytest.raises(UsageError, match="the folder 'sam.py' cannot be made"):
+            configure('test', 'sam.py', 'any.pth', option, file)
 
 
 def test_options_reach_the_config(tiny: Path, tmp_path: Path) -> None:
