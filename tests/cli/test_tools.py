@@ -298,7 +298,7 @@ def test_where_a_test_writes_is_checked_before_it_starts(tiny: Path, monkeypatch
     monkeypatch.chdir(tiny)
     torch.save({'state_dict': {}}, 'any.pth')
     for option, file in (('--work-dir', 'sam.py'), ('--out', 'sam.py/metrics.json'), ('--dump', 'sam.py/all.pkl')):
-        with pytest.raises(UsageError, match="the folder 'sam.py' cannot be made"):
+        with pytest.raises(UsageError, match=r"the folder 'sam\.py' cannot be made"):
             configure('test', 'sam.py', 'any.pth', option, file)
 
 
