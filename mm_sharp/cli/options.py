@@ -250,6 +250,21 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     cfg.default_hooks = {**hooks, 'visualization': hook}
     if cfg.get('visualizer') is None:
         cfg.visualizer = {'type': 'mmpose.PoseLocalVisualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}
+    for loader in ('val_dataloader', 'test_dataloader'):
+        _pack_paths(cfg.get(loader))
+
+
+def _pack_paths(config: Any) -> None:
+    """Let a data set's samples keep the path of their picture, which MMPose's hook reads again to draw into it."""
+    if isinstance(config, dict):
+        keys = config.get('meta_keys')
+        if keys is not None and 'img_path' not in keys:
+            config['meta_keys'] = (*keys, 'img_path')
+        config = config.values()
+    elif not isinstance(config, (list, tuple)):
+        return
+    for part in config:
+        _pack_paths(part)
 
 
 def _reason(error: BaseException) -> str:

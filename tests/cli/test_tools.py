@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
 import shutil
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +294,16 @@ def test_what_is_wrong_with_a_test_is_said(
     with pytest.raises(UsageError) as caught:
         configure('test', *arguments)
     assert message in str(caught.value)
+
+
+def test_pictures_are_found_where_a_recipe_leaves_their_paths_out() -> None:
+    cfg = Config.fromfile(ROOT / 'configs' / 'lsp' / 'simcc_res18-quarter_b32-20e_lsp-64x48.py')
+    before = deepcopy(cfg.test_dataloader)
+    cli.show_predictions(cfg, argparse.Namespace(show=False, show_dir=None))
+    assert cfg.test_dataloader == before
+    cli.show_predictions(cfg, argparse.Namespace(show=False, show_dir='pictures'))
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.pipeline[-1].meta_keys == (*before.dataset.pipeline[-1].meta_keys, 'img_path')
 
 
 def test_where_a_test_writes_is_checked_before_it_starts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
