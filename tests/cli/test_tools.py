@@ -262,6 +262,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (['sam.py', '--launcher', 'pytorch'], 'dist_train.sh'),
         (['sam.py', '--work-dir', 'sam.py'], "the folder 'sam.py' cannot be made"),
         (['twice.py'], 'keep one of these entries of _base_'),
+        (['imports.py'], "(in place of a method's fragment: optim_wrapper = dict(type='SAMOptimWrapper', rho=0.02"),
         (['torn.py'], 'SyntaxError'),
         (['foreign.py'], 'Failed to import no_such_module'),
     ],
@@ -270,6 +271,7 @@ def test_what_is_wrong_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch, argu
     monkeypatch.chdir(tiny)
     monkeypatch.delenv('RANK', raising=False)
     (tiny / 'twice.py').write_text(f"_base_ = ['{SAM}', '{PLAIN}']")
+    (tiny / 'imports.py').write_text(f"_base_ = ['{ROOT}/configs/lsp/_base_/lsp.py', 'mm_sharp::_base_/sam.py']")
     (tiny / 'torn.py').write_text('model = dict(')
     (tiny / 'foreign.py').write_text("custom_imports = dict(imports=['no_such_module'])")
     with pytest.raises(UsageError) as caught:
