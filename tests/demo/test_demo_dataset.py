@@ -254,7 +254,8 @@ def test_tool_uses_the_package_beside_it(tmp_path: Path) -> None:
     (tmp_path / 'mm_sharp' / 'demo').mkdir(parents=True)
     (tmp_path / 'mm_sharp' / '__init__.py').touch()
     (tmp_path / 'mm_sharp' / 'demo' / '__init__.py').write_text('def make_dataset(*_, **__): return False')
-    assert 'already there' in subprocess.run([sys.executable, copied], capture_output=True, text=True).stdout
+    command = [sys.executable, copied, '--out', str(tmp_path / 'out'), '--train', '1', '--val', '1']
+    assert 'already there' in subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def test_tool_names_no_default_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
