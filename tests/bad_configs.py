@@ -138,12 +138,12 @@ ARGUMENTS = (
 
 OPTIMIZERS = (
     Bad('no optim_wrapper', 'SAM', 'optim_wrapper = None', 'optim_wrapper',
-        "type='SAMOptimWrapper', rho=0.05, optimizer="),
+        "perturb='weights', optimizer="),
     Bad('an optim_wrapper that is a name', 'SAM', "optim_wrapper = 'SAMOptimWrapper'",
-        "optim_wrapper='SAMOptimWrapper'", "dict(type='SAMOptimWrapper', rho=0.05, optimizer="),
+        "optim_wrapper='SAMOptimWrapper'", "perturb='weights', optimizer="),
     wrapper('an optim_wrapper without type and optimizer', 'SAM', '_delete_=True, rho=0.1',
         "_delete_=True, type='SAMOptimWrapper', rho=0.05, optimizer=dict(type='SGD', lr=0.01)", key='optim_wrapper',
-        shows="dict(type='SAMOptimWrapper', rho=0.05, optimizer="),
+        shows="perturb='weights', optimizer="),
     wrapper('an unknown wrapper', 'SAM', "type='SamOptimWraper'", "type='SAMOptimWrapper'",
         key='optim_wrapper.type', shows="did you mean 'SAMOptimWrapper'"),
     wrapper('no optimizer', 'ESAM', "_delete_=True, type='ESAMOptimWrapper'",

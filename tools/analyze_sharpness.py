@@ -31,6 +31,7 @@ from mm_sharp.cli.loading import check_checkpoint
 from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
 
+_SAMPLES = 256
 _OWN_CONFIG = re.compile(r'(.+\.(?:py|json|ya?ml)):(.+)')
 
 
@@ -43,7 +44,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add('checkpoints', nargs='+', metavar='checkpoint', help=file)
     add('--names', nargs='+', help='what tables and figures call them (default: from folders and files)')
     add('--split', choices=SPLITS, default='train', help='data to take the loss over (default: train)')
-    add('--samples', type=whole(1), default=256, help='the first so many after a seeded shuffle (default: 256)')
+    first = f'the first so many after a seeded shuffle (default: {_SAMPLES}, or all if there are fewer)'
+    add('--samples', type=whole(1), help=first)
     add('--batch-size', type=whole(1), default=32, help='samples at once: memory and time, not results (default: 32)')
     add('--rho', type=positive, nargs='+', default=[*defaults.rhos], help='radii of balls (default: 0.01 0.05 0.1)')
     add('--ascent-steps', type=whole(0), default=5, help='of projected gradient ascent in each ball (default: 5)')
@@ -125,7 +127,8 @@ def analyze(args: argparse.Namespace) -> Iterator[Entry]:
         key = repr((cfg.get('default_scope'), dataset_config(cfg, args.split)))
         if key not in samples:
             with prepared(cfg):
-                samples[key] = load_samples(cfg, args.split, args.samples, args.seed)
+                count, seed = args.samples or _SAMPLES, args.seed
+                samples[key] = load_samples(cfg, args.split, count, seed, at_most=args.samples is None)
         loaded.append((name, config, checkpoint, cfg, model, samples[key]))
     for name, config, checkpoint, cfg, (network, epoch, quantized), data in loaded:
         with prepared(cfg, epoch):

@@ -18,7 +18,7 @@ from pathlib import Path
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mm_sharp.analysis.runs.trained_run import TrainedRun, metrics_table, read_run
+from mm_sharp.analysis.runs.trained_run import TrainedRun, held_out_metric, metrics_table, read_run
 from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError
 
@@ -29,10 +29,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add, whole = parser.add_argument, cli.whole
     add('runs', nargs='+', metavar='NAME=FOLDER', help='what tables call a run, and its work directory')
     add('--out-dir', type=Path, required=True, help='folder for table.md, curves.png and people.png')
-    add('--metric', default='coco/AP', help='of the curves: a key of the log (default: coco/AP)')
+    metric = 'of table and curves: a key of the log (default: coco/AP, PCK or the first that is there)'
+    add('--metric', help=metric)
     add('--people', type=whole(0), default=6, help='on the contact sheet; 0: none (default: 6)')
     add('--threshold', type=float, default=0.3, help='keypoints with lower scores are not drawn (default: 0.3)')
-    sharpness = 'training samples to measure the sharpness on; 0: none (default: 64)'
+    sharpness = 'training samples to measure the sharpness on, at most; 0: none (default: 64)'
     add('--samples', type=whole(0), default=64, help=sharpness)
     add('--debug', action='store_true', help='show the traceback of usage errors')
     return parser.parse_args(arguments)
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the table and write the files."""
     args = parse_arguments(arguments)
     runs = read_runs(args)
+    metric = held_out_metric(runs, args.metric)
     cli.output_folder(args.out_dir)
     # Only now: MMPose, which these import, takes seconds.
     from mm_sharp.analysis.runs.people import draw_people, find_people
@@ -59,13 +61,13 @@ def main(arguments: Sequence[str]) -> None:
     files = ['table.md', 'curves.png']
     with contextlib.redirect_stdout(io.StringIO()):  # every data set says that it reads its annotations
         sharpness = {run.name: rises(run, args.samples) for run in runs} if args.samples else {}
-        draw_curves(runs, args.metric, sharpness, args.out_dir / 'curves.png')
+        draw_curves(runs, metric, sharpness, args.out_dir / 'curves.png')
         if args.people:
             people, links = find_people(runs, args.people, args.threshold)
             titles = ['annotated', *(run.name for run in runs)]
             draw_people(people, titles, links, args.out_dir / 'people.png')
             files.append('people.png')
-    table = metrics_table(runs, sharpness)
+    table = metrics_table(runs, sharpness, metric)
     (args.out_dir / 'table.md').write_text(table + '\n')
     print(f'{table}\n\n{args.out_dir}: {", ".join(files)}')
 

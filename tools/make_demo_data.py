@@ -1,6 +1,6 @@
-"""Draws the demo data set: articulated people with keypoints, in COCO's format.
+"""Draw the demo data set: articulated people with keypoints, in COCO's format.
 
-    python tools/make_demo_data.py --out data/demo --train 2048 --val 256 --seed 0
+python tools/make_demo_data.py --out data/demo --train 2048 --val 256 --seed 0
 
 The same arguments give the same pictures on every machine. See ``mm_sharp/demo``.
 """
@@ -12,21 +12,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# The package beside this file is used, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from mm_sharp.demo import make_dataset
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Draw the demo data set, in COCO's keypoint format.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument('--out', type=Path, default=Path('data/demo'), help='folder to write')
-    parser.add_argument('--train', type=int, default=2048, help='number of training images')
-    parser.add_argument('--val', type=int, default=256, help='number of validation images')
-    parser.add_argument('--seed', type=int, default=0, help='of all random choices')
-    parser.add_argument('--workers', type=int, help='processes that draw; default: one per CPU core')
-    parser.add_argument('--force', action='store_true', help='replace a demo data set made with other arguments')
+    parser = argparse.ArgumentParser(description="Draw the demo data set, in COCO's keypoint format")
+    add = parser.add_argument
+    add('--out', type=Path, default=Path('data/demo'), help='folder to write (default: %(default)s)')
+    add('--train', type=int, default=2048, help='number of training images (default: %(default)s)')
+    add('--val', type=int, default=256, help='number of validation images (default: %(default)s)')
+    add('--seed', type=int, default=0, help='of all random choices (default: %(default)s)')
+    add('--workers', type=int, help='processes that draw (default: one per CPU core, at most 16)')
+    add('--force', action='store_true', help='replace a demo data set made with other arguments')
     return parser.parse_args(arguments)
 
 

@@ -54,6 +54,8 @@ def configure(args: argparse.Namespace) -> Config:
         ]
     preflight.check_data(cfg, 'test')
     check_checkpoint(args.checkpoint, 'checkpoint')
+    for folder in (cfg.work_dir, *(Path(file).parent for file in (args.out, args.dump) if file is not None)):
+        cli.output_folder(folder)
     cfg.load_from, cfg.resume = args.checkpoint, False
     return cfg
 
@@ -75,7 +77,6 @@ def main(arguments: Sequence[str]) -> None:
     if runner.rank != 0:
         return
     if args.out is not None:
-        mmengine.mkdir_or_exist(Path(args.out).parent)
         mmengine.dump(metrics, args.out)
     if args.show_dir is not None:
         print(f'Pictures: {Path(runner.work_dir, runner.timestamp, args.show_dir)}')

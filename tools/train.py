@@ -68,6 +68,7 @@ def configure(args: argparse.Namespace) -> Config:
     preflight.check_training(cfg)
     preflight.check_data(cfg, 'train', *(() if cfg.get('val_cfg') is None else ('val',)))
     _resume(cfg, args.resume)
+    cli.output_folder(cfg.work_dir)
     return cfg
 
 

@@ -30,7 +30,7 @@ from mmengine.runner import Runner
 from mm_sharp.cli.loading import one_line
 from mm_sharp.cli.process import end_process_group, end_with_parent, ending
 from mm_sharp.config import fragments
-from mm_sharp.errors import UsageError, UserError, closest, in_folder, is_number
+from mm_sharp.errors import RECOMMENDED, UsageError, UserError, closest, in_folder, is_number
 
 # Top-level keys that MMEngine's Runner and MMPose's tools read from the config without being arguments of the Runner.
 _OTHER_KEYS = {
@@ -250,6 +250,21 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     cfg.default_hooks = {**hooks, 'visualization': hook}
     if cfg.get('visualizer') is None:
         cfg.visualizer = {'type': 'mmpose.PoseLocalVisualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}
+    for loader in ('val_dataloader', 'test_dataloader'):
+        _pack_paths(cfg.get(loader))
+
+
+def _pack_paths(config: Any) -> None:
+    """Let a data set's samples keep the path of their picture, which MMPose's hook reads again to draw into it."""
+    if isinstance(config, dict):
+        keys = config.get('meta_keys')
+        if keys is not None and 'img_path' not in keys:
+            config['meta_keys'] = (*keys, 'img_path')
+        config = config.values()
+    elif not isinstance(config, (list, tuple)):
+        return
+    for part in config:
+        _pack_paths(part)
 
 
 def _reason(error: BaseException) -> str:
@@ -260,6 +275,8 @@ def _reason(error: BaseException) -> str:
     line = one_line(root)
     if 'Duplicate key is not allowed among bases' in line:
         line += "; keep one of these entries of _base_, and write the other's value in the config itself"
+        if 'custom_imports' in line:  # which every fragment of a method has
+            line += f" (in place of a method's fragment: optim_wrapper = dict(type='SAMOptimWrapper', {RECOMMENDED}))"
     return line
 
 

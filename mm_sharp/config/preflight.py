@@ -33,11 +33,11 @@ from torch.optim import Optimizer
 from mm_sharp.compat import is_ours, uses_mm_sharp
 from mm_sharp.config.failure import explain_failure
 from mm_sharp.config.fragments import imports_of
-from mm_sharp.errors import UsageError, arguments_of, check_arguments, closest, did_you_mean, is_number
+from mm_sharp.errors import RECOMMENDED, UsageError, arguments_of, check_arguments, closest, did_you_mean, is_number
 from mm_sharp.step.wrapper import TwoPassOptimWrapper, registered_methods
 
 _OPTIMIZER = "optimizer=dict(type='SGD', lr=0.01, momentum=0.9)"
-_WRAPPER = f"optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, {_OPTIMIZER})"
+_WRAPPER = f"optim_wrapper = dict(type='SAMOptimWrapper', {RECOMMENDED}, {_OPTIMIZER})"
 _PARAMWISE = (
     "optimizer=dict(type='SGD', lr=0.01, weight_decay=1e-4), "
     'paramwise_cfg=dict(norm_decay_mult=0.0, bias_lr_mult=2.0, custom_keys=dict(backbone=dict(lr_mult=0.1)))'

@@ -91,7 +91,9 @@ def cost_in_words(cost: Cost, length: TrainingLength) -> str:
     """What a training costs, by counting passes."""
     base = "times the base optimizer's"
     if cost.first_epoch is not None and length.epoch_length is not None:
-        over = f'{cost.over(length.epochs):.2f} {base} over {length.epochs:g} epochs'
-        return f'{over}: {cost.first_epoch:.2f} in the first, then {cost.cycle:.2f} (by counting passes)'
+        line = f'{cost.over(length.epochs):.2f} {base}'
+        if length.epochs > 1:
+            line += f' over {length.epochs:g} epochs: {cost.first_epoch:.2f} in the first, then {cost.cycle:.2f}'
+        return f'{line} (by counting passes)'
     mean = f', in the mean of {cost.length} steps' if cost.length > 1 else ''
     return f'{cost.cycle:.2f} {base}{mean} (by counting passes)'

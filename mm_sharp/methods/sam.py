@@ -52,7 +52,7 @@ class SAMOptimWrapper(TwoPassOptimWrapper):
         In a config, with everything else as it was::
 
             custom_imports = dict(imports=['mm_sharp'])
-            optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=dict(type='Adam', lr=5e-4))
+            optim_wrapper = dict(type='SAMOptimWrapper', rho=0.02, adaptive='tensor', perturb='weights')
     """
 
     def __init__(self, optimizer: Optimizer, rho: float = 0.05, interval: int = 1, **kwargs: Any) -> None:

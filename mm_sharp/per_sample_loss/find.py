@@ -11,7 +11,7 @@ from mmengine.logging import MessageHub
 from torch import nn
 from torch.nn.modules.loss import _Loss
 
-from mm_sharp.errors import UnsupportedError
+from mm_sharp.errors import RECOMMENDED, UnsupportedError
 
 # MMPose heads that match predictions with people: a row of their losses is an anchor or a person.
 _ROWS_ARE_NOT_SAMPLES = {'YOLOXPoseHead', 'RTMOHead', 'CIDHead', 'EDPoseHead'}
@@ -29,7 +29,7 @@ class PerSampleLossError(UnsupportedError):
         self.what = what  # the reason alone, without advice
         super().__init__(
             f'{what} ESAM and AUSAM need the loss of every sample. What works with every model and head is SAM: '
-            "optim_wrapper = dict(type='SAMOptimWrapper', rho=0.05, optimizer=...), and AUSAM "
+            f"optim_wrapper = dict(type='SAMOptimWrapper', {RECOMMENDED}), and AUSAM "
             "with draw='uniform'. docs/per_sample_losses.md lists "
             'the heads and losses that work with all three.'
         )

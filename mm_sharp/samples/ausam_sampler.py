@@ -15,7 +15,7 @@ from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import BatchSampler, Sampler
 
-from mm_sharp.errors import check_bool
+from mm_sharp.errors import RECOMMENDED, check_bool
 from mm_sharp.samples.dataset_keys import DatasetKeys
 from mm_sharp.samples.draw import BatchDraw, BatchDrawer, DrawQueue, LoaderDraw
 from mm_sharp.samples.history import Keys
@@ -34,7 +34,7 @@ class AUSAMSampler(BatchSampler):
     that are not drawn are missing, and no worker loads them. ``sampling_ratio``, the schedule and the scores are the
     wrapper's: the batches of the first epoch are whole where that says so::
 
-        optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, optimizer=dict(type='Adam'))
+        optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.02, adaptive='tensor', perturb='weights')
         train_dataloader = dict(batch_sampler=dict(type='AUSAMSampler'))
 
     Args:
@@ -159,7 +159,7 @@ class _Unreadable(list[int]):
             'AUSAMSampler draws by the history of AUSAMOptimWrapper, which was not attached to it before the first '
             'batch was loaded. No other optimizer wrapper works with this sampler:\n'
             "    custom_imports = dict(imports=['mm_sharp'])\n"
-            "    optim_wrapper = dict(type='AUSAMOptimWrapper', rho=0.05, sampling_ratio=0.5, optimizer=...)\n"
+            f"    optim_wrapper = dict(type='AUSAMOptimWrapper', {RECOMMENDED})\n"
             "    train_dataloader = dict(batch_sampler=dict(type='AUSAMSampler'), ...)"
         )
 

@@ -11,9 +11,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 
 from mm_sharp.analysis.runs.people import Keypoints, Person, draw_people, find_people
-from mm_sharp.analysis.runs.trained_run import TrainedRun, metrics_table, read_run, rises
+from mm_sharp.analysis.runs.trained_run import TrainedRun, draw_curves, held_out_metric, metrics_table, read_run, rises
 from mm_sharp.errors import UsageError
 from tests.recipe_runs import QUIET
 from tests.tiny_data import NARROW_RECIPE, draw_coco
@@ -95,6 +96,7 @@ def _check_sharpness(run: TrainedRun) -> None:
     measured, again, none = rises(run, 4, batch_size=2), rises(run, 4, batch_size=2), rises(run, 4, rho=1e-9)
     assert [epoch for epoch, _ in measured] == [1, EPOCHS]
     assert measured == again
+    assert len(rises(run, 1000)) == EPOCHS  # more than there are
     assert all(value > 0 for _, value in measured)
     assert all(abs(small) < 0.01 * value for (_, small), (_, value) in zip(none, measured, strict=True))
 
@@ -135,6 +137,27 @@ def test_keypoints_below_the_threshold_are_not_drawn(tmp_path: Path) -> None:
     moved = points + np.array([[0, 0], [5, 5], [0, 0]])
     assert not np.array_equal(sheet(points, [True, True, False]), sheet(moved, [True, True, False]))
     assert np.array_equal(sheet(points, [True, False, False]), sheet(moved, [True, False, False]))
+
+
+def _run(*evaluations: dict[str, Any]) -> TrainedRun:
+    """A run whose log is one training step and some evaluations."""
+    step = {'lr': 0.1, 'loss': 1.0, 'time': 1.0, 'data_time': 0.5, 'step': 1}
+    cfg = Config({'train_cfg': {'max_epochs': 1}})
+    log = [step, *({'time': 1.0, 'data_time': 0.5, 'step': 1, **found} for found in evaluations)]
+    return TrainedRun('a', Path(), cfg, {}, log)
+
+
+def test_any_metric_is_compared(tmp_path: Path) -> None:
+    face, person, none = _run({'NME': 0.25, 'AUC': 0.5}), _run({'coco/AR': 0.5, 'PCK': 0.75}), _run()
+    assert [held_out_metric([run], None) for run in (face, person, none)] == ['NME', 'PCK', None]
+    assert held_out_metric([face, none], 'AUC') == 'AUC'
+    with pytest.raises(UsageError, match=r"--metric 'auc': no run has it; there are NME, AUC"):
+        held_out_metric([face], 'auc')
+    head, _, row = metrics_table([face], {}, 'NME').splitlines()
+    assert (head, row.split('|')[2].strip()) == ('| run | NME | epochs | time |', '0.250')
+    for metric in ('NME', None):
+        draw_curves([face], metric, {}, tmp_path / f'{metric}.png')
+    assert cv2.imread(str(tmp_path / 'NME.png')).shape[1] > cv2.imread(str(tmp_path / 'None.png')).shape[1]
 
 
 def test_a_resumed_run_has_one_log(tmp_path: Path) -> None:

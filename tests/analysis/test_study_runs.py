@@ -343,6 +343,7 @@ def test_a_setting_starts_from_anothers_weights(tmp_path: Path, here: Here) -> N
         (('--jobs', '0'), '--jobs 0: it must be an integer from 1'),
         (('--nice', '20'), '--nice 20'),
         (('--settings', 'none'), "--settings: 'none' is not allowed: it must be one of clean"),
+        (('--out-dir', '/dev/null/out'), "the folder '/dev/null/out' cannot be made"),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -121,6 +121,7 @@ def test_a_zip_file_gives_what_its_folder_gives(
         ('.', (), 'has no joints.mat'),
         ('raw', ('--val', '17'), 'leave nobody of 20 people to train on'),
         ('raw', ('--side', '2'), '--side 2: it must be an integer from 8'),
+        ('raw', ('--out', '/dev/null/lsp'), "the folder '/dev/null/lsp/images' cannot be made"),
     ],
 )
 def test_what_is_wrong_is_said(

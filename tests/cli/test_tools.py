@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
 import shutil
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +260,9 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (['sam.py', '--resume', 'sam.py'], 'cut off, or no checkpoint'),
         (['sam.py', '--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None'], 'auto_scale_lr = dict(base_batch_size'),
         (['sam.py', '--launcher', 'pytorch'], 'dist_train.sh'),
+        (['sam.py', '--work-dir', 'sam.py'], "the folder 'sam.py' cannot be made"),
         (['twice.py'], 'keep one of these entries of _base_'),
+        (['imports.py'], "(in place of a method's fragment: optim_wrapper = dict(type='SAMOptimWrapper', rho=0.02"),
         (['torn.py'], 'SyntaxError'),
         (['foreign.py'], 'Failed to import no_such_module'),
     ],
@@ -267,6 +271,7 @@ def test_what_is_wrong_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch, argu
     monkeypatch.chdir(tiny)
     monkeypatch.delenv('RANK', raising=False)
     (tiny / 'twice.py').write_text(f"_base_ = ['{SAM}', '{PLAIN}']")
+    (tiny / 'imports.py').write_text(f"_base_ = ['{ROOT}/configs/lsp/_base_/lsp.py', 'mm_sharp::_base_/sam.py']")
     (tiny / 'torn.py').write_text('model = dict(')
     (tiny / 'foreign.py').write_text("custom_imports = dict(imports=['no_such_module'])")
     with pytest.raises(UsageError) as caught:
@@ -291,6 +296,24 @@ def test_what_is_wrong_with_a_test_is_said(
     with pytest.raises(UsageError) as caught:
         configure('test', *arguments)
     assert message in str(caught.value)
+
+
+def test_pictures_are_found_where_a_recipe_leaves_their_paths_out() -> None:
+    cfg = Config.fromfile(ROOT / 'configs' / 'lsp' / 'simcc_res18-quarter_b32-20e_lsp-64x48.py')
+    before = deepcopy(cfg.test_dataloader)
+    cli.show_predictions(cfg, argparse.Namespace(show=False, show_dir=None))
+    assert cfg.test_dataloader == before
+    cli.show_predictions(cfg, argparse.Namespace(show=False, show_dir='pictures'))
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.pipeline[-1].meta_keys == (*before.dataset.pipeline[-1].meta_keys, 'img_path')
+
+
+def test_where_a_test_writes_is_checked_before_it_starts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny)
+    torch.save({'state_dict': {}}, 'any.pth')
+    for option, file in (('--work-dir', 'sam.py'), ('--out', 'sam.py/metrics.json'), ('--dump', 'sam.py/all.pkl')):
+        with pytest.raises(UsageError, match=r"the folder 'sam\.py' cannot be made"):
+            configure('test', 'sam.py', 'any.pth', option, file)
 
 
 def test_options_reach_the_config(tiny: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from mm_sharp.cli import options as cli
 from mm_sharp.config import fragments
 from mm_sharp.config.fragments import apply_fragments, as_written
 from mm_sharp.config.preflight import check_wrappers
-from mm_sharp.errors import UsageError
+from mm_sharp.errors import RECOMMENDED, UsageError
+from mm_sharp.per_sample_loss.find import PerSampleLossError
 from tests.conftest import ROOT
 from tests.toys import toy_config
 
@@ -144,6 +145,14 @@ def test_what_the_recipe_and_the_user_set_wins(sharp: dict[str, Any], existing: 
     cfg.optim_wrapper.rho = 'changed'
     assert cfg.sharp_optim_wrapper.to_dict() == before['sharp_optim_wrapper']
     assert cfg.other.to_dict() == before['other']
+
+
+def test_messages_recommend_the_fragments_scale() -> None:
+    fragment = Config.fromfile(FRAGMENTS / 'sam.py').sharp_optim_wrapper
+    assert ', '.join(f'{key}={value!r}' for key, value in fragment.items() if key != 'type') == RECOMMENDED
+    assert RECOMMENDED in str(PerSampleLossError('A loss.'))
+    with pytest.raises(UsageError, match=re.escape(RECOMMENDED)):
+        check_wrappers(Config({'optim_wrapper': None}))
 
 
 def test_the_fragments_own_values_are_not_shared() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -244,3 +246,21 @@ def test_tool_reports_a_foreign_folder_and_an_interruption(
     monkeypatch.setattr(make_demo_data, 'make_dataset', interrupted)
     assert tool(tmp_path) == 130
     assert 'run it again to finish' in capsys.readouterr().err
+
+
+def test_tool_uses_the_package_beside_it(tmp_path: Path) -> None:
+    (tmp_path / 'tools').mkdir()
+    copied = shutil.copy(make_demo_data.__file__, tmp_path / 'tools')
+    (tmp_path / 'mm_sharp' / 'demo').mkdir(parents=True)
+    (tmp_path / 'mm_sharp' / '__init__.py').touch()
+    (tmp_path / 'mm_sharp' / 'demo' / '__init__.py').write_text('def make_dataset(*_, **__): return False')
+    command = [sys.executable, copied, '--out', str(tmp_path / 'out'), '--train', '1', '--val', '1']
+    assert 'already there' in subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def test_tool_names_no_default_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_demo_data.parse_arguments(['--help'])
+    shown = capsys.readouterr().out
+    assert 'None' not in shown
+    assert '(default: 2048)' in shown

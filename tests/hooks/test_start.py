@@ -47,6 +47,13 @@ def test_steps_of_one_pass_are_said(kind: str, options: dict[str, Any]) -> None:
     assert line == 'all 8 of a batch, in both passes of one step of 5, in one of the others'
 
 
+def test_a_training_of_one_epoch_has_none_after_the_first() -> None:
+    wrapper = AUSAMOptimWrapper(momentum_sgd(make(), 0.1))
+    costs = [in_words(wrapper, 8, TrainingLength(epochs, 5), None)['cost'] for epochs in (1, 2)]
+    assert costs[0] == "2.00 times the base optimizer's (by counting passes)"
+    assert costs[1].endswith('over 2 epochs: 2.00 in the first, then 1.00 (by counting passes)')
+
+
 @pytest.mark.parametrize(
     ('options', 'weighted'), [({}, False), (dict(reweight=True), True), (dict(reweight=True, draw='uniform'), False)]
 )

@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.select + args.val >= count:
         message = f'--select {args.select} and --val {args.val} leave nobody of {count} people to train on'
         raise UsageError(f'{message}: take fewer')
-    (args.out / 'images').mkdir(parents=True, exist_ok=True)
+    cli.output_folder(args.out / 'images')
     rows = np.linspace(0, len(joints) - 1, count).round().astype(int)
     people = [convert(source, args.out, int(row), joints[row], args.side, args.quality) for row in rows]
     train = count - args.select - args.val

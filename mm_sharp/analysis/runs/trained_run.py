@@ -26,6 +26,7 @@ Curve = Sequence[tuple[int, float]]  # iterations or epochs, and values
 # As the validation loop's entries of the log are known: training's have a learning rate.
 _TRAINING = 'lr'
 _METRICS = {'coco/AP': 'AP', 'PCK': 'PCK'}
+_NO_METRICS = ('post_training/', 'data_time', 'time', 'step')  # what else these entries have
 # The radius of configs/_base_/sam.py, relative to the weights.
 RHO = 0.02
 
@@ -83,9 +84,27 @@ def _epoch(file: Path) -> int:
     return int(number)
 
 
-def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve]) -> str:
-    """A row for each run, in Markdown: held-out metrics, epochs, time over the first run's, sharpness at the end."""
+def held_out_metric(runs: Sequence[TrainedRun], asked: str | None) -> str | None:
+    """The metric to compare the runs by: what was asked for, else AP, PCK or the first; None if nothing was evaluated.
+
+    Raises:
+        UsageError: No run has what was asked for.
+    """
+    entries = (entry for run in runs for entry in run.log if _TRAINING not in entry)
+    there = dict.fromkeys(key for entry in entries for key in entry if not key.startswith(_NO_METRICS))
+    if asked is not None and asked not in there:
+        raise UsageError(f"--metric '{asked}': no run has it; there are {', '.join(there) or 'none'}")
+    return asked or next((key for key in (*_METRICS, *there) if key in there), None)
+
+
+def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve], metric: str | None = None) -> str:
+    """A row for each run, in Markdown: held-out metrics, epochs, time over the first run's, sharpness at the end.
+
+    The metrics are AP and PCK, where a run has them, and ``metric``, by its key in the logs.
+    """
     metrics = {key: title for key, title in _METRICS.items() if any(run.held_out(key) for run in runs)}
+    if metric is not None:
+        metrics.setdefault(metric, metric.rpartition('/')[2])
     before = any(run.held_out(f'post_training/{key}') for run in runs for key in metrics)
     table = {'run': [run.name for run in runs]}
     table |= {title: [_number(run.final(key)) for run in runs] for key, title in metrics.items()}
@@ -102,21 +121,22 @@ def _number(value: float | None) -> str:
     return '' if value is None else f'{value:.3f}'
 
 
-def draw_curves(runs: Sequence[TrainedRun], metric: str, sharpness: Mapping[str, Curve], file: Path) -> None:
+def draw_curves(runs: Sequence[TrainedRun], metric: str | None, sharpness: Mapping[str, Curve], file: Path) -> None:
     """Draw three panels with a line for each run: the training loss, a held-out metric, and the sharpness.
 
-    ``metric`` is its key in the logs, as ``coco/AP``. Without any ``sharpness``, its panel is left out.
+    ``metric`` is its key in the logs, as ``coco/AP``. Without it, or without any ``sharpness``, its panel is left out.
     """
     from matplotlib.figure import Figure  # only here: nothing else needs it
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    panels = [
-        ('training loss', 'iteration', {run.name: _smoothed(run.training('loss')) for run in runs}),
-        (f'held-out {metric.rpartition("/")[2]}', 'epoch', {run.name: run.held_out(metric) for run in runs}),
-        *([('sharpness, training people', 'epoch', sharpness)] if sharpness else []),
-    ]
+    panels: list[tuple[str, str, Mapping[str, Curve]]] = []
+    panels += [('training loss', 'iteration', {run.name: _smoothed(run.training('loss')) for run in runs})]
+    if metric is not None:
+        panels += [(f'held-out {metric.rpartition("/")[2]}', 'epoch', {run.name: run.held_out(metric) for run in runs})]
+    if sharpness:
+        panels += [('sharpness, training people', 'epoch', sharpness)]
     figure = Figure(figsize=(3.3 * len(panels), 3.1), dpi=110, layout='constrained')
-    axes: Any = figure.subplots(1, len(panels))
+    axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, label, curves) in zip(axes, panels, strict=True):
         for name, curve in curves.items():
             if curve:
@@ -138,13 +158,13 @@ def _smoothed(curve: Curve) -> Curve:
 
 
 def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -> Curve:
-    """L(w + e) - L(w) at each checkpoint, on so many training samples, with BatchNorm's running statistics.
+    """L(w + e) - L(w) at each checkpoint, on at most so many training samples, with BatchNorm's running statistics.
 
     e is SAM's perturbation with ``adaptive='tensor'`` and ``perturb='weights'``, whatever the run was trained with.
     Returns epochs, and the mean over the batches, in units of the loss.
     """
     with prepared(run.cfg):
-        samples = load_samples(run.cfg, 'train', count, seed=0)
+        samples = load_samples(run.cfg, 'train', count, seed=0, at_most=True)
     found = []
     checkpoints = tqdm(run.checkpoints.items(), f'sharpness of {run.name}', leave=False, disable=None)
     for epoch, file in checkpoints:
