@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -219,7 +220,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         with self.exclude_from_timing('recording'):
             differences = self.differences(first.losses(loss), record.losses(second), norm)
             self.visit(self._keys, differences)
-        self._metrics = lambda: {'mean_difference': differences.nanmean().item(), **draw.scalars()}
+        self._metrics = partial(_metrics_of, differences, draw)
         return second, second.detach()
 
     def own_state(self) -> dict[str, Any]:
@@ -248,6 +249,10 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         if self._max_counts > 0:  # initialize_count_status was called: how long the training is, but not its epochs
             return TrainingLength(self._max_counts, None).place(0, self._inner_count)
         return AFTER_RAMP
+
+
+def _metrics_of(differences: Tensor, draw: BatchDraw) -> dict[str, float]:
+    return {'mean_difference': differences.nanmean().item(), **draw.scalars()}
 
 
 def _cost(plan: Schedule, batch_size: int, fewest: int = 1) -> Cost:

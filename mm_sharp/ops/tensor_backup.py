@@ -35,6 +35,14 @@ class TensorBackup:
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be pickled: a copy allocates memory of its own.
+        return {'_tensors': self._tensors, '_copies': self._copies, '_groups': self._groups}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        vars(self).update(state)
+
     @property
     def saved(self) -> bool:
         """Whether tensors are kept that have not been restored."""
