@@ -30,6 +30,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mm_sharp.errors import UserError
 from mm_sharp.methods.per_sample import PerSampleOptimWrapper
 from mm_sharp.ops.host_copy import to_device
 from mm_sharp.ops.model_call import ModelCall
@@ -155,7 +156,15 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         return {'samples': f'{self.drawer.in_words(batch_size, length)}{weights}{loaded}', **losses}
 
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: DatasetKeys, rank: int, model: nn.Module) -> None:
-        """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already."""
+        """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already.
+
+        A UserError if steps of one pass come between: they are the base optimizer's, on whole batches.
+        """
+        if self.alternates:
+            raise UserError(
+                f'{type(self).__name__}: AUSAMSampler leaves out samples in every step, and only some have both '
+                "passes: take batch_sampler=dict(type='AUSAMSampler') out of train_dataloader, or have both in all"
+            )
         self.drawer.fewest = self.fewest(model)
         sampler.attach(self.drawer, dataset_keys, self.seed, rank, self.length)
         # With another number of ranks the batches are others.
