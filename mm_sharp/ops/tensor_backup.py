@@ -62,9 +62,10 @@ class TensorBackup:
         kinds = [*map(_kind, tensors)]
         same = len(tensors) == len(self._last) and all(map(is_, [last() for last in self._last], tensors))
         if not same or kinds != self._kinds:
-            self._last_copies = [self._copy_of(tensor) for tensor in tensors]
-            self._last, self._kinds = [ref(tensor) for tensor in tensors], kinds
-            self._groups = group_by_device_and_dtype(tensors)
+            copies, last = [self._copy_of(tensor) for tensor in tensors], [ref(tensor) for tensor in tensors]
+            groups = group_by_device_and_dtype(tensors)
+            # Together: what is broken off here leaves nothing that does not belong together.
+            self._last_copies, self._last, self._kinds, self._groups = copies, last, kinds, groups
         _foreach_copy(self._last_copies, tensors, self._groups)
         self._tensors, self._copies = list(tensors), self._last_copies
 

@@ -89,15 +89,15 @@ class FirstPass:
                 method.recording(model) if both else _NOTHING,
             ):
                 yield
+                self.ascent.unfreeze()
             if self.passes is Passes.PERTURBED:
                 self.ascent.set_aside()
         except BaseException:
+            self.ascent.unfreeze()
             parallel.reshard(interrupted=True)
             self.ascent.restore()
             self.state.undo()
             raise
-        finally:
-            self.ascent.unfreeze()
 
     def _attach(self, method: Method, model: nn.Module) -> None:
         """Get to know the model, once, and refuse what the step cannot handle."""
