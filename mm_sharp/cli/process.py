@@ -50,7 +50,8 @@ def ending(error: BaseException) -> tuple[str, int] | None:
     if _interrupted(error):
         return 'interrupted', INTERRUPTED
     if isinstance(error, CheckpointWriteError) or (isinstance(error, OSError) and error.errno in _NO_ROOM):
-        return f"error: cannot write '{error.filename}': {error.strerror}", NOT_WRITTEN
+        what = f" '{error.filename}'" if error.filename else ''  # what is written to an open file has none
+        return f'error: cannot write{what}: {error.strerror}', NOT_WRITTEN
     return None
 
 

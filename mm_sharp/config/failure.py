@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from mmengine.runner import BaseLoop
 
 from mm_sharp.errors import UsageError
+from mm_sharp.hooks.start import no_batch
 from mm_sharp.ops.model_call import unwrap
 
 
@@ -17,17 +18,9 @@ def explain_failure(runner: Any, error: Exception) -> None:
     loop = runner._train_loop
     if not isinstance(loop, BaseLoop):
         return
-    loader: Any = loop.dataloader
-    try:
-        batches, samples = len(loader), len(loader.dataset)
-    except TypeError:  # of unknown length
-        return
-    if not batches:
-        raise UsageError(
-            f'train_dataloader makes no batch: {samples} samples, batch_size={loader.batch_size}, '
-            f'drop_last={loader.drop_last}: give it more samples, or take smaller batches'
-        ) from error
-    if not runner.iter and (hint := _keypoints_do_not_fit(unwrap(runner.model), loader.dataset)):
+    if message := no_batch(loop.dataloader):
+        raise UsageError(message) from error
+    if not runner.iter and (hint := _keypoints_do_not_fit(unwrap(runner.model), loop.dataloader.dataset)):
         print_log(hint, logger='current', level=logging.ERROR)
 
 

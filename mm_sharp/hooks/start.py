@@ -9,8 +9,10 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
+from mm_sharp.errors import UsageError
 from mm_sharp.hooks.history import batch_size_of, training_length
 from mm_sharp.ops.model_call import unwrap
 from mm_sharp.samples.schedule import TrainingLength
@@ -42,6 +44,9 @@ class StartHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Any) -> None:
         """Log a block of lines for each wrapper."""
         wrappers = optim_wrappers(runner.optim_wrapper)
+        # MMEngine would end at once, and write checkpoints. (An infinite sampler makes batches of few samples, too.)
+        if not isinstance(runner.train_loop, IterBasedTrainLoop) and (message := no_batch(runner.train_dataloader)):
+            raise UsageError(message)
         if message := missing_samples(runner):
             print_log(message, logger='current', level=logging.WARNING)
         length = training_length(runner.train_loop, runner.train_dataloader)
@@ -55,6 +60,19 @@ class StartHook(Hook):  # type: ignore[misc]
                 lines = in_words(wrapper, batch_size, length, model)
                 block = ''.join(f'\n    {what + ":":<12}{line}' for what, line in lines.items())
                 print_log(f'{title}{type(wrapper).__name__} around {base}{block}', logger='current')
+
+
+def no_batch(loader: Any) -> str:
+    """That a data loader makes not one batch, and why; '' if it does, or that cannot be told."""
+    try:
+        batches, samples = len(loader), len(loader.dataset)
+    except TypeError:  # of unknown length
+        return ''
+    if batches:
+        return ''
+    drop_last = getattr(loader.batch_sampler, 'drop_last', loader.drop_last)
+    counts = f'{samples} samples, batch_size={batch_size_of(loader)}, drop_last={drop_last}'
+    return f'train_dataloader makes no batch: {counts}: give it more samples, or take smaller batches'
 
 
 def missing_samples(runner: Any) -> str:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mm_sharp.errors import UserError
 from mm_sharp.methods.per_sample import PerSampleOptimWrapper
 from mm_sharp.ops.host_copy import to_device
 from mm_sharp.ops.model_call import ModelCall
@@ -154,7 +156,15 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         return {'samples': f'{self.drawer.in_words(batch_size, length)}{weights}{loaded}', **losses}
 
     def attach_sampler(self, sampler: AUSAMSampler, dataset_keys: DatasetKeys, rank: int, model: nn.Module) -> None:
-        """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already."""
+        """Take the batches that ``sampler`` has drawn, instead of drawing from batches that are loaded already.
+
+        A UserError if steps of one pass come between: they are the base optimizer's, on whole batches.
+        """
+        if self.alternates:
+            raise UserError(
+                f'{type(self).__name__}: AUSAMSampler leaves out samples in every step, and only some have both '
+                "passes: take batch_sampler=dict(type='AUSAMSampler') out of train_dataloader, or have both in all"
+            )
         self.drawer.fewest = self.fewest(model)
         sampler.attach(self.drawer, dataset_keys, self.seed, rank, self.length)
         # With another number of ranks the batches are others.
@@ -219,7 +229,7 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         with self.exclude_from_timing('recording'):
             differences = self.differences(first.losses(loss), record.losses(second), norm)
             self.visit(self._keys, differences)
-        self._metrics = lambda: {'mean_difference': differences.nanmean().item(), **draw.scalars()}
+        self._metrics = partial(_metrics_of, differences, draw)
         return second, second.detach()
 
     def own_state(self) -> dict[str, Any]:
@@ -248,6 +258,10 @@ class AUSAMOptimWrapper(PerSampleOptimWrapper):
         if self._max_counts > 0:  # initialize_count_status was called: how long the training is, but not its epochs
             return TrainingLength(self._max_counts, None).place(0, self._inner_count)
         return AFTER_RAMP
+
+
+def _metrics_of(differences: Tensor, draw: BatchDraw) -> dict[str, float]:
+    return {'mean_difference': differences.nanmean().item(), **draw.scalars()}
 
 
 def _cost(plan: Schedule, batch_size: int, fewest: int = 1) -> Cost:

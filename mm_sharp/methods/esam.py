@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -181,13 +182,13 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             differences, increases, whole = self._measure(call, loss, norm)
             with self.exclude_from_timing('recording'):
                 rows = top_k(increases, count)
-            self._metrics = lambda: _metrics_of(differences.cpu().numpy().astype(np.float64))
+            self._metrics = partial(_metrics_of, differences)
         else:
             with self.exclude_from_timing('recording'):
                 if not self._reductions:  # no step was measured yet: say now if the losses of samples cannot be told
                     self.record().losses(loss)
                 rows, scores = self._choose_by_history(count)
-            self._metrics = lambda: _metrics_of(scores)
+            self._metrics = partial(_metrics_of, scores)
         with one_is_enough(type(self).__name__, 'gamma', lambda: (count, self._size)):
             second = self._loss_on(call, rows, count)
         return second, second.detach() if whole is None else whole
@@ -234,7 +235,8 @@ class ESAMOptimWrapper(PerSampleOptimWrapper):
             return self.second_pass.loss(part)
 
 
-def _metrics_of(scores: FloatArray) -> dict[str, float]:
+def _metrics_of(differences: Tensor | FloatArray) -> dict[str, float]:
     """Figures for the log, of loss differences (N,), NaN where unknown."""
+    scores = torch.as_tensor(differences).cpu().numpy().astype(np.float64)
     known = scores[np.isfinite(scores)]
     return {'mean_difference': float(known.mean()), **batch_figures(np.abs(known), known)} if len(known) else {}

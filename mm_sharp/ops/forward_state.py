@@ -52,6 +52,7 @@ class ForwardState:
         further forward.
         """
         self.discard()
+        self._model = tree.model  # first: what is broken off in the middle of this has something to be discarded
         trained = frozenset(map(id, self._trained()))
         if self._plan is None or tree is not self._plan.tree or trained != self._plan.trained:
             self._plan = StatePlan(tree, trained, sharded=sharded)
@@ -63,7 +64,6 @@ class ForwardState:
         self._before.save(plan, self._other_norms, rare=self._keeps_rare)
         rare = [] if sharded else self._before.rare
         self._rare.watch(rare, [copy for _, copy in self._before.rare_backup.pairs] if self._keeps_rare else None)
-        self._model = tree.model
 
     def rewind(self) -> None:
         """Copy what the first pass has made of it, and put back what was before."""

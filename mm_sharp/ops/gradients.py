@@ -37,10 +37,16 @@ class GradientStash:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def unstash(self) -> None:
-        """Drop the first pass's gradients, and give the second pass copies of the earlier ones to accumulate onto."""
+    def unstash(self, *, zeros: bool = False) -> None:
+        """Drop the first pass's gradients, and give the second pass copies of the earlier ones to accumulate onto.
+
+        ``zeros``: where there is none, but the first pass has given one, it is zero.
+        """
         for parameter, value in zip(self._parameters, self._values, strict=True):
-            parameter.grad = None if value is None else value.clone()
+            if value is None and zeros and parameter.grad is not None and parameter.grad.layout is torch.strided:
+                parameter.grad = torch.zeros_like(parameter.grad)
+            else:
+                parameter.grad = None if value is None else value.clone()
 
     def undo(self) -> None:
         """Put the gradients back as they were before the step."""

@@ -35,6 +35,14 @@ class TensorBackup:
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be pickled: a copy allocates memory of its own.
+        return {'_tensors': self._tensors, '_copies': self._copies, '_groups': self._groups}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        vars(self).update(state)
+
     @property
     def saved(self) -> bool:
         """Whether tensors are kept that have not been restored."""
@@ -54,9 +62,10 @@ class TensorBackup:
         kinds = [*map(_kind, tensors)]
         same = len(tensors) == len(self._last) and all(map(is_, [last() for last in self._last], tensors))
         if not same or kinds != self._kinds:
-            self._last_copies = [self._copy_of(tensor) for tensor in tensors]
-            self._last, self._kinds = [ref(tensor) for tensor in tensors], kinds
-            self._groups = group_by_device_and_dtype(tensors)
+            copies, last = [self._copy_of(tensor) for tensor in tensors], [ref(tensor) for tensor in tensors]
+            groups = group_by_device_and_dtype(tensors)
+            # Together: what is broken off here leaves nothing that does not belong together.
+            self._last_copies, self._last, self._kinds, self._groups = copies, last, kinds, groups
         _foreach_copy(self._last_copies, tensors, self._groups)
         self._tensors, self._copies = list(tensors), self._last_copies
 

@@ -52,7 +52,7 @@ class PerSampleLoss:
     @property
     def looped(self) -> list[str]:
         """The loss modules that are evaluated in a loop because ``torch.func.vmap`` failed."""
-        return [loss.name for loss in self.losses if self.evaluators[id(loss.module)].is_looped]
+        return [loss.name for loss in self.losses if self.evaluators[loss.path].is_looped]
 
     @contextmanager
     def record(self, weights: Tensor | None = None, full_size: int | None = None) -> Iterator[LossRecord]:
@@ -79,7 +79,7 @@ class PerSampleLoss:
             self.model.register_forward_hook(hooks.after_model, prepend=True, always_call=True),
         ]
         for loss in self.losses:
-            if self.evaluators[id(loss.module)].form is None:
+            if self.evaluators[loss.path].form is None:
                 handles.append(loss.module.register_forward_pre_hook(hooks.before_loss))
             handles.append(loss.module.register_forward_hook(partial(hooks.after_loss, loss), with_kwargs=True))
         try:
@@ -97,7 +97,7 @@ class PerSampleLoss:
     def _find(self) -> None:
         self.losses = find_losses(self.model)
         self._tree = ModuleTree(self.model)
-        self.evaluators = {id(loss.module): Evaluator(loss.module) for loss in self.losses}
+        self.evaluators = {loss.path: Evaluator(loss.module) for loss in self.losses}
         self._has_passed = False  # a comparison with the total loss; those in flight stay
 
     def _check(self, record: LossRecord, total: Tensor) -> None:
@@ -183,7 +183,7 @@ class _Hooks:
         if any(value.ndim > 0 and value.shape[0] == size > 1 for value in outputs):
             return None  # reduction='none': the model goes on with it, and may return it as it is
         record.half |= _autocast_on(outputs[0].device) or outputs[0].dtype.itemsize == 2
-        evaluator = self.recorder.evaluators[id(loss.module)]
+        evaluator = self.recorder.evaluators[loss.path]
         with torch.set_grad_enabled(torch.is_grad_enabled() and record.weights is not None):
             samples = evaluator(twin, size, args, kwargs, outputs, HALF if record.half else STRICT)
         for index, (values, reduction) in enumerate(samples):

@@ -21,6 +21,7 @@ from mm_sharp.errors import UserError
 from mm_sharp.ops.model_call import unwrap
 
 Key = tuple[str, int]
+_IDS = range(-(2**63), 2**63)  # the history keeps them in 64 bits
 
 _UNIDENTIFIED = """{} has to know every sample again, but found {}: {}. Either
 pack what identifies a sample, in the last line of the pipeline:
@@ -70,7 +71,7 @@ def key_of(fields: Mapping[str, Any]) -> Key:
     name, number = fields.get('dataset_name') or '', fields.get('id')
     if not isinstance(name, str):
         raise SampleIdError(f'dataset_name={name!r} is no string')
-    if type(number) is int:
+    if type(number) is int and number in _IDS:
         return name, number
     field = id_field(fields)
     number = fields.get(field)
@@ -78,6 +79,8 @@ def key_of(fields: Mapping[str, Any]) -> Key:
         raise SampleIdError("there is no 'id', 'img_id' or 'sample_idx'")
     if not isinstance(number, (int, np.integer)) or isinstance(number, bool):
         raise SampleIdError(f'{field}={number!r} is no integer')
+    if int(number) not in _IDS:
+        raise SampleIdError(f'{field}={number!r} has more than 64 bits')
     return name, int(number)
 
 
@@ -189,16 +192,17 @@ def _columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, A
 
 def _keys_of_columns(columns: Mapping[str, Any]) -> list[Key]:
     numbers, names = columns.get('sample_idx'), columns.get('dataset_name')
-    if isinstance(numbers, (torch.Tensor, np.ndarray)):
-        numbers = numbers.tolist()
+    numbers, names = (v.tolist() if isinstance(v, (torch.Tensor, np.ndarray)) else v for v in (numbers, names))
     if not isinstance(numbers, (list, tuple)):
         raise SampleIdError('sample_idx is missing' if numbers is None else 'sample_idx is no list, and no tensor (N,)')
     if not isinstance(names, (list, tuple)):
         names = [names or ''] * len(numbers)
+    if len(names) != len(numbers):
+        raise SampleIdError(f'there are {len(names)} of dataset_name for {len(numbers)} of sample_idx')
     return [
         # The same, in less time.
         (name, number)
-        if type(number) is int and type(name) is str
+        if type(number) is int and type(name) is str and number in _IDS
         else key_of({'sample_idx': number, 'dataset_name': name})
         for number, name in zip(numbers, names, strict=True)
     ]

@@ -41,7 +41,8 @@ class FirstPass:
     """Captures the first forward, :meth:`forward`, and gives what the rest of the step needs of it, :meth:`take`.
 
     Its attributes are the parts of a step, and what is known of this one: the optimizer's ``parameters``, those of them
-    that are ``trained``, their ``devices``, the ``passes`` and the ``timer``.
+    that are ``trained``, their ``devices``, the ``passes``, the ``timer``, and whether this pass ``is_counted``: DDP
+    takes what it uses for used by the second one, too, and would miss a gradient there.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class FirstPass:
         self.trained: list[nn.Parameter] = []
         self.devices: tuple[torch.device, ...] = ()
         self.passes = Passes.BOTH
+        self.is_counted = False
         self.timer: StepTimer = NO_TIMER
 
     @contextmanager
@@ -77,6 +79,7 @@ class FirstPass:
         both, parallel = self.passes is Passes.BOTH, self.parallel
         # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
         synced = self._settings.sync_perturbation and not method.skips_gradients if both else synchronise
+        self.is_counted = parallel.finds_unused and not synced
         try:
             with (
                 parallel.no_sync(not synced),
@@ -86,15 +89,15 @@ class FirstPass:
                 method.recording(model) if both else _NOTHING,
             ):
                 yield
+                self.ascent.unfreeze()
             if self.passes is Passes.PERTURBED:
                 self.ascent.set_aside()
         except BaseException:
+            self.ascent.unfreeze()
             parallel.reshard(interrupted=True)
             self.ascent.restore()
             self.state.undo()
             raise
-        finally:
-            self.ascent.unfreeze()
 
     def _attach(self, method: Method, model: nn.Module) -> None:
         """Get to know the model, once, and refuse what the step cannot handle."""

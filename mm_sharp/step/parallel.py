@@ -27,6 +27,7 @@ class ParallelModel:
         self.shards: Shards | None = None  # its pieces; None if no part of it is sharded
         self.module: nn.Module = nn.Identity()  # the user's own model
         self.in_buckets = False  # whether gradients lie in the buckets that DDP averages
+        self.finds_unused = False  # whether DDP looks for parameters that a pass does not use
         self.is_ddp = False  # whether the model is wrapped by DDP as a whole, or by MMEngine's that is of its class
         self.broadcasts = False  # whether DDP sends the first rank's buffers to the others
         self.model: nn.Module | None = None  # as optim_context gets it
@@ -48,6 +49,7 @@ class ParallelModel:
         self.tree = ModuleTree(self.module)
         self.synchronised = [] if self.shards is not None else _synchronised(model)
         self.in_buckets = any(getattr(part, 'gradient_as_bucket_view', False) for part in self.synchronised)
+        self.finds_unused = any(getattr(part, 'find_unused_parameters', False) for part in self.synchronised)
         self.broadcasts = any(getattr(part, 'broadcast_buffers', False) for part in self.synchronised)
         self.is_ddp = isinstance(model, DistributedDataParallel)
         self.model = model

@@ -78,7 +78,7 @@ class TwoPassStep:
             if measures:
                 with timer.exclude('host'):
                     sizes = self.ascent.sizes(device)
-            batch.gradients.unstash()
+            batch.gradients.unstash(zeros=self.first.is_counted)
             timer.mark('perturb')
             second, perturbed_loss = method.perturbed_loss(batch.call, batch.loss, norm)  # L(w + e)
             self._backward(second, batch.micro_batches)  # g', onto what was accumulated

@@ -82,6 +82,7 @@ def test_what_libraries_make_of_an_interruption_is_one() -> None:
             1,
             "error: cannot write 'log.json': No space left",
         ),
+        (OSError(errno.ENOSPC, 'No space left on device'), 1, 'error: cannot write: No space left'),
         (
             CheckpointWriteError(errno.EACCES, 'Permission denied', 'a.pth'),
             1,

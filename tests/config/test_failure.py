@@ -20,14 +20,18 @@ class FewSamples(ToySamples):
         super().__init__(count if indices is None else min(count, indices))
 
 
-def runner_of(tmp_path: Path, **loader: Any) -> Runner:
-    config = toy_config(tmp_path / 'run', param_scheduler=dict(type='LinearLR', convert_to_iter_based=True, end=1))
+def runner_of(tmp_path: Path, scheduler: Any = None, **loader: Any) -> Runner:
+    config = toy_config(tmp_path / 'run', param_scheduler=scheduler)
     config['train_dataloader'].update(loader)
     return Runner.from_cfg(config)
 
 
-def test_data_that_make_no_batch_are_refused(tmp_path: Path) -> None:
-    runner = runner_of(tmp_path, dataset=dict(type=FewSamples, count=3), drop_last=True)
+FAILS: dict[str, Any] = dict(type='LinearLR', convert_to_iter_based=True, end=1)
+
+
+@pytest.mark.parametrize('scheduler', [FAILS, None])  # without one, MMEngine has nothing to say
+def test_data_that_make_no_batch_are_refused(tmp_path: Path, scheduler: Any) -> None:
+    runner = runner_of(tmp_path, scheduler, dataset=dict(type=FewSamples, count=3), drop_last=True)
     with pytest.raises(UsageError, match=r'makes no batch: 3 samples, batch_size=4, drop_last=True: give it more'):
         runner.train()
 

@@ -17,6 +17,7 @@ from mm_sharp import (
     SAMOptimWrapper,
     WSAMOptimWrapper,
 )
+from mm_sharp.errors import UserError
 from tests.references_family import GSAM, FlatReference, FriendlySAM
 from tests.toys import batches, make, same_state
 from tests.wrappers import build, momentum_sgd
@@ -38,6 +39,10 @@ class IntervalWSAM(SAMOptimWrapper, WSAMOptimWrapper):
     """WSAM in one step of n."""
 
 
+class IntervalAUSAM(SAMOptimWrapper, AUSAMOptimWrapper):
+    """AUSAM in one step of n."""
+
+
 class IntervalFriendly(SAMOptimWrapper, FriendlySAMOptimWrapper):
     """Friendly SAM in one step of n."""
 
@@ -56,6 +61,13 @@ def test_friendly_sam_on_drawn_samples() -> None:
     combined.pending_updates.flush()
     assert len(combined.history) > 0
     assert combined.kept.keys() == set(ours.parameters())
+
+
+def test_whole_batches_for_steps_of_one_pass_are_not_drawn_while_loading() -> None:
+    wrapper: Any = IntervalAUSAM(momentum_sgd(make()), interval=2)
+    nothing: Any = None
+    with pytest.raises(UserError, match=r'^IntervalAUSAM: AUSAMSampler leaves out samples in every step'):
+        wrapper.attach_sampler(nothing, nothing, 0, nothing)
 
 
 class FriendlyGSAMReference(FriendlySAM, GSAM):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel, MMSeparateDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from mm_sharp import AUSAMOptimWrapper
@@ -26,7 +26,7 @@ from tests.references import sam_gradients, sam_step
 from tests.references_esam import ReferenceESAM
 from tests.references_family import FAMILY
 from tests.reliability import Holds
-from tests.toys import Batch, batches, make
+from tests.toys import Batch, Notes, ToyNet, batches, make
 from tests.wrappers import DISTINCT, WRAPPERS, build, forwards_in, momentum_sgd
 
 STEPS = 4
@@ -103,6 +103,7 @@ def train_all(rank: int, processes: int) -> dict[str, Any]:
         results['esam static error'] = str(error)
     results['corrupted'] = {name: train_corrupted(rank, name) for name in CORRUPTED}
     results['broadcast'] = [train_queue(rank, processes, name) for name in (None, 'sam', 'esam', 'ausam')]
+    results['fork'] = [train_fork(processes, **ddp) for ddp in ({}, BUCKETS)]
     results['state keys'] = sorted(build('sam', make()).state_dict()['mm_sharp'])
     return results
 
@@ -161,6 +162,30 @@ def train_queue(rank: int, processes: int, name: str | None) -> Arrays:
     wrapper = OptimWrapper(optimizer) if name is None else build(name, model, optimizer, whole=True, rho=0.0, **kwargs)
     for batch in batches(STEPS, size=8):
         model.train_step(shard(batch, rank, processes), wrapper)
+    return [parameter.detach().numpy().copy() for parameter in model.parameters()]
+
+
+class Fork(ToyNet):
+    """Its first and its second pass have heads of their own, as experts have that are chosen by what they see."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=False)
+        self.other, self.unused = nn.Linear(6 * 4 * 4, 3), nn.Linear(2, 2)
+        self.passes = Notes()
+
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        self.passes.append(None)
+        head = self.head if len(self.passes) % 2 else self.other
+        return {'loss': self.square_loss(head(self.features(inputs).flatten(1)), targets)}
+
+
+def train_fork(processes: int, **ddp: Any) -> Arrays:
+    """The weights of a model that uses other parameters in each pass, on the same samples in all processes."""
+    fork = make(Fork)
+    model = fork if processes == 1 else MMDistributedDataParallel(fork, find_unused_parameters=True, **ddp)
+    wrapper = build('sam', model, torch.optim.SGD(model.parameters(), lr=0.05), accumulative_counts=2)
+    for batch in batches(STEPS, size=8):
+        model.train_step(batch, wrapper)
     return [parameter.detach().numpy().copy() for parameter in model.parameters()]
 
 
@@ -322,6 +347,13 @@ def test_every_pass_has_the_buffers_that_ddp_sent(ranks: list[dict[str, Any]]) -
     for base, *ours in (rank['broadcast'] for rank in ranks):
         for weights in ours:
             assert_identical(base, weights)
+
+
+def test_ddp_finds_what_the_second_pass_alone_does_not_use(ranks: list[dict[str, Any]]) -> None:
+    expected = train_fork(1)
+    for rank in ranks:
+        for weights in rank['fork']:
+            assert_close(weights, expected)
 
 
 @pytest.mark.parametrize('case', ['per rank', 'synced sam', 'esam per rank', 'esam synced', 'ausam'])

@@ -88,7 +88,9 @@ def in_call(
 
 
 POINTS: dict[str, Callable[[pytest.MonkeyPatch, Injected, TwoPassOptimWrapper], None]] = {
+    'copy of the state': in_call(TensorBackup, 'save', after=True),
     'first forward': in_model('first', 'forward'),
+    'end of the first forward': in_call(ascent.Ascent, 'unfreeze'),
     'stash of accumulated gradients': in_call(GradientStash, 'stash', after=True),
     'first backward': in_model('first', 'backward'),
     'copy of the weights': in_call(TensorBackup, 'save'),

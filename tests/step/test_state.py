@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,24 @@ def test_resuming_equals_never_having_stopped(name: str, dtype: str | None, accu
     for batch in data[6:]:
         resumed.train_step(batch, second)
     assert same_state(straight, resumed)
+
+
+@distinct
+@pytest.mark.parametrize('twin', [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_of_model_and_wrapper_trains_as_they_do(name: str, twin: Callable[[Any], Any]) -> None:
+    data, model = batches(5), make(dropout=0.3)
+    wrapper = build(name, model)
+    for batch in data[:3]:
+        model.train_step(batch, wrapper)
+    other, others = twin((model, wrapper))
+    before, random_state = copy.deepcopy(model), RandomState.capture()
+    for batch in data[3:]:
+        other.train_step(batch, others)
+    assert same_state(model, before)
+    random_state.restore()
+    for batch in data[3:]:
+        model.train_step(batch, wrapper)
+    assert same_state(model, other)
 
 
 @distinct
