@@ -58,7 +58,7 @@ train train-qat: export MALLOC_MMAP_THRESHOLD_ := 33554432
 train: $(INSTALLED) $(DEMO)/meta.json ## draw people, fine-tune a keypoint model on them with AdamW and with AUSAM, compare the two
 	$(call at_once,AdamW,$(PY) tools/train.py $(BASE_CONFIG) --work-dir $(WORK_DIR)/base $(ARGS),\
 	AUSAM,$(PY) tools/train.py $(AUSAM_CONFIG) --work-dir $(WORK_DIR)/ausam $(ARGS))
-	$(PY) tools/compare_runs.py AdamW=$(WORK_DIR)/base AUSAM=$(WORK_DIR)/ausam --out-dir $(WORK_DIR)
+	$(PY) tools/compare_runs.py AdamW=$(WORK_DIR)/base AUSAM=$(WORK_DIR)/ausam --samples 32 --out-dir $(WORK_DIR)
 	@echo 'Both have the same learning rate. With twice of it, its best, AdamW is level with AUSAM: docs/results.md#the-demo'
 
 $(firstword $(FLOATS)): | $(INSTALLED) $(DEMO)/meta.json
@@ -71,7 +71,7 @@ $(lastword $(FLOATS)): | $(firstword $(FLOATS))
 train-qat: $(INSTALLED) $(FLOATS) ## quantize both models to 8 bits, fine-tune them, compare, export, and measure the speed
 	$(call at_once,AdamW,$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR)/base $(ARGS),\
 	AUSAM,$(PY) tools/train.py $(QAT_CONFIG) --work-dir $(QAT_DIR)/ausam --cfg-options load_from=$(lastword $(FLOATS)) $(ARGS))
-	$(PY) tools/compare_runs.py AdamW=$(QAT_DIR)/base AUSAM=$(QAT_DIR)/ausam --out-dir $(QAT_DIR)
+	$(PY) tools/compare_runs.py AdamW=$(QAT_DIR)/base AUSAM=$(QAT_DIR)/ausam --samples 32 --out-dir $(QAT_DIR)
 	$(PY) tools/export.py $(QAT_CONFIG) "$$(cat $(QAT_DIR)/ausam/last_checkpoint)" --benchmark --out $(QAT_DIR)/model.onnx
 
 # Each process would compile the package and all asserts anew otherwise; the tests start dozens of them.
