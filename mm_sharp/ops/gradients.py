@@ -29,6 +29,7 @@ class GradientStash:
         self._parameters = parameters
         self._gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
         self._values = self._gradients
+        self._used: frozenset[int] = frozenset()
         if in_buckets:
             self._values = [None if gradient is None else gradient.clone() for gradient in self._gradients]
 
@@ -37,14 +38,16 @@ class GradientStash:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def unstash(self, *, zeros: bool = False) -> None:
-        """Drop the first pass's gradients, and give the second pass copies of the earlier ones to accumulate onto.
+    def note_used(self) -> None:
+        """Have the second pass accumulate onto zeros where the first has given a gradient, and none is stashed."""
+        given = ((id(parameter), parameter.grad) for parameter in self._parameters)
+        self._used = frozenset(key for key, grad in given if grad is not None and grad.layout is torch.strided)
 
-        ``zeros``: where there is none, but the first pass has given one, it is zero.
-        """
+    def unstash(self) -> None:
+        """Drop the first pass's gradients, and give the second pass copies of the earlier ones to accumulate onto."""
         for parameter, value in zip(self._parameters, self._values, strict=True):
-            if value is None and zeros and parameter.grad is not None and parameter.grad.layout is torch.strided:
-                parameter.grad = torch.zeros_like(parameter.grad)
+            if value is None and id(parameter) in self._used:
+                parameter.grad = torch.zeros_like(parameter)
             else:
                 parameter.grad = None if value is None else value.clone()
 

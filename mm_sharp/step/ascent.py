@@ -55,7 +55,7 @@ class Ascent:
         """Settle what this step perturbs, just before its first forward.
 
         What of ``skip`` is not perturbed gets no gradient in the first pass, from now on. With ``average_by_hand`` the
-        first gradients are averaged here, since DDP would wait for those that are skipped.
+        first gradients are averaged by :meth:`average_by_hand`, and not by DDP.
         """
         self._perturbed, self._skipped, self._average_by_hand = perturbed, [], average_by_hand
         if skip:
@@ -94,6 +94,9 @@ class Ascent:
         if scaled.requires_grad or not self._frozen:
             scaled.backward()
         self.unfreeze()
+
+    def average_by_hand(self) -> None:
+        """Average the first gradients over the processes, if :meth:`choose` was told that DDP does not."""
         if self._average_by_hand:
             self._parallel.average_gradients(self._perturbed)
 

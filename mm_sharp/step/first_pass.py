@@ -41,8 +41,7 @@ class FirstPass:
     """Captures the first forward, :meth:`forward`, and gives what the rest of the step needs of it, :meth:`take`.
 
     Its attributes are the parts of a step, and what is known of this one: the optimizer's ``parameters``, those of them
-    that are ``trained``, their ``devices``, the ``passes``, the ``timer``, and whether this pass ``is_counted``: DDP
-    takes what it uses for used by the second one, too, and would miss a gradient there.
+    that are ``trained``, their ``devices``, the ``passes`` and the ``timer``.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class FirstPass:
         self.trained: list[nn.Parameter] = []
         self.devices: tuple[torch.device, ...] = ()
         self.passes = Passes.BOTH
-        self.is_counted = False
         self.timer: StepTimer = NO_TIMER
 
     @contextmanager
@@ -77,9 +75,7 @@ class FirstPass:
             self.ascent.restore()  # an earlier forward may have been left without the rest of its step
         self.timer = StepTimer(self._precision.device) if timed else NO_TIMER
         both, parallel = self.passes is Passes.BOTH, self.parallel
-        # Where gradients are skipped, DDP would wait for them: the others are then averaged by hand.
-        synced = self._settings.sync_perturbation and not method.skips_gradients if both else synchronise
-        self.is_counted = parallel.finds_unused and not synced
+        synced = self._settings.sync_perturbation and not self._averages_by_hand(method) if both else synchronise
         try:
             with (
                 parallel.no_sync(not synced),
@@ -130,11 +126,19 @@ class FirstPass:
             call.args, call.kwargs = without_keys(call.model, call.args, call.kwargs)
             if self.passes is not Passes.FIRST:
                 perturbed = method.select_parameters(self._selector.select(self.parallel.module, self.trained))
-                by_hand = self._settings.sync_perturbation and method.skips_gradients and self.passes is Passes.BOTH
+                by_hand = self.passes is Passes.BOTH and self._averages_by_hand(method)
                 self.ascent.choose(perturbed, self._to_skip(method), average_by_hand=by_hand)
         if not self.parallel.is_ddp:
             self._snapshot(method)
         return call
+
+    def _averages_by_hand(self, method: Method) -> bool:
+        """Whether the first gradients are averaged without DDP.
+
+        It would wait for those that are skipped; and where it looks for what is used, it would forget, before the
+        gradients of earlier micro-batches are averaged, what these have used.
+        """
+        return self._settings.sync_perturbation and (method.skips_gradients or self.parallel.finds_unused)
 
     def _to_skip(self, method: Method) -> Sequence[nn.Parameter]:
         """What needs no gradient in the first pass unless it is perturbed."""

@@ -65,6 +65,10 @@ class TwoPassStep:
             return self._run_one_pass(batch)
         batch.gradients.stash()
         self.ascent.first_backward(batch.loss, batch.micro_batches, mean=method.changes_gradient)  # g
+        if self.parallel.finds_unused:
+            # DDP takes it for used by the second pass, too, and would miss a gradient there.
+            batch.gradients.note_used()
+        self.ascent.average_by_hand()
         timer.mark('pass1')
         drawn, sizes, interrupted, device = None, None, True, batch.loss.device
         try:
@@ -78,7 +82,7 @@ class TwoPassStep:
             if measures:
                 with timer.exclude('host'):
                     sizes = self.ascent.sizes(device)
-            batch.gradients.unstash(zeros=self.first.is_counted)
+            batch.gradients.unstash()
             timer.mark('perturb')
             second, perturbed_loss = method.perturbed_loss(batch.call, batch.loss, norm)  # L(w + e)
             self._backward(second, batch.micro_batches)  # g', onto what was accumulated
@@ -117,9 +121,11 @@ class TwoPassStep:
         first = self.first_gradients.take(copies=inverse is not None or bool(self.parallel.synchronised))
         if first and inverse is not None:
             torch._foreach_mul_(list(first.values()), inverse)
-        if not self.settings.sync_perturbation:  # they are each process's own so far
-            self.parallel.average(list(first.values()))
         dense = [p for p in self.first.trained if p.grad is not None and p.grad.layout is torch.strided]
+        if first and self.parallel.synchronised and (self.parallel.finds_unused or not self.settings.sync_perturbation):
+            # They are each process's own so far, and where a model has branches, of parameters of its own.
+            first = {p: first[p] if p in first else torch.zeros_like(p) for p in dense}
+            self.parallel.average(list(first.values()))
         return FinalGradient(dense, first, self.parallel.total, self.guard.unknown)
 
     def verdict(self) -> Tensor | None:

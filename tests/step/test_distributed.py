@@ -24,7 +24,7 @@ from tests.rank_steps import esam_gradients, loss_of, shard
 from tests.rank_toys import SyncedNet, digest
 from tests.references import sam_gradients, sam_step
 from tests.references_esam import ReferenceESAM
-from tests.references_family import FAMILY
+from tests.references_family import FAMILY, FlatReference
 from tests.reliability import Holds
 from tests.toys import Batch, Notes, ToyNet, batches, make
 from tests.wrappers import DISTINCT, WRAPPERS, build, forwards_in, momentum_sgd
@@ -87,6 +87,8 @@ SAID = {
 NAMES = [name for name in DISTINCT if name != 'gsam']
 PAIRS = [(option, name) for option in OPTIONS for name in NAMES if (option, name[:4]) != ('static synced', 'esam')]
 CORRUPTED = [name for name in DISTINCT if 'loader' not in name]
+# Momentum SAM has no first gradients; Friendly SAM perturbs what has a gradient, be it zero, along its average.
+ROUTED = [(name, count) for name in FAMILY if name != 'msam' for count in (1, 2)]
 CASES.update({f'{option} {name}': (name, OPTIONS[option]) for option, name in PAIRS})
 
 
@@ -104,6 +106,8 @@ def train_all(rank: int, processes: int) -> dict[str, Any]:
     results['corrupted'] = {name: train_corrupted(rank, name) for name in CORRUPTED}
     results['broadcast'] = [train_queue(rank, processes, name) for name in (None, 'sam', 'esam', 'ausam')]
     results['fork'] = [train_fork(processes, **ddp) for ddp in ({}, BUCKETS)]
+    results['routed'] = {case: train_routed(rank, processes, *case) for case in ROUTED}
+    results['routed synced'] = [train_routed(rank, processes, 'sam', n, sync_perturbation=True) for n in (1, 2)]
     results['state keys'] = sorted(build('sam', make()).state_dict()['mm_sharp'])
     return results
 
@@ -187,6 +191,34 @@ def train_fork(processes: int, **ddp: Any) -> Arrays:
     for batch in batches(STEPS, size=8):
         model.train_step(batch, wrapper)
     return [parameter.detach().numpy().copy() for parameter in model.parameters()]
+
+
+class Routed(ToyNet):
+    """Samples of other ids go through another head; ``whole``: the one that they do not use has a gradient of zero."""
+
+    def __init__(self, whole: bool = False) -> None:
+        super().__init__(norm=False)
+        self.other, self.unused = nn.Linear(6 * 4 * 4, 3), nn.Linear(6 * 4 * 4, 3)
+        self.whole = whole
+
+    def forward(self, inputs: Tensor, targets: Tensor, sample_idx: Any = None, mode: str = 'loss') -> Any:
+        number = int(sample_idx[0])
+        features = self.features(inputs).flatten(1)
+        heads = [self.head, self.other] if (number // 4 + number // 8) % 2 else [self.other, self.head]
+        loss = self.square_loss(heads[0](features), targets)
+        if self.whole:
+            loss = loss + sum(0.0 * head(features).sum() for head in (heads[1], self.unused))
+        return {'loss': loss}
+
+
+def train_routed(rank: int, processes: int, name: str, count: int, **options: Any) -> Arrays:
+    """The weights of a model of which each process uses other parts."""
+    model = MMDistributedDataParallel(make(Routed), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    wrapper = build(name, model, optimizer, accumulative_counts=count, **options)
+    for batch in batches(2 * STEPS, size=8):
+        model.train_step(shard(batch, rank, processes), wrapper)
+    return arrays(model.module)
 
 
 # DDP compares the annotations themselves, and here they would be strings.
@@ -354,6 +386,44 @@ def test_ddp_finds_what_the_second_pass_alone_does_not_use(ranks: list[dict[str,
     for rank in ranks:
         for weights in rank['fork']:
             assert_close(weights, expected)
+
+
+@pytest.mark.parametrize(('name', 'count'), ROUTED)
+def test_processes_that_use_other_parts_of_a_model_equal_the_reference(
+    ranks: list[dict[str, Any]], name: str, count: int
+) -> None:
+    """Each has first gradients of its own parameters, or has them in another order."""
+    model = make(Routed, whole=name != 'friendlysam')
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    parts = [shard(batch, rank, 2) for batch in batches(2 * STEPS, size=8) for rank in range(2)]
+    if name == 'friendlysam':
+        wrapper = build(name, model, optimizer, accumulative_counts=2 * count)
+        for part in parts:
+            model.train_step(part, wrapper)
+    else:
+        reference = FAMILY[name](model, optimizer)
+        for start in range(0, len(parts), 2 * count):
+            reference.step(parts[start : start + 2 * count])
+    for rank in ranks:
+        assert_close(rank['routed'][name, count], arrays(model))
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_synced_processes_that_use_other_parts_of_a_model_equal_the_reference(
+    ranks: list[dict[str, Any]], count: int
+) -> None:
+    model = make(Routed, whole=True)
+    reference = FlatReference(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    joint = batches(2 * STEPS, size=8)
+    for start in range(0, len(joint), count):
+        final = []
+        for batch in joint[start : start + count]:
+            parts = [shard(batch, rank, 2) for rank in range(2)]
+            e = reference.perturbation(torch.stack([reference.gradient(part) for part in parts]).mean(0))
+            final += [reference.gradient(part, e) for part in parts]
+        reference.finish(torch.stack(final).mean(0))
+    for rank in ranks:
+        assert_close(rank['routed synced'][count - 1], arrays(model))
 
 
 @pytest.mark.parametrize('case', ['per rank', 'synced sam', 'esam per rank', 'esam synced', 'ausam'])
