@@ -41,7 +41,8 @@ class FirstPass:
     """Captures the first forward, :meth:`forward`, and gives what the rest of the step needs of it, :meth:`take`.
 
     Its attributes are the parts of a step, and what is known of this one: the optimizer's ``parameters``, those of them
-    that are ``trained``, their ``devices``, the ``passes`` and the ``timer``.
+    that are ``trained``, their ``devices``, the ``passes``, the ``timer``, and ``synced``: whether DDP averages the
+    gradients of this pass.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class FirstPass:
         self.trained: list[nn.Parameter] = []
         self.devices: tuple[torch.device, ...] = ()
         self.passes = Passes.BOTH
+        self.synced = False
         self.timer: StepTimer = NO_TIMER
 
     @contextmanager
@@ -75,10 +77,11 @@ class FirstPass:
             self.ascent.restore()  # an earlier forward may have been left without the rest of its step
         self.timer = StepTimer(self._precision.device) if timed else NO_TIMER
         both, parallel = self.passes is Passes.BOTH, self.parallel
-        synced = self._settings.sync_perturbation and not self._averages_by_hand(method) if both else synchronise
+        own = self._settings.sync_perturbation and not self._averages_by_hand(method)
+        self.synced = own if both else synchronise
         try:
             with (
-                parallel.no_sync(not synced),
+                parallel.no_sync(not self.synced),
                 self._precision.autocast(),
                 parallel.on_forward(lambda: self._snapshot(method)) if parallel.is_ddp else _NOTHING,
                 self.recorder.record(model, self.devices, lambda call: self._on_call(method, call)),

@@ -64,7 +64,9 @@ class TwoPassStep:
         if self.first.passes is not Passes.BOTH:
             return self._run_one_pass(batch)
         batch.gradients.stash()
-        self.ascent.first_backward(batch.loss, batch.micro_batches, mean=method.changes_gradient)  # g
+        # Activation checkpointing may run the forward of a part that DDP wraps again.
+        with self.parallel.no_sync(not self.first.synced):
+            self.ascent.first_backward(batch.loss, batch.micro_batches, mean=method.changes_gradient)  # g
         if self.parallel.finds_unused:
             # DDP takes it for used by the second pass, too, and would miss a gradient there.
             batch.gradients.note_used()

@@ -40,6 +40,7 @@ def uneven_shard(batch: Batch, rank: int, processes: int) -> Batch:
 
 # Every case by name: (wrapper, options). All run in one pair of processes, since starting them takes seconds.
 PLAIN = dict(norm=False)
+CHECKPOINTED = dict(norm=False, with_cp=True)
 BUCKETS = dict(gradient_as_bucket_view=True)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     'synced sam': ('sam', dict(model=PLAIN, sync_perturbation=True)),
@@ -56,6 +57,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f'{name} accumulated': (name, dict(model=PLAIN, accumulative_counts=2)) for name in FAMILY},
     'ausam synced': ('ausam', dict(model=PLAIN, sync_perturbation=True)),
     'zeroed buckets': ('sam', dict(model=PLAIN, sync_perturbation=True, zeroed=True, ddp=BUCKETS)),
+    'checkpointed per rank': ('sam', dict(model=CHECKPOINTED)),
+    'parts checkpointed per rank': ('sam', dict(model=CHECKPOINTED, kind=MMSeparateDistributedDataParallel)),
     'parts per rank': ('sam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel)),
     'parts synced sam': ('sam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel, sync_perturbation=True)),
     'parts esam per rank': ('esam', dict(model=PLAIN, kind=MMSeparateDistributedDataParallel)),
@@ -426,7 +429,9 @@ def test_synced_processes_that_use_other_parts_of_a_model_equal_the_reference(
         assert_close(rank['routed synced'][count - 1], arrays(model))
 
 
-@pytest.mark.parametrize('case', ['per rank', 'synced sam', 'esam per rank', 'esam synced', 'ausam'])
+@pytest.mark.parametrize(
+    'case', ['per rank', 'checkpointed per rank', 'synced sam', 'esam per rank', 'esam synced', 'ausam']
+)
 def test_ddp_around_each_part_is_as_ddp_around_the_whole(ranks: list[dict[str, Any]], case: str) -> None:
     for rank in ranks:
         parts, whole = rank[f'parts {case}'], rank[case]
