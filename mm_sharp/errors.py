@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 # How an argument is written in a config, by what takes it.
 WRAPPER = "optim_wrapper = dict(type='{owner}', {name}={example}, ...)"
 HOOK = "custom_hooks = [dict(type='{owner}', {name}={example})]"
-# The scale of rho that docs/scale.md recommends, as the messages' configs have it.
-RECOMMENDED = "rho=0.02, adaptive='tensor', perturb='weights'"
+# The scale of rho that docs/scale.md recommends, and as the messages' configs have it.
+RECOMMENDED_SCALE: dict[str, Any] = {'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights'}
+RECOMMENDED = ', '.join(f'{name}={value!r}' for name, value in RECOMMENDED_SCALE.items())
 
 _CLIPPING: dict[str, Any] = {'norm': (clip_grad_norm_, 'max_norm'), 'value': (clip_grad_value_, 'clip_value')}
 _CLIP_GRAD = "dict(max_norm=1.0) or dict(type='value', clip_value=0.1)"

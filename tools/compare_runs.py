@@ -18,7 +18,15 @@ from pathlib import Path
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mm_sharp.analysis.runs.trained_run import TrainedRun, held_out_metric, metrics_table, read_run
+from mm_sharp.analysis.runs.people import draw_people, find_people
+from mm_sharp.analysis.runs.trained_run import (
+    TrainedRun,
+    draw_curves,
+    held_out_metric,
+    metrics_table,
+    read_run,
+    rises,
+)
 from mm_sharp.cli import options as cli
 from mm_sharp.errors import UsageError
 
@@ -54,10 +62,6 @@ def main(arguments: Sequence[str]) -> None:
     runs = read_runs(args)
     metric = held_out_metric(runs, args.metric)
     cli.output_folder(args.out_dir)
-    # Only now: MMPose, which these import, takes seconds.
-    from mm_sharp.analysis.runs.people import draw_people, find_people
-    from mm_sharp.analysis.runs.trained_run import draw_curves, rises
-
     files = ['table.md', 'curves.png']
     with contextlib.redirect_stdout(io.StringIO()):  # every data set says that it reads its annotations
         sharpness = {run.name: rises(run, args.samples) for run in runs} if args.samples else {}

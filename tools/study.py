@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         report(whole, plan, rows)
         return
     plan.check_data()
-    with study.locked(cli.output_folder(folder)):
+    with study.locked(folder):
         rows = study.Rows(folder / 'results.csv')
         os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))
         options = {'jobs': args.jobs, 'threads': args.threads, 'niceness': args.nice, 'redo': args.redo}

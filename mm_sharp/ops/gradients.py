@@ -40,16 +40,16 @@ class GradientStash:
 
     def note_used(self) -> None:
         """Have the second pass accumulate onto zeros where the first has given a gradient, and none is stashed."""
-        given = ((id(parameter), parameter.grad) for parameter in self._parameters)
-        self._used = frozenset(key for key, grad in given if grad is not None and grad.layout is torch.strided)
+        used = (p for p in self._parameters if p.grad is not None and p.grad.layout is torch.strided)
+        self._used = frozenset(map(id, used))
 
     def unstash(self) -> None:
         """Drop the first pass's gradients, and give the second pass copies of the earlier ones to accumulate onto."""
         for parameter, value in zip(self._parameters, self._values, strict=True):
-            if value is None and id(parameter) in self._used:
-                parameter.grad = torch.zeros_like(parameter)
+            if value is not None:
+                parameter.grad = value.clone()
             else:
-                parameter.grad = None if value is None else value.clone()
+                parameter.grad = torch.zeros_like(parameter) if id(parameter) in self._used else None
 
     def undo(self) -> None:
         """Put the gradients back as they were before the step."""

@@ -120,12 +120,13 @@ class TwoPassStep:
     def final_gradient(self) -> FinalGradient:
         """The gradients of an optimizer step, for the method to change; without the loss scale."""
         inverse = self.precision.inverse_scale()
-        first = self.first_gradients.take(copies=inverse is not None or bool(self.parallel.synchronised))
+        # Whether they are each process's own so far, and where a model has branches, of parameters of its own.
+        own = bool(self.parallel.synchronised) and (self.parallel.finds_unused or not self.settings.sync_perturbation)
+        first = self.first_gradients.take(copies=inverse is not None or own)
         if first and inverse is not None:
             torch._foreach_mul_(list(first.values()), inverse)
         dense = [p for p in self.first.trained if p.grad is not None and p.grad.layout is torch.strided]
-        if first and self.parallel.synchronised and (self.parallel.finds_unused or not self.settings.sync_perturbation):
-            # They are each process's own so far, and where a model has branches, of parameters of its own.
+        if first and own:
             first = {p: first[p] if p in first else torch.zeros_like(p) for p in dense}
             self.parallel.average(list(first.values()))
         return FinalGradient(dense, first, self.parallel.total, self.guard.unknown)

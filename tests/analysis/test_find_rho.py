@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mm_sharp import SAMOptimWrapper
-from mm_sharp.analysis.find_rho.measure import RECOMMENDED, BatchRises, RhoProbe, perturbation_of, training_config
+from mm_sharp.analysis.find_rho.measure import BatchRises, RhoProbe, perturbation_of, training_config
 from mm_sharp.analysis.find_rho.report import Findings, Point, points_of, propose, shares_of, text
 from mm_sharp.config.preflight import check_wrappers
+from mm_sharp.errors import RECOMMENDED_SCALE
 from mm_sharp.hooks.scale import Part, Scale
 from tests import quantized_toys
 from tests.tool_runs import OPTIM_WRAPPERS, Tools, write_toy
@@ -203,7 +204,7 @@ def test_the_grid_lies_around_the_configs_own_rho(tmp_path: Path) -> None:
     quantized = perturbation_of(toy_config(tmp_path, 'esam-history', model=dict(type='QuantizedModel')))
     assert quantized.remark.startswith(esam.remark + '\nrounding has no derivative')
     plain = perturbation_of(toy_config(tmp_path, 'plain'))
-    assert {**plain.arguments, 'rho': plain.rhos()[6]} == RECOMMENDED
+    assert {**plain.arguments, 'rho': plain.rhos()[6]} == RECOMMENDED_SCALE
     assert plain.own is None
 
 
@@ -234,7 +235,7 @@ def find(tools: Tools, folder: Path, *arguments: object) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_config_to_a_proposal(tools: Tools, tmp_path: Path) -> None:
-    write_toy(tmp_path / 'sam.py', 'sam', optim_wrapper={**OPTIM_WRAPPERS['sam'], **RECOMMENDED})
+    write_toy(tmp_path / 'sam.py', 'sam', optim_wrapper={**OPTIM_WRAPPERS['sam'], **RECOMMENDED_SCALE})
     write_toy(tmp_path / 'plain.py', 'plain')
     first = find(tools, tmp_path, 'sam.py')
     assert first['steps'] == 3

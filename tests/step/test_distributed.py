@@ -90,7 +90,7 @@ SAID = {
 NAMES = [name for name in DISTINCT if name != 'gsam']
 PAIRS = [(option, name) for option in OPTIONS for name in NAMES if (option, name[:4]) != ('static synced', 'esam')]
 CORRUPTED = [name for name in DISTINCT if 'loader' not in name]
-# Momentum SAM has no first gradients; Friendly SAM perturbs what has a gradient, be it zero, along its average.
+# Momentum SAM has no first gradients.
 ROUTED = [(name, count) for name in FAMILY if name != 'msam' for count in (1, 2)]
 CASES.update({f'{option} {name}': (name, OPTIONS[option]) for option, name in PAIRS})
 
@@ -399,7 +399,7 @@ def test_processes_that_use_other_parts_of_a_model_equal_the_reference(
     model = make(Routed, whole=name != 'friendlysam')
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     parts = [shard(batch, rank, 2) for batch in batches(2 * STEPS, size=8) for rank in range(2)]
-    if name == 'friendlysam':
+    if name == 'friendlysam':  # it perturbs what has a gradient, be it zero, along its average: no zeros, but ours
         wrapper = build(name, model, optimizer, accumulative_counts=2 * count)
         for part in parts:
             model.train_step(part, wrapper)

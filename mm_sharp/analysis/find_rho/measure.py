@@ -26,14 +26,12 @@ from mm_sharp.analysis.prepare import prepared
 from mm_sharp.cli.loading import careful_loading
 from mm_sharp.cli.process import build_runner
 from mm_sharp.config.preflight import type_name, wrapper_class, wrapper_configs
-from mm_sharp.errors import UsageError, arguments_of
+from mm_sharp.errors import RECOMMENDED_SCALE, UsageError, arguments_of
 from mm_sharp.hooks.scale import Scale, scale_of
 from mm_sharp.ops.model_call import ModelCall
 from mm_sharp.step.method import Method
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
-# For configs without a sharpness-aware wrapper: the scale of docs/scale.md, around its rho.
-RECOMMENDED: dict[str, Any] = {'rho': 0.02, 'adaptive': 'tensor', 'perturb': 'weights'}
 # From a tenth of the config's rho to ten times it.
 FACTORS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0)
 _STEPS = 200  # of training, or half of all, if that is less
@@ -121,7 +119,7 @@ class Perturbation:
 
     def rhos(self) -> list[float]:
         """The grid, if none is asked for."""
-        centre = self.own or RECOMMENDED['rho']
+        centre = self.own or RECOMMENDED_SCALE['rho']
         return [float(f'{centre * factor:.3g}') for factor in FACTORS]
 
 
@@ -136,7 +134,7 @@ def perturbation_of(cfg: Config) -> Perturbation:
     given = cfg.optim_wrapper
     cls = wrapper_class(cfg, 'optim_wrapper', given)
     if not issubclass(cls, TwoPassOptimWrapper):
-        arguments = {key: value for key, value in RECOMMENDED.items() if key != 'rho'}
+        arguments = {key: value for key, value in RECOMMENDED_SCALE.items() if key != 'rho'}
         if issubclass(cls, AmpOptimWrapper):
             arguments['dtype'] = given.get('dtype') or 'float16'
         return Perturbation(arguments, None, rounding)

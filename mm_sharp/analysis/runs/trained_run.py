@@ -19,7 +19,7 @@ from mm_sharp.analysis.find_rho.measure import RhoProbe
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.sharpness.loading import load_model, load_samples
 from mm_sharp.analysis.tables import markdown_columns
-from mm_sharp.errors import UsageError
+from mm_sharp.errors import RECOMMENDED_SCALE, UsageError
 
 Curve = Sequence[tuple[int, float]]  # iterations or epochs, and values
 
@@ -27,8 +27,6 @@ Curve = Sequence[tuple[int, float]]  # iterations or epochs, and values
 _TRAINING = 'lr'
 _METRICS = {'coco/AP': 'AP', 'PCK': 'PCK'}
 _NO_METRICS = ('post_training/', 'data_time', 'time', 'step')  # what else these entries have
-# The radius of configs/_base_/sam.py, relative to the weights.
-RHO = 0.02
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def _smoothed(curve: Curve) -> Curve:
     return [(step, fmean(value for _, value in curve[max(0, i - 4) : i + 1])) for i, (step, _) in enumerate(curve)]
 
 
-def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RHO) -> Curve:
+def rises(run: TrainedRun, count: int, batch_size: int = 32, rho: float = RECOMMENDED_SCALE['rho']) -> Curve:
     """L(w + e) - L(w) at each checkpoint, on at most so many training samples, with BatchNorm's running statistics.
 
     e is SAM's perturbation with ``adaptive='tensor'`` and ``perturb='weights'``, whatever the run was trained with.

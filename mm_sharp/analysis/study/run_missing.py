@@ -38,6 +38,7 @@ from tqdm import tqdm
 from mm_sharp.analysis.study.corruption import corrupt_file
 from mm_sharp.analysis.study.plan import Plan, Run
 from mm_sharp.analysis.study.results import Rows, choose_rho, timed_runs
+from mm_sharp.cli.options import output_folder
 from mm_sharp.cli.process import build_runner, end_with_parent
 from mm_sharp.compat import enable_for_all_runs
 from mm_sharp.errors import UsageError
@@ -179,7 +180,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     The file ``.lock`` says which. Where there are no locks (some network drives), a line says so.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(folder)
     with (folder / '.lock').open('a+') as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
