@@ -71,7 +71,9 @@ class MSAMOptimWrapper(TwoPassOptimWrapper):
         states = [self.optimizer.state.get(parameter, {}) for parameter in parameters]
         momenta = [state.get('momentum_buffer', state.get('exp_avg')) for state in states]
         known = [local_shard(momentum) for momentum in momenta if momentum is not None]
-        opposite = iter(torch._foreach_neg(known) if known else ())
+        # Sparse ones are refused by name later on, for which older versions of torch have no such operation.
+        dense = known and all(momentum.layout is torch.strided for momentum in known)
+        opposite = iter(torch._foreach_neg(known) if dense else known)
         return [None if momentum is None else next(opposite) for momentum in momenta]
 
     def in_words(self, batch_size: int, length: TrainingLength, model: nn.Module | None) -> dict[str, str]:
