@@ -240,7 +240,11 @@ def test_a_study_goes_on_where_it_was(
     assert '3 runs in' in printed
     assert 'were made with other configs' in printed
     here.made.clear()
-    assert call(monkeypatch, capsys, *arguments, '--redo')[0] == 0
+    code, printed = call(monkeypatch, capsys, *arguments, '--redo')
+    assert (code, '--redo' in printed) == (0, False)
+    assert len(here.made) == SELECT + REPORT
+    code, printed = call(monkeypatch, capsys, *arguments, '--redo')
+    assert (code, printed.startswith('--redo: no config has changed since its run')) == (0, True)
     assert len(here.made) == SELECT + REPORT
     # Rows of a rho that is not chosen any more stay.
     assert {row['id'] for row in rows_of(out)} >= set(here.made)
@@ -332,9 +336,20 @@ def test_a_setting_starts_from_anothers_weights(tmp_path: Path, here: Here) -> N
     changes = {'settings': settings, 'seeds': [0], 'budgets': ['epochs'], 'selection': None}
     plan, here.trains = plan_of(tmp_path, tiny(**changes)), True
     run_missing(plan, Rows(tmp_path / 'out/results.csv'))
-    assert here.made == [
-        f'report/{setting}/{name}_1e_seed0' for setting in ('clean', 'tuned') for name in ('base', 'sam')
-    ]
+    made = [f'report/{setting}/{name}_1e_seed0' for setting in ('clean', 'tuned') for name in ('base', 'sam')]
+    assert here.made == made
+    # With other weights to start from, runs are made again whose own configs are what they were.
+    here.trains, here.made = False, []
+    settings['clean'] = {**short, 'options': {**short['options'], 'train_dataloader.batch_size': 20}}
+    wider = plan_of(tmp_path, tiny(**changes))
+    rows = Rows(tmp_path / 'out/results.csv')
+    assert wider.fingerprint(Run('report', 'tuned', 'sam', None, 1, 0)) == rows.config(
+        Run('report', 'tuned', 'sam', None, 1, 0)
+    )
+    run_missing(wider, rows, redo=True)
+    assert here.made == made
+    run_missing(wider, rows, redo=True)
+    assert here.made == made
 
 
 @pytest.mark.parametrize(

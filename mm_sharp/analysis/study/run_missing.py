@@ -227,7 +227,7 @@ def _make(plan: Plan, rows: Rows, pool: Executor, redo: bool, title: str, runs: 
         for future in watch(title, {future: (run.id, notes[run]) for future, run in futures.items()}, len(runs)):
             run = futures[future]
             if (error := future.exception()) is None:
-                rows.add(run, missing[run], future.result())
+                rows.add(run, missing[run], future.result(), plan.start(run))
                 rows.value(run, plan.study.metric.name)  # what is missing now will be missing after all other runs
                 continue
             errors.append((run, error))
@@ -242,12 +242,12 @@ def _make(plan: Plan, rows: Rows, pool: Executor, redo: bool, title: str, runs: 
 
 def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Run, str]:
     configs = {run: plan.fingerprint(run) for run in runs}
-    old = [run.id for run, config in configs.items() if rows.config(run) not in (None, config)]
+    old = [run for run in runs if rows.is_outdated(plan, run)]
     if old and not redo:
-        hint = f'{old[0]} among them: make them again with --redo, or give another --out-dir'
+        hint = f'{old[0].id} among them: make them again with --redo, or give another --out-dir'
         raise UsageError(f'{len(old)} runs in {rows.file} were made with other configs, {hint}')
     lost = {run for run in runs if plan.keeps_weights(run) and not plan.weights(run).is_file()}
-    return {run: config for run, config in configs.items() if run in lost or rows.config(run) != config}
+    return {run: config for run, config in configs.items() if run in {*lost, *old} or run.id not in rows.by_id}
 
 
 def _one_line(error: BaseException) -> str:
