@@ -108,6 +108,9 @@ def _check_quantized_column(run: TrainedRun) -> None:
     assert head == '| run | AP | PCK | AP before | epochs | time |'
     assert plain.split('|')[4].strip() == ''
     assert quantized.split('|')[4].strip() == '0.125'
+    head, _, row = metrics_table([_run({'PCK': 0.5}, {'post_training/PCK': 0.25})], {}).splitlines()
+    assert head == '| run | PCK | PCK before | epochs | time |'
+    assert row.split('|')[3].strip() == '0.250'
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,27 @@ def _check_quantized_column(run: TrainedRun) -> None:
 def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         tool('compare_runs').main(arguments)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (('--samples', '2'), r"'run' has no train_dataloader: leave it out with --samples 0"),
+        (('--samples', '0'), r"no data: 'none/test\.json' \(test_dataloader\.dataset\.ann_file\)"),
+    ],
+)
+def test_runs_whose_data_is_not_there(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / 'run' / '20260101_000000' / 'vis_data'
+    folder.mkdir(parents=True)
+    data = "test_dataloader = dict(dataset=dict(type='CocoDataset', data_root='none', ann_file='test.json'))"
+    (folder / 'config.py').write_text(f'train_cfg = dict(max_epochs=1)\n{data}\n')
+    (folder / 'scalars.json').write_text('{"lr": 0.1, "loss": 1.0, "time": 1.0, "data_time": 0.5, "step": 1}\n')
+    torch.save({}, tmp_path / 'run' / 'epoch_1.pth')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        tool('compare_runs').main(['a=run', '--out-dir', 'out', *options])
 
 
 def test_keypoints_below_the_threshold_are_not_drawn(tmp_path: Path) -> None:

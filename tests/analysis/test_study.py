@@ -124,6 +124,9 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
     (tmp_path / 'twice.yaml').write_text('methods:\n  base: {}\n  half: {type: A}\n  half: {type: B}\n')
     with pytest.raises(UsageError, match="'half' is written twice in one mapping, from line 2 on"):
         read_study(tmp_path / 'twice.yaml')
+    (tmp_path / 'picture.yaml').write_bytes(b'\xff\xd8')
+    with pytest.raises(UsageError, match='is no YAML'):
+        read_study(tmp_path / 'picture.yaml')
     (tmp_path / 'odd.yaml').write_text('? [1, 2]\n: 3\n')
     with pytest.raises(UsageError, match='is no YAML'):
         read_study(tmp_path / 'odd.yaml')

@@ -95,7 +95,7 @@ def read_study(file: Path) -> Study:
         raise UsageError(f"'{file}' is a config: a study is a YAML file, such as configs/study/digits.yaml")
     try:
         content = yaml.load(file.read_text(), _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"'{file}' is no YAML: {' '.join(str(error).split())}") from error
     given = _entries(Study, 'the study', content)
     given['metric'] = Metric(**_entries(Metric, 'metric', given['metric']))
