@@ -329,11 +329,14 @@ def check_data(cfg: Config, *splits: str) -> None:
     keys: dict[str, None] = {}
     for split in splits:
         evaluators = cfg.get(f'{split}_evaluator') or []
-        evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
-        of_evaluators = [(f'{split}_evaluator', 'ann_file', metric.get('ann_file') or '') for metric in evaluators]
-        dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
+        # What has another form, MMEngine refuses.
+        metrics = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
+        files = [metric.get('ann_file') for metric in metrics if isinstance(metric, dict)]
+        of_evaluators = [(f'{split}_evaluator', 'ann_file', file) for file in files if isinstance(file, str)]
+        loader = cfg.get(f'{split}_dataloader')
+        dataset = loader.get('dataset') if isinstance(loader, dict) else None
         for where, name, path in (*_data_paths(f'{split}_dataloader.dataset', dataset), *of_evaluators):
-            if '://' in path or Path(path).exists():
+            if not path or '://' in path or Path(path).exists():
                 continue
             missing.setdefault(path, f'{where}.{name}')
             in_root = name.startswith(('ann', 'data')) and 'dataset' in where
@@ -351,11 +354,14 @@ def _data_paths(where: str, dataset: Any) -> Iterator[tuple[str, str, str]]:
     if not isinstance(dataset, dict):
         return
     if dataset.get('ann_file'):
-        prefixes = {f'data_prefix.{name}': prefix for name, prefix in (dataset.get('data_prefix') or {}).items()}
-        for name, path in {'ann_file': dataset['ann_file'], **prefixes}.items():
-            yield where, name, path if '://' in path else os.path.join(dataset.get('data_root') or '', path)
+        prefix = dataset.get('data_prefix')  # MMPretrain's data sets take a single one, too
+        prefixes = {f'.{name}': value for name, value in prefix.items()} if isinstance(prefix, dict) else {'': prefix}
+        paths = {'ann_file': dataset['ann_file'], **{f'data_prefix{name}': path for name, path in prefixes.items()}}
+        for name, path in ((name, path) for name, path in paths.items() if isinstance(path, str)):
+            yield where, name, path if '://' in path else os.path.join(str(dataset.get('data_root') or ''), path)
     for name in ('bbox_file', 'headbox_file'):
-        yield where, name, dataset.get(name) or ''
+        if isinstance(dataset.get(name), str):
+            yield where, name, dataset[name]
     yield from _data_paths(f'{where}.dataset', dataset.get('dataset'))
     for i, member in enumerate(dataset.get('datasets') or []):
         yield from _data_paths(f'{where}.datasets.{i}', member)
@@ -377,7 +383,7 @@ def _in_one_line(key: str, example: str = '') -> Iterator[None]:
     """An error of MMEngine's or of a constructor, with the config's key and a right form."""
     try:
         yield
-    except (TypeError, ValueError, AssertionError, ImportError) as error:
+    except (TypeError, ValueError, KeyError, AssertionError, ImportError) as error:
         written = f'. Write for example: {example}' if example else ''
         raise UsageError(f'{key}: {error}{written}') from error
 

@@ -259,3 +259,8 @@ def test_an_interval_of_none_that_its_hook_does_not_allow(train: Train) -> None:
 )
 def test_numbers_and_nothing_in_place_of_names(lines: str, says: str, train: Train) -> None:
     check(train('SAM', lines), says, '')
+
+
+def test_a_hook_that_looks_up_its_argument(train: Train) -> None:
+    said = train('SAM', "default_hooks = dict(checkpoint=dict(type='CheckpointHook', save_best='PCK', rule='max'))")
+    check(said, 'default_hooks.checkpoint: ', "dict(type='CheckpointHook', interval=50)")
