@@ -224,6 +224,7 @@ def test_of_several_runs_in_a_folder_the_last_one_counts(tmp_path: Path) -> None
         for epoch in range(epochs):
             torch.save({}, tmp_path / f'epoch_{epoch + 1}.pth')
         (tmp_path / 'last_checkpoint').write_text(f'/elsewhere/epoch_{epochs}.pth')
+    torch.save({}, tmp_path / 'epoch_2-01ab23cd.pth')  # as CheckpointHook publishes it
     run = read_run('a', tmp_path)
     assert run.held_out('PCK') == [(1, 0.2), (2, 0.2)]
     assert (run.last.name, run.epochs_in_words(), run.seconds()) == ('epoch_2.pth', '2 of 3', 1.0)

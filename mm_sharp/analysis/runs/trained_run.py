@@ -76,7 +76,7 @@ def read_run(name: str, folder: Path) -> TrainedRun:
     Of several runs that were begun in it, the last one counts.
     """
     logs = sorted(folder.glob('*/vis_data/scalars.json'))
-    files = sorted(folder.glob('epoch_*.pth'), key=_epoch)
+    files = sorted(filter(_epoch, folder.glob('epoch_*.pth')), key=_epoch)
     if not logs or not files:
         missing = 'checkpoint of a whole epoch' if logs else 'log'
         raise UsageError(f"'{folder}' has no {missing}: give the --work-dir of a run of tools/train.py")
@@ -84,7 +84,7 @@ def read_run(name: str, folder: Path) -> TrainedRun:
     logs = logs[max((number for number, cfg in enumerate(configs) if not cfg.get('resume')), default=0) :]
     pointer = folder / 'last_checkpoint'
     last = _epoch(Path(pointer.read_text().strip())) if pointer.is_file() else 0
-    files = [file for file in files if not last or _epoch(file) <= last]  # an earlier run may have been longer
+    files = [file for file in files if _epoch(file) <= last] or files  # an earlier run may have been longer
     entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     # What was done again after an interruption counts once.
     log = {(_TRAINING in entry, entry['step'], *(key for key in entry if '/' in key)): entry for entry in entries}
@@ -92,8 +92,9 @@ def read_run(name: str, folder: Path) -> TrainedRun:
 
 
 def _epoch(file: Path) -> int:
-    (number,) = re.findall(r'\d+', file.stem) or ['0']
-    return int(number)
+    # Not of a copy, such as the one that CheckpointHook publishes.
+    match = re.fullmatch(r'epoch_(\d+)', file.stem)
+    return int(match[1]) if match else 0
 
 
 def held_out_metric(runs: Sequence[TrainedRun], asked: str | None) -> str | None:
