@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Here:
     def __init__(self) -> None:
         self.made: list[str] = []
         self.fails_at: int | None = None
+        self.error: Exception = RuntimeError('out of\nmemory')
         self.trains = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Here:
@@ -50,7 +52,7 @@ class Here:
         future: Future[Any] = Future()
         self.made.append(run.id)
         if len(self.made) == self.fails_at:
-            future.set_exception(RuntimeError('out of\nmemory'))
+            future.set_exception(self.error)
         elif self.trains:
             future.set_result(call(plan, run, progress))
         else:
@@ -193,6 +195,17 @@ def test_where_all_runs_fail_there_are_no_others(
     assert code == 2
     assert '1 of 1 runs failed' in printed
     assert 'The same command goes on' in printed
+
+
+def test_a_killed_process_ends_all_runs(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here.fails_at, here.error = 1, BrokenProcessPool('terminated abruptly')
+    file = write(tmp_path, tiny(selection=None, seeds=[0], keep=[]))
+    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
+    assert code == 2
+    assert 'a process was killed, as the system does where memory is short: try fewer --jobs' in printed
+    assert 'the others go on' not in printed
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -231,7 +231,7 @@ def _make(plan: Plan, rows: Rows, pool: Executor, redo: bool, title: str, runs: 
                 rows.value(run, plan.study.metric.name)  # what is missing now will be missing after all other runs
                 continue
             errors.append((run, error))
-            if len(errors) == 1 and len(missing) > 1:
+            if len(errors) == 1 and len(missing) > 1 and not isinstance(error, BrokenExecutor):
                 tqdm.write(f'{run.id} failed: {_one_line(error)}; the others go on', file=sys.stderr)
     if errors:
         run, error = errors[0]
@@ -251,6 +251,8 @@ def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Ru
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, BrokenExecutor):  # what any process's end does to all runs that were not made yet
+        return 'a process was killed, as the system does where memory is short: try fewer --jobs'
     return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 
