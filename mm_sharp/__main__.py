@@ -13,6 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+from mm_sharp import __version__
+
 _PACKAGE = Path(__file__).parent
 _DOCTOR = _PACKAGE / 'doctor.py'
 
@@ -31,6 +33,9 @@ def main() -> int:
         for known, file in tools.items():
             about = (ast.get_docstring(ast.parse(file.read_text('utf-8'))) or '').partition('\n')[0]
             sys.stdout.write(f'  {known:<20} {about}\n')
+        return 0
+    if name == '--version':
+        sys.stdout.write(f'mm_sharp {__version__}\n')
         return 0
     tool = tools.get(name.replace('_', '-'))
     if tool is not None:

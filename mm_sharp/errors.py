@@ -182,14 +182,14 @@ def check_arguments(cls: type, given: Mapping[str, object], others: Iterable[typ
     raise UserError(f'{cls.__name__}: {written} is not allowed: it has no such argument, {hint}')
 
 
-def closest(name: str, names: Iterable[str]) -> str | None:
+def closest(name: object, names: Iterable[str]) -> str | None:
     """The name that was meant, if that can be guessed; capitals do not count."""
     lower = {other.lower(): other for other in names}
-    found = get_close_matches(name.lower(), lower, n=1)
+    found = get_close_matches(str(name).lower(), lower, n=1)
     return lower[found[0]] if found else None
 
 
-def did_you_mean(name: str, names: Collection[str]) -> str:
+def did_you_mean(name: object, names: Collection[str]) -> str:
     """The name that was meant, if that can be guessed, and all that there are."""
     close = closest(name, names)
     return (f'did you mean {close!r}? ' if close else '') + f'there are {", ".join(sorted(names))}'

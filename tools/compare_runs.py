@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # The package beside this file is used, installed or not.
@@ -28,6 +28,7 @@ from mm_sharp.analysis.runs.trained_run import (
     rises,
 )
 from mm_sharp.cli import options as cli
+from mm_sharp.config import preflight
 from mm_sharp.errors import UsageError
 
 
@@ -56,10 +57,20 @@ def read_runs(args: argparse.Namespace) -> list[TrainedRun]:
     return [read_run(name, Path(folder)) for name, _, folder in pairs]
 
 
+def _check_data(runs: Sequence[TrainedRun], options: Mapping[str, tuple[str, int]]) -> None:
+    """Refuse runs without the data of the splits that an option asks for."""
+    for run in runs:
+        for split, (option, count) in options.items():
+            if count:
+                cli.require(run.cfg, str(run.folder), f'leave it out with {option} 0', f'{split}_dataloader')
+                preflight.check_data(run.cfg, split)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Print the table and write the files."""
     args = parse_arguments(arguments)
     runs = read_runs(args)
+    _check_data(runs, {'train': ('--samples', args.samples), 'test': ('--people', args.people)})
     metric = held_out_metric(runs, args.metric)
     cli.output_folder(args.out_dir)
     files = ['table.md', 'curves.png']

@@ -60,11 +60,14 @@ def main(arguments: Sequence[str]) -> None:
         rows = study.Rows(folder / 'results.csv')
         os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))
         options = {'jobs': args.jobs, 'threads': args.threads, 'niceness': args.nice, 'redo': args.redo}
+        before = dict(rows.by_id)
         try:
             study.run_missing(plan, rows, **options)
         except KeyboardInterrupt as error:
             made = f'{len(rows.by_id)} runs are in {rows.file}'
             raise StoppedError(f'interrupted; {made}; the same command goes on', INTERRUPTED) from error
+        if args.redo and rows.by_id == before:
+            print('--redo: no config has changed since its run, so none was made again\n')
         report(whole, plan, rows)
 
 

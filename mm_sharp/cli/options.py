@@ -284,7 +284,7 @@ def check_option_keys(cfg: Config, options: Mapping[str, Any], where: str) -> No
     """Refuse options whose first key nothing reads: MMEngine would take a typing error for a new variable."""
     known = {*cfg.keys(), *signature(Runner.__init__).parameters, *_OTHER_KEYS} - {'self', 'cfg'}
     for option in options:
-        key = option.split('.')[0]
+        key = str(option).split('.')[0]
         if key not in known:
             close = closest(key, known)
             hint = f'did you mean {close!r}?' if close else f'its keys: {", ".join(sorted(cfg.keys()))}'

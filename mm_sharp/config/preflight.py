@@ -63,6 +63,7 @@ _FORMS: tuple[tuple[str, str, Any, str], ...] = (
     ('train_dataloader.batch_sampler', 'a dict', (Mapping, _NONE), "dict(batch_sampler=dict(type='AUSAMSampler'))"),
     ('load_from', 'a path', (str, _NONE), "load_from = 'work_dirs/mine/epoch_1.pth'"),
     ('work_dir', 'a path', (str, _NONE), "work_dir = 'work_dirs/mine'"),
+    ('default_scope', 'a name', (str, _NONE), "default_scope = 'mmpose'"),
     ('randomness.seed', 'an integer from 0 on', 0, 'randomness = dict(seed=0)'),
     ('auto_scale_lr.base_batch_size', 'an integer above 0', 1, 'auto_scale_lr = dict(base_batch_size=512)'),
     ('compile', 'True, False or a dict', (bool, Mapping, _NONE), "compile = dict(backend='inductor')"),
@@ -120,7 +121,7 @@ def _explain_call(parts: Mapping[str, Mapping[str, Any]], cls: type, given: set[
     return None
 
 
-def not_registered(key: str, name: str, names: Collection[str]) -> str:
+def not_registered(key: str, name: object, names: Collection[str]) -> str:
     """What to do about the ``type`` at a key; MMPose registers so many that a list of them would hide the rest."""
     close = closest(name, names)
     listed = f'there are {", ".join(sorted(names))}. Else ' if len(names) < 40 else ''
@@ -247,6 +248,9 @@ def _check_paramwise(key: str, cls: type[OptimWrapper], wrapper: Mapping[str, An
     paramwise = wrapper['paramwise_cfg']
     with _in_one_line(f'{key}.paramwise_cfg={paramwise!r}', _PARAMWISE):
         DefaultOptimWrapperConstructor({'optimizer': dict(wrapper['optimizer'])}, deepcopy(paramwise))
+        for place in paramwise.get('custom_keys') or {}:
+            if not isinstance(place, str):
+                raise ValueError(f'custom_keys.{place} is no part of the name of a parameter, which is a text')
         if not issubclass(cls, TwoPassOptimWrapper):
             return
         for name in paramwise:
@@ -255,7 +259,7 @@ def _check_paramwise(key: str, cls: type[OptimWrapper], wrapper: Mapping[str, An
         for place, rules in {'': paramwise, **(paramwise.get('custom_keys') or {})}.items():
             if not isinstance(rules, Mapping):
                 raise ValueError(f'custom_keys.{place}={rules!r} must be a dict')
-            for name, value in rules.items():
+            for name, value in ((str(name), value) for name, value in rules.items()):
                 if name.endswith('_mult') and not is_number(value):
                     raise ValueError(f'{place}{place and "."}{name}={value!r} must be a number')
                 # Others become entries of the optimizer's group, and which it reads, only the optimizer knows.
@@ -325,11 +329,14 @@ def check_data(cfg: Config, *splits: str) -> None:
     keys: dict[str, None] = {}
     for split in splits:
         evaluators = cfg.get(f'{split}_evaluator') or []
-        evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
-        of_evaluators = [(f'{split}_evaluator', 'ann_file', metric.get('ann_file') or '') for metric in evaluators]
-        dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
+        # What has another form, MMEngine refuses.
+        metrics = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
+        files = [metric.get('ann_file') for metric in metrics if isinstance(metric, dict)]
+        of_evaluators = [(f'{split}_evaluator', 'ann_file', file) for file in files if isinstance(file, str)]
+        loader = cfg.get(f'{split}_dataloader')
+        dataset = loader.get('dataset') if isinstance(loader, dict) else None
         for where, name, path in (*_data_paths(f'{split}_dataloader.dataset', dataset), *of_evaluators):
-            if '://' in path or Path(path).exists():
+            if not path or '://' in path or Path(path).exists():
                 continue
             missing.setdefault(path, f'{where}.{name}')
             in_root = name.startswith(('ann', 'data')) and 'dataset' in where
@@ -347,11 +354,14 @@ def _data_paths(where: str, dataset: Any) -> Iterator[tuple[str, str, str]]:
     if not isinstance(dataset, dict):
         return
     if dataset.get('ann_file'):
-        prefixes = {f'data_prefix.{name}': prefix for name, prefix in (dataset.get('data_prefix') or {}).items()}
-        for name, path in {'ann_file': dataset['ann_file'], **prefixes}.items():
-            yield where, name, path if '://' in path else os.path.join(dataset.get('data_root') or '', path)
+        prefix = dataset.get('data_prefix')  # MMPretrain's data sets take a single one, too
+        prefixes = {f'.{name}': value for name, value in prefix.items()} if isinstance(prefix, dict) else {'': prefix}
+        paths = {'ann_file': dataset['ann_file'], **{f'data_prefix{name}': path for name, path in prefixes.items()}}
+        for name, path in ((name, path) for name, path in paths.items() if isinstance(path, str)):
+            yield where, name, path if '://' in path else os.path.join(str(dataset.get('data_root') or ''), path)
     for name in ('bbox_file', 'headbox_file'):
-        yield where, name, dataset.get(name) or ''
+        if isinstance(dataset.get(name), str):
+            yield where, name, dataset[name]
     yield from _data_paths(f'{where}.dataset', dataset.get('dataset'))
     for i, member in enumerate(dataset.get('datasets') or []):
         yield from _data_paths(f'{where}.datasets.{i}', member)
@@ -362,7 +372,7 @@ def _registered(
 ) -> Any:
     """The class that MMEngine finds for a ``type``; where there is none, a UsageError, or None if not ``required``."""
     with registry.switch_scope_and_registry(scope or cfg.get('default_scope', 'mmengine')) as found:
-        cls = found.get(kind) if isinstance(kind, str) else kind
+        cls = kind if callable(kind) else found.get(kind) if isinstance(kind, str) and kind else None
         if cls is None and required:
             raise UsageError(not_registered(key, kind, {*found.module_dict, *registry.module_dict}))
         return cls
@@ -373,7 +383,7 @@ def _in_one_line(key: str, example: str = '') -> Iterator[None]:
     """An error of MMEngine's or of a constructor, with the config's key and a right form."""
     try:
         yield
-    except (TypeError, ValueError, AssertionError, ImportError) as error:
+    except (TypeError, ValueError, KeyError, AssertionError, ImportError) as error:
         written = f'. Write for example: {example}' if example else ''
         raise UsageError(f'{key}: {error}{written}') from error
 

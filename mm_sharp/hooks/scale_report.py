@@ -16,6 +16,7 @@ from statistics import mean, median
 from mmengine.logging import print_log
 from torch import nn
 
+from mm_sharp.errors import RECOMMENDED
 from mm_sharp.hooks.scale import Part, Scale, scale_of
 from mm_sharp.ops.parameters import parameters_of
 from mm_sharp.ops.perturbation import BY_TENSOR
@@ -42,7 +43,7 @@ _OF_THE_GRADIENT, _NOTICEABLE = 0.25, 0.02
 # up, hardly any perturbation raises the loss.
 _FEW, _MANY = 5, 20
 
-_MEASURED = "adaptive='tensor', rho=0.02, perturb='weights' (rho as a share of each tensor's norm)"
+_MEASURED = f"{RECOMMENDED} (rho as a share of each tensor's norm)"
 
 
 class ScaleReport:
@@ -104,9 +105,9 @@ class ScaleReport:
             ranked = sorted(scale.parts, key=scale.share, reverse=True)
             kept = ranked if len(ranked) <= _MOST_PARTS else ranked[: _MOST_PARTS - 1]
             self._shown = [part.name for part in kept]
-        shares = dict.fromkeys((f'share_{name}' for name in self._shown), 0.0)
+        shares = dict.fromkeys(map(_share_key, self._shown), 0.0)
         for part in scale.parts:
-            key = f'share_{part.name}' if part.name in self._shown else 'share_rest'
+            key = _share_key(part.name) if part.name in self._shown else 'share_rest'
             shares[key] = shares.get(key, 0.0) + scale.share(part)
         return shares
 
@@ -187,6 +188,11 @@ class ScaleReport:
         if kind not in self._said:
             self._said.add(kind)
             print_log(f'{self._owner}: {message}. See docs/scale.md', logger='current', level=logging.WARNING)
+
+
+def _share_key(name: str) -> str:
+    """The scalar of a part: of one called ``seen``, it must not be that of the samples that were seen."""
+    return f'share_{name}_part' if name in ('rest', 'seen') else f'share_{name}'
 
 
 def _moved(part: Part) -> float:

@@ -15,6 +15,7 @@ from mmengine.config import Config
 
 from mm_sharp.analysis.benchmark import steps
 from mm_sharp.analysis.benchmark.candidates import (
+    BY_HAND,
     Candidate,
     all_methods,
     parse_methods,
@@ -207,6 +208,20 @@ def test_all_methods_start_from_the_same_weights_and_stay_there(tmp_path: Path) 
         for parameter, start in zip(candidate.model.parameters(), workload.model.parameters(), strict=True):
             assert torch.equal(parameter, start)
             assert parameter.data_ptr() != start.data_ptr()
+
+
+def test_the_ids_of_an_indexed_data_set_are_no_argument_of_the_model(tmp_path: Path) -> None:
+    cfg = toy(tmp_path)
+    cfg.train_dataloader.dataset = {'type': 'IndexedDataset', 'dataset': cfg.train_dataloader.dataset}
+    own = {'rho': 0.05, 'optimizer': {'type': 'SGD', 'lr': 0.1}}
+    settings = {name: {'type': f'{name}OptimWrapper', **own} for name in ('SAM', 'AUSAM')}
+    settings |= {'base': {**own, 'type': 'OptimWrapper'}, BY_HAND: settings['SAM']}
+    del settings['base']['rho']
+    with prepared(cfg):
+        workload = load_workload(cfg, batch_size=4)
+        assert 'sample_key' in workload.batches[0]
+        times = workload.measure(settings, 1, 1, step_seconds, passes_only=True)
+    assert len(times) == 6
 
 
 class Diary:

@@ -108,6 +108,9 @@ def _check_quantized_column(run: TrainedRun) -> None:
     assert head == '| run | AP | PCK | AP before | epochs | time |'
     assert plain.split('|')[4].strip() == ''
     assert quantized.split('|')[4].strip() == '0.125'
+    head, _, row = metrics_table([_run({'PCK': 0.5}, {'post_training/PCK': 0.25})], {}).splitlines()
+    assert head == '| run | PCK | PCK before | epochs | time |'
+    assert row.split('|')[3].strip() == '0.250'
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,27 @@ def _check_quantized_column(run: TrainedRun) -> None:
 def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         tool('compare_runs').main(arguments)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (('--samples', '2'), r"'run' has no train_dataloader: leave it out with --samples 0"),
+        (('--samples', '0'), r"no data: 'none/test\.json' \(test_dataloader\.dataset\.ann_file\)"),
+    ],
+)
+def test_runs_whose_data_is_not_there(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / 'run' / '20260101_000000' / 'vis_data'
+    folder.mkdir(parents=True)
+    data = "test_dataloader = dict(dataset=dict(type='CocoDataset', data_root='none', ann_file='test.json'))"
+    (folder / 'config.py').write_text(f'train_cfg = dict(max_epochs=1)\n{data}\n')
+    (folder / 'scalars.json').write_text('{"lr": 0.1, "loss": 1.0, "time": 1.0, "data_time": 0.5, "step": 1}\n')
+    torch.save({}, tmp_path / 'run' / 'epoch_1.pth')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        tool('compare_runs').main(['a=run', '--out-dir', 'out', *options])
 
 
 def test_keypoints_below_the_threshold_are_not_drawn(tmp_path: Path) -> None:
@@ -151,6 +175,7 @@ def test_any_metric_is_compared(tmp_path: Path) -> None:
     face, person, none = _run({'NME': 0.25, 'AUC': 0.5}), _run({'coco/AR': 0.5, 'PCK': 0.75}), _run()
     assert [held_out_metric([run], None) for run in (face, person, none)] == ['NME', 'PCK', None]
     assert held_out_metric([face, none], 'AUC') == 'AUC'
+    assert held_out_metric([_run({'steps/PCK': 0.5, 'time_to_hit': 0.5})], None) == 'steps/PCK'
     with pytest.raises(UsageError, match=r"--metric 'auc': no run has it; there are NME, AUC"):
         held_out_metric([face], 'auc')
     head, _, row = metrics_table([face], {}, 'NME').splitlines()
@@ -160,12 +185,23 @@ def test_any_metric_is_compared(tmp_path: Path) -> None:
     assert cv2.imread(str(tmp_path / 'NME.png')).shape[1] > cv2.imread(str(tmp_path / 'None.png')).shape[1]
 
 
+def test_losses_below_zero_are_drawn(tmp_path: Path) -> None:
+    run = _run()
+    steps = [{**run.log[0], 'step': step, 'loss': loss} for step, loss in enumerate((-1.0, -2.0, -40.0))]
+    pictures = []
+    for factor in (1, 2):
+        log = [{**step, 'loss': step['loss'] * (factor if step['step'] == 1 else 1)} for step in steps]
+        draw_curves([replace(run, log=log)], None, {}, tmp_path / 'curves.png')
+        pictures.append(cv2.imread(str(tmp_path / 'curves.png')))
+    assert not np.array_equal(*pictures)
+
+
 def test_a_resumed_run_has_one_log(tmp_path: Path) -> None:
     """What was trained again after an interruption counts once, as it was the second time."""
     for time, steps in (('20260101_000000', (1, 2, 3)), ('20260101_000100', (3, 4))):
         folder = tmp_path / time / 'vis_data'
         folder.mkdir(parents=True)
-        (folder / 'config.py').write_text('train_cfg = dict(max_epochs=2)\n')
+        (folder / 'config.py').write_text(f'train_cfg = dict(max_epochs=10)\nresume = {steps[0] > 1}\n')
         lines = [{'lr': 0.1, 'loss': float(time[-3]), 'time': 1.0, 'data_time': 0.5, 'step': s} for s in steps]
         (folder / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     torch.save({}, tmp_path / 'epoch_2.pth')
@@ -174,3 +210,21 @@ def test_a_resumed_run_has_one_log(tmp_path: Path) -> None:
     assert run.training('loss') == [(1, 0.0), (2, 0.0), (3, 1.0), (4, 1.0)]
     assert run.seconds() == 2.0
     assert run.last.name == 'epoch_10.pth'
+    assert run.epochs_in_words() == '10'
+
+
+def test_of_several_runs_in_a_folder_the_last_one_counts(tmp_path: Path) -> None:
+    for time, epochs in (('20260101_000000', 3), ('20260101_000100', 2)):
+        folder = tmp_path / time / 'vis_data'
+        folder.mkdir(parents=True)
+        (folder / 'config.py').write_text(f'train_cfg = dict(max_epochs={epochs + 1})\nresume = False\n')
+        lines = [{'PCK': epochs / 10, 'step': epoch + 1} for epoch in range(epochs)]
+        lines += [{'lr': 0.1, 'loss': 1.0, 'time': 1.0, 'data_time': 0.5, 'step': epoch + 1} for epoch in range(epochs)]
+        (folder / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        for epoch in range(epochs):
+            torch.save({}, tmp_path / f'epoch_{epoch + 1}.pth')
+        (tmp_path / 'last_checkpoint').write_text(f'/elsewhere/epoch_{epochs}.pth')
+    torch.save({}, tmp_path / 'epoch_2-01ab23cd.pth')  # as CheckpointHook publishes it
+    run = read_run('a', tmp_path)
+    assert run.held_out('PCK') == [(1, 0.2), (2, 0.2)]
+    assert (run.last.name, run.epochs_in_words(), run.seconds()) == ('epoch_2.pth', '2 of 3', 1.0)

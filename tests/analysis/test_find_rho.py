@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mm_sharp import SAMOptimWrapper
-from mm_sharp.analysis.find_rho.measure import BatchRises, RhoProbe, perturbation_of, training_config
+from mm_sharp.analysis.find_rho.measure import BatchRises, RhoProbe, measure, perturbation_of, training_config
 from mm_sharp.analysis.find_rho.report import Findings, Point, points_of, propose, shares_of, text
 from mm_sharp.config.preflight import check_wrappers
 from mm_sharp.errors import RECOMMENDED_SCALE
@@ -217,8 +217,25 @@ def test_the_training_is_the_base_optimizers(tmp_path: Path) -> None:
     assert found.optim_wrapper.type == 'SAMOptimWrapper'
     assert (found.optim_wrapper.rho, found.optim_wrapper.clip_grad) == (0.0, dict(max_norm=1.0))
     assert 'batch_sampler' not in found.train_dataloader
+    assert found.train_dataloader.drop_last
+    del cfg.train_dataloader.batch_sampler['drop_last'], sampler['drop_last']
+    assert not training_config(cfg, 'folder').train_dataloader.drop_last
     assert cfg.optim_wrapper.type == 'AUSAMOptimWrapper'
     assert cfg.train_dataloader.batch_sampler == sampler
+
+
+@pytest.mark.timeout(120)
+def test_batches_of_a_sampler_without_end_whose_workers_persist(tmp_path: Path) -> None:
+    """They come after those of the training: MMEngine's sampler cannot begin anew."""
+    found = []
+    for workers in (0, 1):
+        cfg = toy_config(tmp_path, 'sam')
+        cfg.train_cfg, cfg.experiment_name = dict(by_epoch=False, max_iters=12), f'{workers} workers'
+        cfg.train_dataloader.update(sampler=dict(type='InfiniteSampler'), num_workers=workers)
+        cfg.train_dataloader.persistent_workers = workers > 0
+        found.append(measure(cfg, perturbation_of(cfg), RHOS, 2, 5, trust=False)[0])
+    assert len(found[0]) == 5
+    assert [batch.loss for batch in found[0]] == [batch.loss for batch in found[1]]
 
 
 @pytest.fixture

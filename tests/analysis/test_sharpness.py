@@ -32,6 +32,7 @@ from mm_sharp.analysis.sharpness.measures import (
 )  # fmt: skip
 from mm_sharp.analysis.sharpness.objective import Objective, preserved_eval_mode
 from mm_sharp.errors import UsageError
+from mm_sharp.samples.indexed_dataset import IndexedDataset
 from tests.sharpness import QUICK, figures, rows_of
 from tests.toys import CountingNet, Functional, ToyNet, batches, make, same_bits, same_state
 
@@ -78,6 +79,15 @@ def quadratic(spectrum: list[float], seed: int = 0) -> tuple[Quadratic, Samples,
 
 def objective_of(model: nn.Module, data: Samples, batch_size: int = 3) -> Objective:
     return Objective(model.eval(), data, list(model.parameters()), batch_size)
+
+
+@pytest.mark.parametrize('as_tuple', [False, True])
+def test_the_ids_of_an_indexed_data_set_are_no_argument_of_the_model(as_tuple: bool) -> None:
+    model, data, _, _ = quadratic([2.0, 1.0])
+    rows = [tuple(row.values()) for row in data.rows] if as_tuple else data.rows
+    indexed = IndexedDataset(rows)
+    keyed = replace(data, rows=[indexed[index] for index in range(len(rows))])
+    assert objective_of(model, keyed).loss_and_gradient()[0] == objective_of(model, data).loss_and_gradient()[0]
 
 
 def close(found: float, expected: float, tolerance: float = 1e-9) -> bool:

@@ -58,11 +58,20 @@ WRONG: dict[str, tuple[Any, str]] = {
     'time alone': (small(budgets=['time']), "budgets: ['time'] is not allowed: it must be with epochs, too"),
     'control': (small(control='uniform'), "control: 'uniform' is not allowed: it must be one of base, sam, half"),
     'keep': (small(keep=['esam']), "keep: 'esam' is not allowed"),
+    'a word for a list': (small(keep='sam'), "keep: 'sam' is not allowed: it must be a list"),
+    'a list for a word': (small(control=['sam']), "control: ['sam'] is not allowed: it must be a text"),
+    'a list in a list': (small(keep=[['sam']]), "keep: ['sam'] is not allowed: it must be one of base, sam, half"),
+    'a number for a label': (
+        small(labels={'sam': 0.02}),
+        "labels: {'sam': 0.02} is not allowed: it must be a mapping to",
+    ),
     'labels': (small(labels={'esam': 'ESAM'}), "labels: 'esam' is not allowed: it must be one of base, sam, half"),
+    'no config': (small(settings={'a': {**SETTING, 'config': None}}), 'settings.a.config: None is not allowed'),
     'config': (small(settings={'a': {**SETTING, 'config': 'no.py'}}), "settings.a.config: 'no.py' is not allowed"),
     'epochs': (small(settings={'a': {**SETTING, 'epochs': 0}}), 'settings.a.epochs: 0 is not allowed'),
     'corrupt': (small(settings={'a': {**SETTING, 'corrupt': 2}}), 'settings.a.corrupt: 2 is not allowed'),
     'load_from': (small(settings={'a': {**SETTING, 'load_from': 'b'}}), "settings.a.load_from: 'b' is not allowed"),
+    'a word for true': (small(settings={'a': {**SETTING, 'selects': 'x'}}), "settings.a.selects: 'x' is not allowed"),
     'selects': (small(settings={'a': {**SETTING, 'selects': False}}), 'settings.a.selects: False is not allowed'),
     'a method that is a word': (
         small(methods={'base': {}, 'sam': 'SAM'}),
@@ -115,6 +124,9 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
     (tmp_path / 'twice.yaml').write_text('methods:\n  base: {}\n  half: {type: A}\n  half: {type: B}\n')
     with pytest.raises(UsageError, match="'half' is written twice in one mapping, from line 2 on"):
         read_study(tmp_path / 'twice.yaml')
+    (tmp_path / 'picture.yaml').write_bytes(b'\xff\xd8')
+    with pytest.raises(UsageError, match='is no YAML'):
+        read_study(tmp_path / 'picture.yaml')
     (tmp_path / 'odd.yaml').write_text('? [1, 2]\n: 3\n')
     with pytest.raises(UsageError, match='is no YAML'):
         read_study(tmp_path / 'odd.yaml')
@@ -128,6 +140,8 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
         ({'settings': {'clean': {**SETTING, 'options': {'model.width.x': 3}}}}, 'settings.clean.options do not fit'),
         ({'methods': {'base': {}, 'b': {'options': {'model.width.x': 3}}}}, r'methods\.b\.options do not fit'),
         ({'settings': {'clean': {**SETTING, 'options': {'val_dataloader': None}}}}, 'has no val_dataloader'),
+        ({'settings': {'clean': {**SETTING, 'options': {'train_dataloader.batch_size': 'x'}}}}, "batch_size='x' is"),
+        ({'settings': {'clean': {**SETTING, 'options': {3: 1}}}}, r"clean\.options 3=…: the config has no '3'"),
         (
             {'settings': {'clean': {**SETTING, 'options': {'trian_cfg.max_epochs': 3}}}},
             r"settings\.clean\.options trian_cfg\.max_epochs=…: the config has no 'trian_cfg'; did you mean",
@@ -345,11 +359,37 @@ def test_corrupted_people_are_exactly_as_many_half_moved_and_half_mirrored(tmp_p
 def test_annotations_that_cannot_be_corrupted_are_refused(tmp_path: Path) -> None:
     folder = draw_coco(tmp_path / 'data')
     source = folder / 'annotations/person_keypoints_train.json'
-    with pytest.raises(UsageError, match='do not name their keypoints'):
+    with pytest.raises(
+        UsageError, match=r"person_keypoints_train\.json': the annotations name no keypoints, so left and"
+    ):
         corrupt_file(source, tmp_path / 'out.json', 1.0)
+    content = json.loads(source.read_text())
+    content['categories'][0]['keypoints'] = [f'thumb{number}' for number in range(17)]
+    (tmp_path / 'hand.json').write_text(json.dumps(content))
+    with pytest.raises(
+        UsageError, match=r'call none of their keypoints left_… and right_… \(thumb0, thumb1, .*, so left'
+    ):
+        corrupt_file(tmp_path / 'hand.json', tmp_path / 'out.json', 1.0)
+    assert not (tmp_path / 'out.json').exists()
     (tmp_path / 'empty.json').write_text('{"annotations": []}')
     with pytest.raises(UsageError, match='no annotated keypoints'):
         corrupt_file(tmp_path / 'empty.json', tmp_path / 'out.json', 0.5)
+
+
+def test_corrupted_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    config, settings = ROOT / 'configs/study/simcc_res18-quarter_demo-64x48.py', {}
+    for name in ('one', 'other'):
+        folder = draw_coco(tmp_path / name)
+        options = {'train_dataloader.dataset.data_root': str(folder)}
+        settings[name] = {'config': str(config), 'epochs': 2, 'options': options, 'corrupt': 0.2}
+    metric = {'name': 'coco/AP'}
+    with pytest.raises(
+        UsageError, match=r'settings\.one\.corrupt: .*/one/.* and .*/other/.* of settings\.other would have'
+    ):
+        plan_of(tmp_path, settings=settings, metric=metric)
+    settings['other']['corrupt'] = 0.1
+    plan = plan_of(tmp_path, settings=settings, metric=metric)
+    assert len({plan.corrupted(setting) for setting in plan.study.settings.values()}) == 2
 
 
 # ---------------------------------------------------------------- methods with settings of their own

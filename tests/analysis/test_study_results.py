@@ -203,6 +203,20 @@ def test_rows_of_other_configs_are_told_of(tmp_path: Path) -> None:
     ]
 
 
+def test_runs_from_weights_of_another_config_are_outdated(tmp_path: Path) -> None:
+    settings = {'clean': {**SETTING, 'epochs': 1}, 'tuned': {**SETTING, 'load_from': 'clean'}}
+    plan = plan_of(tmp_path, settings=settings, selection=None)
+    run, rows = plan.report_runs('tuned', dict.fromkeys(plan.study.methods))[0], Rows(tmp_path / 'rows.csv')
+    rows.add(run, plan.fingerprint(run), {}, plan.start(run))
+    assert not rows.is_outdated(plan, run)
+    settings['clean']['options'] = {'model.width': 8}
+    wider = plan_of(tmp_path, settings=settings, selection=None)
+    assert wider.fingerprint(run) == plan.fingerprint(run)
+    assert Rows(rows.file).is_outdated(wider, run)
+    rows.add(run, plan.fingerprint(run), {})  # as rows were before they said what they started from
+    assert not rows.is_outdated(wider, run)
+
+
 # ---------------------------------------------------------------- equal measured time
 def timed(folder: Path, seconds: dict[str, list[float]], **changes: Any) -> tuple[Plan, Rows]:
     """A study whose runs at equal epochs have cost so many seconds, by method and seed."""

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Here:
     def __init__(self) -> None:
         self.made: list[str] = []
         self.fails_at: int | None = None
+        self.error: Exception = RuntimeError('out of\nmemory')
         self.trains = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Here:
@@ -50,7 +52,7 @@ class Here:
         future: Future[Any] = Future()
         self.made.append(run.id)
         if len(self.made) == self.fails_at:
-            future.set_exception(RuntimeError('out of\nmemory'))
+            future.set_exception(self.error)
         elif self.trains:
             future.set_result(call(plan, run, progress))
         else:
@@ -195,6 +197,17 @@ def test_where_all_runs_fail_there_are_no_others(
     assert 'The same command goes on' in printed
 
 
+def test_a_killed_process_ends_all_runs(
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here.fails_at, here.error = 1, BrokenProcessPool('terminated abruptly')
+    file = write(tmp_path, tiny(selection=None, seeds=[0], keep=[]))
+    code, printed = call(monkeypatch, capsys, file, '--out-dir', tmp_path / 'out')
+    assert code == 2
+    assert 'a process was killed, as the system does where memory is short: try fewer --jobs' in printed
+    assert 'the others go on' not in printed
+
+
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_was(
     tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -240,7 +253,11 @@ def test_a_study_goes_on_where_it_was(
     assert '3 runs in' in printed
     assert 'were made with other configs' in printed
     here.made.clear()
-    assert call(monkeypatch, capsys, *arguments, '--redo')[0] == 0
+    code, printed = call(monkeypatch, capsys, *arguments, '--redo')
+    assert (code, '--redo' in printed) == (0, False)
+    assert len(here.made) == SELECT + REPORT
+    code, printed = call(monkeypatch, capsys, *arguments, '--redo')
+    assert (code, printed.startswith('--redo: no config has changed since its run')) == (0, True)
     assert len(here.made) == SELECT + REPORT
     # Rows of a rho that is not chosen any more stay.
     assert {row['id'] for row in rows_of(out)} >= set(here.made)
@@ -332,9 +349,20 @@ def test_a_setting_starts_from_anothers_weights(tmp_path: Path, here: Here) -> N
     changes = {'settings': settings, 'seeds': [0], 'budgets': ['epochs'], 'selection': None}
     plan, here.trains = plan_of(tmp_path, tiny(**changes)), True
     run_missing(plan, Rows(tmp_path / 'out/results.csv'))
-    assert here.made == [
-        f'report/{setting}/{name}_1e_seed0' for setting in ('clean', 'tuned') for name in ('base', 'sam')
-    ]
+    made = [f'report/{setting}/{name}_1e_seed0' for setting in ('clean', 'tuned') for name in ('base', 'sam')]
+    assert here.made == made
+    # With other weights to start from, runs are made again whose own configs are what they were.
+    here.trains, here.made = False, []
+    settings['clean'] = {**short, 'options': {**short['options'], 'train_dataloader.batch_size': 20}}
+    wider = plan_of(tmp_path, tiny(**changes))
+    rows = Rows(tmp_path / 'out/results.csv')
+    assert wider.fingerprint(Run('report', 'tuned', 'sam', None, 1, 0)) == rows.config(
+        Run('report', 'tuned', 'sam', None, 1, 0)
+    )
+    run_missing(wider, rows, redo=True)
+    assert here.made == made
+    run_missing(wider, rows, redo=True)
+    assert here.made == made
 
 
 @pytest.mark.parametrize(

@@ -234,3 +234,33 @@ def test_an_interval_that_its_hook_allows(kind: str, interval: Any, train: Train
 def test_an_interval_of_none_that_its_hook_does_not_allow(train: Train) -> None:
     said = train('SAM', "default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=None))")
     check(said, 'default_hooks.checkpoint.interval=None', "dict(type='CheckpointHook', interval=50)")
+
+
+@pytest.mark.parametrize(
+    ('lines', 'says'),
+    [
+        ('optim_wrapper = dict(type=3)', 'optim_wrapper.type: 3 is not registered'),
+        ('optim_wrapper = dict(type=None)', 'optim_wrapper.type: None is not registered'),
+        ("optim_wrapper = dict(constructor='')", "optim_wrapper.constructor: '' is not registered"),
+        (
+            'default_scope = 3',
+            "default_scope=3 is not allowed: it must be a name. Write for example: default_scope = 'mm",
+        ),
+        ('optim_wrapper = dict(paramwise_cfg={1: 2})', 'there is no key 1; there are bias_decay_mult, '),
+        (
+            'optim_wrapper = dict(paramwise_cfg=dict(custom_keys={0: dict(lr_mult=0.1)}))',
+            'custom_keys.0 is no part of the name of a parameter',
+        ),
+        (
+            'optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(head={1: 2, "lr_mul": 1})))',
+            "custom_keys.head.lr_mul: did you mean 'lr_mult'?",
+        ),
+    ],
+)
+def test_numbers_and_nothing_in_place_of_names(lines: str, says: str, train: Train) -> None:
+    check(train('SAM', lines), says, '')
+
+
+def test_a_hook_that_looks_up_its_argument(train: Train) -> None:
+    said = train('SAM', "default_hooks = dict(checkpoint=dict(type='CheckpointHook', save_best='PCK', rule='max'))")
+    check(said, 'default_hooks.checkpoint: ', "dict(type='CheckpointHook', interval=50)")

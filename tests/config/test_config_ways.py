@@ -15,7 +15,7 @@ from mmengine.registry import OPTIM_WRAPPERS, DefaultScope
 from mmengine.runner import Runner
 
 import mm_sharp
-from mm_sharp.config.preflight import check_wrappers
+from mm_sharp.config.preflight import check_data, check_wrappers
 from mm_sharp.errors import UsageError
 from mm_sharp.samples.dataset_keys import DatasetKeys
 from mm_sharp.samples.draw import BatchDrawer
@@ -261,3 +261,29 @@ def test_a_method_of_the_users_own_needs_an_optimizer() -> None:
     check_wrappers(Config({'optim_wrapper': {'type': OwnOptimWrapper, 'optimizer': {'type': 'SGD', 'lr': 0.1}}}))
     with pytest.raises(UsageError, match=r'optim_wrapper\.optimizer=None is no dict with a type'):
         check_wrappers(Config({'optim_wrapper': {'type': OwnOptimWrapper}}))
+
+
+def test_data_sets_with_one_folder_of_pictures(tmp_path: Path) -> None:
+    """As MMPretrain's take it."""
+    own = {'type': 'ImageNet', 'data_root': str(tmp_path), 'ann_file': 'meta.txt', 'data_prefix': 'train'}
+    cfg = Config({'train_dataloader': {'dataset': own}, 'train_evaluator': [{'type': 'Accuracy'}]})
+    (tmp_path / 'meta.txt').touch()
+    with pytest.raises(
+        UsageError, match=rf"no data: '{tmp_path}/train' \(train_dataloader\.dataset\.data_prefix\); put"
+    ):
+        check_data(cfg, 'train')
+    (tmp_path / 'train').mkdir()
+    check_data(cfg, 'train')
+
+
+@pytest.mark.parametrize('wrong', [3, 'x', ['x'], {'a': 1}])
+@pytest.mark.parametrize('place', ['ann_file', 'data_prefix', 'evaluator', 'loader'])
+def test_what_is_no_data_is_left_to_mmengine(place: str, wrong: Any, tmp_path: Path) -> None:
+    dataset = {'data_root': str(tmp_path), 'ann_file': '', 'data_prefix': {'img': ''}}
+    cfg = {'train_dataloader': {'dataset': dataset}, 'train_evaluator': []}
+    if place in dataset:
+        dataset.update({'ann_file': '.', place: wrong})
+    else:
+        cfg['train_dataloader' if place == 'loader' else 'train_evaluator'] = wrong
+    (tmp_path / 'x').touch()
+    check_data(Config(cfg), 'train')

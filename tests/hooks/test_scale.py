@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mm_sharp import SAMOptimWrapper
+from mm_sharp.errors import RECOMMENDED
 from mm_sharp.hooks import scale_report
 from mm_sharp.hooks.scale import scale_of, top_level
 from mm_sharp.hooks.scale_report import ScaleReport
@@ -258,7 +259,7 @@ def test_nearly_all_in_a_small_part(tmp_path: Path, said: list[tuple[int, str]])
     (message,) = [line for line in warnings(said) if 'hardly perturbed' in line]
     assert ' % of the perturbation is in head, which has ' in message
     assert ', while head is moved by ' in message
-    assert "Write adaptive='tensor', rho=0.02, perturb='weights'" in message
+    assert f'Write {RECOMMENDED} (rho as' in message
     assert r"perturb=dict(exclude=[r'\bhead\b'])" in message
     assert last(runner, 'share_head') > 0.75
 
@@ -346,6 +347,19 @@ def test_of_many_parts_the_rest_is_put_together() -> None:
         assert scalars['share_part6'] == pytest.approx(squares[6].item())
         assert scalars['share_rest'] == pytest.approx(squares[:3].sum().item())
         assert scalars['rho_relative'] == pytest.approx(math.sqrt(91 / 7))
+
+
+def test_parts_with_names_of_other_scalars() -> None:
+    names = ['seen', 'rest', *(f'part{i}' for i in range(4))]
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in names})
+    moves = torch.arange(6.0, 0.0, -1.0)
+    sizes = PerturbationSizes(list(model.parameters()), moves, torch.ones(6), torch.ones(()))
+    report = ScaleReport(SAMOptimWrapper(SGD(model.parameters(), lr=0.1)), model)
+    scalars = report.log_scalars(StepRecord(torch.ones(()), torch.full((), 1.2), torch.ones(()), sizes=sizes))
+    shares = moves.square() / moves.square().sum()
+    found = [scalars[f'share_{name}'] for name in ('seen_part', 'rest_part', 'part0', 'part1', 'rest')]
+    assert found == pytest.approx([*shares[:4].tolist(), shares[4:].sum().item()])
+    assert 'share_seen' not in scalars  # the share of the samples seen, of ESAM and AUSAM
 
 
 def test_a_model_in_one_part_has_no_shares() -> None:

@@ -93,6 +93,7 @@ def test_the_command_lists_the_tools_without_torch(installed: Path, tmp_path: Pa
     described = dict(line.split(maxsplit=1) for line in lines if line.startswith('  '))
     assert tools <= set(described)
     assert run(installed / 'python', '-m', 'mm_sharp', cwd=tmp_path).splitlines() == lines
+    assert run(installed / 'mm-sharp', '--version', cwd=tmp_path) == f'mm_sharp {mm_sharp.__version__}\n'
     assert run(installed / 'mm-sharp', 'trian', cwd=tmp_path, code=2).endswith("did you mean 'train'?\n")
 
 

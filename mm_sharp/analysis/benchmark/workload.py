@@ -21,11 +21,13 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import set_random_seed
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from mm_sharp.analysis.benchmark.candidates import BY_HAND, SHARED, Candidate, HandWrittenSAM, PassesOnly
 from mm_sharp.analysis.benchmark.steps import Measure, measure_rounds
 from mm_sharp.analysis.prepare import build_loader, model_config
 from mm_sharp.errors import UsageError
+from mm_sharp.samples.keys import SampleKey, without_keys
 from mm_sharp.step.wrapper import TwoPassOptimWrapper
 
 FLOAT = 'float'  # the base optimizer on the float model that a quantized model was made from
@@ -73,6 +75,10 @@ class Workload:
         if config['type'] == 'OptimWrapper' and config.get('dtype'):
             dtype = getattr(torch, config.pop('dtype'))
             model.forward = torch.autocast(get_device(), dtype=dtype)(model.forward)
+        # Ours take an IndexedDataset's keys out themselves.
+        keyed = any(isinstance(leaf, SampleKey) for leaf in tree_flatten(self.batches[:1])[0])
+        if keyed and config['type'] == 'OptimWrapper':
+            model.register_forward_pre_hook(without_keys, with_kwargs=True)
         wrapper = build_optim_wrapper(model, config)
         for group in wrapper.optimizer.param_groups:
             group['lr'] = group['lr'] * 0  # a number, or a tensor for capturable optimizers

@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper
+from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -175,8 +176,7 @@ def training_config(cfg: Config, folder: str) -> Config:
     cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': None}
     loader = cfg.train_dataloader
     if type_name((loader.get('batch_sampler') or {}).get('type')) == 'AUSAMSampler':
-        loader.pop('batch_sampler')
-        loader.drop_last = True
+        loader.drop_last = loader.pop('batch_sampler').get('drop_last', False)
     if issubclass(wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper), TwoPassOptimWrapper):
         names = {*arguments_of(TwoPassOptimWrapper), 'constructor', 'paramwise_cfg', '_scope_'}
         kept = {name: value for name, value in cfg.optim_wrapper.items() if name in names}
@@ -211,7 +211,10 @@ class _MeasuringHook(Hook):  # type: ignore[misc]
             return
         self._bar.set_description('measuring')
         probe = RhoProbe(runner.optim_wrapper.optimizer, self._rhos, **self._perturbation.arguments)
-        for number, batch in enumerate(itertools.islice(_endless(runner.train_dataloader), self._batches)):
+        # Begun again, a loader with persistent workers ends MMEngine's InfiniteSampler for good.
+        by_iterations = isinstance(runner.train_loop, IterBasedTrainLoop)
+        loaded = runner.train_loop.dataloader_iterator if by_iterations else _endless(runner.train_dataloader)
+        for number, batch in enumerate(itertools.islice(loaded, self._batches)):
             torch.manual_seed(runner.seed + number)  # each measurement puts the random state back
             rises = probe.measure(runner.model, batch)
             self.found += [] if rises is None else [rises]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.runs.trained_run import TrainedRun
 from mm_sharp.analysis.sharpness.loading import load_model
+from mm_sharp.errors import UsageError
 
 Array = NDArray[Any]
 Link = tuple[int, int]  # two keypoints that are joined by a line
@@ -61,6 +62,8 @@ def _predictions(run: TrainedRun, count: int) -> tuple[list[Any], list[Link]]:
     with prepared(run.cfg), torch.no_grad():
         loader = Runner.build_dataloader(options)
         dataset = loader.dataset
+        if 'skeleton_links' not in (getattr(dataset, 'metainfo', None) or {}):
+            raise UsageError(f"'{run.folder}': its test data has no keypoints to draw: leave them out with --people 0")
         chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int)
         found = model.test_step(loader.collate_fn([dataset[int(index)] for index in chosen]))
     return found, [(int(a), int(b)) for a, b in dataset.metainfo['skeleton_links']]

@@ -26,7 +26,8 @@ Curve = Sequence[tuple[int, float]]  # iterations or epochs, and values
 # As the validation loop's entries of the log are known: training's have a learning rate.
 _TRAINING = 'lr'
 _METRICS = {'coco/AP': 'AP', 'PCK': 'PCK'}
-_NO_METRICS = ('post_training/', 'data_time', 'time', 'step')  # what else these entries have
+_NO_METRICS = ('data_time', 'time', 'step')  # what else these entries have, beside those of _BEFORE
+_BEFORE = 'post_training/'
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class TrainedRun:
         found = self.held_out(key)
         return found[-1][1] if found else None
 
+    def epochs_in_words(self) -> str:
+        """How many epochs the checkpoints show of those that the config has."""
+        planned = self.cfg.train_cfg.max_epochs
+        made = max(self.checkpoints, default=planned)
+        return str(planned) if made == planned else f'{made} of {planned}'
+
     def seconds(self) -> float:
         """Time of all training steps without loading data: the median step's, times their number."""
         steps = [entry for entry in self.log if _TRAINING in entry]
@@ -64,22 +71,30 @@ class TrainedRun:
 
 
 def read_run(name: str, folder: Path) -> TrainedRun:
-    """Read a work directory, with all logs of a run that was resumed; a UsageError: it has none, or no checkpoint."""
+    """Read a work directory, with all logs of a run that was resumed; a UsageError: it has none, or no checkpoint.
+
+    Of several runs that were begun in it, the last one counts.
+    """
     logs = sorted(folder.glob('*/vis_data/scalars.json'))
-    files = sorted(folder.glob('epoch_*.pth'), key=_epoch)
+    files = sorted(filter(_epoch, folder.glob('epoch_*.pth')), key=_epoch)
     if not logs or not files:
         missing = 'checkpoint of a whole epoch' if logs else 'log'
         raise UsageError(f"'{folder}' has no {missing}: give the --work-dir of a run of tools/train.py")
-    cfg = Config.fromfile(logs[-1].with_name('config.py'), format_python_code=False)
+    configs = [Config.fromfile(log.with_name('config.py'), format_python_code=False) for log in logs]
+    logs = logs[max((number for number, cfg in enumerate(configs) if not cfg.get('resume')), default=0) :]
+    pointer = folder / 'last_checkpoint'
+    last = _epoch(Path(pointer.read_text().strip())) if pointer.is_file() else 0
+    files = [file for file in files if _epoch(file) <= last] or files  # an earlier run may have been longer
     entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     # What was done again after an interruption counts once.
     log = {(_TRAINING in entry, entry['step'], *(key for key in entry if '/' in key)): entry for entry in entries}
-    return TrainedRun(name, folder, cfg, {_epoch(file): file for file in files}, list(log.values()))
+    return TrainedRun(name, folder, configs[-1], {_epoch(file): file for file in files}, list(log.values()))
 
 
 def _epoch(file: Path) -> int:
-    (number,) = re.findall(r'\d+', file.stem) or ['0']
-    return int(number)
+    # Not of a copy, such as the one that CheckpointHook publishes.
+    match = re.fullmatch(r'epoch_(\d+)', file.stem)
+    return int(match[1]) if match else 0
 
 
 def held_out_metric(runs: Sequence[TrainedRun], asked: str | None) -> str | None:
@@ -89,7 +104,9 @@ def held_out_metric(runs: Sequence[TrainedRun], asked: str | None) -> str | None
         UsageError: No run has what was asked for.
     """
     entries = (entry for run in runs for entry in run.log if _TRAINING not in entry)
-    there = dict.fromkeys(key for entry in entries for key in entry if not key.startswith(_NO_METRICS))
+    there = dict.fromkeys(
+        key for entry in entries for key in entry if key not in _NO_METRICS and not key.startswith(_BEFORE)
+    )
     if asked is not None and asked not in there:
         raise UsageError(f"--metric '{asked}': no run has it; there are {', '.join(there) or 'none'}")
     return asked or next((key for key in (*_METRICS, *there) if key in there), None)
@@ -103,12 +120,12 @@ def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve], me
     metrics = {key: title for key, title in _METRICS.items() if any(run.held_out(key) for run in runs)}
     if metric is not None:
         metrics.setdefault(metric, metric.rpartition('/')[2])
-    before = any(run.held_out(f'post_training/{key}') for run in runs for key in metrics)
+    before = [key for key in metrics if any(run.held_out(f'{_BEFORE}{key}') for run in runs)]
     table = {'run': [run.name for run in runs]}
     table |= {title: [_number(run.final(key)) for run in runs] for key, title in metrics.items()}
-    if before:  # what post-training quantization gave
-        table['AP before'] = [_number(run.final('post_training/coco/AP')) for run in runs]
-    table['epochs'] = [str(run.cfg.train_cfg.max_epochs) for run in runs]
+    for key in before[:1]:  # what post-training quantization gave
+        table[f'{metrics[key]} before'] = [_number(run.final(f'{_BEFORE}{key}')) for run in runs]
+    table['epochs'] = [run.epochs_in_words() for run in runs]
     table['time'] = [f'{run.seconds() / runs[0].seconds():.2f}' for run in runs]
     if sharpness:
         table['sharpness'] = [f'{sharpness[run.name][-1][1]:.2g}' for run in runs]
@@ -143,10 +160,11 @@ def draw_curves(runs: Sequence[TrainedRun], metric: str | None, sharpness: Mappi
         axis.set_xlabel(label, fontsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
-    axes[0].set_yscale('log')
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[0].yaxis.set_major_formatter('{x:g}')
-    axes[0].yaxis.set_minor_formatter(NullFormatter())  # all of them would lie over each other
+    if all(loss > 0 for curve in panels[0][2].values() for _, loss in curve):  # RLE's, for one, falls below 0
+        axes[0].set_yscale('log')
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0].yaxis.set_major_formatter('{x:g}')
+        axes[0].yaxis.set_minor_formatter(NullFormatter())  # all of them would lie over each other
     figure.savefig(file)
 
 

@@ -26,6 +26,7 @@ from mm_sharp.ops.module_state import ModuleStateBackup, StatePlan
 from mm_sharp.ops.module_tree import ModuleTree
 from mm_sharp.ops.tensor_backup import TensorBackup
 from mm_sharp.per_sample_loss import PerSampleLoss, PerSampleLossError, Reduction
+from mm_sharp.samples.keys import without_keys
 
 # What a training loss is of its samples' losses, and what is to be said of it.
 _FORMS: dict[Reduction | None, tuple[str, str]] = {
@@ -137,7 +138,8 @@ class Objective:
         data = batch if preprocessor is None else preprocessor(batch, False)
         if next(model.parameters()).dtype == torch.float64:
             data = as_double(data)
-        output = model(**data, mode='loss') if isinstance(data, dict) else model(*data, mode='loss')
+        args, kwargs = without_keys(model, *(((), data) if isinstance(data, dict) else (data, {})))
+        output = model(*args, **kwargs, mode='loss')
         return model.parse_losses(output)[0]  # type: ignore[no-any-return]
 
     def _differentiate(self, value: Tensor, again: bool = False, what: str = 'derivatives') -> tuple[Tensor, ...]:

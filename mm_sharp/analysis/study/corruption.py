@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mm_sharp.errors import UsageError
+from mm_sharp.compat.atomic_writes import write_atomically
+from mm_sharp.errors import UsageError, some
 
 # A keypoint's error, in square roots of the box's area: a tenth of a person is about as wide as a head.
 JITTER = 0.1
@@ -24,11 +25,13 @@ def corrupt_file(source: Path, target: Path, share: float, seed: int = 0) -> Non
     people = [entry for entry in content.get('annotations', []) if any(entry.get('keypoints', [])[2::3])]
     if not people:
         raise UsageError(f"'{source}' has no annotated keypoints to corrupt")
-    names = content['categories'][0].get('keypoints')
+    names = content['categories'][0].get('keypoints') or []
+    mirror = _mirror(names)
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(people))[: round(share * len(people))]
-    if len(chosen) and not names:
-        raise UsageError('the annotations do not name their keypoints, so left and right are not known')
+    if len(chosen) and mirror == list(range(len(names))):
+        named = f'call none of their keypoints left_… and right_… ({some(names)})' if names else 'name no keypoints'
+        raise UsageError(f"'{source}': the annotations {named}, so left and right are not known")
     for number, row in enumerate(chosen):
         person = people[row]
         points = np.asarray(person['keypoints'], np.float64).reshape(-1, 3)
@@ -38,9 +41,9 @@ def corrupt_file(source: Path, target: Path, share: float, seed: int = 0) -> Non
             points[:, :2] += np.where(points[:, 2:] > 0, errors, 0.0)
             person['keypoints'] = [round(float(value), 2) for value in points.ravel()]
         else:
-            person['keypoints'] = points[_mirror(names)].ravel().tolist()
+            person['keypoints'] = points[mirror].ravel().tolist()
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(content))
+    write_atomically(json.dumps(content).encode(), target)  # a half of it would be taken for the whole later
 
 
 def _mirror(names: list[str]) -> list[int]:

@@ -60,7 +60,7 @@ class Plan:
         self.tuned: set[str] = set()  # methods whose rho is to be chosen
         for setting in study.settings.values():
             if setting.corrupt:
-                self.annotations(setting)
+                self._check_corrupted(setting)
             for method in study.methods_in(setting.name):
                 self._check_method(setting, method)
 
@@ -139,6 +139,11 @@ class Plan:
             text = text.replace(now, before)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    def start(self, run: Run) -> str:
+        """The fingerprint of the run whose weights a run starts from; '' if it starts from none of the study."""
+        setting = self.study.settings[run.setting]
+        return self.fingerprint(self._source(run, setting)) if setting.load_from else ''
+
     def weights(self, run: Run) -> Path:
         """The file with a run's weights, if they are kept."""
         return self.folder / 'weights' / f'{run.id}.pth'
@@ -167,12 +172,21 @@ class Plan:
         budget = 'compute' if 'compute' in self.study.budgets else 'epochs'
         return Run(run.phase, setting.load_from, method, None, self.epochs(setting.load_from, method, budget), run.seed)
 
+    def _check_corrupted(self, setting: Setting) -> None:
+        """Refuse annotations whose corrupted file would be others' too: its name is the file's and the share."""
+        own = self.annotations(setting)
+        for name, other in self.study.settings.items():
+            if other.corrupt and self.corrupted(other) == self.corrupted(setting) and self.annotations(other) != own:
+                both = f"'{own}' and '{self.annotations(other)}' of settings.{name}"
+                what = f'{both} would have one corrupted file: give them different names'
+                raise UsageError(f'settings.{setting.name}.corrupt: {what}')
+
     def _check_method(self, setting: Setting, method: str) -> None:
         cfg, changes = copy.deepcopy(self._configs[setting.name]), self.study.changes(setting.name, method)
         _change(cfg, f'methods.{method}.options', changes.get('options', {}))
         cfg.optim_wrapper = _wrapper(cfg, changes, None)
         try:
-            preflight.check_wrappers(cfg)
+            preflight.check_training(cfg)
         except UsageError as error:
             raise UsageError(f'methods.{method} in settings.{setting.name}: {error}') from error
         kind = wrapper_class(cfg, 'optim_wrapper', cfg.optim_wrapper)

@@ -26,6 +26,7 @@ from mm_sharp.compat.atomic_writes import write_atomically
 from mm_sharp.errors import UsageError, some
 
 KEYS = ('id', 'phase', 'setting', 'method', 'rho', 'epochs', 'seed', 'config')
+_START = 'start'  # with load_from, the fingerprint of the run whose weights it started from
 
 
 class Rows:
@@ -42,9 +43,17 @@ class Rows:
         """The fingerprint of a run's config; None if the run has not been made."""
         return self.by_id.get(run.id, {}).get('config')
 
-    def add(self, run: Run, config: str, metrics: Mapping[str, float]) -> None:
-        """Write a run's row, with the fingerprint of its config, in place of an older one."""
-        row = {'id': run.id, **run._asdict(), 'config': config, **metrics}
+    def is_outdated(self, plan: Plan, run: Run) -> bool:
+        """Whether a run has been made with another config than the plan's, or from weights of such a run."""
+        row = self.by_id.get(run.id)
+        if row is None:
+            return False
+        # Older rows do not say what they started from.
+        return row['config'] != plan.fingerprint(run) or row.get(_START) not in (None, '', plan.start(run))
+
+    def add(self, run: Run, config: str, metrics: Mapping[str, float], start: str = '') -> None:
+        """Write a run's row, with the fingerprints of its config and of its start, in place of an older one."""
+        row = {'id': run.id, **run._asdict(), 'config': config, **({_START: start} if start else {}), **metrics}
         self.by_id[run.id] = {name: '' if value is None else str(value) for name, value in row.items()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(csv_text(self.by_id.values()).encode(), self.file)
@@ -53,7 +62,7 @@ class Rows:
         """A metric of a run that has been made."""
         row = self.by_id[run.id]
         if not row.get(metric):
-            known = [name for name, value in row.items() if name not in KEYS and value]
+            known = [name for name, value in row.items() if name not in (*KEYS, _START) and value]
             raise UsageError(f'metric.name: {metric!r} is not among what {run.id} gave: {", ".join(known)}')
         return float(row[metric])
 
@@ -230,6 +239,6 @@ def _notes(plan: Plan, rows: Rows, setting: str, runs: Sequence[Run]) -> list[st
 
 
 def _outdated(plan: Plan, rows: Rows, title: str, runs: Sequence[Run]) -> list[str]:
-    old = [run.id for run in runs if rows.config(run) not in (None, plan.fingerprint(run))]
+    old = [run.id for run in runs if rows.is_outdated(plan, run)]
     note = f"{title}: {len(old)} runs were made with other configs than the study's now, {{}} among them"
     return [note.format(first) for first in old[:1]]

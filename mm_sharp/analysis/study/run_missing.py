@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -227,11 +227,11 @@ def _make(plan: Plan, rows: Rows, pool: Executor, redo: bool, title: str, runs: 
         for future in watch(title, {future: (run.id, notes[run]) for future, run in futures.items()}, len(runs)):
             run = futures[future]
             if (error := future.exception()) is None:
-                rows.add(run, missing[run], future.result())
+                rows.add(run, missing[run], future.result(), plan.start(run))
                 rows.value(run, plan.study.metric.name)  # what is missing now will be missing after all other runs
                 continue
             errors.append((run, error))
-            if len(errors) == 1 and len(missing) > 1:
+            if len(errors) == 1 and len(missing) > 1 and not isinstance(error, BrokenExecutor):
                 tqdm.write(f'{run.id} failed: {_one_line(error)}; the others go on', file=sys.stderr)
     if errors:
         run, error = errors[0]
@@ -242,15 +242,17 @@ def _make(plan: Plan, rows: Rows, pool: Executor, redo: bool, title: str, runs: 
 
 def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Run, str]:
     configs = {run: plan.fingerprint(run) for run in runs}
-    old = [run.id for run, config in configs.items() if rows.config(run) not in (None, config)]
+    old = [run for run in runs if rows.is_outdated(plan, run)]
     if old and not redo:
-        hint = f'{old[0]} among them: make them again with --redo, or give another --out-dir'
+        hint = f'{old[0].id} among them: make them again with --redo, or give another --out-dir'
         raise UsageError(f'{len(old)} runs in {rows.file} were made with other configs, {hint}')
     lost = {run for run in runs if plan.keeps_weights(run) and not plan.weights(run).is_file()}
-    return {run: config for run, config in configs.items() if run in lost or rows.config(run) != config}
+    return {run: config for run, config in configs.items() if run in {*lost, *old} or run.id not in rows.by_id}
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, BrokenExecutor):  # what any process's end does to all runs that were not made yet
+        return 'a process was killed, as the system does where memory is short: try fewer --jobs'
     return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 

@@ -15,6 +15,12 @@ from mm_sharp.errors import UsageError, did_you_mean, in_folder, is_number
 
 BASE = 'base'
 BUDGETS = ('epochs', 'compute', 'time')
+# What YAML may give for an entry, by the beginning of its type here; the others are checked by themselves.
+_FORMS: dict[str, tuple[Any, str]] = {
+    'str': ((str, int, float), 'a text'),
+    'bool': (bool, 'true or false'),
+    'list': (list, 'a list'),
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def read_study(file: Path) -> Study:
         raise UsageError(f"'{file}' is a config: a study is a YAML file, such as configs/study/digits.yaml")
     try:
         content = yaml.load(file.read_text(), _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"'{file}' is no YAML: {' '.join(str(error).split())}") from error
     given = _entries(Study, 'the study', content)
     given['metric'] = Metric(**_entries(Metric, 'metric', given['metric']))
@@ -143,7 +149,14 @@ def _entries(kind: Any, where: str, content: Any) -> dict[str, Any]:
     for name, entry in known.items():
         if name not in content and entry.default is entry.default_factory is MISSING:
             raise UsageError(f'{where} needs an entry {name!r}; it has {", ".join(map(str, content)) or "none"}')
-    return dict(content)
+    given = {}
+    for name, value in content.items():
+        kinds, form = _FORMS.get(str(known[name].type).partition('[')[0], (object, ''))
+        if value is None and not known[name].default is known[name].default_factory is MISSING:
+            continue  # an entry without a value
+        _require(isinstance(value, kinds), name if kind is Study else f'{where}.{name}', value, form)
+        given[name] = str(value) if form == 'a text' else value  # YAML reads some names as numbers
+    return given
 
 
 def _check(study: Study) -> None:
@@ -153,12 +166,14 @@ def _check(study: Study) -> None:
     _require(good, 'metric.scale', metric.scale, 'a number above 0, as 100')
     _require(study.methods.get(BASE) == {}, 'methods.base', study.methods.get(BASE), "{}: the config's own optimizer")
     _check_seeds('seeds', study.seeds)
-    _require(bool(budgets) and set(budgets) <= set(BUDGETS), 'budgets', budgets, 'some of [epochs, compute, time]')
+    good = bool(budgets) and all(budget in BUDGETS for budget in budgets)
+    _require(good, 'budgets', budgets, 'some of [epochs, compute, time]')
     needs = 'time' not in budgets or 'epochs' in budgets
     _require(needs, 'budgets', budgets, 'with epochs, too: time is measured in these runs')
     _check_names('control', filter(None, [study.control]), study.methods)
     _check_names('keep', study.keep, study.methods)
-    _require(isinstance(study.labels, dict), 'labels', study.labels, "a mapping, as {sam: 'SAM, rho 0.02'}")
+    good = isinstance(study.labels, dict) and all(isinstance(label, str) for label in study.labels.values())
+    _require(good, 'labels', study.labels, "a mapping to texts, as {sam: 'SAM, rho 0.02'}")
     _check_names('labels', study.labels, {**study.methods, **study.settings})
     if study.selection is not None:
         seeds, rho = study.selection.seeds, study.selection.rho
@@ -218,7 +233,7 @@ def _check_seeds(where: str, seeds: Any) -> None:
 
 def _check_names(where: str, names: Iterable[str], known: Collection[str]) -> None:
     for name in names:
-        _require(name in known, where, name, f'one of {", ".join(known)}')
+        _require(name in list(known), where, name, f'one of {", ".join(known)}')  # what YAML gives may have no hash
 
 
 def _require(good: bool, where: str, value: object, allowed: str) -> None:
