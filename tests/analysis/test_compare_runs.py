@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mm_sharp.analysis.runs.people import Keypoints, Person, draw_people, find_people
+from mm_sharp.analysis.runs.people import Keypoints, Person, draw_people, find_people, not_drawn
 from mm_sharp.analysis.runs.trained_run import TrainedRun, draw_curves, held_out_metric, metrics_table, read_run, rises
 from mm_sharp.errors import UsageError
 from tests.recipe_runs import QUIET
@@ -110,6 +110,14 @@ def _check_quantized_column(run: TrainedRun) -> None:
     assert quantized.split('|')[4].strip() == '0.125'
 
 
+def test_what_a_quantized_run_began_with_is_the_metric_that_is_compared() -> None:
+    began, ended = {'post_training/PCK': 0.5, 'post_training/NME': 0.25}, {'PCK': 0.75, 'NME': 0.125}
+    for metric, title, value in (('PCK', 'PCK before', '0.500'), ('NME', 'NME before', '0.250')):
+        head, _, row = metrics_table([_run(began, ended)], {}, metric).splitlines()
+        cells = dict(zip(*([cell.strip() for cell in line.split('|')] for line in (head, row)), strict=True))
+        assert cells[title] == value
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -137,6 +145,12 @@ def test_keypoints_below_the_threshold_are_not_drawn(tmp_path: Path) -> None:
     moved = points + np.array([[0, 0], [5, 5], [0, 0]])
     assert not np.array_equal(sheet(points, [True, True, False]), sheet(moved, [True, True, False]))
     assert np.array_equal(sheet(points, [True, False, False]), sheet(moved, [True, False, False]))
+
+
+def test_a_column_without_keypoints_is_named() -> None:
+    seen, unseen = (Keypoints(np.zeros((2, 2)), np.array([False, drawn])) for drawn in (True, False))
+    people = [Person(np.zeros((4, 4, 3)), [seen, *columns]) for columns in ([unseen, unseen], [seen, unseen])]
+    assert not_drawn(people, ['base', 'sam']) == ['sam']
 
 
 def _run(*evaluations: dict[str, Any]) -> TrainedRun:

@@ -103,11 +103,12 @@ def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve], me
     metrics = {key: title for key, title in _METRICS.items() if any(run.held_out(key) for run in runs)}
     if metric is not None:
         metrics.setdefault(metric, metric.rpartition('/')[2])
-    before = any(run.held_out(f'post_training/{key}') for run in runs for key in metrics)
+    before = [key for key in metrics if any(run.held_out(f'post_training/{key}') for run in runs)]
     table = {'run': [run.name for run in runs]}
     table |= {title: [_number(run.final(key)) for run in runs] for key, title in metrics.items()}
     if before:  # what post-training quantization gave
-        table['AP before'] = [_number(run.final('post_training/coco/AP')) for run in runs]
+        key = metric if metric in before else before[0]
+        table[f'{metrics[key]} before'] = [_number(run.final(f'post_training/{key}')) for run in runs]
     table['epochs'] = [str(run.cfg.train_cfg.max_epochs) for run in runs]
     table['time'] = [f'{run.seconds() / runs[0].seconds():.2f}' for run in runs]
     if sharpness:
