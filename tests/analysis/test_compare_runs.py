@@ -174,6 +174,14 @@ def test_any_metric_is_compared(tmp_path: Path) -> None:
     assert cv2.imread(str(tmp_path / 'NME.png')).shape[1] > cv2.imread(str(tmp_path / 'None.png')).shape[1]
 
 
+def test_a_run_by_iterations_is_refused(tmp_path: Path) -> None:
+    (tmp_path / '20260101_000000' / 'vis_data').mkdir(parents=True)
+    (tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json').touch()
+    (tmp_path / 'iter_8.pth').touch()
+    with pytest.raises(UsageError, match=r'no checkpoint of a whole epoch: .* by epochs'):
+        read_run('a', tmp_path)
+
+
 def test_a_resumed_run_has_one_log(tmp_path: Path) -> None:
     """What was trained again after an interruption counts once, as it was the second time."""
     for time, steps in (('20260101_000000', (1, 2, 3)), ('20260101_000100', (3, 4))):

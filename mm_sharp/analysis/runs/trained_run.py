@@ -69,7 +69,7 @@ def read_run(name: str, folder: Path) -> TrainedRun:
     files = sorted(folder.glob('epoch_*.pth'), key=_epoch)
     if not logs or not files:
         missing = 'checkpoint of a whole epoch' if logs else 'log'
-        raise UsageError(f"'{folder}' has no {missing}: give the --work-dir of a run of tools/train.py")
+        raise UsageError(f"'{folder}' has no {missing}: give the --work-dir of a run of tools/train.py, by epochs")
     cfg = Config.fromfile(logs[-1].with_name('config.py'), format_python_code=False)
     entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     # What was done again after an interruption counts once.
