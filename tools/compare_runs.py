@@ -18,7 +18,7 @@ from pathlib import Path
 # The package beside this file is used, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mm_sharp.analysis.runs.people import draw_people, find_people
+from mm_sharp.analysis.runs.people import draw_people, find_people, not_drawn
 from mm_sharp.analysis.runs.trained_run import (
     TrainedRun,
     draw_curves,
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     _check_data(runs, {'train': ('--samples', args.samples), 'test': ('--people', args.people)})
     metric = held_out_metric(runs, args.metric)
     cli.output_folder(args.out_dir)
-    files = ['table.md', 'curves.png']
+    files, empty = ['table.md', 'curves.png'], []
     with contextlib.redirect_stdout(io.StringIO()):  # every data set says that it reads its annotations
         sharpness = {run.name: rises(run, args.samples) for run in runs} if args.samples else {}
         draw_curves(runs, metric, sharpness, args.out_dir / 'curves.png')
@@ -82,9 +82,13 @@ def main(arguments: Sequence[str]) -> None:
             titles = ['annotated', *(run.name for run in runs)]
             draw_people(people, titles, links, args.out_dir / 'people.png')
             files.append('people.png')
+            empty = not_drawn(people, titles[1:])
     table = metrics_table(runs, sharpness, metric)
     (args.out_dir / 'table.md').write_text(table + '\n')
     print(f'{table}\n\n{args.out_dir}: {", ".join(files)}')
+    if empty:
+        scores = f'all scores of {", ".join(empty)} are below {args.threshold:g}'
+        print(f'people.png shows no keypoints where {scores}: give a lower --threshold')
 
 
 if __name__ == '__main__':

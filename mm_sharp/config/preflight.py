@@ -50,6 +50,8 @@ _PARAMWISE_KEYS = (
 _CUSTOM_KEYS = ('lr_mult', 'decay_mult')
 _OF_NO_WRAPPER = ('type', '_scope_', 'optimizer', 'constructor', 'paramwise_cfg')  # but in its config
 _CONSTRUCTOR = DefaultOptimWrapperConstructor.__name__
+# What MMEngine adds to `default_hooks`; None in the place of any other hook fails there without a word.
+_MMENGINES_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
 _NONE = type(None)
 _SLOWER = '15 to 23 times slower in'
 # Key, what it must be (a kind, or an integer of at least a number), and an example.
@@ -284,6 +286,11 @@ def check_training(cfg: Config) -> None:
             _say(f"{key}.dtype='float16': the CPU is {_SLOWER} it than in float32; take dtype='bfloat16'")
     check_sampler(cfg.train_dataloader)
     for name, hook in (cfg.get('default_hooks') or {}).items():
+        if hook is None and name not in _MMENGINES_HOOKS:
+            raise UsageError(
+                f'default_hooks.{name}=None is not allowed: so MMEngine switches off {", ".join(_MMENGINES_HOOKS)} '
+                f'only. Write the hooks anew, without {name}: default_hooks = dict(_delete_=True, …)'
+            )
         _check_hook(cfg, f'default_hooks.{name}', hook)
     for number, hook in enumerate(cfg.get('custom_hooks') or []):
         _check_hook(cfg, f'custom_hooks.{number}', hook)
@@ -314,7 +321,10 @@ def _check_hook(cfg: Config, key: str, hook: Any) -> None:
     # What is not registered yet, MMEngine may import before it builds it; what others' intervals may be, they know.
     if cls is None or not cls.__module__.startswith(('mmengine.', 'mm_sharp.')):
         return
-    takes, example = arguments_of(cls), f'dict(type={type_name(hook["type"])!r}, interval=50)'
+    takes = arguments_of(cls)
+    needed = [f'{name}=…' for name, parameter in takes.items() if parameter.default is parameter.empty]
+    shown = 'interval=50' if 'interval' in takes else ', '.join([*needed, '…'])
+    example = f'dict(type={type_name(hook["type"])!r}, {shown})'
     default = takes['interval'].default if 'interval' in takes else 1
     if type(hook.get('interval', default)) not in (int, type(default)):
         raise UsageError(f'{key}.interval={hook["interval"]!r} must be an integer. Write for example: {example}')
@@ -385,7 +395,7 @@ def _in_one_line(key: str, example: str = '') -> Iterator[None]:
         yield
     except (TypeError, ValueError, KeyError, AssertionError, ImportError) as error:
         written = f'. Write for example: {example}' if example else ''
-        raise UsageError(f'{key}: {error}{written}') from error
+        raise UsageError(f'{key}: {str(error).removesuffix(".")}{written}') from error
 
 
 def _say(line: str) -> None:

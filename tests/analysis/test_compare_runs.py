@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mm_sharp.analysis.runs.people import Keypoints, Person, draw_people, find_people
+from mm_sharp.analysis.runs.people import Keypoints, Person, draw_people, find_people, not_drawn
 from mm_sharp.analysis.runs.trained_run import TrainedRun, draw_curves, held_out_metric, metrics_table, read_run, rises
 from mm_sharp.errors import UsageError
 from tests.recipe_runs import QUIET
@@ -108,9 +108,14 @@ def _check_quantized_column(run: TrainedRun) -> None:
     assert head == '| run | AP | PCK | AP before | epochs | time |'
     assert plain.split('|')[4].strip() == ''
     assert quantized.split('|')[4].strip() == '0.125'
-    head, _, row = metrics_table([_run({'PCK': 0.5}, {'post_training/PCK': 0.25})], {}).splitlines()
-    assert head == '| run | PCK | PCK before | epochs | time |'
-    assert row.split('|')[3].strip() == '0.250'
+
+
+def test_what_a_quantized_run_began_with_is_the_metric_that_is_compared() -> None:
+    began, ended = {'post_training/PCK': 0.5, 'post_training/NME': 0.25}, {'PCK': 0.75, 'NME': 0.125}
+    for metric, title, value in (('PCK', 'PCK before', '0.500'), ('NME', 'NME before', '0.250')):
+        head, _, row = metrics_table([_run(began, ended)], {}, metric).splitlines()
+        cells = dict(zip(*([cell.strip() for cell in line.split('|')] for line in (head, row)), strict=True))
+        assert cells[title] == value
 
 
 @pytest.mark.parametrize(
@@ -163,6 +168,12 @@ def test_keypoints_below_the_threshold_are_not_drawn(tmp_path: Path) -> None:
     assert np.array_equal(sheet(points, [True, False, False]), sheet(moved, [True, False, False]))
 
 
+def test_a_column_without_keypoints_is_named() -> None:
+    seen, unseen = (Keypoints(np.zeros((2, 2)), np.array([False, drawn])) for drawn in (True, False))
+    people = [Person(np.zeros((4, 4, 3)), [seen, *columns]) for columns in ([unseen, unseen], [seen, unseen])]
+    assert not_drawn(people, ['base', 'sam']) == ['sam']
+
+
 def _run(*evaluations: dict[str, Any]) -> TrainedRun:
     """A run whose log is one training step and some evaluations."""
     step = {'lr': 0.1, 'loss': 1.0, 'time': 1.0, 'data_time': 0.5, 'step': 1}
@@ -194,6 +205,14 @@ def test_losses_below_zero_are_drawn(tmp_path: Path) -> None:
         draw_curves([replace(run, log=log)], None, {}, tmp_path / 'curves.png')
         pictures.append(cv2.imread(str(tmp_path / 'curves.png')))
     assert not np.array_equal(*pictures)
+
+
+def test_a_run_by_iterations_is_refused(tmp_path: Path) -> None:
+    (tmp_path / '20260101_000000' / 'vis_data').mkdir(parents=True)
+    (tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json').touch()
+    (tmp_path / 'iter_8.pth').touch()
+    with pytest.raises(UsageError, match=r'no checkpoint of a whole epoch: .* by epochs'):
+        read_run('a', tmp_path)
 
 
 def test_a_resumed_run_has_one_log(tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ def find_people(runs: Sequence[TrainedRun], count: int, threshold: float) -> tup
     return people, links[0]
 
 
+def not_drawn(people: Sequence[Person], names: Sequence[str]) -> list[str]:
+    """The runs whose columns have no keypoint; ``names`` are of all runs."""
+    columns = list(zip(*(person.columns[1:] for person in people), strict=True))
+    return [name for name, column in zip(names, columns, strict=True) if not any(found.drawn.any() for found in column)]
+
+
 def _predictions(run: TrainedRun, count: int) -> tuple[list[Any], list[Link]]:
     model: Any = load_model(run.cfg, str(run.last))[0]
     model.eval()

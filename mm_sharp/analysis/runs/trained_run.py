@@ -79,7 +79,7 @@ def read_run(name: str, folder: Path) -> TrainedRun:
     files = sorted(filter(_epoch, folder.glob('epoch_*.pth')), key=_epoch)
     if not logs or not files:
         missing = 'checkpoint of a whole epoch' if logs else 'log'
-        raise UsageError(f"'{folder}' has no {missing}: give the --work-dir of a run of tools/train.py")
+        raise UsageError(f"'{folder}' has no {missing}: give the --work-dir of a run of tools/train.py, by epochs")
     configs = [Config.fromfile(log.with_name('config.py'), format_python_code=False) for log in logs]
     logs = logs[max((number for number, cfg in enumerate(configs) if not cfg.get('resume')), default=0) :]
     pointer = folder / 'last_checkpoint'
@@ -123,7 +123,8 @@ def metrics_table(runs: Sequence[TrainedRun], sharpness: Mapping[str, Curve], me
     before = [key for key in metrics if any(run.held_out(f'{_BEFORE}{key}') for run in runs)]
     table = {'run': [run.name for run in runs]}
     table |= {title: [_number(run.final(key)) for run in runs] for key, title in metrics.items()}
-    for key in before[:1]:  # what post-training quantization gave
+    if before:  # what post-training quantization gave
+        key = metric if metric in before else before[0]
         table[f'{metrics[key]} before'] = [_number(run.final(f'{_BEFORE}{key}')) for run in runs]
     table['epochs'] = [run.epochs_in_words() for run in runs]
     table['time'] = [f'{run.seconds() / runs[0].seconds():.2f}' for run in runs]
