@@ -363,6 +363,15 @@ def test_a_setting_starts_from_anothers_weights(tmp_path: Path, here: Here) -> N
     assert here.made == made
     run_missing(wider, rows, redo=True)
     assert here.made == made
+    # Weights that are gone are made again only for a run that is to start from them.
+    start = Run('report', 'clean', 'base', None, 1, 0)
+    wider.weights(start).unlink()
+    run_missing(wider, rows)
+    assert here.made == made
+    here.made.clear()
+    del rows.by_id['report/tuned/sam_1e_seed0']
+    run_missing(wider, rows)
+    assert here.made == [start.id, 'report/tuned/sam_1e_seed0']
 
 
 @pytest.mark.parametrize(

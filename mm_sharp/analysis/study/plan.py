@@ -139,10 +139,15 @@ class Plan:
             text = text.replace(now, before)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def start(self, run: Run) -> str:
-        """The fingerprint of the run whose weights a run starts from; '' if it starts from none of the study."""
+    def source(self, run: Run) -> Run | None:
+        """The run whose weights a run starts from; None if it starts from none of the study."""
         setting = self.study.settings[run.setting]
-        return self.fingerprint(self._source(run, setting)) if setting.load_from else ''
+        return self._source(run, setting) if setting.load_from else None
+
+    def start(self, run: Run) -> str:
+        """The fingerprint of :meth:`source`; '' if there is none."""
+        source = self.source(run)
+        return '' if source is None else self.fingerprint(source)
 
     def weights(self, run: Run) -> Path:
         """The file with a run's weights, if they are kept."""
@@ -151,8 +156,11 @@ class Plan:
     def keeps_weights(self, run: Run) -> bool:
         """Whether other runs start from a run's weights, or the study asks for them."""
         starting = [setting for setting in self.study.settings.values() if setting.load_from == run.setting]
-        needed = any(run == self._source(run, setting) for setting in starting)
-        return needed or (run.phase == 'report' and run.method in self.study.keep and run.seed == self.study.seeds[0])
+        return self.asks_for_weights(run) or any(run == self._source(run, setting) for setting in starting)
+
+    def asks_for_weights(self, run: Run) -> bool:
+        """Whether the study asks for a run's weights."""
+        return run.phase == 'report' and run.method in self.study.keep and run.seed == self.study.seeds[0]
 
     def corrupted(self, setting: Setting) -> Path:
         """The file with a setting's corrupted annotations."""

@@ -220,11 +220,20 @@ def run_missing(
 
 def _make(plan: Plan, rows: Rows, pool: Executor, redo: bool, title: str, runs: Sequence[Run]) -> None:
     missing = _missing(runs, plan, rows, redo)
+    starts = dict.fromkeys(source for run in missing if (source := plan.source(run)) is not None)
+    # Rows can be there without the weights, as those that are published.
+    lost = {run: plan.fingerprint(run) for run in starts if not plan.weights(run).is_file()}
+    _train(plan, rows, pool, 'runs whose weights are missing', lost, len(lost))
+    _train(plan, rows, pool, title, missing, len(runs))
+
+
+def _train(plan: Plan, rows: Rows, pool: Executor, title: str, missing: Mapping[Run, str], total: int) -> None:
+    """Make runs, with the fingerprints of their configs; ``total`` is with those that have been made before."""
     errors: list[tuple[Run, BaseException]] = []
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         notes = {run: Path(folder, f'{number}.json') for number, run in enumerate(missing)}
         futures = {pool.submit(make_run, plan, run, note): run for run, note in notes.items()}
-        for future in watch(title, {future: (run.id, notes[run]) for future, run in futures.items()}, len(runs)):
+        for future in watch(title, {future: (run.id, notes[run]) for future, run in futures.items()}, total):
             run = futures[future]
             if (error := future.exception()) is None:
                 rows.add(run, missing[run], future.result(), plan.start(run))
@@ -246,7 +255,7 @@ def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Ru
     if old and not redo:
         hint = f'{old[0].id} among them: make them again with --redo, or give another --out-dir'
         raise UsageError(f'{len(old)} runs in {rows.file} were made with other configs, {hint}')
-    lost = {run for run in runs if plan.keeps_weights(run) and not plan.weights(run).is_file()}
+    lost = {run for run in runs if plan.asks_for_weights(run) and not plan.weights(run).is_file()}
     return {run: config for run, config in configs.items() if run in {*lost, *old} or run.id not in rows.by_id}
 
 
