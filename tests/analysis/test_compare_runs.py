@@ -196,6 +196,16 @@ def test_any_metric_is_compared(tmp_path: Path) -> None:
     assert cv2.imread(str(tmp_path / 'NME.png')).shape[1] > cv2.imread(str(tmp_path / 'None.png')).shape[1]
 
 
+def test_a_log_of_several_wrappers(tmp_path: Path) -> None:
+    """An ``OptimWrapperDict`` has a learning rate of each wrapper, and its model perhaps no ``loss``."""
+    run = _run({'PCK': 0.5})
+    step = {'generator.lr': 0.1, 'critic.lr': 0.2, 'loss_g': 1.0, 'time': 1.0, 'data_time': 0.5, 'step': 1}
+    run = replace(run, log=[step, run.log[1]])
+    assert (run.training('loss_g'), run.held_out('PCK'), run.seconds()) == ([(1, 1.0)], [(1, 0.5)], 0.5)
+    assert held_out_metric([run], None) == 'PCK'
+    draw_curves([run], 'PCK', {}, tmp_path / 'curves.png')
+
+
 def test_losses_below_zero_are_drawn(tmp_path: Path) -> None:
     run = _run()
     steps = [{**run.log[0], 'step': step, 'loss': loss} for step, loss in enumerate((-1.0, -2.0, -40.0))]
