@@ -319,3 +319,14 @@ def test_the_quantized_config_alone_says_what_the_policy_is(folder: Path, monkey
     for config, expected in (('w4a4.py', {'own': read_policy('w4a4')}), ('float.py', {'w8a8': read_policy('w8a8')})):
         assert ptq.configure(ptq.parse_arguments([config, 'f.pth']))[1] == expected
     assert load_config(ptq.parse_arguments(['w4a4.py', 'f.pth'])).model.type == 'QuantizedModel'
+
+
+def test_single_layers_are_compared_where_no_policy_skips_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / 'spares.py').write_text("sharp_quantization = dict(policy=dict(skip='^head'))\n")
+    sensitivity_tool = tool('sensitivity')
+    args = sensitivity_tool.parse_arguments(['float.py', 'f.pth', '--policy', 'low.py', 'spares.py'])
+    assert {name: policy['skip'] for name, policy in sensitivity_tool.configure(args)[1].items()} == {
+        'low': ['^head'],
+        'spares': ['^head'],
+    }
