@@ -85,13 +85,20 @@ def read_run(name: str, folder: Path) -> TrainedRun:
     files = [file for file in files if _epoch(file) <= last] or files  # an earlier run may have been longer
     entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     # What was done again after an interruption counts once.
-    log = {(_of_training(entry), entry['step'], *(key for key in entry if '/' in key)): entry for entry in entries}
+    log = {_place(entry): entry for entry in entries}
     return TrainedRun(name, folder, configs[-1], {_epoch(file): file for file in files}, list(log.values()))
 
 
 def _of_training(entry: Mapping[str, Any]) -> bool:
     """Whether an entry of the log is a training step's, which has a learning rate: of several wrappers, one of each."""
     return any(key == 'lr' or key.endswith('.lr') for key in entry)
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What an entry of the log is of: one training step, or an epoch's metrics, which may be in several entries."""
+    if _of_training(entry):
+        return True, entry['step']
+    return False, entry['step'], *(key for key in entry if '/' in key)
 
 
 def _epoch(file: Path) -> int:
