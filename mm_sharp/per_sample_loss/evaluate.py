@@ -87,7 +87,7 @@ class Evaluator:
             self._keeps_rows = _have_rows(outputs, size)
         elif self._keeps_rows is None and _have_rows(outputs, 1):  # of a loss of shape (1,), too
             self._keeps_rows = _have_rows(self._twice(module, args, kwargs), 2)
-        return bool(self._keeps_rows)
+        return bool(self._keeps_rows) and _have_rows(outputs, size)
 
     def _twice(self, module: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
         """What a batch of one gives with its sample twice."""
