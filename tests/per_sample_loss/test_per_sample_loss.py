@@ -101,6 +101,23 @@ def test_a_single_sample_is_not_reduced_either(kind: Any, sizes: tuple[int, int]
         torch.testing.assert_close(found.losses(total), one_by_one(model, batch))
 
 
+def test_a_loss_that_reduces_in_some_calls_alone() -> None:
+    loss = Lambda(lambda o, t, reduction: F.mse_loss(o, t, reduction=reduction))
+    model = net(
+        lambda net, o, t: {
+            'loss': net.loss_fn(o, t, 'mean'),
+            'loss_each': net.loss_fn(o, t, 'none').sum(1),
+        },
+        loss_fn=loss,
+    )
+    per_sample = PerSampleLoss(model)
+    for size in (N, 1):
+        batch = {name: value[:size] for name, value in data().items()}
+        with per_sample.record() as found:
+            total = model.parse_losses(model(**batch))[0]
+        torch.testing.assert_close(found.losses(total), one_by_one(model, batch))
+
+
 @pytest.mark.parametrize('size', [N, 1])
 def test_what_becomes_of_losses_that_are_not_reduced_cannot_be_seen(size: int) -> None:
     model = net(
