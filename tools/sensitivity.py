@@ -76,18 +76,18 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def configure(args: argparse.Namespace) -> tuple[Config, dict[str, dict[str, Any]]]:
     """Read the config and the policies, float left out, and check the files that they need.
 
-    All policies have one target, ``args.target``.
+    All policies have one target, ``args.target``, and skip the same layers.
     """
     onnx = ['onnx', 'onnxoptimizer'] if args.metric or args.in_time else []
     cli.check_packages('measuring sensitivities', 'brevitas', *onnx)
     from mm_sharp.analysis.post_training.policies import read_policy
-    from mm_sharp.analysis.post_training.proposal import common_target, same_everywhere
+    from mm_sharp.analysis.post_training.proposal import common_target, same_everywhere, with_common_skips
 
     cfg = cli.load_config(args)
     needed = ('train_dataloader', 'val_dataloader', *(['val_evaluator'] if args.metric else []))
     cli.require(cfg, args.config, 'it calibrates on training and judges on validation data', *needed)
     names = [name for name in args.policy if name != 'float']
-    policies = {Path(name).stem: same_everywhere(read_policy(name)) for name in names}
+    policies = with_common_skips({Path(name).stem: same_everywhere(read_policy(name)) for name in names})
     if args.in_time:
         from mm_sharp.analysis.post_training.latency_budget import target_of
 

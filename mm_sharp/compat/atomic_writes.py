@@ -29,6 +29,7 @@ _METHODS = (
     *((kind, 'save_checkpoint') for kind in (Runner, FlexibleRunner)),
     *((CheckpointHook, name) for name in ('_save_checkpoint_with_step', '_save_best_checkpoint', '_publish_model')),
 )
+_LEFT_OVER = '.*.[0-9]*.partial'  # with the number of a process: other programs have names like these, too
 _active = False
 
 
@@ -45,7 +46,7 @@ class AtomicWritesHook(Hook):  # type: ignore[misc]  # MMEngine ships no types
         """Remove left-over files, also in the folders that checkpoints of sharded weights are."""
         folders = {getattr(hook, 'out_dir', None) for hook in runner.hooks if isinstance(hook, CheckpointHook)}
         for folder in map(Path, {runner.work_dir, *folders} - {None} if is_main_process() else ()):
-            for file in (*folder.glob('.*.partial'), *folder.glob('*/.*.partial')):
+            for file in (*folder.glob(_LEFT_OVER), *folder.glob(f'*/{_LEFT_OVER}')):
                 file.unlink(missing_ok=True)
 
 

@@ -49,8 +49,10 @@ class Evaluator:
         self._by_sample = type(module).__name__ == 'AssociativeEmbeddingLoss'
         self._shared: set[str] = set()
         self._reductions: dict[int, Reduction] = {}  # of each output
-        names = list(inspect.signature(module.forward).parameters)
+        self._signature = inspect.signature(module.forward)
+        names = list(self._signature.parameters)
         self._names = names if 'avg_factor' in names else None
+        self._keeps_rows: bool | None = None  # what keeps_rows has seen
 
     def __call__(
         self, module: nn.Module, size: int, args: Any, kwargs: Any, outputs: Sequence[Tensor], tolerance: float
@@ -68,11 +70,8 @@ class Evaluator:
             raise ValueError(f'for one sample it gives {len(samples)} losses, for the batch {len(outputs)}')
         if len(self._reductions) < len(outputs):
             seen, returned = samples, outputs
-            if size == 1:  # nothing to tell from one sample: so the sample twice
-                layout = self._layout(size, args, kwargs)
-                twice = [torch.cat([row, row]) if isinstance(row, Tensor) else [*row, *row] for row in layout.rows]
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    returned = _run(shadow(module), layout, twice, 2)
+            if size == 1:  # nothing to tell from one sample
+                returned = self._twice(module, args, kwargs)
                 seen = [torch.cat([values, values]) for values in samples]
             for index, (values, output) in enumerate(zip(seen, returned, strict=True)):
                 if index not in self._reductions:
@@ -82,7 +81,25 @@ class Evaluator:
         other = next(iter(self._reductions.values()), Reduction.MEAN)
         return [(values, self._reductions.get(index, other)) for index, values in enumerate(samples)]
 
+    def keeps_rows(self, module: nn.Module, size: int, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> bool:
+        """Whether the outputs of a call have a row for every sample, as with ``reduction='none'``."""
+        if size > 1:
+            self._keeps_rows = _have_rows(outputs, size)
+        elif self._keeps_rows is None and _have_rows(outputs, 1):  # of a loss of shape (1,), too
+            self._keeps_rows = _have_rows(self._twice(module, args, kwargs), 2)
+        return bool(self._keeps_rows) and _have_rows(outputs, size)
+
+    def _twice(self, module: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+        """What a batch of one gives with its sample twice."""
+        layout = self._layout(1, args, kwargs)
+        rows = [torch.cat([row, row]) if isinstance(row, Tensor) else [*row, *row] for row in layout.rows]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return _call(shadow(module), layout, rows, 2)
+
     def _losses(self, module: nn.Module, size: int, args: Any, kwargs: Any) -> list[Tensor]:
+        if self.form is not None and kwargs:  # forms have names of their own for arguments
+            bound = self._signature.bind(*args, **kwargs)
+            args, kwargs = bound.args, bound.kwargs
         values = None if self.form is None else self.form(module, *args, **kwargs)
         if values is not None and values.shape == (size,) and self._form_is_right:
             return [values]
@@ -128,7 +145,7 @@ class Evaluator:
         twin = shadow(module)
 
         def one(*rows: Tensor) -> tuple[Tensor, ...]:
-            return tuple(_run(twin, layout, [row.unsqueeze(0) for row in rows], 1))
+            return tuple(_run(twin, layout, [row.unsqueeze(0) for row in rows]))
 
         rows: list[Any] = layout.rows
         if self._upcast:
@@ -144,19 +161,28 @@ class Evaluator:
 
 def _loop(module: nn.Module, layout: Layout, count: int) -> list[Tensor]:
     with torch.random.fork_rng(devices=[]):  # vmap refuses losses that draw random numbers, the loop runs them
-        samples = [_run(shadow(module), layout, layout.sample(i), 1) for i in range(count)]
+        samples = [_run(shadow(module), layout, layout.sample(i)) for i in range(count)]
     return [torch.stack(values) for values in zip(*samples, strict=True)]
 
 
-def _run(module: nn.Module, layout: Layout, rows: Sequence[Any], count: int) -> list[Tensor]:
-    """Call ``module`` on the ``count`` samples in ``rows``; gives a tensor () for every tensor in the output."""
+def _call(module: nn.Module, layout: Layout, rows: Sequence[Any], count: int) -> list[Tensor]:
+    """Call ``module`` on the ``count`` samples in ``rows``; gives every tensor in the output."""
     args, kwargs = fill(layout.template, rows)
     if kwargs.get('avg_factor') is not None:
         kwargs = {**kwargs, 'avg_factor': count}  # of the batch, it is the batch size: _layout makes sure
-    outputs = tensors_of(module(*args, **kwargs))[1]
+    return tensors_of(module(*args, **kwargs))[1]
+
+
+def _run(module: nn.Module, layout: Layout, rows: Sequence[Any]) -> list[Tensor]:
+    """The same on a batch of one; every tensor is ()."""
+    outputs = _call(module, layout, rows, 1)
     if any(output.numel() != 1 for output in outputs):
         raise ValueError(f'for one sample it gives {[tuple(o.shape) for o in outputs]} instead of one number')
     return [output.reshape(()) for output in outputs]
+
+
+def _have_rows(outputs: Sequence[Tensor], size: int) -> bool:
+    return any(output.ndim > 0 and output.shape[0] == size for output in outputs)
 
 
 def _reduction_of(values: Tensor, returned: Tensor, tolerance: float) -> Reduction | None:

@@ -70,7 +70,8 @@ def _keypoint_mse(
     module: Any, output: Tensor, target: Tensor, target_weights: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor | None:
     """MMPose's ``KeypointMSELoss``, averaged over each sample's heatmaps instead of over all."""
-    if mask is not None or module.skip_empty_channel or (target_weights is not None and target_weights.ndim != 2):
+    odd_weights = target_weights is not None and target_weights.ndim != 2
+    if mask is not None or module.skip_empty_channel or odd_weights or output.ndim < 3:
         return None
     # One number a keypoint before the weights: one pass over the heatmaps.
     losses = F.mse_loss(output, target, reduction='none').flatten(2).mean(2)

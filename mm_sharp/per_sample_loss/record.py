@@ -63,6 +63,7 @@ class LossRecord:
     full_size: int | None = None  # the number of samples from which these were drawn
     size: int | None = None  # samples in the batch, N; None before the forward
     terms: list[LossTerm] = field(default_factory=list)  # one for every loss computed
+    unreduced: list[str] = field(default_factory=list)  # the losses that gave a row for every sample, for messages
     half: bool = False  # whether autocast to 16 bits was on
 
     def losses(self, total: Tensor) -> Tensor:
@@ -75,6 +76,12 @@ class LossRecord:
                 accelerator all but the first comparison are reported by :meth:`PerSampleLoss.flush`.
         """
         values = self.values()
+        if values is None and self.unreduced:
+            raise PerSampleLossError(
+                f"{self.unreduced[0]} does not reduce its losses (reduction='none'), and what the model makes of them "
+                "cannot be seen: let it take their mean or sum (reduction='mean'), or return losses of shape (N,), one "
+                'for each sample.'
+            )
         if values is None:
             raise PerSampleLossError(
                 f'{self.owner}: no loss module was called; {NAMING_RULE}. Calls such as F.mse_loss(...) cannot be '
@@ -119,7 +126,8 @@ class LossRecord:
                     f'{self.owner}: the losses of its samples give {value:.6g} ({names}), but its own loss is '
                     f'{expected:.6g}. Either a loss is neither the sum nor the mean of its samples, or something '
                     "scales, drops or adds a loss outside of its module: a weight belongs into the loss's own config "
-                    f'(loss_weight=...), and a further term into a loss module ({NAMING_RULE}).'
+                    f'(loss_weight=...), and a further term into a loss module ({NAMING_RULE}); every number that a '
+                    'loss module returns is taken for a loss, so that it must not return others beside it.'
                 )
         return math.isfinite(pairs[1])
 

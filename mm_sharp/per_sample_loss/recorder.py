@@ -127,6 +127,7 @@ class _Hooks:
         record, size = self.record, batch_size(args, kwargs)
         self.open, self.long_outputs, record.size = None, False, size
         record.terms.clear()
+        record.unreduced.clear()
         if size and record.weights is not None and record.weights.shape != (size,):
             shape = tuple(record.weights.shape)
             raise ValueError(f'weights of shape {shape} do not fit the batch: it must be ({size},)')
@@ -177,13 +178,14 @@ class _Hooks:
         template, outputs = tensors_of(output)
         if not any(value.is_floating_point() for value in outputs):
             return None  # such as a loss that is not switched on yet
-        self.long_outputs |= any(value.ndim > 0 for value in outputs)
         if size is None:
             raise ValueError("none of the model's arguments is a batch")
-        if any(value.ndim > 0 and value.shape[0] == size > 1 for value in outputs):
-            return None  # reduction='none': the model goes on with it, and may return it as it is
-        record.half |= _autocast_on(outputs[0].device) or outputs[0].dtype.itemsize == 2
         evaluator = self.recorder.evaluators[loss.path]
+        if evaluator.keeps_rows(twin, size, args, kwargs, outputs):
+            record.unreduced.append(loss.name)
+            return None  # the model goes on with it, and may return it as it is
+        self.long_outputs |= any(value.ndim > 0 for value in outputs)
+        record.half |= _autocast_on(outputs[0].device) or outputs[0].dtype.itemsize == 2
         with torch.set_grad_enabled(torch.is_grad_enabled() and record.weights is not None):
             samples = evaluator(twin, size, args, kwargs, outputs, HALF if record.half else STRICT)
         for index, (values, reduction) in enumerate(samples):

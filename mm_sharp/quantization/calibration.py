@@ -30,7 +30,7 @@ _OUTPUT_ERROR = 0.5
 _METRIC_LEFT = 0.5
 _LISTED = 3
 # Parts of names of metrics that are the better the lower they are.
-_ERRORS = ('epe', 'nme', 'mpjpe', 'mae', 'mse', 'loss', 'error')
+_ERRORS = ('epe', 'nme', 'mpjpe', 'mrrpe', 'mae', 'mse', 'loss', 'error')
 
 
 def calibrate(

@@ -91,7 +91,8 @@ def _pairs(name: str, model: nn.Module, source: nn.Module, batches: Sequence[Any
     pairs: list[Pair] = []
     values = 0
     for batch in batches:
-        inputs = layer.input_quant(_inputs(model, layer, batch)).value
+        taken = layer.input_quant(_inputs(model, layer, batch))
+        inputs = getattr(taken, 'value', taken)  # as it is, where what comes before quantizes it (targets)
         expected = original.inner_forward_impl(_inputs(source, original, batch), original.weight, original.bias)
         pairs.append((inputs, expected))
         values += max(inputs.numel(), expected.numel())

@@ -20,6 +20,7 @@ from mm_sharp.analysis.post_training.proposal import (
     mixed_policy,
     same_everywhere,
     weight_bits,
+    with_common_skips,
 )
 from mm_sharp.analysis.post_training.sensitivity import MixedModel, Sensitivity, assign, measure
 from mm_sharp.errors import UsageError
@@ -193,6 +194,14 @@ def test_the_proposed_policy_is_a_config_and_gives_each_layer_its_bits(tmp_path:
     assert layers['block.0'] is None
     assert weight_bits(policies) == {'w4a4': 4, 'w8a8': 8, 'float': 32}
     assert deepcopy(policies['w4a4']) == {**same_everywhere(read_policy('w4a4')), 'input_size': (8, 8)}
+
+
+def test_what_one_policy_skips_stays_float_whichever_the_others_are() -> None:
+    low, high = (same_everywhere(read_policy(name)) for name in ('w4a4', 'w8a8'))
+    policies = with_common_skips({'low': {**low, 'input_size': (8, 8)}, 'high': {**high, 'skip': '^b$'}})
+    policy = mixed_policy({'a': 'low', 'block.0': 'low'}, mixed().weights, policies)
+    assert [layer.name for layer in model_of(policy).quantization.layers if layer.policy is None] == ['b']
+    assert with_common_skips({'low': low, 'high': high}) == {'low': low, 'high': high}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader, set_random_seed
 
-from mm_sharp.analysis.post_training import sensitivity
+from mm_sharp.analysis.post_training import sensitivity, subject
 from mm_sharp.analysis.post_training.policies import float_config, own_policy, quantized_config, read_policy
 from mm_sharp.analysis.post_training.proposal import same_everywhere
 from mm_sharp.analysis.post_training.subject import Subject
@@ -319,3 +319,29 @@ def test_the_quantized_config_alone_says_what_the_policy_is(folder: Path, monkey
     for config, expected in (('w4a4.py', {'own': read_policy('w4a4')}), ('float.py', {'w8a8': read_policy('w8a8')})):
         assert ptq.configure(ptq.parse_arguments([config, 'f.pth']))[1] == expected
     assert load_config(ptq.parse_arguments(['w4a4.py', 'f.pth'])).model.type == 'QuantizedModel'
+
+
+def test_single_layers_are_compared_where_no_policy_skips_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / 'spares.py').write_text("sharp_quantization = dict(policy=dict(skip='^head'))\n")
+    sensitivity_tool = tool('sensitivity')
+    args = sensitivity_tool.parse_arguments(['float.py', 'f.pth', '--policy', 'low.py', 'spares.py'])
+    assert {name: policy['skip'] for name, policy in sensitivity_tool.configure(args)[1].items()} == {
+        'low': ['^head'],
+        'spares': ['^head'],
+    }
+
+
+def test_the_last_people_of_a_summed_loss_count_as_much_as_all_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SimCC's loss is a sum over the batch: of batches of 3 and 1 as of one of 4, but for the batch's size."""
+    monkeypatch.chdir(folder)
+    found = Subject(Config.fromfile('float.py'), 'f.pth')
+    values = []
+    for size in (3, 4):
+        monkeypatch.setattr(subject, '_BATCH', size)
+        judge, people = found.loss(4)
+        values.append(judge(found.float_model) / size)
+    assert people == 4
+    assert values[0] == pytest.approx(values[1], rel=1e-5)

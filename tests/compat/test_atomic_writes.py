@@ -135,12 +135,13 @@ def test_flexible_runner(tmp_path: Path, wrapper: str, monkeypatch: pytest.Monke
 
 def test_what_was_left_half_written_is_removed(tmp_path: Path) -> None:
     (tmp_path / 'epoch_9.pth').mkdir()
-    left = [tmp_path / '.epoch_1.pth.partial', tmp_path / 'epoch_9.pth' / '.rank0.pth.partial']
-    kept = [tmp_path / 'epoch_1.pth', tmp_path / 'my.partial', tmp_path / '.hidden']
+    (tmp_path / '.cache.partial').mkdir()  # another program's
+    left = [tmp_path / '.epoch_1.pth.123.partial', tmp_path / 'epoch_9.pth' / '.rank0.pth.4.partial']
+    kept = [tmp_path / name for name in ('epoch_1.pth', 'my.partial', '.hidden', '.data.zip.partial')]
     for file in (*left, *kept):
         file.write_text('x')
     make_runner(tmp_path).train()
-    assert [file.exists() for file in (*left, *kept)] == [False, False, True, True, True]
+    assert [file.exists() for file in (*left, *kept)] == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize('full', [True, False])

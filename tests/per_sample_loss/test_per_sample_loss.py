@@ -84,6 +84,67 @@ def test_modules_that_do_not_reduce() -> None:
     torch.testing.assert_close(found.losses(total), one_by_one(model, data()))
 
 
+@pytest.mark.parametrize('sizes', [(N, 1), (1, N)])
+@pytest.mark.parametrize('kind', [nn.MSELoss, nn.CrossEntropyLoss])
+def test_a_single_sample_is_not_reduced_either(kind: Any, sizes: tuple[int, int]) -> None:
+    """As in the last batch of an epoch: the module's (1,) or (1, K) is what the model goes on with."""
+    labels = kind is nn.CrossEntropyLoss
+    model = net(
+        lambda net, output, targets: {'loss': 3 * net.loss_fn(output, targets).reshape(len(output), -1).sum(1)},
+        loss_fn=kind(reduction='none'),
+    )
+    per_sample = PerSampleLoss(model)
+    for size in sizes:
+        batch = {name: value[:size] for name, value in data(labels=labels).items()}
+        with per_sample.record(weights=torch.full((size,), 1 / size)) as found:
+            total = model.parse_losses(model(**batch))[0]
+        torch.testing.assert_close(found.losses(total), one_by_one(model, batch))
+
+
+def test_a_loss_that_reduces_in_some_calls_alone() -> None:
+    loss = Lambda(lambda o, t, reduction: F.mse_loss(o, t, reduction=reduction))
+    model = net(
+        lambda net, o, t: {
+            'loss': net.loss_fn(o, t, 'mean'),
+            'loss_each': net.loss_fn(o, t, 'none').sum(1),
+        },
+        loss_fn=loss,
+    )
+    per_sample = PerSampleLoss(model)
+    for size in (N, 1):
+        batch = {name: value[:size] for name, value in data().items()}
+        with per_sample.record() as found:
+            total = model.parse_losses(model(**batch))[0]
+        torch.testing.assert_close(found.losses(total), one_by_one(model, batch))
+
+
+@pytest.mark.parametrize('size', [N, 1])
+def test_what_becomes_of_losses_that_are_not_reduced_cannot_be_seen(size: int) -> None:
+    model = net(
+        lambda net, output, targets: {'loss': net.loss_fn(output, targets).mean()}, loss_fn=nn.MSELoss(reduction='none')
+    )
+    found, total = record(model, {name: value[:size] for name, value in data().items()})
+    with pytest.raises(
+        PerSampleLossError, match=r"loss_fn \(MSELoss\) does not reduce its losses \(reduction='none'\)"
+    ):
+        found.losses(total)
+
+
+@pytest.mark.parametrize('loss', [nn.MSELoss(), nn.CrossEntropyLoss()])
+@pytest.mark.parametrize('named', [('input', 'target'), ('target',)])
+def test_arguments_by_name(loss: nn.Module, named: tuple[str, ...]) -> None:
+    def call(net: Any, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        given = {name: {'input': output, 'target': targets}[name] for name in named}
+        return {'loss': net.loss_fn(*([] if 'input' in named else [output]), **given)}
+
+    model, batch = net(call, loss_fn=loss), data(labels=isinstance(loss, nn.CrossEntropyLoss))
+    per_sample = PerSampleLoss(model)
+    with per_sample.record() as found:
+        total = model.parse_losses(model(**batch))[0]
+    torch.testing.assert_close(found.losses(total), one_by_one(model, batch))
+    assert per_sample.evaluators['loss_fn'].form is not None
+
+
 @pytest.mark.parametrize('positional', [False, True])
 def test_mmpretrain_averages_by_a_given_number(positional: bool) -> None:
     """With avg_factor = N passed on as it is, a mean would look like a sum of values divided by N."""
@@ -291,6 +352,14 @@ def test_a_total_that_differs_is_refused(change: Any) -> None:
     with pytest.raises(
         PerSampleLossError, match=r"Net: the losses of its samples give .*Net's loss_fn \(MSELoss\) = .*loss_weight"
     ):
+        found.losses(total)
+
+
+def test_what_a_loss_returns_beside_its_loss_is_explained() -> None:
+    loss = Lambda(lambda o, t: (F.mse_loss(o, t), F.l1_loss(o, t).detach()))
+    model = net(lambda net, o, t: {'loss': net.loss_fn(o, t)[0]}, loss_fn=loss)
+    found, total = record(model, data())
+    with pytest.raises(PerSampleLossError, match='every number that a loss module returns is taken for a loss'):
         found.losses(total)
 
 

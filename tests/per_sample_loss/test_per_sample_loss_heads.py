@@ -223,6 +223,7 @@ NO_FORMS: list[tuple[Any, list[Any]]] = [
     (dict(type='KeypointMSELoss'), [*_heatmaps()[:2], None, torch.rand(N, 1, 6, 5)]),
     (dict(type='KeypointMSELoss'), [*_heatmaps()[:2], torch.rand(N, 4, 6, 5), torch.rand(N, 4, 6, 5)]),
     (dict(type='KeypointMSELoss', skip_empty_channel=True), [torch.rand(N, 4, 6, 5), torch.zeros(N, 4, 6, 5)]),
+    (dict(type='KeypointMSELoss'), SCORES),
     (nn.CrossEntropyLoss(label_smoothing=0.1), [SCORES[0], LABELS]),
     (nn.CrossEntropyLoss(), SCORES),
     (nn.CrossEntropyLoss(), [torch.randn(N, 4, 2), torch.randint(4, (N, 2))]),

@@ -55,6 +55,8 @@ def test_the_layers_that_are_changed_most_are_named() -> None:
         ('coco/AP', 0.7, 0.4, False),
         ('coco/AP', 0.7, 0.3, True),
         ('coco/AP', 0.7, 0.0, True),
+        ('MRRPE', 30.0, 10.0, False),  # InterHand2.6M's, in mm
+        ('MRRPE', 30.0, 70.0, True),
         ('coco/AP', 0.7, math.nan, True),
         ('coco/AP', math.nan, 0.2, False),
         ('coco/AP .5', 0.7, 0.0, False),  # a part of a metric

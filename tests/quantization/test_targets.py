@@ -257,6 +257,20 @@ def test_a_copy_has_quantizers_of_its_own() -> None:
 
 
 # ------------------------------------------------------------------ mistakes
+@pytest.mark.parametrize('target', ['onnxruntime', 'openvino', 'tensorrt'])
+def test_rounding_is_learned_on_inputs_that_are_integers_already(target: str) -> None:
+    plain, model = net(target), net(target)
+    calibrate(model, [{'inputs': images(4, seed, SIZE)} for seed in range(2)], learned_rounding=10)
+    names = [layer.name for layer in model.quantization.quantized]
+    assert set(shared(model)) & set(names)
+    with torch.no_grad():
+        for name in names:
+            nearest = plain.get_submodule(name).quant_weight()
+            steps = (model.get_submodule(name).weight - nearest.value) / nearest.scale
+            assert float((steps - steps.round()).abs().max()) < 1e-3
+            assert float(steps.abs().max()) < 1.5
+
+
 @pytest.mark.parametrize('value', ['ort', None, 8, 'ONNXRuntime'])
 def test_an_unknown_target_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"target=.* is not allowed: .* one of 'generic', 'onnxruntime'"):

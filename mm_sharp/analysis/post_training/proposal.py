@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from typing import Any
 
 from mm_sharp.analysis.post_training.sensitivity import FLOAT, Choice, MixedModel, Sensitivity, assign
@@ -106,6 +107,13 @@ def same_everywhere(policy: Mapping[str, Any]) -> dict[str, Any]:
     """A policy without exceptions for a network's ends and for single layers; what it skips stays skipped."""
     plain = {key: value for key, value in policy.items() if key != 'layers'}
     return {**plain, 'first_layers': 'same', 'last_layers': 'same'}
+
+
+def with_common_skips(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The policies by name, each with what any of them skips: of what is float in one, the others are not compared."""
+    skips = [policy.get('skip', ()) for policy in policies.values()]
+    all_skips = list(dict.fromkeys(chain(*([skip] if isinstance(skip, str) else skip for skip in skips))))
+    return {name: {**policy, **({'skip': all_skips} if all_skips else {})} for name, policy in policies.items()}
 
 
 def common_target(policies: Collection[Mapping[str, Any]]) -> str:

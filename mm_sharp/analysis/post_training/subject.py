@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from mm_sharp.analysis.post_training.policies import float_config, quantized_config
 from mm_sharp.analysis.prepare import build_loader, model_config, prepared, seeded
 from mm_sharp.analysis.sharpness.loading import load_model, load_samples
+from mm_sharp.analysis.sharpness.objective import Objective
 from mm_sharp.cli.loading import careful_loading
 from mm_sharp.errors import UsageError, UserError, did_you_mean
 from mm_sharp.quantization import calibrate
@@ -37,6 +38,7 @@ from mm_sharp.quantization.learned_rounding import check_scales_stay
 from mm_sharp.quantization.record import LAYOUT, QuantizationRecord, quantized_record
 
 Judge = Callable[[nn.Module], float]  # the lower the better
+_BATCH = 32  # people
 
 
 class Subject:
@@ -98,7 +100,10 @@ class Subject:
             if len(samples) < people:
                 sys.stderr.write(f'All {len(samples)} people of the validation set are judged on\n')
             preprocess: Any = self.float_model.data_preprocessor
-            batches = [(count, preprocess(batch, False)) for count, batch in samples.batches(32)]
+            batches = [(count, preprocess(batch, False)) for count, batch in samples.batches(_BATCH)]
+            adds_up = Objective(self.float_model, samples, [*self.float_model.parameters()][:1], _BATCH).adds_up
+        # Of sums, a smaller last batch's is smaller by itself.
+        batches = [(batches[0][0] if adds_up else count, data) for count, data in batches]
 
         def judge(model: Any) -> float:
             with torch.no_grad(), prepared(self.cfg):
@@ -114,7 +119,7 @@ class Subject:
         with prepared(self.cfg):
             dataset = DATASETS.build(deepcopy(dict(self.cfg.val_dataloader.dataset)))
         part = Subset(dataset, range(min(people, len(dataset))))
-        batches = list(DataLoader(part, batch_size=32, collate_fn=pseudo_collate))
+        batches = list(DataLoader(part, batch_size=_BATCH, collate_fn=pseudo_collate))
 
         def judge(model: Any) -> float:
             with torch.no_grad(), prepared(self.cfg):

@@ -23,8 +23,6 @@ from mm_sharp.errors import RECOMMENDED_SCALE, UsageError
 
 Curve = Sequence[tuple[int, float]]  # iterations or epochs, and values
 
-# As the validation loop's entries of the log are known: training's have a learning rate.
-_TRAINING = 'lr'
 _METRICS = {'coco/AP': 'AP', 'PCK': 'PCK'}
 _NO_METRICS = ('data_time', 'time', 'step')  # what else these entries have, beside those of _BEFORE
 _BEFORE = 'post_training/'
@@ -47,11 +45,11 @@ class TrainedRun:
 
     def training(self, key: str) -> Curve:
         """A scalar of the training steps that were logged: iterations, and values."""
-        return [(entry['step'], entry[key]) for entry in self.log if _TRAINING in entry and key in entry]
+        return [(entry['step'], entry[key]) for entry in self.log if _of_training(entry) and key in entry]
 
     def held_out(self, key: str) -> Curve:
         """A metric on the validation data: epochs, and values."""
-        return [(entry['step'], entry[key]) for entry in self.log if _TRAINING not in entry and key in entry]
+        return [(entry['step'], entry[key]) for entry in self.log if not _of_training(entry) and key in entry]
 
     def final(self, key: str) -> float | None:
         """The last value of a metric on the validation data; None if it was never measured."""
@@ -66,7 +64,7 @@ class TrainedRun:
 
     def seconds(self) -> float:
         """Time of all training steps without loading data: the median step's, times their number."""
-        steps = [entry for entry in self.log if _TRAINING in entry]
+        steps = [entry for entry in self.log if _of_training(entry)]
         return float(median(entry['time'] - entry['data_time'] for entry in steps) * steps[-1]['step'])
 
 
@@ -87,8 +85,20 @@ def read_run(name: str, folder: Path) -> TrainedRun:
     files = [file for file in files if _epoch(file) <= last] or files  # an earlier run may have been longer
     entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     # What was done again after an interruption counts once.
-    log = {(_TRAINING in entry, entry['step'], *(key for key in entry if '/' in key)): entry for entry in entries}
+    log = {_place(entry): entry for entry in entries}
     return TrainedRun(name, folder, configs[-1], {_epoch(file): file for file in files}, list(log.values()))
+
+
+def _of_training(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of the log is a training step's, which has a learning rate: of several wrappers, one of each."""
+    return any(key == 'lr' or key.endswith('.lr') for key in entry)
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What an entry of the log is of: one training step, or an epoch's metrics, which may be in several entries."""
+    if _of_training(entry):
+        return True, entry['step']
+    return False, entry['step'], *(key for key in entry if '/' in key)
 
 
 def _epoch(file: Path) -> int:
@@ -103,7 +113,7 @@ def held_out_metric(runs: Sequence[TrainedRun], asked: str | None) -> str | None
     Raises:
         UsageError: No run has what was asked for.
     """
-    entries = (entry for run in runs for entry in run.log if _TRAINING not in entry)
+    entries = (entry for run in runs for entry in run.log if not _of_training(entry))
     there = dict.fromkeys(
         key for entry in entries for key in entry if key not in _NO_METRICS and not key.startswith(_BEFORE)
     )
@@ -160,7 +170,8 @@ def draw_curves(runs: Sequence[TrainedRun], metric: str | None, sharpness: Mappi
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(label, fontsize=9)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=9)
+        if any(curves.values()):  # a GAN's log may have no 'loss'
+            axis.legend(fontsize=9)
     if all(loss > 0 for curve in panels[0][2].values() for _, loss in curve):  # RLE's, for one, falls below 0
         axes[0].set_yscale('log')
         axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -110,9 +110,14 @@ class Objective:
         with self.moved(offset):
             return sum(total.item() * weight for weight, total in self._terms())
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether a batch's loss is the sum of its samples' losses."""
+        return self.averaging == _FORMS[Reduction.SUM][0]
+
     def _terms(self) -> Iterator[tuple[float, Tensor]]:
         for size, batch in self.samples.batches(self.batch_size):
-            share = 1 if self.averaging == _FORMS[Reduction.SUM][0] else size
+            share = 1 if self.adds_up else size
             yield share / len(self.samples), self._total(batch)
         self._tick()
 
