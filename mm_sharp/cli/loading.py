@@ -43,6 +43,12 @@ def check_checkpoint(path: str, source: str, hint: str = '') -> None:
         raise UsageError(f"{source}: '{path}' is cut off, or no checkpoint of torch's; take another")
 
 
+def named_checkpoint(work_dir: Path) -> str:
+    """What the file ``last_checkpoint`` in a work directory says; '' if there is none."""
+    pointer = work_dir / 'last_checkpoint'
+    return pointer.read_text().strip() if pointer.is_file() else ''
+
+
 def last_checkpoint(work_dir: str) -> str | None:
     """The newest checkpoint of a training run that can be resumed, or None.
 
@@ -50,8 +56,7 @@ def last_checkpoint(work_dir: str) -> str | None:
     at any time, and a folder moved), the newest complete one in the folder is taken.
     """
     folder = Path(work_dir)
-    pointer = folder / 'last_checkpoint'
-    named = pointer.read_text().strip() if pointer.is_file() else ''
+    named = named_checkpoint(folder)
     candidates = sorted([*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')], key=_age, reverse=True)
     if named:
         candidates = [Path(named), folder / Path(named).name, *candidates]

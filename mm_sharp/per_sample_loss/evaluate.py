@@ -83,11 +83,12 @@ class Evaluator:
 
     def keeps_rows(self, module: nn.Module, size: int, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> bool:
         """Whether the outputs of a call have a row for every sample, as with ``reduction='none'``."""
+        have_rows = _have_rows(outputs, size)
         if size > 1:
-            self._keeps_rows = _have_rows(outputs, size)
-        elif self._keeps_rows is None and _have_rows(outputs, 1):  # of a loss of shape (1,), too
+            self._keeps_rows = have_rows
+        elif have_rows and self._keeps_rows is None:  # a loss of shape (1,) looks the same
             self._keeps_rows = _have_rows(self._twice(module, args, kwargs), 2)
-        return bool(self._keeps_rows) and _have_rows(outputs, size)
+        return have_rows and bool(self._keeps_rows)
 
     def _twice(self, module: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
         """What a batch of one gives with its sample twice."""

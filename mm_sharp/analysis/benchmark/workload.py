@@ -75,11 +75,11 @@ class Workload:
         if config['type'] == 'OptimWrapper' and config.get('dtype'):
             dtype = getattr(torch, config.pop('dtype'))
             model.forward = torch.autocast(get_device(), dtype=dtype)(model.forward)
+        wrapper = build_optim_wrapper(model, config)
         # Ours take an IndexedDataset's keys out themselves.
         keyed = any(isinstance(leaf, SampleKey) for leaf in tree_flatten(self.batches[:1])[0])
-        if keyed and config['type'] == 'OptimWrapper':
+        if keyed and not isinstance(wrapper, TwoPassOptimWrapper):
             model.register_forward_pre_hook(without_keys, with_kwargs=True)
-        wrapper = build_optim_wrapper(model, config)
         for group in wrapper.optimizer.param_groups:
             group['lr'] = group['lr'] * 0  # a number, or a tensor for capturable optimizers
         return model, wrapper

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from mm_sharp.analysis.post_training.policies import float_config, quantized_config
 from mm_sharp.analysis.prepare import build_loader, model_config, prepared, seeded
 from mm_sharp.analysis.sharpness.loading import load_model, load_samples
-from mm_sharp.analysis.sharpness.objective import Objective
+from mm_sharp.analysis.sharpness.objective import batch_loss, loss_form
 from mm_sharp.cli.loading import careful_loading
 from mm_sharp.errors import UsageError, UserError, did_you_mean
 from mm_sharp.quantization import calibrate
@@ -101,13 +101,13 @@ class Subject:
                 sys.stderr.write(f'All {len(samples)} people of the validation set are judged on\n')
             preprocess: Any = self.float_model.data_preprocessor
             batches = [(count, preprocess(batch, False)) for count, batch in samples.batches(_BATCH)]
-            adds_up = Objective(self.float_model, samples, [*self.float_model.parameters()][:1], _BATCH).adds_up
+            adds_up = loss_form(self.float_model, samples, _BATCH).adds_up
         # Of sums, a smaller last batch's is smaller by itself.
         batches = [(batches[0][0] if adds_up else count, data) for count, data in batches]
 
         def judge(model: Any) -> float:
             with torch.no_grad(), prepared(self.cfg):
-                losses = [(n, model.parse_losses(model(**deepcopy(data), mode='loss'))[0]) for n, data in batches]
+                losses = [(n, batch_loss(model, deepcopy(data))) for n, data in batches]
             return sum(n * float(loss) for n, loss in losses) / len(samples)
 
         return judge, len(samples)

@@ -19,6 +19,7 @@ from mm_sharp.analysis.find_rho.measure import RhoProbe
 from mm_sharp.analysis.prepare import prepared
 from mm_sharp.analysis.sharpness.loading import load_model, load_samples
 from mm_sharp.analysis.tables import markdown_columns
+from mm_sharp.cli.loading import named_checkpoint
 from mm_sharp.errors import RECOMMENDED_SCALE, UsageError
 
 Curve = Sequence[tuple[int, float]]  # iterations or epochs, and values
@@ -80,8 +81,7 @@ def read_run(name: str, folder: Path) -> TrainedRun:
         raise UsageError(f"'{folder}' has no {missing}: give the --work-dir of a run of tools/train.py, by epochs")
     configs = [Config.fromfile(log.with_name('config.py'), format_python_code=False) for log in logs]
     logs = logs[max((number for number, cfg in enumerate(configs) if not cfg.get('resume')), default=0) :]
-    pointer = folder / 'last_checkpoint'
-    last = _epoch(Path(pointer.read_text().strip())) if pointer.is_file() else 0
+    last = _epoch(Path(named_checkpoint(folder)))
     files = [file for file in files if _epoch(file) <= last] or files  # an earlier run may have been longer
     entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     # What was done again after an interruption counts once.

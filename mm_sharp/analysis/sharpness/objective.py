@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -62,8 +62,8 @@ class Objective:
         tick: Callable[[], object] = lambda: None,
     ) -> None:
         self.model, self.samples, self.parameters = model, samples, list(parameters)
-        # How a batch's loss counts, of which loss modules, and what is to be said of it, or ''.
-        self.averaging, self.loss_name, self.remark = self._loss_form(batch_size)
+        self._form = loss_form(model, samples, batch_size)
+        self.averaging, self.loss_name, self.remark = self._form
         self.batch_size = batch_size
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.device = self.parameters[0].device
@@ -110,42 +110,11 @@ class Objective:
         with self.moved(offset):
             return sum(total.item() * weight for weight, total in self._terms())
 
-    @property
-    def adds_up(self) -> bool:
-        """Whether a batch's loss is the sum of its samples' losses."""
-        return self.averaging == _FORMS[Reduction.SUM][0]
-
     def _terms(self) -> Iterator[tuple[float, Tensor]]:
         for size, batch in self.samples.batches(self.batch_size):
-            share = 1 if self.adds_up else size
-            yield share / len(self.samples), self._total(batch)
+            share = 1 if self._form.adds_up else size
+            yield share / len(self.samples), _loss_of(self.model, batch)
         self._tick()
-
-    def _loss_form(self, batch_size: int) -> tuple[str, str, str]:
-        _, batch = next(self.samples.batches(batch_size))
-        try:
-            with torch.no_grad(), PerSampleLoss(self.model).record() as record:
-                total = self._total(batch)
-            record.losses(total)
-        except PerSampleLossError as error:
-            return 'by share', type(self.model).__name__, _WHOLE.format(error.what)
-        except UserError:
-            raise
-        except Exception as error:  # of anyone's model: RTMO's head, for one, has no loss in evaluation mode
-            what = f'its loss cannot be computed in evaluation mode ({type(error).__name__}: {error})'
-            raise UsageError(f'{type(self.model).__name__}: {what}; --debug shows where') from error
-        averaging, remark = _FORMS.get(record.reduction, ('by share', _MIXED))
-        return averaging, ', '.join(dict.fromkeys(term.name for term in record.terms)), remark
-
-    def _total(self, batch: Any) -> Tensor:
-        model: Any = self.model
-        preprocessor = getattr(model, 'data_preprocessor', None)
-        data = batch if preprocessor is None else preprocessor(batch, False)
-        if next(model.parameters()).dtype == torch.float64:
-            data = as_double(data)
-        args, kwargs = without_keys(model, *(((), data) if isinstance(data, dict) else (data, {})))
-        output = model(*args, **kwargs, mode='loss')
-        return model.parse_losses(output)[0]  # type: ignore[no-any-return]
 
     def _differentiate(self, value: Tensor, again: bool = False, what: str = 'derivatives') -> tuple[Tensor, ...]:
         """The derivative of ``value`` by each parameter, which can be differentiated ``again``; 0 if independent."""
@@ -179,6 +148,49 @@ class Objective:
     def _split(self, vector: Tensor) -> list[tuple[Tensor, nn.Parameter]]:
         pieces = vector.split([parameter.numel() for parameter in self.parameters])
         return [(piece.view_as(p), p) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+
+class LossForm(NamedTuple):
+    """How a batch's loss counts, of which loss modules it is, and what is to be said of it, or ''."""
+
+    averaging: str
+    loss_name: str
+    remark: str
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether a batch's loss is the sum of its samples' losses."""
+        return self.averaging == _FORMS[Reduction.SUM][0]
+
+
+def loss_form(model: nn.Module, samples: Samples, batch_size: int) -> LossForm:
+    """That of a model in evaluation mode, by its first batch; a UsageError if it has no loss there."""
+    _, batch = next(samples.batches(batch_size))
+    try:
+        with torch.no_grad(), PerSampleLoss(model).record() as record:
+            total = _loss_of(model, batch)
+        record.losses(total)
+    except PerSampleLossError as error:
+        return LossForm('by share', type(model).__name__, _WHOLE.format(error.what))
+    except UserError:
+        raise
+    except Exception as error:  # of anyone's model: RTMO's head, for one, has no loss in evaluation mode
+        what = f'its loss cannot be computed in evaluation mode ({type(error).__name__}: {error})'
+        raise UsageError(f'{type(model).__name__}: {what}; --debug shows where') from error
+    averaging, remark = _FORMS.get(record.reduction, ('by share', _MIXED))
+    return LossForm(averaging, ', '.join(dict.fromkeys(term.name for term in record.terms)), remark)
+
+
+def _loss_of(model: nn.Module, batch: Any) -> Tensor:
+    preprocessor: Any = getattr(model, 'data_preprocessor', None)
+    data = batch if preprocessor is None else preprocessor(batch, False)
+    return batch_loss(model, as_double(data) if next(model.parameters()).dtype == torch.float64 else data)
+
+
+def batch_loss(model: Any, data: Any) -> Tensor:
+    """The loss, scalar, of a batch that has been through the model's data preprocessor."""
+    args, kwargs = without_keys(model, *(((), data) if isinstance(data, dict) else (data, {})))
+    return model.parse_losses(model(*args, **kwargs, mode='loss'))[0]  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -42,7 +42,6 @@ def corrupt_file(source: Path, target: Path, share: float, seed: int = 0) -> Non
             person['keypoints'] = [round(float(value), 2) for value in points.ravel()]
         else:
             person['keypoints'] = points[mirror].ravel().tolist()
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(json.dumps(content).encode(), target)  # a half of it would be taken for the whole later
 
 

@@ -45,17 +45,14 @@ class Rows:
 
     def is_outdated(self, plan: Plan, run: Run) -> bool:
         """Whether a run has been made with another config than the plan's, or from weights of such a run."""
-        row = self.by_id.get(run.id)
-        if row is None:
-            return False
+        config, start = self.config(run), self.by_id.get(run.id, {}).get(_START)
         # Older rows do not say what they started from.
-        return row['config'] != plan.fingerprint(run) or row.get(_START) not in (None, '', plan.start(run))
+        return config not in (None, plan.fingerprint(run)) or (bool(start) and start != plan.start(run))
 
     def add(self, run: Run, config: str, metrics: Mapping[str, float], start: str = '') -> None:
         """Write a run's row, with the fingerprints of its config and of its start, in place of an older one."""
         row = {'id': run.id, **run._asdict(), 'config': config, **({_START: start} if start else {}), **metrics}
         self.by_id[run.id] = {name: '' if value is None else str(value) for name, value in row.items()}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(csv_text(self.by_id.values()).encode(), self.file)
 
     def value(self, run: Run, metric: str) -> float:

@@ -222,13 +222,13 @@ def _make(plan: Plan, rows: Rows, pool: Executor, redo: bool, title: str, runs: 
     missing = _missing(runs, plan, rows, redo)
     starts = dict.fromkeys(source for run in missing if (source := plan.source(run)) is not None)
     # Rows can be there without the weights, as those that are published.
-    lost = {run: plan.fingerprint(run) for run in starts if not plan.weights(run).is_file()}
+    lost = [run for run in starts if not plan.weights(run).is_file()]
     _train(plan, rows, pool, 'runs whose weights are missing', lost, len(lost))
     _train(plan, rows, pool, title, missing, len(runs))
 
 
-def _train(plan: Plan, rows: Rows, pool: Executor, title: str, missing: Mapping[Run, str], total: int) -> None:
-    """Make runs, with the fingerprints of their configs; ``total`` is with those that have been made before."""
+def _train(plan: Plan, rows: Rows, pool: Executor, title: str, missing: Sequence[Run], total: int) -> None:
+    """Make runs; ``total`` is with those that have been made before."""
     errors: list[tuple[Run, BaseException]] = []
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         notes = {run: Path(folder, f'{number}.json') for number, run in enumerate(missing)}
@@ -236,7 +236,7 @@ def _train(plan: Plan, rows: Rows, pool: Executor, title: str, missing: Mapping[
         for future in watch(title, {future: (run.id, notes[run]) for future, run in futures.items()}, total):
             run = futures[future]
             if (error := future.exception()) is None:
-                rows.add(run, missing[run], future.result(), plan.start(run))
+                rows.add(run, plan.fingerprint(run), future.result(), plan.start(run))
                 rows.value(run, plan.study.metric.name)  # what is missing now will be missing after all other runs
                 continue
             errors.append((run, error))
@@ -249,14 +249,13 @@ def _train(plan: Plan, rows: Rows, pool: Executor, title: str, missing: Mapping[
         raise UsageError(f'{what}. {rest} same command goes on') from error
 
 
-def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> dict[Run, str]:
-    configs = {run: plan.fingerprint(run) for run in runs}
+def _missing(runs: Sequence[Run], plan: Plan, rows: Rows, redo: bool) -> list[Run]:
     old = [run for run in runs if rows.is_outdated(plan, run)]
     if old and not redo:
         hint = f'{old[0].id} among them: make them again with --redo, or give another --out-dir'
         raise UsageError(f'{len(old)} runs in {rows.file} were made with other configs, {hint}')
     lost = {run for run in runs if plan.asks_for_weights(run) and not plan.weights(run).is_file()}
-    return {run: config for run, config in configs.items() if run in {*lost, *old} or run.id not in rows.by_id}
+    return [run for run in dict.fromkeys(runs) if run in {*lost, *old} or run.id not in rows.by_id]
 
 
 def _one_line(error: BaseException) -> str:
